@@ -1,0 +1,20 @@
+// The kernels for CPUs with AVX-512: 64-byte vectors.
+#if defined(__x86_64__)
+#include "isa.h"
+
+// After every standard header: what those define must stay callable on any CPU.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("arch=x86-64-v4"))), apply_to = function)
+#else
+#pragma GCC target("arch=x86-64-v4")
+#endif
+
+#define INFLECTION_ISA avx512
+#define INFLECTION_TABLE kAvx512Kernels
+#define INFLECTION_VECTOR_BYTES 64
+#include "kernels.inc"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,50 @@
+// Chooses the kernels for this CPU and forwards every CPU launcher of kernels.h to them.
+#include "isa.h"
+
+#include <atomic>
+
+namespace inflection {
+namespace {
+
+Isa best() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return avx512 ? Isa::avx512 : avx2 ? Isa::avx2 : Isa::portable;
+#else
+  return Isa::portable;
+#endif
+}
+
+std::atomic<Isa> current{best()};
+
+const CpuKernels& kernels() {
+  switch (current.load(std::memory_order_relaxed)) {
+#if defined(__x86_64__)
+    case Isa::avx512: return kAvx512Kernels;
+    case Isa::avx2: return kAvx2Kernels;
+#endif
+    default: return kPortableKernels;
+  }
+}
+
+}  // namespace
+
+int cpu_isa(int64_t limit) {
+  if (limit >= 0) {
+    const int64_t have = static_cast<int64_t>(best());
+    current = static_cast<Isa>(limit < have ? limit : have);
+  }
+  return static_cast<int>(current.load());
+}
+
+void sum_of_squares_cpu(const SumOfSquaresArgs& args, int64_t begin, int64_t end) {
+  kernels().sum_of_squares(args, begin, end);
+}
+void sum_of_squares_merge_cpu(const SumOfSquaresArgs& args, int64_t begin, int64_t end) {
+  kernels().sum_of_squares_merge(args, begin, end);
+}
+
+}  // namespace inflection

@@ -1,0 +1,71 @@
+// What a device is: the guard, the stream, the error check, the thread pool, and the only #ifdef for CUDA.
+// The same binding sources make both libraries; -DUSE_CUDA makes the one that registers CUDA kernels.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <string>
+
+#include "kernels.h"
+
+#ifdef USE_CUDA
+#include <cuda_runtime_api.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#define INFLECTION_DEVICE_KEY CUDA
+#else
+#define INFLECTION_DEVICE_KEY CPU
+#endif
+
+namespace inflection {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+#ifdef USE_CUDA
+constexpr bool kCuda = true;
+template <class Args>
+void launch_cuda(int (*kernel)(const Args&, void*), const char* name, const Args& args, const Tensor& on) {
+  const torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream));
+  const int error = kernel(args, stream);
+  STD_TORCH_CHECK(error == cudaSuccess, name, ": ", cudaGetErrorString(static_cast<cudaError_t>(error)));
+}
+// Runs the kernel `stem` over `items` work items, in ranges of at least `grain`, on the device of tensor `on`.
+#define INFLECTION_RUN(stem, args, on, items, grain) ::inflection::launch_cuda(&stem##_cuda, #stem, args, on)
+#else
+constexpr bool kCuda = false;
+template <class Args>
+void launch_cpu(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, int64_t items, int64_t grain) {
+  if (items > 0) {
+    torch::stable::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  }
+}
+#define INFLECTION_RUN(stem, args, on, items, grain) ::inflection::launch_cpu(&stem##_cpu, args, items, grain)
+#endif
+
+inline DType dtype_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    case ScalarType::Bool: return DType::boolean;
+    default: STD_TORCH_CHECK(false, name, ": dtype must be float32, bfloat16, float16 (or bool for a mask)");
+  }
+}
+
+inline void check_device(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(kCuda ? tensor.is_cuda() : tensor.is_cpu(), name, ": expected a ", kCuda ? "CUDA" : "CPU", " tensor");
+}
+
+inline Tensor new_float(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()),
+                                  ScalarType::Float);
+}
+
+}  // namespace inflection

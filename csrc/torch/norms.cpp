@@ -1,0 +1,60 @@
+// sum_of_squares: many tensors of any size and layout, one float32 per group.
+#include <algorithm>
+#include <vector>
+
+#include "dispatch.h"
+
+namespace inflection {
+namespace {
+
+// Sorts the dimensions by stride and merges those that are contiguous: a sum does not care in which order it reads.
+Operand operand_of(const Tensor& tensor, int32_t group) {
+  Operand op{tensor.const_data_ptr(), {1}, {1}, tensor.numel(), 1, dtype_of(tensor, "tensors"), group};
+  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    if (tensor.size(d) != 1) dims.emplace_back(tensor.stride(d), tensor.size(d));
+  }
+  std::sort(dims.begin(), dims.end());
+  int32_t n = 0;
+  for (const auto& [stride, size] : dims) {
+    if (n > 0 && stride == op.strides[n - 1] * op.sizes[n - 1]) {
+      op.sizes[n - 1] *= size;
+      continue;
+    }
+    STD_TORCH_CHECK(n < kMaxDims, "tensors: more than ", kMaxDims, " dimensions that cannot be merged");
+    op.strides[n] = stride;
+    op.sizes[n++] = size;
+  }
+  op.dims = std::max(n, 1);
+  return op;
+}
+
+Tensor sum_of_squares(std::vector<Tensor> tensors, std::vector<int64_t> groups, int64_t num_groups) {
+  STD_TORCH_CHECK(tensors.size() == groups.size() && !tensors.empty(), "tensors and groups: need equally many, at least one");
+  std::vector<Operand> operands;
+  std::vector<int64_t> first_chunk{0};
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    check_device(tensors[i], "tensors");
+    STD_TORCH_CHECK(tensors[i].get_device() == tensors[0].get_device(), "tensors: all must be on one device");
+    STD_TORCH_CHECK(groups[i] >= 0 && groups[i] < num_groups, "groups: ", groups[i], " is outside [0, ", num_groups, ")");
+    operands.push_back(operand_of(tensors[i], static_cast<int32_t>(groups[i])));
+    first_chunk.push_back(first_chunk.back() + (operands.back().numel + kSquaresChunk - 1) / kSquaresChunk);
+  }
+  const int64_t chunks = first_chunk.back();
+  const int64_t partial_size[] = {std::max<int64_t>(chunks, 1)};
+  Tensor partial = torch::stable::new_empty(tensors[0], {partial_size, 1}, ScalarType::Double);
+  Tensor out = new_float(tensors[0], {num_groups});
+  const SumOfSquaresArgs args{operands.data(), first_chunk.data(), static_cast<int64_t>(operands.size()), num_groups,
+                              static_cast<double*>(partial.data_ptr()), static_cast<float*>(out.data_ptr())};
+  INFLECTION_RUN(sum_of_squares, args, tensors[0], chunks, 4);
+  INFLECTION_RUN(sum_of_squares_merge, args, tensors[0], num_groups, 64);
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(inflection_fast, INFLECTION_DEVICE_KEY, m) {
+  m.impl("sum_of_squares", TORCH_BOX(&sum_of_squares));
+}
+
+}  // namespace inflection

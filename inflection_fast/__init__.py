@@ -1,0 +1,44 @@
+"""Attention entropy, CKA and gradient diagnostics of transformers while they train, and LoRA where they point."""
+
+from importlib import import_module
+from importlib.metadata import version
+
+__version__ = version("inflection_fast")
+
+# Every public name and the module that holds it. Resolved on first use, so that importing the package costs nothing and
+# loads neither transformers, peft, matplotlib nor pyarrow.
+_HOMES = {
+    "Monitor": "measure",
+    "MonitorConfig": "measure",
+    "measure_overhead": "measure",
+    "InflectionCallback": "integrations",
+    "Timeline": "timeline",
+    "Plan": "decide",
+    "SelectConfig": "decide",
+    "select": "decide",
+    "ski": "decide",
+    "inject": "act",
+    "find_blocks": "blocks",
+    "AttentionStats": "ops",
+    "CkaState": "ops",
+    "attention_entropy": "ops",
+    "attention_entropy_qk": "ops",
+    "attention_stats": "ops",
+    "attention_stats_qk": "ops",
+    "build_info": "ops",
+    "delta_cka": "ops",
+    "linear_cka": "ops",
+    "sum_of_squares": "ops",
+}
+
+__all__ = [*_HOMES]
+
+
+def __getattr__(name: str):
+    if name in _HOMES:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]

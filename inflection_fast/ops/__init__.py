@@ -1,0 +1,9 @@
+"""Tensors in, tensors out: the operators of the package.
+
+Shape letters: B batch, H heads, Q queries, K keys, L layers, N samples, D features, R basis rank.
+"""
+
+from .library import build_info
+from .norms import sum_of_squares
+
+__all__ = ["build_info", "sum_of_squares"]
