@@ -42,6 +42,105 @@ void sum_of_squares_merge_cpu(const SumOfSquaresArgs&, int64_t begin, int64_t en
 int sum_of_squares_cuda(const SumOfSquaresArgs&, void* stream);
 int sum_of_squares_merge_cuda(const SumOfSquaresArgs&, void* stream);
 
+// ---- attention_stats: statistics of softmax rows, from logits --------------------------------------------------------
+
+// Additive or boolean mask, broadcast by strides of 0. `data` null: no mask.
+struct Mask {
+  const void* data;
+  int64_t strides[kMaxDims];  // one per batch dimension of the operand
+  int64_t row_stride;
+  int64_t col_stride;
+  float floor;                // additive: values at or below are -inf (half of the dtype's lowest finite number)
+  DType dtype;                // boolean: true attends
+};
+
+// What every row of a softmax can report; a null pointer is not wanted. All [batch * rows], row-major.
+struct RowOutputs {
+  float* entropy;    // nats
+  float* lse;        // log-sum-exp of the scores; -inf without keys
+  float* max_logit;  // largest attendable score; -inf without keys
+  float* keys;       // attendable keys
+  float* collision;  // sum of squared probabilities
+  float* sink;       // probability of key 0, or of the sink column where there is one
+};
+
+struct AttentionStatsArgs {
+  const void* logits;            // [batch..., rows, cols]
+  int64_t sizes[kMaxDims];       // batch dimensions, outermost first
+  int64_t strides[kMaxDims];
+  int64_t batch, rows, cols, row_stride, col_stride;
+  int32_t dims;
+  DType dtype;
+  float floor;                   // logits at or below are -inf: masks added beforehand
+  float scale;
+  bool causal;                   // row i attends columns j <= i
+  Mask mask;
+  // outputs
+  RowOutputs out;
+};
+void attention_stats_cpu(const AttentionStatsArgs&, int64_t begin, int64_t end);  // work items: batch * rows
+int attention_stats_cuda(const AttentionStatsArgs&, void* stream);
+
+// d(loss)/d(score) of a row is p * (g_lse - g_entropy * (s - lse + H) + 2 g_collision * (p - C) - g_sink * P)
+// plus g_sink * P at key 0, with P its probability. Masked columns get 0.
+struct RowGradients {
+  const float* entropy;         // [batch * rows], saved by the forward pass
+  const float* lse;
+  const float* collision;
+  const float* sink;
+  const float* grad_entropy;    // [batch * rows]; null: zero
+  const float* grad_lse;
+  const float* grad_collision;
+  const float* grad_sink;
+};
+
+struct AttentionStatsBackwardArgs {
+  AttentionStatsArgs forward;
+  RowGradients rows;
+  float out_scale;              // factor on the result: `scale` for the gradient of the logits, 1 for that of the scores
+  // outputs
+  void* grad;                   // [batch..., rows, cols] contiguous, dtype `grad_dtype`
+  DType grad_dtype;
+};
+void attention_stats_backward_cpu(const AttentionStatsBackwardArgs&, int64_t begin, int64_t end);
+int attention_stats_backward_cuda(const AttentionStatsBackwardArgs&, void* stream);
+
+// ---- attention_stats_qk: the same, fused from Q and K ---------------------------------------------------------------
+
+struct AttentionStatsQkArgs {
+  const void* query;             // [B, H, Tq, D]
+  const void* key;               // [B, Hkv, Tk, D], H a multiple of Hkv
+  int64_t query_strides[4];
+  int64_t key_strides[4];
+  int64_t batch, heads, kv_heads, queries, keys, head_dim;
+  DType dtype;                   // of both
+  float scale;
+  float softcap;                 // c > 0: scores become c * tanh(s / c), before the mask; 0: none
+  int64_t window_left;           // attends j >= i - window_left; -1: no bound
+  int64_t window_right;          // attends j <= i + window_right; -1: no bound
+  bool causal;                   // top-left aligned: row i attends j <= i
+  Mask mask;                     // batch dimensions B, H; rows are positions in [0, Tq)
+  const float* sinks;            // [H] scores of a virtual column without value, already in softmax units; null: none
+  const int64_t* rows;           // [num_rows] query positions; null: all of them, num_rows = Tq
+  int64_t num_rows;
+  // outputs
+  RowOutputs out;                // [B, H, num_rows]
+};
+int64_t attention_stats_qk_items(const AttentionStatsQkArgs&);  // number of work items on the CPU
+void attention_stats_qk_cpu(const AttentionStatsQkArgs&, int64_t begin, int64_t end);
+int attention_stats_qk_cuda(const AttentionStatsQkArgs&, void* stream);
+
+struct AttentionStatsQkBackwardArgs {
+  AttentionStatsQkArgs forward;
+  RowGradients rows;             // [B, H, num_rows]
+  // outputs
+  float* grad_query;             // [B, H, Tq, D] contiguous; rows that were not asked for are zero
+  float* grad_key;               // [B, Hkv, Tk, D] contiguous
+};
+int64_t attention_stats_qk_backward_items(const AttentionStatsQkBackwardArgs&);
+void attention_stats_qk_backward_cpu(const AttentionStatsQkBackwardArgs&, int64_t begin, int64_t end);
+int attention_stats_qk_backward_cuda(const AttentionStatsQkBackwardArgs&, void* stream);
+
 // ---- instruction sets of the CPU kernels ----------------------------------------------------------------------------
 
 enum class Isa : int32_t { portable, avx2, avx512 };
