@@ -1,6 +1,7 @@
 """Builds the operator libraries: the CPU one always, the CUDA one where a toolkit is there (a GPU is not needed)."""
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -9,53 +10,51 @@ from setuptools import setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 ROOT = Path(__file__).resolve().parent
-ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # one binary for every torch >= 2.10
-CXX = ["-O3", "-std=c++20", f"-I{ROOT / 'csrc'}", "-Wall", "-Wno-psabi", "-fvisibility=hidden"]
-CXX += ["-fno-math-errno", "-fno-trapping-math"]
-ARCHITECTURES = "8.0;9.0a;10.0+PTX"
+CXX = ["-O3", "-g0", "-std=c++20", f"-I{ROOT / 'csrc'}", "-Wall", "-Wno-psabi", "-fvisibility=hidden"]
+CXX += ["-fno-math-errno", "-fno-trapping-math", "-DTORCH_TARGET_VERSION=0x020a000000000000"]  # any torch >= 2.10
+NVCC = shutil.which("nvcc", path=os.path.join(os.environ.get("CUDA_HOME", ""), "bin")) or shutil.which("nvcc")
+KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0a;10.0+PTX")
 
 
-def sources(*folders):
-    """Every C++ file of these folders, relative to the root, as setuptools wants them."""
-    return [str(path.relative_to(ROOT)) for folder in folders for path in sorted((ROOT / folder).glob("*.cpp"))]
+def library(name, *folders):
+    """A library that torch.ops.load_library opens; one binary serves every Python and torch from the target on."""
+    sources = [str(path.relative_to(ROOT)) for folder in folders for path in sorted((ROOT / folder).glob("*.cpp"))]
+    headers = [str(path) for path in sorted((ROOT / "csrc").rglob("*")) if path.suffix in (".h", ".inc", ".cuh")]
+    kwargs = {"depends": headers, "extra_compile_args": list(CXX), "py_limited_api": True}
+    return CppExtension(f"inflection_fast.{name}", sources, **kwargs)
 
 
-def library(name, files, **kwargs):
-    """A library that torch.ops.load_library opens; one binary serves every torch and Python from ABI on."""
-    flags = ABI + CXX + kwargs.pop("flags", [])
-    depends = [str(path) for path in (ROOT / "csrc").rglob("*.h*")]
-    return CppExtension(
-        f"inflection_fast.{name}", files, py_limited_api=True, depends=depends, extra_compile_args=flags, **kwargs
-    )
+class Build(BuildExtension):
+    """BuildExtension, and nvcc called by hand: it refuses .cu files where torch itself was built without CUDA."""
+
+    def build_extension(self, ext):
+        self.build_temp = os.path.join(self.build_temp, ext.name)  # both libraries compile csrc/torch, differently
+        if ext.name.endswith("_cuda"):
+            self.compile_kernels(ext)
+        super().build_extension(ext)
+        self.build_temp = os.path.dirname(self.build_temp)
+
+    def compile_kernels(self, ext):
+        dry = subprocess.run([NVCC, "--dryrun", "-c", KERNELS[0]], check=True, capture_output=True, text=True).stderr
+        home = Path(re.search(r"TOP=(.*)", dry)[1])  # asked, not guessed: nvcc on the PATH may be a wrapper script
+        flags = ["-O3", "-std=c++20", f"-I{ROOT / 'csrc'}", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+        for arch in ARCHITECTURES.replace(" ", ";").split(";"):
+            number = arch.removesuffix("+PTX").replace(".", "")
+            codes = [f"sm_{number}"] + [f"compute_{number}"] * arch.endswith("+PTX")
+            flags += [f"-gencode=arch=compute_{number},code={code}" for code in codes]
+        os.makedirs(self.build_temp, exist_ok=True)
+        ext.extra_objects = [os.path.join(self.build_temp, f"{source.stem}.cu.o") for source in KERNELS]
+        for source, output in zip(KERNELS, ext.extra_objects):
+            subprocess.run([NVCC, "-c", source, "-o", output, *flags], check=True)
+        ext.extra_compile_args += ["-DUSE_CUDA", f"-I{home / 'include'}"]
+        ext.library_dirs += [str(home / "lib64"), str(home / "lib")]
+        ext.libraries += ["cudart_static", "dl", "rt", "pthread"]
 
 
-def cuda_library(nvcc):
-    """The kernels compiled by nvcc into objects: BuildExtension refuses .cu files where torch itself has no CUDA."""
-    home, objects = Path(nvcc).resolve().parents[1], ROOT / "build" / "cuda"
-    objects.mkdir(parents=True, exist_ok=True)
-    targets = []
-    for arch in os.environ.get("TORCH_CUDA_ARCH_LIST", ARCHITECTURES).replace(" ", ";").split(";"):
-        number = arch.removesuffix("+PTX").replace(".", "")
-        targets.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-        if arch.endswith("+PTX"):
-            targets.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-    outputs = []
-    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
-        outputs.append(str(objects / f"{source.stem}.o"))
-        flags = ["-O3", "-std=c++20", f"-I{ROOT / 'csrc'}", "-Xcompiler=-fPIC,-fvisibility=hidden", *targets]
-        subprocess.run([nvcc, "-c", str(source), "-o", outputs[-1], *flags], check=True)
-    return library(
-        "_cuda", sources("csrc/torch"), flags=["-DUSE_CUDA", f"-I{home / 'include'}"], extra_objects=outputs,
-        library_dirs=[str(home / "lib64")], libraries=["cudart_static", "dl", "rt", "pthread"],
-    )
-
-
-extensions = [library("_cpu", sources("csrc/torch", "csrc/cpu"))]
-nvcc = shutil.which("nvcc", path=os.pathsep.join([os.environ.get("CUDA_HOME", "") + "/bin", os.environ["PATH"]]))
-if nvcc and list((ROOT / "csrc" / "cuda").glob("*.cu")):
-    extensions.append(cuda_library(nvcc))
+cuda = [library("_cuda", "csrc/torch")] if NVCC and KERNELS else []
 setup(
-    ext_modules=extensions,
-    cmdclass={"build_ext": BuildExtension.with_options(use_ninja=True)},
+    ext_modules=[library("_cpu", "csrc/torch", "csrc/cpu"), *cuda],
+    cmdclass={"build_ext": Build.with_options(use_ninja=True)},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )
