@@ -1,0 +1,240 @@
+"""The command line: `inflection-fast measure | plan | tune | report | run | doctor`.
+
+Each command builds its own parser when it is asked for, because the settings of a run are defined beside the code that
+they steer, and `inflection-fast --help` should not have to load it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["main"]
+
+USER_ERROR = 2  # as argparse exits
+INTERRUPTED = 130  # as shells report Ctrl-C
+EXTRAS = ("transformers", "peft", "accelerate", "datasets", "jsonargparse", "matplotlib", "rich", "yaml")
+
+COMMANDS = {
+    "measure": "train on a source data set, if there is one, and measure a shallow training on the target",
+    "plan": "choose layers from what was measured",
+    "tune": "put LoRA on the planned layers, train, and compare with other layers",
+    "report": "write the report of a run",
+    "run": "all of these in order, continuing where an interrupted run stopped",
+    "doctor": "say what is installed, what is loaded, and what is missing",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0, 2 for an error of the user, 130 when interrupted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _top_parser()
+    if not argv or argv[0] not in COMMANDS:
+        parser.parse_args(argv)
+        parser.print_help(sys.stderr)
+        return USER_ERROR
+    from inflection_fast.run.errors import UserError, disk_full
+
+    try:
+        return _DISPATCH[argv[0]](argv[1:])
+    except KeyboardInterrupt:
+        return _fail("interrupted; the same command continues from the last checkpoint", INTERRUPTED)
+    except UserError as error:
+        return _fail(str(error), USER_ERROR)
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        return _fail(f"the package {error.name} is not installed: pip install 'inflection_fast[run]'", USER_ERROR)
+    except Exception as error:
+        if disk_full(error):
+            return _fail(
+                f"the disk is full ({error}): free some space and give the same command again; finished stages are kept",
+                USER_ERROR,
+            )
+        raise
+
+
+def _top_parser() -> argparse.ArgumentParser:
+    from inflection_fast import __version__
+
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {what}" for name, what in COMMANDS.items()]
+    parser = argparse.ArgumentParser(
+        prog="inflection-fast",
+        usage="inflection-fast COMMAND [options]",
+        description="Measures transformers while they train, and puts LoRA where that points.",
+        epilog="\n".join(["commands:", *lines, "", "inflection-fast COMMAND --help lists the options of a command."]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("command", choices=list(COMMANDS), help=argparse.SUPPRESS)
+    return parser
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"inflection-fast: {message}", file=sys.stderr)
+    return code
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=True)
+
+
+def _settings_parser(command: str) -> Any:
+    """The parser of a command that takes the whole tree of settings."""
+    from jsonargparse import ArgumentParser
+
+    from inflection_fast.run.config import RunConfig
+
+    parser = ArgumentParser(
+        prog=f"inflection-fast {command}", description=f"{COMMANDS[command].capitalize()}.", exit_on_error=False
+    )
+    parser.add_argument("--config", action="config", help="YAML file of settings; flags win over it")
+    parser.add_class_arguments(RunConfig, None)
+    return parser
+
+
+def _parse(parser: Any, argv: list[str]) -> Any:
+    """What was asked for, as objects. UserError for an unknown flag or setting, a wrong type or a value out of range."""
+    from inflection_fast.run.errors import user_errors
+
+    with user_errors(ValueError, TypeError, argparse.ArgumentError, OSError, about="settings"):
+        return parser.instantiate(parser.parse_args(argv))
+
+
+def _config(parser: Any, parsed: Any) -> Any:
+    from inflection_fast.run.config import RunConfig
+    from inflection_fast.run.errors import user_errors
+
+    names = RunConfig.__dataclass_fields__
+    with user_errors(about="settings"):
+        return RunConfig(**{name: getattr(parsed, name) for name in names})
+
+
+def _stages(config: Any, console: Console) -> Any:
+    _quiet_libraries()
+    from inflection_fast.run.stages import Stages
+
+    return Stages(config, say=lambda line: console.print(line, markup=False), quiet=not sys.stderr.isatty())
+
+
+def _quiet_libraries() -> None:
+    """Warnings of libraries stay; their chatter goes, and their progress bars where nobody watches."""
+    import datasets
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+
+
+def _measure(argv: list[str]) -> int:
+    parser = _settings_parser("measure")
+    stages = _stages(_config(parser, _parse(parser, argv)), _console())
+    stages.source()
+    stages.measure()
+    return 0
+
+
+def _tune(argv: list[str]) -> int:
+    from pathlib import Path
+
+    from inflection_fast.run.plans import adopt_plan
+
+    parser = _settings_parser("tune")
+    parser.add_argument("--plan", type=str | None, default=None, help="a plan.json to use; null: the run's own")
+    parsed = _parse(parser, argv)
+    stages = _stages(_config(parser, parsed), _console())
+    if parsed.plan is not None:
+        adopt_plan(stages.folder.path, Path(parsed.plan))
+    stages.tune()
+    for name in stages.config.baselines:
+        stages.baseline(name)
+    return 0
+
+
+def _run(argv: list[str]) -> int:
+    parser = _settings_parser("run")
+    console = _console()
+    stages = _stages(_config(parser, _parse(parser, argv)), console)
+    stages.source()
+    stages.measure()
+    stages.plan()
+    stages.tune()
+    for name in stages.config.baselines:
+        stages.baseline(name)
+    return _show(stages.folder.path, stages.report(), console)
+
+
+def _report(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="inflection-fast report", description="Write the report of a run.")
+    parser.add_argument("folder", help="the output folder of a run")
+    from inflection_fast import report
+    from inflection_fast.run.errors import user_errors
+
+    folder = parser.parse_args(argv).folder
+    with user_errors(ValueError, FileNotFoundError):
+        return _show(folder, report.write(folder), _console())
+
+
+def _show(folder: str | os.PathLike, page: str | os.PathLike, console: Console) -> int:
+    from inflection_fast import report
+
+    report.summary(folder, console)
+    console.print(f"report: {page}", markup=False)
+    return 0
+
+
+def _plan(argv: list[str]) -> int:
+    from pathlib import Path
+
+    from jsonargparse import ArgumentParser
+
+    from inflection_fast.decide import SelectConfig
+    from inflection_fast.run.plans import make_plan, select_settings
+
+    parser = ArgumentParser(
+        prog="inflection-fast plan",
+        description="Choose layers from a timeline. In a run folder, the run's own settings are where --select begins.",
+        exit_on_error=False,
+    )
+    parser.add_argument("folder", type=str, help="a run folder, or a folder with timeline.arrows, or that file")
+    parser.add_argument("--out", type=str | None, default=None, help="the plan to write; null: plan.json in the folder")
+    parser.add_class_arguments(SelectConfig, "select")
+    defaults = select_settings(Path(_parse(parser, argv).folder))
+    if defaults:
+        parser.set_defaults({f"select.{name}": value for name, value in defaults.items()})
+    parsed = _parse(parser, argv)
+    plan, path = make_plan(Path(parsed.folder), parsed.select, None if parsed.out is None else Path(parsed.out))
+    console = _console()
+    for layer in plan.layers:
+        console.print(f"layer {layer}: {plan.reasons[layer]}", markup=False)
+    console.print(plan.summary, markup=False)
+    console.print(f"plan: {path}", markup=False)
+    return 0
+
+
+def _doctor(argv: list[str]) -> int:
+    argparse.ArgumentParser(prog="inflection-fast doctor", description=f"{COMMANDS['doctor']}.").parse_args(argv)
+    from inflection_fast.run.doctor import examine, show
+
+    return show(examine(), _console())
+
+
+_DISPATCH: dict[str, Callable[[list[str]], int]] = {
+    "measure": _measure,
+    "plan": _plan,
+    "tune": _tune,
+    "report": _report,
+    "run": _run,
+    "doctor": _doctor,
+}

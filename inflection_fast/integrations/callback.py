@@ -1,0 +1,118 @@
+"""The monitor as a callback of transformers.Trainer."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from inflection_fast.measure import Monitor, MonitorConfig
+from inflection_fast.timeline import Timeline
+
+__all__ = ["InflectionCallback"]
+
+
+class InflectionCallback(TrainerCallback):
+    """Measures a model while `transformers.Trainer` trains it.
+
+    ```python
+    with InflectionCallback(MonitorConfig(every=10), out="runs/a", probe=probe) as callback:
+        Trainer(model, args, train_dataset=data, callbacks=[callback]).train()
+    callback.timeline
+    ```
+
+    It attaches when training begins and detaches when it ends. The Trainer tells no callback when training raises, so the
+    `with` block (or `close()` in a `finally`) is what leaves the model as it was in that case; where training ends well it
+    adds nothing. A training resumed from a checkpoint continues the timeline in `out` at the checkpoint's step. The Trainer
+    has then already loaded the checkpoint when it calls its callbacks; where delta-CKA is to be against the weights before
+    training, call `attach(model, start_step)` before `trainer.train(resume_from_checkpoint=...)`.
+
+    Nothing in here waits for the device: losses are kept as tensors and handed to the monitor, which reads them on the
+    steps that it measures.
+    """
+
+    def __init__(
+        self,
+        config: MonitorConfig = MonitorConfig(),  # noqa: B008  frozen, so that one default serves all
+        out: str | os.PathLike | None = None,
+        *,
+        probe: list[dict[str, torch.Tensor]] | None = None,
+    ):
+        self.config = config
+        self.out = out
+        self.probe = probe
+        self.monitor: Monitor | None = None
+        self._hook: torch.utils.hooks.RemovableHandle | None = None
+        self._start_step = 0
+        self._losses: list[torch.Tensor] = []
+        self._summed = False
+
+    @property
+    def timeline(self) -> Timeline:
+        """What was measured so far. ValueError before training has begun."""
+        if self.monitor is None:
+            raise ValueError("nothing was measured yet: training has not begun")
+        return self.monitor.timeline
+
+    def attach(self, model: nn.Module, start_step: int = 0) -> None:
+        """Attaches to the model now instead of when training begins; `start_step` is the number of updates done."""
+        if self._hook is not None:
+            raise ValueError("the callback is attached to a model already: use one callback per training")
+        self.monitor = Monitor(model, self.config, self.out, probe=self.probe, start_step=start_step)
+        self._start_step = start_step
+        self._hook = model.register_forward_hook(self._keep_loss, with_kwargs=True)
+
+    def close(self) -> None:
+        """Detaches; safe to call twice."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+        if self.monitor is not None:
+            self.monitor.close()
+        self._losses.clear()
+
+    def __enter__(self) -> InflectionCallback:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _keep_loss(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        if not (model.training and torch.is_grad_enabled()):
+            return
+        loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
+        if loss is not None:
+            self._losses.append(loss.detach())
+            # A model that is told the number of items in the whole batch divides by it, so that its losses add up.
+            self._summed = kwargs.get("num_items_in_batch") is not None
+
+    def _step_loss(self) -> torch.Tensor | None:
+        losses, self._losses = self._losses, []
+        if not losses:
+            return None
+        total = torch.stack([loss.float().mean() for loss in losses]).sum()
+        return total if self._summed else total / len(losses)
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        """Attaches, unless `attach` did."""
+        if args.fp16:
+            self.close()
+            raise ValueError("fp16=True scales the loss, and with it every gradient that is measured: use bf16")
+        if self._hook is None:
+            self.attach(model, state.global_step)
+        elif self._start_step != state.global_step:
+            self.close()
+            raise ValueError(
+                f"the callback was attached at step {self._start_step}, and training begins at step {state.global_step}"
+            )
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        """Ends a step where a plain loop would: after the backward passes, before the weights change."""
+        self.monitor.step(self._step_loss())
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Detaches."""
+        self.close()

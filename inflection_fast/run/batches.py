@@ -1,0 +1,75 @@
+"""From rows of text to the batches a model takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Batches"]
+
+IGNORED = -100  # the label that the losses of Transformers leave out
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Makes items of rows, and padded batches of items, for one tokenizer and task.
+
+    Classification keeps the texts as they are until a batch is made: a fast tokenizer costs less than the memory of a
+    tokenised data set.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    task: str
+    max_length: int
+
+    def items(self, rows: Dataset, *, by_length: bool = False) -> Sequence[Any]:
+        """What the Trainer draws its batches from; `by_length` puts similar lengths together, so that less is padded."""
+        if self.task == "causal-lm":
+            items = self._pieces(rows)
+            return sorted(items, key=len) if by_length else items
+        columns = [name for name in ("text", "text_pair", "label") if name in rows.column_names]
+        items = [dict(zip(columns, values, strict=True)) for values in zip(*(rows[name] for name in columns), strict=True)]
+        return sorted(items, key=lambda item: len(item["text"])) if by_length else items
+
+    def collate(self, items: Sequence[Any]) -> dict[str, torch.Tensor]:
+        """A batch with labels, padded to its longest item."""
+        import torch
+
+        batch = self._inputs(items)
+        if self.task == "causal-lm":
+            batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
+        else:
+            batch["labels"] = torch.tensor([item["label"] for item in items])
+        return batch
+
+    def probe(self, rows: Dataset, size: int) -> list[dict[str, torch.Tensor]]:
+        """All rows as batches without labels."""
+        items = self.items(rows, by_length=True)[: len(rows)]
+        return [self._inputs(items[i : i + size]) for i in range(0, len(items), size)]
+
+    def _inputs(self, items: Sequence[Any]) -> dict[str, torch.Tensor]:
+        if self.task == "causal-lm":
+            return dict(self.tokenizer.pad({"input_ids": [item.tolist() for item in items]}, return_tensors="pt"))
+        texts = [item["text"] for item in items]
+        pairs = [[item["text_pair"] or "" for item in items]] if "text_pair" in items[0] else []
+        options = {"truncation": True, "max_length": self.max_length, "padding": True, "return_tensors": "pt"}
+        return dict(self.tokenizer(texts, *pairs, **options))
+
+    def _pieces(self, rows: Dataset) -> list[np.ndarray]:
+        """Every text cut into pieces of at most `max_length` tokens; texts are not joined, so none attends to another."""
+        end = [self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else []
+        pieces = []
+        for begin in range(0, len(rows), 1000):
+            texts = list(rows[begin : begin + 1000]["text"])
+            for ids in self.tokenizer(texts, truncation=False, verbose=False)["input_ids"]:
+                ids = np.asarray(ids + (end if ids[-1:] != end else []), dtype=np.int32)
+                pieces += [ids[i : i + self.max_length] for i in range(0, len(ids), self.max_length)]
+        return [piece for piece in pieces if len(piece) >= 2]  # a single token predicts nothing

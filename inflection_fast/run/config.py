@@ -1,0 +1,310 @@
+"""Every setting of a run as one tree of frozen dataclasses, each of which refuses nonsense when it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from inflection_fast.decide import SelectConfig
+from inflection_fast.measure import MonitorConfig
+
+__all__ = [
+    "BASELINES",
+    "DataConfig",
+    "LoraConfig",
+    "MeasureConfig",
+    "ModelConfig",
+    "RunConfig",
+    "SourceConfig",
+    "TrainConfig",
+    "TuneConfig",
+    "differences",
+    "to_dict",
+]
+
+BASELINES = ("last", "first", "random", "all")
+
+
+def _check(condition: bool, name: str, value: Any, accepted: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} must be {accepted}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The pretrained model.
+
+    Args:
+        path: folder of a saved model, or its name on the hub
+        revision: branch, tag or commit on the hub
+        gguf_file: name of a GGUF file in that folder or repository, to read the weights from
+        attention: attention implementation of Transformers, such as sdpa or eager; null: the model's own
+        dtype: number format of the weights
+        max_length: texts are cut to so many tokens
+        trust_remote_code: run Python code that comes with the model
+    """
+
+    path: str
+    revision: str | None = None
+    gguf_file: str | None = None
+    attention: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    max_length: int = 128
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        _check(bool(self.path), "model.path", self.path, "a folder or a hub name")
+        _check(self.max_length >= 2, "model.max_length", self.max_length, "at least 2")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """A data set: where it is, which columns matter, and how it is split.
+
+    Texts that are equal after normalisation (case, punctuation, spacing) are kept once, so that none stands on both sides
+    of a split. The test part is, in this order: the file or hub split `test`, whole groups where `group` is given, or a
+    random share.
+
+    Args:
+        path: a .csv, .tsv, .jsonl, .json or .parquet file, or the name of a data set on the hub
+        name: configuration of the hub data set
+        split: split of the hub data set to train on
+        text: column of the text
+        text_pair: column of a second text, for pairs of sentences
+        label: column of the label (names or integers); not used by causal-lm
+        labels: label names in the order of their integers; null: the sorted values of the column
+        test: a file, or a split of the hub data set, to test on
+        test_share: share of the rows to test on where `test` is null
+        group: column whose values never stand on both sides of the split, such as the film of a review
+        probe: so many texts are kept out of training, for comparing representations over time
+        train_limit: train on at most so many texts, drawn at random
+        test_limit: test on at most so many texts, drawn at random
+        deduplicate: keep texts once (see above)
+        split_seed: seed of the split and the draws; separate from the seed of training, so that seeds share a test set
+    """
+
+    path: str
+    name: str | None = None
+    split: str = "train"
+    text: str = "text"
+    text_pair: str | None = None
+    label: str = "label"
+    labels: tuple[str, ...] | None = None
+    test: str | None = None
+    test_share: float = 0.2
+    group: str | None = None
+    probe: int = 64
+    train_limit: int | None = None
+    test_limit: int | None = None
+    deduplicate: bool = True
+    split_seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check(bool(self.path), "data.path", self.path, "a file or a hub name")
+        _check(0 < self.test_share < 1, "data.test_share", self.test_share, "above 0 and below 1")
+        _check(self.probe >= 0, "data.probe", self.probe, "at least 0")
+        for name in ("train_limit", "test_limit"):
+            value = getattr(self, name)
+            _check(value is None or value >= 1, f"data.{name}", value, "null or at least 1")
+        if self.test is not None and self.group is not None:
+            raise ValueError("data.test and data.group are two ways to split: give one of them")
+        if self.labels is not None:
+            _check(len(self.labels) >= 2, "data.labels", self.labels, "at least two names")
+            _check(len(set(self.labels)) == len(self.labels), "data.labels", self.labels, "distinct names")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training, done by transformers.Trainer.
+
+    Args:
+        steps: optimizer steps; null: as many as `epochs` takes
+        epochs: passes over the data where `steps` is null
+        batch_size: texts per device and forward pass
+        accumulate: forward passes per optimizer step
+        learning_rate: highest learning rate
+        weight_decay: decoupled weight decay
+        warmup_share: share of the steps over which the learning rate rises
+        schedule: how the learning rate falls afterwards
+        max_grad_norm: gradients are clipped to this norm; 0: never
+        eval_batch_size: texts per device and forward pass of an evaluation
+        precision: arithmetic of the forward pass; bfloat16 keeps the weights as they are (autocast)
+        checkpoint_every: optimizer steps between checkpoints, from which an interrupted training continues
+        log_every: optimizer steps between the losses written to log.json
+        activation_checkpointing: recompute activations in the backward pass to save memory
+    """
+
+    steps: int | None = None
+    epochs: float = 1.0
+    batch_size: int = 32
+    accumulate: int = 1
+    learning_rate: float = 5e-5
+    weight_decay: float = 0.01
+    warmup_share: float = 0.1
+    schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
+    max_grad_norm: float = 1.0
+    eval_batch_size: int = 64
+    precision: Literal["float32", "bfloat16"] = "float32"
+    checkpoint_every: int = 200
+    log_every: int = 10
+    activation_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        _check(self.steps is None or self.steps >= 1, "train.steps", self.steps, "null or at least 1")
+        for name in ("batch_size", "accumulate", "eval_batch_size", "checkpoint_every", "log_every"):
+            _check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
+        for name in ("epochs", "learning_rate"):
+            _check(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "above 0")
+        for name in ("weight_decay", "max_grad_norm"):
+            _check(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "at least 0")
+        _check(0 <= self.warmup_share < 1, "train.warmup_share", self.warmup_share, "at least 0 and below 1")
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """Full fine-tuning on another data set before the target is touched.
+
+    Args:
+        data: the source data set
+        train: its training
+    """
+
+    data: DataConfig
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass(frozen=True)
+class MeasureConfig:
+    """The run that is measured: the top blocks and the head train on the target, the rest is frozen.
+
+    Args:
+        unfreeze: so many blocks at the top are trained, with the head; null: the whole model
+        head: name prefixes of the modules that are trained as the head; null: whatever comes after the last block
+        train: its training
+        monitor: what is measured and how often
+        overhead_pairs: steps with and without measuring that are timed against each other afterwards; 0: none
+    """
+
+    unfreeze: int | None = 2
+    head: tuple[str, ...] | None = None
+    train: TrainConfig = field(default_factory=TrainConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    overhead_pairs: int = 5
+
+    def __post_init__(self) -> None:
+        _check(self.unfreeze is None or self.unfreeze >= 0, "measure.unfreeze", self.unfreeze, "null or at least 0")
+        _check(self.overhead_pairs >= 0, "measure.overhead_pairs", self.overhead_pairs, "at least 0")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters.
+
+    Args:
+        r: rank
+        alpha: scale of the update; null: twice the rank
+        dropout: dropout before the adapter
+        target_modules: names of the linear modules inside a block; null: those peft chooses for the architecture
+        modules_to_save: modules trained in full beside the adapters; null: the task's head
+    """
+
+    r: int = 4
+    alpha: int | None = None
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] | None = None
+    modules_to_save: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        _check(self.r >= 1, "lora.r", self.r, "at least 1")
+        _check(self.alpha is None or self.alpha >= 1, "lora.alpha", self.alpha, "null or at least 1")
+        _check(0 <= self.dropout < 1, "lora.dropout", self.dropout, "at least 0 and below 1")
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    """LoRA in the planned blocks, trained on the target; the baselines train in the same way.
+
+    Args:
+        lora: the adapters
+        train: their training
+        when_empty: with a plan that names no layer, stop injecting and say so, or take the layers with the top scores
+        top: so many layers are taken then
+    """
+
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(learning_rate=5e-4))
+    when_empty: Literal["stop", "top"] = "stop"
+    top: int = 2
+
+    def __post_init__(self) -> None:
+        _check(self.top >= 1, "tune.top", self.top, "at least 1")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run.
+
+    Args:
+        model: the pretrained model
+        target: the data set to adapt to
+        output: folder for everything the run writes
+        task: what the model is trained for
+        source: an optional first training on another data set
+        measure: the measured training
+        select: how layers are chosen from what was measured
+        tune: LoRA on the chosen layers
+        baselines: other choices of equally many layers to compare with: last, first, random; or all layers
+        seed: seed of initialisation, order of texts and dropout
+    """
+
+    model: ModelConfig
+    target: DataConfig
+    output: str
+    task: Literal["sequence-classification", "causal-lm"] = "sequence-classification"
+    source: SourceConfig | None = None
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
+    select: SelectConfig = field(default_factory=SelectConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
+    baselines: tuple[str, ...] = ("last", "random")
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        _check(bool(self.output), "output", self.output, "a folder")
+        _check(0 <= self.seed < 2**32, "seed", self.seed, "between 0 and 2**32 - 1")
+        for name in self.baselines:
+            _check(name in BASELINES, "baselines", name, "among " + ", ".join(BASELINES))
+        _check(len(set(self.baselines)) == len(self.baselines), "baselines", self.baselines, "distinct names")
+
+    @property
+    def folder(self) -> Path:
+        """The output folder."""
+        return Path(self.output)
+
+
+def to_dict(config: Any) -> Any:
+    """A configuration as plain dictionaries, lists and scalars, as YAML and JSON hold it."""
+    if dataclasses.is_dataclass(config):
+        return {item.name: to_dict(getattr(config, item.name)) for item in dataclasses.fields(config)}
+    if isinstance(config, (tuple, list)):
+        return [to_dict(item) for item in config]
+    if isinstance(config, dict):
+        return {key: to_dict(value) for key, value in config.items()}
+    return config
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """The settings in which two plain configurations differ, each as `name (old -> new)`."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [] if old == new else [f"{prefix} ({_short(old)} -> {_short(new)})"]
+    found = []
+    for key in list(old) + [key for key in new if key not in old]:
+        name = f"{prefix}.{key}" if prefix else str(key)
+        found += differences(old.get(key), new.get(key), name)
+    return found
+
+
+def _short(value: Any) -> str:
+    text = "null" if value is None else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,46 @@
+"""What the person at the keyboard can mend, apart from what only a programmer can."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ["UserError", "disk_full", "user_errors"]
+
+
+class UserError(Exception):
+    """A wrong setting, file or machine: its message is one sentence that says what to change."""
+
+
+@contextmanager
+def user_errors(*kinds: type[Exception], about: str = "") -> Iterator[None]:
+    """Turns exceptions of these kinds (ValueError unless named) into a UserError, said of `about`.
+
+    Only around calls whose errors of that kind are known to speak of the user's input; anywhere else they keep their
+    traceback.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except kinds or (ValueError,) as error:
+        text = " ".join(str(error).split())
+        raise UserError(f"{about}: {text}" if about else text) from error
+
+
+def disk_full(error: BaseException | None) -> bool:
+    """Whether this error, or one that it was raised from, says that the disk took no more.
+
+    torch and safetensors write files in C++ and Rust, and report a full disk in words instead of an errno.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        text = str(error)
+        if any(words in text for words in ("No space left on device", "Disk quota exceeded", "StorageFull")):
+            return True
+        if "PytorchStreamWriter failed writing" in text:
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -1,0 +1,49 @@
+"""How good a model is on the test texts: right answers for classification, loss per token for language."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from inflection_fast.run.batches import IGNORED
+
+__all__ = ["class_logits", "classification_metrics", "language_metrics", "token_losses"]
+
+
+def class_logits(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
+    """The logits alone, in float32; some models return hidden states beside them."""
+    return (outputs[0] if isinstance(outputs, tuple) else outputs).float()
+
+
+def classification_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Accuracy and mean cross-entropy, with the counts they come from."""
+    logits = np.asarray(logits, dtype=np.float64)
+    top = logits.max(axis=-1, keepdims=True)
+    log_sum = top[:, 0] + np.log(np.exp(logits - top).sum(axis=-1))
+    losses = log_sum - logits[np.arange(len(labels)), labels]
+    correct = int((logits.argmax(axis=-1) == labels).sum())
+    return {"accuracy": correct / len(labels), "loss": float(losses.mean()), "n": len(labels), "correct": correct}
+
+
+def token_losses(logits: Any, labels: torch.Tensor) -> torch.Tensor:
+    """Per sequence, the summed cross-entropy of the next token and the number of tokens [batch, 2].
+
+    Reduced before the Trainer gathers it: the logits of a test set would not fit in memory.
+    """
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    targets = labels[:, 1:]
+    losses = F.cross_entropy(
+        logits[:, :-1].float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none"
+    )
+    return torch.stack([losses.sum(dim=1), (targets != IGNORED).sum(dim=1).float()], dim=1)
+
+
+def language_metrics(sums: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Token-weighted loss in nats and its exponential, the perplexity, from the rows of `token_losses`."""
+    total, tokens = np.asarray(sums, dtype=np.float64).sum(axis=0)
+    loss = float(total / tokens)
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "n": int(tokens)}

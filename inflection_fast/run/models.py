@@ -1,0 +1,142 @@
+"""Loading a model and its tokenizer for a task, and deciding which of its parameters train."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from inflection_fast.run.config import ModelConfig
+from inflection_fast.run.errors import UserError, user_errors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["check_model", "load_model", "load_tokenizer", "parameter_counts", "unfreeze"]
+
+
+@contextmanager
+def _loading(config: ModelConfig) -> Iterator[None]:
+    """Says which model could not be loaded and why, in one sentence."""
+    with user_errors(OSError, ValueError, ImportError, KeyError, about=f"model {config.path} could not be loaded"):
+        yield
+
+
+def _options(config: ModelConfig) -> dict[str, Any]:
+    options = {"trust_remote_code": config.trust_remote_code}
+    if config.revision is not None:
+        options["revision"] = config.revision
+    if config.gguf_file is not None:
+        options["gguf_file"] = config.gguf_file
+    return options
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, able to pad on the right."""
+    from transformers import AutoTokenizer
+
+    with _loading(config):
+        tokenizer = AutoTokenizer.from_pretrained(config.path, **_options(config))
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise UserError(f"model {config.path}: its tokenizer has neither a padding nor an end token")
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def check_model(config: ModelConfig, task: str, names: tuple[str, ...] | None) -> None:
+    """UserError where the model cannot be used, found out without loading its weights."""
+    import torch
+    from transformers import AutoConfig
+
+    from inflection_fast.blocks import find_blocks
+
+    with _loading(config):
+        settings = AutoConfig.from_pretrained(config.path, **_options(config))
+    longest = getattr(settings, "max_position_embeddings", None)
+    if longest is not None and config.max_length > longest:
+        raise UserError(f"model.max_length is {config.max_length}, and {config.path} takes at most {longest} tokens")
+    with _loading(config), torch.device("meta"):
+        model = _class_of(task).from_config(settings, trust_remote_code=config.trust_remote_code)
+    with user_errors(about=f"model {config.path}"):
+        find_blocks(model, names)
+
+
+def load_model(
+    config: ModelConfig,
+    task: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    labels: tuple[str, ...] = (),
+    folder: Path | None = None,
+) -> PreTrainedModel:
+    """The model for a task: from `folder` where a stage has saved one, else from where the configuration says.
+
+    A head that the weights do not hold, or hold for another number of labels, is made anew; the caller has set the seed.
+    """
+    import torch
+
+    options: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
+    options.update(_options(config) if folder is None else {"trust_remote_code": config.trust_remote_code})
+    if config.gguf_file is None or folder is not None:
+        options["use_safetensors"] = True  # other formats are pickles, which run code when they are read
+    if config.attention is not None:
+        options["attn_implementation"] = config.attention
+    if task == "sequence-classification":
+        options.update(
+            num_labels=len(labels),
+            id2label=dict(enumerate(labels)),
+            label2id={name: i for i, name in enumerate(labels)},
+            ignore_mismatched_sizes=True,
+        )
+    with _loading(config):
+        model = _class_of(task).from_pretrained(str(folder or config.path), **options)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def unfreeze(model: PreTrainedModel, blocks: list[Any], top: int | None, head: tuple[str, ...] | None) -> list[str]:
+    """Leaves the last `top` blocks and the head trainable (None: everything) and returns the trainable names.
+
+    Without names, the head is every parameter that the model registers after its last block. A weight shared with the
+    embeddings counts as theirs, and stays frozen.
+    """
+    named = dict(model.named_parameters())
+    if top is None:
+        return list(named)
+    if top > len(blocks):
+        raise UserError(f"measure.unfreeze is {top}, and the model has {len(blocks)} blocks")
+    inside = {id(p): block.index for block in blocks for p in block.module.parameters()}
+    order = list(named)
+    last = max(i for i, name in enumerate(order) if id(named[name]) in inside)
+    for prefix in head or ():
+        if not any(name == prefix or name.startswith(prefix + ".") for name in order):
+            raise UserError(f"measure.head: the model has no parameters under {prefix!r}")
+    trainable = []
+    for i, (name, parameter) in enumerate(named.items()):
+        if id(parameter) in inside:
+            train = inside[id(parameter)] >= len(blocks) - top
+        elif head is None:
+            train = i > last
+        else:
+            train = any(name == prefix or name.startswith(prefix + ".") for prefix in head)
+        parameter.requires_grad_(train)
+        if train:
+            trainable.append(name)
+    if not trainable:
+        raise UserError("measure.unfreeze is 0 and the model has no head of its own: nothing would be trained")
+    return trainable
+
+
+def parameter_counts(model: Any) -> tuple[int, int]:
+    """How many parameters train, and how many there are."""
+    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, trains in counts if trains), sum(n for n, _ in counts)
+
+
+def _class_of(task: str) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    return AutoModelForCausalLM if task == "causal-lm" else AutoModelForSequenceClassification

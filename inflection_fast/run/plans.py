@@ -1,0 +1,54 @@
+"""Making a plan alone, from any timeline, and bringing a plan from elsewhere into a run."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from inflection_fast.decide import Plan, SelectConfig, select
+from inflection_fast.run.errors import UserError, user_errors
+from inflection_fast.run.folder import load_settings
+from inflection_fast.timeline import Timeline
+
+__all__ = ["adopt_plan", "make_plan", "select_settings"]
+
+
+def select_settings(folder: Path) -> dict[str, Any]:
+    """The settings of the selection that a run folder was made with; none where the folder holds no run."""
+    path = folder / "config.yaml"
+    settings = load_settings(path).get("select") if path.is_file() else None
+    return settings or {}
+
+
+def make_plan(source: Path, config: SelectConfig, out: Path | None) -> tuple[Plan, Path]:
+    """Chooses layers from the timeline of a run folder, another folder or a file, and writes the plan."""
+    is_run = (source / "run.json").is_file()
+    with user_errors(ValueError, FileNotFoundError):
+        timeline = Timeline.load(source / "measure" if is_run else source)
+    with user_errors(about="plan"):
+        plan = select(timeline, config)
+    path = out or (source if source.is_dir() else source.parent) / "plan.json"
+    if is_run and path == source / "plan.json":
+        _not_in_use(source, plan.layers, "write the new plan to another file with --out")
+    plan.save(path)
+    return plan, path
+
+
+def adopt_plan(run: Path, path: Path) -> None:
+    """Makes a plan from elsewhere the plan of a run."""
+    with user_errors(ValueError, FileNotFoundError):
+        plan = Plan.load(path)
+    own = run / "plan.json"
+    if own.is_file() and path.samefile(own):
+        return
+    _not_in_use(run, plan.layers, "choose another output folder")
+    shutil.copyfile(path, fresh := own.with_name(".plan.json.tmp"))
+    fresh.replace(own)
+
+
+def _not_in_use(run: Path, layers: tuple[int, ...], instead: str) -> None:
+    """Refuses to change a plan that models were trained on: the report would then show one plan and other models."""
+    own = run / "plan.json"
+    if (run / "tune").is_dir() and own.is_file() and Plan.load(own).layers != layers:
+        raise UserError(f"{run} holds a model trained on layers {list(Plan.load(own).layers)}: {instead}")

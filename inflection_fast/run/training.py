@@ -1,0 +1,172 @@
+"""One stage of training by transformers.Trainer that survives being killed at any moment."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from inflection_fast.run.batches import Batches
+from inflection_fast.run.config import TrainConfig
+from inflection_fast.run.evaluation import class_logits, classification_metrics, language_metrics, token_losses
+from inflection_fast.run.folder import write_json
+
+__all__ = ["Trained", "evaluate", "last_checkpoint", "train"]
+
+CHECKPOINTS = "checkpoints"
+CLOCK = "clock.json"
+TRAINING = "training.json"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a finished training leaves behind."""
+
+    model: Any
+    steps: int
+    seconds: float
+    trainable: int
+    total: int
+
+
+@dataclass
+class _Clock(TrainerCallback):
+    """Counts the seconds of a training over all its interruptions, in a file beside each checkpoint."""
+
+    before: float = 0.0
+    began: float = field(default_factory=time.perf_counter)
+
+    @property
+    def seconds(self) -> float:
+        return self.before + time.perf_counter() - self.began
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.began = time.perf_counter()
+
+    def on_save(self, args, state, control, **kwargs):
+        write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / CLOCK, {"seconds": self.seconds})
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint; the clock is written last, so one that lacks it was torn."""
+    found = {int(path.parent.name.rsplit("-", 1)[1]): path.parent for path in folder.glob(f"checkpoint-*/{CLOCK}")}
+    return found[max(found)] if found else None
+
+
+def train(
+    folder: Path,
+    config: TrainConfig,
+    batches: Batches,
+    items: Sequence[Any],
+    *,
+    seed: int,
+    quiet: bool,
+    build: Callable[[], Any],
+    save: Callable[[Any, Path], None],
+    result: Path,
+    restore: Callable[[Path], Any],
+    callbacks: Callable[[Any, int], Sequence[TrainerCallback]] = lambda model, step: (),
+) -> Trained:
+    """Trains a model in `folder`, or continues where an earlier call was stopped.
+
+    `build()` gives the model as it is before training, `save(model, path)` writes the trained one, which is then renamed
+    to `result`, and `restore(result)` reads it back where training had finished. `callbacks(model, step)` is asked when
+    the model still has its first weights, also when the training goes on at a later step.
+    """
+    record = folder / TRAINING
+    if result.is_dir() and record.is_file():
+        facts = json.loads(record.read_text(encoding="utf-8"))
+        return Trained(model=restore(result), **facts)
+    checkpoints = folder / CHECKPOINTS
+    checkpoint = last_checkpoint(checkpoints)
+    model = build()
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    clock = _Clock()
+    if checkpoint is not None:
+        clock.before = json.loads((checkpoint / CLOCK).read_text(encoding="utf-8"))["seconds"]
+    trainer = _trainer(model, config, batches, checkpoints, seed=seed, quiet=quiet, items=items)
+    step = 0 if checkpoint is None else int(checkpoint.name.rsplit("-", 1)[1])
+    for callback in [*callbacks(model, step), clock]:
+        trainer.add_callback(callback)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    facts = {
+        "steps": trainer.state.global_step,
+        "seconds": round(clock.seconds, 3),
+        "trainable": trainable,
+        "total": total,
+    }
+    write_json(folder / "log.json", trainer.state.log_history)
+    partial = result.with_name(f"{result.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    save(model, partial)
+    write_json(record, facts)
+    shutil.rmtree(result, ignore_errors=True)
+    partial.rename(result)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    return Trained(model=model, **facts)
+
+
+def evaluate(
+    model: Any, config: TrainConfig, batches: Batches, items: Sequence[Any], folder: Path, *, quiet: bool
+) -> tuple[dict[str, float], float]:
+    """Metrics on the test items, and the seconds it took."""
+    trainer = _trainer(model, config, batches, folder / CHECKPOINTS, seed=0, quiet=quiet)
+    begin = time.perf_counter()
+    output = trainer.predict(items)
+    metrics = language_metrics if batches.task == "causal-lm" else classification_metrics
+    return metrics(output.predictions, output.label_ids), round(time.perf_counter() - begin, 3)
+
+
+def _trainer(
+    model: Any,
+    config: TrainConfig,
+    batches: Batches,
+    checkpoints: Path,
+    *,
+    seed: int,
+    quiet: bool,
+    items: Sequence[Any] | None = None,
+) -> Trainer:
+    arguments = TrainingArguments(
+        output_dir=str(checkpoints),
+        max_steps=config.steps if config.steps is not None else -1,
+        num_train_epochs=config.epochs,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.eval_batch_size,
+        gradient_accumulation_steps=config.accumulate,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        warmup_steps=config.warmup_share,
+        lr_scheduler_type=config.schedule,
+        max_grad_norm=config.max_grad_norm,
+        bf16=config.precision == "bfloat16",
+        gradient_checkpointing=config.activation_checkpointing,
+        save_strategy="steps",
+        save_steps=config.checkpoint_every,
+        save_total_limit=2,  # the last but one is there while the last is being written
+        logging_strategy="steps",
+        logging_steps=config.log_every,
+        report_to="none",
+        disable_tqdm=quiet,
+        seed=seed,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,  # batches are made of text, which is no argument of the model
+        label_names=["labels"],
+    )
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        data_collator=batches.collate,
+        train_dataset=items,
+        preprocess_logits_for_metrics=token_losses if batches.task == "causal-lm" else class_logits,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
