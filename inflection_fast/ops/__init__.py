@@ -5,5 +5,6 @@ Shape letters: B batch, H heads, Q queries, K keys, L layers, N samples, D featu
 
 from .library import build_info
 from .norms import sum_of_squares
+from .stats import AttentionStats
 
-__all__ = ["build_info", "sum_of_squares"]
+__all__ = ["AttentionStats", "build_info", "sum_of_squares"]

@@ -1,7 +1,7 @@
 """Loads the operator libraries: the CPU one always, the CUDA one where torch has CUDA.
 
-Importing this module defines every ``torch.ops.inflection_fast.*`` operator. A library that is missing or cannot be opened
-is an ImportError that says which command mends it: there is no slower path to fall back to unnoticed.
+Importing this module defines every ``torch.ops.inflection_fast.*`` operator. A library that is missing or cannot be
+opened is an ImportError that says which command mends it: there is no slower path to fall back to unnoticed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def load(stem: str) -> Path:
     """Open ``<package>/<stem>.*.so`` and return its path."""
     found = sorted(FOLDER.glob(f"{stem}.*so")) + sorted(FOLDER.glob(f"{stem}.*pyd"))
     if not found:
-        raise ImportError(f"inflection_fast: the library {stem} was not built beside {FOLDER}; build it with: {REBUILD}")
+        raise ImportError(f"inflection_fast: no library {stem} beside {FOLDER}; build it with: {REBUILD}")
     try:
         torch.ops.load_library(str(found[0]))
     except OSError as error:

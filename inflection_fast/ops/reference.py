@@ -1,0 +1,151 @@
+"""The specification: every operator in plain PyTorch, same name, same signature, any float dtype and device.
+
+Short before fast. float64 inputs are computed in float64, everything else in float32. "At or below half of the lowest
+finite number is -inf" is decided in the dtype that comes in: set such values to -inf before widening a tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .stats import AttentionStats
+
+INF = float("inf")
+
+
+def attention_entropy(
+    logits: Tensor, *, attn_mask: Tensor | None = None, is_causal: bool = False, scale: float = 1.0
+) -> Tensor:
+    """Entropy of every softmax row of `logits` ``[..., Q, K]``, in nats."""
+    return attention_stats(logits, attn_mask=attn_mask, is_causal=is_causal, scale=scale).entropy
+
+
+def attention_stats(
+    logits: Tensor, *, attn_mask: Tensor | None = None, is_causal: bool = False, scale: float = 1.0
+) -> AttentionStats:
+    """Statistics of every softmax row of `logits` ``[..., Q, K]``."""
+    queries, keys = logits.shape[-2:]
+    attend = ~(logits <= floor_of(logits))
+    if is_causal:
+        attend = attend & causal(torch.arange(queries, device=logits.device), keys)
+    bias, allowed = split(attn_mask)
+    scores = wide(logits) * scale + bias
+    broken = logits == INF  # also where a negative scale turns it into -inf
+    return row_stats(scores.masked_fill(broken, INF), (attend & allowed).expand(scores.shape))
+
+
+def attention_entropy_qk(
+    query: Tensor,
+    key: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    window: tuple[int, int] | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """Entropy of every softmax row of the attention of `query` ``[B, H, Q, D]`` to `key` ``[B, Hkv, K, D]``."""
+    return attention_stats_qk(
+        query, key, attn_mask=attn_mask, is_causal=is_causal, scale=scale, window=window, softcap=softcap, sinks=sinks,
+        rows=rows,
+    ).entropy  # fmt: skip
+
+
+def attention_stats_qk(
+    query: Tensor,
+    key: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    window: tuple[int, int] | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    rows: Tensor | None = None,
+) -> AttentionStats:
+    """Statistics of every softmax row of the attention of `query` ``[B, H, Q, D]`` to `key` ``[B, Hkv, K, D]``."""
+    batch, heads, queries, depth = query.shape
+    kv_heads, keys = key.shape[1:3]
+    rows = torch.arange(queries, device=query.device) if rows is None else rows
+    repeated = wide(key).repeat_interleave(heads // kv_heads, dim=1)
+    scores = wide(query)[:, :, rows] @ repeated.mT * (depth**-0.5 if scale is None else scale)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    bias, allowed = split(attn_mask, (batch, heads, queries, keys))
+    if attn_mask is not None:
+        bias, allowed = (x[..., rows, :] if x.ndim else x for x in (bias, allowed))
+    attend = allowed & torch.ones(keys, dtype=torch.bool, device=query.device)
+    column = torch.arange(keys, device=query.device)
+    if is_causal:
+        attend = attend & causal(rows, keys)
+    if window is not None and window[0] >= 0:
+        attend = attend & (column >= rows[:, None] - window[0])
+    if window is not None and window[1] >= 0:
+        attend = attend & (column <= rows[:, None] + window[1])
+    scores = scores + bias
+    return row_stats(scores, attend.expand(scores.shape), None if sinks is None else wide(sinks)[:, None, None])
+
+
+def sum_of_squares(tensors: Sequence[Tensor], groups: Sequence[int]) -> Tensor:
+    """Sum of squares of the tensors of every group."""
+    total = torch.zeros(max(groups) + 1, dtype=torch.float64, device=tensors[0].device)
+    for tensor, group in zip(tensors, groups, strict=True):
+        total[group] += tensor.double().square().sum()
+    return total.float()
+
+
+def row_stats(scores: Tensor, attend: Tensor, sinks: Tensor | None = None) -> AttentionStats:
+    """Statistics over the last dimension of `scores` where `attend`; `sinks` is one more column without a value."""
+    keys = attend.sum(-1)
+    broken = (attend & (scores.isnan() | (scores == INF))).any(-1)
+    scores = torch.nn.functional.pad(scores.masked_fill(~attend, -INF), (1, 0), value=-INF)
+    top = scores.amax(-1)
+    if sinks is not None:
+        scores = torch.cat([sinks.expand_as(scores[..., :1]), scores[..., 1:]], -1)
+        broken = broken | (sinks.isnan() | (sinks == INF)).squeeze(-1)
+    empty = (scores == -INF).all(-1)
+    scores = scores.masked_fill(empty[..., None], 0.0)  # any finite number: its results are replaced below
+
+    log_p = scores.log_softmax(-1)
+    p = log_p.exp()
+    first = p[..., 0] if sinks is not None else p[..., 1:2].sum(-1)
+    stats = AttentionStats(
+        entropy=(p * -log_p.masked_fill(scores == -INF, 0.0)).sum(-1).masked_fill(empty, 0.0),
+        lse=scores.logsumexp(-1).masked_fill(empty, -INF),
+        max_logit=top.detach(),
+        keys=keys.to(scores.dtype),
+        collision=p.square().sum(-1).masked_fill(empty, 0.0),
+        sink=first.masked_fill(empty, 0.0),
+    )
+    nan = float("nan")
+    return AttentionStats(*(x if name == "keys" else x.masked_fill(broken, nan) for name, x in stats._asdict().items()))
+
+
+def causal(rows: Tensor, keys: int) -> Tensor:
+    """Row i attends columns j <= i: aligned top-left."""
+    return torch.arange(keys, device=rows.device) <= rows[:, None]
+
+
+def split(mask: Tensor | None, shape: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+    """A mask as what it adds to the scores and what it allows."""
+    if mask is None:
+        return torch.tensor(0.0), torch.tensor(True)
+    mask = mask if shape is None else mask.expand(shape)
+    if mask.dtype == torch.bool:
+        return torch.tensor(0.0), mask
+    return wide(mask), ~(mask <= floor_of(mask))
+
+
+def floor_of(x: Tensor) -> float:
+    """Values at or below half of the lowest finite number mean -inf."""
+    return torch.finfo(x.dtype).min / 2
+
+
+def wide(x: Tensor) -> Tensor:
+    """float64 stays, everything else becomes float32."""
+    return x if x.dtype == torch.float64 else x.float()
