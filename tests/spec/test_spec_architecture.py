@@ -13,7 +13,8 @@ ALL = MEASURING | DECIDING | {"act", "integrations", "report", "run"}
 TORCH = {"ops", "blocks", "measure", "act", "integrations", "run"}
 OWN = {  # part -> parts of ours that it may import; the table of docs/design.md
     "ops": set(), "blocks": set(), "timeline": set(), "measure": MEASURING - {"measure"}, "decide": {"timeline"},
-    "act": {"blocks", "decide"}, "integrations": {"measure", "timeline"}, "report": DECIDING, "run": ALL - {"run"}, "cli": {"run"},
+    "act": {"blocks", "decide"}, "integrations": {"measure", "timeline"}, "report": DECIDING,
+    "run": ALL - {"run"}, "cli": {"run"},
     "__main__": {"cli"}, "__init__": ALL,
 }  # fmt: skip
 GUARDED = {  # third party -> parts that may name it at all, and those among them that may do so at import time
