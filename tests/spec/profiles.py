@@ -10,7 +10,9 @@ LOG_GRADIENT = [-5.5, -2.4, -2.2, -2.0, -1.8, -1.6, -1.4, -1.2, -1.0, -0.8, -0.6
 BAND = (0, 1, 4, 5, 6)
 
 
-def timeline(entropy, log_gradient, *, steps=20, heads=4, noise=0.02, se=0.01, seed=0, layers=None, meta=None, **fixed):
+def timeline(
+    entropy, log_gradient, *, steps=20, heads=4, noise=0.02, se=0.01, seed=0, layers=None, meta=None, missing=()
+):
     """[L] profiles, repeated over steps and heads with noise; NaN stays NaN."""
     rng, L = np.random.default_rng(seed), len(entropy)
     layers = layers or [f"encoder.layer.{i}" for i in range(L)]
@@ -24,8 +26,7 @@ def timeline(entropy, log_gradient, *, steps=20, heads=4, noise=0.02, se=0.01, s
                 "activation_grad": np.exp(np.asarray(log_gradient, float) + rng.normal(size=L) * noise),
                 "loss": 1.0,
             }
-            signals |= fixed
-            writer.append(step, **{k: np.asarray(v, np.float32) for k, v in signals.items() if v is not None})
+            writer.append(step, **{k: np.asarray(v, np.float32) for k, v in signals.items() if k not in missing})
         return writer.timeline
 
 
