@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -65,29 +66,34 @@ def profile_chart(
 
 
 def stage_chart(stages: Sequence[Stage], highlighted: str) -> Figure:
-    """Accuracy with its standard error, and the number of trained parameters, of every stage."""
+    """Accuracy with its standard error (of a language model the loss), and the trained parameters, of every stage."""
     from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter
 
-    drawn = canvas.figure(WIDTH, 1.3 + 0.34 * len(stages))
+    language = all(stage.accuracy is None for stage in stages) and any(stage.loss is not None for stage in stages)
+    drawn = canvas.figure(WIDTH, 1.3 + 0.38 * len(stages))
     left, right = drawn.subplots(1, 2, sharey=True, width_ratios=(3, 2))
-    canvas.dress(left, "Accuracy by stage", "accuracy on held-out examples, %")
+    if language:
+        canvas.dress(left, "Loss by stage", "loss on held-out text, nats per token")
+    else:
+        canvas.dress(left, "Accuracy by stage", "accuracy on held-out examples, %")
     canvas.dress(right, "Trainable parameters", "parameters (log scale)")
     for row, stage in enumerate(stages):
         colour = canvas.CHOSEN if stage.name == highlighted else canvas.BLUE
-        point = {"color": colour, "marker": "o", "markersize": 5}
+        point = {"color": colour, "marker": "o", "markersize": 5, "linestyle": "none"}
         point["markerfacecolor"] = "white" if stage.name == "source" else colour
-        if stage.accuracy is None:
-            left.text(0.02, row, "no accuracy recorded", transform=left.get_yaxis_transform(), **_note())
+        value, error = (stage.loss, None) if language else (stage.accuracy, stage.standard_error)
+        scale = 1 if language else 100
+        if value is None:
+            left.text(0.05, row, "not recorded", transform=left.get_yaxis_transform(), **_note())
         else:
-            error = 100 * (stage.standard_error or 0)
-            left.errorbar(100 * stage.accuracy, row, xerr=error, capsize=3, elinewidth=1.2, linestyle="none", **point)
-        if stage.majority is not None:
+            left.errorbar(scale * value, row, xerr=scale * (error or 0), capsize=3, elinewidth=1.2, **point)
+        if stage.majority is not None and not language:
             left.plot(100 * stage.majority, row, color=canvas.GREY, marker="|", markersize=13, markeredgewidth=1.8)
         if stage.trainable:
-            right.plot(stage.trainable, row, linestyle="none", **point)
+            right.plot(stage.trainable, row, **point)
             right.annotate(count(stage.trainable), (stage.trainable, row), (7, 0), **_beside())
         else:
-            right.text(0.02, row, count(stage.trainable), transform=right.get_yaxis_transform(), **_note())
+            right.text(0.05, row, count(stage.trainable), transform=right.get_yaxis_transform(), **_note())
     sizes = [stage.trainable for stage in stages if stage.trainable]
     if sizes:
         # room on the right for the number beside the last point
@@ -97,11 +103,11 @@ def stage_chart(stages: Sequence[Stage], highlighted: str) -> Figure:
     left.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
     left.set_ylim(len(stages) - 0.4, -0.6)
     left.yaxis.set_major_locator(FixedLocator(range(len(stages))))
-    left.set_yticklabels([_shortened(stage.label) for stage in stages], fontsize=canvas.NORMAL)
+    left.set_yticklabels([_folded(stage.label) for stage in stages], fontsize=canvas.NORMAL)
     left.grid(axis="y", color="#e4e4e4", linewidth=0.6)
     left.set_axisbelow(True)
     left.margins(x=0.08)
-    if any(stage.majority is not None for stage in stages):
+    if not language and any(stage.majority is not None for stage in stages):
         mark = {"marker": "|", "color": canvas.GREY, "markersize": 9, "markeredgewidth": 1.8, "linestyle": "none"}
         canvas.legend(left, [_handle(label="most frequent answer", **mark)])
     return drawn
@@ -156,8 +162,8 @@ def _gaps(ax: Axes, values: np.ndarray) -> list[Any]:
     from matplotlib.patches import Patch
 
     missing = np.flatnonzero(~np.isfinite(values))
-    for layer in missing:
-        ax.axvspan(layer - 0.5, layer + 0.5, zorder=0, **canvas.NO_VALUE)
+    for run in np.split(missing, np.flatnonzero(np.diff(missing) > 1) + 1) if len(missing) else ():
+        ax.axvspan(run[0] - 0.5, run[-1] + 0.5, zorder=0, **canvas.NO_VALUE)
     return [Patch(label="no value", **canvas.NO_VALUE)] if len(missing) else []
 
 
@@ -184,5 +190,6 @@ def _note() -> dict[str, Any]:
     return {"va": "center", "fontsize": canvas.SMALL, "color": canvas.GREY, "style": "italic", "bbox": canvas.PLATE}
 
 
-def _shortened(label: str, limit: int = 28) -> str:
-    return label if len(label) <= limit else label[: limit - 1] + "…"
+def _folded(label: str, width: int = 26) -> str:
+    """A long label on two lines."""
+    return "\n".join(textwrap.wrap(label, width, max_lines=2, placeholder=" ..."))

@@ -83,6 +83,11 @@ class Run:
         return self.stages.get("tune")
 
     @property
+    def in_order(self) -> list[Stage]:
+        """Every stage with results, the injected model last, beside what it is compared with."""
+        return [stage for stage in (self.source, *self.baselines, self.tune) if stage is not None]
+
+    @property
     def baselines(self) -> list[Stage]:
         """Everything the injected model is to be compared with: no training, shallow training, LoRA in other layers."""
         names = [UNTRAINED, "measure", *(name for name in self.stages if name.startswith(BASELINE))]
@@ -107,7 +112,8 @@ def read(folder: str | Path) -> Run:
     config, settings = _settings(folder / "config.yaml")
     stages = {name: _stage(_json(folder / name / "stage.json"), folder / name / "stage.json", name) for name in names}
     if "source" in stages:
-        stages |= _untrained(folder / "source" / "stage.json")
+        target = next((stage for name, stage in stages.items() if name != "source"), None)
+        stages |= _untrained(folder / "source" / "stage.json", target.majority if target else None)
     return Run(
         folder=folder,
         finished=tuple(facts.get("finished") or ()),
@@ -147,13 +153,14 @@ def _settings(path: Path) -> tuple[str | None, dict[str, Any]]:
     return text, content
 
 
-def _untrained(path: Path) -> dict[str, Stage]:
+def _untrained(path: Path, majority: float | None) -> dict[str, Stage]:
     """The source model as it is, on the target: what every training on the target has to improve upon."""
     content = _json(path)
     if not content.get("on_target"):
         return {}
     known = {"label": "source model, not trained further", "task": content.get("task"), "metrics": content["on_target"]}
-    return {UNTRAINED: _stage(known | {"trainable_parameters": 0, "layers": [], "steps": 0}, path, UNTRAINED)}
+    known |= {"majority": majority, "trainable_parameters": 0, "layers": [], "steps": 0}
+    return {UNTRAINED: _stage(known, path, UNTRAINED)}
 
 
 def _stage(content: dict[str, Any], path: Path, name: str) -> Stage:

@@ -49,6 +49,6 @@ def _swap(fresh: Path, target: Path) -> None:
         aside.rename(target)
         raise
     for path in aside.iterdir():
-        if path.name != PAGE and path.name not in pictures.FILES:
+        if path.name != PAGE and path.name not in pictures.FILES.values():
             path.rename(target / path.name)
     shutil.rmtree(aside.parent)

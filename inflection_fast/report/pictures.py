@@ -132,17 +132,21 @@ def draw(run: Run, folder: Path) -> Pictures:
 
 
 def _stages(run: Run, add: Callable[..., None]) -> None:
-    order = [stage for stage in (run.source, *run.baselines, run.tune) if stage is not None]
+    order = run.in_order
     if not order:
         return
+    language = all(stage.accuracy is None for stage in order)
     caption = (
-        "Points are accuracies on held-out examples, bars one binomial standard error to each side (hidden where "
+        "Points are losses on held-out text, lower is better; they come without a standard error, so small differences "
+        "say nothing. On the right, how many parameters each stage trained."
+        if language
+        else "Points are accuracies on held-out examples, bars one binomial standard error to each side (hidden where "
         "shorter than the point), grey marks what always giving the most frequent answer would score. Bars that "
         "overlap widely mean that the difference may be chance. On the right, how many parameters each stage trained."
     )
     if run.source is not None:
         caption += " The hollow point is another task, and not to be compared with the others."
-    add("stages", "Accuracy and trainable parameters", caption, stage_chart(order, "tune"))
+    add("stages", f"{'Loss' if language else 'Accuracy'} and trainable parameters", caption, stage_chart(order, "tune"))
 
 
 def _choice(run: Run, add: Callable[..., None], missing: dict[str, str]) -> None:
@@ -169,7 +173,7 @@ def _choice(run: Run, add: Callable[..., None], missing: dict[str, str]) -> None
         return
     caption = (
         "SKI is the weighted mean of the two components below it: it is high where entropy and gradient are both low, "
-        "which is where the paper expects an adapter to pay. Compare within this picture only: both components are "
+        "where adapters are expected to pay (arXiv 2511.00797). Compare within this picture only: both components are "
         "scaled to the layers of this model."
     )
     add("ski", "SKI by layer", caption, index_chart(np.asarray(plan.scores, float), components(plan), plan.layers))

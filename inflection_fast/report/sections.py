@@ -22,7 +22,7 @@ from inflection_fast.report.words import (
     significant,
 )
 
-__all__ = ["missing_parts", "model_name", "overhead", "page", "training_note"]
+__all__ = ["missing_parts", "model_name", "overhead", "overhead_share", "page", "training_note"]
 
 LONG = 64  # with more layers than this the table lists the chosen ones only
 
@@ -77,7 +77,7 @@ def _answer(run: Run, pictures: Pictures) -> list[str]:
 
 
 def _stage_table(run: Run) -> str:
-    stages = [stage for stage in (run.source, *run.baselines, run.tune) if stage is not None]
+    stages = run.in_order
     if not stages:
         return "No stage has finished, so there are no results."
     language = all(stage.accuracy is None for stage in stages)
@@ -166,7 +166,7 @@ def _what_was_run(run: Run) -> list[str]:
         f" ({model.get('model_type') or 'type not recorded'}), {count(total)} parameters, "
         f"{count(layers)} transformer layers{f' with {timeline.heads} attention heads each' if timeline else ''}.",
         *described(run),
-        *[f"**{_initial(stage.label)}:** {training_note(stage)}" for stage in run.stages.values() if stage.trainable],
+        *[f"**{_initial(stage.label)}:** {training_note(stage)}" for stage in run.in_order if stage.trainable],
         f"**Seed:** {MISSING if run.seed is None else run.seed}.",
     ]
     return ["## What was run", _bullets(facts)]
@@ -248,38 +248,42 @@ def overhead(run: Run) -> list[str]:
     if timed is None:
         said.append("Steps with and without measuring were not timed against each other in this run.")
     else:
-        off, on, noise = (timed.get(name) for name in ("off_ms", "on_ms", "noise"))
-        change = on / off - 1
         said.append(
-            f"A training step took {significant(off)} ms without and {significant(on)} ms with measuring "
-            f"({change:+.1%}, medians of interleaved steps)."
+            f"A step that is measured takes {significant(timed['on_ms'])} ms, one that is not "
+            f"{significant(timed['off_ms'])} ms (medians of interleaved forward and backward passes, without the fixed "
+            "probe texts). Spread over the steps that are not measured, that is "
+            f"{overhead_share(timed)} of the training."
         )
-        if noise is not None and abs(change) <= noise:
-            said.append(f"That is within the noise: two timings of the same step differ by {noise:.1%}.")
-        elif noise is not None:
-            said.append(f"Two timings of the same step differ by {noise:.1%}.")
     spent = run.timeline.measure_ms if run.timeline is not None else np.array([])
     spent = spent[np.isfinite(spent)]
     if spent.size and run.measure.train_seconds:
         share = spent.sum() / 1000 / run.measure.train_seconds
         said.append(
             f"Over the whole stage, {spent.size} measured steps spent {seconds(spent.sum() / 1000)} on measuring, "
-            f"{share:.1%} of its training time."
+            f"{percent(share)} of its training time."
         )
     return said
+
+
+def overhead_share(timed: dict[str, float]) -> str:
+    """The cost of measuring as a share of training, with its standard error, and whether it stands out from that."""
+    share, error = timed["ratio"] - 1, timed["noise"]
+    within = ", which is within the noise" if abs(share) <= NOISE * error else ""
+    return f"{100 * share:+.2f} ± {100 * error:.2f} %{within}"
 
 
 def _repeat(run: Run) -> list[str]:
     blocks = ["## How to repeat it"]
     if run.config is None:
         return [*blocks, "Not possible from this folder: its config.yaml is missing."]
+    where = str(run.settings.get("output") or run.folder.name).rstrip("/")
     fence = "````" if "```" in run.config else "```"
     return [
         *blocks,
-        "Save the settings below as `config.yaml`, give `output` a new folder, and run",
-        "```\ninflection-fast run --config config.yaml\n```",
+        "From the folder in which it was started, into a new folder (the settings are those below):",
+        f"```\ninflection-fast run --config {where}/config.yaml --output {where}-again\n```",
         "To choose layers again from what was measured, or to write this page again, without training anything:",
-        "```\ninflection-fast plan --config config.yaml\ninflection-fast report --config config.yaml\n```",
+        f"```\ninflection-fast plan {where} --out {where}/other-plan.json\ninflection-fast report {where}\n```",
         f"{fence}yaml\n{run.config.rstrip()}\n{fence}",
     ]
 

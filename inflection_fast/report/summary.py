@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from inflection_fast.report.folder import Run, read
 from inflection_fast.report.profile import by_name, log_gradient
-from inflection_fast.report.sections import missing_parts, model_name, overhead
+from inflection_fast.report.sections import missing_parts, model_name, overhead, overhead_share
 from inflection_fast.report.verdict import compare, verdict
 from inflection_fast.report.words import MISSING, accuracy, count, score, significant
 
@@ -24,30 +24,33 @@ def summary(run_folder: str | Path, console: Console) -> None:
     """Shows on `console` what a run found. ValueError if the folder is not a run or a file in it is damaged."""
     from rich.text import Text
 
+    def show(what: str | Table, style: str = "") -> None:
+        console.print(Text(what, style) if isinstance(what, str) else what, soft_wrap=False)
+
     run = read(run_folder)
     first, *rest = verdict(run)
-    console.print(Text(f"Inflection layers of {model_name(run)}", style="bold"))
-    console.print(_stages(run) if run.stages else Text("No stage has finished."))
-    console.print(Text(first, style="bold"))
+    show(f"Inflection layers of {model_name(run)}", "bold")
+    show(_stages(run) if run.stages else "No stage has finished.")
+    show(first, "bold")
     for sentence in rest:
-        console.print(Text(sentence))
+        show(sentence)
     console.print()
     if run.plan is not None:
-        console.print(Text("Chosen layers", style="bold"))
-        console.print(Text(run.plan.summary))
-        console.print(_layers(run))
-    console.print(Text("Cost of measuring", style="bold"))
+        show("Chosen layers", "bold")
+        show(run.plan.summary)
+        show(_layers(run))
+    show("Cost of measuring", "bold")
     timed = run.measure.overhead if run.measure else None
     if timed is not None:
-        console.print(_overhead(timed))
+        show(_overhead(timed))
     for sentence in overhead(run)[0 if timed is None else 1 :]:
-        console.print(Text(sentence))
+        show(sentence)
     absent = missing_parts(run)
     if absent:
         console.print()
-        console.print(Text("Missing or to be noted", style="bold"))
+        show("Missing or to be noted", "bold")
         for sentence in absent:
-            console.print(Text(f"- {sentence}"))
+            show(f"- {sentence}")
 
 
 def _table(*columns: tuple[str, str]) -> Table:
@@ -63,7 +66,7 @@ def _table(*columns: tuple[str, str]) -> Table:
 def _stages(run: Run) -> Table:
     from rich.text import Text
 
-    stages = [stage for stage in (run.source, *run.baselines, run.tune) if stage is not None]
+    stages = run.in_order
     language = all(stage.accuracy is None for stage in stages)
     kind = "loss" if language else "accuracy"
     table = _table(("stage", "left"), (kind, "right"), ("injected better by", "left"), ("trained", "right"))
@@ -104,9 +107,6 @@ def _layers(run: Run) -> Table:
 
 
 def _overhead(timed: dict[str, float]) -> Table:
-    table = _table(("step without, ms", "right"), ("with, ms", "right"), ("overhead", "right"), ("noise", "right"))
-    off, on, noise = (timed.get(name) for name in ("off_ms", "on_ms", "noise"))
-    table.add_row(
-        significant(off), significant(on), f"{on / off - 1:+.1%}", MISSING if noise is None else f"{noise:.1%}"
-    )
+    table = _table(("unmeasured step, ms", "right"), ("measured step, ms", "right"), ("share of training", "right"))
+    table.add_row(significant(timed["off_ms"]), significant(timed["on_ms"]), overhead_share(timed))
     return table
