@@ -29,7 +29,7 @@ class InflectionCallback(TrainerCallback):
     well it adds nothing. A training resumed from a checkpoint continues the timeline in `out` at the checkpoint's step,
     and delta-CKA goes on being against the weights before training, whose features lie beside the timeline.
 
-    Nothing waits for the device but the steps that are measured: losses are kept as tensors until the monitor reads them.
+    Only the steps that are measured wait for the device; until then losses are kept as tensors.
     """
 
     def __init__(

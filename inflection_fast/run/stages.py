@@ -50,9 +50,7 @@ class Stages:
             if count is not None and count > blocks:
                 raise UserError(f"{name} is {count}, and {config.model.path} has {blocks} blocks")
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise UserError(
-                "a run is one process: start it without torchrun (measuring alone works under it, see Monitor)"
-            )
+            raise UserError("a run is one process: start it without torchrun")
         self.folder = RunFolder(config)
 
     @cached_property
