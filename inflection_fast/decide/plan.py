@@ -29,7 +29,7 @@ class Plan:
     scores: np.ndarray  # [L] SKI, NaN where a layer has none
     profile: dict[str, list[float]]  # name -> [L], the numbers the decision was made from
     config: dict  # the SelectConfig
-    model: dict  # model_type, class, layers: the names of the L blocks
+    model: dict  # model_type, class, named (blocks given by name?), layers: the names of the L blocks
 
     def __post_init__(self):
         object.__setattr__(self, "layers", tuple(self.layers))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -25,12 +26,12 @@ class Signal:
     values: np.ndarray  # [S, L], NaN in the columns of layers without values
     floor: np.ndarray  # [L] the least standard error of a layer's mean to believe
 
-    @property
+    @cached_property
     def layers(self) -> np.ndarray:
         """Indices of the layers that have values; none if there is no step."""
         return np.flatnonzero(np.isfinite(self.values).all(axis=0)) if len(self.steps) else np.arange(0)
 
-    @property
+    @cached_property
     def mean(self) -> np.ndarray:
         """The profile [L]: means over the steps."""
         return self.values.mean(axis=0) if len(self.steps) else np.full(self.values.shape[1], np.nan)
@@ -40,12 +41,11 @@ class Signal:
         layers = self.layers
         differences = sign * over_others(self.values[:, layers])
         column = int(np.searchsorted(layers, layer))
-        return self._evidence(differences, column, level, len(layers))
+        return self._evidence(differences, correlation_of(differences), column, level)
 
-    def _evidence(self, differences: np.ndarray, column: int, level: float | None, comparisons: int) -> Evidence:
-        floor = self.floor[self.layers[column]]
-        correlation = correlation_of(differences)
-        return evidence_of(differences[:, column], floor, level=level, comparisons=comparisons, correlation=correlation)
+    def _evidence(self, differences: np.ndarray, correlation: float, column: int, level: float | None) -> Evidence:
+        count, floor = len(self.layers), self.floor[self.layers[column]]
+        return evidence_of(differences[:, column], floor, level=level, comparisons=count, correlation=correlation)
 
     def above(self, layer: int, other: int, level: float | None, comparisons: int) -> Evidence:
         """Whether `layer` lies above `other`, the pair having been picked from so many `comparisons`."""
@@ -60,8 +60,9 @@ class Signal:
         layers = self.layers
         if len(layers) > 1:
             differences = over_others(self.values[:, layers])
+            correlation = correlation_of(differences)
             for column, layer in enumerate(layers):
-                errors[layer] = self._evidence(differences, column, None, len(layers)).standard_error
+                errors[layer] = self._evidence(differences, correlation, column, None).standard_error
         return errors
 
 

@@ -155,8 +155,13 @@ def _measured(timeline: Timeline, used: tuple[Signal, ...]) -> str:
 
 
 def _model(timeline: Timeline) -> dict:
-    model = timeline.meta.get("model") or {}
-    return {"model_type": model.get("model_type"), "class": model.get("class"), "layers": list(timeline.layers)}
+    model, config = timeline.meta.get("model") or {}, timeline.meta.get("config") or {}
+    return {
+        "model_type": model.get("model_type"),
+        "class": model.get("class"),
+        "named": bool(config.get("blocks")),  # the blocks were given by name, not found by structure
+        "layers": list(timeline.layers),
+    }
 
 
 def _count(k: int | float | None, layers: int) -> int | None:
