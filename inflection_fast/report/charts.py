@@ -36,7 +36,8 @@ def index_chart(scores: np.ndarray, components: dict[str, np.ndarray], chosen: S
     canvas.dress(below, "", "layer", "component")
     shown: list[Line2D] = []
     for (name, values), colour, marker in zip(components.items(), (canvas.BLUE, canvas.ORANGE), "s^", strict=True):
-        shown += _line(below, values, colour, name, marker)
+        label = name if np.isfinite(values).any() else f"{name} (no values)"
+        shown += _line(below, values, colour, label, marker)
     canvas.legend(below, shown)
     for ax, values in ((above, [scores]), (below, list(components.values()))):
         _room(ax, np.concatenate(values))
@@ -121,7 +122,7 @@ def _line(
     ax.plot(np.arange(len(values)), values, zorder=2, **style)
     if error is not None:
         bars = {"elinewidth": 1, "capsize": 4 if size else 0, "fmt": "none", "ecolor": colour}
-        ax.errorbar(np.arange(len(values)), values, yerr=np.where(np.isfinite(error), error, 0), zorder=4, **bars)
+        ax.errorbar(np.arange(len(values)), values, yerr=np.where(np.isfinite(error), error, np.nan), zorder=4, **bars)
     return [_handle(label=label, **(style | {"markersize": 4}))]
 
 

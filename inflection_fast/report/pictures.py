@@ -162,9 +162,15 @@ def _choice(run: Run, add: Callable[..., None], missing: dict[str, str]) -> None
     rings = [(layer, name) if (layer := found(plan, name)) is not None else None for name in FOUND]
     caption = (
         "The numbers that the choice was made from, averaged over the measured steps: attention entropy above, "
-        "logarithm of the activation gradient norm below. Bars are one standard error (of a layer's distance from the "
-        "median of the others) to each side; a dip or a step that is not several bars deep may be chance."
+        "logarithm of the activation gradient norm below. "
     )
+    if any(np.isfinite(errors).any() for _, _, errors in rows):
+        caption += (
+            "Bars are one standard error (of a layer's distance from the median of the others) to each side; a dip or "
+            "a step that is not several bars deep may be chance."
+        )
+    else:
+        caption += "There are no error bars, because the measured steps are too few to tell what is noise."
     if any(rings):
         caption += " Rings mark what was found; filled points without a ring were taken because they lie next to one."
     add("profile", "Profile", caption, profile_chart(rows, rings, plan.layers))

@@ -68,7 +68,7 @@ def _lead(run: Run) -> str:
 def _answer(run: Run, pictures: Pictures) -> list[str]:
     first, *rest = verdict(run)
     blocks = ["## The answer", f"**{first}**", _bullets(rest), _stage_table(run)]
-    if run.tune is not None or run.baselines:
+    if any(stage.accuracy is not None for stage in run.in_order):
         blocks.append(
             f"± is one binomial standard error. Differences up to {NOISE:g} standard errors of the difference are "
             "called noise; the two models of a comparison are treated as independent samples, which errs towards noise."
@@ -82,8 +82,9 @@ def _stage_table(run: Run) -> str:
         return "No stage has finished, so there are no results."
     language = all(stage.accuracy is None for stage in stages)
     kinds = "Loss, nats per token | Perplexity" if language else "Accuracy | Loss"
+    unit = "nats" if language else "points"
     lines = [
-        f"| Stage | {kinds} | Injected better by, points | Evaluated on | Trainable parameters | LoRA in | Steps |",
+        f"| Stage | {kinds} | Injected better by, {unit} | Evaluated on | Trainable parameters | LoRA in | Steps |",
         "|---|--:|--:|--:|--:|--:|---|--:|",
     ]
     for stage in stages:
@@ -103,7 +104,7 @@ def _stage_table(run: Run) -> str:
 
 def _missing(run: Run, pictures: Pictures) -> list[str]:
     absent = missing_parts(run) + [f"{title}: {why}." for title, why in pictures.missing.items()]
-    return ["## What is missing", _bullets(absent)] if absent else []
+    return ["## What is missing or to be noted", _bullets(absent)] if absent else []
 
 
 def missing_parts(run: Run) -> list[str]:
@@ -259,7 +260,8 @@ def overhead(run: Run) -> list[str]:
     if spent.size and run.measure.train_seconds:
         share = spent.sum() / 1000 / run.measure.train_seconds
         said.append(
-            f"Over the whole stage, {spent.size} measured steps spent {seconds(spent.sum() / 1000)} on measuring, "
+            f"Over the whole stage, {spent.size} measured step{'s' * (spent.size > 1)} spent "
+            f"{seconds(spent.sum() / 1000)} on measuring, "
             f"{percent(share)} of its training time."
         )
     return said

@@ -70,7 +70,8 @@ def _stages(run: Run) -> Table:
     language = all(stage.accuracy is None for stage in stages)
     kind = "loss" if language else "accuracy"
     table = _table(("stage", "left"), (kind, "right"), ("injected better by", "left"), ("trained", "right"))
-    table.caption = "Accuracy and differences (in points) with one standard error; trained: parameters."
+    unit = "Loss in nats per token" if language else "Accuracy and differences (in points) with one standard error"
+    table.caption = f"{unit}; trained: parameters."
     for stage in stages:
         loss = MISSING if stage.loss is None else significant(stage.loss, 4)
         table.add_row(

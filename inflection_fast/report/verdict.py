@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from inflection_fast.report.folder import Run, Stage
-from inflection_fast.report.words import count, listed, percent, significant
+from inflection_fast.report.words import count, listed, percent
 
 __all__ = ["NOISE", "SAME_SIZE", "Comparison", "compare", "verdict"]
 
@@ -25,15 +25,15 @@ class Comparison:
 
     stage: Stage
     outcome: str  # "won", "lost", "tie" or "unknown"
-    difference: float | None = None
+    difference: float | None = None  # positive: injected is better
     standard_error: float | None = None
     why: str = ""  # for "unknown": a sentence
 
     @property
     def words(self) -> str:
-        """The difference in points of accuracy, its standard error, and whether it counts."""
+        """The difference in points of accuracy (nats of loss), its standard error, and whether it counts."""
         if self.outcome == "unknown":
-            return "not known"
+            return "not known" if self.difference is None else f"{self.difference:+.3f}"
         counts = "within noise" if self.outcome == "tie" else "beyond noise"
         return f"{100 * self.difference:+.1f} ± {100 * self.standard_error:.1f}, {counts}"
 
@@ -41,7 +41,7 @@ class Comparison:
 def compare(injected: Stage, other: Stage) -> Comparison:
     """Compares the accuracy of the injected model with that of another stage."""
     if injected.accuracy is None and other.accuracy is None and None not in (injected.loss, other.loss):
-        return _by_loss(injected, other)
+        return Comparison(other, "unknown", other.loss - injected.loss)
     if injected.accuracy is None or other.accuracy is None or not injected.n or not other.n:
         return _unknown(other, "no accuracy with a number of examples was recorded for both.")
     if injected.n != other.n:
@@ -76,17 +76,6 @@ def _unknown(other: Stage, why: str) -> Comparison:
     return Comparison(other, "unknown", why=f"Injected cannot be compared with {other.label}: {why}")
 
 
-def _by_loss(injected: Stage, other: Stage) -> Comparison:
-    size = "a lower" if injected.loss < other.loss else "a higher" if injected.loss > other.loss else "the same"
-    than = "as" if size == "the same" else "than"
-    why = (
-        f"Injected has {size} loss {than} {other.label} ({significant(injected.loss, 4)} against "
-        f"{significant(other.loss, 4)}); the loss comes without a standard error, so whether that is more than "
-        "chance is not known."
-    )
-    return Comparison(other, "unknown", why=why)
-
-
 def _error(stage: Stage) -> float:
     # One right and one wrong answer are added (Agresti and Caffo 2000): without them a model that has everything right
     # would be without noise, and any difference to it beyond the noise.
@@ -101,6 +90,8 @@ def _overall(comparisons: list[Comparison]) -> str:
     }
     if not comparisons:
         return "There is nothing to compare the injected model with: this run has no baseline."
+    if all(c.outcome == "unknown" and c.difference is not None for c in comparisons):
+        return _by_loss(comparisons)
     if len(by["unknown"]) == len(comparisons):
         return "This run cannot tell whether injecting helped: no comparison could be tested against noise."
     known = len(comparisons) - len(by["unknown"])
@@ -117,6 +108,18 @@ def _overall(comparisons: list[Comparison]) -> str:
         f"is worse than {listed(by['lost'])} beyond the noise" if by["lost"] else "",
     ]
     return f"The injected model does not beat every baseline: it {listed([part for part in parts if part])}."
+
+
+def _by_loss(comparisons: list[Comparison]) -> str:
+    better, worse = ([c.stage.label for c in comparisons if (c.difference > 0) is lower] for lower in (True, False))
+    parts = [
+        f"a lower loss than {listed(better)}" if better else "",
+        f"no lower loss than {listed(worse)}" if worse else "",
+    ]
+    return (
+        f"The injected model has {listed([part for part in parts if part])}; losses come without a standard error, so "
+        "this run cannot tell whether that is more than chance."
+    )
 
 
 def _place(injected: Stage, comparisons: list[Comparison]) -> list[str]:

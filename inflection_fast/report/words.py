@@ -31,6 +31,8 @@ def seconds(number: float | None) -> str:
     """A duration in the unit that suits it."""
     if number is None:
         return MISSING
+    if 0 < number < 1:
+        return f"{1000 * number:.0f} ms"
     if number < 120:
         return f"{number:.0f} s" if number >= 10 else f"{number:.1f} s"
     return f"{number / 60:.1f} min" if number < 7200 else f"{number / 3600:.1f} h"
