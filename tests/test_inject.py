@@ -1,0 +1,272 @@
+"""LoRA on exactly the planned blocks: what is adapted, what trains, and what is refused without a trace."""
+
+import copy
+
+import numpy as np
+import peft
+import pytest
+import tiny_models as tiny
+import torch
+import transformers as hf
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from inflection_fast import Plan, find_blocks, inject
+
+BERT = "bert.encoder.layer.{}.attention.self"
+
+
+def t5_classifier():
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4, "vocab_size": tiny.VOCAB}
+    return hf.T5ForSequenceClassification(hf.T5Config(**sizes, dropout_rate=0.0, decoder_start_token_id=0))
+
+
+def multiple_choice():
+    return hf.BertForMultipleChoice(tiny.bert().config)
+
+
+def plan_for(model, *layers, **changes):
+    names = changes.get("layers") or [block.name for block in find_blocks(model)]
+    made_for = {"model_type": getattr(getattr(model, "config", None), "model_type", None), "layers": names}
+    return Plan(
+        layers=layers,
+        summary="Nothing was worth picking." if not layers else "",
+        reasons={layer: "because" for layer in layers},
+        scores=np.zeros(len(names)),
+        profile={},
+        config={},
+        model=made_for | {"class": type(model).__name__, "named": False} | changes,
+    )
+
+
+def adapted_names(model):
+    return [
+        name.removeprefix("base_model.model.") for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)
+    ]
+
+
+def trained_beside(model):
+    names = [name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name]
+    return sorted({name.removeprefix("base_model.model.").split(".modules_to_save")[0] for name in names})
+
+
+def state_of(model):
+    return {
+        "modules": [(name, id(module)) for name, module in model.named_modules()],
+        "trainable": [(name, id(p), p.requires_grad) for name, p in model.named_parameters()],
+        "attributes": set(vars(model)),
+    }
+
+
+# ---- what is adapted -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("build", "layers", "options", "modules", "head"),
+    [
+        (tiny.bert, (0, 2), {}, [f"{BERT}.query", f"{BERT}.value"], ["classifier"]),
+        (
+            tiny.distilbert,
+            (1,),
+            {"target_modules": ["q_lin", "v_lin"]},
+            ["distilbert.transformer.layer.{}.attention.q_lin", "distilbert.transformer.layer.{}.attention.v_lin"],
+            ["classifier", "pre_classifier"],
+        ),
+        (tiny.gpt2, (1,), {}, ["transformer.h.{}.attn.c_attn"], []),
+        (tiny.llama, (0, 2), {}, ["model.layers.{}.self_attn.q_proj", "model.layers.{}.self_attn.v_proj"], []),
+        (multiple_choice, (0,), {}, [f"{BERT}.query", f"{BERT}.value"], ["classifier"]),
+        (tiny.vit, (1,), {"target_modules": ["q_proj"]}, ["vit.layers.{}.attention.q_proj"], ["classifier"]),
+        (
+            tiny.HandWritten,
+            (1,),
+            {"target_modules": "all-linear"},
+            [f"blocks.{{}}.{name}" for name in ("mixer.qkv", "mixer.out", "mlp.0", "mlp.2")],
+            [],
+        ),
+    ],
+    ids=["bert", "distilbert", "gpt2", "llama", "multiple choice", "vit", "hand-written"],
+)
+def test_only_the_planned_blocks_are_adapted_and_an_untrained_head_trains(build, layers, options, modules, head):
+    model = build()
+    adapted = inject(model, plan_for(model, *layers), **options)
+    assert adapted_names(adapted) == [name.format(layer) for layer in layers for name in modules]
+    assert trained_beside(adapted) == head
+
+
+def test_encoder_and_decoder_blocks_are_told_apart():
+    model = tiny.t5()  # blocks 0, 1 are the encoder's, 2, 3 the decoder's
+    adapted = inject(model, plan_for(model, 0, 3))
+    attentions = [
+        "encoder.block.0.layer.0.SelfAttention",
+        "decoder.block.1.layer.0.SelfAttention",
+        "decoder.block.1.layer.1.EncDecAttention",
+    ]
+    assert adapted_names(adapted) == [f"{attention}.{name}" for attention in attentions for name in "qv"]
+
+
+def test_a_head_that_peft_does_not_know_trains_too():
+    model = t5_classifier()
+    assert trained_beside(inject(model, plan_for(model, 0))) == ["classification_head"]
+
+
+def test_dense_means_what_the_target_says():
+    model = tiny.bert()
+    adapted = inject(model, plan_for(model, 1), target_modules=["attention.output.dense"])
+    assert adapted_names(adapted) == ["bert.encoder.layer.1.attention.output.dense"]
+    model = tiny.bert()
+    adapted = inject(model, plan_for(model, 1), target_modules=r".*\.intermediate\.dense")
+    assert adapted_names(adapted) == ["bert.encoder.layer.1.intermediate.dense"]
+
+
+def test_many_targets_are_matched_as_exactly_as_few():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 12, "num_attention_heads": 2, "intermediate_size": 16}
+    model = hf.BertModel(hf.BertConfig(**sizes, vocab_size=40))
+    adapted = inject(model, plan_for(model, 0, 1, 4, 5, 6, 10, 11), target_modules="all-linear")
+    assert {int(name.split(".")[2]) for name in adapted_names(adapted)} == {0, 1, 4, 5, 6, 10, 11}
+    assert len(adapted_names(adapted)) == 7 * 6
+
+
+@pytest.mark.parametrize(
+    ("build", "task"),
+    [(tiny.bert, "SEQ_CLS"), (tiny.gpt2, "CAUSAL_LM"), (tiny.t5, "SEQ_2_SEQ_LM"), (multiple_choice, None)],
+)
+def test_the_task_follows_from_the_class_of_the_model(build, task):
+    model = build()
+    assert inject(model, plan_for(model, 0)).peft_config["default"].task_type == task
+
+
+def test_options_reach_peft():
+    model = tiny.bert()
+    adapted = inject(model, plan_for(model, 0), 3, lora_dropout=0.1, modules_to_save=["pooler"], adapter_name="mine")
+    config = adapted.peft_config["mine"]
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (3, 6, 0.1)
+    assert trained_beside(adapted) == ["bert.pooler", "classifier"]
+    model = tiny.bert()
+    assert inject(model, plan_for(model, 0), lora_alpha=32).peft_config["default"].lora_alpha == 32
+
+
+# ---- what training does ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5"])
+def test_a_step_changes_only_adapters_and_head_and_merging_changes_nothing(name, recwarn):
+    model, batch = tiny.model_and_batch(name)
+    adapted = inject(model, plan_for(model, 1))
+    assert not [w for w in recwarn if "fan_in_fan_out" in str(w.message)]
+    before = {key: value.detach().clone() for key, value in adapted.named_parameters()}
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.5)
+    for _ in range(2):  # B starts at zero, so A moves in the second step only
+        tiny.loss_of(adapted(**batch)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    changed = {key for key, value in adapted.named_parameters() if not torch.equal(value, before[key])}
+    assert changed == {key for key in before if "lora_" in key or "modules_to_save" in key}
+    adapted.eval()
+    with torch.no_grad():
+        expected = adapted(**batch).logits
+        merged = adapted.merge_and_unload()(**batch).logits
+    torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_saved_adapter_and_its_head_come_back(tmp_path):
+    model, batch = tiny.model_and_batch("bert")
+    base = copy.deepcopy(model)
+    adapted = inject(model, plan_for(model, 0, 2))
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    adapted.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(base, tmp_path)
+    assert adapted_names(again) == adapted_names(adapted)
+    with torch.no_grad():
+        torch.testing.assert_close(again.eval()(**batch).logits, adapted.eval()(**batch).logits)
+
+
+# ---- which plans fit -------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_made_on_the_backbone_fits_the_model_with_a_head_and_back():
+    model = tiny.bert()
+    inject(model, plan_for(model.bert, 1))
+    model = tiny.bert()
+    assert adapted_names(inject(model.bert, plan_for(model, 1)))[0] == "encoder.layer.1.attention.self.query"
+
+
+def test_a_plan_for_blocks_given_by_name_finds_them_by_name():
+    model = tiny.bert()
+    names = ["bert.encoder.layer.0", "bert.encoder.layer.2"]
+    plan = plan_for(model, 1, named=True, layers=names)
+    assert adapted_names(inject(model, plan))[0] == "bert.encoder.layer.2.attention.self.query"
+
+
+def refused(model, plan, words, **options):
+    before = state_of(model)
+    with pytest.raises(ValueError, match=words):
+        inject(model, plan, **options)
+    assert state_of(model) == before
+
+
+def test_an_empty_plan_is_refused_with_its_own_words():
+    model = tiny.bert()
+    refused(model, plan_for(model), "nothing to inject. Nothing was worth picking")
+
+
+def test_a_plan_for_another_model_is_refused():
+    bert, gpt2 = tiny.bert(), tiny.gpt2()
+    refused(gpt2, plan_for(bert, 0), "for a model of type bert, this one is gpt2")
+    refused(bert, plan_for(bert, 0, layers=["bert.encoder.layer.0"]), "a model of 1 blocks, this one has 3")
+    refused(
+        bert, plan_for(bert, 0, layers=[f"bert.blocks.{i}" for i in range(3)]), "block 0 is bert.blocks.0, here it is"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"target_modules": ["c_attn"]}, r"\['c_attn'\] matches nothing in bert.encoder.layer.1, which has .*query"),
+        ({"target_modules": ["query", "valeu"]}, r"\['valeu'\] match nothing in the planned blocks"),
+        ({"modules_to_save": ["clasifier"]}, r"has no modules \['clasifier'\]"),
+        ({"modules_to_save": "pooler"}, "single string 'pooler'"),
+        ({"r": 0}, "r: expected an integer >= 1, got 0"),
+        ({"lora_alpha": 0}, "lora_alpha"),
+        ({"lora_dropout": 1.0}, "lora_dropout"),
+        ({"target_modules": ["attention.self"]}, "not supported"),
+        ({"target_modules": ["query", "LayerNorm"]}, "not supported"),
+        ({"modules_to_save": ["query"]}, "peft would not match the planned modules.*missed"),
+    ],
+)
+def test_what_cannot_be_injected_is_refused_and_leaves_the_model_as_it_was(options, words):
+    model = tiny.bert()
+    model.bert.pooler.dense.weight.requires_grad_(False)
+    refused(model, plan_for(model, 1), words, **options)
+
+
+def test_an_architecture_that_peft_has_no_targets_for_asks_for_them():
+    model = tiny.distilbert()
+    refused(model, plan_for(model, 0), r"no default for models of type distilbert; name modules.*attention\.q_lin")
+
+
+def test_names_that_end_alike_elsewhere_are_refused():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = tiny.HandWritten().blocks
+            self.extra = nn.ModuleDict({"blocks": nn.ModuleDict({"1": nn.ModuleDict({"out": nn.Linear(2, 2)})})})
+            self.extra.blocks["1"].mixer = nn.Module()
+            self.extra.blocks["1"].mixer.out = nn.Linear(2, 2)
+
+    model = Twice()
+    names = [f"blocks.{i}" for i in range(3)]
+    refused(model, plan_for(model, 1, named=True, layers=names), r"beyond them \['extra\.blocks\.1\.mixer\.out'\]",
+            target_modules=["mixer.out"])  # fmt: skip
+
+
+def test_a_model_with_adapters_or_in_a_wrapper_is_refused():
+    model = tiny.bert()
+    plan = plan_for(model, 0)
+    refused(nn.DataParallel(model), Plan((0,), "", {0: "x"}, np.zeros(3), {}, {}, plan.model | {"model_type": None}),
+            "inject before wrapping it", target_modules=["query"])  # fmt: skip
+    adapted = inject(model, plan)
+    refused(adapted, plan, "carries adapters already")
+    refused(adapted.base_model.model, plan, "carries adapters already")
