@@ -129,7 +129,7 @@ def test_a_name_that_does_not_exist_is_refused_with_near_matches():
         find_blocks(gpt2(), ["transformer.h.7"])
     with pytest.raises(ValueError, match="stands twice"):
         find_blocks(gpt2(), ["transformer.h.1", "transformer.h.1"])
-    with pytest.raises(TypeError, match="single string 'transformer.h.1'"):
+    with pytest.raises(TypeError, match=r"single string 'transformer.h.1'"):
         find_blocks(gpt2(), "transformer.h.1")
 
 

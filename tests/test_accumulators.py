@@ -1,0 +1,166 @@
+"""Token-weighted means, their standard errors, and gradient norms, pushed in pieces and merged."""
+
+import numpy as np
+import pytest
+import torch
+
+from inflection_fast.measure.accumulators import GradientNorms, HeadMeans
+from inflection_fast.measure.schedule import RowSampler
+from inflection_fast.ops import AttentionStats
+
+CPU = torch.device("cpu")
+L, H = 3, 2
+
+
+def random_stats(batch, rows, seed, empty=0.2):
+    generator = torch.Generator().manual_seed(seed)
+    fields = {name: torch.rand(batch, H, rows, generator=generator) for name in AttentionStats._fields}
+    fields["keys"] = (torch.rand(batch, H, rows, generator=generator) > empty).float() * 5
+    return AttentionStats(**fields)
+
+
+def everything(length):
+    return RowSampler(None, 0, CPU).draw(length)
+
+
+def push(means, layers, stats, valid, strata):
+    means.push(torch.tensor(layers), stats, valid, strata)
+
+
+def test_means_count_valid_rows_with_keys():
+    stats = [random_stats(4, 9, seed) for seed in range(L)]
+    valid = torch.rand(4, 9, generator=torch.Generator().manual_seed(9)) > 0.4
+    means = HeadMeans(L, H, CPU)
+    push(means, [0, 1, 2], stats, valid, everything(9))
+    value = means.value()
+    for layer in range(L):
+        for head in range(H):
+            rows = valid & (stats[layer].keys[:, head] > 0)
+            for name in ("entropy", "collision", "sink"):
+                expected = getattr(stats[layer], name)[:, head][rows].double().mean()
+                torch.testing.assert_close(value[name][layer, head], expected)
+            assert value["max_logit"][layer, head] == stats[layer].max_logit[:, head][rows].max()
+    assert (value["entropy_se"] == 0).all()
+
+
+def test_pieces_and_merging_give_the_same_as_one_push():
+    strata = everything(6)
+    pieces = [([random_stats(2, 6, 10 * i + j) for j in range(L)], torch.rand(2, 6) > 0.3) for i in range(3)]
+    whole = HeadMeans(L, H, CPU)
+    together = [AttentionStats(*(torch.cat(x) for x in zip(*(p[0][j] for p in pieces), strict=True))) for j in range(L)]
+    push(whole, [0, 1, 2], together, torch.cat([valid for _, valid in pieces]), strata)
+    left, right = HeadMeans(L, H, CPU), HeadMeans(L, H, CPU)
+    for i, (stats, valid) in enumerate(pieces):
+        for layers in ([1], [2, 0]):  # any grouping of layers
+            push(left if i else right, layers, [stats[layer] for layer in layers], valid, strata)
+    left.merge(right)
+    for name, value in whole.value().items():
+        torch.testing.assert_close(left.value()[name], value)
+    left.reset()
+    assert left.value()["entropy"].isnan().all() and left.value()["max_logit"].isnan().all()
+
+
+def test_a_layer_without_rows_has_no_value_and_nan_stays_nan():
+    means = HeadMeans(L, H, CPU)
+    stats = random_stats(2, 4, 0, empty=0.0)
+    stats.entropy[0, 1, 2] = torch.nan
+    push(means, [1], [stats], None, everything(4))
+    push(means, [2], [stats], torch.zeros(2, 4, dtype=torch.bool), everything(4))
+    value = means.value()
+    assert value["entropy"].isnan().tolist() == [[True, True], [False, True], [True, True]]
+    hidden = torch.ones(2, 4, dtype=torch.bool)
+    hidden[0, 2] = False  # padding may hold anything
+    means.reset()
+    push(means, [1], [stats], hidden, everything(4))
+    assert not means.value()["entropy"][1].isnan().any()
+
+
+# ---- sampling --------------------------------------------------------------------------------------------------------
+
+
+def population(length, kind, seed=0):
+    """Entropies [B, H, T] that depend on the position, and rows that are padding."""
+    generator = np.random.default_rng(seed)
+    batch = 6
+    position = np.arange(length)
+    smooth = {"trend": np.log1p(position), "flat": 0 * position, "wave": np.sin(position / 9)}[kind]
+    values = smooth + generator.normal(0, 0.3, (batch, 1, length)) + generator.normal(0, 0.1, (1, 1, length))
+    lengths = generator.integers(length // 2, length + 1, batch)
+    valid = position < lengths[:, None]
+    return torch.from_numpy(np.repeat(values, H, 1)).float(), torch.from_numpy(valid)
+
+
+def estimates(length, rows, kind, draws, micro_batches=1):
+    means, errors = [], []
+    sampler = RowSampler(rows, 0, CPU)
+    parts = [population(length, kind, seed) for seed in range(micro_batches)]
+    for draw in range(draws):
+        sampler.begin(draw)
+        accumulator = HeadMeans(1, H, CPU)
+        for values, valid in parts:
+            strata = sampler.draw(length)
+            entropy = values[:, :, strata.rows]
+            stats = AttentionStats(*[torch.ones_like(entropy)] * 6)._replace(entropy=entropy)
+            push(accumulator, [0], [stats], valid[:, strata.rows], strata)
+        value = accumulator.value()
+        means.append(value["entropy"][0, 0])
+        errors.append(value["entropy_se"][0, 0])
+    total = sum(values[:, 0][valid].double().sum() for values, valid in parts)
+    count = sum(valid.sum() for _, valid in parts)
+    return torch.stack(means), torch.stack(errors), total / count
+
+
+@pytest.mark.parametrize(
+    "length, rows, kind, micro_batches, at_most",
+    # Where neighbouring strata differ by more than noise, differences between them overstate the error.
+    [
+        (200, 40, "flat", 1, 1.25),
+        (100, 64, "flat", 1, 1.25),
+        (97, 13, "flat", 2, 1.25),
+        (200, 40, "trend", 1, 1.4),
+        (100, 64, "wave", 2, 1.4),
+        (97, 13, "wave", 1, 2.0),
+    ],
+)
+def test_the_standard_error_is_honest(length, rows, kind, micro_batches, at_most):
+    means, errors, truth = estimates(length, rows, kind, 300, micro_batches)
+    spread = means.std()
+    assert abs(means.mean() - truth) < 4 * spread / len(means) ** 0.5 + 0.05 * spread  # a ratio: bias below its noise
+    assert 0.85 * spread < errors.square().mean().sqrt() < at_most * spread
+    covered = ((means - truth).abs() < 1.96 * errors).float().mean()
+    assert 0.88 < covered <= 1.0
+
+
+def test_stratified_positions_are_better_than_random_ones():
+    means, _, truth = estimates(200, 20, "trend", 100)
+    values, valid = population(200, "trend")
+    generator = torch.Generator().manual_seed(0)
+    free = []
+    for _ in range(100):
+        rows = torch.randperm(200, generator=generator)[:20]
+        free.append(values[:, 0, rows][valid[:, rows]].mean())
+    assert (means - truth).std() < 0.5 * (torch.stack(free).double() - truth).std()
+
+
+# ---- gradients -------------------------------------------------------------------------------------------------------
+
+
+def test_gradient_norms_join_micro_batches_and_overwrite_repetitions():
+    gradients = torch.randn(20, 2, 5, 4)
+    norms = GradientNorms(L, CPU)
+    for micro_batch, (first, second) in enumerate(gradients):
+        norms.push(micro_batch, 0, 7 * first)
+        norms.push(micro_batch, 0, first)
+        norms.push(micro_batch, 2, second.bfloat16())
+    value = norms.value()
+    torch.testing.assert_close(value[0], gradients[:, 0].double().norm(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(value[2], gradients[:, 1].bfloat16().double().norm(), rtol=1e-6, atol=0)
+    assert value[1].isnan() and norms.seen == {0, 2}
+
+    other = GradientNorms(L, CPU)
+    other.push(0, 1, torch.full((4,), 2.0))
+    other.push(0, 0, torch.tensor(torch.nan))
+    norms.merge(other)
+    assert norms.value()[0].isnan() and norms.value()[1] == 4
+    norms.reset()
+    assert norms.value().isnan().all()

@@ -1,0 +1,224 @@
+"""delta-CKA of every block on a fixed probe set, against the start of the run or against switched-off adapters."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from test_monitor import train
+from tiny_models import bert, classify, model_and_batch, sharpened, translate
+from torch import nn
+
+from inflection_fast import ops
+from inflection_fast.blocks import find_blocks
+from inflection_fast.measure import Monitor, MonitorConfig
+from inflection_fast.measure.probe import Probe
+
+CKA = MonitorConfig(every=1, signals=("delta_cka",), cka_debiased=False)
+
+
+def features(model, batches, pool=None):
+    """Per block [N, D] in float64: the valid tokens of the whole probe set."""
+    model, kept = model.double().eval(), [[] for _ in find_blocks(model)]
+    for batch in batches:
+        outputs = []
+
+        def keep(module, args, output, outputs=outputs):
+            outputs.append(output)
+
+        handles = [block.module.register_forward_hook(keep) for block in find_blocks(model)]
+        with torch.no_grad():
+            model(**batch)
+        for handle in handles:
+            handle.remove()
+        for layer, output in enumerate(outputs):
+            output = output if isinstance(output, torch.Tensor) else output[0]
+            valid = batch["attention_mask"].bool()
+            kept[layer] += [pool(o[v]) if pool else o[v] for o, v in zip(output, valid, strict=True)]
+    model.float().train()
+    return [(torch.stack if pool else torch.cat)(rows) for rows in kept]
+
+
+def delta_cka(before, after):
+    """Biased linear CKA from its definition, in float64."""
+    x, y = before - before.mean(0), after - after.mean(0)
+    k, m = x @ x.T, y @ y.T
+    return 1 - (k * m).sum() / ((k * k).sum() * (m * m).sum()).sqrt()
+
+
+def moved(model, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+
+
+def measured_after_moving(model, probe, config=CKA):
+    with Monitor(model, config, probe=probe) as monitor:
+        model(**probe[0]).loss.backward()
+        monitor.step()
+        moved(model)
+        model(**probe[0]).loss.backward()
+        monitor.step()
+    return monitor.timeline.delta_cka
+
+
+@pytest.mark.parametrize(
+    "pooling, pool",
+    [("tokens", None), ("mean", lambda rows: rows.mean(0)), ("first", lambda r: r[0]), ("last", lambda r: r[-1])],
+)
+def test_delta_cka_is_that_of_the_valid_tokens_of_the_probe(pooling, pool):
+    torch.manual_seed(0)
+    model, probe = sharpened(bert().train()), [classify(), classify()]
+    before = features(model, probe, pool)
+    config = MonitorConfig(every=1, signals=("delta_cka",), cka_debiased=False, cka_pooling=pooling)
+    delta = measured_after_moving(model, probe, config)
+    np.testing.assert_allclose(delta[0], 0, atol=1e-6)  # measured before the first update
+    expected = torch.stack([delta_cka(x, y) for x, y in zip(before, features(model, probe, pool), strict=True)])
+    assert expected.min() > 0.01
+    np.testing.assert_allclose(delta[1], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_debiasing_and_rank_are_those_of_the_operator():
+    torch.manual_seed(0)
+    model, probe = sharpened(bert().train()), [classify(), classify()]
+    before = torch.stack(features(model, probe)).float()
+    start = copy.deepcopy(model)
+    for settings in ({"cka_debiased": True}, {"cka_debiased": False, "cka_rank": 5}):
+        model = copy.deepcopy(start)
+        delta = measured_after_moving(model, probe, MonitorConfig(every=1, signals=("delta_cka",), **settings))[1]
+        after = torch.stack(features(model, probe)).float()
+        debiased, rank = settings["cka_debiased"], settings.get("cka_rank")
+        np.testing.assert_allclose(delta, ops.delta_cka(before, after, debiased=debiased, rank=rank), rtol=1e-3)
+        other = ops.delta_cka(before, after, debiased=not debiased, rank=None)
+        assert abs(torch.from_numpy(delta) - other).min() > 1e-3
+
+
+def test_a_budget_keeps_a_reproducible_part_of_the_rows():
+    torch.manual_seed(0)
+    model, probe = bert(), [classify(), classify(), classify()]
+    kept = [Probe(model, find_blocks(model), probe, MonitorConfig(cka_rows=n))._features() for n in (20, 20, 50, 2048)]
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in probe)
+    assert [len(layers[0]) for layers in kept] == [20, 20, 50, tokens]
+    assert all(torch.equal(a, b) for a, b in zip(kept[0], kept[1], strict=True))
+    everything = {tuple(row) for row in kept[3][1].tolist()}
+    assert len({tuple(row) for row in kept[0][1].tolist()} & everything) == 20  # each once, none of padding
+    other = Probe(model, find_blocks(model), probe, MonitorConfig(cka_rows=20, seed=1))._features()
+    assert not torch.equal(other[0], kept[0][0])
+
+
+def test_encoder_and_decoder_have_rows_of_their_own():
+    model, batch = model_and_batch("t5")
+    rows = Probe(model, find_blocks(model), [batch], MonitorConfig())._features()
+    expected = [int(batch["attention_mask"].sum())] * 2 + [int(batch["decoder_attention_mask"].sum())] * 2
+    assert [len(layer) for layer in rows] == expected
+    delta = train(model, translate(), 2, CKA, probe=[batch]).timeline.delta_cka
+    assert np.isfinite(delta).all() and (delta[1] > 0).all()
+
+
+def test_the_probe_leaves_no_trace():
+    torch.manual_seed(0)
+    model, probe = bert(dropout=0.3).train(), [classify()]
+    model.bert.encoder.layer[1].eval()  # as somebody who freezes a block would
+    # A model that is random in evaluation too.
+    model.bert.embeddings.register_forward_hook(lambda module, args, output: output + torch.rand(1))
+    model(**probe[0]).loss.backward()
+    flags = [module.training for module in model.modules()]
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    buffers = [buffer.clone() for buffer in model.buffers()]
+    random = torch.get_rng_state()
+    one = Probe(model, find_blocks(model), probe, CKA)
+    one.remember()
+    one.delta_cka()
+    broken = Probe(model, find_blocks(model), [{"input_ids": torch.tensor([[10**6]])}], CKA)
+    with pytest.raises(IndexError):
+        broken.remember()
+    assert flags == [module.training for module in model.modules()]
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
+    assert all(torch.equal(b, c) for b, c in zip(model.buffers(), buffers, strict=True))
+    assert torch.equal(torch.get_rng_state(), random)
+    assert sum(len(module._forward_hooks) for module in model.modules()) == 1
+
+
+def test_the_probe_is_run_on_its_own_schedule():
+    model, batch = model_and_batch("bert")
+    config = MonitorConfig(every=2, probe_every=4, signals=("attention", "delta_cka"))
+    timeline = train(model, batch, 7, config, probe=[batch]).timeline
+    assert timeline.steps.tolist() == [0, 2, 4, 6]
+    assert np.isnan(timeline.delta_cka).all(1).tolist() == [False, True, False, True]
+
+
+def test_a_resumed_run_keeps_the_reference_of_the_start(tmp_path):
+    whole = train(*model_and_batch("bert"), 4, CKA, probe=[classify_once()]).timeline
+    model, batch = model_and_batch("bert")
+    train(model, batch, 2, CKA, tmp_path, probe=[classify_once()])
+    resumed = train(model, batch, 2, CKA, tmp_path, probe=[classify_once()], start_step=2).timeline
+    assert (whole.delta_cka[1:] > 1e-6).all()
+    np.testing.assert_allclose(resumed.delta_cka, whole.delta_cka, rtol=1e-4, atol=1e-7)
+    with pytest.raises(ValueError, match="another probe"):
+        train(model, batch, 1, CKA, tmp_path, probe=[classify_once(), classify_once()], start_step=4)
+
+
+def classify_once():
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        return classify()
+
+
+def test_without_the_reference_of_the_start_the_log_says_against_what(tmp_path, caplog):
+    train(*model_and_batch("bert"), 1, CKA, tmp_path, probe=[classify()], start_step=3)
+    assert "delta_cka is measured against step 3" in caplog.text
+
+
+def adapted():
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    model = peft.get_peft_model(sharpened(bert()), peft.LoraConfig(target_modules=["query", "value"], r=2)).train()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+            if "layer.2" in name:
+                parameter.requires_grad_(False)  # frozen by the user, which peft would undo
+    return model
+
+
+def test_adapters_switched_off_are_a_reference_that_stores_nothing():
+    model, probe = adapted(), [classify()]
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    config = MonitorConfig(every=1, signals=("delta_cka",), cka_debiased=False, cka_reference="adapters_off")
+    with Monitor(model, config, probe=probe) as monitor:
+        assert monitor._probe._reference is None
+        model(**probe[0]).loss.backward()
+        monitor.step()
+    assert flags == [parameter.requires_grad for parameter in model.parameters()]
+    after = features(model, probe)
+    with model.disable_adapter():
+        before = features(model, probe)
+    expected = torch.stack([delta_cka(x, y) for x, y in zip(before, after, strict=True)])
+    assert expected.min() > 1e-3
+    np.testing.assert_allclose(monitor.timeline.delta_cka[0], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_peft_model_is_measured_like_its_base():
+    model, batch = adapted(), classify()
+    timeline = train(model, batch, 1).timeline
+    assert timeline.layers == [f"bert.encoder.layer.{i}" for i in range(3)]
+    assert np.isfinite(timeline.entropy).all() and (timeline.activation_grad > 0).all()
+    assert np.isnan(timeline.parameter_grad[0]).tolist() == [False, False, True]
+
+
+def test_probes_that_cannot_be_used_are_refused():
+    model, batch = model_and_batch("bert")
+    for probe in (batch, [], [torch.ones(2)]):
+        with pytest.raises(TypeError, match="probe: expected a list of model inputs"):
+            Monitor(model, CKA, probe=probe)
+    with pytest.raises(ValueError, match="'adapters_off' needs a peft model, got BertForSequenceClassification"):
+        Monitor(model, MonitorConfig(cka_reference="adapters_off"), probe=[batch])
+    short = {"input_ids": torch.tensor([[5, 6, 7]])}
+    with pytest.raises(ValueError, match="fewer than 4 feature rows"):
+        train(model, batch, 1, CKA, probe=[short])
+    assert not any(module._forward_hooks for module in model.modules())
+    with pytest.raises(ValueError, match=r"expected block outputs \[B, T, D\]"):
+        flat = nn.Sequential(nn.Linear(2, 2))
+        Probe(flat, find_blocks(flat, ["0"]), [{"input": torch.ones(5, 2)}], CKA)._features()

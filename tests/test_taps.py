@@ -1,0 +1,393 @@
+"""What is seen of attention while a model trains, against the probabilities of the model's own eager attention."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_models import (
+    CASES,
+    HEADS,
+    VOCAB,
+    HandWritten,
+    bert,
+    continue_text,
+    entropy,
+    gpt2,
+    head_means,
+    in_float64,
+    loss_of,
+    model_and_batch,
+    probabilities,
+    sharpened,
+    token_masks,
+)
+from torch import nn
+
+from inflection_fast.measure import Monitor, MonitorConfig
+
+hf = pytest.importorskip("transformers")
+hf.logging.set_verbosity_error()
+
+ALL_ROWS = MonitorConfig(every=1, rows=None, signals=("attention",))
+PAIRS = [(name, impl) for name, case in CASES.items() for impl in case.implementations]
+
+
+def measured(model, batch, config=ALL_ROWS):
+    with Monitor(model, config) as monitor:
+        loss_of(model(**batch)).backward()
+        monitor.step()
+    return monitor.timeline
+
+
+def check_attention(timeline, truth, masks):
+    """Entropy, collision and sink of all layers and heads; the truth must be worth comparing with."""
+    expected = head_means([entropy(p) for p in truth], masks)
+    assert expected.max() - expected.min() > 0.05
+    for name, values in {
+        "entropy": expected,
+        "collision": head_means([p.square().sum(-1) for p in truth], masks),
+        "sink": head_means([p[..., 0] for p in truth], masks),
+    }.items():
+        actual = torch.from_numpy(getattr(timeline, name)[0])
+        torch.testing.assert_close(actual, values, rtol=2e-5, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+    assert (timeline.entropy_se == 0).all()
+
+
+@pytest.mark.parametrize("name, implementation", PAIRS)
+def test_attention_is_that_of_the_model(name, implementation):
+    model, batch = model_and_batch(name, implementation)
+    truth = probabilities(model, batch)
+    timeline = measured(model, batch)
+    assert len(timeline.layers) == len(truth)
+    check_attention(timeline, truth, token_masks(batch, len(truth)))
+
+
+def flash_like(module, query, key, value, attention_mask, dropout=0.0, scaling=None, sliding_window=None, **kwargs):
+    """What a flash kernel makes of its arguments: a 2-D padding mask or none, a causal flag, a window."""
+    assert attention_mask is None or attention_mask.dim() == 2
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    distance = torch.arange(query.shape[2])[:, None] - torch.arange(key.shape[2])
+    keep = torch.ones_like(distance, dtype=torch.bool)
+    if module.is_causal:
+        keep &= distance >= 0
+    if sliding_window is not None:
+        keep &= distance.abs() < sliding_window
+    if attention_mask is not None:
+        keep = keep & attention_mask[:, None, None, :].bool()
+    out = F.scaled_dot_product_attention(query, key, value, keep, scale=scaling)
+    return out.nan_to_num(0.0).transpose(1, 2).contiguous(), None
+
+
+@pytest.fixture
+def flash():
+    from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
+
+    hf.AttentionInterface.register("tiled", flash_like)
+    AttentionMaskInterface.register("tiled", flash_attention_mask)
+    yield "tiled"
+    del hf.AttentionInterface._global_mapping["tiled"]
+    del AttentionMaskInterface._global_mapping["tiled"]
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "mistral"])
+@pytest.mark.parametrize("padded", [True, False])
+def test_attention_through_a_flash_kernel(name, padded, flash):
+    model, batch = model_and_batch(name)
+    if not padded:
+        batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
+    truth = probabilities(model, batch)
+    model.set_attn_implementation(flash)
+    check_attention(measured(model, batch), truth, token_masks(batch, len(truth)))
+
+
+def test_flash_kernels_align_causal_masks_at_the_last_key():
+    from inflection_fast.measure.attention import _last_aligned
+
+    band = _last_aligned(2, 5, True, (2, 0), "cpu")
+    assert band.tolist() == [[False, True, True, True, False], [False, False, True, True, True]]
+
+
+def test_sinks_are_part_of_the_distribution():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": HEADS, "intermediate_size": 24}
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1}
+    config = hf.GptOssConfig(**sizes, **experts, vocab_size=VOCAB, num_key_value_heads=2, head_dim=4)
+    model, batch = sharpened(hf.GptOssForCausalLM(config).train()), continue_text()
+    model.set_attn_implementation("eager")
+    timeline, masks = measured(model, batch), token_masks(batch, 2)
+    # The model drops the sink's column from the weights that it returns: what they lack of 1 is the sink.
+    truth = [torch.cat([(1 - p.sum(-1, keepdim=True)).clamp(min=0), p], -1) for p in probabilities(model, batch, double=False)]
+    check_attention(timeline, truth, masks)
+
+
+def test_max_logit_is_the_largest_attended_score():
+    model, batch = model_and_batch("bert")
+    double, inputs = in_float64(model, batch)
+    expected, hidden = [], []
+    for layer in double.bert.encoder.layer:
+        layer.attention.self.register_forward_pre_hook(lambda module, args: hidden.append((module, args[0])))
+    double(**inputs)
+    valid = batch["attention_mask"].bool()
+    for module, x in hidden:
+        q, k = (linear(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for linear in (module.query, module.key))
+        scores = (q @ k.mT * module.scaling).masked_fill(
+            ~(valid[:, None, :, None] & valid[:, None, None, :]), -torch.inf
+        )
+        expected.append(scores.amax((0, 2, 3)))
+    actual = torch.from_numpy(measured(model, batch).max_logit[0])
+    torch.testing.assert_close(actual, torch.stack(expected).detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "t5", "encoder"])
+def test_more_padding_changes_nothing(name):
+    model, batch = model_and_batch(name)
+    before = measured(model, batch).entropy
+    padding = {"attention_mask": 0, "decoder_attention_mask": 0, "padding": True, "labels": -100}
+    padded = {
+        key: F.pad(value, (0, 5), value=padding.get(key, 0)) if value.dim() == 2 else value
+        for key, value in batch.items()
+    }
+    torch.testing.assert_close(measured(model, padded).entropy, before, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "t5"])
+def test_padding_is_read_from_the_mask_of_attention_where_the_model_gets_none_of_its_own(name):
+    model, batch = model_and_batch(name)
+    expected = measured(model, batch).entropy
+    inner = [module for module in (getattr(model, "bert", None), getattr(model, "transformer", None)) if module]
+
+    class Outer(nn.Module):  # what the monitor sees is called without a mask
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, batch):
+            return self.model(**batch)
+
+    with Monitor(Outer(), ALL_ROWS) as monitor:
+        loss_of(monitor._model(batch)).backward()
+        monitor.step()
+    assert inner or name == "t5"
+    torch.testing.assert_close(monitor.timeline.entropy, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_masks_given_by_position_count():
+    model, batch = model_and_batch("bert")
+    expected = measured(model, batch).entropy
+    with Monitor(model, ALL_ROWS) as monitor:
+        loss_of(model(batch["input_ids"], batch["attention_mask"], labels=batch["labels"])).backward()
+        monitor.step()
+    torch.testing.assert_close(monitor.timeline.entropy, expected, rtol=0, atol=0)
+
+
+# ---- leaving the model as it is --------------------------------------------------------------------------------------
+
+
+def everything_attached(model):
+    """Hooks, and whatever else could be left behind on a model or on the attention interface."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    hooks = [
+        len(getattr(module, name))
+        for module in model.modules()
+        for name in vars(module)
+        if "hooks" in name and isinstance(getattr(module, name), dict)
+    ]
+    return sum(hooks), dict(vars(ALL_ATTENTION_FUNCTIONS)), torch._C._len_torch_function_stack()
+
+
+@pytest.mark.parametrize("name, implementation", PAIRS)
+def test_outputs_and_gradients_are_equal_to_the_bit(name, implementation):
+    model, batch = model_and_batch(name, implementation)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.1
+    results = []
+    for monitored in (False, True):
+        torch.manual_seed(1)
+        model.zero_grad()
+        if monitored:
+            clean = everything_attached(model)
+            with Monitor(model, MonitorConfig(every=1, rows=5)) as monitor:
+                output = model(**batch)
+                assert everything_attached(model)[1:] == clean[1:]  # the interface and the modes: inside forward only
+                loss_of(output).backward()
+                monitor.step()
+            assert everything_attached(model) == clean
+        else:
+            output = model(**batch)
+            loss_of(output).backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        results.append((output["logits"], output["loss"], torch.get_rng_state(), gradients))
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+    assert implementation is None or model.config._attn_implementation == implementation
+
+
+def test_steps_off_the_schedule_have_no_hooks():
+    model, batch = model_and_batch("bert")
+    clean = everything_attached(model)
+    with Monitor(model, MonitorConfig(every=3)) as monitor:
+        for step in range(5):
+            assert monitor.measuring == (step % 3 == 0)
+            assert (everything_attached(model) == clean) == (step % 3 != 0)
+            loss_of(model(**batch)).backward()
+            monitor.step()
+    assert monitor.timeline.steps.tolist() == [0, 3]
+
+
+@pytest.mark.parametrize("name", ["bert", "hand-written"])
+@pytest.mark.parametrize("where", ["forward", "between"])
+def test_everything_is_detached_when_training_raises(name, where):
+    model, batch = model_and_batch(name)
+    clean = everything_attached(model)
+    broken = list(model.modules())[-1]
+
+    def fail(*_):
+        raise KeyboardInterrupt  # no Exception: torch runs no "always called" hook for it
+
+    handle = broken.register_forward_pre_hook(fail) if where == "forward" else None
+    with pytest.raises(KeyboardInterrupt):
+        with Monitor(model, ALL_ROWS):
+            model(**batch)
+            fail()
+    if handle is not None:
+        handle.remove()
+    assert everything_attached(model) == clean
+
+
+def test_a_forward_that_raises_is_forgotten():
+    model, batch = model_and_batch("bert")
+    expected = measured(model, batch).entropy
+    with Monitor(model, ALL_ROWS) as monitor:
+        with pytest.raises(IndexError):
+            model(**{**batch, "labels": torch.tensor([0, 1, 7])})
+        loss_of(model(**batch)).backward()
+        monitor.step()
+    torch.testing.assert_close(monitor.timeline.entropy, expected, rtol=0, atol=0)
+
+
+# ---- what does not count ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["bert", "hand-written"])
+def test_evaluations_in_between_and_other_models_do_not_count(name):
+    model, batch = model_and_batch(name)
+    other, other_batch = model_and_batch(name, seed=1)
+    expected = measured(model, batch)
+    with Monitor(model, ALL_ROWS) as monitor:
+        with torch.no_grad():
+            model(**other_batch)
+        with torch.inference_mode():
+            model(**other_batch)
+        loss = loss_of(model(**batch))
+        loss_of(other(**other_batch)).backward()
+        loss.backward()
+        with torch.no_grad():
+            model(**other_batch)
+        monitor.step()
+    for signal in ("entropy", "max_logit"):
+        actual = getattr(monitor.timeline, signal)
+        torch.testing.assert_close(actual, getattr(expected, signal), rtol=0, atol=0)
+
+
+def test_a_second_model_inside_the_first_does_not_count():
+    model, batch = model_and_batch("bert")
+    expected = measured(model, batch).entropy
+    teacher = bert().train()
+
+    def teach(module, args):  # runs in the middle of the student's forward, through the same attention interface
+        teacher(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+
+    handle = model.bert.encoder.layer[1].register_forward_pre_hook(teach)
+    timeline = measured(model, batch)
+    handle.remove()
+    torch.testing.assert_close(timeline.entropy, expected, rtol=0, atol=0)
+
+
+def test_micro_batches_are_weighted_by_their_tokens():
+    model, batch = model_and_batch("bert")
+    truth, masks = probabilities(model, batch), token_masks(batch, 3)
+    with Monitor(model, ALL_ROWS) as monitor:
+        for part, size in (([0], 7), ([1, 2], 12)):  # another length, another number of tokens
+            micro = {k: v[part][:, :size] if v.dim() == 2 else v[part] for k, v in batch.items()}
+            loss_of(model(**micro)).backward()
+        monitor.step()
+    check_attention(monitor.timeline, truth, masks)
+
+
+# ---- what cannot be measured -----------------------------------------------------------------------------------------
+
+
+def test_attention_that_cannot_be_seen_is_refused_in_words():
+    config = hf.BloomConfig(hidden_size=16, n_layer=2, n_head=4, vocab_size=VOCAB)
+    model, ids = hf.BloomForCausalLM(config).train(), torch.arange(6)[None]
+    clean = everything_attached(model)
+    with pytest.raises(
+        ValueError, match=r"no attention was seen in the blocks \['transformer.h.0', 'transformer.h.1'\]"
+    ):
+        measured(model, {"input_ids": ids, "labels": ids})
+    assert everything_attached(model) == clean
+    gradients = MonitorConfig(every=1, signals=("activation_grad", "parameter_grad"))
+    assert (measured(model, {"input_ids": ids, "labels": ids}, gradients).activation_grad > 0).all()
+
+
+def test_flex_masks_and_packed_sequences_are_refused_in_words(flash):
+    from inflection_fast.measure.attention import _interface_call
+
+    q = torch.randn(1, HEADS, 6, 4)
+    with pytest.raises(ValueError, match="'flex_attention' with a object, which cannot be read"):
+        _interface_call("flex_attention", nn.Identity(), q, q, object(), {})
+    packed = {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}
+    for settings in (packed, {"cu_seq_lens_q": torch.tensor([0, 3, 6])}):
+        with pytest.raises(ValueError, match="packed sequences"):
+            _interface_call(flash, nn.Identity(), q, q, None, settings)
+    _interface_call(flash, nn.Identity(), q, q, None, {"position_ids": torch.arange(6)[None]})
+
+
+def test_blocks_that_share_weights_or_differ_in_heads_are_refused():
+    sizes = {"hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 24, "embedding_size": 8}
+    model = hf.AlbertModel(hf.AlbertConfig(**sizes, num_hidden_layers=2, vocab_size=VOCAB)).train()
+    with pytest.raises(ValueError, match="runs more than once"):
+        measured(model, {"input_ids": torch.arange(6)[None]})
+
+    model = hf.SwinModel(
+        hf.SwinConfig(image_size=32, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[1, 2], window_size=4)
+    ).train()
+    with pytest.raises(ValueError, match="attends with 2 heads, others with 1"):
+        measured(model, {"pixel_values": torch.randn(1, 3, 32, 32)})
+
+
+def test_attention_of_hand_written_heads_needs_a_head_axis():
+    model = HandWritten()
+    for block in model.blocks:
+        block.mixer.forward = lambda x: F.scaled_dot_product_attention(x, x, x)
+    with pytest.raises(ValueError, match=r"expected queries \[B, H, T, D\], got shape \(1, 6, 16\)"):
+        measured(model, {"input_ids": torch.arange(6)[None], "labels": torch.arange(6)[None]})
+
+
+def test_sampled_rows_are_near_the_mean_of_all_rows_and_say_how_near():
+    model, _ = model_and_batch("gpt2")
+    ids = torch.randint(VOCAB, (4, 60))
+    batch = {"input_ids": ids, "labels": ids}
+    everything = measured(model, batch)
+    sampled = measured(model, batch, MonitorConfig(every=1, rows=20, signals=("attention",)))
+    error = abs(sampled.entropy - everything.entropy)
+    assert (error > 0).all() and (sampled.entropy_se > 0).all()
+    assert (error < 4 * sampled.entropy_se).all()
+    assert (sampled.max_logit <= everything.max_logit).all()
+
+
+def test_one_model_may_mix_interfaces_and_torch_calls():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = gpt2(), HandWritten()
+
+        def forward(self, input_ids, labels):
+            return {"loss": loss_of(self.first(input_ids, labels=labels)) + loss_of(self.second(input_ids, labels))}
+
+    torch.manual_seed(0)
+    model, ids = Mixed().train(), torch.randint(VOCAB, (2, 12))
+    timeline = measured(model, {"input_ids": ids, "labels": ids})
+    expected = [measured(half, {"input_ids": ids, "labels": ids}).entropy for half in (model.first, model.second)]
+    torch.testing.assert_close(timeline.entropy, torch.cat([torch.from_numpy(e) for e in expected], 1).numpy())
