@@ -1,3 +1,4 @@
+import shutil
 import warnings
 
 import numpy as np
@@ -149,3 +150,12 @@ def test_a_signal_that_was_not_asked_for_says_so(tmp_path):
     missing = {}
     pictures._measured(run_files.read(run), lambda *_: None, missing)
     assert "`delta_cka` is not among the monitor's signals" in missing["Representation drift (1 - CKA)"]
+
+
+def test_a_plan_for_another_model_marks_nothing(finished, tmp_path):
+    run = tmp_path / "run"
+    write_run(run, layers=6, steps=3)
+    shutil.copy(finished[0] / "plan.json", run / "plan.json")
+    figures = []
+    pictures._measured(run_files.read(run), lambda key, title, caption, figure: figures.append(figure), {})
+    assert figures and not any(len(marked(figure.axes[0])) for figure in figures)

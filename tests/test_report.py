@@ -198,6 +198,13 @@ def test_scores_that_belong_to_another_plan_are_said_to(tmp_path):
     assert "they do not belong together" in words(run)
 
 
+def test_a_plan_for_another_model_is_named(tmp_path, finished):
+    run = tmp_path / "run"
+    write_run(run, layers=6, steps=8)
+    shutil.copy(finished[0] / "plan.json", run / "plan.json")
+    assert "made for a model of 12 layers, and 6 were measured here" in words(run)
+
+
 def test_an_empty_plan_has_no_injected_model(tmp_path):
     run = tmp_path / "run"
     write_run(run)

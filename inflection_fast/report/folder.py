@@ -83,6 +83,13 @@ class Run:
         return self.stages.get("tune")
 
     @property
+    def fits(self) -> bool:
+        """Whether there are a plan and a timeline, of equally many layers."""
+        if self.plan is None or self.timeline is None:
+            return False
+        return len(self.plan.scores) == len(self.timeline.layers)
+
+    @property
     def in_order(self) -> list[Stage]:
         """Every stage with results, the injected model last, beside what it is compared with."""
         return [stage for stage in (self.source, *self.baselines, self.tune) if stage is not None]

@@ -186,7 +186,9 @@ def _choice(run: Run, add: Callable[..., None], missing: dict[str, str]) -> None
 
 
 def _measured(run: Run, add: Callable[..., None], missing: dict[str, str]) -> None:
-    timeline, chosen = run.timeline, run.plan.layers if run.plan else ()
+    timeline, chosen = run.timeline, ()
+    if run.fits:
+        chosen = run.plan.layers
     if timeline is None or not len(timeline.steps):
         why = "there is no timeline" if timeline is None else "the timeline holds no measured step"
         for signal in SIGNALS.values():

@@ -126,6 +126,11 @@ def missing_parts(run: Run) -> list[str]:
         absent.append("The timeline ends in a torn row, which was left out: the measured run was cut off.")
     if run.plan is None:
         absent.append("There is no plan: no layers have been chosen.")
+    if run.plan is not None and run.timeline is not None and not run.fits:
+        absent.append(
+            f"The plan was made for a model of {len(run.plan.scores)} layers, and {len(run.timeline.layers)} were "
+            "measured here: the maps mark no chosen layers."
+        )
     if run.tune is None:
         absent.append("The tune stage has not finished: there is no injected model.")
     elif run.plan is not None and not run.plan.layers and run.tune.layers:
@@ -225,11 +230,13 @@ def _signals(run: Run, pictures: Pictures) -> list[str]:
     if timeline is None or not len(timeline.steps):
         return [*blocks, "Nothing was measured."]
     config = timeline.meta.get("config") or {}
-    rows = config.get("rows")
-    sampling = f"attention was read at {rows} token positions per text" if rows else "attention was read at every token"
+    sampling = ""
+    if "attention" in config.get("signals", ("attention",)):
+        rows = config.get("rows")
+        sampling = f" Attention was read at {f'up to {rows} token positions per text' if rows else 'every token'}."
     blocks.append(
-        f"{len(timeline.steps)} optimizer steps were measured, from step {timeline.steps[0]} to {timeline.steps[-1]}; "
-        f"{sampling}. In every map the input enters at the bottom, time runs to the right, triangles mark the chosen "
+        f"Optimizer steps measured: {len(timeline.steps)}, from step {timeline.steps[0]} to {timeline.steps[-1]}."
+        f"{sampling} In every map the input enters at the bottom, time runs to the right, triangles mark the chosen "
         "layers, and hatching means that there is no value. The numbers are in `measure/timeline.arrows`."
     )
     blocks += [_picture(pictures, key) for key in (*SIGNALS, "heads")]
