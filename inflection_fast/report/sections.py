@@ -30,7 +30,7 @@ LONG = 64  # with more layers than this the table lists the chosen ones only
 def page(run: Run, pictures: Pictures) -> str:
     """The whole page as Markdown."""
     parts = [
-        [f"# Inflection layers of {model_name(run)}", _lead(run)],
+        [f"# Inflection layers of {model_name(run)}", LEAD],
         _answer(run, pictures),
         _missing(run, pictures),
         _what_was_run(run),
@@ -55,14 +55,13 @@ def _model(run: Run) -> dict:
     return (run.plan.model if run.plan else None) or (run.timeline.meta.get("model") if run.timeline else None) or {}
 
 
-def _lead(run: Run) -> str:
-    steps = "was measured while a part of it trained" if run.timeline is not None else "was to be measured"
-    return (
-        f"A pretrained transformer {steps}; from what was measured, a few of its layers were to be chosen, and small "
-        "trainable adapters (LoRA) put into exactly those. This page says what that was worth, which layers were "
-        "chosen and why, and how to repeat it. A layer is a transformer block, counted from 0 in the order in which "
-        "the input passes them. *Injected* means the model with LoRA in the chosen layers."
-    )
+LEAD = (
+    "A run measures a pretrained transformer while a part of it trains on a new task, chooses a few of its layers from "
+    "what was measured, puts small trainable adapters (LoRA) into exactly those, and compares the result with other "
+    "ways to train. This page says what that was worth here, which layers were chosen and why, and how to repeat it. A "
+    "layer is a transformer block, counted from 0 in the order in which the input passes them; *injected* means the "
+    "model with LoRA in the chosen layers."
+)
 
 
 def _answer(run: Run, pictures: Pictures) -> list[str]:

@@ -31,6 +31,7 @@ def summary(run_folder: str | Path, console: Console) -> None:
     first, *rest = verdict(run)
     show(f"Inflection layers of {model_name(run)}", "bold")
     show(_stages(run) if run.stages else "No stage has finished.")
+    console.print()
     show(first, "bold")
     for sentence in rest:
         show(sentence)
@@ -39,6 +40,7 @@ def summary(run_folder: str | Path, console: Console) -> None:
         show("Chosen layers", "bold")
         show(run.plan.summary)
         show(_layers(run))
+        console.print()
     show("Cost of measuring", "bold")
     timed = run.measure.overhead if run.measure else None
     if timed is not None:
