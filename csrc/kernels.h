@@ -107,8 +107,10 @@ int attention_stats_backward_cuda(const AttentionStatsBackwardArgs&, void* strea
 
 // ---- attention_stats_qk: the same, fused from Q and K ---------------------------------------------------------------
 
+constexpr int64_t kMaxHeadDim = 512;
+
 struct AttentionStatsQkArgs {
-  const void* query;             // [B, H, Tq, D]
+  const void* query;             // [B, H, Tq, D], D at most kMaxHeadDim
   const void* key;               // [B, Hkv, Tk, D], H a multiple of Hkv
   int64_t query_strides[4];
   int64_t key_strides[4];
@@ -121,7 +123,9 @@ struct AttentionStatsQkArgs {
   bool causal;                   // top-left aligned: row i attends j <= i
   Mask mask;                     // batch dimensions B, H; rows are positions in [0, Tq)
   const float* sinks;            // [H] scores of a virtual column without value, already in softmax units; null: none
-  const int64_t* rows;           // [num_rows] query positions; null: all of them, num_rows = Tq
+  bool has_sinks;                // the backward pass needs no more than this: a sink's own gradient is O(rows)
+  const int64_t* rows;           // [num_rows] query positions; null: all of them, num_rows = Tq. Positions outside
+                                 // [0, Tq) read nothing and give NaN
   int64_t num_rows;
   // outputs
   RowOutputs out;                // [B, H, num_rows]
@@ -134,11 +138,14 @@ struct AttentionStatsQkBackwardArgs {
   AttentionStatsQkArgs forward;
   RowGradients rows;             // [B, H, num_rows]
   // outputs
-  float* grad_query;             // [B, H, Tq, D] contiguous; rows that were not asked for are zero
+  float* grad_query;             // [B, H, num_rows, D] contiguous
   float* grad_key;               // [B, Hkv, Tk, D] contiguous
 };
-int64_t attention_stats_qk_backward_items(const AttentionStatsQkBackwardArgs&);
-void attention_stats_qk_backward_cpu(const AttentionStatsQkBackwardArgs&, int64_t begin, int64_t end);
+// Two passes, each deterministic for any number of threads: row blocks fill grad_query, blocks of keys fill grad_key.
+int64_t attention_stats_qk_grad_query_items(const AttentionStatsQkBackwardArgs&);
+void attention_stats_qk_grad_query_cpu(const AttentionStatsQkBackwardArgs&, int64_t begin, int64_t end);
+int64_t attention_stats_qk_grad_key_items(const AttentionStatsQkBackwardArgs&);
+void attention_stats_qk_grad_key_cpu(const AttentionStatsQkBackwardArgs&, int64_t begin, int64_t end);
 int attention_stats_qk_backward_cuda(const AttentionStatsQkBackwardArgs&, void* stream);
 
 // ---- instruction sets of the CPU kernels ----------------------------------------------------------------------------

@@ -53,4 +53,21 @@ void attention_stats_backward_cpu(const AttentionStatsBackwardArgs& args, int64_
   kernels().attention_stats_backward(args, begin, end);
 }
 
+int64_t attention_stats_qk_items(const AttentionStatsQkArgs& args) { return kernels().attention_stats_qk_items(args); }
+void attention_stats_qk_cpu(const AttentionStatsQkArgs& args, int64_t begin, int64_t end) {
+  kernels().attention_stats_qk(args, begin, end);
+}
+int64_t attention_stats_qk_grad_query_items(const AttentionStatsQkBackwardArgs& args) {
+  return kernels().attention_stats_qk_grad_query_items(args);
+}
+void attention_stats_qk_grad_query_cpu(const AttentionStatsQkBackwardArgs& args, int64_t begin, int64_t end) {
+  kernels().attention_stats_qk_grad_query(args, begin, end);
+}
+int64_t attention_stats_qk_grad_key_items(const AttentionStatsQkBackwardArgs& args) {
+  return kernels().attention_stats_qk_grad_key_items(args);
+}
+void attention_stats_qk_grad_key_cpu(const AttentionStatsQkBackwardArgs& args, int64_t begin, int64_t end) {
+  kernels().attention_stats_qk_grad_key(args, begin, end);
+}
+
 }  // namespace inflection

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "core/row_state.h"
 #include "kernels.h"
 
 namespace inflection {
@@ -15,6 +16,12 @@ struct CpuKernels {
   void (*sum_of_squares_merge)(const SumOfSquaresArgs&, int64_t begin, int64_t end);
   void (*attention_stats)(const AttentionStatsArgs&, int64_t begin, int64_t end);
   void (*attention_stats_backward)(const AttentionStatsBackwardArgs&, int64_t begin, int64_t end);
+  int64_t (*attention_stats_qk_items)(const AttentionStatsQkArgs&);
+  void (*attention_stats_qk)(const AttentionStatsQkArgs&, int64_t begin, int64_t end);
+  int64_t (*attention_stats_qk_grad_query_items)(const AttentionStatsQkBackwardArgs&);
+  void (*attention_stats_qk_grad_query)(const AttentionStatsQkBackwardArgs&, int64_t begin, int64_t end);
+  int64_t (*attention_stats_qk_grad_key_items)(const AttentionStatsQkBackwardArgs&);
+  void (*attention_stats_qk_grad_key)(const AttentionStatsQkBackwardArgs&, int64_t begin, int64_t end);
 };
 
 extern const CpuKernels kPortableKernels;

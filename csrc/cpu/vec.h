@@ -109,22 +109,26 @@ IF_INLINE float max(vf x) {
   return lanes[0];
 }
 
-// 2^x for x <= 0, relative error below 2e-7; 0 below -126, so never a subnormal. NaN stays NaN.
-// x = n + f with |f| <= 1/2; 2^f by a minimax polynomial of degree 6; n goes into the exponent.
-IF_INLINE vf exp2_nonpositive(vf x) {
-  constexpr float kRound = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits of the mantissa
-  const vf shifted = x + kRound;
-  const vf f = x - (shifted - kRound);
-  vf y = splat(1.5353362e-4f);
-  y = y * f + 1.3398874e-3f;
-  y = y * f + 9.6184373e-3f;
-  y = y * f + 5.5503324e-2f;
-  y = y * f + 2.4022648e-1f;
-  y = y * f + 6.9314718e-1f;
+// 2^(n + f) for |f| <= 1/2, a minimax polynomial with relative error 9.3e-8; `shifted` is n + kRound, whose low bits of the mantissa are n.
+constexpr float kRound = 0x1.8p23f;
+IF_INLINE vf exp2_parts(vf shifted, vf f) {
+  vf y = splat(0x1.5bda36p-10f);
+  y = y * f + 0x1.3ce8aap-7f;
+  y = y * f + 0x1.c6b6d8p-5f;
+  y = y * f + 0x1.ebf9c2p-3f;
+  y = y * f + 0x1.62e42ap-1f;
   y = y * f + 1.0f;
-  const vf result = (vf)((vi)y + ((vi)shifted << 23));
-  return select(x < -126.0f, vf{}, result);
+  return (vf)((vi)y + ((vi)shifted << 23));
 }
+
+// 2^x for -127 <= x <= 0, relative error below 2e-7 above -126; exactly 0 at -127. NaN stays NaN.
+IF_INLINE vf exp2_clamped(vf x) {
+  const vf shifted = x + kRound;
+  return exp2_parts(shifted, x - (shifted - kRound));
+}
+
+// 2^x for x <= 0, relative error below 2e-7; 0 below -126, so never a subnormal. NaN stays NaN.
+IF_INLINE vf exp2_nonpositive(vf x) { return select(x < -126.0f, vf{}, exp2_clamped(x)); }
 
 // A factor k > 0 of an exponent, as the two floats that k log2(e) needs: rounded to one, an entropy of 8192 keys would err
 // by up to 6e-8 times the variance of its log-probabilities, which can be 20.
@@ -139,19 +143,11 @@ struct Exponent {
     floor = splat(static_cast<float>(-60.0 / exact));
   }
 
-  // e^(k x) for x in [floor, 0], relative error below 2e-7; exactly 1 at 0. Degree 5 leaves 9.3e-8 of it. The integer part
-  // is found in the same rounding as the product, so that the fraction is exact with fused multiplication.
+  // e^(k x) for x in [floor, 0], relative error below 2e-7; exactly 1 at 0. The integer part is found in
+  // the same rounding as the product, so that the fraction is exact with fused multiplication.
   IF_INLINE vf operator()(vf x) const {
-    constexpr float kRound = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits of the mantissa
     const vf shifted = x * high + kRound;
-    const vf f = x * low + (x * high - (shifted - kRound));
-    vf y = splat(0x1.5bda36p-10f);
-    y = y * f + 0x1.3ce8aap-7f;
-    y = y * f + 0x1.c6b6d8p-5f;
-    y = y * f + 0x1.ebf9c2p-3f;
-    y = y * f + 0x1.62e42ap-1f;
-    y = y * f + 1.0f;
-    return (vf)((vi)y + ((vi)shifted << 23));
+    return exp2_parts(shifted, x * low + (x * high - (shifted - kRound)));
   }
 };
 

@@ -4,8 +4,17 @@ Shape letters: B batch, H heads, Q queries, K keys, L layers, N samples, D featu
 """
 
 from .entropy import attention_entropy, attention_stats
+from .entropy_qk import attention_entropy_qk, attention_stats_qk
 from .library import build_info
 from .norms import sum_of_squares
 from .stats import AttentionStats
 
-__all__ = ["AttentionStats", "attention_entropy", "attention_stats", "build_info", "sum_of_squares"]
+__all__ = [
+    "AttentionStats",
+    "attention_entropy",
+    "attention_entropy_qk",
+    "attention_stats",
+    "attention_stats_qk",
+    "build_info",
+    "sum_of_squares",
+]

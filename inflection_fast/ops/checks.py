@@ -67,3 +67,71 @@ def finite(value: object, name: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{name}: expected a finite number, got {value}")
     return float(value)
+
+
+def positive(value: object, name: str) -> float:
+    """`value` as a float, if it is a finite number above 0."""
+    if finite(value, name) <= 0:
+        raise ValueError(f"{name}: expected a number above 0, got {value}")
+    return float(value)
+
+
+MAX_HEAD_DIM = 512  # kMaxHeadDim in csrc/kernels.h
+
+
+def query_key(query: object, key: object) -> tuple[Tensor, Tensor]:
+    """Both, if they are ``[B, H, Q, D]`` and ``[B, Hkv, K, D]`` of one dtype and device, H a multiple of Hkv."""
+    for value, name in ((query, "query"), (key, "key")):
+        if float_tensor(value, name).ndim != 4:
+            raise ValueError(f"{name}: expected 4 dimensions [batch, heads, length, head_dim], got {list(value.shape)}")
+    if key.dtype != query.dtype:
+        raise TypeError(f"key: dtype {key.dtype}, but query has {query.dtype}")
+    same_device(key, "key", query, "query")
+    if key.shape[0] != query.shape[0]:
+        raise ValueError(f"key: batch size {key.shape[0]}, but query has {query.shape[0]}")
+    if key.shape[3] != query.shape[3]:
+        raise ValueError(f"key: head dimension {key.shape[3]}, but query has {query.shape[3]}")
+    if not 1 <= query.shape[3] <= MAX_HEAD_DIM:
+        raise ValueError(f"query: head dimension must be in [1, {MAX_HEAD_DIM}], got {query.shape[3]}")
+    if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
+        raise ValueError(f"key: {key.shape[1]} heads do not divide the {query.shape[1]} heads of query")
+    return query, key
+
+
+def window(value: object) -> tuple[int, int]:
+    """(left, right) with -1 for no bound, if `value` is None or a pair of ints >= -1 or None."""
+    if value is None:
+        return -1, -1
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"window: expected a pair (left, right), got {type(value).__name__}")
+    if len(value) != 2:
+        raise ValueError(f"window: expected a pair (left, right), got {len(value)} numbers")
+    bounds = [-1 if bound is None else bound for bound in value]
+    for bound in bounds:
+        if not isinstance(bound, int) or isinstance(bound, bool):
+            raise TypeError(f"window: expected ints or None, got {type(bound).__name__}")
+        if bound < -1:
+            raise ValueError(f"window: expected bounds >= 0, or -1 or None for none, got {bound}")
+    return min(bounds[0], 2**62), min(bounds[1], 2**62)  # positions and bounds are added as 64-bit integers
+
+
+def sinks(value: object, query: Tensor) -> Tensor:
+    """`value`, if it is one float per head of `query`."""
+    if float_tensor(value, "sinks").shape != query.shape[1:2]:
+        raise ValueError(f"sinks: expected one per head, [{query.shape[1]}], got {list(value.shape)}")
+    same_device(value, "sinks", query, "query")
+    return value
+
+
+def rows(value: object, queries: int, query: Tensor) -> Tensor:
+    """`value`, if it is a vector of positions in [0, queries); read only on the CPU, and not while compiling."""
+    if tensor(value, "rows").dtype != torch.int64:
+        raise TypeError(f"rows: expected dtype torch.int64, got {value.dtype}")
+    if value.ndim != 1:
+        raise ValueError(f"rows: expected one dimension, got {list(value.shape)}")
+    same_device(value, "rows", query, "query")
+    if value.is_cpu and value.numel() and not torch.compiler.is_compiling():
+        low, high = (int(bound) for bound in value.aminmax())
+        if low < 0 or high >= queries:
+            raise ValueError(f"rows: expected positions in [0, {queries}), got {low if low < 0 else high}")
+    return value

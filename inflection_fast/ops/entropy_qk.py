@@ -1,0 +1,161 @@
+"""Statistics of attention rows, fused from queries and keys: no matrix of scores is ever stored."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import checks, library
+from .stats import AttentionStats
+
+__all__ = ["attention_entropy_qk", "attention_stats_qk"]
+
+
+def attention_entropy_qk(
+    query: Tensor,
+    key: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """Entropy of every row of attention probabilities, in nats, from queries and keys.
+
+    Equivalent to: ``p = (scale * query @ key.mT + mask).softmax(-1); -(p * p.log()).sum(-1)``
+
+    Arguments, errors and derivatives are those of `attention_stats_qk`; only less is computed.
+
+    Returns:
+        float32 ``[B, H, Q]``, or ``[B, H, R]`` with `rows`.
+    """
+    return _call(query, key, attn_mask, is_causal, scale, window, softcap, sinks, rows, entropy_only=True)[0]
+
+
+def attention_stats_qk(
+    query: Tensor,
+    key: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    rows: Tensor | None = None,
+) -> AttentionStats:
+    """Statistics of every row of attention probabilities, from queries and keys.
+
+    Equivalent to: ``attention_stats(scale * query @ key.mT, attn_mask=...)`` without storing the scores: beyond its
+    result the operator needs a fixed amount of memory per thread. Differentiable once with respect to `query`, `key`
+    and `sinks`, through entropy, lse, collision and sink; the backward pass recomputes the scores.
+
+    Args:
+        query: ``[B, H, Q, D]``, float32, bfloat16 or float16, any strides, D at most 512.
+        key: ``[B, Hkv, K, D]``, like `query`; H a multiple of Hkv (grouped queries).
+        attn_mask: broadcastable to ``[B, H, Q, K]``; bool (True attends), or float values that are added, where those
+            at or below half of their dtype's lowest finite number are -inf. A mask that requires grad is refused.
+        is_causal: row i attends keys j <= i (aligned top-left).
+        scale: factor of the scores; None is ``1 / sqrt(D)``.
+        window: (left, right): row i attends keys i - left <= j <= i + right; -1 or None is no bound.
+        softcap: c > 0 makes the scores ``c * tanh(s / c)`` before the mask; None leaves them.
+        sinks: ``[H]``, scores of one more column per head, which has no value. Entropy, lse and collision count it.
+        rows: int64 ``[R]``, query positions in ``[0, Q)``, any order: only these rows are computed. On CUDA, and under
+            torch.compile, where looking at the values would cost a synchronisation, a position outside gives NaN.
+
+    Returns:
+        `AttentionStats`, each float32 ``[B, H, Q]``, or ``[B, H, R]`` with `rows`. A row without keys has entropy 0 and
+        lse -inf; NaN or +inf among the scores that a row attends makes that row NaN, and no other.
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: shapes, devices or head counts that do not fit, a number out of range, a mask that requires grad.
+    """
+    return AttentionStats(
+        *_call(query, key, attn_mask, is_causal, scale, window, softcap, sinks, rows, entropy_only=False)
+    )
+
+
+def _call(query, key, attn_mask, is_causal, scale, window, softcap, sinks, rows, entropy_only):
+    query, key = checks.query_key(query, key)
+    batch, heads, queries, depth = query.shape
+    attn_mask = checks.attn_mask(attn_mask, (batch, heads, queries, key.shape[2]), query, "query")
+    if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
+        raise ValueError("attn_mask: requires grad, but no gradient is computed for masks; pass attn_mask.detach()")
+    checks.flag(is_causal, "is_causal")
+    scale = depth**-0.5 if scale is None else checks.finite(scale, "scale")
+    left, right = checks.window(window)
+    softcap = 0.0 if softcap is None else checks.positive(softcap, "softcap")
+    sinks = None if sinks is None else checks.sinks(sinks, query).float().contiguous()  # one number per head
+    rows = None if rows is None else checks.rows(rows, queries, query).contiguous()
+    return torch.ops.inflection_fast.attention_stats_qk(
+        query, key, attn_mask, is_causal, scale, left, right, softcap, sinks, rows, entropy_only
+    )
+
+
+@torch.library.register_fake("inflection_fast::attention_stats_qk")
+def _(query, key, attn_mask, is_causal, scale, left, right, softcap, sinks, rows, entropy_only):
+    shape = (*query.shape[:2], query.shape[2] if rows is None else rows.shape[0])
+    full = [query.new_empty(shape, dtype=torch.float32) for _ in range(2 if entropy_only else 6)]
+    return (*full, *(query.new_empty(0, dtype=torch.float32) for _ in range(6 - len(full))))
+
+
+@torch.library.register_fake("inflection_fast::attention_stats_qk_backward")
+def _(
+    grad_entropy, grad_lse, grad_collision, grad_sink, entropy, lse, collision, sink,
+    query, key, attn_mask, is_causal, scale, left, right, softcap, has_sinks, rows,
+):  # fmt: skip
+    shape = (*entropy.shape, query.shape[3])
+    return query.new_empty(shape, dtype=torch.float32), key.new_empty(key.shape, dtype=torch.float32)
+
+
+def setup_context(ctx, inputs, output):
+    query, key, attn_mask, *ctx.numbers, sinks, rows, ctx.entropy_only = inputs
+    entropy, lse, max_logit, keys, collision, sink = output
+    ctx.mark_non_differentiable(max_logit, keys)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(query, key, attn_mask, sinks, rows, entropy, lse, collision, sink)
+
+
+def backward(ctx, grad_entropy, grad_lse, _grad_max_logit, _grad_keys, grad_collision, grad_sink):
+    query, key, attn_mask, sinks, rows, *stats = ctx.saved_tensors
+    grads = [grad_entropy, grad_lse, grad_collision, grad_sink]
+    if ctx.entropy_only:
+        grads[2:] = None, None
+    grads = [None if grad is None else grad.contiguous() for grad in grads]  # one number per row
+    grad_query = grad_key = grad_sinks = None
+    wanted = any(grad is not None for grad in grads)
+    if wanted and (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]):
+        grad_query, grad_key = torch.ops.inflection_fast.attention_stats_qk_backward(
+            *grads, *stats, query, key, attn_mask, *ctx.numbers, sinks is not None, rows
+        )
+        if rows is not None:  # positions may repeat, and most positions were not asked for
+            grad_query = grad_query.new_zeros(query.shape).index_add_(2, rows, grad_query)
+        grad_query, grad_key = grad_query.to(query.dtype), grad_key.to(key.dtype)
+    if wanted and ctx.needs_input_grad[8]:
+        grad_sinks = sink_gradient(sinks, *grads, *stats)
+    return grad_query, grad_key, *[None] * 6, grad_sinks, None, None
+
+
+def sink_gradient(sinks, grad_entropy, grad_lse, grad_collision, grad_sink, entropy, lse, collision, sink):
+    """The derivative with respect to the scores of one more column, which is the column that `sink` reports."""
+    empty = lse == -torch.inf
+    log_p = (sinks[:, None] - lse).masked_fill(empty, 0.0).clamp(min=-88.0)
+    p = log_p.exp().masked_fill(empty, 0.0)
+    grad = torch.zeros_like(lse)
+    if grad_lse is not None:
+        grad = grad + grad_lse
+    if grad_entropy is not None:
+        grad = grad - grad_entropy * (log_p + entropy)
+    if grad_collision is not None:
+        grad = grad + 2.0 * grad_collision * (p - collision)
+    if grad_sink is not None:
+        grad = grad + grad_sink * (1.0 - sink)
+    return (p * grad).sum((0, 2))
+
+
+torch.library.register_autograd("inflection_fast::attention_stats_qk", backward, setup_context=setup_context)
+library.refuse_second_derivative("inflection_fast::attention_stats_qk_backward")
