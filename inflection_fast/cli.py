@@ -139,9 +139,12 @@ def _stages(config: Any, console: Console) -> Any:
 
 def _quiet_libraries() -> None:
     """Warnings of libraries stay; their chatter goes, and their progress bars where nobody watches."""
+    import warnings
+
     import datasets
     import transformers
 
+    warnings.filterwarnings("ignore", category=FutureWarning, module="(transformers|peft|datasets)")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if not sys.stderr.isatty():

@@ -99,6 +99,10 @@ def load_model(
     with _loading(config):
         model = _class_of(task).from_pretrained(str(folder or config.path), **options)
     model.config.pad_token_id = tokenizer.pad_token_id
+    if task == "sequence-classification":
+        # Many heads take the number of items in a whole accumulated batch and do not divide by it, and the Trainer
+        # then adds up the losses of the parts instead of averaging them.
+        model.accepts_loss_kwargs = False
     return model
 
 

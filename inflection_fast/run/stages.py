@@ -164,7 +164,7 @@ class Stages:
         if not plan.layers and settings.when_empty == "top":
             plan = self._top_plan()
             label = f"LoRA on the {len(plan.layers)} layers with the top scores (the plan was empty)"
-            self.say(f"tune: the plan is empty; taking the top scores instead: layers {plan.layers}")
+            self.say(f"tune: the plan is empty; taking the top scores instead: layers {list(plan.layers)}")
         if plan.layers:
             self._adapt("tune", label, plan)
             return
@@ -173,7 +173,8 @@ class Stages:
         folder = self.folder.stage("tune")
         metrics, seconds = {}, None
         total = None
-        if self.config.source is not None:  # without a source the head is random, and its accuracy would mean nothing
+        # Without a source the head of a classifier is random, and its accuracy would mean nothing.
+        if self.config.source is not None or self.config.task == "causal-lm":
             model = self._start()
             total = sum(p.numel() for p in model.parameters())
             metrics, seconds = self._evaluate(model, train, data, folder)
@@ -319,7 +320,9 @@ class Stages:
     def _top_plan(self) -> Plan:
         timeline = Timeline.load(self.folder.stage("measure"))
         with user_errors(about="tune.top"):
-            return select(timeline, dataclasses.replace(self.config.select, method="top", k=self.config.tune.top))
+            # Without a test of significance: it is what left the plan empty.
+            settings = dataclasses.replace(self.config.select, method="top", k=self.config.tune.top, significance=None)
+            return select(timeline, settings)
 
     def _overhead(self) -> dict[str, float] | None:
         pairs = self.config.measure.overhead_pairs

@@ -65,6 +65,11 @@ class _Clock(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.began = time.perf_counter()
 
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            # The model is saved right after this, and a Trainer resumed at its last step takes one more.
+            control.should_save = False
+
     def on_save(self, args, state, control, **kwargs):
         write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / CLOCK, {"seconds": self.seconds})
 

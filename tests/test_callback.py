@@ -1,0 +1,238 @@
+import copy
+
+import numpy as np
+import pytest
+import tiny_texts as tiny
+import torch
+
+from inflection_fast.integrations import InflectionCallback
+from inflection_fast.measure import Monitor, MonitorConfig
+from inflection_fast.timeline import HEAD_SIGNALS, LAYER_SIGNALS, Timeline
+
+STEPS, BATCH = 6, 4
+CONFIG = MonitorConfig(every=2, rows=None)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the models are so small that threads cost more than they give
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def model():
+    from transformers import BertForSequenceClassification
+
+    torch.manual_seed(0)
+    return BertForSequenceClassification(
+        tiny.bert_config(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=2)
+    )
+
+
+@pytest.fixture
+def items():
+    generator = torch.Generator().manual_seed(1)
+    length = 9
+    return [
+        {
+            "input_ids": torch.randint(4, 60, (length,), generator=generator),
+            "attention_mask": (torch.arange(length) < 5 + i % 5).long(),
+            "labels": torch.tensor(i % 2),
+        }
+        for i in range(STEPS * BATCH)
+    ]
+
+
+def batch(items):
+    return {key: torch.stack([item[key] for item in items]) for key in items[0]}
+
+
+@pytest.fixture
+def probe(items):
+    return [{key: value for key, value in batch(items[:5]).items() if key != "labels"}]
+
+
+def trainer_of(model, items, folder, callbacks, eval_dataset=None, **arguments):
+    from torch.utils.data import SequentialSampler
+    from transformers import PrinterCallback, Trainer, TrainingArguments
+
+    class InOrder(Trainer):
+        def _get_train_sampler(self, *args, **kwargs):
+            return SequentialSampler(self.train_dataset)
+
+    settings = {
+        "per_device_train_batch_size": BATCH,
+        "max_steps": STEPS,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.0,
+        "optim": "adamw_torch",
+        "max_grad_norm": 1e-3,  # so small that gradients read after clipping would be seen to be wrong
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_strategy": "no",
+        "dataloader_pin_memory": False,
+        "use_cpu": True,
+        **arguments,
+    }
+    arguments = TrainingArguments(output_dir=str(folder), **settings)
+    trainer = InOrder(model=model, args=arguments, train_dataset=items, eval_dataset=eval_dataset, callbacks=callbacks)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def assert_same(a, b, rtol=1e-5):
+    np.testing.assert_array_equal(a.steps, b.steps)
+    for name in (*HEAD_SIGNALS, *LAYER_SIGNALS, "loss"):
+        np.testing.assert_allclose(getattr(a, name), getattr(b, name), rtol=rtol, atol=1e-6, err_msg=name)
+
+
+def plain_loop(model, items, probe, config, accumulate=1):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    model.train()
+    size = BATCH // accumulate
+    with Monitor(model, config, probe=probe) as monitor:
+        for step in range(STEPS):
+            for part in range(accumulate):
+                begin = step * BATCH + part * size
+                (model(**batch(items[begin : begin + size])).loss / accumulate).backward()
+            monitor.step()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+            optimizer.step()
+            optimizer.zero_grad()
+    return monitor.timeline
+
+
+def test_the_trainer_measures_what_a_plain_loop_measures(model, items, probe, tmp_path):
+    expected = plain_loop(copy.deepcopy(model), items, probe, CONFIG)
+    callback = InflectionCallback(CONFIG, tmp_path / "out", probe=probe)
+    trainer_of(model, items, tmp_path, [callback]).train()
+    assert expected.steps.tolist() == [0, 2, 4]
+    for name in ("entropy", "activation_grad", "parameter_grad", "delta_cka", "loss"):
+        assert np.isfinite(getattr(expected, name)).all(), name
+    assert (expected.activation_grad > 1e-3).all()  # the norms before clipping, which leaves less than this
+    assert_same(callback.timeline, expected)
+    assert_same(Timeline.load(tmp_path / "out"), expected)
+
+
+def test_accumulated_batches_count_as_one_step(model, items, probe, tmp_path):
+    expected = plain_loop(copy.deepcopy(model), items, probe, CONFIG, accumulate=2)
+    model.accepts_loss_kwargs = False  # or the Trainer adds the losses of the parts, which this head does not divide
+    callback = InflectionCallback(CONFIG, probe=probe)
+    arguments = {"per_device_train_batch_size": BATCH // 2, "gradient_accumulation_steps": 2}
+    trainer_of(model, items, tmp_path, [callback], **arguments).train()
+    assert_same(callback.timeline, expected)
+
+
+def test_losses_that_are_shares_of_a_batch_add_up(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    settings = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    decoder = LlamaForCausalLM(LlamaConfig(**settings, intermediate_size=32, max_position_embeddings=32))
+    ids = torch.randint(4, 60, (STEPS * BATCH, 8), generator=torch.Generator().manual_seed(2))
+    items = [{"input_ids": row, "labels": row} for row in ids]
+    with torch.no_grad():
+        first = decoder(input_ids=ids[:BATCH], labels=ids[:BATCH]).loss.item()
+    callback = InflectionCallback(CONFIG)
+    arguments = {"per_device_train_batch_size": BATCH // 2, "gradient_accumulation_steps": 2}
+    trainer_of(decoder, items, tmp_path, [callback], **arguments).train()
+    assert callback.timeline.loss[0] == pytest.approx(first, rel=1e-5)
+
+
+def test_evaluation_in_between_changes_nothing(model, items, probe, tmp_path):
+    expected = plain_loop(copy.deepcopy(model), items, probe, CONFIG)
+    callback = InflectionCallback(CONFIG, probe=probe)
+    arguments = {"eval_strategy": "steps", "eval_steps": 1}
+    trainer_of(model, items, tmp_path, [callback], eval_dataset=items[:7], **arguments).train()
+    assert_same(callback.timeline, expected)
+
+
+def test_a_resumed_training_continues_the_timeline(model, items, probe, tmp_path):
+    whole = InflectionCallback(CONFIG, tmp_path / "whole", probe=probe)
+    trainer_of(copy.deepcopy(model), items, tmp_path / "a", [whole]).train()
+
+    class Stop(Exception):
+        pass
+
+    from transformers import TrainerCallback
+
+    class StopAfter(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 5:
+                raise Stop
+
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    with pytest.raises(Stop), InflectionCallback(CONFIG, tmp_path / "out", probe=probe) as torn:
+        trainer_of(copy.deepcopy(model), items, tmp_path / "b", [torn, StopAfter()], **saving).train()
+    assert Timeline.load(tmp_path / "out").steps.tolist() == [0, 2, 4]
+
+    again = InflectionCallback(CONFIG, tmp_path / "out", probe=probe)
+    resumed = trainer_of(copy.deepcopy(model), items, tmp_path / "b", [again], **saving)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-3"))
+    assert_same(Timeline.load(tmp_path / "out"), whole.timeline)
+
+
+def test_the_model_is_left_as_it_was_also_when_training_raises(model, items, tmp_path):
+    def hooks():
+        return [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in model.modules()]
+
+    before, attention = hooks(), model.config._attn_implementation
+    trainer_of(model, items, tmp_path, [InflectionCallback(CONFIG)]).train()
+    assert hooks() == before and model.config._attn_implementation == attention
+
+    items[9] = {**items[9], "input_ids": torch.full((9,), 10_000)}  # no such token
+    with pytest.raises(IndexError), InflectionCallback(MonitorConfig(every=1)) as callback:
+        trainer_of(model, items, tmp_path, [callback]).train()
+    assert hooks() == before and model.config._attn_implementation == attention
+    assert callback.timeline.steps.tolist() == [0, 1]
+
+
+def test_steps_between_measurements_hand_nothing_over(model, items, tmp_path, monkeypatch):
+    callback = InflectionCallback(MonitorConfig(every=4))
+    seen = []
+    trainer = trainer_of(model, items, tmp_path, [callback])
+    step = Monitor.step
+
+    def watched(self, *args, **kwargs):
+        seen.append((self.measuring, bool(args or kwargs)))
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(Monitor, "step", watched)
+    trainer.train()
+    assert seen == [(i % 4 == 0, i % 4 == 0) for i in range(STEPS)]
+
+
+def test_the_scale_of_a_gradient_scaler_is_taken_out(model, items):
+    class Scaler:
+        def get_scale(self):
+            return 8.0
+
+    class Optimizer:
+        scaler = Scaler()
+
+    norms = []
+    for scale, optimizer in ((1.0, None), (8.0, Optimizer())):
+        callback = InflectionCallback(MonitorConfig(every=1))
+        callback.attach(model)
+        (model(**batch(items[:BATCH])).loss * scale).backward()
+        callback.on_pre_optimizer_step(None, None, None, optimizer=optimizer)
+        callback.close()
+        model.zero_grad()
+        norms.append(callback.timeline.activation_grad)
+    np.testing.assert_allclose(norms[1], norms[0], rtol=1e-4)
+
+
+def test_misuse_is_named(model, items, tmp_path):
+    callback = InflectionCallback(CONFIG)
+    with pytest.raises(RuntimeError, match="before training began"):
+        _ = callback.timeline
+    callback.attach(model, 3)
+    with pytest.raises(ValueError, match="attached to a model already"):
+        callback.attach(model)
+    with pytest.raises(ValueError, match="attached at step 3, and training begins at step 0"):
+        trainer_of(model, items, tmp_path, [callback]).train()
+    assert not any(module._forward_hooks for module in model.modules())
