@@ -109,6 +109,9 @@ def test_any_size_gives_a_sane_map(layers, columns, fill, tmp_path, coarse):
         canvas.save(drawn, tmp_path / "map.png")
     assert ("no value" in legend_of(drawn.axes[0])) == (fill in ("holes", "nothing"))
     assert len(drawn.axes) == (1 if not np.isfinite(values).any() else 2)  # without values there is no scale
+    if fill == "equal":
+        norm = drawn.axes[0].collections[0].norm
+        assert norm.vmin < 2 < norm.vmax
     assert all(float(label).is_integer() for label in drawn.axes[0].get_yticks())
 
 

@@ -29,12 +29,10 @@ class Stage:
 
     name: str
     label: str
-    task: str | None
     accuracy: float | None
     loss: float | None
     perplexity: float | None
     n: int | None
-    correct: int | None
     majority: float | None
     trainable: int | None
     total: int | None
@@ -165,7 +163,7 @@ def _untrained(path: Path, majority: float | None) -> dict[str, Stage]:
     content = _json(path)
     if not content.get("on_target"):
         return {}
-    known = {"label": "source model, not trained further", "task": content.get("task"), "metrics": content["on_target"]}
+    known = {"label": "source model, not trained further", "metrics": content["on_target"]}
     known |= {"majority": majority, "trainable_parameters": 0, "layers": [], "steps": 0}
     return {UNTRAINED: _stage(known, path, UNTRAINED)}
 
@@ -176,12 +174,10 @@ def _stage(content: dict[str, Any], path: Path, name: str) -> Stage:
     return Stage(
         name=name,
         label=str(content.get("label") or name),
-        task=content.get("task"),
         accuracy=_number(path, metrics, "accuracy"),
         loss=_number(path, metrics, "loss"),
         perplexity=_number(path, metrics, "perplexity"),
         n=_number(path, metrics, "n"),
-        correct=_number(path, metrics, "correct"),
         majority=_number(path, content, "majority"),
         trainable=_number(path, content, "trainable_parameters"),
         total=_number(path, content, "total_parameters"),

@@ -72,13 +72,10 @@ def heat_map(
 
 
 def _limits(values: np.ndarray, log: bool) -> tuple[float, float]:
-    """The range of the colours; never empty, or a map of equal values would have no scale."""
+    """The range of the colours. That of equal values is empty, and widened by the colour bar."""
     if not values.size:
         return (1.0, 10.0) if log else (0.0, 1.0)
-    low, high = float(values.min()), float(values.max())
-    if low < high:
-        return low, high
-    return (low / 2, high * 2) if log else (low - 0.5 * (abs(low) or 1.0), high + 0.5 * (abs(high) or 1.0))
+    return float(values.min()), float(values.max())
 
 
 def _log_ticks(low: float, high: float) -> Any:
