@@ -37,6 +37,10 @@ def test_a_saved_plan_replaces_the_old_one_whole_or_not_at_all(tmp_path, monkeyp
     path = tmp_path / "plan.json"
     plan().save(path)
     before = path.read_bytes()
+    with open(path, "rb") as reader:
+        plan(layers=(), reasons={}).save(path)
+        assert reader.read() == before != path.read_bytes()
+    before = path.read_bytes()
 
     def full(_):
         raise OSError(errno.ENOSPC, "No space left on device")

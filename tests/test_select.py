@@ -217,9 +217,14 @@ def test_steps_that_were_not_measured_are_an_error():
 def test_heads_are_averaged_or_the_lowest_one_counts():
     out = TimelineWriter(None, layers=["a", "b", "c"], heads=2, meta={})
     for step in range(4):
-        out.append(step, entropy=[[2, 2], [1.6, 1.6], [0.5, 3.1]], activation_grad=np.ones(3))
-    assert select(out.timeline, SelectConfig(window=0)).layers == (1,)
-    assert select(out.timeline, SelectConfig(window=0, heads="min")).layers == (2,)
+        errors = [[0.1, 0.3]] * 3
+        out.append(step, entropy=[[2, 2], [0.9, 0.9], [0.1, 3.1]], entropy_se=errors, activation_grad=np.ones(3))
+    mean, lowest = (
+        select(out.timeline, SelectConfig(window=0, heads=heads, significance=0.4)) for heads in ("mean", "min")
+    )
+    assert mean.layers == (1,) and lowest.layers == (2,)
+    assert mean.profile["entropy_se"][2] == pytest.approx(0.2 / 2)  # of the mean over heads, over four steps
+    assert lowest.profile["entropy_se"][2] == pytest.approx(0.1 / 2)
 
 
 # ---- baselines -------------------------------------------------------------------------------------------------------
