@@ -34,7 +34,7 @@ def planted(**options):
     return timeline(ENTROPY, LOG_GRADIENT, **options)
 
 
-def pointing_at(layers, L, **options):
-    """A profile whose best scores are exactly those of `layers`, for `top`."""
-    low = np.isin(np.arange(L), layers)
-    return timeline(np.where(low, 1.0, 2.5), np.where(low, -5.0, -1.0), **options)
+def pointing_at(chosen, L, **options):
+    """A profile whose best scores are exactly those of `chosen`, for `top`."""
+    low, slope = np.isin(np.arange(L), chosen), np.linspace(0.0, 0.3, L)
+    return timeline(np.where(low, 1.0, 2.5) + slope, np.where(low, -5.0, -1.0) + slope, **options)
