@@ -62,7 +62,7 @@ def failing(capsys, *argv):
     """The one sentence that a command of the user's gets for its mistake."""
     assert cli.main([str(argument) for argument in argv]) == 2
     said = capsys.readouterr()
-    assert said.err.startswith("inflection-fast: ") and said.err.count("\n") == 1 and said.out == ""
+    assert said.err.startswith("inflection-fast: ") and said.err.count("\n") == 1
     return said.err
 
 
@@ -109,8 +109,9 @@ def test_a_plan_starts_from_the_settings_of_its_run(finished, tmp_path, capsys):
     assert Plan.load(out).config["method"] == "top" and len(Plan.load(out).layers) == 1
     assert cli.main(["plan", str(folder), "--out", str(out), "--select.k", "2"]) == 0
     assert len(Plan.load(out).layers) == 2
-    for layer in Plan.load(out).layers:
-        assert f"layer {layer}: {Plan.load(out).reasons[layer]}" in capsys.readouterr().out.replace("\r", "") or True
+    said = " ".join(capsys.readouterr().out.split())
+    for layer, reason in Plan.load(out).reasons.items():
+        assert f"layer {layer}: {reason}" in said
     said = failing(capsys, "plan", folder, "--select.k", 3)
     assert "holds a model trained on layers" in said
     assert len(Plan.load(folder / "plan.json").layers) == 1
@@ -128,7 +129,6 @@ def test_a_plan_is_made_of_any_timeline(tmp_path, capsys):
 
 def test_a_plan_from_elsewhere_is_adopted_once(finished, settings, tmp_path, capsys):
     whole, _ = finished
-    own = Plan.load(whole / "plan.json").layers[0]
     out, settings = tmp_path / "other.json", ["--config", str(settings), "--output", str(tmp_path / "run")]
     assert cli.main(["measure", *settings]) == 0
     assert cli.main(["plan", str(tmp_path / "run"), "--select.k", "2", "--out", str(out)]) == 0
@@ -138,7 +138,7 @@ def test_a_plan_from_elsewhere_is_adopted_once(finished, settings, tmp_path, cap
     assert cli.main(["tune", *settings, "--plan", str(out)]) == 0
     capsys.readouterr()
     said = failing(capsys, "tune", *settings, "--plan", whole / "plan.json")
-    assert f"trained on layers {tuned}" in said and own is not None
+    assert f"trained on layers {tuned}" in said
 
 
 @pytest.mark.parametrize(
@@ -161,19 +161,7 @@ def test_a_plan_from_elsewhere_is_adopted_once(finished, settings, tmp_path, cap
     ],
 )
 def test_mistakes_are_one_sentence(settings, tmp_path, capsys, argv, message):
-    said = (
-        failing(capsys, "measure", "--config", settings, "--output", tmp_path / "run", *argv)
-        if not any(word in message for word in ("no such file", "column", "outside"))
-        else _after_begin(capsys, "measure", "--config", settings, "--output", tmp_path / "run", *argv)
-    )
-    assert message in said
-
-
-def _after_begin(capsys, *argv):
-    assert cli.main([str(argument) for argument in argv]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("inflection-fast: ") and said.count("\n") == 1
-    return said
+    assert message in failing(capsys, "measure", "--config", settings, "--output", tmp_path / "run", *argv)
 
 
 def test_settings_that_are_missing_or_no_yaml_are_named(tmp_path, capsys):
@@ -193,7 +181,7 @@ def test_what_is_no_run_no_timeline_and_no_plan_is_named(settings, tmp_path, cap
     (tmp_path / "plan.json").write_text("{}")
     run = ["--config", settings, "--output", tmp_path / "run"]
     assert "not a plan" in failing(capsys, "tune", *run, "--plan", tmp_path / "plan.json")
-    assert "no timeline" in _after_begin(capsys, "tune", *run)
+    assert "no timeline" in failing(capsys, "tune", *run)
 
 
 def test_a_full_disk_is_one_sentence_and_costs_nothing_that_is_there(settings, tmp_path, capsys, monkeypatch):

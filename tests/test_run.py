@@ -25,11 +25,10 @@ from inflection_fast.run.config import (
     SourceConfig,
     TrainConfig,
     TuneConfig,
-    differences,
     to_dict,
 )
-from inflection_fast.run.errors import UserError, disk_full
-from inflection_fast.run.models import load_model, load_tokenizer, unfreeze
+from inflection_fast.run.errors import UserError
+from inflection_fast.run.models import load_model, load_tokenizer
 from inflection_fast.run.plans import baseline_plan
 from inflection_fast.run.stages import Stages
 from inflection_fast.timeline import Timeline
@@ -340,54 +339,6 @@ def test_a_source_with_other_labels_gives_its_body_only(files, tmp_path):
     assert any("the source has 10 labels and the target 2" in line for line in said)
 
 
-@pytest.mark.parametrize("name", ["last", "first", "random", "all"])
-def test_baselines_take_as_many_layers_without_looking(finished, name):
-    config, folder, _ = finished
-    timeline = Timeline.load(folder / "measure")
-    for chosen in [(0,), (1,), (0, 2)]:
-        plan = baseline_plan(timeline, config.select, name, chosen, seed=1)
-        wanted = {"last": range(3)[-len(chosen) :], "first": range(len(chosen)), "all": range(3)}
-        if name == "random":
-            assert len(plan.layers) == len(chosen) and plan.layers != chosen
-            assert plan.layers == baseline_plan(timeline, config.select, name, chosen, seed=1).layers
-        else:
-            assert plan.layers == tuple(wanted[name])
-    assert baseline_plan(timeline, config.select, "random", (0, 1, 2), seed=1).layers == (0, 1, 2)
-
-
-@pytest.mark.parametrize(
-    ("top", "head", "blocks", "outside"),
-    [
-        (0, None, set(), {"classifier", "bert.pooler"}),
-        (2, None, {1, 2}, {"classifier", "bert.pooler"}),
-        (1, ("classifier",), {2}, {"classifier"}),
-        (None, None, {0, 1, 2}, {"classifier", "bert.pooler", "bert.embeddings"}),
-    ],
-)
-def test_the_top_blocks_and_the_head_train(files, top, head, blocks, outside):
-    from inflection_fast.blocks import find_blocks
-
-    config = ModelConfig(str(files / "bert"))
-    model = load_model(config, "sequence-classification", load_tokenizer(config), labels=("a", "b"))
-    unfreeze(model, find_blocks(model), top, head)
-    for name, parameter in model.named_parameters():
-        layer = name.split("layer.")[1].split(".")[0] if "layer." in name else None
-        expected = int(layer) in blocks if layer else any(name.startswith(prefix + ".") for prefix in outside)
-        assert parameter.requires_grad == expected, name
-
-
-def test_a_head_shared_with_the_embeddings_stays_frozen(files):
-    from inflection_fast.blocks import find_blocks
-
-    config = ModelConfig(str(files / "llama"))
-    model = load_model(config, "causal-lm", load_tokenizer(config))
-    model.config.tie_word_embeddings = True
-    model.tie_weights()
-    model.lm_head.weight = model.model.embed_tokens.weight
-    names = unfreeze(model, find_blocks(model), 1, None)
-    assert not model.lm_head.weight.requires_grad and "model.norm.weight" in names
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -402,19 +353,6 @@ def test_what_cannot_work_is_said_before_anything_is_written(files, tmp_path, ch
     with pytest.raises(UserError, match=message):
         Stages(config_of(files, tmp_path / "run", **change), say=print, quiet=True)
     assert not (tmp_path / "run").exists()
-
-
-def test_models_that_do_not_fit_are_refused(files, tmp_path):
-    from transformers import ResNetConfig, ResNetModel
-
-    with pytest.raises(UserError, match="at most 64 tokens"):
-        Stages(config_of(files, tmp_path / "run", model=ModelConfig(str(files / "bert"), max_length=65)), print, True)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"no config\.json"):
-        Stages(config_of(files, tmp_path / "run", model=ModelConfig(str(tmp_path / "empty"))), print, True)
-    ResNetModel(ResNetConfig(depths=[1], hidden_sizes=[8], embedding_size=8)).save_pretrained(tmp_path / "resnet")
-    with pytest.raises(UserError, match="resnet"):
-        Stages(config_of(files, tmp_path / "run", model=ModelConfig(str(tmp_path / "resnet"))), print, True)
 
 
 def test_a_plan_for_another_model_is_refused(files, finished, tmp_path):
@@ -434,53 +372,21 @@ def test_weights_in_pickles_are_refused(files, tmp_path):
     tiny.bert(model)
     (model / "model.safetensors").unlink()
     torch.save({}, model / "pytorch_model.bin")
-    config = config_of(files, tmp_path / "run", model=ModelConfig(str(model)), source=None)
+    config = config_of(files, tmp_path / "run", model=ModelConfig(str(model), max_length=12), source=None)
     with pytest.raises(UserError, match="could not be loaded"):
         Stages(config, say=lambda line: None, quiet=True).measure()
 
 
-def test_a_full_disk_is_recognised():
-    import errno
-
-    try:
-        try:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        except OSError as error:
-            raise RuntimeError("saving failed") from error
-    except RuntimeError as error:
-        assert disk_full(error)
-    assert disk_full(RuntimeError("[enforce fail at inline_container.cc] PytorchStreamWriter failed writing file"))
-    assert disk_full(Exception("Error while serializing: I/O error: No space left on device (os error 28)"))
-    assert not disk_full(OSError(errno.EACCES, "Permission denied")) and not disk_full(None)
-
-
-def test_differences_are_named_with_both_values():
-    old, new = {"a": {"b": 1, "c": [1, 2]}, "d": None}, {"a": {"b": 2, "c": [1, 2]}, "d": "x", "e": 3}
-    assert differences(old, new) == ["a.b (1 -> 2)", "d (null -> x)", "e (null -> 3)"]
-    assert differences(old, old) == []
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: ModelConfig(""),
-        lambda: ModelConfig("m", max_length=1),
-        lambda: DataConfig(""),
-        lambda: DataConfig("d", test_share=1.0),
-        lambda: DataConfig("d", labels=("a", "a")),
-        lambda: DataConfig("d", test="t", group="g"),
-        lambda: DataConfig("d", train_limit=0),
-        lambda: TrainConfig(steps=0),
-        lambda: TrainConfig(learning_rate=0),
-        lambda: TrainConfig(warmup_share=1.0),
-        lambda: MeasureConfig(overhead_pairs=2),
-        lambda: TuneConfig(top=0),
-        lambda: RunConfig(ModelConfig("m"), DataConfig("d"), "o", baselines=("best",)),
-        lambda: RunConfig(ModelConfig("m"), DataConfig("d"), "o", baselines=("last", "last")),
-        lambda: RunConfig(ModelConfig("m"), DataConfig("d"), "o", seed=-1),
-        lambda: RunConfig(ModelConfig("m"), DataConfig("d"), ""),
-    ],
-)
-def test_settings_refuse_nonsense(make):
-    with pytest.raises(ValueError, match=r"got|give one"):
-        make()
+@pytest.mark.parametrize("name", ["last", "first", "random", "all"])
+def test_baselines_take_as_many_layers_without_looking(finished, name):
+    config, folder, _ = finished
+    timeline = Timeline.load(folder / "measure")
+    for chosen in [(0,), (1,), (0, 2)]:
+        plan = baseline_plan(timeline, config.select, name, chosen, seed=1)
+        wanted = {"last": range(3)[-len(chosen) :], "first": range(len(chosen)), "all": range(3)}
+        if name == "random":
+            assert len(plan.layers) == len(chosen) and plan.layers != chosen
+            assert plan.layers == baseline_plan(timeline, config.select, name, chosen, seed=1).layers
+        else:
+            assert plan.layers == tuple(wanted[name])
+    assert baseline_plan(timeline, config.select, "random", (0, 1, 2), seed=1).layers == (0, 1, 2)

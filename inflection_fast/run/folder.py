@@ -58,7 +58,7 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"output {self.path} is a file, not a folder")
         saved = self.path / "config.yaml"
-        begun = self.path.is_dir() and [item.name for item in self.path.iterdir() if item.name not in OWN_FILES]
+        begun = self.path.is_dir() and any(_matters(item.name) for item in self.path.iterdir())
         if saved.is_file() and begun:
             old = load_settings(saved)
             # The name of the folder is not a setting of the run: a folder that was moved is still its own.
@@ -74,6 +74,7 @@ class RunFolder:
             import yaml
 
             write_text(saved, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+            self._write([], config.seed)
         if not self._facts.is_file():
             self._write([], config.seed)
 
@@ -110,6 +111,10 @@ class RunFolder:
     def stage(self, name: str) -> Path:
         """The folder of a stage."""
         return self.path / name
+
+
+def _matters(name: str) -> bool:
+    return name not in OWN_FILES and not name.startswith(".")  # hidden files come from desktops and killed writes
 
 
 def load_settings(path: Path) -> dict[str, Any]:
