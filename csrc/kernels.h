@@ -148,6 +148,76 @@ int64_t attention_stats_qk_grad_key_items(const AttentionStatsQkBackwardArgs&);
 void attention_stats_qk_grad_key_cpu(const AttentionStatsQkBackwardArgs&, int64_t begin, int64_t end);
 int attention_stats_qk_backward_cuda(const AttentionStatsQkBackwardArgs&, void* stream);
 
+// ---- cka: the sums over rows behind linear CKA -----------------------------------------------------------------------
+
+// With a shift c subtracted from every row, u = x - c_x, v = y - c_y, p = |u|^2, q = |v|^2, everything that biased and
+// debiased CKA need is the Gram matrix of z = (1, p, q, u, v): one symmetric matrix of K = 3 + Dx + Dy rows per layer.
+constexpr int64_t kCkaHead = 3;  // 1, p, q
+
+// Upper triangle, row by row: element (i, j), j >= i, is number i * K - i * (i - 1) / 2 + j - i.
+constexpr int64_t cka_packed(int64_t k) { return k * (k + 1) / 2; }
+
+constexpr int64_t kCkaDepth = 256;      // rows per block: float32 sums no longer than that, and 16 columns of it fill half of L1
+constexpr int64_t kCkaExactRows = 32;   // so few rows are multiplied in float64: adding the Gram matrix costs as much
+constexpr int64_t kCkaRowChunk = 16;    // rows of one packing item: their columns of a panel are a run of whole cache lines
+constexpr int64_t kCkaBlockRows = 192;   // rows of the Gram matrix in one product item, packed 192 KiB: a share of L2
+constexpr int64_t kCkaBlockCols = 256;  // columns of one product item
+constexpr int64_t kCkaPanel = 96;       // packed widths are padded to a multiple of every tile's rows and columns
+constexpr int64_t kCkaShiftCols = 64;   // columns of one shift item
+constexpr int64_t kCkaTermRows = 64;    // rows of the Gram matrix in one item of the terms
+constexpr int64_t kCkaTermSums = 6;
+
+struct CkaSide {
+  const void* data;
+  const int64_t* offsets;      // [layers] elements from `data` to the first row of a layer
+  int64_t dim, row_stride, col_stride;
+  DType dtype;
+};
+
+struct CkaPushArgs {
+  CkaSide x, y;                // [layers, rows, dim]
+  const bool* mask;            // [layers, rows], true counts; null: every row does
+  int64_t mask_layer_stride, mask_row_stride;
+  int64_t layers, rows;
+  bool adopt;                  // a layer without rows yet takes its shift from the first kCkaDepth rows that count
+  int64_t first;               // CPU: the block in work begins at this one of the rows that count
+  // scratch of the CPU
+  int64_t* kept;               // [layers, rows] indices of the rows that count
+  int64_t* counts;             // [layers]
+  float* chunks;               // [layers, kCkaDepth, padded K] shifted rows
+  float* left;                 // [layers, padded K, kCkaDepth] in panels of kTileRows columns
+  float* right;                // [layers, padded K, kCkaDepth] in panels of kTileCols columns
+  double* norms;               // [layers, kCkaDepth, 2] p, q
+  int64_t* exact;              // [layers, kCkaDepth] rows of the block that are multiplied in float64
+  int64_t* exact_counts;       // [layers]
+  // outputs
+  float* shift;                // [layers, Dx + Dy]
+  double* gram;                // [layers, cka_packed(K)], added to
+};
+// The rows that count, the shifts; then, for every block of kCkaDepth rows, packing, its long rows, and products.
+void cka_rows_cpu(const CkaPushArgs&, int64_t begin, int64_t end);     // work items: layers
+void cka_shift_cpu(const CkaPushArgs&, int64_t begin, int64_t end);    // layers * cka_shift_items
+void cka_pack_cpu(const CkaPushArgs&, int64_t begin, int64_t end);     // layers * kCkaDepth / kCkaRowChunk
+void cka_long_rows_cpu(const CkaPushArgs&, int64_t begin, int64_t end);  // layers
+void cka_product_cpu(const CkaPushArgs&, int64_t begin, int64_t end);  // layers * cka_product_items
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t cka_shift_items(int64_t dx, int64_t dy) { return ceil_div(dx + dy, kCkaShiftCols); }
+constexpr int64_t cka_product_items(int64_t k) { return ceil_div(k, kCkaBlockRows) * ceil_div(k, kCkaBlockCols); }
+constexpr int64_t cka_term_items(int64_t dx, int64_t dy) { return ceil_div(dx + dy, kCkaTermRows); }
+
+// Numerator and both self terms of CKA: squared Frobenius norms of the centred products, or n (n - 3) HSIC_1.
+struct CkaTermsArgs {
+  const double* gram;          // [layers, cka_packed(3 + dim_x + dim_y)]
+  int64_t layers, dim_x, dim_y;
+  bool debiased;
+  double* partial;             // [layers, cka_term_items, kCkaTermSums], scratch
+  // outputs
+  double* terms;               // [layers, 3]: xy, xx, yy; a self term that rounding could have made is 0
+};
+void cka_terms_cpu(const CkaTermsArgs&, int64_t begin, int64_t end);        // work items: layers * cka_term_items
+void cka_terms_merge_cpu(const CkaTermsArgs&, int64_t begin, int64_t end);  // layers
+
 // ---- instruction sets of the CPU kernels ----------------------------------------------------------------------------
 
 enum class Isa : int32_t { portable, avx2, avx512 };

@@ -22,6 +22,13 @@ struct CpuKernels {
   void (*attention_stats_qk_grad_query)(const AttentionStatsQkBackwardArgs&, int64_t begin, int64_t end);
   int64_t (*attention_stats_qk_grad_key_items)(const AttentionStatsQkBackwardArgs&);
   void (*attention_stats_qk_grad_key)(const AttentionStatsQkBackwardArgs&, int64_t begin, int64_t end);
+  void (*cka_rows)(const CkaPushArgs&, int64_t begin, int64_t end);
+  void (*cka_shift)(const CkaPushArgs&, int64_t begin, int64_t end);
+  void (*cka_pack)(const CkaPushArgs&, int64_t begin, int64_t end);
+  void (*cka_long_rows)(const CkaPushArgs&, int64_t begin, int64_t end);
+  void (*cka_product)(const CkaPushArgs&, int64_t begin, int64_t end);
+  void (*cka_terms)(const CkaTermsArgs&, int64_t begin, int64_t end);
+  void (*cka_terms_merge)(const CkaTermsArgs&, int64_t begin, int64_t end);
 };
 
 extern const CpuKernels kPortableKernels;

@@ -3,6 +3,8 @@
 Shape letters: B batch, H heads, Q queries, K keys, L layers, N samples, D features, R basis rank.
 """
 
+from .cka import delta_cka, linear_cka
+from .cka_state import CkaState
 from .entropy import attention_entropy, attention_stats
 from .entropy_qk import attention_entropy_qk, attention_stats_qk
 from .library import build_info
@@ -11,10 +13,13 @@ from .stats import AttentionStats
 
 __all__ = [
     "AttentionStats",
+    "CkaState",
     "attention_entropy",
     "attention_entropy_qk",
     "attention_stats",
     "attention_stats_qk",
     "build_info",
+    "delta_cka",
+    "linear_cka",
     "sum_of_squares",
 ]

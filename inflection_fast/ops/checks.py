@@ -135,3 +135,36 @@ def rows(value: object, queries: int, query: Tensor) -> Tensor:
         if low < 0 or high >= queries:
             raise ValueError(f"rows: expected positions in [0, {queries}), got {low if low < 0 else high}")
     return value
+
+
+def integer(value: object, name: str, low: int, high: int | None = None) -> int:
+    """`value`, if it is an int in [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < low or (high is not None and value > high):
+        raise ValueError(f"{name}: expected {f'at least {low}' if high is None else f'{low} to {high}'}, got {value}")
+    return value
+
+
+def paired_features(x: object, y: object, names: tuple[str, str]) -> None:
+    """Refuse anything but features [..., N, D] and [..., N, D2] of one dtype on one device."""
+    for value, name in zip((x, y), names, strict=True):
+        if float_tensor(value, name).ndim < 2:
+            raise ValueError(f"{name}: expected features [..., N, D], got shape {list(value.shape)}")
+        if value.shape[-1] == 0:
+            raise ValueError(f"{name}: expected features of at least one dimension, got shape {list(value.shape)}")
+    if x.dtype != y.dtype:
+        raise TypeError(f"{names[1]}: expected dtype {x.dtype} as {names[0]} has, got {y.dtype}")
+    same_device(y, names[1], x, names[0])
+    if x.shape[:-1] != y.shape[:-1]:
+        raise ValueError(f"{names[1]}: expected shape {[*x.shape[:-1], 'D']} as {names[0]} has, got {list(y.shape)}")
+
+
+def row_mask(value: object, name: str, like: Tensor) -> Tensor:
+    """`value`, if it is a bool mask [N] or [L, N] of the rows of `like` [L, N, D]."""
+    if tensor(value, name).dtype != torch.bool:
+        raise TypeError(f"{name}: expected dtype bool (True counts), got {value.dtype}")
+    same_device(value, name, like, "x")
+    if tuple(value.shape) not in (tuple(like.shape[:2]), (like.shape[1],)):
+        raise ValueError(f"{name}: expected shape [{like.shape[1]}] or {list(like.shape[:2])}, got {list(value.shape)}")
+    return value

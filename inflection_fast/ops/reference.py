@@ -91,6 +91,36 @@ def attention_stats_qk(
     return row_stats(scores, attend.expand(scores.shape), None if sinks is None else wide(sinks)[:, None, None])
 
 
+def linear_cka(x: Tensor, y: Tensor, *, rank: int | None = None, debiased: bool = True) -> Tensor:
+    """Linear CKA of features ``[..., N, D]`` and ``[..., N, D2]``, from its definition over N x N matrices."""
+    x, y = wide(x), wide(y)
+    if rank is not None:
+        pooled = torch.cat([x, y], -2)
+        pooled = pooled - pooled.mean(-2, keepdim=True)
+        basis = torch.linalg.eigh(pooled.mT @ pooled)[1][..., -rank:]
+        x, y = x @ basis, y @ basis
+    x, y = x - x.mean(-2, keepdim=True), y - y.mean(-2, keepdim=True)
+    k, l = x @ x.mT, y @ y.mT  # noqa: E741
+    if debiased:
+        k, l = (m - torch.diag_embed(m.diagonal(dim1=-2, dim2=-1)) for m in (k, l))  # noqa: E741
+    cross, own_x, own_y = (hsic(a, b, debiased) for a, b in ((k, l), (k, k), (l, l)))
+    return torch.where((own_x > 0) & (own_y > 0), cross / (own_x * own_y).sqrt(), torch.nan)
+
+
+def delta_cka(before: Tensor, after: Tensor, *, rank: int | None = None, debiased: bool = True) -> Tensor:
+    """How far features have moved."""
+    return 1 - linear_cka(before, after, rank=rank, debiased=debiased)
+
+
+def hsic(k: Tensor, l: Tensor, debiased: bool) -> Tensor:  # noqa: E741
+    """Of centred Gram matrices, times a factor of N; debiased, HSIC_1 of Song et al. (2012): they have no diagonal."""
+    inner, n = (k * l).sum((-2, -1)), k.shape[-1]
+    if not debiased:
+        return inner
+    total = k.sum((-2, -1)) * l.sum((-2, -1)) / ((n - 1) * (n - 2))
+    return inner + total - 2 / (n - 2) * (k.sum(-1) * l.sum(-1)).sum(-1)
+
+
 def sum_of_squares(tensors: Sequence[Tensor], groups: Sequence[int]) -> Tensor:
     """Sum of squares of the tensors of every group."""
     total = torch.zeros(max(groups) + 1, dtype=torch.float64, device=tensors[0].device)
