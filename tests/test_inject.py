@@ -242,6 +242,19 @@ def test_what_cannot_be_injected_is_refused_and_leaves_the_model_as_it_was(optio
     refused(model, plan_for(model, 1), words, **options)
 
 
+def test_a_failure_after_everything_was_frozen_leaves_the_model_as_it_was(monkeypatch):
+    injected = peft.get_peft_model
+
+    def fail(*args, **options):
+        injected(*args, **options)
+        raise ValueError("too late")
+
+    monkeypatch.setattr(peft, "get_peft_model", fail)
+    model = tiny.bert()
+    model.bert.pooler.dense.weight.requires_grad_(False)
+    refused(model, plan_for(model, 1), "too late")
+
+
 def test_an_architecture_that_peft_has_no_targets_for_asks_for_them():
     model = tiny.distilbert()
     refused(model, plan_for(model, 0), r"no default for models of type distilbert; name modules.*attention\.q_lin")
