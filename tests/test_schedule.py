@@ -23,10 +23,10 @@ def test_one_position_is_drawn_out_of_every_stratum(length, rows):
     for step in range(200 if length < 200 else 20):
         sampler.begin(step)
         strata = sampler.draw(length)
-        ends = strata.sizes.cumsum(0)
-        assert strata.rows.shape == strata.sizes.shape == (rows,) and ends[-1] == length
-        assert ((strata.rows < ends) & (strata.rows >= ends - strata.sizes)).all()
-        assert strata.sizes.max() - strata.sizes.min() <= 1
+        ends = strata.weights.cumsum(0)
+        assert strata.rows.shape == strata.weights.shape == (rows,) and ends[-1] == length
+        assert ((strata.rows < ends) & (strata.rows >= ends - strata.weights)).all()
+        assert strata.weights.max() - strata.weights.min() <= 1
         seen |= set(strata.rows.tolist())
     assert length > 200 or seen == set(range(length))
 

@@ -100,6 +100,17 @@ def test_attention_through_a_flash_kernel(name, padded, flash):
     check_attention(measured(model, batch), truth, token_masks(batch, len(truth)))
 
 
+def test_without_a_mask_eager_attention_is_not_causal_and_others_are_what_the_module_says():
+    from inflection_fast.measure.attention import _interface_call
+
+    causal, q = nn.Identity(), torch.randn(1, HEADS, 6, 4)
+    causal.is_causal = True
+    calls = {name: _interface_call(name, causal, q, q, None, {}).is_causal for name in ("eager", "sdpa", "other")}
+    assert calls == {"eager": False, "sdpa": True, "other": True}
+    assert not _interface_call("sdpa", causal, q, q, None, {"is_causal": False}).is_causal
+    assert not _interface_call("sdpa", causal, q, q, q[..., :1], {}).is_causal
+
+
 def test_flash_kernels_align_causal_masks_at_the_last_key():
     from inflection_fast.measure.attention import _last_aligned
 
@@ -116,7 +127,10 @@ def test_sinks_are_part_of_the_distribution():
     model.set_attn_implementation("eager")
     timeline, masks = measured(model, batch), token_masks(batch, 2)
     # The model drops the sink's column from the weights that it returns: what they lack of 1 is the sink.
-    truth = [torch.cat([(1 - p.sum(-1, keepdim=True)).clamp(min=0), p], -1) for p in probabilities(model, batch, double=False)]
+    truth = [
+        torch.cat([(1 - p.sum(-1, keepdim=True)).clamp(min=0), p], -1)
+        for p in probabilities(model, batch, double=False)
+    ]
     check_attention(timeline, truth, masks)
 
 

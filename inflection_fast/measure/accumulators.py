@@ -42,22 +42,20 @@ class HeadMeans:
             valid: [B, R] bool, rows that count; None: all. Rows without keys never count.
             strata: of the R rows.
         """
-        device = self._sums.device
-        entropy, keys, collision, sink, max_logit = (
-            torch.stack([getattr(one, name).to(device) for one in stats])  # [G, B, H, R]
-            for name in ("entropy", "keys", "collision", "sink", "max_logit")
-        )
-        counts = keys > 0
+        # Few passes over few large tensors: each one is a kernel launch, or a team of threads to wake.
+        ignored = _stacked(stats, ("keys",), self._sums.device)[0] == 0  # [G, B, H, R]
         if valid is not None:
-            counts &= valid[:, None, :].to(device)
-        v = counts.sum(1, dtype=torch.float64)  # [G, H, R]
-        y, c, s = (torch.where(counts, x, 0.0).sum(1, dtype=torch.float64) for x in (entropy, collision, sink))
-        self._sums[_COUNT : _SINK + 1].index_add_(1, layers, (torch.stack([v, y, c, s]) * strata.sizes).sum(-1))
+            ignored |= ~valid[:, None, :].to(self._sums.device)
+        fields = _stacked(stats, ("entropy", "collision", "sink"), self._sums.device)
+        # Filled, not multiplied: what padding holds may be NaN.
+        fields = fields.masked_fill_(ignored, 0.0).sum(2, dtype=torch.float64)  # [3, G, H, R]
+        v = len(stats[0].entropy) - ignored.sum(1, dtype=torch.float64)[None]  # [1, G, H, R]
+        self._sums[_COUNT : _SINK + 1].index_add_(1, layers, torch.cat([v, fields]) @ strata.weights)
         if strata.rows is not None:
-            dy, dv = y.diff(dim=-1), v.diff(dim=-1)
-            squares = torch.stack([dy * dy, dy * dv, dv * dv]) @ strata.difference_weights
+            dy, dv = fields[:1].diff(dim=-1), v.diff(dim=-1)
+            squares = torch.cat([dy * dy, dy * dv, dv * dv]) @ strata.difference_weights
             self._sums[_YY:].index_add_(1, layers, squares)
-        highest = torch.where(counts, max_logit, -torch.inf).amax((1, 3))
+        highest = _stacked(stats, ("max_logit",), self._sums.device)[0].masked_fill_(ignored, -torch.inf).amax((1, 3))
         self._max[layers] = torch.maximum(self._max[layers], highest)
 
     def merge(self, other: HeadMeans) -> None:
@@ -82,6 +80,12 @@ class HeadMeans:
         """Forget everything."""
         self._sums.zero_()
         self._max.fill_(-torch.inf)
+
+
+def _stacked(stats: Sequence[AttentionStats], names: Sequence[str], device: torch.device) -> Tensor:
+    """[len(names), G, B, H, R] in new memory."""
+    flat = torch.stack([getattr(one, name).to(device) for name in names for one in stats])
+    return flat.unflatten(0, (len(names), len(stats)))
 
 
 class GradientNorms:

@@ -20,7 +20,7 @@ class Strata:
     """Sampled query positions: one out of each of R strata, consecutive and of nearly equal size, that cover [0, T)."""
 
     rows: Tensor | None  # [R] int64, increasing; None: every position is measured
-    sizes: Tensor  # [R] float64, positions per stratum
+    weights: Tensor  # [R] float64, positions that each sampled one stands for
     difference_weights: Tensor  # [R - 1] float64, see `strata_of`; empty where every position is measured
 
 
@@ -39,7 +39,7 @@ class RowSampler:
     def draw(self, length: int) -> Strata:
         """Positions out of [0, length), fresh with every call; all of them if there are no more than `rows`."""
         if self._rows is None or length <= self._rows:
-            ones = torch.ones(1, dtype=torch.float64, device=self._device)
+            ones = torch.ones(length, dtype=torch.float64, device=self._device)
             return Strata(None, ones, ones[:0])
         if length not in self._shapes:
             starts, sizes = _strata(length, self._rows)
