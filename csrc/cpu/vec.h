@@ -8,6 +8,7 @@
 namespace inflection::INFLECTION_ISA {
 
 #define IF_INLINE inline __attribute__((always_inline))
+#define IF_LAMBDA __attribute__((always_inline))  // behind the parameters of a lambda
 
 constexpr int W = INFLECTION_VECTOR_BYTES / 4;  // floats in a vector
 typedef float vf __attribute__((vector_size(INFLECTION_VECTOR_BYTES)));
@@ -94,31 +95,79 @@ IF_INLINE void store_part(T* p, int64_t n, vf x) {
   for (int i = 0; i < n; ++i) p[i] = lanes[i];
 }
 
-IF_INLINE float sum(vf x) {
-  float lanes[W];
-  store(lanes, x);
-  for (int step = W / 2; step > 0; step /= 2)
-    for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
-  return lanes[0];
+// Across the lanes: the halves of a vector are combined until four lanes are left.
+template <int N>
+struct Floats {
+  typedef float type __attribute__((vector_size(4 * N)));
+};
+template <int N, class Combine>
+IF_INLINE float across(typename Floats<N>::type x, Combine combine) {
+  if constexpr (N == 4) {
+    return combine(combine(x[0], x[1]), combine(x[2], x[3]));
+  } else {
+    typename Floats<N / 2>::type a, b;
+    __builtin_memcpy(&a, &x, sizeof a);
+    __builtin_memcpy(&b, reinterpret_cast<const char*>(&x) + sizeof a, sizeof b);
+    return across<N / 2>(combine(a, b), combine);
+  }
 }
-IF_INLINE float max(vf x) {
-  float lanes[W];
-  store(lanes, x);
-  for (int step = W / 2; step > 0; step /= 2)
-    for (int i = 0; i < step; ++i) lanes[i] = lanes[i] > lanes[i + step] ? lanes[i] : lanes[i + step];
-  return lanes[0];
+struct Plus {
+  template <class T>
+  IF_INLINE T operator()(T a, T b) const {
+    return a + b;
+  }
+};
+struct Larger {
+  template <class T>
+  IF_INLINE T operator()(T a, T b) const {
+    return a > b ? a : b;
+  }
+};
+IF_INLINE float sum(vf x) { return across<W>(x, Plus{}); }
+IF_INLINE float max(vf x) { return across<W>(x, Larger{}); }
+
+// The sum of the lanes in float64.
+IF_INLINE double wide_sum(vf x) {
+  typename Floats<W / 2>::type a, b;
+  __builtin_memcpy(&a, &x, sizeof a);
+  __builtin_memcpy(&b, reinterpret_cast<const char*>(&x) + sizeof a, sizeof b);
+  const vd both = __builtin_convertvector(a, vd) + __builtin_convertvector(b, vd);
+  double total = 0.0;
+  for (int lane = 0; lane < W / 2; ++lane) total += both[lane];
+  return total;
 }
 
-// 2^(n + f) for |f| <= 1/2, a minimax polynomial with relative error 9.3e-8; `shifted` is n + kRound, whose low bits of the mantissa are n.
+// log(1 + x) for x >= 0, absolute error below 2e-9, relative where x is small. 1 + x = 2^k (1 + z), s = z / (2 + z),
+// log(1 + z) = 2 (s + s^3 / 3 + ...) with |s| < 0.172.
+IF_INLINE vd log1p_nonnegative(vd x) {
+  typedef uint64_t vul __attribute__((vector_size(INFLECTION_VECTOR_BYTES)));
+  constexpr uint64_t kHalfRoot = 0x3fe6a09e667f3bcd, kExponent = 0x4330000000000000;  // sqrt(1/2); 2^52
+  const vd whole = x + 1.0;
+  const vul k = ((vul)whole - kHalfRoot) >> 52;
+  const vd scaled = (vd)((vul)whole - (k << 52));
+  const vd z = k == 0 ? x : scaled - 1.0;
+  const vd s = z / (z + 2.0), q = s * s;
+  const vd series = s * (2.0 + q * (2.0 / 3 + q * (2.0 / 5 + q * (2.0 / 7 + q * (2.0 / 9)))));
+  return series + ((vd)(k | kExponent) - 0x1p52) * 0.6931471805599453;
+}
+
+// 2^(n + f) for |f| <= 1/2, a minimax polynomial with relative error 9.3e-8; `shifted` is n + kRound, whose low bits of the
+// mantissa are n. N vectors step by step: one alone is a chain too long for a scheduler to find work beside it.
 constexpr float kRound = 0x1.8p23f;
+constexpr float kExp2Series[] = {0x1.5bda36p-10f, 0x1.3ce8aap-7f, 0x1.c6b6d8p-5f, 0x1.ebf9c2p-3f, 0x1.62e42ap-1f, 1.0f};
+template <int N>
+IF_INLINE void exp2_parts(const vf (&shifted)[N], const vf (&f)[N], vf (&y)[N]) {
+  for (int i = 0; i < N; ++i) y[i] = splat(kExp2Series[0]);
+  for (int k = 1; k < 6; ++k) {
+    for (int i = 0; i < N; ++i) y[i] = y[i] * f[i] + kExp2Series[k];
+  }
+  for (int i = 0; i < N; ++i) y[i] = (vf)((vi)y[i] + ((vi)shifted[i] << 23));
+}
 IF_INLINE vf exp2_parts(vf shifted, vf f) {
-  vf y = splat(0x1.5bda36p-10f);
-  y = y * f + 0x1.3ce8aap-7f;
-  y = y * f + 0x1.c6b6d8p-5f;
-  y = y * f + 0x1.ebf9c2p-3f;
-  y = y * f + 0x1.62e42ap-1f;
-  y = y * f + 1.0f;
-  return (vf)((vi)y + ((vi)shifted << 23));
+  const vf shifteds[1] = {shifted}, fs[1] = {f};
+  vf y[1];
+  exp2_parts(shifteds, fs, y);
+  return y[0];
 }
 
 // 2^x for -127 <= x <= 0, relative error below 2e-7 above -126; exactly 0 at -127. NaN stays NaN.
@@ -134,20 +183,32 @@ IF_INLINE vf exp2_nonpositive(vf x) { return select(x < -126.0f, vf{}, exp2_clam
 // by up to 6e-8 times the variance of its log-probabilities, which can be 20.
 struct Exponent {
   vf high, low;
-  vf floor;  // the arguments at which e^(k x) is 2^-60, far below half an ulp of any sum that holds a 1
+  vf floor;    // the arguments at which e^(k x) is 2^-60, far below half an ulp of any sum that holds a 1
+  bool split;  // whether `low` matters: not for a power of two, the most common factor
 
-  IF_INLINE explicit Exponent(float k) {
+  IF_INLINE explicit Exponent(double k) {
     const double exact = k * 1.4426950408889634;
     high = splat(static_cast<float>(exact));
     low = splat(static_cast<float>(exact - static_cast<float>(exact)));
     floor = splat(static_cast<float>(-60.0 / exact));
+    split = std::fabs(exact - static_cast<float>(exact)) > 2e-8 * exact;
   }
 
-  // e^(k x) for x in [floor, 0], relative error below 2e-7; exactly 1 at 0. The integer part is found in
-  // the same rounding as the product, so that the fraction is exact with fused multiplication.
+  // e^(k x) for x in [floor, 0], relative error below 2e-7; exactly 1 at 0. The integer part is found in the same
+  // rounding as the product, so that the fraction is exact with fused multiplication.
+  template <bool kSplit, int N>
+  IF_INLINE void apply(const vf (&x)[N], vf (&y)[N]) const {
+    vf shifted[N], f[N];
+    for (int i = 0; i < N; ++i) shifted[i] = x[i] * high + kRound;
+    for (int i = 0; i < N; ++i) f[i] = x[i] * high - (shifted[i] - kRound);
+    for (int i = 0; kSplit && i < N; ++i) f[i] = x[i] * low + f[i];
+    exp2_parts(shifted, f, y);
+  }
   IF_INLINE vf operator()(vf x) const {
-    const vf shifted = x * high + kRound;
-    return exp2_parts(shifted, x * low + (x * high - (shifted - kRound)));
+    const vf in[1] = {x};
+    vf out[1];
+    apply<true>(in, out);
+    return out[0];
   }
 };
 

@@ -19,7 +19,7 @@ AttentionStatsArgs arguments(const Tensor& logits, const std::optional<Tensor>& 
   args.dtype = dtype_of(logits, "logits");
   STD_TORCH_CHECK(args.dtype != DType::boolean, "logits: dtype must be float32, bfloat16 or float16");
   args.floor = lowest(args.dtype) / 2;
-  args.scale = static_cast<float>(scale);
+  args.scale = scale;
   args.causal = is_causal;
   args.rows = logits.size(dims - 2), args.row_stride = logits.stride(dims - 2);
   args.cols = logits.size(dims - 1), args.col_stride = logits.stride(dims - 1);
