@@ -102,12 +102,13 @@ def _settings_parser(command: str) -> Any:
     return parser
 
 
-def _parse(parser: Any, argv: list[str]) -> Any:
-    """What was asked for, as objects. UserError for an unknown setting, a wrong type or a value out of range."""
+def _parse(parser: Any, argv: list[str], *, objects: bool = True) -> Any:
+    """What was asked for, as objects unless plain. UserError for an unknown setting, a wrong type or value."""
     from inflection_fast.run.errors import UserError
 
     try:
-        return parser.instantiate(parser.parse_args(argv))
+        parsed = parser.parse_args(argv)
+        return parser.instantiate(parsed) if objects else parsed
     except (ValueError, TypeError, argparse.ArgumentError, OSError) as error:
         raise UserError(f"settings: {_reason(str(error))}") from error
 
@@ -224,7 +225,8 @@ def _plan(argv: list[str]) -> int:
     parser.add_argument("folder", type=str, help="a run folder, or a folder with timeline.arrows, or that file")
     parser.add_argument("--out", type=str | None, default=None, help="the plan to write; null: plan.json in the folder")
     parser.add_class_arguments(SelectConfig, "select")
-    defaults = select_settings(Path(_parse(parser, argv).folder))
+    # Only the folder is wanted at first: flags need not make sense before the run's settings stand behind them.
+    defaults = select_settings(Path(_parse(parser, argv, objects=False).folder))
     if defaults:
         parser.set_defaults({f"select.{name}": value for name, value in defaults.items()})
     parsed = _parse(parser, argv)
