@@ -139,6 +139,11 @@ def test_reasons_carry_the_numbers():
     assert "20 measured steps (0 to 190)" in plan.summary
 
 
+def test_a_plan_from_few_steps_says_that_they_are_few():
+    few, enough = (select(planted(np.random.default_rng(0), steps, depth=20)).summary for steps in (4, 5))
+    assert "So few steps" in few and "So few steps" not in enough
+
+
 def test_two_layers_that_are_equally_low_are_said_to_be():
     rng = np.random.default_rng(0)
     entropy = 2 + 0.05 * (noise(rng, 20) - 20 * (DIP + np.eye(L)[9]))

@@ -49,22 +49,26 @@ def inject(
     """Put LoRA of rank `r` on the planned blocks of `model`, freeze the rest, and return the model wrapped by peft.
 
     Args:
-        model: any model peft can wrap, without adapters and not wrapped itself (DDP, `torch.compile`). plan: made for
-        this model: of the same `model_type`, with as many blocks, named alike. A head may have been added
-            or taken away in between: `encoder.layer.3` is `bert.encoder.layer.3`.
-        lora_alpha: None: `2 * r`. target_modules: names of modules within the blocks, as peft takes them (ends of
-        names, or one regular expression
-            over full names, or "all-linear"). None: those that peft chooses for the architecture.
+        model: any model peft can wrap, without adapters and not wrapped itself (DDP, `torch.compile`).
+        plan: made for this model: of the same `model_type`, with as many blocks, named alike. A head may have been
+            added or taken away in between: `encoder.layer.3` is `bert.encoder.layer.3`.
+        r: rank, at least 1.
+        lora_alpha: scale of the update; None: `2 * r`.
+        lora_dropout: in [0, 1).
+        target_modules: names of modules within the blocks, as peft takes them: ends of names, one regular expression
+            over full names, or "all-linear". None: those that peft chooses for the architecture.
         modules_to_save: modules that are trained and saved whole. The head of a model for classification, question
             answering or multiple choice is always among them.
         task_type: peft's; None: that of the model's class.
+        adapter_name: peft's.
 
     Raises:
-        ValueError: the plan is empty or made for another model; the targets are unknown, missing from a planned
-        block, or
-            match outside of the planned blocks; `r`, `lora_dropout` or a name is out of range. The model is then as
-            it was.
+        TypeError: `plan` is no plan.
+        ValueError: the plan is empty or made for another model; the targets are unknown, missing from a planned block,
+            or match outside of the planned blocks; a number or a name is out of range. The model is then as it was.
     """
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan: expected a Plan, got {type(plan).__name__}")
     _check_numbers(r, lora_alpha, lora_dropout)
     if not plan.layers:
         raise ValueError(f"plan: it is empty, there is nothing to inject. {plan.summary}")

@@ -24,9 +24,9 @@ from functools import lru_cache
 
 import numpy as np
 
-__all__ = ["Evidence", "correlation_of", "evidence_of", "over_others"]
+__all__ = ["STEPS_FOR_CORRELATION", "Evidence", "correlation_of", "evidence_of", "over_others"]
 
-_STEPS_FOR_CORRELATION = 5
+STEPS_FOR_CORRELATION = 5
 _MAX_DEGREES = 200  # beyond, Student's t is normal to 1 % of its tail
 
 
@@ -92,7 +92,7 @@ def correlation_of(series: np.ndarray) -> float:
     deviation = series - series.mean(axis=0)
     squares = (deviation**2).sum(axis=0)
     varies = squares > 0
-    if steps < _STEPS_FOR_CORRELATION or not varies.any():
+    if steps < STEPS_FOR_CORRELATION or not varies.any():
         return 0.0
     r = ((deviation[1:] * deviation[:-1]).sum(axis=0)[varies] / squares[varies]).mean()
     return float(r + (1 + 3 * r) / steps)

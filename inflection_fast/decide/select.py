@@ -9,6 +9,7 @@ import numpy as np
 
 from ..timeline import Timeline
 from .baselines import BASELINES, baseline
+from .evidence import STEPS_FOR_CORRELATION
 from .extremes import Finding, cliff, maxima, minimum, top
 from .plan import Plan
 from .profile import Signal, entropy_of, gradient_of, score_signal, window_of
@@ -150,6 +151,8 @@ def _measured(timeline: Timeline, used: tuple[Signal, ...]) -> str:
         return " The timeline holds no step with values."
     first, last = timeline.steps[steps[0]], timeline.steps[steps[-1]]
     words = f" Decided from {len(steps)} measured steps ({first} to {last})." if len(steps) > 1 else ""
+    if 1 < len(steps) < STEPS_FOR_CORRELATION:
+        words += " So few steps do not show how much they resemble each other, so chance is underrated."
     without = sorted({layer for s in used if len(s.layers) for layer in set(range(s.values.shape[1])) - set(s.layers)})
     return words + (f" Blocks without values: {', '.join(map(str, without))}." if without else "")
 

@@ -127,9 +127,7 @@ def _place(injected: Stage, comparisons: list[Comparison]) -> list[str]:
     if not comparisons or not injected.trainable:
         return []
     same = [
-        c
-        for c in comparisons
-        if c.stage.trainable and abs(c.stage.trainable / injected.trainable - 1) <= SAME_SIZE
+        c for c in comparisons if c.stage.trainable and abs(c.stage.trainable / injected.trainable - 1) <= SAME_SIZE
     ]
     if not same:
         return [
