@@ -9,9 +9,11 @@ PY ?= .venv/bin/python
 PIP = $(PY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 SOURCES = setup.py pyproject.toml $(shell find csrc -type f)
+KERNEL_TESTS = test_attention_logits.py test_attention_logits_backward.py test_attention_qk.py \
+	test_attention_qk_gradients.py test_cka.py test_cka_state.py test_norms.py
 LIBRARY = inflection_fast/_cpu.abi3.so
 
-.PHONY: demo test bench table lint format build clean help
+.PHONY: demo test test-wide bench table lint format build clean help
 
 help:
 	@sed -n '1,6s/^# \{0,1\}//p' Makefile
@@ -48,6 +50,13 @@ demo: build $(DEMO_READY)
 
 test: build
 	$(PY) -m pytest tests -n 2 --dist loadfile
+
+# The kernels for AVX-512, compiled to pairs of AVX2 instructions, so that a CPU without it executes them too.
+WIDE = $(abspath build/wide)
+test-wide: build
+	CFLAGS=-DINFLECTION_LOWERED_AVX512 $(PY) setup.py --quiet build --build-base $(WIDE) --build-lib $(WIDE)/lib
+	cd $(WIDE)/lib && $(abspath $(PY)) -m pytest --rootdir $(CURDIR) -c $(CURDIR)/pyproject.toml -n 2 --dist loadfile \
+		$(addprefix $(CURDIR)/tests/,$(KERNEL_TESTS))
 
 bench: build
 	$(PY) -m pytest benchmarks

@@ -5,6 +5,8 @@
 // After every standard header: what those define must stay callable on any CPU.
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("arch=x86-64-v4"))), apply_to = function)
+#elif defined(INFLECTION_LOWERED_AVX512)  // `make test-wide`: the same vectors on a CPU without AVX-512, as pairs
+#pragma GCC target("arch=x86-64-v3")
 #else
 #pragma GCC target("arch=x86-64-v4")
 #endif

@@ -10,8 +10,12 @@ Isa best() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+#if defined(INFLECTION_LOWERED_AVX512)
+  const bool avx512 = avx2;
+#else
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
   return avx512 ? Isa::avx512 : avx2 ? Isa::avx2 : Isa::portable;
 #else
   return Isa::portable;
