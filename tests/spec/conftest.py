@@ -3,5 +3,11 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def seeded():
+def seeded(request):
+    """One seed for every test; one thread where models are so small that threads only wait for each other."""
     torch.manual_seed(20260)
+    threads = torch.get_num_threads()
+    if hasattr(request.module, "build"):
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
