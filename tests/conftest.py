@@ -1,0 +1,37 @@
+"""What the tests of the operators share: instruction sets, devices, temperaments of logits, the error budget."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from inflection_fast import ops
+from inflection_fast.ops.library import ISA_NAMES
+
+BEST = torch.ops.inflection_fast.cpu_isa(len(ISA_NAMES))
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() and ops.build_info()["cuda"] else [])]
+
+
+@pytest.fixture(params=range(BEST + 1), ids=ISA_NAMES[: BEST + 1])
+def isa(request):
+    """Every version of the CPU kernels that this CPU runs, the best one afterwards."""
+    torch.ops.inflection_fast.cpu_isa(request.param)
+    yield ISA_NAMES[request.param]
+    torch.ops.inflection_fast.cpu_isa(BEST)
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    """Every device that the operators run on here."""
+    return request.param
+
+
+@pytest.fixture
+def budget() -> Callable:
+    """Truth is float64: ours may be twice as wrong as plain PyTorch in the input's dtype, plus a floor."""
+
+    def check(actual, eager, truth, *, slack=2.0, floor=1e-5):
+        ours, theirs = ((x.detach().double() - truth).abs().max().item() for x in (actual, eager))
+        assert ours <= slack * theirs + floor, f"error {ours:.2e}, plain PyTorch {theirs:.2e}"
+
+    return check

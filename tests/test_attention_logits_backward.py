@@ -1,0 +1,112 @@
+"""Gradients of entropy and the other statistics from logits."""
+
+import pytest
+import torch
+
+from inflection_fast import attention_entropy, attention_stats
+from inflection_fast.ops import reference
+
+FIELDS = ("entropy", "lse", "collision", "sink")
+
+
+def gradients(function, x, mask, fields, **options):
+    x = x.detach().clone().requires_grad_()
+    if mask is not None and mask.is_floating_point():
+        mask = mask.detach().clone().requires_grad_()
+    stats = function(x, attn_mask=mask, **options)
+    generator = torch.Generator().manual_seed(5)
+    loss = sum(
+        (getattr(stats, name) * torch.rand(stats.entropy.shape, generator=generator).to(stats.entropy.dtype)).sum()
+        for name in fields
+    )
+    return torch.autograd.grad(loss, [t for t in (x, mask) if t is not None and t.requires_grad])
+
+
+def check(budget, x, mask=None, fields=FIELDS, floor=1e-6, **options):
+    up = None if mask is None else mask.double() if mask.is_floating_point() else mask
+    truth = gradients(reference.attention_stats, x.double(), up, fields, **options)
+    eager = gradients(reference.attention_stats, x, mask, fields, **options)
+    ours = gradients(attention_stats, x, mask, fields, **options)
+    for a, b, c in zip(ours, eager, truth, strict=True):
+        assert a.dtype == b.dtype
+        budget(a, b, c, floor=floor * max(1.0, c.abs().max().item()))
+
+
+@pytest.mark.parametrize("fields", [FIELDS, *((name,) for name in FIELDS)], ids="+".join)
+@pytest.mark.parametrize("std", [0.1, 3.0, 1e3])
+def test_gradient_is_that_of_the_twin(isa, budget, std, fields):
+    check(budget, torch.randn(2, 5, 37) * std, fields=fields)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradient_of_16_bit_logits_is_rounded_once(isa, budget, dtype):
+    check(budget, (torch.randn(3, 5, 37) * 3).to(dtype))
+
+
+@pytest.mark.parametrize("options", [{"is_causal": True}, {"scale": -0.3}, {"scale": 0.0}, {"scale": 3.7}], ids=str)
+def test_gradient_with_options(isa, budget, options):
+    check(budget, torch.randn(2, 9, 37), **options)
+
+
+@pytest.mark.parametrize("shape", [(37,), (9, 37), (2, 1, 1), (9, 1)], ids=str)
+def test_an_additive_mask_gets_its_gradient(isa, budget, shape):
+    check(budget, torch.randn(2, 9, 37), torch.randn(shape), floor=4e-6)
+
+
+def test_gradient_under_a_boolean_mask_is_zero_where_nothing_is_attended(isa, budget):
+    keep = torch.rand(9, 37) > 0.5
+    keep[3] = False
+    x = torch.randn(2, 9, 37)
+    check(budget, x, keep, fields=("entropy", "collision", "sink"))
+    (grad,) = gradients(attention_stats, x, keep, ("entropy",))
+    assert (grad[:, ~keep] == 0).all()
+
+
+def test_gradient_of_long_and_strided_rows(isa, budget):
+    check(budget, (torch.randn(2, 2100, 3) * 4).mT)
+    check(budget, torch.randn(3, 4097))
+
+
+def test_a_poisoned_row_poisons_its_own_gradient_only(isa):
+    x = torch.randn(4, 37)
+    x[1, 5], x[1, 6] = float("nan"), -float("inf")
+    (grad,) = gradients(attention_stats, x, None, ("entropy",))
+    assert grad[1, 7].isnan() and grad[1, 6] == 0 and not grad[[0, 2, 3]].isnan().any()
+
+
+def test_entropy_gradient_of_a_row_sums_to_zero(isa):
+    (grad,) = gradients(attention_stats, torch.randn(50, 200) * 3, None, ("entropy",))
+    assert grad.sum(-1).abs().max() < 1e-6 and grad.abs().max() > 1e-2
+
+
+def test_maximum_and_keys_are_not_differentiable():
+    stats = attention_stats(torch.randn(3, 4, requires_grad=True))
+    assert [x.requires_grad for x in stats] == [True, True, False, False, True, True]
+
+
+def test_a_second_derivative_is_refused():
+    x = torch.randn(3, 4, requires_grad=True)
+    (grad,) = torch.autograd.grad(attention_entropy(x).sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("entropy_only", [False, True])
+@pytest.mark.parametrize("mask", [None, torch.rand(5, 7) > 0.3, torch.randn(5, 7, requires_grad=True)], ids=str)
+def test_opcheck(mask, entropy_only):
+    x = torch.randn(2, 5, 7, requires_grad=True)
+    torch.library.opcheck(torch.ops.inflection_fast.attention_stats, (x, mask, True, 0.5, entropy_only))
+
+
+def test_compiled_in_one_graph_for_two_shapes():
+    def loss(function, x, mask):
+        stats = function(x * 2, attn_mask=mask)
+        return (stats.entropy + stats.sink).sum()
+
+    compiled = torch.compile(lambda x, m: loss(attention_stats, x, m), fullgraph=True, backend="aot_eager")
+    for shape in ((2, 5, 7), (3, 6, 9)):
+        x, mask = torch.randn(shape, requires_grad=True), torch.randn(shape[-1])
+        ours, twin = compiled(x, mask), loss(reference.attention_stats, x, mask)
+        assert torch.allclose(ours, twin, atol=1e-5)
+        for a, b in zip(torch.autograd.grad(ours, x), torch.autograd.grad(twin, x), strict=True):
+            assert torch.allclose(a, b, atol=1e-6)

@@ -1,0 +1,57 @@
+"""The operator library as a file: a missing or foreign one is an ImportError that says what mends it."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from inflection_fast import build_info
+from inflection_fast.ops import library
+
+PROBE = """
+import sys
+from pathlib import Path
+from inflection_fast.ops import library
+library.FOLDER = Path(sys.argv[1])
+try:
+    library.load("_cpu")
+except ImportError as error:
+    print(error)
+"""
+
+
+def refused(folder):
+    done = subprocess.run([sys.executable, "-c", PROBE, str(folder)], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def test_a_missing_library_is_an_import_error_that_names_the_command(tmp_path):
+    told = refused(tmp_path)
+    assert str(tmp_path) in told and library.REBUILD in told
+
+
+@pytest.mark.parametrize("content", [b"", b"not a library"], ids=["empty", "text"])
+def test_a_library_that_cannot_be_opened_is_an_import_error_that_names_the_command(tmp_path, content):
+    (tmp_path / library.CPU_LIBRARY.name).write_bytes(content)
+    told = refused(tmp_path)
+    assert library.CPU_LIBRARY.name in told and "torch >= 2.10" in told and library.REBUILD in told
+
+
+def test_the_library_asks_torch_for_its_stable_interface_only():
+    if shutil.which("nm") is None:
+        pytest.skip("nm (binutils) reads the symbols of a library")
+    listing = subprocess.run(
+        ["nm", "-D", "--undefined-only", str(library.CPU_LIBRARY)], capture_output=True, text=True, check=True
+    ).stdout
+    names = [line.split()[-1] for line in listing.splitlines()]
+    of_torch = [name for name in names if name.startswith(("aoti_torch", "torch_"))]
+    assert of_torch, "the library calls torch through its C interface"
+    # Mangled names of torch's C++ namespaces change between versions; Python's would bind it to an interpreter.
+    foreign = [name for name in names if any(part in name for part in ("2at", "3c10", "5torch", "N2at", "_Py", "Py_"))]
+    assert foreign == []
+
+
+def test_build_info_names_the_instruction_set_in_use():
+    info = build_info()
+    assert info["cpu"]["isa"] in library.ISA_NAMES and info["cpu"]["path"].endswith(".so")
