@@ -12,6 +12,7 @@ _POOLINGS = ("tokens", "mean", "first", "last")
 _REFERENCES = ("start", "adapters_off")
 _MIN_SAMPLED_ROWS = 2  # the standard error comes from differences between neighbouring sampled rows
 _MIN_CKA_ROWS = 4  # debiased CKA is undefined below
+_MAX_SEED = 2**31 - 1  # below the stride between steps in RowSampler, so that no two steps of any two seeds meet
 
 
 @dataclass(frozen=True)
@@ -50,17 +51,20 @@ class MonitorConfig:
         _choice(self, "cka_pooling", _POOLINGS)
         _integer(self, "cka_rows", at_least=_MIN_CKA_ROWS)
         _choice(self, "cka_reference", _REFERENCES)
-        _integer(self, "seed", at_least=0)
+        _integer(self, "seed", at_least=0, at_most=_MAX_SEED)
 
 
-def _integer(config: MonitorConfig, field: str, *, at_least: int, optional: bool = False) -> None:
+def _integer(
+    config: MonitorConfig, field: str, *, at_least: int, at_most: int | None = None, optional: bool = False
+) -> None:
     value = getattr(config, field)
     if optional and value is None:
         return
-    accepted = f"expected an integer >= {at_least}" + (" or None" if optional else "")
+    accepted = f"expected an integer >= {at_least}" if at_most is None else f"expected {at_least} to {at_most}"
+    accepted += " or None" if optional else ""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{field}: {accepted}, got {value!r}")
-    if operator.index(value) < at_least:
+    if operator.index(value) < at_least or (at_most is not None and operator.index(value) > at_most):
         raise ValueError(f"{field}: {accepted}, got {value}")
     object.__setattr__(config, field, operator.index(value))
 

@@ -51,7 +51,7 @@ class RowSampler:
         return Strata((starts + offsets.long()).to(self._device, non_blocking=True), sizes, weights)
 
 
-_STEP_STRIDE = 2654435761  # a prime far above any seed in use: steps and seeds do not meet
+_STEP_STRIDE = 2**32  # above any seed of a MonitorConfig: no two steps of any two seeds meet
 
 
 def _strata(length: int, rows: int) -> tuple[Tensor, Tensor]:

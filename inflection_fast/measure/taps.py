@@ -346,7 +346,8 @@ def _requiring_grad(args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     for i, value in enumerate(args):
         if isinstance(value, Tensor) and value.is_floating_point():
             return None if value.requires_grad else ((*args[:i], _followed(value), *args[i + 1 :]), kwargs)
-    for name, value in kwargs.items():
+    for name in sorted(kwargs, key=lambda name: name != "hidden_states"):  # before a mask, which is a float as well
+        value = kwargs[name]
         if isinstance(value, Tensor) and value.is_floating_point():
             return None if value.requires_grad else (args, kwargs | {name: _followed(value)})
     return None
