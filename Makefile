@@ -13,7 +13,7 @@ KERNEL_TESTS = test_attention_logits.py test_attention_logits_backward.py test_a
 	test_attention_qk_gradients.py test_cka.py test_cka_state.py test_norms.py
 LIBRARY = inflection_fast/_cpu.abi3.so
 
-.PHONY: demo test test-wide bench table lint format build clean help
+.PHONY: demo test test-wide bench lint format build clean help
 
 help:
 	@sed -n '1,6s/^# \{0,1\}//p' Makefile
@@ -60,6 +60,7 @@ test-wide: build
 
 bench: build
 	$(PY) -m pytest benchmarks
+	$(PY) benchmarks/table.py
 
 lint: $(READY)
 	$(PY) -m ruff check .
