@@ -164,17 +164,29 @@ def _(grad, x, y):
 
 @torch.library.impl("inflection_fast::cka_scatter", "CompositeExplicitAutograd")
 def cka_scatter(x: Tensor, y: Tensor) -> Tensor:
-    """Centred scatter of the rows of both sides together: a Gram matrix with one side, to which both are pushed."""
-    dim = x.shape[-1]
+    """Centred scatter of the rows of both sides together: see `pooled`.
+
+    Each side has a Gram matrix of its own, because one shift would be far from the mean of one of them.
+    """
+    dim, n = x.shape[-1], x.shape[-2]
     out = x.new_empty((*x.shape[:-2], dim, dim), dtype=torch.float64)
     for i in layers_of(x):
-        gram = x.new_zeros((1, packed(HEAD + dim)), dtype=torch.float64)
-        shift = x.new_zeros((1, dim), dtype=torch.float32)
+        scatters, means = [], []
         for side in (x[i][None], y[i][None]):
+            gram = x.new_zeros((1, packed(HEAD + dim)), dtype=torch.float64)
+            shift = x.new_zeros((1, dim), dtype=torch.float32)
             torch.ops.inflection_fast.cka_push(gram, shift, side, side[..., :0], None, True)
-        full = unpack(gram[0], HEAD + dim)
-        out[i] = full[HEAD:, HEAD:] - torch.outer(full[0, HEAD:], full[0, HEAD:] / full[0, 0])
+            full = unpack(gram[0], HEAD + dim)
+            mean = full[0, HEAD:] / n
+            scatters.append(full[HEAD:, HEAD:] - torch.outer(full[0, HEAD:], mean))
+            means.append(shift[0] + mean)
+        out[i] = pooled(*scatters, means[0] - means[1], n)
     return out
+
+
+def pooled(own_x: Tensor, own_y: Tensor, apart: Tensor, n: Tensor | int) -> Tensor:
+    """Scatter of n rows of either side together, from that of each and the difference of their means."""
+    return own_x + own_y + torch.outer(apart, apart * (n / 2))
 
 
 @torch.library.impl("inflection_fast::cka_scatter_backward", "CompositeExplicitAutograd")

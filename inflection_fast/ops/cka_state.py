@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .cka import HEAD, check_rank, leading, of_terms, packed, unpack
+from .cka import HEAD, check_rank, leading, of_terms, packed, pooled, unpack
 
 __all__ = ["CkaState"]
 
@@ -61,8 +61,10 @@ class CkaState:
             raise ValueError(f"shift: expected float32 {[self.layers, dims]}, got {shift.dtype} {list(shift.shape)}")
         if shift is not None and not shift.is_contiguous():
             raise ValueError("shift: expected a contiguous tensor")
+        if shift is not None and shift.requires_grad:
+            raise ValueError("shift: expected a tensor that does not require a gradient")
         self._adopt = shift is None
-        self.shift = torch.zeros(self.layers, dims, device=device) if shift is None else shift.detach()
+        self.shift = torch.zeros(self.layers, dims, device=device) if shift is None else shift
         self.gram = torch.zeros(self.layers, packed(HEAD + dims), dtype=torch.float64, device=device)
 
     def push(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> None:
@@ -151,7 +153,7 @@ class CkaState:
         own_x, own_y = scatter[: self.dim, : self.dim], scatter[self.dim :, self.dim :]
         means = self.shift[layer].double() + sums / n
         apart = means[: self.dim] - means[self.dim :]
-        basis = leading(own_x + own_y + torch.outer(apart, apart * (n / 2)), rank)
+        basis = leading(pooled(own_x, own_y, apart, n), rank)
         blocks = (scatter[: self.dim, self.dim :], own_x, own_y)
         return torch.stack([(basis.mT @ block @ basis).square().sum() for block in blocks])
 
