@@ -4,11 +4,10 @@ import pytest
 import torch
 
 from inflection_fast import CkaState, linear_cka
-from inflection_fast.ops import cka_state, library, reference
+from inflection_fast.ops import cka_state, reference
 
 ERROR = 1e-6
 BOTH = pytest.mark.parametrize("debiased", [True, False], ids=["debiased", "biased"])
-BEST = library.ISA_NAMES.index(library.build_info()["cpu"]["isa"])
 SPLITS = {
     "at once": [600],
     "single rows": [1] * 600,
@@ -21,13 +20,6 @@ SPLITS = {
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(4)
-
-
-@pytest.fixture(params=range(BEST + 1), ids=library.ISA_NAMES[: BEST + 1])
-def isa(request):
-    torch.ops.inflection_fast.cpu_isa(request.param)
-    yield
-    torch.ops.inflection_fast.cpu_isa(BEST)
 
 
 def features(layers=2, rows=600, dim=20, dim_y=33, offset=0.0, dtype=torch.float32):

@@ -12,10 +12,13 @@ namespace {
 constexpr int64_t kGroupBytes = 16 << 20;
 constexpr int64_t kPackedBytes = 4 << 20;  // packed rows in flight: a share of the last cache
 
+constexpr int64_t kSerialWork = 1 << 20;  // multiplications of a block that one thread does sooner than it wakes another
+
 #ifndef USE_CUDA
 // Work items of unequal cost: each thread takes the next one. Which thread does it changes nothing in its result.
 template <class Args>
-void take_turns(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, int64_t items) {
+void take_turns(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, int64_t items, bool serial) {
+  if (serial) return kernel(args, 0, items);
   std::atomic<int64_t> next{0};
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), items);
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
@@ -79,21 +82,25 @@ void push(CkaPushArgs args, const Tensor& like) {
     if (part.mask != nullptr) part.mask += layer * args.mask_layer_stride;
     part.shift += layer * dims;
     part.gram += layer * cka_packed(k);
-    launch_cpu(&cka_rows_cpu, part, part.layers, 1);
-    if (part.adopt) launch_cpu(&cka_shift_cpu, part, part.layers * cka_shift_items(part.x.dim, part.y.dim), 1);
+    const bool serial = part.layers * std::min(args.rows, kCkaDepth) * k * k <= kSerialWork;
+    const auto run = [&](void (*kernel)(const CkaPushArgs&, int64_t, int64_t), int64_t items) {
+      launch_cpu(kernel, part, items, serial ? items : 1);
+    };
+    launch_cpu(&cka_rows_cpu, part, part.layers, part.layers);  // a few bytes a row
+    if (part.adopt) run(&cka_shift_cpu, part.layers * cka_shift_items(part.x.dim, part.y.dim));
     const int64_t rows = *std::max_element(part.counts, part.counts + part.layers);
     for (part.first = 0; part.first < rows; part.first += kCkaDepth) {
-      launch_cpu(&cka_pack_cpu, part, part.layers * (kCkaDepth / kCkaRowChunk), 1);
-      launch_cpu(&cka_long_rows_cpu, part, part.layers, 1);
-      take_turns(&cka_product_cpu, part, part.layers * cka_product_items(k));
+      run(&cka_pack_cpu, part.layers * (kCkaDepth / kCkaRowChunk));
+      run(&cka_long_rows_cpu, part.layers);
+      take_turns(&cka_product_cpu, part, part.layers * cka_product_items(k), serial);
     }
   }
 #endif
 }
 
 void read_terms(const CkaTermsArgs& args, const Tensor& on) {
-  INFLECTION_RUN(cka_terms, args, on, args.layers * cka_term_items(args.dim_x, args.dim_y), 1);
-  INFLECTION_RUN(cka_terms_merge, args, on, args.layers, 1);
+  INFLECTION_RUN(cka_terms, args, on, args.layers * cka_term_items(args.dim_x, args.dim_y), 4);
+  INFLECTION_RUN(cka_terms_merge, args, on, args.layers, 64);
 }
 
 void check_pair(const Tensor& x, const Tensor& y) {
