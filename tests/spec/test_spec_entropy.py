@@ -58,10 +58,10 @@ def test_the_three_tempers_span_what_they_claim():
 @pytest.mark.parametrize("keys", [2, 100, 8192])
 @pytest.mark.parametrize("size", [1e2, 1e4])
 def test_entropy_keeps_its_accuracy_at_any_logit_scale(size, keys):
-    base = torch.randn(16, keys)
+    base = torch.randn(8, keys)
     around = base + size  # a large common offset: nothing of it may be left in the entropy
-    rivals = torch.full((16, keys), -size)
-    rivals[:, : keys // 2] = size - torch.rand(16, keys // 2)
+    rivals = torch.full((8, keys), -size)
+    rivals[:, : keys // 2] = size - torch.rand(8, keys // 2)
     for x in (base * size, around, rivals):
         assert worst(attention_entropy(x), logits_stats(x)["entropy"]) <= ENTROPY_NATS
 
