@@ -163,10 +163,9 @@ def continue_text():
 
 
 def translate():
-    decoder_mask = torch.ones(B, T - 3, dtype=torch.long)
+    decoder_mask = torch.ones(B, T, dtype=torch.long)  # as long as the encoder's: which is whose shows in the values
     decoder_mask[1, 5:] = 0
-    labels = _ids()[:, : T - 3].contiguous()
-    return classify() | {"labels": labels, "decoder_attention_mask": decoder_mask}
+    return classify() | {"labels": _ids(), "decoder_attention_mask": decoder_mask}
 
 
 def see():
