@@ -45,7 +45,7 @@ class Build(BuildExtension):
             flags += [f"-gencode=arch=compute_{number},code={code}" for code in codes]
         os.makedirs(self.build_temp, exist_ok=True)
         ext.extra_objects = [os.path.join(self.build_temp, f"{source.stem}.cu.o") for source in KERNELS]
-        for source, output in zip(KERNELS, ext.extra_objects):
+        for source, output in zip(KERNELS, ext.extra_objects, strict=True):
             subprocess.run([NVCC, "-c", source, "-o", output, *flags], check=True)
         ext.extra_compile_args += ["-DUSE_CUDA", f"-I{home / 'include'}"]
         ext.library_dirs += [str(home / "lib64"), str(home / "lib")]

@@ -132,24 +132,11 @@ def _config(parser: Any, parsed: Any) -> Any:
 
 
 def _stages(config: Any, console: Console) -> Any:
-    _quiet_libraries()
+    from inflection_fast.run.chatter import quiet_libraries
     from inflection_fast.run.stages import Stages
 
+    quiet_libraries()
     return Stages(config, say=lambda line: console.print(line, markup=False), quiet=not sys.stderr.isatty())
-
-
-def _quiet_libraries() -> None:
-    """Warnings of libraries stay; their chatter goes, and their progress bars where nobody watches."""
-    import warnings
-
-    import datasets
-    import transformers
-
-    warnings.filterwarnings("ignore", category=FutureWarning, module="(transformers|peft|datasets)")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
 
 
 def _measure(argv: list[str]) -> int:

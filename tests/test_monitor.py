@@ -1,12 +1,13 @@
 """The life of a monitor: steps, the file, resuming, faults, and models that it refuses."""
 
+import copy
 import errno
 import logging
 
 import numpy as np
 import pytest
 import torch
-from tiny_models import HandWritten, bert, gpt2, loss_of, model_and_batch
+from tiny_models import HandWritten, bert, gpt2, loss_of, model_and_batch, one_thread  # noqa: F401
 from torch import nn
 
 from inflection_fast.measure import Monitor, MonitorConfig, measure_overhead
@@ -252,3 +253,16 @@ def test_overhead_is_spread_over_the_steps_between(monkeypatch):
     assert overhead.measure_overhead(bert(), {}, MonitorConfig(every=1), pairs=3).ratio == pytest.approx(1.5)
     spread = overhead.measure_overhead(bert(), {}, MonitorConfig(every=10), pairs=3)
     assert (spread.ratio, spread.on_ms, spread.off_ms) == (pytest.approx(1.05), 15.0, 10.0)
+
+
+def test_a_copy_of_a_measured_model_trains_unmeasured():
+    model, batch = model_and_batch("bert")
+    alone, _ = model_and_batch("bert")
+    expected = train(alone, batch, 1).timeline
+    with Monitor(model, EVERY_STEP) as monitor:
+        average = copy.deepcopy(model)
+        loss = loss_of(model(**batch))
+        loss.backward()
+        loss_of(average(**batch)).backward()
+        monitor.step(loss)
+    assert_same(monitor.timeline, expected, rtol=1e-6)

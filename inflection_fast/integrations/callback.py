@@ -10,6 +10,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from inflection_fast.measure import Monitor, MonitorConfig
+from inflection_fast.measure.taps import loss_of
 from inflection_fast.timeline import Timeline
 
 __all__ = ["InflectionCallback"]
@@ -43,6 +44,7 @@ class InflectionCallback(TrainerCallback):
         self.out = out
         self.probe = probe
         self.monitor: Monitor | None = None
+        self._model: nn.Module | None = None
         self._hook: torch.utils.hooks.RemovableHandle | None = None
         self._start_step = 0
         self._losses: list[torch.Tensor] = []
@@ -64,6 +66,7 @@ class InflectionCallback(TrainerCallback):
             raise ValueError("the callback has been attached to a model already: use one callback per training")
         monitor = Monitor(model, self.config, self.out, probe=self.probe, start_step=start_step)
         self.monitor = monitor.__enter__()
+        self._model = model
         self._start_step = start_step
         self._hook = model.register_forward_hook(self._keep_loss, with_kwargs=True)
 
@@ -76,6 +79,10 @@ class InflectionCallback(TrainerCallback):
             self.monitor.close()
         self._losses.clear()
 
+    def __deepcopy__(self, memo: dict) -> InflectionCallback:
+        """Itself: a copy of the model (an average of its weights) carries the hook along, which then does nothing."""
+        return self
+
     def __enter__(self) -> InflectionCallback:
         return self
 
@@ -83,9 +90,9 @@ class InflectionCallback(TrainerCallback):
         self.close()
 
     def _keep_loss(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        if not (self.monitor.measuring and model.training and torch.is_grad_enabled()):
+        if not (self.monitor.measuring and model.training and torch.is_grad_enabled()) or model is not self._model:
             return
-        loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
+        loss = loss_of(output)
         if loss is not None:
             self._losses.append(loss.detach())
             # A model that is told the number of items in the whole batch divides by it, so that its losses add up.

@@ -14,7 +14,7 @@ from torch import nn
 
 from .config import MonitorConfig
 from .monitor import Monitor
-from .taps import tensors_of
+from .taps import loss_of, tensors_of
 
 __all__ = ["Overhead", "measure_overhead"]
 
@@ -54,6 +54,9 @@ def measure_overhead(
         batch: its inputs.
         config: what to measure.
         pairs: at least 3.
+
+    Raises:
+        ValueError: too few pairs, or the model returned neither a loss nor a floating-point tensor.
     """
     if operator.index(pairs) < 3:
         raise ValueError(f"pairs: expected at least 3, got {pairs}")
@@ -92,9 +95,12 @@ def _step_ms(model: nn.Module, batch: dict, config: MonitorConfig | None) -> flo
 
 def _forward_backward(model: nn.Module, batch: dict) -> None:
     output = model(**batch)
-    loss = output.get("loss") if isinstance(output, dict) else None
+    loss = loss_of(output)
     if loss is None:
-        loss = next(tensors_of(output)).float().mean()
+        first = next(tensors_of(output), None)
+        if first is None:
+            raise ValueError(f"model: {type(model).__name__} returned neither a loss nor a floating-point tensor")
+        loss = first.float().mean()
     loss.backward()
     if loss.device.type == "cuda":
         torch.cuda.synchronize(loss.device)

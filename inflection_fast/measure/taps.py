@@ -25,7 +25,7 @@ from .attention import AttentionCall, interfaces_of, seeing_interfaces, seeing_s
 from .rows import ValidRows, decoder_layers
 from .schedule import RowSampler
 
-__all__ = ["Taps", "tensors_of"]
+__all__ = ["Taps", "loss_of", "tensors_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +87,10 @@ class Taps:
             add(_removed(block.module.register_forward_pre_hook(begins, with_kwargs=True)))
             add(_removed(block.module.register_forward_hook(ends, always_call=True)))
 
+    def __deepcopy__(self, memo: dict) -> Taps:
+        """Itself: a copy of a measured model (an average of its weights) carries hooks along, which then do nothing."""
+        return self
+
     def detach(self) -> None:
         """Remove the hooks. What was accumulated stays; graphs that are still alive write no more. Safe to repeat."""
         for micro_batch in self._micro_batches:
@@ -122,7 +126,7 @@ class Taps:
     # ---- the length of a forward -------------------------------------------------------------------------------------
 
     def _forward_begins(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        if not torch.is_grad_enabled() or self._current is not None:
+        if not torch.is_grad_enabled() or self._current is not None or model is not self._model:
             return
         started = perf_counter()
         self._current = MicroBatch(len(self._micro_batches), ValidRows(_named_inputs(model, args, kwargs)))
@@ -134,6 +138,8 @@ class Taps:
         self.seconds += perf_counter() - started
 
     def _forward_ends(self, model: nn.Module, args: tuple, output: object) -> None:
+        if model is not self._model:
+            return
         self._stop_listening()
         micro_batch, self._current = self._current, None
         if micro_batch is None:
@@ -149,8 +155,8 @@ class Taps:
             for tensor in tensors_of(output):
                 if tensor.requires_grad:
                     tensor.register_hook(partial(self._backward_begins, micro_batch))
-        loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
-        if isinstance(loss, Tensor):
+        loss = loss_of(output)
+        if loss is not None:
             self.losses.append(loss.detach())
         self.seconds += perf_counter() - started
 
@@ -159,6 +165,8 @@ class Taps:
         self._layer = None
 
     def _block_begins(self, layer: int, block: nn.Module, args: tuple, kwargs: dict):
+        if block is not self._blocks[layer].module:
+            return None
         self._layer = layer
         if self._current is not None:
             if layer in self._current.entered:
@@ -172,6 +180,8 @@ class Taps:
         return None
 
     def _block_ends(self, layer: int, block: nn.Module, args: tuple, output: object) -> None:
+        if block is not self._blocks[layer].module:
+            return
         self._layer = None
         if "activation_grad" not in self._signals or not torch.is_grad_enabled():
             return
@@ -355,6 +365,12 @@ def _requiring_grad(args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
 
 def _followed(hidden: Tensor) -> Tensor:
     return hidden.detach().requires_grad_().clone()
+
+
+def loss_of(output: object) -> Tensor | None:
+    """What a model returned under the name "loss"."""
+    loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
+    return loss if isinstance(loss, Tensor) else None
 
 
 def tensors_of(output: object) -> Iterator[Tensor]:

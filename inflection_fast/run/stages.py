@@ -278,7 +278,7 @@ class Stages:
 
     def _adapt(self, stage: str, label: str, plan: Plan) -> None:
         """Injects, trains and evaluates."""
-        from inflection_fast.act import inject
+        from inflection_fast.act import inject, restore_adapter
 
         settings, folder = self.config.tune, self.folder.stage(stage)
         lora = settings.lora
@@ -301,9 +301,7 @@ class Stages:
                 )
 
         def restore(path: Path) -> Any:
-            from peft import PeftModel
-
-            return PeftModel.from_pretrained(self._start(), str(path))
+            return restore_adapter(self._start(), path)
 
         trained = self._train(
             folder,

@@ -14,7 +14,7 @@ TORCH = {"ops", "blocks", "measure", "act", "integrations", "run"}
 OWN = {  # part -> parts of ours that it may import; the table of docs/design.md
     "ops": set(), "blocks": set(), "timeline": set(), "measure": MEASURING - {"measure"}, "decide": {"timeline"},
     "act": {"blocks", "decide"}, "integrations": {"measure", "timeline"}, "report": DECIDING,
-    "run": ALL - {"run"}, "cli": {"run"},
+    "run": ALL - {"run"}, "cli": {"run", "report", "decide"},
     "__main__": {"cli"}, "__init__": ALL,
 }  # fmt: skip
 GUARDED = {  # third party -> parts that may name it at all, and those among them that may do so at import time
@@ -24,7 +24,7 @@ GUARDED = {  # third party -> parts that may name it at all, and those among the
     ),
     "numpy": (ALL | {"cli"}, ALL),
     "pyarrow": ({"timeline", "run"}, set()),
-    "transformers": ({"measure", "integrations", "run"}, {"integrations", "run"}),
+    "transformers": ({"measure", "act", "integrations", "run"}, {"act", "integrations", "run"}),
     "peft": ({"act"}, {"act"}),
     "matplotlib": ({"report"}, set()),
     "rich": ({"report", "run", "cli"}, set()),
