@@ -58,9 +58,7 @@ def forward(logits, attn_mask, is_causal, scale, *, entropy_only) -> AttentionSt
     checks.attn_mask(attn_mask, logits.shape, logits, "logits")
     checks.flag(is_causal, "is_causal")
     scale = checks.finite(scale, "scale")
-    return AttentionStats(
-        *torch.ops.inflection_fast.attention_stats(logits, attn_mask, is_causal, scale, entropy_only)
-    )
+    return AttentionStats(*torch.ops.inflection_fast.attention_stats(logits, attn_mask, is_causal, scale, entropy_only))
 
 
 @torch.library.register_fake("inflection_fast::attention_stats")
