@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import (
+from tiny_models import (  # noqa: F401
     CASES,
     HEADS,
     VOCAB,
@@ -14,6 +14,7 @@ from tiny_models import (
     in_float64,
     loss_of,
     model_and_batch,
+    one_thread,
     probabilities,
     sharpened,
     token_masks,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import HandWritten, bert, distilbert, gpt2, llama, t5, vit
+from tiny_models import HandWritten, bert, distilbert, gpt2, llama, one_thread, t5, vit  # noqa: F401
 from torch import nn
 
 from inflection_fast.blocks import find_blocks

@@ -4,7 +4,16 @@ from functools import partial
 
 import pytest
 import torch
-from tiny_models import CASES, HandWritten, in_float64, loss_of, model_and_batch, output_gradients, plain_text
+from tiny_models import (  # noqa: F401
+    CASES,
+    HandWritten,
+    in_float64,
+    loss_of,
+    model_and_batch,
+    one_thread,
+    output_gradients,
+    plain_text,
+)
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from test_monitor import train
-from tiny_models import bert, classify, model_and_batch, sharpened, translate
+from tiny_models import bert, classify, model_and_batch, one_thread, sharpened, translate  # noqa: F401
 from torch import nn
 
 from inflection_fast import ops

@@ -77,7 +77,7 @@ def test_draws_depend_on_seed_and_step_alone():
         ("cka_rows", 3, ValueError),
         ("cka_reference", "zero", ValueError),
         ("seed", -1, ValueError),
-        ("seed", 2**31, ValueError),
+        ("seed", 2**32, ValueError),
         ("seed", None, TypeError),
     ],
 )

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_attention import ALL_ROWS, PAIRS, measured
-from tiny_models import HEADS, VOCAB, HandWritten, bert, gpt2, loss_of, model_and_batch
+from tiny_models import HEADS, VOCAB, HandWritten, bert, gpt2, loss_of, model_and_batch, one_thread  # noqa: F401
 from torch import nn
 
 from inflection_fast.measure import Monitor, MonitorConfig

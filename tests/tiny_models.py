@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 
+import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
@@ -13,6 +14,15 @@ from torch import nn
 B, T, VOCAB, WIDTH, HEADS = 3, 12, 40, 16, 4
 _SIZES = {"hidden_size": WIDTH, "num_hidden_layers": 3, "num_attention_heads": HEADS, "intermediate_size": 24}
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """For modules that import it: models of this size only wait for a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def bert(dropout=0.0, **kw):

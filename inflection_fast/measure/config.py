@@ -12,7 +12,7 @@ _POOLINGS = ("tokens", "mean", "first", "last")
 _REFERENCES = ("start", "adapters_off")
 _MIN_SAMPLED_ROWS = 2  # the standard error comes from differences between neighbouring sampled rows
 _MIN_CKA_ROWS = 4  # debiased CKA is undefined below
-_MAX_SEED = 2**31 - 1  # below the stride between steps in RowSampler, so that no two steps of any two seeds meet
+_MAX_SEED = 2**32 - 1  # torch's generator on the CPU takes no more bits of a seed
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,8 @@ class RowSampler:
         return Strata((starts + offsets.long()).to(self._device, non_blocking=True), sizes, weights)
 
 
-_STEP_STRIDE = 2**32  # above any seed of a MonitorConfig: no two steps of any two seeds meet
+# Knuth's multiplier scatters the steps over the 32 bits that torch's generator on the CPU takes of a seed.
+_STEP_STRIDE = 2654435761
 
 
 def _strata(length: int, rows: int) -> tuple[Tensor, Tensor]:
