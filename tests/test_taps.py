@@ -96,7 +96,7 @@ def test_a_forward_that_raises_is_forgotten():
     expected = measured(model, batch).entropy
     with Monitor(model, ALL_ROWS) as monitor:
         with pytest.raises(IndexError):
-            model(**{**batch, "labels": torch.tensor([0, 1, 7])})
+            model(**batch | {"input_ids": batch["input_ids"].flip(0, 1), "labels": torch.tensor([0, 1, 7])})
         loss_of(model(**batch)).backward()
         monitor.step()
     torch.testing.assert_close(monitor.timeline.entropy, expected, rtol=0, atol=0)
@@ -134,7 +134,7 @@ def test_a_second_model_inside_the_first_does_not_count():
     def teach(module, args):  # runs in the middle of the student's forward, through the same attention interface
         teacher(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
 
-    handle = model.bert.encoder.layer[1].register_forward_pre_hook(teach)
+    handle = model.bert.encoder.layer[1].attention.register_forward_pre_hook(teach)
     timeline = measured(model, batch)
     handle.remove()
     torch.testing.assert_close(timeline.entropy, expected, rtol=0, atol=0)
