@@ -81,7 +81,7 @@ def test_a_run_writes_its_settings_and_prints_its_results(finished):
 
 def test_the_written_settings_start_the_same_run(finished, settings, capsys):
     folder, _ = finished
-    assert cli.main(["run", "--config", str(folder / "config.yaml")]) == 0
+    assert cli.main(["measure", "--config", str(folder / "config.yaml")]) == 0
     assert "finished already" in capsys.readouterr().out
     said = failing(capsys, "run", "--config", settings, "--output", folder, "--seed", 4)
     assert "seed (3 -> 4)" in said
