@@ -8,21 +8,18 @@
 namespace inflection {
 namespace {
 
-// Layers share the scratch up to this much of Gram matrix when it is not kept: enough that small ones fill the threads.
-constexpr int64_t kGroupBytes = 16 << 20;
-constexpr int64_t kPackedBytes = 4 << 20;  // packed rows in flight: a share of the last cache
-
-constexpr int64_t kSerialWork = 1 << 20;  // multiplications of a block that one thread does sooner than it wakes another
+constexpr int64_t kGramBytes = 64 << 20;   // Gram matrices in flight where they are not kept: a few layers per thread
+constexpr int64_t kSerialWork = 1 << 20;  // multiplications that one thread does sooner than it wakes another
 
 #ifndef USE_CUDA
 // Work items of unequal cost: each thread takes the next one. Which thread does it changes nothing in its result.
-template <class Args>
-void take_turns(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, int64_t items, bool serial) {
-  if (serial) return kernel(args, 0, items);
-  std::atomic<int64_t> next{0};
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), items);
+// `work` is called with the number of the item and that of the thread.
+template <class Work>
+void take_turns(int64_t items, int64_t threads, const Work& work) {
+  std::atomic<int64_t> next{0}, arrived{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t item = next++; item < items; item = next++) kernel(args, item, item + 1);
+    const int64_t thread = arrived++;
+    for (int64_t item = next++; item < items; item = next++) work(item, thread);
   });
 }
 #endif
@@ -56,47 +53,62 @@ Tensor scratch(const Tensor& like, int64_t numel, ScalarType dtype) {
   return torch::stable::new_empty(like, {size, 1}, dtype);
 }
 
-// Adds the rows of every layer to args.gram, as many layers at a time as the scratch has room for.
-void push(CkaPushArgs args, const Tensor& like) {
-  const int64_t dims = args.x.dim + args.y.dim, k = kCkaHead + dims, padded = ceil_div(k, kCkaPanel) * kCkaPanel;
-  const int64_t per_layer = padded * kCkaDepth * static_cast<int64_t>(sizeof(float));
-  const int64_t group = std::clamp<int64_t>(kPackedBytes / (2 * per_layer), 1, std::max<int64_t>(args.layers, 1));
-  Tensor kept = scratch(like, group * args.rows, ScalarType::Long), counts = scratch(like, 2 * group, ScalarType::Long);
-  Tensor exact = scratch(like, group * kCkaDepth, ScalarType::Long);
-  Tensor packed = scratch(like, 3 * group * padded * kCkaDepth, ScalarType::Float);
-  Tensor norms = scratch(like, group * kCkaDepth * 2, ScalarType::Double);
-  args.kept = static_cast<int64_t*>(kept.data_ptr());
-  args.counts = static_cast<int64_t*>(counts.data_ptr());
-  args.exact = static_cast<int64_t*>(exact.data_ptr());
-  args.exact_counts = args.counts + group;
-  args.chunks = static_cast<float*>(packed.data_ptr());
-  args.left = args.chunks + group * padded * kCkaDepth;
-  args.right = args.left + group * padded * kCkaDepth;
-  args.norms = static_cast<double*>(norms.data_ptr());
 #ifndef USE_CUDA
-  for (int64_t layer = 0; layer < args.layers; layer += group) {
+// One layer; `run` does the work items of a kernel, with one thread or several.
+template <class Run>
+void push_layer(CkaPushArgs& args, const Run& run) {
+  const int64_t k = kCkaHead + args.x.dim + args.y.dim;
+  cka_rows_cpu(args, 0, 1);
+  if (args.adopt) run(&cka_shift_cpu, cka_shift_items(args.x.dim, args.y.dim));
+  for (args.first = 0; args.first < args.counts[0]; args.first += kCkaDepth) {
+    run(&cka_pack_cpu, kCkaDepth / kCkaRowChunk);
+    cka_long_rows_cpu(args, 0, 1);
+    run(&cka_product_cpu, cka_product_items(k));
+  }
+}
+
+// Adds the rows of every layer to args.gram. Each thread takes whole layers, which needs no barrier, while there are
+// enough of them for all; of those that remain, all threads share one after the other.
+void push(const CkaPushArgs& args, const Tensor& like) {
+  using Kernel = void (*)(const CkaPushArgs&, int64_t, int64_t);
+  const int64_t dims = args.x.dim + args.y.dim, k = kCkaHead + dims, padded = ceil_div(k, kCkaPanel) * kCkaPanel;
+  const int64_t threads = args.layers * args.rows * k * k <= kSerialWork ? 1 : torch::stable::get_num_threads();
+  const int64_t whole = args.layers - args.layers % threads, slots = whole > 0 ? threads : 1;
+  Tensor ints = scratch(like, slots * (args.rows + kCkaDepth + 2), ScalarType::Long);
+  Tensor packed = scratch(like, slots * 3 * padded * kCkaDepth, ScalarType::Float);
+  Tensor norms = scratch(like, slots * kCkaDepth * 2, ScalarType::Double);
+  const auto one = [&](int64_t layer, int64_t slot) {
     CkaPushArgs part = args;
-    part.layers = std::min(group, args.layers - layer);
+    part.layers = 1;
     part.x.offsets += layer;
     part.y.offsets += layer;
     if (part.mask != nullptr) part.mask += layer * args.mask_layer_stride;
     part.shift += layer * dims;
     part.gram += layer * cka_packed(k);
-    const bool serial = part.layers * std::min(args.rows, kCkaDepth) * k * k <= kSerialWork;
-    const auto run = [&](void (*kernel)(const CkaPushArgs&, int64_t, int64_t), int64_t items) {
-      launch_cpu(kernel, part, items, serial ? items : 1);
-    };
-    launch_cpu(&cka_rows_cpu, part, part.layers, part.layers);  // a few bytes a row
-    if (part.adopt) run(&cka_shift_cpu, part.layers * cka_shift_items(part.x.dim, part.y.dim));
-    const int64_t rows = *std::max_element(part.counts, part.counts + part.layers);
-    for (part.first = 0; part.first < rows; part.first += kCkaDepth) {
-      run(&cka_pack_cpu, part.layers * (kCkaDepth / kCkaRowChunk));
-      run(&cka_long_rows_cpu, part.layers);
-      take_turns(&cka_product_cpu, part, part.layers * cka_product_items(k), serial);
-    }
+    part.counts = static_cast<int64_t*>(ints.data_ptr()) + slot * (args.rows + kCkaDepth + 2);
+    part.exact_counts = part.counts + 1;
+    part.exact = part.counts + 2;
+    part.kept = part.exact + kCkaDepth;
+    part.chunks = static_cast<float*>(packed.data_ptr()) + slot * 3 * padded * kCkaDepth;
+    part.left = part.chunks + padded * kCkaDepth;
+    part.right = part.left + padded * kCkaDepth;
+    part.norms = static_cast<double*>(norms.data_ptr()) + slot * kCkaDepth * 2;
+    return part;
+  };
+  if (whole > 0) {
+    take_turns(whole, threads, [&](int64_t layer, int64_t thread) {
+      CkaPushArgs part = one(layer, thread);
+      push_layer(part, [&](Kernel kernel, int64_t items) { kernel(part, 0, items); });
+    });
   }
-#endif
+  for (int64_t layer = whole; layer < args.layers; ++layer) {
+    CkaPushArgs part = one(layer, 0);
+    push_layer(part, [&](Kernel kernel, int64_t items) {
+      take_turns(items, std::min(threads, items), [&](int64_t item, int64_t) { kernel(part, item, item + 1); });
+    });
+  }
 }
+#endif
 
 void read_terms(const CkaTermsArgs& args, const Tensor& on) {
   INFLECTION_RUN(cka_terms, args, on, args.layers * cka_term_items(args.dim_x, args.dim_y), 4);
@@ -166,7 +178,9 @@ Tensor cka_terms(Tensor x, Tensor y, bool debiased) {
   args.rows = x.size(x.dim() - 2);
   args.adopt = true;
   const int64_t dims = args.x.dim + args.y.dim, packed = cka_packed(kCkaHead + dims), layers = layers_of(x);
-  const int64_t group = std::clamp<int64_t>(kGroupBytes / (packed * 8), 1, std::max<int64_t>(layers, 1));
+  int64_t group = std::clamp<int64_t>(kGramBytes / (packed * 8), 1, std::max<int64_t>(layers, 1));
+  const int64_t threads = torch::stable::get_num_threads();
+  if (group > threads) group -= group % threads;  // so that every thread has whole layers
   Tensor terms = new_terms(x, sizes);
   Tensor gram = scratch(x, group * packed, ScalarType::Double), shift = scratch(x, group * dims, ScalarType::Float);
   Tensor partial = scratch(x, group * cka_term_items(args.x.dim, args.y.dim) * kCkaTermSums, ScalarType::Double);
