@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -19,7 +20,10 @@ def load(name):
 
 
 def test_the_plain_loop_measures_and_learns(capsys, tmp_path):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the model is so small that threads cost more than they give
     timeline = load("plain_loop").main(steps=11, out=tmp_path / "out")
+    torch.set_num_threads(threads)
     assert timeline.steps.tolist() == [0, 5, 10] and len(timeline.layers) == 4
     for name in ("entropy", "activation_grad", "parameter_grad", "delta_cka", "loss"):
         assert np.isfinite(getattr(timeline, name)).all(), name
