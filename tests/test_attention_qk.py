@@ -204,7 +204,7 @@ def test_groups_equal_repeated_keys_and_fused_equals_from_logits():
         torch.testing.assert_close(ours, unfused, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("size", [8, 64, 500])
+@pytest.mark.parametrize("size", [8, 64, 200])
 def test_the_bound_of_zhai_et_al_holds(size):
     x, wq, wk = torch.randn(size, 32), torch.randn(32, 16) / 8, torch.randn(32, 16) / 8
     query, key = (x @ wq)[None, None], (x @ wk)[None, None]
