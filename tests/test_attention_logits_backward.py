@@ -92,9 +92,10 @@ def test_a_second_derivative_is_refused():
 
 
 @pytest.mark.parametrize("entropy_only", [False, True])
-@pytest.mark.parametrize("mask", [None, torch.rand(5, 7) > 0.3, torch.randn(5, 7, requires_grad=True)], ids=str)
-def test_opcheck(mask, entropy_only):
+@pytest.mark.parametrize("kind", ["none", "boolean", "additive"])
+def test_opcheck(kind, entropy_only):
     x = torch.randn(2, 5, 7, requires_grad=True)
+    mask = {"none": None, "boolean": torch.rand(5, 7) > 0.3, "additive": torch.randn(5, 7, requires_grad=True)}[kind]
     torch.library.opcheck(torch.ops.inflection_fast.attention_stats, (x, mask, True, 0.5, entropy_only))
 
 
