@@ -195,14 +195,33 @@ def test_a_full_disk_is_one_sentence_and_costs_nothing_that_is_there(settings, t
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         write(path, content)
 
-    monkeypatch.setattr(stages, "write_json", full)
-    assert cli.main(run) == 2
+    with monkeypatch.context() as patched:
+        patched.setattr(stages, "write_json", full)
+        assert cli.main(run) == 2
     said = capsys.readouterr().err
     assert "the disk is full" in said and said.count("\n") == 1
     assert not (tmp_path / "run" / "measure" / "stage.json").exists()
-    monkeypatch.undo()
     monkeypatch.setattr(training._Clock, "on_train_begin", lambda *a, **k: pytest.fail("trained again"), raising=True)
     assert cli.main(["measure", *run[1:]]) == 0
+
+
+def test_measured_steps_that_the_disk_refused_are_measured_again(settings, tmp_path, capsys, monkeypatch):
+    from inflection_fast.timeline import Timeline
+
+    run = ["measure", "--config", str(settings), "--output", str(tmp_path / "run")]
+    write = TimelineWriter._write
+
+    def full(self, message):
+        if len(self._rows) > 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(self, message)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TimelineWriter, "_write", full)
+        assert "the disk refused it" in failing(capsys, *run)
+    assert Timeline.load(tmp_path / "run" / "measure").steps.tolist() == [0, 1]
+    assert cli.main(run) == 0
+    assert Timeline.load(tmp_path / "run" / "measure").steps.tolist() == [0, 1, 2, 3]
 
 
 def test_an_error_of_ours_keeps_its_traceback(settings, tmp_path, monkeypatch):

@@ -122,8 +122,19 @@ class Stages:
             callback = InflectionCallback(settings.monitor, folder, probe=probe)
             with user_errors(about="measure.monitor"):
                 callback.attach(model, step)
+            attached.append(callback)
             return [callback]
 
+        def save(model: Any, path: Path) -> None:
+            # The monitor goes on in memory when the disk refuses a row; a plan must not rest on what is left of it.
+            if len(Timeline.load(folder).steps) < len(attached[-1].timeline.steps):
+                raise UserError(
+                    f"{folder} does not hold all that was measured, because the disk refused it: make room and give the"
+                    " same command again; it goes on from the last checkpoint"
+                )
+            self._save(model, path)
+
+        attached: list[Any] = []
         trained = self._train(
             folder,
             settings.train,
@@ -131,6 +142,7 @@ class Stages:
             build=build,
             restore=lambda path: self._load(path, data.labels),
             callbacks=callbacks,
+            save=save,
         )
         what = "whole model" if settings.unfreeze is None else f"top {settings.unfreeze} blocks and head"
         label = f"shallow unfreezing ({what})" if settings.unfreeze is not None else "full fine-tuning, measured"
@@ -256,10 +268,6 @@ class Stages:
     def _train(self, folder: Path, config: TrainConfig, data: TextData, **how: Any) -> Any:
         from inflection_fast.run.training import train
 
-        def save(model: Any, path: Path) -> None:
-            model.save_pretrained(path)
-            self.batches.tokenizer.save_pretrained(path)
-
         return train(
             folder,
             config,
@@ -267,8 +275,12 @@ class Stages:
             self.batches.items(data.train),
             seed=self.config.seed,
             quiet=self.quiet,
-            **{"save": save, "result": folder / "model", **how},
+            **{"save": self._save, "result": folder / "model", **how},
         )
+
+    def _save(self, model: Any, path: Path) -> None:
+        model.save_pretrained(path)
+        self.batches.tokenizer.save_pretrained(path)
 
     def _evaluate(self, model: Any, config: TrainConfig, data: TextData, folder: Path) -> tuple[dict, float]:
         from inflection_fast.run.training import evaluate
