@@ -116,6 +116,14 @@ def test_encoder_and_decoder_have_rows_of_their_own():
     assert np.isfinite(delta).all() and (delta[1] > 0).all()
 
 
+def test_the_probe_runs_in_evaluation_mode():
+    torch.manual_seed(0)
+    model = sharpened(bert(dropout=0.3).train())
+    probe = Probe(model, find_blocks(model), [classify()], CKA)
+    probe.remember()
+    torch.testing.assert_close(probe.delta_cka(), torch.zeros(3), rtol=0, atol=1e-6)
+
+
 def test_the_probe_leaves_no_trace():
     torch.manual_seed(0)
     model, probe = bert(dropout=0.3).train(), [classify()]

@@ -283,8 +283,6 @@ class Taps:
 
     def _read_parameters(self, micro_batch: MicroBatch) -> None:
         micro_batch.reads_parameters = False
-        if not micro_batch.live:
-            return
         started = perf_counter()
         gradients, groups = [], []
         for block in self._blocks:
