@@ -163,7 +163,7 @@ constexpr int64_t kCkaRowChunk = 16;    // rows of one packing item: their colum
 constexpr int64_t kCkaBlockRows = 192;   // rows of the Gram matrix in one product item, packed 192 KiB: a share of L2
 constexpr int64_t kCkaBlockCols = 256;  // columns of one product item
 constexpr int64_t kCkaPanel = 96;       // packed widths are padded to a multiple of every tile's rows and columns
-constexpr int64_t kCkaShiftCols = 64;   // columns of one shift item
+constexpr int64_t kCkaSides = 2;        // shift items of a layer
 constexpr int64_t kCkaTermRows = 64;    // rows of the Gram matrix in one item of the terms
 constexpr int64_t kCkaTermSums = 6;
 
@@ -179,7 +179,7 @@ struct CkaPushArgs {
   const bool* mask;            // [layers, rows], true counts; null: every row does
   int64_t mask_layer_stride, mask_row_stride;
   int64_t layers, rows;
-  bool adopt;                  // a layer without rows yet takes its shift from the first kCkaDepth rows that count
+  bool adopt;                  // a layer without rows yet takes as shift the mean of the first kCkaDepth rows that count
   int64_t first;               // CPU: the block in work begins at this one of the rows that count
   // scratch of the CPU
   int64_t* kept;               // [layers, rows] indices of the rows that count
@@ -196,13 +196,12 @@ struct CkaPushArgs {
 };
 // The rows that count, the shifts; then, for every block of kCkaDepth rows, packing, its long rows, and products.
 void cka_rows_cpu(const CkaPushArgs&, int64_t begin, int64_t end);     // work items: layers
-void cka_shift_cpu(const CkaPushArgs&, int64_t begin, int64_t end);    // layers * cka_shift_items
+void cka_shift_cpu(const CkaPushArgs&, int64_t begin, int64_t end);    // layers * kCkaSides
 void cka_pack_cpu(const CkaPushArgs&, int64_t begin, int64_t end);     // layers * kCkaDepth / kCkaRowChunk
 void cka_long_rows_cpu(const CkaPushArgs&, int64_t begin, int64_t end);  // layers
 void cka_product_cpu(const CkaPushArgs&, int64_t begin, int64_t end);  // layers * cka_product_items
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t cka_shift_items(int64_t dx, int64_t dy) { return ceil_div(dx + dy, kCkaShiftCols); }
 constexpr int64_t cka_product_items(int64_t k) { return ceil_div(k, kCkaBlockRows) * ceil_div(k, kCkaBlockCols); }
 constexpr int64_t cka_term_items(int64_t dx, int64_t dy) { return ceil_div(dx + dy, kCkaTermRows); }
 

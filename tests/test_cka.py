@@ -54,11 +54,14 @@ def test_offsets_common_to_the_rows_cost_no_digits(isa, offset, debiased):
 @BOTH
 @pytest.mark.parametrize("length", [10.0, 100.0, 1000.0])
 def test_rows_far_longer_than_the_others_cost_no_digits(isa, length, debiased):
-    x, y = features(2, 300, 200)
-    x[0, ::100] *= length
-    y[0, 7] *= length
-    y[1, ::64] *= length  # of one side only
-    assert error(linear_cka(x, y, debiased=debiased), x, y, debiased=debiased) <= ERROR
+    for n, d in ((24, 40), (300, 200)):
+        x, y = features(4, n, d)
+        x[0, 0] *= length  # of one side only
+        x[1:, 0] *= length
+        y[1:, 0] *= length  # of both
+        x[2, 7] *= length / 3
+        y[3, n // 2] *= length
+        assert error(linear_cka(x, y, debiased=debiased), x, y, debiased=debiased) <= ERROR
 
 
 @BOTH

@@ -59,7 +59,7 @@ template <class Run>
 void push_layer(CkaPushArgs& args, const Run& run) {
   const int64_t k = kCkaHead + args.x.dim + args.y.dim;
   cka_rows_cpu(args, 0, 1);
-  if (args.adopt) run(&cka_shift_cpu, cka_shift_items(args.x.dim, args.y.dim));
+  if (args.adopt) run(&cka_shift_cpu, kCkaSides);
   for (args.first = 0; args.first < args.counts[0]; args.first += kCkaDepth) {
     run(&cka_pack_cpu, kCkaDepth / kCkaRowChunk);
     cka_long_rows_cpu(args, 0, 1);

@@ -34,7 +34,8 @@ class CkaState:
         dim: width of x.
         dim_y: width of y; None: that of x.
         shift: as the attribute, near the means of the features; not copied. None: every layer takes the mean of the
-            first rows that are pushed to it (of at most 256).
+            first rows that are pushed to it (of at most 256, but for rows far longer than the others). A first batch
+            of nothing but such rows makes a bad shift: push ordinary rows first, or give one.
         device: of the state and of everything pushed.
 
     Raises:
