@@ -61,10 +61,10 @@ def find_blocks(model: nn.Module, names: Sequence[str] | None = None) -> list[Bl
 def _stacked(model: nn.Module) -> list[str]:
     holders = _attention_holders(model)
     stacks = list(_stacks(model, "", holders))
-    if any(_has_part(path, "encoder") for path in sum(stacks, [])):
+    if any(_has_part(paths[0], "encoder") for paths in stacks):
         # Some models register their decoder first; Python's sort keeps every other order as registered.
         stacks.sort(key=lambda paths: _has_part(paths[0], "decoder"))
-    return sum(stacks, [])
+    return [path for paths in stacks for path in paths]
 
 
 def _stacks(module: nn.Module, path: str, holders: set[nn.Module]) -> Iterator[list[str]]:

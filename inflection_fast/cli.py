@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if disk_full(error):
             return _fail(
-                f"the disk is full ({error}): free some space and give the same command again; finished stages are kept",
+                f"the disk is full ({error}): free some space and give the same command again; it goes on from there",
                 USER_ERROR,
             )
         raise
@@ -103,11 +103,22 @@ def _settings_parser(command: str) -> Any:
 
 
 def _parse(parser: Any, argv: list[str]) -> Any:
-    """What was asked for, as objects. UserError for an unknown flag or setting, a wrong type or a value out of range."""
-    from inflection_fast.run.errors import user_errors
+    """What was asked for, as objects. UserError for an unknown setting, a wrong type or a value out of range."""
+    from inflection_fast.run.errors import UserError
 
-    with user_errors(ValueError, TypeError, argparse.ArgumentError, OSError, about="settings"):
+    try:
         return parser.instantiate(parser.parse_args(argv))
+    except (ValueError, TypeError, argparse.ArgumentError, OSError) as error:
+        raise UserError(f"settings: {_reason(str(error))}") from error
+
+
+def _reason(text: str) -> str:
+    """One line of what the parser says; of a setting that may be null, what is wrong with it when it is not."""
+    if "Union subtypes" in text:
+        reasons = [line.strip(" -") for line in text.splitlines() if line.strip().startswith("- ")]
+        lead = text.splitlines()[0] if text.startswith("Parser key") else ""
+        text = " ".join([lead, *(reason for reason in reasons if "NoneType" not in reason)])
+    return " ".join(text.split())
 
 
 def _config(parser: Any, parsed: Any) -> Any:

@@ -46,5 +46,11 @@ void sum_of_squares_cpu(const SumOfSquaresArgs& args, int64_t begin, int64_t end
 void sum_of_squares_merge_cpu(const SumOfSquaresArgs& args, int64_t begin, int64_t end) {
   kernels().sum_of_squares_merge(args, begin, end);
 }
+void attention_stats_cpu(const AttentionStatsArgs& args, int64_t begin, int64_t end) {
+  kernels().attention_stats(args, begin, end);
+}
+void attention_stats_backward_cpu(const AttentionStatsBackwardArgs& args, int64_t begin, int64_t end) {
+  kernels().attention_stats_backward(args, begin, end);
+}
 
 }  // namespace inflection

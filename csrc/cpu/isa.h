@@ -13,6 +13,8 @@ namespace inflection {
 struct CpuKernels {
   void (*sum_of_squares)(const SumOfSquaresArgs&, int64_t begin, int64_t end);
   void (*sum_of_squares_merge)(const SumOfSquaresArgs&, int64_t begin, int64_t end);
+  void (*attention_stats)(const AttentionStatsArgs&, int64_t begin, int64_t end);
+  void (*attention_stats_backward)(const AttentionStatsBackwardArgs&, int64_t begin, int64_t end);
 };
 
 extern const CpuKernels kPortableKernels;

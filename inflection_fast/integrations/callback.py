@@ -24,14 +24,12 @@ class InflectionCallback(TrainerCallback):
     callback.timeline
     ```
 
-    It attaches when training begins and detaches when it ends. The Trainer tells no callback when training raises, so the
-    `with` block (or `close()` in a `finally`) is what leaves the model as it was in that case; where training ends well it
-    adds nothing. A training resumed from a checkpoint continues the timeline in `out` at the checkpoint's step. The Trainer
-    has then already loaded the checkpoint when it calls its callbacks; where delta-CKA is to be against the weights before
-    training, call `attach(model, start_step)` before `trainer.train(resume_from_checkpoint=...)`.
+    It attaches when training begins and detaches when it ends. The Trainer tells no callback when training raises, so
+    the `with` block (or `close()` in a `finally`) is what leaves the model as it was in that case; where training ends
+    well it adds nothing. A training resumed from a checkpoint continues the timeline in `out` at the checkpoint's step,
+    and delta-CKA goes on being against the weights before training, whose features lie beside the timeline.
 
-    Nothing in here waits for the device: losses are kept as tensors and handed to the monitor, which reads them on the
-    steps that it measures.
+    Only the steps that are measured wait for the device; until then losses are kept as tensors.
     """
 
     def __init__(
@@ -52,16 +50,20 @@ class InflectionCallback(TrainerCallback):
 
     @property
     def timeline(self) -> Timeline:
-        """What was measured so far. ValueError before training has begun."""
+        """What was measured so far. `RuntimeError` before training has begun."""
         if self.monitor is None:
-            raise ValueError("nothing was measured yet: training has not begun")
+            raise RuntimeError("InflectionCallback.timeline before training began: nothing was measured")
         return self.monitor.timeline
 
     def attach(self, model: nn.Module, start_step: int = 0) -> None:
-        """Attaches to the model now instead of when training begins; `start_step` is the number of updates done."""
-        if self._hook is not None:
-            raise ValueError("the callback is attached to a model already: use one callback per training")
-        self.monitor = Monitor(model, self.config, self.out, probe=self.probe, start_step=start_step)
+        """Attaches to the model now instead of when training begins, for errors before anything else happens.
+
+        `start_step` is the number of updates that the training has behind it. ValueError as `Monitor` raises it.
+        """
+        if self.monitor is not None:
+            raise ValueError("the callback has been attached to a model already: use one callback per training")
+        monitor = Monitor(model, self.config, self.out, probe=self.probe, start_step=start_step)
+        self.monitor = monitor.__enter__()
         self._start_step = start_step
         self._hook = model.register_forward_hook(self._keep_loss, with_kwargs=True)
 
@@ -81,7 +83,7 @@ class InflectionCallback(TrainerCallback):
         self.close()
 
     def _keep_loss(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        if not (model.training and torch.is_grad_enabled()):
+        if not (self.monitor.measuring and model.training and torch.is_grad_enabled()):
             return
         loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
         if loss is not None:
@@ -98,10 +100,13 @@ class InflectionCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Attaches, unless `attach` did."""
-        if args.fp16:
+        if args.n_gpu > 1:
             self.close()
-            raise ValueError("fp16=True scales the loss, and with it every gradient that is measured: use bf16")
-        if self._hook is None:
+            raise ValueError(
+                "the Trainer would copy the model to several GPUs, where it cannot be measured:"
+                " show it one GPU with CUDA_VISIBLE_DEVICES, or start one process per GPU with torchrun"
+            )
+        if self.monitor is None:
             self.attach(model, state.global_step)
         elif self._start_step != state.global_step:
             self.close()
@@ -109,9 +114,14 @@ class InflectionCallback(TrainerCallback):
                 f"the callback was attached at step {self._start_step}, and training begins at step {state.global_step}"
             )
 
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         """Ends a step where a plain loop would: after the backward passes, before the weights change."""
-        self.monitor.step(self._step_loss())
+        if not self.monitor.measuring:
+            self.monitor.step()
+            return
+        # Reading the scale waits for the device, which a measured step does in any case.
+        scaler = getattr(optimizer, "scaler", None)
+        self.monitor.step(self._step_loss(), loss_scale=1.0 if scaler is None else scaler.get_scale())
 
     def on_train_end(self, args, state, control, **kwargs):
         """Detaches."""

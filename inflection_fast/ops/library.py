@@ -44,3 +44,12 @@ def build_info() -> dict:
         "cpu": {"path": str(CPU_LIBRARY), "isa": isa},
         "cuda": {"path": str(CUDA_LIBRARY)} if CUDA_LIBRARY else None,
     }
+
+
+def refuse_second_derivative(operator: str) -> None:
+    """Make differentiating `operator`, itself a derivative, an error: torch would otherwise warn and return zeros."""
+
+    def backward(ctx, *grads):
+        raise NotImplementedError(f"{operator}: second derivatives are not implemented")
+
+    torch.library.register_autograd(operator, backward)

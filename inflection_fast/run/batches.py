@@ -31,12 +31,13 @@ class Batches:
     max_length: int
 
     def items(self, rows: Dataset, *, by_length: bool = False) -> Sequence[Any]:
-        """What the Trainer draws its batches from; `by_length` puts similar lengths together, so that less is padded."""
+        """What the Trainer draws its batches from; `by_length` puts similar lengths together, to pad less."""
         if self.task == "causal-lm":
             items = self._pieces(rows)
             return sorted(items, key=len) if by_length else items
         columns = [name for name in ("text", "text_pair", "label") if name in rows.column_names]
-        items = [dict(zip(columns, values, strict=True)) for values in zip(*(rows[name] for name in columns), strict=True)]
+        values = zip(*(rows[name] for name in columns), strict=True)
+        items = [dict(zip(columns, row, strict=True)) for row in values]
         return sorted(items, key=lambda item: len(item["text"])) if by_length else items
 
     def collate(self, items: Sequence[Any]) -> dict[str, torch.Tensor]:
@@ -64,7 +65,7 @@ class Batches:
         return dict(self.tokenizer(texts, *pairs, **options))
 
     def _pieces(self, rows: Dataset) -> list[np.ndarray]:
-        """Every text cut into pieces of at most `max_length` tokens; texts are not joined, so none attends to another."""
+        """Every text in pieces of at most `max_length` tokens; texts are not joined, so none attends to another."""
         end = [self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else []
         pieces = []
         for begin in range(0, len(rows), 1000):

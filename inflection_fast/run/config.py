@@ -63,9 +63,9 @@ class ModelConfig:
 class DataConfig:
     """A data set: where it is, which columns matter, and how it is split.
 
-    Texts that are equal after normalisation (case, punctuation, spacing) are kept once, so that none stands on both sides
-    of a split. The test part is, in this order: the file or hub split `test`, whole groups where `group` is given, or a
-    random share.
+    Texts that are equal after normalisation (case, punctuation, spacing) are kept once, so that none stands on both
+    sides of a split. The test part is, in this order: the file or hub split `test`, whole groups where `group` is
+    given, or a random share.
 
     Args:
         path: a .csv, .tsv, .jsonl, .json or .parquet file, or the name of a data set on the hub
@@ -130,7 +130,7 @@ class TrainConfig:
         schedule: how the learning rate falls afterwards
         max_grad_norm: gradients are clipped to this norm; 0: never
         eval_batch_size: texts per device and forward pass of an evaluation
-        precision: arithmetic of the forward pass; bfloat16 keeps the weights as they are (autocast)
+        precision: arithmetic of the forward pass; other than float32, the weights stay as they are (autocast)
         checkpoint_every: optimizer steps between checkpoints, from which an interrupted training continues
         log_every: optimizer steps between the losses written to log.json
         activation_checkpointing: recompute activations in the backward pass to save memory
@@ -146,7 +146,7 @@ class TrainConfig:
     schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
     max_grad_norm: float = 1.0
     eval_batch_size: int = 64
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
     checkpoint_every: int = 200
     log_every: int = 10
     activation_checkpointing: bool = False
@@ -195,7 +195,8 @@ class MeasureConfig:
 
     def __post_init__(self) -> None:
         _check(self.unfreeze is None or self.unfreeze >= 0, "measure.unfreeze", self.unfreeze, "null or at least 0")
-        _check(self.overhead_pairs >= 0, "measure.overhead_pairs", self.overhead_pairs, "at least 0")
+        pairs = self.overhead_pairs
+        _check(pairs == 0 or pairs >= 3, "measure.overhead_pairs", pairs, "0 or at least 3")
 
 
 @dataclass(frozen=True)

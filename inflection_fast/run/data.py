@@ -63,8 +63,14 @@ def read(config: DataConfig, task: str) -> TextData:
     """Reads, checks and splits a data set. UserError for a missing file or column, or labels that make no sense."""
     dropped: dict[str, int] = {}
     rows = _tidy(_load(config, None), config, task, dropped, config.path)
+    labels: tuple[str, ...] = ()
+    if task == "sequence-classification":
+        labels = config.labels or _label_names(rows, config)
+        rows = _numbered(rows, labels, config.path)
     if config.test is not None:
         test = _tidy(_load(config, config.test), config, task, dropped, config.test)
+        if labels:
+            test = _numbered(test, labels, config.test)
         if config.deduplicate:
             rows = _drop(rows, set(_keys(test)), dropped, "also in the test file")
     else:
@@ -77,11 +83,6 @@ def read(config: DataConfig, task: str) -> TextData:
     for name, part in (("train", rows), ("test", test)):
         if not len(part):
             raise UserError(f"{config.path}: nothing is left to {name} on after splitting and dropping ({dropped})")
-    labels: tuple[str, ...] = ()
-    if task == "sequence-classification":
-        # The names come from all rows, limits or not, so that a smaller draw does not renumber them.
-        labels = config.labels or _label_names(list(rows["label"]) + list(probe["label"]), config, rows)
-        rows, test, probe = (_numbered(part, labels, config) for part in (rows, test, probe))
     return TextData(rows, test, probe, labels, dropped)
 
 
@@ -209,12 +210,12 @@ def _split(rows: Dataset, config: DataConfig) -> tuple[Dataset, Dataset]:
     return tuple(rows.select([i for i, side in enumerate(sides) if side is which]) for which in (False, True))
 
 
-def _label_names(values: list[Any], config: DataConfig, rows: Dataset) -> tuple[str, ...]:
-    """The label names of the training rows: those of the file format where it has any, else the sorted values."""
+def _label_names(rows: Dataset, config: DataConfig) -> tuple[str, ...]:
+    """The label names: those of the file format where it has any, else the sorted values."""
     declared = getattr(rows.features["label"], "names", None)
     if declared:
         return tuple(declared)
-    found = {value for value in values if value is not None}
+    found = {value for value in rows["label"] if value is not None}
     if any(isinstance(value, float) for value in found):
         raise UserError(f"{config.path}: column {config.label!r} holds real numbers; labels are names or integers")
     if any(isinstance(value, int) and value < 0 for value in found):
@@ -224,10 +225,8 @@ def _label_names(values: list[Any], config: DataConfig, rows: Dataset) -> tuple[
     return tuple(str(value) for value in sorted(found))
 
 
-def _numbered(rows: Dataset, names: tuple[str, ...], config: DataConfig) -> Dataset:
+def _numbered(rows: Dataset, names: tuple[str, ...], source: str) -> Dataset:
     """The rows with every label as its integer."""
-    import datasets
-
     values = rows["label"][:]
     numbers: dict[Any, int] = {name: i for i, name in enumerate(names)}
     spelt = [None if value is None else str(value) for value in values]
@@ -238,8 +237,7 @@ def _numbered(rows: Dataset, names: tuple[str, ...], config: DataConfig) -> Data
     if outside:
         some = ", ".join(repr(value) for value, _ in outside.most_common(5))
         raise UserError(
-            f"{config.path}: {sum(outside.values())} rows have labels outside {list(names)}: {some}"
+            f"{source}: {sum(outside.values())} rows have labels outside {list(names)}: {some}"
             " (leave such rows out, or name them in data.labels)"
         )
-    columns = {name: rows[name][:] for name in rows.column_names if name != "label"}
-    return datasets.Dataset.from_dict({**columns, "label": [numbers[value] for value in spelt]})
+    return rows.remove_columns("label").add_column("label", [numbers[value] for value in spelt])

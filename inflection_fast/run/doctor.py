@@ -40,7 +40,8 @@ def examine() -> list[Finding]:
     ]
     findings += [_package(name, "inflection_fast", broken=True) for name in NEEDED]
     findings += [_package(name, "inflection_fast[run]", broken=False) for name in FOR_RUNS]
-    findings.append(Finding("CPU", f"{os.cpu_count()} cores, {platform.machine()}: {', '.join(_cpu_features()) or '?'}"))
+    features = ", ".join(_cpu_features()) or "features unknown"
+    findings.append(Finding("CPU", f"{os.cpu_count()} cores, {platform.machine()}, {features}"))
     if all(not finding.broken for finding in findings):
         findings += _kernels()
         findings += _cuda()

@@ -14,8 +14,8 @@ class UserError(Exception):
 
 
 @contextmanager
-def user_errors(*kinds: type[Exception], about: str = "") -> Iterator[None]:
-    """Turns exceptions of these kinds (ValueError unless named) into a UserError, said of `about`.
+def user_errors(kind: type[Exception] = ValueError, *more: type[Exception], about: str = "") -> Iterator[None]:
+    """Turns exceptions of these kinds into a UserError, said of `about`.
 
     Only around calls whose errors of that kind are known to speak of the user's input; anywhere else they keep their
     traceback.
@@ -24,7 +24,7 @@ def user_errors(*kinds: type[Exception], about: str = "") -> Iterator[None]:
         yield
     except UserError:
         raise
-    except kinds or (ValueError,) as error:
+    except (kind, *more) as error:
         text = " ".join(str(error).split())
         raise UserError(f"{about}: {text}" if about else text) from error
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from inflection_fast.run.batches import IGNORED
 
-__all__ = ["class_logits", "classification_metrics", "language_metrics", "token_losses"]
+__all__ = ["class_logits", "classification_metrics", "in_words", "language_metrics", "token_losses"]
 
 
 def class_logits(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
@@ -36,9 +36,7 @@ def token_losses(logits: Any, labels: torch.Tensor) -> torch.Tensor:
     """
     logits = logits[0] if isinstance(logits, tuple) else logits
     targets = labels[:, 1:]
-    losses = F.cross_entropy(
-        logits[:, :-1].float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none"
-    )
+    losses = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
     return torch.stack([losses.sum(dim=1), (targets != IGNORED).sum(dim=1).float()], dim=1)
 
 
@@ -47,3 +45,13 @@ def language_metrics(sums: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     total, tokens = np.asarray(sums, dtype=np.float64).sum(axis=0)
     loss = float(total / tokens)
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "n": int(tokens)}
+
+
+def in_words(metrics: dict[str, float]) -> str:
+    """The metrics as a person reads them, with the binomial standard error of an accuracy."""
+    if "accuracy" in metrics:
+        error = (metrics["accuracy"] * (1 - metrics["accuracy"]) / metrics["n"]) ** 0.5
+        return f"accuracy {100 * metrics['accuracy']:.1f} ± {100 * error:.1f} % on {metrics['n']} texts"
+    if "perplexity" in metrics:
+        return f"perplexity {metrics['perplexity']:.2f} on {metrics['n']} tokens"
+    return "not evaluated"

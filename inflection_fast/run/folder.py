@@ -14,6 +14,7 @@ from inflection_fast.run.errors import UserError
 __all__ = ["RunFolder", "load_settings", "package_versions", "write_json", "write_text"]
 
 FORMAT = 1
+OWN_FILES = ("config.yaml", "run.json")  # what the folder of a run holds before its first stage
 PACKAGES = ("inflection_fast", "torch", "transformers", "peft", "datasets", "accelerate", "pyarrow", "numpy")
 
 
@@ -57,7 +58,8 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"output {self.path} is a file, not a folder")
         saved = self.path / "config.yaml"
-        if saved.is_file():
+        begun = self.path.is_dir() and [item.name for item in self.path.iterdir() if item.name not in OWN_FILES]
+        if saved.is_file() and begun:
             old = load_settings(saved)
             # The name of the folder is not a setting of the run: a folder that was moved is still its own.
             changed = differences({**old, "output": None}, {**settings, "output": None})
@@ -66,7 +68,7 @@ class RunFolder:
                     f"output {self.path} holds a run with other settings: {'; '.join(changed)}."
                     " Choose another output folder, or the same settings to continue that run"
                 )
-        elif self.path.is_dir() and any(self.path.iterdir()):
+        elif begun:
             raise UserError(f"output {self.path} is not empty and holds no run: choose another folder")
         else:
             import yaml

@@ -46,13 +46,18 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def check_model(config: ModelConfig, task: str, names: tuple[str, ...] | None) -> None:
-    """UserError where the model cannot be used, found out without loading its weights."""
+def check_model(config: ModelConfig, task: str, names: tuple[str, ...] | None) -> int:
+    """The number of the model's blocks; UserError where it cannot be used. Its weights are not loaded."""
     import torch
     from transformers import AutoConfig
 
     from inflection_fast.blocks import find_blocks
 
+    path = Path(config.path).expanduser()
+    if config.path.startswith((".", "/", "~")) and not path.is_dir():
+        raise UserError(f"model.path: there is no folder {config.path}")
+    if path.is_dir() and config.gguf_file is None and not (path / "config.json").is_file():
+        raise UserError(f"model.path: {config.path} holds no model (it has no config.json)")
     with _loading(config):
         settings = AutoConfig.from_pretrained(config.path, **_options(config))
     longest = getattr(settings, "max_position_embeddings", None)
@@ -61,7 +66,7 @@ def check_model(config: ModelConfig, task: str, names: tuple[str, ...] | None) -
     with _loading(config), torch.device("meta"):
         model = _class_of(task).from_config(settings, trust_remote_code=config.trust_remote_code)
     with user_errors(about=f"model {config.path}"):
-        find_blocks(model, names)
+        return len(find_blocks(model, names))
 
 
 def load_model(
@@ -74,7 +79,7 @@ def load_model(
 ) -> PreTrainedModel:
     """The model for a task: from `folder` where a stage has saved one, else from where the configuration says.
 
-    A head that the weights do not hold, or hold for another number of labels, is made anew; the caller has set the seed.
+    A head that the weights do not hold, or hold for another number of labels, is made anew from the caller's seed.
     """
     import torch
 

@@ -1,7 +1,8 @@
-"""Making a plan alone, from any timeline, and bringing a plan from elsewhere into a run."""
+"""Making a plan alone, from any timeline, bringing one into a run, and the layers that a plan is compared with."""
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from inflection_fast.run.errors import UserError, user_errors
 from inflection_fast.run.folder import load_settings
 from inflection_fast.timeline import Timeline
 
-__all__ = ["adopt_plan", "make_plan", "select_settings"]
+__all__ = ["adopt_plan", "baseline_plan", "make_plan", "select_settings"]
 
 
 def select_settings(folder: Path) -> dict[str, Any]:
@@ -52,3 +53,18 @@ def _not_in_use(run: Path, layers: tuple[int, ...], instead: str) -> None:
     own = run / "plan.json"
     if (run / "tune").is_dir() and own.is_file() and Plan.load(own).layers != layers:
         raise UserError(f"{run} holds a model trained on layers {list(Plan.load(own).layers)}: {instead}")
+
+
+def baseline_plan(timeline: Timeline, config: SelectConfig, name: str, chosen: tuple[int, ...], seed: int) -> Plan:
+    """A plan of as many layers as were chosen (or all of them) that does not look at what was measured.
+
+    Random layers are drawn again where the draw hits the chosen ones, unless there are no others.
+    """
+    every = name == "all" or len(chosen) == len(timeline.layers)
+    while True:
+        plan = select(
+            timeline, dataclasses.replace(config, method=name, k=None if name == "all" else len(chosen), seed=seed)
+        )
+        if name != "random" or every or plan.layers != chosen:
+            return plan
+        seed += 1

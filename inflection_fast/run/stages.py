@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,18 +12,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from inflection_fast.decide import Plan, select
 from inflection_fast.run.batches import Batches
 from inflection_fast.run.config import RunConfig, TrainConfig
 from inflection_fast.run.data import TextData, read, without
 from inflection_fast.run.errors import UserError, user_errors
+from inflection_fast.run.evaluation import in_words
 from inflection_fast.run.folder import RunFolder, write_json
 from inflection_fast.run.models import check_model, load_model, load_tokenizer, unfreeze
+from inflection_fast.run.plans import baseline_plan
 from inflection_fast.timeline import Timeline
 
-__all__ = ["Stages", "baseline_layers"]
+__all__ = ["Stages"]
 
 PROBE_BATCH = 16
 
@@ -42,8 +43,15 @@ class Stages:
     quiet: bool
 
     def __post_init__(self) -> None:
-        check_model(self.config.model, self.config.task, self.config.measure.monitor.blocks)
-        self.folder = RunFolder(self.config)
+        config = self.config
+        blocks = check_model(config.model, config.task, config.measure.monitor.blocks)
+        counts = {"measure.unfreeze": config.measure.unfreeze, "tune.top": config.tune.top, "select.k": config.select.k}
+        for name, count in counts.items():
+            if count is not None and count > blocks:
+                raise UserError(f"{name} is {count}, and {config.model.path} has {blocks} blocks")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError("a run is one process: start it without torchrun")
+        self.folder = RunFolder(config)
 
     @cached_property
     def batches(self) -> Batches:
@@ -190,17 +198,18 @@ class Stages:
         if self._done(stage):
             return
         record = json.loads((self.folder.stage("tune") / "stage.json").read_text(encoding="utf-8"))
-        plan, chosen = self.plan(), tuple(record["layers"])
-        layers = baseline_layers(name, len(plan.scores), chosen, self.config.seed)
-        if not layers:
+        chosen = tuple(record["layers"])
+        if not chosen and name != "all":
             self.say(f"{stage}: left out, because no layer was injected that it could be compared with")
-        elif layers == chosen:
-            self.say(f"{stage}: left out, because its layers {list(layers)} are the injected ones")
-        else:
-            words = {"last": f"last {len(layers)}", "first": f"first {len(layers)}", "random": f"{len(layers)} random"}
-            label = f"LoRA on {'all' if name == 'all' else 'the ' * (name != 'random') + words[name]} layers"
-            reason = f"taken by the baseline '{name}', without looking at what was measured"
-            self._adapt(stage, label, dataclasses.replace(plan, layers=layers, reasons=dict.fromkeys(layers, reason)))
+            return
+        timeline = Timeline.load(self.folder.stage("measure"))
+        plan = baseline_plan(timeline, self.config.select, name, chosen, self.config.seed)
+        if plan.layers == chosen:
+            self.say(f"{stage}: left out, because its layers {list(chosen)} are the injected ones")
+            return
+        count = len(plan.layers)
+        which = {"all": "all", "random": f"{count} random"}.get(name, f"the {name} {count}")
+        self._adapt(stage, f"LoRA on {which} layers", plan)
 
     def report(self) -> Path:
         """The Markdown page and its pictures."""
@@ -221,9 +230,7 @@ class Stages:
         import transformers
 
         transformers.set_seed(self.config.seed)  # a new head is the same in every stage
-        return load_model(
-            self.config.model, self.config.task, self.batches.tokenizer, labels=labels, folder=folder
-        )
+        return load_model(self.config.model, self.config.task, self.batches.tokenizer, labels=labels, folder=folder)
 
     def _start(self) -> Any:
         """The model before it has seen the target: the source stage's, or the pretrained one."""
@@ -265,7 +272,8 @@ class Stages:
     def _evaluate(self, model: Any, config: TrainConfig, data: TextData, folder: Path) -> tuple[dict, float]:
         from inflection_fast.run.training import evaluate
 
-        return evaluate(model, config, self.batches, self.batches.items(data.test, by_length=True), folder, quiet=self.quiet)
+        items = self.batches.items(data.test, by_length=True)
+        return evaluate(model, config, self.batches, items, folder, quiet=self.quiet)
 
     def _adapt(self, stage: str, label: str, plan: Plan) -> None:
         """Injects, trains and evaluates."""
@@ -328,7 +336,8 @@ class Stages:
         import torch
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        items = self.batches.items(self.target.train.select(range(min(settings.train.batch_size, len(self.target.train)))))
+        size = min(settings.train.batch_size, len(self.target.train))
+        items = self.batches.items(self.target.train.select(range(size)))
         batch = {key: value.to(device) for key, value in self.batches.collate(items).items()}
         found = measure_overhead(model.to(device), batch, settings.monitor, pairs=pairs)
         return {name: float(getattr(found, name)) for name in ("off_ms", "on_ms", "noise", "ratio")}
@@ -371,29 +380,4 @@ class Stages:
         write_json(folder / "stage.json", record)
         self.folder.finish(stage)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        self.say(f"{stage}: {_score(record['metrics'])}")
-
-
-def baseline_layers(name: str, blocks: int, chosen: tuple[int, ...], seed: int) -> tuple[int, ...]:
-    """The layers of a baseline: as many as were chosen, or all."""
-    count = len(chosen)
-    if name == "all":
-        return tuple(range(blocks))
-    if name == "last":
-        return tuple(range(blocks - count, blocks))
-    if name == "first":
-        return tuple(range(count))
-    rng = np.random.default_rng([seed, count])
-    while True:
-        layers = tuple(sorted(int(i) for i in rng.choice(blocks, size=count, replace=False)))
-        if layers != chosen or count in (0, blocks):
-            return layers
-
-
-def _score(metrics: dict[str, float]) -> str:
-    if "accuracy" in metrics:
-        error = (metrics["accuracy"] * (1 - metrics["accuracy"]) / metrics["n"]) ** 0.5
-        return f"accuracy {100 * metrics['accuracy']:.1f} ± {100 * error:.1f} % on {metrics['n']} texts"
-    if "perplexity" in metrics:
-        return f"perplexity {metrics['perplexity']:.2f} on {metrics['n']} tokens"
-    return "not evaluated"
+        self.say(f"{stage}: {in_words(record['metrics'])}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import time
@@ -23,6 +24,12 @@ __all__ = ["Trained", "evaluate", "last_checkpoint", "train"]
 CHECKPOINTS = "checkpoints"
 CLOCK = "clock.json"
 TRAINING = "training.json"
+# Transformers renamed the argument during version 5.
+ACTIVATION_CHECKPOINTING = next(
+    item.name
+    for item in dataclasses.fields(TrainingArguments)
+    if item.name in ("activation_checkpointing", "gradient_checkpointing")
+)
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,14 @@ class Trained:
     seconds: float
     trainable: int
     total: int
+
+
+class _OneDevice(TrainingArguments):
+    """Arguments that keep to one GPU where there are several: copies of a model (DataParallel) cannot be measured."""
+
+    @property
+    def n_gpu(self) -> int:
+        return min(1, super().n_gpu)
 
 
 @dataclass
@@ -76,9 +91,9 @@ def train(
 ) -> Trained:
     """Trains a model in `folder`, or continues where an earlier call was stopped.
 
-    `build()` gives the model as it is before training, `save(model, path)` writes the trained one, which is then renamed
-    to `result`, and `restore(result)` reads it back where training had finished. `callbacks(model, step)` is asked when
-    the model still has its first weights, also when the training goes on at a later step.
+    `build()` gives the model as it is before training, `save(model, path)` writes the trained one, which is then
+    renamed to `result`, and `restore(result)` reads it back where training had finished. `callbacks(model, step)` is
+    asked before training begins, or goes on at the `step` of a checkpoint.
     """
     record = folder / TRAINING
     if result.is_dir() and record.is_file():
@@ -135,7 +150,7 @@ def _trainer(
     quiet: bool,
     items: Sequence[Any] | None = None,
 ) -> Trainer:
-    arguments = TrainingArguments(
+    arguments = _OneDevice(
         output_dir=str(checkpoints),
         max_steps=config.steps if config.steps is not None else -1,
         num_train_epochs=config.epochs,
@@ -148,7 +163,7 @@ def _trainer(
         lr_scheduler_type=config.schedule,
         max_grad_norm=config.max_grad_norm,
         bf16=config.precision == "bfloat16",
-        gradient_checkpointing=config.activation_checkpointing,
+        fp16=config.precision == "float16",
         save_strategy="steps",
         save_steps=config.checkpoint_every,
         save_total_limit=2,  # the last but one is there while the last is being written
@@ -160,6 +175,7 @@ def _trainer(
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,  # batches are made of text, which is no argument of the model
         label_names=["labels"],
+        **({ACTIVATION_CHECKPOINTING: True} if config.activation_checkpointing else {}),
     )
     trainer = Trainer(
         model=model,

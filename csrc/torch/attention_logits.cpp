@@ -1,0 +1,120 @@
+// attention_stats and its derivative: statistics of softmax rows from logits [..., rows, cols].
+#include <algorithm>
+#include <tuple>
+#include <vector>
+
+#include "mask.h"
+
+namespace inflection {
+namespace {
+
+constexpr int64_t kColumnsPerTask = 1 << 15;  // some 10 us: large against handing a range to a thread
+
+AttentionStatsArgs arguments(const Tensor& logits, const std::optional<Tensor>& attn_mask, bool is_causal, double scale) {
+  check_device(logits, "logits");
+  const int64_t dims = logits.dim();
+  STD_TORCH_CHECK(dims >= 2, "logits: expected [..., queries, keys], got ", dims, " dimensions");
+  AttentionStatsArgs args{};
+  args.logits = logits.const_data_ptr();
+  args.dtype = dtype_of(logits, "logits");
+  STD_TORCH_CHECK(args.dtype != DType::boolean, "logits: dtype must be float32, bfloat16 or float16");
+  args.floor = lowest(args.dtype) / 2;
+  args.scale = static_cast<float>(scale);
+  args.causal = is_causal;
+  args.rows = logits.size(dims - 2), args.row_stride = logits.stride(dims - 2);
+  args.cols = logits.size(dims - 1), args.col_stride = logits.stride(dims - 1);
+
+  args.mask = mask_of(attn_mask, logits);
+  std::vector<int64_t> sizes, mask_strides(dims, 0);
+  for (int64_t d = 0; d < dims; ++d) sizes.push_back(logits.size(d));
+  if (attn_mask) broadcast_strides(*attn_mask, sizes.data(), dims, mask_strides.data());
+  args.mask.row_stride = mask_strides[dims - 2], args.mask.col_stride = mask_strides[dims - 1];
+
+  // Batch dimensions that one stride reaches, in the logits and in the mask, become one.
+  args.batch = 1;
+  for (int64_t d = 0; d < dims - 2; ++d) {
+    args.batch *= sizes[d];
+    if (sizes[d] == 1) continue;
+    const int32_t last = args.dims - 1;
+    if (last >= 0 && args.strides[last] == logits.stride(d) * sizes[d] &&
+        args.mask.strides[last] == mask_strides[d] * sizes[d]) {
+      args.sizes[last] *= sizes[d], args.strides[last] = logits.stride(d), args.mask.strides[last] = mask_strides[d];
+      continue;
+    }
+    STD_TORCH_CHECK(args.dims < kMaxDims, "logits: more than ", kMaxDims, " batch dimensions that cannot be merged");
+    args.sizes[args.dims] = sizes[d], args.strides[args.dims] = logits.stride(d);
+    args.mask.strides[args.dims++] = mask_strides[d];
+  }
+  return args;
+}
+
+int64_t grain(const AttentionStatsArgs& args) { return std::max<int64_t>(1, kColumnsPerTask / std::max<int64_t>(1, args.cols)); }
+
+Tensor new_rows(const Tensor& logits, bool wanted) {
+  std::vector<int64_t> sizes{0};
+  if (wanted) {
+    sizes.clear();
+    for (int64_t d = 0; d < logits.dim() - 1; ++d) sizes.push_back(logits.size(d));
+  }
+  return torch::stable::new_empty(logits, {sizes.data(), sizes.size()}, ScalarType::Float);
+}
+
+using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Six attention_stats(Tensor logits, std::optional<Tensor> attn_mask, bool is_causal, double scale, bool entropy_only) {
+  AttentionStatsArgs args = arguments(logits, attn_mask, is_causal, scale);
+  const auto fresh = [&](bool wanted, float*& pointer) {
+    Tensor tensor = new_rows(logits, wanted);
+    pointer = wanted ? static_cast<float*>(tensor.data_ptr()) : nullptr;
+    return tensor;
+  };
+  Tensor entropy = fresh(true, args.out.entropy), lse = fresh(true, args.out.lse);
+  Tensor max_logit = fresh(!entropy_only, args.out.max_logit), keys = fresh(!entropy_only, args.out.keys);
+  Tensor collision = fresh(!entropy_only, args.out.collision), sink = fresh(!entropy_only, args.out.sink);
+  INFLECTION_RUN(attention_stats, args, logits, args.batch * args.rows, grain(args));
+  return {entropy, lse, max_logit, keys, collision, sink};
+}
+
+// `of_scores`: float32 gradient of logits * scale + mask, rather than that of the logits in their dtype.
+Tensor attention_stats_backward(std::optional<Tensor> grad_entropy, std::optional<Tensor> grad_lse,
+                                std::optional<Tensor> grad_collision, std::optional<Tensor> grad_sink, Tensor entropy,
+                                Tensor lse, Tensor collision, Tensor sink, Tensor logits, std::optional<Tensor> attn_mask,
+                                bool is_causal, double scale, bool of_scores) {
+  AttentionStatsBackwardArgs args{};
+  args.forward = arguments(logits, attn_mask, is_causal, scale);
+  const int64_t count = args.forward.batch * args.forward.rows;
+  const auto rows_of = [&](const std::optional<Tensor>& tensor, const char* name) -> const float* {
+    if (!tensor) return nullptr;
+    check_device(*tensor, name);
+    STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::Float && tensor->is_contiguous() && tensor->numel() == count, name,
+                    ": expected one contiguous float32 value for each of the ", count, " rows");
+    return static_cast<const float*>(tensor->const_data_ptr());
+  };
+  args.rows = {.entropy = rows_of(entropy, "entropy"),
+               .lse = rows_of(lse, "lse"),
+               .collision = grad_collision ? rows_of(collision, "collision") : nullptr,
+               .sink = grad_sink ? rows_of(sink, "sink") : nullptr,
+               .grad_entropy = rows_of(grad_entropy, "grad_entropy"),
+               .grad_lse = rows_of(grad_lse, "grad_lse"),
+               .grad_collision = rows_of(grad_collision, "grad_collision"),
+               .grad_sink = rows_of(grad_sink, "grad_sink")};
+  args.out_scale = of_scores ? 1.f : static_cast<float>(scale);
+  args.grad_dtype = of_scores ? DType::f32 : args.forward.dtype;
+
+  std::vector<int64_t> sizes;
+  for (int64_t d = 0; d < logits.dim(); ++d) sizes.push_back(logits.size(d));
+  const ScalarType dtype = of_scores ? ScalarType::Float : logits.scalar_type();
+  Tensor grad = torch::stable::new_empty(logits, {sizes.data(), sizes.size()}, dtype);
+  args.grad = grad.data_ptr();
+  INFLECTION_RUN(attention_stats_backward, args, logits, count, grain(args.forward));
+  return grad;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(inflection_fast, INFLECTION_DEVICE_KEY, m) {
+  m.impl("attention_stats", TORCH_BOX(&attention_stats));
+  m.impl("attention_stats_backward", TORCH_BOX(&attention_stats_backward));
+}
+
+}  // namespace inflection

@@ -1,0 +1,123 @@
+"""How sure a difference between layers is, given that measured steps resemble their neighbours in time.
+
+A difference is looked at step by step: what all layers share (the loss falls, a batch is hard) cancels in it. Its
+mean over S steps has the standard error
+
+    SE^2 = s^2 (S - 1) / (S (n - 1)),    n = S (1 - rho) / (1 + rho)
+
+with s the standard deviation over steps, rho the lag-1 autocorrelation and n the number of independent steps that S
+correlated ones are worth; for rho = 0 that is s^2 / S. The factor beside s^2 / S corrects that s itself is too small
+when steps are correlated. rho is corrected for its bias in short series, r + (1 + 3 r) / S, and taken as the larger
+of two estimates: the mean over all layers, which is steady but blind to a layer that drifts alone, and the layer's
+own less its sampling error. Below five steps there is nothing to estimate it from, and it is taken as zero. n is at
+least two.
+
+The mean of a difference is held against Student's t with n - 1 degrees of freedom, at a level divided by the number
+of places where an extreme could have been picked (Bonferroni).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+__all__ = ["Evidence", "correlation_of", "evidence_of", "over_others"]
+
+_STEPS_FOR_CORRELATION = 5
+_MAX_DEGREES = 200  # beyond, Student's t is normal to 1 % of its tail
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One difference: its mean over the steps, the standard error of that, and what it had to exceed."""
+
+    difference: float
+    standard_error: float  # inf: a single step
+    threshold: float  # in standard errors; 0: not tested, inf: a single step
+    independent_steps: float
+
+    @property
+    def standard_errors(self) -> float:
+        """The difference in standard errors."""
+        if self.difference == 0 or math.isinf(self.standard_error):
+            return 0.0
+        return self.difference / self.standard_error
+
+    @property
+    def holds(self) -> bool:
+        """Whether the difference is larger than chance would make it."""
+        return self.difference > 0 and (self.threshold == 0 or self.standard_errors > self.threshold)
+
+
+def evidence_of(
+    series: np.ndarray, floor: float, *, level: float | None, comparisons: int, correlation: float = 0.0
+) -> Evidence:
+    """What `series` [S], a difference step by step, says about its mean.
+
+    `floor` is the least standard error to believe (the row sampling, the precision of the measurement); `correlation`
+    the autocorrelation of all layers together, from `correlation_of`; `level` the chance of a false pick over all
+    `comparisons` (None: no test, every positive difference holds).
+    """
+    steps, mean = len(series), float(series.mean())
+    own = correlation_of(series[:, None]) - 1 / math.sqrt(steps)
+    rho = max(0.0, correlation, own)
+    independent = max(steps * (1 - rho) / (1 + rho), 2.0) if steps > 1 else 1.0
+    degrees = min(math.floor(independent - 1 + 1e-9), _MAX_DEGREES)
+    error = max(math.sqrt(series.var() / (independent - 1)), floor) if degrees else math.inf
+    threshold = 0.0 if level is None else t_quantile(level / comparisons, degrees) if degrees else math.inf
+    return Evidence(mean, error, threshold, independent)
+
+
+def over_others(values: np.ndarray) -> np.ndarray:
+    """How far each column of [S, L] lies above the median of the other columns, step by step: [S, L].
+
+    The median, because one odd layer among the others must not make an ordinary one look low.
+    """
+    ranks = values.argsort(axis=1, kind="stable").argsort(axis=1)
+    ordered = np.sort(values, axis=1)
+    others = values.shape[1] - 1
+
+    def without_own(place: int) -> np.ndarray:  # [S, L]: what stands at `place` among the others of each column
+        return np.take_along_axis(ordered, place + (place >= ranks), axis=1)
+
+    return values - (without_own((others - 1) // 2) + without_own(others // 2)) / 2
+
+
+def correlation_of(series: np.ndarray) -> float:
+    """The lag-1 autocorrelation that the columns of [S, M] have in common, corrected for its bias."""
+    steps = len(series)
+    deviation = series - series.mean(axis=0)
+    squares = (deviation**2).sum(axis=0)
+    varies = squares > 0
+    if steps < _STEPS_FOR_CORRELATION or not varies.any():
+        return 0.0
+    r = ((deviation[1:] * deviation[:-1]).sum(axis=0)[varies] / squares[varies]).mean()
+    return float(r + (1 + 3 * r) / steps)
+
+
+@lru_cache(maxsize=1024)
+def t_quantile(tail: float, degrees: int) -> float:
+    """The t that Student's distribution exceeds with probability `tail` (below one half)."""
+    low, high = 0.0, 1.0
+    while t_tail(high, degrees) > tail:
+        high *= 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_tail(middle, degrees) > tail else (low, middle)
+    return high
+
+
+def t_tail(t: float, degrees: int) -> float:
+    """P(T > t) for integer degrees of freedom, by the finite series of Abramowitz and Stegun 26.7.3 and 26.7.4."""
+    theta = math.atan2(t, math.sqrt(degrees))
+    sine, cosine = math.sin(theta), math.cos(theta)
+    odd = degrees % 2
+    term, total = (cosine if odd else 1.0), 0.0
+    for k in range(1, degrees // 2 + 1):
+        total += term
+        term *= cosine**2 * (2 * k / (2 * k + 1) if odd else (2 * k - 1) / (2 * k))
+    inside = 2 / math.pi * (theta + sine * total) if odd else sine * total
+    return (1 - inside) / 2

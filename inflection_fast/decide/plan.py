@@ -1,0 +1,146 @@
+"""The file between deciding and acting: which layers, why, and for which model."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+__all__ = ["Plan"]
+
+FORMAT = 1
+_KIND = "inflection_fast plan"
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The chosen layers, 0-based transformer blocks in forward order, with what they were chosen from and why.
+
+    `layers` may be empty: `summary` then says why nothing was worth picking. `ValueError` if the parts contradict
+    each other, and from `load` also if a file is not a plan.
+    """
+
+    layers: tuple[int, ...]  # sorted
+    summary: str  # one paragraph
+    reasons: dict[int, str]  # for every layer of `layers` a sentence
+    scores: np.ndarray  # [L] SKI, NaN where a layer has none
+    profile: dict[str, list[float]]  # name -> [L], the numbers the decision was made from
+    config: dict  # the SelectConfig
+    model: dict  # model_type, class, layers: the names of the L blocks
+
+    def __post_init__(self):
+        object.__setattr__(self, "layers", tuple(self.layers))
+        object.__setattr__(self, "scores", np.array(self.scores, np.float64))
+        names = self.model.get("layers")
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"model: expected the names of the blocks under 'layers', got {names!r}")
+        count = len(names)
+        if not all(isinstance(layer, int) and 0 <= layer < count for layer in self.layers):
+            raise ValueError(f"layers: expected integers from 0 to {count - 1}, got {list(self.layers)}")
+        if list(self.layers) != sorted(set(self.layers)):
+            raise ValueError(f"layers: expected sorted and distinct, got {list(self.layers)}")
+        if set(self.reasons) != set(self.layers):
+            raise ValueError(f"reasons: expected one for each of {list(self.layers)}, got {sorted(self.reasons)}")
+        if self.scores.shape != (count,):
+            raise ValueError(f"scores: expected shape {(count,)}, got {self.scores.shape}")
+        for name, values in self.profile.items():
+            if len(values) != count:
+                raise ValueError(f"profile: expected {count} values of {name}, got {len(values)}")
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the plan as JSON, whole or not at all. NaN becomes null. `OSError` if the disk refuses."""
+        path = Path(path)
+        document = {
+            "kind": _KIND,
+            "format": FORMAT,
+            "layers": list(self.layers),
+            "summary": self.summary,
+            "reasons": {str(layer): self.reasons[layer] for layer in self.layers},
+            "scores": _finite(self.scores),
+            "profile": {name: _finite(values) for name, values in self.profile.items()},
+            "config": self.config,
+            "model": self.model,
+        }
+        text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_name(f".{path.name}.tmp")
+        try:
+            with open(fresh, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(fresh, path)
+        except BaseException:
+            fresh.unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Plan:
+        """Read a plan. `FileNotFoundError` if there is none, `ValueError` saying why if the file is not a plan."""
+        path = Path(path)
+        data = path.read_bytes()
+        try:
+            document = json.loads(data.decode("utf-8"), parse_constant=_refuse)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is not a plan: it is not JSON ({error})") from error
+        if not isinstance(document, dict) or document.get("kind") != _KIND:
+            raise ValueError(f'{path} is not a plan: it lacks "kind": "{_KIND}"')
+        if document.get("format") != FORMAT:
+            raise ValueError(f"{path} is a plan of format {document.get('format')}; this version reads format {FORMAT}")
+        for key, (accepts, words) in _FIELDS.items():
+            if not accepts(document.get(key)):
+                raise ValueError(f"{path} is not a plan: {key} is not {words}")
+        fields = {key: document[key] for key in _FIELDS}
+        fields["reasons"] = {int(layer): reason for layer, reason in fields["reasons"].items()}
+        fields["scores"] = _numbers(fields["scores"])
+        fields["profile"] = {name: _numbers(values) for name, values in fields["profile"].items()}
+        try:
+            return cls(**fields)
+        except ValueError as error:
+            raise ValueError(f"{path} is not a plan: {error}") from error
+
+
+def _finite(values) -> list[float | None]:
+    return [float(value) if np.isfinite(value) else None for value in values]
+
+
+def _numbers(values: list) -> list[float]:
+    return [np.nan if value is None else float(value) for value in values]
+
+
+def _refuse(constant: str):
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _is_integer(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value) -> bool:
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+
+
+def _list_of(accepts):
+    return lambda value: isinstance(value, list) and all(map(accepts, value))
+
+
+def _are_reasons(value) -> bool:
+    return isinstance(value, dict) and all(key.isdecimal() and isinstance(text, str) for key, text in value.items())
+
+
+def _is_profile(value) -> bool:
+    return isinstance(value, dict) and all(map(_list_of(_is_number), value.values()))
+
+
+_FIELDS = {
+    "layers": (_list_of(_is_integer), "a list of integers"),
+    "summary": (lambda value: isinstance(value, str), "a text"),
+    "reasons": (_are_reasons, "a text for each layer"),
+    "scores": (_list_of(_is_number), "a list of numbers"),
+    "profile": (_is_profile, "a list of numbers for each signal"),
+    "config": (lambda value: isinstance(value, dict), "a table of options"),
+    "model": (lambda value: isinstance(value, dict), "a table"),
+}

@@ -1,0 +1,182 @@
+"""Which layers to adapt, and a sentence for each that says why."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from ..timeline import Timeline
+from .baselines import BASELINES, baseline
+from .extremes import Finding, cliff, maxima, minimum, top
+from .plan import Plan
+from .profile import Signal, entropy_of, gradient_of, score_signal, window_of
+from .ski import check_options
+
+__all__ = ["SelectConfig", "select"]
+
+_METHODS = ("greedy", "maxima", "top", *BASELINES)
+_COUNTED = ("top", "first", "last", "random")
+
+
+@dataclass(frozen=True)
+class SelectConfig:
+    """How layers are chosen. Every choice that arXiv 2511.00797 leaves open is an option here.
+
+    * `"greedy"`: the entropy minimum and the gradient cliff, each widened by `window`
+    * `"maxima"`: local maxima of SKI
+    * `"top"`: the best `k` layers by SKI
+    * `"first"`, `"last"`, `"random"`, `"all"`: baselines that do not look at the measurement, to compare with
+    """
+
+    method: str = "greedy"
+    window: int = 1  # greedy: blocks on either side of a pick that are taken too
+    alpha: float = 0.5  # weight of the entropy in SKI, in [0, 1]
+    k: int | float | None = None  # top, first, last, random: how many layers, or which share of them (a float up to 1)
+    cliff: str = "steepest"  # greedy: "steepest" fall of the log gradient on its way down, or its "lowest" point
+    normalisation: str = "minmax"  # of SKI: "minmax", "rank" or "zscore"
+    log_gradient: bool = True  # SKI from the logarithm of the gradient norms; the cliff always is
+    heads: str = "mean"  # entropy of a layer from its heads: their "mean" or their "min"
+    steps: tuple[int, int] | float | None = None  # optimizer steps (first, last), or the last share of those measured
+    significance: float | None = 0.05  # chance of picking from a profile that is flat; None: pick without asking
+    seed: int = 0  # random
+
+    def __post_init__(self):
+        _expect("method", self.method, _METHODS)
+        _expect("cliff", self.cliff, ("steepest", "lowest"))
+        _expect("heads", self.heads, ("mean", "min"))
+        check_options(self.alpha, self.normalisation)
+        if not _is_int(self.window) or self.window < 0:
+            raise ValueError(f"window: expected an integer >= 0, got {self.window!r}")
+        if not _is_int(self.seed) or self.seed < 0:
+            raise ValueError(f"seed: expected an integer >= 0, got {self.seed!r}")
+        if self.significance is not None and not 0 < self.significance < 0.5:
+            raise ValueError(f"significance: expected a number between 0 and 0.5, or None, got {self.significance!r}")
+        if (self.k is not None) != (self.method in _COUNTED):
+            raise ValueError(
+                f"k: expected a number for the methods {list(_COUNTED)} only, got {self.k!r} for {self.method!r}"
+            )
+        if self.k is not None and not (
+            self.k >= 1 if _is_int(self.k) else isinstance(self.k, float) and 0 < self.k <= 1
+        ):
+            raise ValueError(f"k: expected an integer >= 1 or a share in (0, 1], got {self.k!r}")
+        if isinstance(self.steps, list):  # as JSON and YAML have it
+            object.__setattr__(self, "steps", tuple(self.steps))
+        if self.steps is not None and not _is_window(self.steps):
+            raise ValueError(f"steps: expected (first, last) or a share in (0, 1], got {self.steps!r}")
+
+
+def select(timeline: Timeline, config: SelectConfig | None = None) -> Plan:
+    """Choose layers from a timeline (`config` None: `SelectConfig()`).
+
+    Deterministic. A minimum, a cliff or a maximum counts only where it exceeds what a flat profile of such values
+    would show: see `evidence.py`. Where nothing does, the plan is empty and its summary says so. `ValueError` where
+    `config` asks for more layers than there are, or for steps that were not measured.
+    """
+    config = config or SelectConfig()
+    layers = len(timeline.layers)
+    k = _count(config.k, layers)
+    window = window_of(timeline, config.steps)
+    entropy, gradient = entropy_of(timeline, window, config.heads), gradient_of(timeline, window)
+    alpha, absent = _weight(config.alpha, entropy, gradient)
+    scores, score = score_signal(entropy, gradient, alpha, config.normalisation, config.log_gradient)
+
+    if config.method in BASELINES:
+        findings = baseline(config.method, k or layers, layers, config.seed)
+    elif config.method == "greedy":
+        findings = _greedy(entropy, gradient, config)
+    elif config.method == "maxima":
+        findings = maxima(scores, score, config.significance)
+    else:
+        findings = top(scores, score, k, config.significance)
+    reasons = _reasons(findings, config.window if config.method == "greedy" else 0, layers)
+    used = (entropy, gradient) if config.method == "greedy" else (score,)
+    measured = "" if config.method in BASELINES else _measured(timeline, used) + absent
+    return Plan(
+        layers=tuple(sorted(reasons)),
+        summary=" ".join([_headline(sorted(reasons), layers), *(found.words for found in findings)]) + measured,
+        reasons=reasons,
+        scores=scores,
+        profile={
+            "entropy": entropy.mean.tolist(),
+            "entropy_se": entropy.standard_errors().tolist(),
+            "activation_grad": np.exp(gradient.mean).tolist(),
+            "log_activation_grad_se": gradient.standard_errors().tolist(),
+        },
+        config=asdict(config) | {"steps": list(config.steps) if isinstance(config.steps, tuple) else config.steps},
+        model=_model(timeline),
+    )
+
+
+def _greedy(entropy: Signal, gradient: Signal, config: SelectConfig) -> list[Finding]:
+    present = sum(len(signal.layers) > 0 for signal in (entropy, gradient))
+    level = config.significance and config.significance / max(present, 1)
+    return [minimum(entropy, level), cliff(gradient, level, config.cliff)]
+
+
+def _weight(alpha: float, entropy: Signal, gradient: Signal) -> tuple[float, str]:
+    """The weight of the entropy that the measured signals allow, and what to say where that is not `alpha`."""
+    if 0 < alpha < 1 and not len(entropy.layers) and len(gradient.layers):
+        return 0.0, " Attention entropy was not measured: the scores rest on the activation gradient alone."
+    if 0 < alpha < 1 and not len(gradient.layers) and len(entropy.layers):
+        return 1.0, " The activation gradient was not measured: the scores rest on the attention entropy alone."
+    return alpha, ""
+
+
+def _reasons(findings: list[Finding], window: int, layers: int) -> dict[int, str]:
+    sentences: dict[int, list[str]] = {}
+    for found in findings:
+        for layer, words in found.picks.items():
+            sentences.setdefault(layer, []).append(words)
+    for found in findings:
+        for pick in found.picks:
+            for layer in range(max(0, pick - window), min(layers, pick + window + 1)):
+                if layer != pick:
+                    near = "is next to" if abs(layer - pick) == 1 else f"is within {window} blocks of"
+                    sentences.setdefault(layer, []).append(f"Block {layer} {near} block {pick}, {found.name}.")
+    return {layer: " ".join(sentences[layer]) for layer in sorted(sentences)}
+
+
+def _headline(chosen: list[int], layers: int) -> str:
+    if not chosen:
+        return f"None of the {layers} blocks was picked."
+    return f"{len(chosen)} of {layers} blocks: {', '.join(map(str, chosen))}."
+
+
+def _measured(timeline: Timeline, used: tuple[Signal, ...]) -> str:
+    steps = np.unique(np.concatenate([signal.steps for signal in used]))
+    if not len(steps):
+        return " The timeline holds no step with values."
+    first, last = timeline.steps[steps[0]], timeline.steps[steps[-1]]
+    words = f" Decided from {len(steps)} measured steps ({first} to {last})." if len(steps) > 1 else ""
+    without = sorted({layer for s in used if len(s.layers) for layer in set(range(s.values.shape[1])) - set(s.layers)})
+    return words + (f" Blocks without values: {', '.join(map(str, without))}." if without else "")
+
+
+def _model(timeline: Timeline) -> dict:
+    model = timeline.meta.get("model") or {}
+    return {"model_type": model.get("model_type"), "class": model.get("class"), "layers": list(timeline.layers)}
+
+
+def _count(k: int | float | None, layers: int) -> int | None:
+    if isinstance(k, float):
+        return max(1, math.floor(k * layers + 0.5))
+    if k is not None and k > layers:
+        raise ValueError(f"k: {k} layers were asked for, the model has {layers}")
+    return k
+
+
+def _expect(name: str, value: str, accepted: tuple[str, ...]) -> None:
+    if value not in accepted:
+        raise ValueError(f"{name}: expected one of {list(accepted)}, got {value!r}")
+
+
+def _is_int(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_window(steps) -> bool:
+    if isinstance(steps, tuple):
+        return len(steps) == 2 and all(map(_is_int, steps)) and 0 <= steps[0] <= steps[1]
+    return isinstance(steps, float) and 0 < steps <= 1

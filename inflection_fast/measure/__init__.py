@@ -1,0 +1,7 @@
+"""Measure a transformer while it trains: attention, gradients and features of every block, on scheduled steps."""
+
+from .config import MonitorConfig
+from .monitor import Monitor
+from .overhead import Overhead, measure_overhead
+
+__all__ = ["Monitor", "MonitorConfig", "Overhead", "measure_overhead"]

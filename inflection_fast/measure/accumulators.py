@@ -1,0 +1,127 @@
+"""Accumulators on the device: `push` what one forward or backward gives, `merge`, read the `value` once per step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .schedule import Strata
+
+if TYPE_CHECKING:
+    from ..ops import AttentionStats
+
+__all__ = ["GradientNorms", "HeadMeans"]
+
+# Rows of HeadMeans._sums. The last three are the parts of the variance, which is quadratic in the unknown mean.
+_COUNT, _ENTROPY, _COLLISION, _SINK, _YY, _YV, _VV = range(7)
+
+
+class HeadMeans:
+    """Means over valid query rows per layer and head, and the standard error of the mean entropy.
+
+    The mean is the ratio of two estimated totals, entropy y and number v of valid rows, over all sequences, positions
+    and micro-batches pushed. Its standard error is that of the linearised residuals e = y - mean * v, one per sampled
+    position (all sequences share the positions, so a position is one draw), by successive differences.
+    """
+
+    def __init__(self, layers: int, heads: int, device: torch.device):
+        # float64: residual variance is a small difference of large sums
+        self._sums = torch.zeros(7, layers, heads, dtype=torch.float64, device=device)
+        self._max = torch.full((layers, heads), -torch.inf, device=device)
+        self.shape = (layers, heads)
+
+    def push(self, layers: Tensor, stats: Sequence[AttentionStats], valid: Tensor | None, strata: Strata) -> None:
+        """Add the statistics of `G` layers over the same rows.
+
+        Args:
+            layers: [G] int64, their indices.
+            stats: G statistics of [B, H, R].
+            valid: [B, R] bool, rows that count; None: all. Rows without keys never count.
+            strata: of the R rows.
+        """
+        device = self._sums.device
+        entropy, keys, collision, sink, max_logit = (
+            torch.stack([getattr(one, name).to(device) for one in stats])  # [G, B, H, R]
+            for name in ("entropy", "keys", "collision", "sink", "max_logit")
+        )
+        counts = keys > 0
+        if valid is not None:
+            counts &= valid[:, None, :].to(device)
+        v = counts.sum(1, dtype=torch.float64)  # [G, H, R]
+        y, c, s = (torch.where(counts, x, 0.0).sum(1, dtype=torch.float64) for x in (entropy, collision, sink))
+        self._sums[_COUNT : _SINK + 1].index_add_(1, layers, (torch.stack([v, y, c, s]) * strata.sizes).sum(-1))
+        if strata.rows is not None:
+            dy, dv = y.diff(dim=-1), v.diff(dim=-1)
+            squares = torch.stack([dy * dy, dy * dv, dv * dv]) @ strata.difference_weights
+            self._sums[_YY:].index_add_(1, layers, squares)
+        highest = torch.where(counts, max_logit, -torch.inf).amax((1, 3))
+        self._max[layers] = torch.maximum(self._max[layers], highest)
+
+    def merge(self, other: HeadMeans) -> None:
+        """Add what `other` has seen."""
+        self._sums += other._sums
+        torch.maximum(self._max, other._max, out=self._max)
+
+    def value(self) -> dict[str, Tensor]:
+        """[L, H] each: entropy and entropy_se (nats), collision, sink, max_logit; NaN where nothing was pushed."""
+        count = torch.where(self._sums[_COUNT] > 0, self._sums[_COUNT], torch.nan)
+        mean = self._sums[_ENTROPY] / count
+        variance = self._sums[_YY] - 2 * mean * self._sums[_YV] + mean.square() * self._sums[_VV]
+        return {
+            "entropy": mean,
+            "entropy_se": variance.clamp(min=0).sqrt() / count,  # a sum of squares, but for rounding
+            "max_logit": torch.where(count > 0, self._max.double(), torch.nan),
+            "collision": self._sums[_COLLISION] / count,
+            "sink": self._sums[_SINK] / count,
+        }
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._sums.zero_()
+        self._max.fill_(-torch.inf)
+
+
+class GradientNorms:
+    """l2 norm per layer of the gradients of all micro-batches together.
+
+    A micro-batch has one slot per layer and a second push overwrites the first, so a backward pass that visits a block
+    twice (recomputation, a retained graph) does not count twice.
+    """
+
+    def __init__(self, layers: int, device: torch.device):
+        self._norms = torch.zeros(1, layers, device=device)  # [M, L], doubled when a step has more micro-batches
+        self._seen: set[int] = set()
+
+    def push(self, micro_batch: int, layer: int, gradient: Tensor) -> None:
+        """Write the norm of `gradient`, of any shape."""
+        while micro_batch >= len(self._norms):
+            self._norms = torch.cat([self._norms, torch.zeros_like(self._norms)])
+        norm = torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
+        self._norms[micro_batch, layer] = norm
+        self._seen.add(layer)
+
+    def merge(self, other: GradientNorms) -> None:
+        """Add the micro-batches that `other` has seen."""
+        self._norms = torch.cat([self._norms, other._norms])
+        self._seen |= other._seen
+
+    def value(self) -> Tensor:
+        """[L] float64; NaN for a layer that no gradient has reached."""
+        total = self._norms.double().square().sum(0).sqrt()
+        unseen = [layer for layer in range(len(total)) if layer not in self._seen]
+        if unseen:
+            total[unseen] = torch.nan
+        return total
+
+    @property
+    def seen(self) -> frozenset[int]:
+        """The layers that a gradient has reached."""
+        return frozenset(self._seen)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._norms.zero_()
+        self._seen.clear()

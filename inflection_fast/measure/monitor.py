@@ -1,0 +1,294 @@
+"""Measure a transformer while it trains."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import operator
+import os
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..blocks import Block, find_blocks
+from ..timeline import Timeline, TimelineWriter
+from .config import MonitorConfig
+from .probe import Probe
+from .schedule import is_due
+from .taps import Taps
+
+__all__ = ["Monitor"]
+
+logger = logging.getLogger(__name__)
+
+REFERENCE_NAME = "probe_reference.npz"  # in the folder of the timeline
+_PACKAGES = ("inflection_fast", "torch", "transformers", "peft")
+_HEAD_COUNT_NAMES = ("num_attention_heads", "num_heads", "n_heads", "n_head", "nhead", "heads")
+
+
+class Monitor:
+    """Measures attention, gradients and features of every transformer block on scheduled optimizer steps.
+
+    ::
+
+        with Monitor(model, MonitorConfig(every=10), out="runs/a") as monitor:
+            for batch in loader:
+                model(**batch).loss.backward()
+                monitor.step()           # after backward, before the optimizer clears the gradients
+                optimizer.step()
+                optimizer.zero_grad()
+        monitor.timeline
+
+    Entering attaches hooks on the steps that measure and none on the others; leaving detaches everything, also when
+    training raises. The model's attention implementation does the attending; outputs are equal to the bit. Only
+    forwards of `model` itself under autograd count, so evaluations in between do not. Gradients are read at the end of
+    each backward pass, before anybody clips them; several backward passes before one `step` are gradient accumulation.
+
+    Args:
+        model: what the training loop calls, wrapped (DDP, peft) or not; Transformers or any other PyTorch model.
+        config: what and when.
+        out: folder of the timeline; None: kept in memory only.
+        probe: list of model inputs (dicts of tensors) for delta-CKA; without it that signal is NaN.
+        start_step: the first optimizer step of this run; above 0 the timeline in `out` is continued from there.
+
+    Raises:
+        TypeError: `model` is no module, or an argument is of another type.
+        ValueError: no blocks with attention, a compiled or replicated (DataParallel) model, or `out` holds the timeline
+            of another run.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: MonitorConfig = MonitorConfig(),  # noqa: B008  (frozen)
+        out: str | os.PathLike | None = None,
+        *,
+        probe: Sequence[dict] | None = None,
+        start_step: int = 0,
+    ):
+        if not isinstance(config, MonitorConfig):
+            raise TypeError(f"config: expected a MonitorConfig, got {type(config).__name__}")
+        if operator.index(start_step) < 0:
+            raise ValueError(f"start_step: expected a step >= 0, got {start_step}")
+        self.blocks: list[Block] = find_blocks(model, config.blocks)
+        _refuse_unmeasurable(model)
+        self._model, self._config = model, config
+        self._out = None if out is None or not _writes() else Path(out)
+        self._step = operator.index(start_step)
+        self._resume_at = self._step or None
+        tapped = [signal for signal in config.signals if signal != "delta_cka"]
+        self._taps = Taps(model, self.blocks, tapped, config.rows, config.seed)
+        measures_probe = probe is not None and "delta_cka" in config.signals
+        self._probe = Probe(model, self.blocks, probe, config) if measures_probe else None
+        self._writer: TimelineWriter | None = None
+        self._open = self._closed = False
+        self._measuring = False  # hooks are attached
+        self._warned: set[str] = set()
+
+    # ---- attaching and detaching -------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Monitor:
+        if self._open or self._closed:
+            raise RuntimeError("a Monitor is entered once; make another one to measure again")
+        heads = _heads_of(self.blocks)
+        if heads is not None:  # else the first call of attention tells
+            self._writer = self._opened(self._out, heads)
+        self._open = True
+        try:
+            self._take_reference()
+            self._arm()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Detach everything and close the timeline; what was measured stays in `timeline`. Safe to call twice."""
+        self._taps.detach()
+        self._measuring = self._open = False
+        self._closed = True
+        if self._writer is not None:
+            self._guarded(self._writer.close)
+
+    def _opened(self, folder: Path | None, heads: int) -> TimelineWriter:
+        layers, meta = [block.name for block in self.blocks], _meta(self._model, self._config)
+        return TimelineWriter(folder, layers=layers, heads=heads, meta=meta, resume_at=self._resume_at)
+
+    def _arm(self) -> None:
+        self._measuring = is_due(self._step, self._config.every)
+        if self._measuring:
+            self._taps.attach(self._step)
+
+    def _take_reference(self) -> None:
+        if self._probe is None or self._config.cka_reference != "start":
+            return
+        path = None if self._out is None else self._out / REFERENCE_NAME
+        if self._resume_at is not None and path is not None and path.exists():
+            self._probe.load(path)
+            return
+        if self._resume_at is not None:
+            logger.warning("delta_cka is measured against step %d: no reference of the start is there", self._step)
+        self._probe.remember()
+        if path is not None:
+            self._guarded(lambda: self._probe.save(path))
+
+    # ---- stepping ----------------------------------------------------------------------------------------------------
+
+    def step(self, loss: float | Tensor | None = None, *, loss_scale: float | Tensor = 1.0) -> None:
+        """End one optimizer step; call it after the last backward pass and before the gradients are cleared.
+
+        On a measured step this reads the buffers (the only synchronisation with the device) and appends one row.
+
+        Args:
+            loss: of this step; None: the mean of the `loss` that the model returned, NaN if it returned none.
+            loss_scale: what the loss was multiplied by (a gradient scaler's scale); gradient norms are divided by it.
+
+        Raises:
+            RuntimeError: outside the context, or the first measured step saw no training forward of the model.
+        """
+        if not self._open:
+            raise RuntimeError("Monitor.step() outside the context: enter it with `with Monitor(...) as monitor`")
+        if self._measuring:
+            self._taps.detach()
+            self._measuring = False
+            started = perf_counter()
+            self._check_seen()
+            row = self._row(loss, loss_scale)
+            row["measure_ms"] = 1e3 * (self._taps.seconds + perf_counter() - started)
+            self._append(row)
+        self._step += 1
+        self._arm()
+
+    def _append(self, row: dict[str, np.ndarray]) -> None:
+        if self._writer is None:
+            heads = row["entropy"].shape[1] if "entropy" in row else 1
+            self._guarded(lambda: setattr(self, "_writer", self._opened(self._out, heads)))
+            if self._writer is None:
+                self._writer = self._opened(None, heads)
+        self._guarded(lambda: self._writer.append(self._step, **row))
+
+    def _row(self, loss: float | Tensor | None, loss_scale: float | Tensor) -> dict[str, np.ndarray]:
+        """The signals of this step, packed on the device and copied at once."""
+        taps, signals = self._taps, {}
+        if taps.heads is not None:
+            signals |= taps.heads.value()
+        if "activation_grad" in self._config.signals:
+            signals["activation_grad"] = taps.activations.value() / loss_scale
+        if "parameter_grad" in self._config.signals:
+            signals["parameter_grad"] = taps.parameter_norms() / loss_scale
+        if self._probe is not None and is_due(self._step, self._config.probe_every or self._config.every):
+            signals["delta_cka"] = self._probe.delta_cka()
+        signals["loss"] = self._loss(loss)
+        packed = torch.cat([signal.detach().to(taps.device, torch.float64).reshape(-1) for signal in signals.values()])
+        numbers = packed.cpu().numpy()
+        row, start = {}, 0
+        for name, signal in signals.items():
+            row[name] = numbers[start : start + signal.numel()].reshape(signal.shape)
+            start += signal.numel()
+        return row
+
+    def _loss(self, loss: float | Tensor | None) -> Tensor:
+        if loss is None:
+            losses = [one.mean() for one in self._taps.losses]
+            return torch.stack(losses).mean() if losses else torch.tensor(torch.nan)
+        if isinstance(loss, Tensor):
+            return loss.detach().mean()
+        return torch.tensor(float(loss), dtype=torch.float64)
+
+    # ---- state -------------------------------------------------------------------------------------------------------
+
+    @property
+    def timeline(self) -> Timeline:
+        """All that was measured so far. `RuntimeError` before the context is entered."""
+        if self._writer is None:
+            raise RuntimeError("Monitor.timeline before the context was entered: nothing was measured")
+        return self._writer.timeline
+
+    @property
+    def measuring(self) -> bool:
+        """Whether the optimizer step under way is a measured one."""
+        return self._measuring
+
+    # ---- faults ------------------------------------------------------------------------------------------------------
+
+    def _check_seen(self) -> None:
+        """A step whose forward or backward went by unseen must not pass for one that was measured."""
+        taps, signals = self._taps, self._config.signals
+        missing = None
+        if not taps.forwards:
+            missing = "no training forward of the monitored model: give Monitor the object that the loop calls"
+        elif not taps.backwards and ("activation_grad" in signals or "parameter_grad" in signals):
+            missing = "no backward pass through the model's outputs: call step() after backward()"
+        if missing is not None:
+            if self._writer is None or not len(self.timeline.steps):
+                raise RuntimeError(f"the first measured step ({self._step}) saw {missing}")
+            self._warn("unseen", f"measured step {self._step} saw {missing}; its values are NaN")
+        elif "activation_grad" in signals and taps.unreached:
+            names = [self.blocks[layer].name for layer in taps.unreached]
+            self._warn("unreached", f"no gradient reached the outputs of {names}; their activation_grad is NaN")
+
+    def _guarded(self, write: Callable[[], None]) -> None:
+        """Run a write to the disk. A disk that refuses costs the file, not the training: rows are kept in memory."""
+        try:
+            write()
+        except OSError as error:
+            self._warn("disk", f"{self._out}: {error}; measuring goes on in memory")
+
+    def _warn(self, kind: str, message: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            logger.warning("%s", message)
+
+
+def _refuse_unmeasurable(model: nn.Module) -> None:
+    if isinstance(model, nn.DataParallel):
+        raise ValueError("model: DataParallel runs replicas that cannot be measured; use DistributedDataParallel")
+    for name, module in model.named_modules():
+        compiled = hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+        if compiled:
+            where = f"its module {name!r} is" if name else "it is"
+            raise ValueError(
+                f"model: {where} compiled, and hooks on a compiled module never fire; measure the model before "
+                "torch.compile, or a run without it"
+            )
+
+
+def _writes() -> bool:
+    # Several processes measure their own share of the batch, one of them keeps the file.
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return not distributed or torch.distributed.get_rank() == 0
+
+
+def _heads_of(blocks: Sequence[Block]) -> int | None:
+    """The number of attention heads as the first block's modules state it; None if none does."""
+    modules = list(blocks[0].module.modules())
+    for holder in [*modules, *(getattr(module, "config", None) for module in modules)]:
+        for name in _HEAD_COUNT_NAMES:
+            count = getattr(holder, name, None)
+            if isinstance(count, int) and count > 0:
+                return count
+    return None
+
+
+def _meta(model: nn.Module, config: MonitorConfig) -> dict:
+    inner = getattr(model, "module", model) if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    if hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()
+    return {
+        "model": {
+            "class": type(inner).__name__,
+            "model_type": getattr(getattr(inner, "config", None), "model_type", None),
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        },
+        "config": dataclasses.asdict(config),
+        "versions": {name: version(name) for name in _PACKAGES if find_spec(name)},
+    }

@@ -1,0 +1,121 @@
+"""What measuring costs: training steps with and without it, interleaved in one process."""
+
+from __future__ import annotations
+
+import operator
+import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+from torch import nn
+
+from .config import MonitorConfig
+from .monitor import Monitor
+from .taps import tensors_of
+
+__all__ = ["Overhead", "measure_overhead"]
+
+_WARM_UP_PAIRS = 2
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """Medians over pairs of training steps, forward and backward, without the optimizer."""
+
+    off_ms: float  # a step that is not monitored
+    on_ms: float  # a step that is measured
+    noise: float  # standard error of the median ratio, found between two unmonitored steps (A/A)
+    ratio: float  # measured over unmonitored step, spread over the config's `every` steps: 1.01 costs 1 %
+
+    def __str__(self) -> str:
+        return (
+            f"{self.off_ms:.1f} ms a step, {self.on_ms:.1f} ms measured: {100 * (self.ratio - 1):+.2f} % "
+            f"(A/A noise {100 * self.noise:.2f} %)"
+        )
+
+
+def measure_overhead(
+    model: nn.Module,
+    batch: dict,
+    config: MonitorConfig = MonitorConfig(),  # noqa: B008  (frozen)
+    *,
+    pairs: int = 15,
+) -> Overhead:
+    """Time `pairs` triples of steps on one batch: unmonitored, measured, unmonitored.
+
+    The cost of a measured step is counted every `config.every` steps; the steps between have no hooks. The probe of
+    delta-CKA is not run. Gradients and the state of the random generators are left as they were.
+
+    Args:
+        model: in the state in which it trains; a loss among its outputs is used, else the mean of its first output.
+        batch: its inputs.
+        config: what to measure.
+        pairs: at least 3.
+    """
+    if operator.index(pairs) < 3:
+        raise ValueError(f"pairs: expected at least 3, got {pairs}")
+    every_step = MonitorConfig(rows=config.rows, signals=config.signals, blocks=config.blocks, every=1)
+    off, on, again = [], [], []
+    with _gradients_set_aside(model):
+        for pair in range(_WARM_UP_PAIRS + pairs):
+            # The order turns round with every pair, so that drift of the machine favours nobody.
+            arms = [(off, None), (on, every_step), (again, None)]
+            for times, settings in arms if pair % 2 else reversed(arms):
+                times.append(_step_ms(model, batch, settings))
+    off, on, again = (times[_WARM_UP_PAIRS:] for times in (off, on, again))
+    base = [(a + b) / 2 for a, b in zip(off, again, strict=True)]
+    measured = statistics.median(x / y for x, y in zip(on, base, strict=True))
+    identical = [x / y for x, y in zip(off, again, strict=True)]
+    return Overhead(
+        off_ms=statistics.median(base),
+        on_ms=statistics.median(on),
+        noise=_median_error(identical) / config.every,
+        ratio=1 + (measured - 1) / config.every,
+    )
+
+
+def _step_ms(model: nn.Module, batch: dict, config: MonitorConfig | None) -> float:
+    model.zero_grad(set_to_none=True)
+    if config is None:
+        started = perf_counter()
+        _forward_backward(model, batch)
+        return 1e3 * (perf_counter() - started)
+    with Monitor(model, config) as monitor:
+        started = perf_counter()
+        _forward_backward(model, batch)
+        monitor.step()
+        return 1e3 * (perf_counter() - started)
+
+
+def _forward_backward(model: nn.Module, batch: dict) -> None:
+    output = model(**batch)
+    loss = output.get("loss") if isinstance(output, dict) else None
+    if loss is None:
+        loss = next(tensors_of(output)).float().mean()
+    loss.backward()
+    if loss.device.type == "cuda":
+        torch.cuda.synchronize(loss.device)
+
+
+def _median_error(values: list[float]) -> float:
+    """Standard error of the median of independent values."""
+    center = statistics.median(values)
+    deviation = 1.4826 * statistics.median(abs(value - center) for value in values)  # of a normal distribution
+    return 1.2533 * deviation / len(values) ** 0.5
+
+
+@contextmanager
+def _gradients_set_aside(model: nn.Module) -> Iterator[None]:
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            for parameter, _ in gradients:
+                parameter.grad = None
+            yield
+        finally:
+            for parameter, gradient in gradients:
+                parameter.grad = gradient

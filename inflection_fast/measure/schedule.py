@@ -1,0 +1,74 @@
+"""When to measure, and which query rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["RowSampler", "Strata", "is_due"]
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether optimizer step `step` (0-based) is one of 0, every, 2 * every, ..."""
+    return step % every == 0
+
+
+@dataclass(frozen=True)
+class Strata:
+    """Sampled query positions: one out of each of R strata, consecutive and of nearly equal size, that cover [0, T)."""
+
+    rows: Tensor | None  # [R] int64, increasing; None: every position is measured
+    sizes: Tensor  # [R] float64, positions per stratum
+    difference_weights: Tensor  # [R - 1] float64, see `strata_of`; empty where every position is measured
+
+
+class RowSampler:
+    """Draws query positions from a seed: the same seed, step and order of lengths give the same positions."""
+
+    def __init__(self, rows: int | None, seed: int, device: torch.device):
+        self._rows, self._seed, self._device = rows, seed, device
+        self._generator = torch.Generator()
+        self._shapes: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # what does not depend on the draw
+
+    def begin(self, step: int) -> None:
+        """Start the draws of one step, whatever was drawn before: a resumed run samples the same rows."""
+        self._generator.manual_seed(_STEP_STRIDE * step + self._seed)
+
+    def draw(self, length: int) -> Strata:
+        """Positions out of [0, length), fresh with every call; all of them if there are no more than `rows`."""
+        if self._rows is None or length <= self._rows:
+            ones = torch.ones(1, dtype=torch.float64, device=self._device)
+            return Strata(None, ones, ones[:0])
+        if length not in self._shapes:
+            starts, sizes = _strata(length, self._rows)
+            weights = _difference_weights(sizes)
+            self._shapes[length] = (starts, sizes.to(self._device), weights.to(self._device))
+        starts, sizes, weights = self._shapes[length]
+        ends = torch.cat([starts[1:], starts.new_tensor([length])])
+        offsets = torch.rand(self._rows, generator=self._generator, dtype=torch.float64) * (ends - starts)
+        return Strata((starts + offsets.long()).to(self._device, non_blocking=True), sizes, weights)
+
+
+_STEP_STRIDE = 2654435761  # a prime far above any seed in use: steps and seeds do not meet
+
+
+def _strata(length: int, rows: int) -> tuple[Tensor, Tensor]:
+    """First position and size of each of `rows` strata of [0, length)."""
+    bounds = torch.arange(rows + 1) * length // rows
+    return bounds[:-1], bounds.diff().double()
+
+
+def _difference_weights(sizes: Tensor) -> Tensor:
+    """Weights of the squared differences between neighbouring samples in the variance of the estimated total.
+
+    With one sample per stratum the variance inside stratum r comes from its neighbours (collapsed strata): s_r^2 is
+    the mean of (e_r - e_{r-1})^2 / 2 and (e_{r+1} - e_r)^2 / 2. The variance of the total is then
+    sum_r n_r^2 (1 - 1 / n_r) s_r^2: the bracket corrects for the finite population, and a stratum of one position
+    adds nothing.
+    """
+    neighbours = torch.full_like(sizes, 2.0)
+    neighbours[0] = neighbours[-1] = 1.0
+    share = sizes * (sizes - 1) / (2 * neighbours)
+    return share[:-1] + share[1:]

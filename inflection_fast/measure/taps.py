@@ -1,0 +1,377 @@
+"""Everything that is attached to a model while it is measured, and nothing while it is not.
+
+A measured optimizer step has one or more micro-batches, each a forward pass of the model under autograd and the
+backward pass that follows. Only such forwards count: evaluations in between, and the recomputations of activation
+checkpointing, run without autograd or outside the model's forward.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from time import perf_counter
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Variable
+
+from .. import ops
+from ..blocks import Block
+from .accumulators import GradientNorms, HeadMeans
+from .attention import AttentionCall, interfaces_of, seeing_interfaces, seeing_sdpa
+from .rows import ValidRows, decoder_layers
+from .schedule import RowSampler
+
+__all__ = ["Taps", "tensors_of"]
+
+logger = logging.getLogger(__name__)
+
+
+class MicroBatch:
+    """What one training forward has shown so far, and what its backward pass still has to find."""
+
+    def __init__(self, index: int, valid: ValidRows):
+        self.index = index
+        self.valid = valid
+        self.live = True  # False once its step is over: hooks of a graph that lives longer must not write
+        self.entered: set[int] = set()  # layers whose block ran
+        self.seen: dict[int, tuple] = {}  # layer -> (statistics [B, H, R], valid rows [B, R], strata)
+        self.strata: dict[int, object] = {}  # query length -> positions, shared by all layers
+        self.awaits_gradient: set[int] = set()  # layers whose output has a hook
+        self.went_back = False  # a backward pass went through it
+        self.reads_parameters = False  # an engine callback is on its way
+
+
+class Taps:
+    """The hooks on a model and the accumulators they fill during one measured step. Reused from step to step."""
+
+    def __init__(self, model: nn.Module, blocks: Sequence[Block], signals: Sequence[str], rows: int | None, seed: int):
+        self._model, self._blocks, self._signals = model, blocks, signals
+        self.device = next(blocks[0].module.parameters(), torch.empty(0)).device
+        self._owner = {module: block.index for block in blocks for module in block.module.modules()}
+        self._decoders = decoder_layers(model, blocks)
+        self._interfaces: list = []
+        self._needs_sdpa = False
+        if "attention" in signals:
+            seen = [interfaces_of(block.module) for block in blocks]
+            self._interfaces = list({id(one): one for found in seen for one in found}.values())
+            self._needs_sdpa = not all(seen)
+        self._sampler = RowSampler(rows, seed, self.device)
+        self._indices: dict[tuple[int, ...], Tensor] = {}
+        self._attached = ExitStack()  # hooks, for the length of a step
+        self._listening = ExitStack()  # attention, for the length of a forward
+        self._current: MicroBatch | None = None  # inside a training forward
+        self._micro_batches: list[MicroBatch] = []
+        self._layer: int | None = None  # of the block that is running
+        self.heads: HeadMeans | None = None  # made when the first call tells how many heads there are
+        self.activations = GradientNorms(len(blocks), self.device)
+        self.parameter_squares: Tensor | None = None  # [<= L], of the last backward pass
+        self.losses: list[Tensor] = []  # what the model returned under the name "loss", per micro-batch
+        self.seconds = 0.0  # host time spent in here since `attach`
+
+    # ---- the length of a step ----------------------------------------------------------------------------------------
+
+    def attach(self, step: int) -> None:
+        """Install the hooks and forget the step before."""
+        self.reset()
+        self._sampler.begin(step)
+        self._attached.callback(self._stop_listening)
+        add = self._attached.enter_context
+        add(_removed(self._model.register_forward_pre_hook(self._forward_begins, with_kwargs=True)))
+        add(_removed(self._model.register_forward_hook(self._forward_ends, always_call=True)))
+        for block in self._blocks:
+            begins, ends = partial(self._block_begins, block.index), partial(self._block_ends, block.index)
+            add(_removed(block.module.register_forward_pre_hook(begins, with_kwargs=True)))
+            add(_removed(block.module.register_forward_hook(ends, always_call=True)))
+
+    def detach(self) -> None:
+        """Remove the hooks. What was accumulated stays; graphs that are still alive write no more. Safe to repeat."""
+        for micro_batch in self._micro_batches:
+            micro_batch.live = False
+        self._attached.close()
+
+    def reset(self) -> None:
+        """Forget what was accumulated."""
+        self._micro_batches = []
+        self._current = self._layer = self.parameter_squares = None
+        self.activations.reset()
+        self.losses = []
+        self.seconds = 0.0
+        if self.heads is not None:
+            self.heads.reset()
+
+    @property
+    def forwards(self) -> int:
+        """How many training forwards there were."""
+        return len(self._micro_batches)
+
+    @property
+    def backwards(self) -> int:
+        """How many of them were followed by a backward pass that was seen."""
+        return sum(micro_batch.went_back for micro_batch in self._micro_batches)
+
+    @property
+    def unreached(self) -> list[int]:
+        """Layers that ran and whose output no gradient has reached."""
+        entered = set().union(*(micro_batch.entered for micro_batch in self._micro_batches))
+        return sorted(entered - self.activations.seen)
+
+    # ---- the length of a forward -------------------------------------------------------------------------------------
+
+    def _forward_begins(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        if not torch.is_grad_enabled() or self._current is not None:
+            return
+        started = perf_counter()
+        self._current = MicroBatch(len(self._micro_batches), ValidRows(_named_inputs(model, args, kwargs)))
+        self._micro_batches.append(self._current)
+        if self._interfaces:
+            self._listening.enter_context(seeing_interfaces(self._interfaces, self._see))
+        if self._needs_sdpa:
+            self._listening.enter_context(seeing_sdpa(self._see))
+        self.seconds += perf_counter() - started
+
+    def _forward_ends(self, model: nn.Module, args: tuple, output: object) -> None:
+        self._stop_listening()
+        micro_batch, self._current = self._current, None
+        if micro_batch is None:
+            return
+        if output is None:  # the forward raised: whoever catches that may try again
+            self._micro_batches.remove(micro_batch)
+            return
+        started = perf_counter()
+        if "attention" in self._signals:
+            self._refuse_unseen(micro_batch)
+            self._accumulate(micro_batch)
+        if "parameter_grad" in self._signals or "activation_grad" in self._signals:
+            for tensor in tensors_of(output):
+                if tensor.requires_grad:
+                    tensor.register_hook(partial(self._backward_begins, micro_batch))
+        loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
+        if isinstance(loss, Tensor):
+            self.losses.append(loss.detach())
+        self.seconds += perf_counter() - started
+
+    def _stop_listening(self) -> None:
+        self._listening.close()
+        self._layer = None
+
+    def _block_begins(self, layer: int, block: nn.Module, args: tuple, kwargs: dict):
+        self._layer = layer
+        if self._current is not None:
+            if layer in self._current.entered:
+                raise ValueError(
+                    f"block {self._blocks[layer].name!r} runs more than once in one forward pass (layers that share "
+                    "their weights), so it has no single value per step; measure other blocks (MonitorConfig.blocks)"
+                )
+            self._current.entered.add(layer)
+        if "activation_grad" in self._signals and torch.is_grad_enabled():
+            return _requiring_grad(args, kwargs)
+        return None
+
+    def _block_ends(self, layer: int, block: nn.Module, args: tuple, output: object) -> None:
+        self._layer = None
+        if "activation_grad" not in self._signals or not torch.is_grad_enabled():
+            return
+        hidden = next(tensors_of(output), None)
+        if hidden is None or not hidden.requires_grad:
+            return
+        micro_batch = self._current
+        if micro_batch is None:
+            # A block that is recomputed inside backward. Where its output had no graph the first time (reentrant
+            # checkpointing), this is the one that gradients go through; otherwise they go through the first.
+            micro_batch = self._recomputed(layer)
+            if micro_batch is None:
+                return
+        micro_batch.awaits_gradient.add(layer)
+        hidden.register_hook(partial(self._gradient_arrives, micro_batch, layer))
+
+    def _recomputed(self, layer: int) -> MicroBatch | None:
+        # Backward passes visit micro-batches in any order; recomputing visits each layer once per micro-batch.
+        return next((m for m in self._micro_batches if layer in m.entered and layer not in m.awaits_gradient), None)
+
+    # ---- attention ---------------------------------------------------------------------------------------------------
+
+    def _see(self, module: nn.Module | None, call: AttentionCall) -> None:
+        micro_batch = self._current
+        layer = self._layer if module is None else self._owner.get(module)
+        # The first attention of a block is its self-attention; what follows is cross-attention, or torch's SDPA under
+        # an attention that was seen above it.
+        if micro_batch is None or layer is None or layer in micro_batch.seen:
+            return
+        started = perf_counter()
+        if call.query.dim() != 4:
+            raise ValueError(
+                f"attention of block {self._blocks[layer].name!r}: expected queries [B, H, T, D], got shape "
+                f"{tuple(call.query.shape)}"
+            )
+        length = call.query.shape[2]
+        if length not in micro_batch.strata:
+            micro_batch.strata[length] = self._sampler.draw(length)
+        strata = micro_batch.strata[length]
+        rows = None if strata.rows is None else strata.rows.to(call.query.device)
+        with torch.no_grad():
+            valid = micro_batch.valid.of(call, rows, layer in self._decoders)
+            micro_batch.seen[layer] = (_stats_of(call, rows), valid, strata)
+        self.seconds += perf_counter() - started
+
+    def _refuse_unseen(self, micro_batch: MicroBatch) -> None:
+        unseen = [self._blocks[layer].name for layer in sorted(micro_batch.entered - micro_batch.seen.keys())]
+        if unseen or not micro_batch.entered:
+            where = f"in the blocks {unseen}" if unseen else "in any block (none of them ran)"
+            raise ValueError(
+                f"no attention was seen {where}: it goes neither through Transformers' attention interface nor through "
+                "torch's scaled_dot_product_attention. Choose an attention implementation that does, name other blocks "
+                "(MonitorConfig.blocks), or leave 'attention' out of MonitorConfig.signals"
+            )
+
+    def _accumulate(self, micro_batch: MicroBatch) -> None:
+        groups: dict[tuple, list[int]] = {}
+        for layer, (stats, valid, strata) in micro_batch.seen.items():
+            groups.setdefault((stats.entropy.shape, id(valid), id(strata)), []).append(layer)
+        with torch.no_grad():
+            for (shape, _, _), layers in groups.items():
+                if self.heads is None:
+                    self.heads = HeadMeans(len(self._blocks), shape[1], self.device)
+                self._check_heads(layers, shape[1])
+                if tuple(layers) not in self._indices:
+                    self._indices[tuple(layers)] = torch.tensor(layers, device=self.device)
+                _, valid, strata = micro_batch.seen[layers[0]]
+                stats = [micro_batch.seen[layer][0] for layer in layers]
+                self.heads.push(self._indices[tuple(layers)], stats, valid, strata)
+        micro_batch.seen.clear()
+
+    def _check_heads(self, layers: list[int], heads: int) -> None:
+        if heads != self.heads.shape[1]:
+            raise ValueError(
+                f"block {self._blocks[layers[0]].name!r} attends with {heads} heads, others with "
+                f"{self.heads.shape[1]}; measure blocks with equally many heads (MonitorConfig.blocks)"
+            )
+
+    # ---- backward ----------------------------------------------------------------------------------------------------
+
+    def _gradient_arrives(self, micro_batch: MicroBatch, layer: int, gradient: Tensor) -> None:
+        if micro_batch.live:
+            started = perf_counter()
+            with torch.no_grad():
+                self.activations.push(micro_batch.index, layer, gradient)
+            self.seconds += perf_counter() - started
+        self._backward_begins(micro_batch, gradient)  # for a loss that is computed from something else than the outputs
+
+    def _backward_begins(self, micro_batch: MicroBatch, gradient: Tensor) -> None:
+        # The outputs of the model are where its backward pass begins, also under checkpointing, whose blocks run
+        # backward passes of their own inside it.
+        micro_batch.went_back = True
+        if micro_batch.live and "parameter_grad" in self._signals and not micro_batch.reads_parameters:
+            micro_batch.reads_parameters = True
+            # Queued from inside a callback, it runs after those that others (DDP's reduction) queue meanwhile.
+            Variable._execution_engine.queue_callback(
+                lambda: Variable._execution_engine.queue_callback(partial(self._read_parameters, micro_batch))
+            )
+
+    def _read_parameters(self, micro_batch: MicroBatch) -> None:
+        micro_batch.reads_parameters = False
+        if not micro_batch.live:
+            return
+        started = perf_counter()
+        gradients, groups = [], []
+        for block in self._blocks:
+            for parameter in block.module.parameters():
+                if parameter.requires_grad and parameter.grad is not None:
+                    gradients.append(parameter.grad)
+                    groups.append(block.index)
+        if gradients:
+            # Gradients add up over micro-batches, so the last backward pass of a step has them whole.
+            self.parameter_squares = ops.sum_of_squares(gradients, groups)
+        self.seconds += perf_counter() - started
+
+    def parameter_norms(self) -> Tensor:
+        """[L] float64, l2 norm of the gradient over each block's parameters; NaN where none is trainable."""
+        norms = torch.zeros(len(self._blocks), dtype=torch.float64, device=self.device)
+        if self.parameter_squares is None:
+            return norms.fill_(torch.nan)
+        norms[: len(self.parameter_squares)] = self.parameter_squares.double().sqrt()
+        frozen = [b.index for b in self._blocks if not any(p.requires_grad for p in b.module.parameters())]
+        if frozen:
+            norms[frozen] = torch.nan
+        return norms
+
+
+@contextmanager
+def _removed(handle) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _stats_of(call: AttentionCall, rows: Tensor | None) -> ops.AttentionStats:
+    if call.logits is not None:
+        return ops.attention_stats(_at(call.logits, rows).detach())
+    query, mask = call.query.detach(), call.mask if call.bias is None else call.bias.detach()
+    if call.bias is not None and call.mask is not None:
+        if not call.is_causal and call.window is None:  # nothing else depends on where a row stands
+            query, mask, rows = _at(query, rows), _biased(_at(call.bias.detach(), rows), _at(call.mask, rows)), None
+        else:
+            mask = _biased(mask, call.mask)
+    return ops.attention_stats_qk(
+        query,
+        call.key.detach(),
+        attn_mask=mask,
+        is_causal=call.is_causal,
+        scale=call.scale,
+        window=call.window,
+        softcap=call.softcap,
+        sinks=None if call.sinks is None else call.sinks.detach(),
+        rows=rows,
+    )
+
+
+def _at(tensor: Tensor, rows: Tensor | None) -> Tensor:
+    return tensor if rows is None or tensor.shape[-2] == 1 else tensor.index_select(-2, rows)
+
+
+def _biased(bias: Tensor, mask: Tensor) -> Tensor:
+    return bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
+
+
+def _requiring_grad(args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """The arguments of a block with a hidden state that autograd follows, if it did not: so gradients reach the block.
+
+    A clone, not the tensor itself: the model may go on to change it in place, which a leaf would not allow, and nobody
+    else's tensor is touched. The same happens when checkpointing runs the block again, or its graphs would differ.
+    """
+    for i, value in enumerate(args):
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return None if value.requires_grad else ((*args[:i], _followed(value), *args[i + 1 :]), kwargs)
+    for name, value in kwargs.items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return None if value.requires_grad else (args, kwargs | {name: _followed(value)})
+    return None
+
+
+def _followed(hidden: Tensor) -> Tensor:
+    return hidden.detach().requires_grad_().clone()
+
+
+def tensors_of(output: object) -> Iterator[Tensor]:
+    """Floating-point tensors in what a module returned, in order."""
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, dict):
+        for value in output.values():
+            yield from tensors_of(value)
+    elif isinstance(output, (tuple, list)):
+        for value in output:
+            yield from tensors_of(value)
+
+
+def _named_inputs(model: nn.Module, args: tuple, kwargs: dict) -> dict:
+    """The arguments of the model's forward by name, where it has names for them."""
+    if len(args) < 2:  # the first is the input itself, masks come later
+        return kwargs
+    names = inspect.signature(model.forward).parameters
+    return dict(zip(names, args, strict=False)) | kwargs

@@ -1,0 +1,325 @@
+"""The words of the page, section by section: the answer first, then everything that it rests on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from inflection_fast.report.data import described
+from inflection_fast.report.folder import Run, Stage
+from inflection_fast.report.pictures import SIGNALS, Pictures
+from inflection_fast.report.profile import by_name, log_gradient
+from inflection_fast.report.verdict import NOISE, compare, verdict
+from inflection_fast.report.words import (
+    MISSING,
+    accuracy,
+    count,
+    layer_list,
+    percent,
+    score,
+    seconds,
+    significant,
+)
+
+__all__ = ["missing_parts", "model_name", "overhead", "overhead_share", "page", "training_note"]
+
+LONG = 64  # with more layers than this the table lists the chosen ones only
+
+
+def page(run: Run, pictures: Pictures) -> str:
+    """The whole page as Markdown."""
+    parts = [
+        [f"# Inflection layers of {model_name(run)}", _lead(run)],
+        _answer(run, pictures),
+        _missing(run, pictures),
+        _what_was_run(run),
+        _choice(run, pictures),
+        _signals(run, pictures),
+        _cost(run),
+        _repeat(run),
+        _versions(run),
+    ]
+    return "\n\n".join(block for part in parts for block in part if block) + "\n"
+
+
+def model_name(run: Run) -> str:
+    """What the run calls its model, or the name of its class."""
+    path = (run.settings.get("model") or {}).get("path")
+    if path:
+        return str(path).rstrip("/").rsplit("/", 1)[-1]
+    return (_model(run).get("class")) or "an unnamed model"
+
+
+def _model(run: Run) -> dict:
+    return (run.plan.model if run.plan else None) or (run.timeline.meta.get("model") if run.timeline else None) or {}
+
+
+def _lead(run: Run) -> str:
+    steps = "was measured while a part of it trained" if run.timeline is not None else "was to be measured"
+    return (
+        f"A pretrained transformer {steps}; from what was measured, a few of its layers were to be chosen, and small "
+        "trainable adapters (LoRA) put into exactly those. This page says what that was worth, which layers were "
+        "chosen and why, and how to repeat it. A layer is a transformer block, counted from 0 in the order in which "
+        "the input passes them. *Injected* means the model with LoRA in the chosen layers."
+    )
+
+
+def _answer(run: Run, pictures: Pictures) -> list[str]:
+    first, *rest = verdict(run)
+    blocks = ["## The answer", f"**{first}**", _bullets(rest), _stage_table(run)]
+    if run.tune is not None or run.baselines:
+        blocks.append(
+            f"± is one binomial standard error. Differences up to {NOISE:g} standard errors of the difference are "
+            "called noise; the two models of a comparison are treated as independent samples, which errs towards noise."
+        )
+    return [*blocks, _picture(pictures, "stages")]
+
+
+def _stage_table(run: Run) -> str:
+    stages = run.in_order
+    if not stages:
+        return "No stage has finished, so there are no results."
+    language = all(stage.accuracy is None for stage in stages)
+    kinds = "Loss, nats per token | Perplexity" if language else "Accuracy | Loss"
+    lines = [
+        f"| Stage | {kinds} | Injected better by, points | Evaluated on | Trainable parameters | LoRA in | Steps |",
+        "|---|--:|--:|--:|--:|--:|---|--:|",
+    ]
+    for stage in stages:
+        if language:
+            scores = f"{_value(stage.loss)} | {_value(stage.perplexity)}"
+        else:
+            scores = f"{accuracy(stage.accuracy, stage.standard_error)} | {_value(stage.loss)}"
+        bold = "**" if stage is run.tune else ""
+        against = compare(run.tune, stage).words if run.tune and run.tune.layers and stage in run.baselines else ""
+        lines.append(
+            f"| {bold}{_cell(stage.label)}{bold} | {scores} | {against} | {count(stage.n)} | {count(stage.trainable)}"
+            f"{_share(stage)} | {_where(stage)} | {count(stage.steps)} |"
+        )
+    note = ["The source stage is another task: its score is not comparable with the others."] if run.source else []
+    return "\n\n".join(["\n".join(lines), *note])
+
+
+def _missing(run: Run, pictures: Pictures) -> list[str]:
+    absent = missing_parts(run) + [f"{title}: {why}." for title, why in pictures.missing.items()]
+    return ["## What is missing", _bullets(absent)] if absent else []
+
+
+def missing_parts(run: Run) -> list[str]:
+    """What a complete run has and this one has not, as sentences."""
+    absent = []
+    settings = run.settings
+    if run.source is None:
+        asked = settings.get("source") is not None
+        absent.append(
+            "The source stage has not finished."
+            if asked
+            else "There was no source stage: the model came to the target task as it was pretrained."
+        )
+    if run.measure is None:
+        absent.append("The measure stage has not finished: there is no shallow-unfreezing model to compare with.")
+    if run.timeline is None:
+        absent.append("There is no timeline: nothing was measured.")
+    elif run.timeline.truncated:
+        absent.append("The timeline ends in a torn row, which was left out: the measured run was cut off.")
+    if run.plan is None:
+        absent.append("There is no plan: no layers have been chosen.")
+    if run.tune is None:
+        absent.append("The tune stage has not finished: there is no injected model.")
+    elif run.plan is not None and not run.plan.layers and run.tune.layers:
+        absent.append(
+            f"The plan names no layer; the injected model has LoRA in {layer_list(run.tune.layers)}, the highest "
+            "scores, as the setting `tune.when_empty` asks."
+        )
+    elif run.plan is not None and run.tune.layers is not None and run.tune.layers != tuple(run.plan.layers):
+        absent.append(
+            f"The plan names {layer_list(run.plan.layers)}, and the injected model has LoRA in "
+            f"{layer_list(run.tune.layers)}: they do not belong together, and the scores are those of the latter."
+        )
+    wanted = [f"baseline-{name}" for name in settings.get("baselines") or ()]
+    for name in wanted:
+        if name not in run.stages:
+            absent.append(
+                f"The stage {name} has no results: it has not finished, or was left out because its layers would be "
+                "the chosen ones or because none were chosen."
+            )
+    if not wanted and not any(name.startswith("baseline-") for name in run.stages):
+        absent.append("There is no LoRA baseline: the chosen layers were not compared with other layers.")
+    absent += [
+        f"run.json calls the stage {name} finished, and its results (stage.json) are not there."
+        for name in run.finished
+        if name not in run.stages and name != "plan" and (name in ("source", "measure", "tune") or name in wanted)
+    ]
+    if run.config is None:
+        absent.append("There is no config.yaml: the settings of this run are not known.")
+    return absent
+
+
+def _what_was_run(run: Run) -> list[str]:
+    model, timeline = _model(run), run.timeline
+    layers = len(timeline.layers) if timeline is not None else len(model.get("layers") or ()) or None
+    total = next((s.total for s in (run.measure, run.source, run.tune) if s is not None and s.total), None)
+    where = (run.settings.get("model") or {}).get("path")
+    facts = [
+        f"**Model:** {f'`{where}`, ' if where else ''}{model.get('class') or 'class not recorded'}"
+        f" ({model.get('model_type') or 'type not recorded'}), {count(total)} parameters, "
+        f"{count(layers)} transformer layers{f' with {timeline.heads} attention heads each' if timeline else ''}.",
+        *described(run),
+        *[f"**{_initial(stage.label)}:** {training_note(stage)}" for stage in run.in_order if stage.trainable],
+        f"**Seed:** {MISSING if run.seed is None else run.seed}.",
+    ]
+    return ["## What was run", _bullets(facts)]
+
+
+def training_note(stage: Stage) -> str:
+    """How long a stage trained and was evaluated, in words."""
+    layers = "" if stage.layers is None else f" in {layer_list(stage.layers)}"
+    return (
+        f"{count(stage.steps)} optimizer steps{layers} in {seconds(stage.train_seconds)}; evaluated on "
+        f"{count(stage.n)} {'tokens' if stage.accuracy is None and stage.perplexity is not None else 'examples'} in "
+        f"{seconds(stage.evaluate_seconds)}."
+    )
+
+
+def _choice(run: Run, pictures: Pictures) -> list[str]:
+    head = "## Which layers, and why"
+    if run.plan is None:
+        return [head, "No layers have been chosen: there is no plan.json."]
+    plan = run.plan
+    reasons = _bullets([f"**{layer}:** {plan.reasons[layer]}" for layer in plan.layers])
+    options = ", ".join(f"`{name}` = {value}" for name, value in plan.config.items())
+    return [
+        head,
+        plan.summary,
+        reasons,
+        _picture(pictures, "profile"),
+        _picture(pictures, "ski"),
+        _layer_table(run),
+        f"Options of the choice: {options}." if options else "",
+    ]
+
+
+def _layer_table(run: Run) -> str:
+    plan = run.plan
+    entropy, error, gradient = by_name(plan, "entropy"), by_name(plan, "entropy_se"), log_gradient(plan)
+    rows = range(len(plan.scores)) if len(plan.scores) <= LONG else plan.layers
+    lines = [
+        "| Layer | Entropy, nats | log gradient norm | SKI | Chosen |",
+        "|--:|--:|--:|--:|:-:|",
+    ]
+    for layer in rows:
+        spread = f" ± {significant(error[layer], 2)}" if np.isfinite(error[layer]) else ""
+        lines.append(
+            f"| {layer} | {significant(entropy[layer])}{spread} | {significant(gradient[layer])} | "
+            f"{score(plan.scores[layer])} | {'yes' if layer in plan.layers else ''} |"
+        )
+    note = "" if len(rows) == len(plan.scores) else f"\n\nOnly the chosen of {len(plan.scores)} layers are listed."
+    return "\n".join(lines) + note
+
+
+def _signals(run: Run, pictures: Pictures) -> list[str]:
+    blocks = ["## What was measured, layer by layer"]
+    timeline = run.timeline
+    if timeline is None or not len(timeline.steps):
+        return [*blocks, "Nothing was measured."]
+    config = timeline.meta.get("config") or {}
+    rows = config.get("rows")
+    sampling = f"attention was read at {rows} token positions per text" if rows else "attention was read at every token"
+    blocks.append(
+        f"{len(timeline.steps)} optimizer steps were measured, from step {timeline.steps[0]} to {timeline.steps[-1]}; "
+        f"{sampling}. In every map the input enters at the bottom, time runs to the right, triangles mark the chosen "
+        "layers, and hatching means that there is no value. The numbers are in `measure/timeline.arrows`."
+    )
+    blocks += [_picture(pictures, key) for key in (*SIGNALS, "heads")]
+    return blocks
+
+
+def _cost(run: Run) -> list[str]:
+    return ["## What measuring cost", " ".join(overhead(run))]
+
+
+def overhead(run: Run) -> list[str]:
+    """What measuring cost, in sentences."""
+    if run.measure is None:
+        return ["Not known: the measure stage has not finished."]
+    said = []
+    timed = run.measure.overhead
+    if timed is None:
+        said.append("Steps with and without measuring were not timed against each other in this run.")
+    else:
+        said.append(
+            f"A step that is measured takes {significant(timed['on_ms'])} ms, one that is not "
+            f"{significant(timed['off_ms'])} ms (medians of interleaved forward and backward passes, without the fixed "
+            "probe texts). Spread over the steps that are not measured, that is "
+            f"{overhead_share(timed)} of the training."
+        )
+    spent = run.timeline.measure_ms if run.timeline is not None else np.array([])
+    spent = spent[np.isfinite(spent)]
+    if spent.size and run.measure.train_seconds:
+        share = spent.sum() / 1000 / run.measure.train_seconds
+        said.append(
+            f"Over the whole stage, {spent.size} measured steps spent {seconds(spent.sum() / 1000)} on measuring, "
+            f"{percent(share)} of its training time."
+        )
+    return said
+
+
+def overhead_share(timed: dict[str, float]) -> str:
+    """The cost of measuring as a share of training, with its standard error, and whether it stands out from that."""
+    share, error = timed["ratio"] - 1, timed["noise"]
+    within = ", which is within the noise" if abs(share) <= NOISE * error else ""
+    return f"{100 * share:+.2f} ± {100 * error:.2f} %{within}"
+
+
+def _repeat(run: Run) -> list[str]:
+    blocks = ["## How to repeat it"]
+    if run.config is None:
+        return [*blocks, "Not possible from this folder: its config.yaml is missing."]
+    where = str(run.settings.get("output") or run.folder.name).rstrip("/")
+    fence = "````" if "```" in run.config else "```"
+    return [
+        *blocks,
+        "From the folder in which it was started, into a new folder (the settings are those below):",
+        f"```\ninflection-fast run --config {where}/config.yaml --output {where}-again\n```",
+        "To choose layers again from what was measured, or to write this page again, without training anything:",
+        f"```\ninflection-fast plan {where} --out {where}/other-plan.json\ninflection-fast report {where}\n```",
+        f"{fence}yaml\n{run.config.rstrip()}\n{fence}",
+    ]
+
+
+def _versions(run: Run) -> list[str]:
+    if not run.versions:
+        return ["## Versions", "The versions of the packages were not recorded."]
+    lines = ["| Package | Version |", "|---|---|"]
+    return ["## Versions", "\n".join(lines + [f"| {_cell(k)} | {_cell(str(v))} |" for k, v in run.versions.items()])]
+
+
+def _picture(pictures: Pictures, key: str) -> str:
+    picture = pictures.drawn.get(key)
+    return f"![{picture.title}]({picture.file})\n\n**{picture.title}.** {picture.caption}" if picture else ""
+
+
+def _bullets(lines: Sequence[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _cell(text: str) -> str:
+    """Text that cannot end a table's cell or row."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _value(number: float | None) -> str:
+    return MISSING if number is None else significant(number)
+
+
+def _share(stage: Stage) -> str:
+    return f" ({percent(stage.trainable / stage.total, 2)})" if stage.trainable and stage.total else ""
+
+
+def _where(stage: Stage) -> str:
+    return ", ".join(str(layer) for layer in stage.layers) if stage.layers else "no LoRA"
+
+
+def _initial(text: str) -> str:
+    return text[:1].upper() + text[1:]

@@ -1,0 +1,112 @@
+"""The same findings for the terminal: three tables and the answer, in 80 columns, also through a pipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from inflection_fast.report.folder import Run, read
+from inflection_fast.report.profile import by_name, log_gradient
+from inflection_fast.report.sections import missing_parts, model_name, overhead, overhead_share
+from inflection_fast.report.verdict import compare, verdict
+from inflection_fast.report.words import MISSING, accuracy, count, score, significant
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+__all__ = ["summary"]
+
+LONG = 32  # with more layers than this only the chosen ones and their neighbours are listed
+
+
+def summary(run_folder: str | Path, console: Console) -> None:
+    """Shows on `console` what a run found. ValueError if the folder is not a run or a file in it is damaged."""
+    from rich.text import Text
+
+    def show(what: str | Table, style: str = "") -> None:
+        console.print(Text(what, style) if isinstance(what, str) else what, soft_wrap=False)
+
+    run = read(run_folder)
+    first, *rest = verdict(run)
+    show(f"Inflection layers of {model_name(run)}", "bold")
+    show(_stages(run) if run.stages else "No stage has finished.")
+    show(first, "bold")
+    for sentence in rest:
+        show(sentence)
+    console.print()
+    if run.plan is not None:
+        show("Chosen layers", "bold")
+        show(run.plan.summary)
+        show(_layers(run))
+    show("Cost of measuring", "bold")
+    timed = run.measure.overhead if run.measure else None
+    if timed is not None:
+        show(_overhead(timed))
+    for sentence in overhead(run)[0 if timed is None else 1 :]:
+        show(sentence)
+    absent = missing_parts(run)
+    if absent:
+        console.print()
+        show("Missing or to be noted", "bold")
+        for sentence in absent:
+            show(f"- {sentence}")
+
+
+def _table(*columns: tuple[str, str]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold", caption_justify="left")
+    for name, justify in columns:
+        table.add_column(name, justify=justify, overflow="fold")
+    return table
+
+
+def _stages(run: Run) -> Table:
+    from rich.text import Text
+
+    stages = run.in_order
+    language = all(stage.accuracy is None for stage in stages)
+    kind = "loss" if language else "accuracy"
+    table = _table(("stage", "left"), (kind, "right"), ("injected better by", "left"), ("trained", "right"))
+    table.caption = "Accuracy and differences (in points) with one standard error; trained: parameters."
+    for stage in stages:
+        loss = MISSING if stage.loss is None else significant(stage.loss, 4)
+        table.add_row(
+            Text(stage.label, style="bold" if stage is run.tune else ""),
+            loss if language else accuracy(stage.accuracy, stage.standard_error),
+            compare(run.tune, stage).words if run.tune and run.tune.layers and stage in run.baselines else "",
+            count(stage.trainable),
+        )
+    return table
+
+
+def _layers(run: Run) -> Table:
+    from rich.text import Text
+
+    plan = run.plan
+    layers = len(plan.scores)
+    rows = range(layers)
+    if layers > LONG:
+        rows = sorted({i for chosen in plan.layers for i in (chosen - 1, chosen, chosen + 1) if 0 <= i < layers})
+    entropy, gradient = by_name(plan, "entropy"), log_gradient(plan)
+    measures = [(name, "right") for name in ("layer", "entropy", "log grad", "SKI")]
+    table = _table(*measures, ("", "left"), ("reason", "left"))
+    for layer in rows:
+        chosen = layer in plan.layers
+        numbers = [significant(entropy[layer]), significant(gradient[layer]), score(plan.scores[layer])]
+        style = "bold" if chosen else ""
+        cells = [str(layer), *numbers, "*" if chosen else "", plan.reasons[layer] if chosen else ""]
+        table.add_row(*(Text(cell, style=style if i < 5 else "") for i, cell in enumerate(cells)))
+    if len(rows) < layers:
+        table.caption = f"The chosen of {layers} layers and their neighbours; entropy in nats; * chosen."
+    else:
+        table.caption = "Entropy in nats; * chosen."
+    return table
+
+
+def _overhead(timed: dict[str, float]) -> Table:
+    table = _table(("unmeasured step, ms", "right"), ("measured step, ms", "right"), ("share of training", "right"))
+    table.add_row(significant(timed["off_ms"]), significant(timed["on_ms"]), overhead_share(timed))
+    return table

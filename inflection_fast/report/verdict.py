@@ -1,0 +1,165 @@
+"""Does the injected model beat what it is compared with, beyond the noise of the evaluation set?
+
+Only the counts of right answers are known, not which examples were right, so the two models are treated as independent
+samples. Evaluated on the same examples they usually err on the same ones, and the true noise of their difference is
+then smaller: the test errs towards calling a tie.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from inflection_fast.report.folder import Run, Stage
+from inflection_fast.report.words import count, listed, percent, significant
+
+__all__ = ["NOISE", "SAME_SIZE", "Comparison", "compare", "verdict"]
+
+NOISE = 2.0  # standard errors: about 95 % of all differences between equally good models lie within
+SAME_SIZE = 0.1  # trainable parameters within this share of each other count as equally many
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The injected model against one other stage."""
+
+    stage: Stage
+    outcome: str  # "won", "lost", "tie" or "unknown"
+    difference: float | None = None
+    standard_error: float | None = None
+    why: str = ""  # for "unknown": a sentence
+
+    @property
+    def words(self) -> str:
+        """The difference in points of accuracy, its standard error, and whether it counts."""
+        if self.outcome == "unknown":
+            return "not known"
+        counts = "within noise" if self.outcome == "tie" else "beyond noise"
+        return f"{100 * self.difference:+.1f} ± {100 * self.standard_error:.1f}, {counts}"
+
+
+def compare(injected: Stage, other: Stage) -> Comparison:
+    """Compares the accuracy of the injected model with that of another stage."""
+    if injected.accuracy is None and other.accuracy is None and None not in (injected.loss, other.loss):
+        return _by_loss(injected, other)
+    if injected.accuracy is None or other.accuracy is None or not injected.n or not other.n:
+        return _unknown(other, "no accuracy with a number of examples was recorded for both.")
+    if injected.n != other.n:
+        return _unknown(other, f"they were evaluated on different examples ({injected.n:,} and {other.n:,}).")
+    difference = injected.accuracy - other.accuracy
+    error = math.hypot(_error(injected), _error(other))
+    outcome = "tie" if abs(difference) <= NOISE * error else "won" if difference > 0 else "lost"
+    return Comparison(other, outcome, difference, error)
+
+
+def verdict(run: Run) -> list[str]:
+    """The answer of a run in sentences: first the answer, then what else it takes to read it rightly."""
+    if run.tune is None:
+        return ["There is no answer yet: no injected model was trained in this run (the tune stage is missing)."]
+    if run.tune.layers == ():
+        return ["Nothing was injected, because no layer was chosen: there is no injected model to compare."]
+    comparisons = [compare(run.tune, stage) for stage in run.baselines]
+    sentences = [_overall(comparisons)]
+    sentences += [comparison.why for comparison in comparisons if comparison.why]
+    sentences += _place(run.tune, [c for c in comparisons if c.outcome != "unknown"])
+    sentences += _length(run.tune, run.baselines)
+    sentences += _majority(run.tune)
+    if run.tune.accuracy is not None:
+        sentences.append(
+            "The noise here is that of the evaluation set alone. How much a different seed would move the training is "
+            "not in it: one run cannot tell."
+        )
+    return sentences
+
+
+def _unknown(other: Stage, why: str) -> Comparison:
+    return Comparison(other, "unknown", why=f"Injected cannot be compared with {other.label}: {why}")
+
+
+def _by_loss(injected: Stage, other: Stage) -> Comparison:
+    size = "a lower" if injected.loss < other.loss else "a higher" if injected.loss > other.loss else "the same"
+    than = "as" if size == "the same" else "than"
+    why = (
+        f"Injected has {size} loss {than} {other.label} ({significant(injected.loss, 4)} against "
+        f"{significant(other.loss, 4)}); the loss comes without a standard error, so whether that is more than "
+        "chance is not known."
+    )
+    return Comparison(other, "unknown", why=why)
+
+
+def _error(stage: Stage) -> float:
+    # One right and one wrong answer are added (Agresti and Caffo 2000): without them a model that has everything right
+    # would be without noise, and any difference to it beyond the noise.
+    share = (stage.accuracy * stage.n + 1) / (stage.n + 2)
+    return math.sqrt(share * (1 - share) / (stage.n + 2))
+
+
+def _overall(comparisons: list[Comparison]) -> str:
+    by = {
+        outcome: [c.stage.label for c in comparisons if c.outcome == outcome]
+        for outcome in ("won", "tie", "lost", "unknown")
+    }
+    if not comparisons:
+        return "There is nothing to compare the injected model with: this run has no baseline."
+    if len(by["unknown"]) == len(comparisons):
+        return "This run cannot tell whether injecting helped: no comparison could be tested against noise."
+    known = len(comparisons) - len(by["unknown"])
+    every = "the only baseline" if known == 1 else f"all {known} baselines"
+    if len(by["won"]) == known:
+        return f"The injected model beats {every} beyond the noise."
+    if len(by["lost"]) == known:
+        return f"Injecting did not help: the injected model is worse than {every}, beyond the noise."
+    if len(by["tie"]) == known:
+        return f"This run shows no gain from injecting: the injected model is within the noise of {every}."
+    parts = [
+        f"beats {listed(by['won'])} beyond the noise" if by["won"] else "",
+        f"is within the noise of {listed(by['tie'])}" if by["tie"] else "",
+        f"is worse than {listed(by['lost'])} beyond the noise" if by["lost"] else "",
+    ]
+    return f"The injected model does not beat every baseline: it {listed([part for part in parts if part])}."
+
+
+def _place(injected: Stage, comparisons: list[Comparison]) -> list[str]:
+    """Whether the run can tell that the place mattered and not only the number of parameters."""
+    if not comparisons or not injected.trainable:
+        return []
+    same = [
+        c
+        for c in comparisons
+        if c.stage.trainable and abs(c.stage.trainable / injected.trainable - 1) <= SAME_SIZE
+    ]
+    if not same:
+        return [
+            f"No baseline trains about as many parameters as the injected model ({injected.trainable:,}), so this run "
+            "cannot tell whether the chosen place matters or only the number of parameters."
+        ]
+    names = listed([c.stage.label for c in same])
+    lead = f"Of the baselines, {names} {'trains' if len(same) == 1 else 'train'} about as many parameters"
+    outcomes = {c.outcome for c in same}
+    result = {
+        frozenset({"won"}): "was the better one",
+        frozenset({"tie"}): "made no difference beyond the noise",
+        frozenset({"lost"}): "was the worse one",
+    }.get(frozenset(outcomes), "was not the better one throughout")
+    return [f"{lead}: against {'it' if len(same) == 1 else 'them'} the chosen place {result}."]
+
+
+def _length(injected: Stage, others: list[Stage]) -> list[str]:
+    """A longer training is an advantage of its own."""
+    different = [s for s in others if s.trainable and s.steps and injected.steps and s.steps != injected.steps]
+    if not different:
+        return []
+    named = listed([f"{stage.label} {count(stage.steps)}" for stage in different])
+    return [f"Not all trained equally long: injected {count(injected.steps)} steps, {named}."]
+
+
+def _majority(injected: Stage) -> list[str]:
+    if injected.accuracy is None or injected.majority is None or not injected.n:
+        return []
+    gain = injected.accuracy - injected.majority
+    if gain > NOISE * _error(injected):
+        return []
+    return [
+        f"The injected model is no better than always giving the most frequent answer ({percent(injected.majority)} "
+        "right): it has not learnt the task, and comparisons with it mean little."
+    ]

@@ -1,0 +1,64 @@
+"""Numbers and lists as a reader expects to see them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+__all__ = ["MISSING", "accuracy", "count", "layer_list", "listed", "percent", "score", "seconds", "significant"]
+
+MISSING = "not recorded"
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """0.785 as `78.5 %`."""
+    return MISSING if share is None else f"{100 * share:.{digits}f} %"
+
+
+def accuracy(share: float | None, error: float | None) -> str:
+    """0.785 and 0.011 as `78.5 ± 1.1 %`."""
+    if share is None or error is None:
+        return percent(share)
+    return f"{100 * share:.1f} ± {100 * error:.1f} %"
+
+
+def count(number: float | None) -> str:
+    """22713216 as `22,713,216`."""
+    return MISSING if number is None else f"{number:,.0f}"
+
+
+def seconds(number: float | None) -> str:
+    """A duration in the unit that suits it."""
+    if number is None:
+        return MISSING
+    if number < 120:
+        return f"{number:.0f} s" if number >= 10 else f"{number:.1f} s"
+    return f"{number / 60:.1f} min" if number < 7200 else f"{number / 3600:.1f} h"
+
+
+def significant(number: float, digits: int = 3) -> str:
+    """A measured value with so many significant digits; a dash where there is none."""
+    if not math.isfinite(number):
+        return "-"
+    if number != 0 and not 1e-3 <= abs(number) < 1e5:
+        return f"{number:.{digits - 1}e}"
+    decimals = digits - 1 - (math.floor(math.log10(abs(number))) if number else 0)
+    return f"{number:.{max(decimals, 0)}f}"
+
+
+def score(number: float) -> str:
+    """An index between 0 and 1."""
+    return f"{number:.3f}" if math.isfinite(number) else "-"
+
+
+def listed(items: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    items = list(items)
+    return " and ".join([", ".join(items[:-1]), items[-1]] if len(items) > 1 else items)
+
+
+def layer_list(layers: Sequence[int]) -> str:
+    """`layer 3`, `layers 0, 1 and 4`, `no layer`."""
+    if not layers:
+        return "no layer"
+    return f"layer{'s' if len(layers) > 1 else ''} {listed([str(layer) for layer in layers])}"

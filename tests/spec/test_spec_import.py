@@ -1,0 +1,66 @@
+"""Importing is cheap, honest and complete."""
+
+import subprocess
+import sys
+
+import pytest
+
+import inflection_fast
+
+HEAVY = ["transformers", "peft", "matplotlib", "pyarrow", "pandas", "accelerate", "datasets", "rich"]
+PUBLIC = [
+    "attention_entropy", "attention_entropy_qk", "attention_stats", "attention_stats_qk", "AttentionStats",
+    "linear_cka", "delta_cka", "sum_of_squares", "CkaState", "Monitor", "MonitorConfig", "Timeline", "ski", "select",
+    "SelectConfig", "Plan", "inject", "find_blocks",
+]  # fmt: skip
+STAGES = """
+import sys
+import inflection_fast as f
+def report():
+    torch = sys.modules.get("torch")
+    print(*[name for name in HEAVY if name in sys.modules], "cuda" if torch and torch.cuda.is_initialized() else "")
+report()
+import torch
+f.attention_entropy(torch.zeros(2, 3)); f.linear_cka(torch.rand(2, 5, 3), torch.rand(2, 5, 3))
+report()
+f.ski, f.select, f.SelectConfig, f.Plan, f.Timeline
+report()
+import rich, accelerate
+report()
+""".replace("HEAVY", repr(HEAVY))
+
+
+def test_import_operators_and_deciding_load_nothing_heavy_and_start_no_cuda():
+    done = subprocess.run([sys.executable, "-c", STAGES], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    imported, operated, decided, provoked = (set(line.split()) for line in done.stdout.splitlines())
+    assert imported == set() and operated == set()
+    assert decided <= {"pyarrow"}
+    assert provoked >= {"rich", "accelerate"}, "the report does not notice a heavy import"
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_name_is_importable_listed_and_documented(name):
+    thing = getattr(inflection_fast, name)
+    assert name in inflection_fast.__all__ and name in dir(inflection_fast)
+    assert thing.__doc__ and thing.__doc__.strip()
+
+
+def test_every_listed_name_exists_and_star_import_works():
+    names = {}
+    exec("from inflection_fast import *", names)
+    assert set(inflection_fast.__all__) <= set(names)
+
+
+def test_a_name_that_does_not_exist_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="entropie"):
+        _ = inflection_fast.entropie
+    with pytest.raises(ImportError):
+        exec("from inflection_fast import entropie")
+
+
+def test_the_package_has_a_version_and_is_typed():
+    from importlib.resources import files
+
+    assert inflection_fast.__version__.count(".") >= 1
+    assert (files("inflection_fast") / "py.typed").is_file()

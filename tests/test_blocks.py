@@ -1,0 +1,143 @@
+"""Which modules are the blocks of a model."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_models import HandWritten, bert, distilbert, gpt2, llama, t5, vit
+from torch import nn
+
+from inflection_fast.blocks import find_blocks
+
+hf = pytest.importorskip("transformers")
+
+
+def names(model, *args):
+    return [block.name for block in find_blocks(model, *args)]
+
+
+@pytest.mark.parametrize(
+    "build, expected",
+    [
+        (bert, [f"bert.encoder.layer.{i}" for i in range(3)]),
+        (distilbert, [f"distilbert.transformer.layer.{i}" for i in range(2)]),
+        (gpt2, [f"transformer.h.{i}" for i in range(3)]),
+        (llama, [f"model.layers.{i}" for i in range(3)]),
+        (vit, [f"vit.layers.{i}" for i in range(3)]),
+        (HandWritten, [f"blocks.{i}" for i in range(3)]),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_blocks_are_found_by_structure(build, expected):
+    model = build()
+    blocks = find_blocks(model)
+    assert [block.name for block in blocks] == [block.path for block in blocks] == expected
+    assert [block.index for block in blocks] == list(range(len(blocks)))
+    assert all(block.module is model.get_submodule(block.path) for block in blocks)
+
+
+def test_minilm_like_encoder_without_a_head():
+    model = hf.BertModel(hf.BertConfig(hidden_size=8, num_hidden_layers=6, num_attention_heads=2, intermediate_size=8))
+    assert names(model) == [f"encoder.layer.{i}" for i in range(6)]
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_encoder_comes_before_decoder(layers):
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_heads": 2, "vocab_size": 20, "num_layers": layers}
+    expected = [f"{half}.block.{i}" for half in ("encoder", "decoder") for i in range(layers)]
+    assert names(hf.T5ForConditionalGeneration(hf.T5Config(**sizes))) == expected
+
+    class Backwards(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(8, 2, 8), layers)
+            self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 8, batch_first=True), layers)
+
+    assert names(Backwards()) == [f"{half}.layers.{i}" for half in ("encoder", "decoder") for i in range(layers)]
+
+
+def test_a_block_with_a_list_of_parts_is_one_block():
+    assert "encoder.block.0.layer.0" not in names(t5())
+
+
+def test_stacks_inside_stacks_give_the_inner_blocks():
+    config = hf.SwinConfig(image_size=32, patch_size=4, embed_dim=8, depths=[2, 2], num_heads=[2, 2], window_size=4)
+    assert names(hf.SwinModel(config)) == [f"encoder.layers.{i}.blocks.{j}" for i in range(2) for j in range(2)]
+
+
+def test_attention_is_recognised_by_the_call_where_no_name_says_so():
+    class Cell(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+
+        def forward(self, x):
+            q, k, v = self.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+            return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    assert names(nn.Sequential(nn.Linear(8, 8), nn.Sequential(Cell(), Cell()))) == ["1.0", "1.1"]
+
+
+def test_a_normalisation_named_after_attention_is_not_attention():
+    class Mixer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention_norm, self.mix = nn.LayerNorm(8), nn.Linear(8, 8)
+
+    with pytest.raises(ValueError, match="no stack of blocks with attention"):
+        find_blocks(nn.ModuleList([Mixer(), Mixer()]))
+
+
+def test_names_lack_the_prefixes_of_wrappers_and_paths_have_them():
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(bert(), peft.LoraConfig(target_modules=["query"]))
+    block = find_blocks(adapted)[0]
+    assert (block.name, block.path) == ("bert.encoder.layer.0", "base_model.model.bert.encoder.layer.0")
+
+    block = find_blocks(torch.compile(gpt2()))[1]
+    assert (block.name, block.path) == ("transformer.h.1", "_orig_mod.transformer.h.1")
+
+    class Wrapper(nn.Module):  # as DistributedDataParallel, which needs a process group
+        __module__ = "torch.nn.parallel.distributed"
+
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+    block = find_blocks(Wrapper(adapted))[2]
+    assert (block.name, block.path) == ("bert.encoder.layer.2", "module.base_model.model.bert.encoder.layer.2")
+
+
+def test_a_submodule_that_happens_to_be_called_module_keeps_its_name():
+    class Holder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = HandWritten()
+
+    assert names(Holder())[0] == "module.blocks.0"
+
+
+def test_blocks_by_name_keep_the_given_order():
+    model = gpt2()
+    assert names(model, ["transformer.h.2", "transformer.h.0"]) == ["transformer.h.2", "transformer.h.0"]
+    compiled = torch.compile(model)
+    for name in ("transformer.h.1", "_orig_mod.transformer.h.1"):
+        assert find_blocks(compiled, [name])[0].path == "_orig_mod.transformer.h.1"
+
+
+def test_a_name_that_does_not_exist_is_refused_with_near_matches():
+    with pytest.raises(ValueError, match=r"no module 'transformer.h.7'.*'transformer.h.[012]'"):
+        find_blocks(gpt2(), ["transformer.h.7"])
+    with pytest.raises(ValueError, match="stands twice"):
+        find_blocks(gpt2(), ["transformer.h.1", "transformer.h.1"])
+    with pytest.raises(TypeError, match="single string 'transformer.h.1'"):
+        find_blocks(gpt2(), "transformer.h.1")
+
+
+def test_models_without_attention_are_refused():
+    for model in (nn.Linear(2, 2), nn.Sequential(nn.Conv2d(1, 1, 1), nn.Conv2d(1, 1, 1))):
+        with pytest.raises(ValueError, match="no stack of blocks with attention"):
+            find_blocks(model)
+    with pytest.raises(ValueError, match="no stack of blocks with attention"):
+        find_blocks(bert(), [])
+    with pytest.raises(TypeError, match=r"expected a torch.nn.Module, got dict"):
+        find_blocks({})

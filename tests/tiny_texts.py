@@ -1,0 +1,102 @@
+"""Tiny models and texts, made here and now: nothing is fetched, and a training takes a second."""
+
+from __future__ import annotations
+
+import csv
+import random
+from pathlib import Path
+
+GOOD = ("good", "great", "fine", "lovely", "bright", "warm", "clever", "fresh")
+BAD = ("bad", "awful", "dull", "weak", "cold", "grim", "stale", "flat")
+OTHER = tuple(f"word{i}" for i in range(40))
+
+
+def tokenizer():
+    """One token per word."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *GOOD, *BAD, *OTHER]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        eos_token="[SEP]",
+    )
+
+
+def bert_config(**changes):
+    """Three blocks, two heads."""
+    from transformers import BertConfig
+
+    settings = {
+        "vocab_size": 64,
+        "hidden_size": 16,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+    }
+    return BertConfig(**{**settings, **changes})
+
+
+def bert(folder: Path) -> Path:
+    """A BERT without a head, and its tokenizer, saved."""
+    import torch
+    from transformers import BertModel
+
+    torch.manual_seed(0)
+    BertModel(bert_config()).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def llama(folder: Path) -> Path:
+    """A decoder for language, and its tokenizer, saved."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=32,
+        max_position_embeddings=64,
+        pad_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def reviews(count: int, seed: int = 0) -> list[dict[str, str]]:
+    """Distinct texts whose label can be read off their words; ten films."""
+    rng = random.Random(seed)
+    rows: dict[str, dict[str, str]] = {}
+    while len(rows) < count:
+        label = rng.choice(["neg", "pos"])
+        words = [rng.choice(GOOD if label == "pos" else BAD), *rng.choices(OTHER, k=rng.randint(2, 9))]
+        rng.shuffle(words)
+        text = " ".join(words)
+        rows[text] = {"text": text, "label": label, "film": f"film{rng.randrange(10)}"}
+    return list(rows.values())
+
+
+def write_csv(path: Path, rows: list[dict]) -> Path:
+    """The rows as a CSV file."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
