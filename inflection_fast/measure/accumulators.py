@@ -48,8 +48,8 @@ class HeadMeans:
             ignored |= ~valid[:, None, :].to(self._sums.device)
         fields = _stacked(stats, ("entropy", "collision", "sink"), self._sums.device)
         # Filled, not multiplied: what padding holds may be NaN.
-        fields = fields.masked_fill_(ignored, 0.0).sum(2, dtype=torch.float64)  # [3, G, H, R]
-        v = len(stats[0].entropy) - ignored.sum(1, dtype=torch.float64)[None]  # [1, G, H, R]
+        fields = fields.masked_fill_(ignored, 0.0).sum(2).double()  # [3, G, H, R]
+        v = (len(stats[0].entropy) - ignored.sum(1)).double()[None]  # [1, G, H, R]
         self._sums[_COUNT : _SINK + 1].index_add_(1, layers, torch.cat([v, fields]) @ strata.weights)
         if strata.rows is not None:
             dy, dv = fields[:1].diff(dim=-1), v.diff(dim=-1)
