@@ -59,6 +59,12 @@ IF_INLINE vf load(const F16* p) {
   const vu special = (vu)((x & 0x7c00) == 0x7c00) & 0x7f800000u;
   return (vf)((vu)magnitude | special | (x & 0x8000) << 16);
 }
+IF_INLINE vd load(const double* p) {
+  vd x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return x;
+}
+IF_INLINE void store(double* p, vd x) { __builtin_memcpy(p, &x, sizeof x); }
 IF_INLINE void store(float* p, vf x) { __builtin_memcpy(p, &x, sizeof x); }
 IF_INLINE void store_u16(void* p, vu x) {
   const vh narrow = __builtin_convertvector(x, vh);
@@ -126,15 +132,35 @@ struct Larger {
 IF_INLINE float sum(vf x) { return across<W>(x, Plus{}); }
 IF_INLINE float max(vf x) { return across<W>(x, Larger{}); }
 
-// The sum of the lanes in float64.
-IF_INLINE double wide_sum(vf x) {
+// The halves of a vector added up in float64.
+IF_INLINE vd widened(vf x) {
   typename Floats<W / 2>::type a, b;
   __builtin_memcpy(&a, &x, sizeof a);
   __builtin_memcpy(&b, reinterpret_cast<const char*>(&x) + sizeof a, sizeof b);
-  const vd both = __builtin_convertvector(a, vd) + __builtin_convertvector(b, vd);
+  return __builtin_convertvector(a, vd) + __builtin_convertvector(b, vd);
+}
+
+// The sum of the lanes in float64.
+IF_INLINE double wide_sum(vf x) {
+  const vd both = widened(x);
   double total = 0.0;
   for (int lane = 0; lane < W / 2; ++lane) total += both[lane];
   return total;
+}
+
+// Sums of pairs of neighbours, of a and then of b.
+template <int... I>
+IF_INLINE vd pair_sums(vd a, vd b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (2 * I)...) + __builtin_shufflevector(a, b, (2 * I + 1)...);
+}
+// Lane i of the result is the sum of the lanes of rows[i], for W / 2 rows.
+template <int N>
+IF_INLINE vd row_sums(const vd* rows) {
+  if constexpr (N == 1) {
+    return rows[0];
+  } else {
+    return pair_sums(row_sums<N / 2>(rows), row_sums<N / 2>(rows + N / 2), std::make_integer_sequence<int, W / 2>{});
+  }
 }
 
 // log(1 + x) for x >= 0, absolute error below 2e-9, relative where x is small. 1 + x = 2^k (1 + z), s = z / (2 + z),
