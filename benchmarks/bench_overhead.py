@@ -6,9 +6,9 @@ from cases import race
 
 from inflection_fast import Monitor, MonitorConfig
 
-BATCH, TOKENS = 32, 64
+BATCH, TOKENS = 8, 64
 CYCLE = 10  # the default of MonitorConfig.every
-GOAL_EVERY_STEP, GOAL_EVERY_CYCLE = 1 / 1.04, 1 / 1.01  # of a step's time, as ratios: unmonitored / ours
+ROUNDS = 60
 SIGNALS = ("attention", "activation_grad", "parameter_grad")  # delta-CKA runs a probe, whose size is the user's choice
 
 
@@ -27,30 +27,45 @@ class Training:
             "labels": torch.arange(BATCH) % 2,
         }
 
-    def steps(self, count, monitor):
-        for _ in range(count):
-            self.model(**self.batch).loss.backward()
-            monitor.step()
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+    def step(self):
+        self.model(**self.batch).loss.backward()
+
+    def update(self):
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
 
-def race_steps(benchmark, name, count, goal, **settings):
-    """Race `count` steps of which the first is measured against as many that are not, twice."""
+def bench_training_step(benchmark):
     training = Training()
-    # One run with a schedule that puts the measured step into the first rival of every round: the others find the model
-    # without hooks, and nobody pays for entering the monitor, which happens once a run.
-    labels = ("monitored", "unmonitored", "unmonitored again")  # the last shows what the clock itself is worth
-    with Monitor(training.model, MonitorConfig(every=len(labels) * count, signals=SIGNALS)) as monitor:
-        rivals = {label: lambda: training.steps(count, monitor) for label in labels}
-        record = race(benchmark, name, rivals, goals={"unmonitored": goal}, **settings)
-    assert len(monitor.timeline.steps) == record["rounds"] + settings.get("warmup", 2)
 
+    def unmonitored():
+        training.step()
+        training.update()
 
-def bench_monitor_every_step(benchmark):
-    race_steps(benchmark, "training step of MiniLM, measured at every step", 1, GOAL_EVERY_STEP)
+    def measured():
+        monitor.step()  # ends a step that is not measured: whoever trained since then found the model without hooks
+        training.step()
+        monitor.step()
+        training.update()
 
+    def percent(median):
+        """What the monitor adds to the time of a run, and what the same comparison finds where there is nothing."""
+        added, noise = (median[label] / median["unmonitored"] - 1 for label in ("measured", "unmonitored, again"))
+        return {
+            "% at every step": 100 * added,
+            f"% at every {CYCLE} steps": 100 * added / CYCLE,
+            "% of noise": 100 * noise,
+        }
 
-def bench_monitor_every_ten_steps(benchmark):
-    name = f"{CYCLE} training steps of MiniLM, one of them measured"
-    race_steps(benchmark, name, CYCLE, GOAL_EVERY_CYCLE, rounds=4, warmup=1)
+    with Monitor(training.model, MonitorConfig(every=2, signals=SIGNALS)) as monitor:
+        training.step()
+        monitor.step()
+        record = race(
+            benchmark,
+            "training step of MiniLM, everything trainable",
+            {"measured": measured, "unmonitored": unmonitored, "unmonitored, again": unmonitored},
+            goals={"unmonitored": 1 / 1.04},
+            extra=percent,
+            rounds=ROUNDS,
+        )
+    assert len(monitor.timeline.steps) == record["rounds"] + 3  # the first, and two rounds of warm-up

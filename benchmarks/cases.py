@@ -11,8 +11,9 @@ To add a case, write a test that takes pytest-benchmark's fixture and hands the 
             goals={"eager": 20, "x.sum()": 1 / 1.8},   # ours must be so many times as fast as that rival
         )
 
-One round calls every rival once, in turn, so that whatever disturbs the machine disturbs all of them. Times are
-milliseconds, ratios are those of medians: rival / ours. What is not a time goes into `extra`, see `extra_bytes`.
+One round calls every rival once, in a new random order, so that whatever disturbs the machine disturbs all of them.
+Times are milliseconds, ratios are those of medians: rival / ours. What is not a time goes into `extra`, see
+`extra_bytes`; what follows from the times is a function of their medians there.
 Nothing fails by the clock: goals that were missed stand in the results and in the table like those that were met.
 
 `python -m pytest benchmarks` runs all, `python benchmarks/table.py` then writes the README's table.
@@ -25,6 +26,7 @@ import gc
 import json
 import os
 import platform
+import random
 import re
 import statistics
 import subprocess
@@ -48,13 +50,13 @@ def race(
     rivals: dict[str, Callable[[], object]],
     *,
     goals: dict[str, float] | None = None,
-    extra: dict[str, float] | None = None,
+    extra: dict[str, float] | Callable[[dict[str, float]], dict[str, float]] | None = None,
     rounds: int = ROUNDS,
     warmup: int = 2,
     calls: int = 1,
     device: str = "cpu",
 ) -> dict:
-    """Time the rivals in turn, `calls` calls each a round; store, print and return the record of this case."""
+    """Time the rivals, `calls` calls each a round; store, print and return the record of this case."""
     ours, *others = rivals
     unknown = set(goals or {}) - set(others)
     if unknown:
@@ -62,9 +64,11 @@ def race(
     times: dict[str, list[float]] = {label: [] for label in rivals}
     clock = _cuda_ms if device == "cuda" else _cpu_ms
 
+    order = random.Random(0)
+
     def one_round() -> None:
-        for label, call in rivals.items():
-            times[label].append(clock(call, calls))
+        for label in order.sample(list(rivals), len(rivals)):
+            times[label].append(clock(rivals[label], calls))
 
     gc.collect()
     benchmark.pedantic(one_round, rounds=rounds, warmup_rounds=warmup, iterations=1)
@@ -120,7 +124,7 @@ def machine(device: str = "cpu") -> dict:
     }
 
 
-def _record(times: dict[str, list[float]], warmup: int, goals: dict[str, float], extra: dict[str, float]) -> dict:
+def _record(times: dict[str, list[float]], warmup: int, goals: dict[str, float], extra) -> dict:
     ours, *others = times
     kept = {label: sorted(values[warmup:]) for label, values in times.items()}
     median = {label: statistics.median(values) for label, values in kept.items()}
@@ -131,7 +135,7 @@ def _record(times: dict[str, list[float]], warmup: int, goals: dict[str, float],
         },
         "ratios": {label: round(median[label] / median[ours], 3) for label in others},
         "goals": {label: round(goal, 3) for label, goal in goals.items()},
-        "extra": extra,
+        "extra": extra(median) if callable(extra) else extra,
         "rounds": len(kept[ours]),
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),

@@ -43,7 +43,7 @@ def table(results: dict) -> str:
     ]
     for name, case in results["cases"].items():
         rivals = "<br>".join(rival(case, label) for label in case["ratios"])
-        extra = "<br>".join(f"{key}: {value:g}" for key, value in case["extra"].items())
+        extra = "<br>".join(f"{key}: {value:.3g}" for key, value in case["extra"].items())
         lines.append(f"| {name} | {case['ms'][case['ours']]['p50']:.3g} | {rivals} | {extra} |")
     return "\n".join(lines)
 
