@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import shutil
 import subprocess
@@ -79,6 +80,21 @@ def test_the_border_of_the_noise_is_two_standard_errors_of_the_difference():
 
 def test_everything_right_out_of_few_is_not_without_noise():
     assert compare(stage(1.0, n=40), stage(0.9, n=40)).outcome == "tie"
+    assert compare(stage(1.0, n=4, right="1111"), stage(0.75, n=4, right="1110")).outcome == "tie"
+
+
+def test_what_both_get_right_or_wrong_carries_no_noise():
+    ours = "1" * 1990 + "0" * 500 + "1" * 10
+    injected = stage(ours.count("1") / 2500, right=ours)
+    for gained, lost, outcome in [(12, 10, "tie"), (50, 10, "won"), (10, 50, "lost")]:
+        theirs = "0" * gained + "1" * (1990 - gained) + "1" * lost + "0" * (500 - lost) + "1" * 10
+        other = stage(theirs.count("1") / 2500, right=theirs)
+        comparison = compare(injected, other)
+        assert comparison.outcome == outcome
+        differences = np.array(list(ours), dtype=float) - np.array(list(theirs), dtype=float)
+        assert comparison.difference == pytest.approx(differences.mean())
+        assert comparison.standard_error == pytest.approx(differences.std() / 50, rel=0.05)
+        assert compare(dataclasses.replace(injected, right=None), other).outcome == "tie"  # too little to see unpaired
 
 
 def test_different_test_sets_are_not_compared():
@@ -245,6 +261,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
         ("run.json", "[]", "must hold a JSON object"),
         ("tune/stage.json", "{", "is not JSON"),
         ("tune/stage.json", '{"metrics": {"accuracy": "high"}}', "accuracy must be a number; it is 'high'"),
+        ("tune/stage.json", '{"metrics": {"n": 3, "right": "01"}}', "right must be a text of one 0 or 1 per example"),
         ("plan.json", "{}", "is not a plan"),
         ("config.yaml", "a: [", "is not YAML"),
         ("measure/timeline.arrows", "not arrow", "is not a timeline"),

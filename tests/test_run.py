@@ -127,6 +127,7 @@ def test_stages_record_what_they_did(finished):
         metrics = found["metrics"]
         assert found["stage"] == name and found["steps"] == 6
         assert metrics["correct"] == round(metrics["accuracy"] * metrics["n"]) and metrics["n"] == found["data"]["test"]
+        assert metrics["right"].count("1") == metrics["correct"] and len(metrics["right"]) == metrics["n"]
         assert 0.5 <= found["majority"] < 1 and found["train_seconds"] > 0 and found["evaluate_seconds"] > 0
     source, measure, tune, last = (stage(folder, name) for name in ("source", "measure", "tune", "baseline-last"))
     assert source["trainable_parameters"] == source["total_parameters"] > measure["trainable_parameters"]

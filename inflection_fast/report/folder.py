@@ -42,6 +42,7 @@ class Stage:
     evaluate_seconds: float | None
     overhead: dict[str, float] | None
     data: dict[str, Any] | None
+    right: str | None = None  # a "1" per example that was right, else "0"
 
     @property
     def standard_error(self) -> float | None:
@@ -187,7 +188,17 @@ def _stage(content: dict[str, Any], path: Path, name: str) -> Stage:
         evaluate_seconds=_number(path, content, "evaluate_seconds"),
         overhead=content.get("overhead"),
         data=content.get("data"),
+        right=_right(path, metrics),
     )
+
+
+def _right(path: Path, metrics: dict[str, Any]) -> str | None:
+    right = metrics.get("right")
+    if right is not None and not (
+        isinstance(right, str) and set(right) <= set("01") and len(right) == metrics.get("n")
+    ):
+        raise ValueError(f"{path}: right must be a text of one 0 or 1 per example.")
+    return right
 
 
 def _number(path: Path, content: dict[str, Any], key: str) -> Any:

@@ -70,9 +70,15 @@ def _answer(run: Run, pictures: Pictures) -> list[str]:
     if any(stage.accuracy is not None for stage in run.in_order):
         blocks.append(
             f"± is one binomial standard error. Differences up to {NOISE:g} standard errors of the difference are "
-            "called noise; the two models of a comparison are treated as independent samples, which errs towards noise."
+            f"called noise; {_pairing(run)}"
         )
     return [*blocks, _picture(pictures, "stages")]
+
+
+def _pairing(run: Run) -> str:
+    if run.tune is not None and run.tune.right and all(stage.right for stage in run.baselines):
+        return "the models are compared example by example, so what both get right or both get wrong carries no noise."
+    return "the two models of a comparison are treated as independent samples, which errs towards noise."
 
 
 def _stage_table(run: Run) -> str:

@@ -1,8 +1,8 @@
 """Does the injected model beat what it is compared with, beyond the noise of the evaluation set?
 
-Only the counts of right answers are known, not which examples were right, so the two models are treated as independent
-samples. Evaluated on the same examples they usually err on the same ones, and the true noise of their difference is
-then smaller: the test errs towards calling a tie.
+The models are compared example by example, on the same ones: what both get right or both get wrong carries no noise.
+Where a run has kept only how many answers were right, the models count as independent samples, whose difference is
+noisier: that errs towards calling a tie.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def compare(injected: Stage, other: Stage) -> Comparison:
     if injected.n != other.n:
         return _unknown(other, f"they were evaluated on different examples ({injected.n:,} and {other.n:,}).")
     difference = injected.accuracy - other.accuracy
-    error = math.hypot(_error(injected), _error(other))
+    error = _paired_error(injected.right, other.right) or math.hypot(_error(injected), _error(other))
     outcome = "tie" if abs(difference) <= NOISE * error else "won" if difference > 0 else "lost"
     return Comparison(other, outcome, difference, error)
 
@@ -81,6 +81,17 @@ def _error(stage: Stage) -> float:
     # would be without noise, and any difference to it beyond the noise.
     share = (stage.accuracy * stage.n + 1) / (stage.n + 2)
     return math.sqrt(share * (1 - share) / (stage.n + 2))
+
+
+def _paired_error(a: str | None, b: str | None) -> float | None:
+    """Standard error of the difference of two accuracies on the same examples; None where those are not known.
+
+    From the share of examples that only one of the two got right, one added to each (Bonett and Price 2012).
+    """
+    if a is None or b is None:
+        return None
+    only_a, only_b = ((sum(x > y for x, y in zip(*both, strict=True)) + 1) / (len(a) + 2) for both in ((a, b), (b, a)))
+    return math.sqrt((only_a + only_b - (only_a - only_b) ** 2) / (len(a) + 2))
 
 
 def _overall(comparisons: list[Comparison]) -> str:

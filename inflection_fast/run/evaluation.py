@@ -19,14 +19,24 @@ def class_logits(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
     return (outputs[0] if isinstance(outputs, tuple) else outputs).float()
 
 
-def classification_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Accuracy and mean cross-entropy, with the counts they come from."""
+def classification_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """Accuracy and mean cross-entropy, with the counts they come from, and a "1" for every text that was right.
+
+    With the last, two models on the same texts can be compared text by text.
+    """
     logits = np.asarray(logits, dtype=np.float64)
     top = logits.max(axis=-1, keepdims=True)
     log_sum = top[:, 0] + np.log(np.exp(logits - top).sum(axis=-1))
     losses = log_sum - logits[np.arange(len(labels)), labels]
-    correct = int((logits.argmax(axis=-1) == labels).sum())
-    return {"accuracy": correct / len(labels), "loss": float(losses.mean()), "n": len(labels), "correct": correct}
+    right = logits.argmax(axis=-1) == labels
+    correct = int(right.sum())
+    return {
+        "accuracy": correct / len(labels),
+        "loss": float(losses.mean()),
+        "n": len(labels),
+        "correct": correct,
+        "right": "".join("01"[one] for one in right.tolist()),
+    }
 
 
 def token_losses(logits: Any, labels: torch.Tensor) -> torch.Tensor:
