@@ -17,9 +17,10 @@ KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0a;10.0+PTX")
 
 
-def library(name, *folders):
+def library(name, *folders, stems=None):
     """A library that torch.ops.load_library opens; one binary serves every Python and torch from the target on."""
-    sources = [str(path.relative_to(ROOT)) for folder in folders for path in sorted((ROOT / folder).glob("*.cpp"))]
+    found = [path for folder in folders for path in sorted((ROOT / folder).glob("*.cpp"))]
+    sources = [str(path.relative_to(ROOT)) for path in found if stems is None or path.stem in stems]
     headers = [str(path) for path in sorted((ROOT / "csrc").rglob("*")) if path.suffix in (".h", ".inc", ".cuh")]
     kwargs = {"depends": headers, "extra_compile_args": list(CXX), "py_limited_api": True}
     return CppExtension(f"inflection_fast.{name}", sources, **kwargs)
@@ -52,7 +53,8 @@ class Build(BuildExtension):
         ext.libraries += ["cudart_static", "dl", "rt", "pthread"]
 
 
-cuda = [library("_cuda", "csrc/torch")] if NVCC and KERNELS else []
+# Operators without a kernel in csrc/cuda are not bound: torch then refuses their CUDA tensors by name.
+cuda = [library("_cuda", "csrc/torch", stems={path.stem for path in KERNELS})] if NVCC and KERNELS else []
 setup(
     ext_modules=[library("_cpu", "csrc/torch", "csrc/cpu"), *cuda],
     cmdclass={"build_ext": Build.with_options(use_ninja=True)},

@@ -146,7 +146,8 @@ int64_t attention_stats_qk_grad_query_items(const AttentionStatsQkBackwardArgs&)
 void attention_stats_qk_grad_query_cpu(const AttentionStatsQkBackwardArgs&, int64_t begin, int64_t end);
 int64_t attention_stats_qk_grad_key_items(const AttentionStatsQkBackwardArgs&);
 void attention_stats_qk_grad_key_cpu(const AttentionStatsQkBackwardArgs&, int64_t begin, int64_t end);
-int attention_stats_qk_backward_cuda(const AttentionStatsQkBackwardArgs&, void* stream);
+int attention_stats_qk_grad_query_cuda(const AttentionStatsQkBackwardArgs&, void* stream);
+int attention_stats_qk_grad_key_cuda(const AttentionStatsQkBackwardArgs&, void* stream);
 
 // ---- cka: the sums over rows behind linear CKA -----------------------------------------------------------------------
 

@@ -1,0 +1,26 @@
+// Reductions over the lanes of a warp, and the conversion of stored numbers.
+#pragma once
+
+#include "launch.cuh"
+
+namespace inflection {
+
+template <class T>
+__device__ __forceinline__ T warp_sum(T x) {
+  for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2) x += __shfl_xor_sync(kAllLanes, x, lanes);
+  return x;
+}
+
+struct BF16 { uint16_t bits; };
+struct F16 { uint16_t bits; };
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(BF16 x) { return __uint_as_float(unsigned{x.bits} << 16); }
+// Exact: the exponent is rescaled by 2^112, which also makes subnormals right; infinities and NaNs are put back.
+__device__ __forceinline__ float to_float(F16 x) {
+  const float magnitude = __uint_as_float(unsigned(x.bits & 0x7fff) << 13) * 0x1p112f;
+  const unsigned special = (x.bits & 0x7c00) == 0x7c00 ? 0x7f800000u : 0u;
+  return __uint_as_float(__float_as_uint(magnitude) | special | unsigned(x.bits & 0x8000) << 16);
+}
+
+}  // namespace inflection
