@@ -129,14 +129,14 @@ struct Slice {
 
 // The score of key 0, unscaled: -inf where it is masked.
 template <class T>
-__device__ float first_score(const AttentionStatsArgs& args, const Form& form, const Row& row) {
+__device__ double first_score(const AttentionStatsArgs& args, const Form& form, const Row& row) {
   if (row.cols == 0) return -kInf;
   const float v = to_float(static_cast<const T*>(args.logits)[row.logits]);
   if (v <= args.floor) return -kInf;
   if (args.mask.data == nullptr) return v * form.factor;
   if (!form.low) return static_cast<const uint8_t*>(args.mask.data)[row.mask] ? v * form.factor : -kInf;
   const float bias = mask_value(args.mask, row.mask);
-  return bias <= args.mask.floor ? -kInf : fmaf(v, form.factor, bias);
+  return bias <= args.mask.floor ? -double(kInf) : v * args.scale + bias;
 }
 
 template <class T, bool kVector, bool kMask>
@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(kThreads) stats_by_warp(AttentionStatsArgs arg
   const RowTotal total = total_of<T, kVector, kMask>(args, form, row, thread, kWarpSize, keys);
   keys = warp_sum(keys);
   if (thread != 0) return;
-  const float first = form.first ? first_score<T>(args, form, row) : -kInf;
+  const double first = form.first ? first_score<T>(args, form, row) : -kInf;
   write_row(total, keys, first, form.scale, form.exponential, row.index, args.out);
 }
 
@@ -194,7 +194,7 @@ __global__ void __launch_bounds__(kThreads) stats_by_block(AttentionStatsArgs ar
   total = merge_warp(total, form.exponential);
   keys = warp_sum(threadIdx.x < kWarps ? memory.keys[threadIdx.x] : 0);
   if (threadIdx.x != 0) return;
-  const float first = form.first ? first_score<T>(args, form, row) : -kInf;
+  const double first = form.first ? first_score<T>(args, form, row) : -kInf;
   write_row(total, keys, first, form.scale, form.exponential, row.index, args.out);
 }
 

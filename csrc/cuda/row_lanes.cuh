@@ -107,7 +107,7 @@ __device__ __forceinline__ RowTotal merge_warp(RowTotal row, const Exponential& 
 }
 
 // Writes what is wanted of row `index`; `first` is the unscaled score of key 0, -inf where it is masked.
-__device__ __forceinline__ void write_row(const RowTotal& row, int keys, float first, double scale,
+__device__ __forceinline__ void write_row(const RowTotal& row, int keys, double first, double scale,
                                           const Exponential& exponential, int64_t index, const RowOutputs& out) {
   const bool broken = row.dot != row.dot, empty = !broken && row.max == -kInf;
   const double beyond = row.below + (row.tops - 1), sum = beyond + 1.0;
@@ -119,7 +119,7 @@ __device__ __forceinline__ void write_row(const RowTotal& row, int keys, float f
   write(out.entropy, entropy > 0.0 ? entropy : 0.0, 0.f);
   write(out.lse, top * scale + log_sum, -kInf);
   if (out.keys == nullptr) return;
-  const float d = first - row.max;
+  const float d = static_cast<float>(first - top);
   write(out.max_logit, top * scale, -kInf);
   out.keys[index] = static_cast<float>(keys);
   write(out.collision, (double(row.square) + row.tops) / (sum * sum), 0.f);
