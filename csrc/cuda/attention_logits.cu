@@ -17,6 +17,7 @@ constexpr int kThreads = 256;
 constexpr int kVectorBytes = 16;
 constexpr int kDenseSlice = 4 * kVectorBytes;  // what a thread holds at once: 4 loads are in flight per thread
 constexpr int kOtherSlice = kVectorBytes;      // with a mask or strides the addresses cost more than the latency
+constexpr int slice_bytes(bool vector, bool mask) { return vector && !mask ? kDenseSlice : kOtherSlice; }
 constexpr int64_t kLongRow = 1024;      // columns from which a block pays for a row,
 constexpr int64_t kFewRows = 132 * 64;  // when there are fewer rows than warps on a large device
 constexpr double kSmallestScale = 1e-28, kLargestScale = 1e28;  // as in csrc/cpu/attention_scores.inc
@@ -139,10 +140,10 @@ __device__ double first_score(const AttentionStatsArgs& args, const Form& form, 
   return bias <= args.mask.floor ? -double(kInf) : v * args.scale + bias;
 }
 
-template <class T, bool kVector, bool kMask>
+template <class T, bool kVector, bool kMask, int kBytes>
 __device__ __forceinline__ RowTotal total_of(const AttentionStatsArgs& args, const Form& form, const Row& row, int thread,
                                              int threads, int& keys) {
-  using Part = Slice<T, kVector, kMask, kVector && !kMask ? kDenseSlice : kOtherSlice>;
+  using Part = Slice<T, kVector, kMask, kBytes>;
   RowLane lane;
   for (int64_t begin = 0; begin < row.cols; begin += int64_t{Part::N} * threads) {
     Part part;
@@ -164,7 +165,7 @@ __global__ void __launch_bounds__(kThreads) stats_by_warp(AttentionStatsArgs arg
   const int thread = threadIdx.x % kWarpSize;
   const Row row = row_of(args, item);
   int keys = 0;
-  const RowTotal total = total_of<T, kVector, kMask>(args, form, row, thread, kWarpSize, keys);
+  const RowTotal total = total_of<T, kVector, kMask, slice_bytes(kVector, kMask)>(args, form, row, thread, kWarpSize, keys);
   keys = warp_sum(keys);
   if (thread != 0) return;
   const double first = form.first ? first_score<T>(args, form, row) : -kInf;
@@ -184,7 +185,7 @@ __global__ void __launch_bounds__(kThreads) stats_by_block(AttentionStatsArgs ar
   BlockMemory& memory = shared<BlockMemory>();
   const Row row = row_of(args, blockIdx.x);
   int keys = 0;
-  RowTotal total = total_of<T, kVector, kMask>(args, form, row, threadIdx.x, kThreads, keys);
+  RowTotal total = total_of<T, kVector, kMask, slice_bytes(kVector, kMask)>(args, form, row, threadIdx.x, kThreads, keys);
   keys = warp_sum(keys);
   const int warp = threadIdx.x / kWarpSize;
   if (threadIdx.x % kWarpSize == 0) memory.totals[warp] = total, memory.keys[warp] = keys;
@@ -200,21 +201,6 @@ __global__ void __launch_bounds__(kThreads) stats_by_block(AttentionStatsArgs ar
 
 __device__ __forceinline__ float at(const float* values, int64_t i) { return values == nullptr ? 0.f : values[i]; }
 
-// Sixteen-bit gradients round to the nearest, ties to even.
-__device__ __forceinline__ void put(float* out, float x) { *out = x; }
-__device__ __forceinline__ void put(BF16* out, float x) {
-  const unsigned bits = __float_as_uint(x), rounded = bits + 0x7fffu + (bits >> 16 & 1);
-  out->bits = static_cast<uint16_t>((x == x ? rounded : bits | 0x400000u) >> 16);
-}
-__device__ __forceinline__ void put(F16* out, float x) {
-  const unsigned bits = __float_as_uint(x), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
-  unsigned half = (magnitude + 0xfffu + (magnitude >> 13 & 1) - 0x38000000u) >> 13;
-  if (magnitude < 0x38800000u) half = __float_as_uint(__uint_as_float(magnitude) + 0.5f) - 0x3f000000u;  // subnormal
-  if (magnitude >= 0x477ff000u) half = 0x7c00u;
-  if (magnitude > 0x7f800000u) half = 0x7e00u;
-  out->bits = static_cast<uint16_t>(half | sign);
-}
-
 // One warp a row. G is the dtype of the gradient: that of the logits, or float32 for the gradient of the scores.
 template <class T, class G, bool kVector, bool kMask>
 __global__ void __launch_bounds__(kThreads) backward_by_warp(AttentionStatsBackwardArgs args, Form form, Exponential unscaled, int64_t items) {
@@ -228,7 +214,7 @@ __global__ void __launch_bounds__(kThreads) backward_by_warp(AttentionStatsBackw
   float top = 0.f, log_sum = lse;  // log p = (value - top) * scale - log_sum
   if (lse - lse == 0.f && fabsf(lse) > kLargeLse) {
     int keys = 0;
-    const RowTotal total = total_of<T, kVector, kMask>(args.forward, form, row, thread, kWarpSize, keys);
+    const RowTotal total = total_of<T, kVector, kMask, kOtherSlice>(args.forward, form, row, thread, kWarpSize, keys);
     top = total.max;
     log_sum = static_cast<float>(log1p(total.below + (total.tops - 1)));
   }

@@ -28,7 +28,8 @@ def build(folder: Path, *, sanitize: bool = False) -> Path:
     flags += ["-Wall", "-Wno-unknown-pragmas", "-ffp-contract=off", *(SANITIZE if sanitize else [])]
     sources = [HERE / "emulator.cpp"]
     sources += [ROOT / "csrc" / "cuda" / f"{stem}.cu" for stem in stems()]
-    sources += [ROOT / "csrc" / "torch" / f"{stem}.cpp" for stem in stems()]
+    bindings = [ROOT / "csrc" / "torch" / f"{stem}.cpp" for stem in stems()]
+    sources += [path for path in bindings if path.is_file()]
     headers = [*(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cuh"), *HERE.glob("*.h")]
     newest_header = max(path.stat().st_mtime for path in headers)
 

@@ -89,6 +89,67 @@ inline unsigned ballot(unsigned mask, bool predicate, const Place& place) {
   return payload;
 }
 
+// mma m16n8k16. The 16 products of an element are added to it as one sum, which is then cut off, not rounded: no device
+// is documented to do better.
+template <class Widen>
+void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Widen, const Place& place) {
+  struct Payload {
+    float c[4];
+    uint32_t a[4], b[2];
+  } payload{{c[0], c[1], c[2], c[3]}, {a[0], a[1], a[2], a[3]}, {b0, b1}};
+  warp_operation(
+      0xffffffffu, &payload, sizeof payload,
+      [](void* const* payloads, unsigned, const void*) {
+        const auto half = [](uint32_t word, int which) { return Widen{}(static_cast<uint16_t>(word >> 16 * which)); };
+        float left[16][16], right[16][8];
+        for (int lane = 0; lane < kWarp; ++lane) {
+          const auto& mine = *static_cast<Payload*>(payloads[lane]);
+          const int g = lane / 4, t = lane % 4;
+          for (int i = 0; i < 4; ++i)
+            for (int e = 0; e < 2; ++e) left[g + i % 2 * 8][2 * t + e + i / 2 * 8] = half(mine.a[i], e);
+          for (int i = 0; i < 2; ++i)
+            for (int e = 0; e < 2; ++e) right[2 * t + e + i * 8][g] = half(mine.b[i], e);
+        }
+        for (int lane = 0; lane < kWarp; ++lane) {
+          auto& mine = *static_cast<Payload*>(payloads[lane]);
+          for (int i = 0; i < 4; ++i) {
+            double sum = mine.c[i];
+            for (int k = 0; k < 16; ++k) sum += double(left[lane / 4 + i / 2 * 8][k]) * right[k][2 * (lane % 4) + i % 2];
+            const float near = static_cast<float>(sum);
+            mine.c[i] = std::fabs(double(near)) > std::fabs(sum) && !std::isinf(near) ? std::nextafter(near, 0.f) : near;
+          }
+        }
+      },
+      nullptr, place);
+  for (int i = 0; i < 4; ++i) c[i] = payload.c[i];
+}
+
+inline void ldmatrix(uint32_t (&r)[4], const void* row, bool transposed, const Place& place) {
+  struct Payload {
+    const void* row;
+    uint32_t r[4];
+    bool transposed;
+  } payload{row, {}, transposed};
+  if (reinterpret_cast<uintptr_t>(row) % 16) fail("%s (%s:%d): a row is not aligned to 16 bytes", place.what, place.file, place.line);
+  warp_operation(
+      0xffffffffu, &payload, sizeof payload,
+      [](void* const* payloads, unsigned, const void*) {
+        const auto element = [&](int matrix, int row, int col) {
+          return uint32_t{static_cast<const uint16_t*>(static_cast<Payload*>(payloads[matrix * 8 + row])->row)[col]};
+        };
+        for (int lane = 0; lane < kWarp; ++lane) {
+          auto& mine = *static_cast<Payload*>(payloads[lane]);
+          const int g = lane / 4, t = lane % 4;
+          for (int i = 0; i < 4; ++i) {
+            mine.r[i] = mine.transposed ? element(i, 2 * t, g) | element(i, 2 * t + 1, g) << 16
+                                        : element(i, g, 2 * t) | element(i, g, 2 * t + 1) << 16;
+          }
+        }
+      },
+      nullptr, place);
+  for (int i = 0; i < 4; ++i) r[i] = payload.r[i];
+}
+
 // ex2.approx.ftz.f32, as far off as the PTX manual allows: 2^-22 of the value, up or down by the bits of x; exact at 0.
 inline float exp2_approx(float x) {
   if (x == 0.f || x != x) return x == x ? 1.f : x;
@@ -103,6 +164,12 @@ template <class T>
 T atomicAdd(T* address, T value) {
   const T old = *address;
   *address = old + value;
+  return old;
+}
+template <class T>
+T atomicMin(T* address, T value) {
+  const T old = *address;
+  *address = old < value ? old : value;
   return old;
 }
 template <class T>

@@ -12,8 +12,8 @@
 // shared memory than a device has.
 //
 // What it cannot show: the order of memory operations between real warps (everything here is sequentially consistent),
-// bank conflicts, coalescing, occupancy, speed, the order and rounding of sums inside tensor cores (here: float32, in
-// order), and anything about clusters, tensor maps or warpgroup instructions.
+// bank conflicts, coalescing, occupancy, speed, the true rounding of sums inside tensor cores (here: one cut-off for 16
+// products), and anything about clusters, tensor maps or warpgroup instructions.
 #pragma once
 
 #include <cstddef>
