@@ -3,7 +3,7 @@
 // As csrc/cpu/attention_qk_backward.inc: dS = p (a + b log p + c p), and + g P at key 0; dQ = scale dS K, dK = scale dS^T Q,
 // in two kernels over the same tiles of scores. One keeps a tile of rows and goes over the keys, the other keeps a tile of keys
 // and goes over the rows; every number has one writer, so the result is the same in every run. Nothing of size Tq x Tk is
-// stored. dS of 16-bit inputs is rounded to their dtype for its product on tensor cores, sums are float32.
+// stored. dS of 16-bit inputs goes to the tensor cores as two numbers of their dtype, value and remainder; sums are float32.
 //
 // A block makes at most 128 columns of the gradient; for wider heads the scores are computed once for every 128. Bound by
 // the two products and, with one tile in flight, by the latency of loading it.
@@ -122,17 +122,23 @@ __device__ __forceinline__ void add_product(const typename S::Type* left, int le
   }
 }
 
+// dS of a tile in shared memory: rows an odd multiple of 16 bytes apart; for tensor cores in two pieces.
+template <class S>
+constexpr int slope_pitch() { return S::kRight + kCopyBytes / static_cast<int>(sizeof(typename S::Type)); }
+template <class S>
+constexpr int slope_pieces() { return S::kTensorCores ? 2 : 1; }
+
 // kOfKeys: the left tile is one of keys and the right ones are rows, for dK; or the other way round, for dQ.
 template <class S, bool kOfKeys>
 __global__ void __launch_bounds__(S::kThreads)
     gradients_of_tile(AttentionStatsQkBackwardArgs args, QkForm form, int64_t left_tiles, int64_t parts) {
   using T = typename S::Type;
   constexpr int kRows = kOfKeys ? S::kRight : S::kLeft;
-  constexpr int kSlopePitch = S::kRight + kCopyBytes / static_cast<int>(sizeof(T));
+  constexpr int kSlopePitch = slope_pitch<S>(), kSlopes = S::kLeft * kSlopePitch;
   struct Shared {
     RowBounds<kRows> rows;
     Coefficients coefficients[kRows];
-    alignas(kCopyBytes) T slopes[S::kLeft * kSlopePitch];
+    alignas(kCopyBytes) T slopes[slope_pieces<S>() * kSlopes];
     alignas(kCopyBytes) T tiles[1];  // the left tile, then the right one
   };
   const AttentionStatsQkArgs& forward = args.forward;
@@ -184,13 +190,18 @@ __global__ void __launch_bounds__(S::kThreads)
         float score, slope;
         score_of(forward, form, memory.rows.mask[row], memory.rows.low[row], memory.rows.high[row], key, c[0][n][i], score,
                  slope);
-        put(&memory.slopes[l * kSlopePitch + r], memory.coefficients[row].gradient(score, slope, key == 0) * forward.scale);
+        const float value = memory.coefficients[row].gradient(score, slope, key == 0) * forward.scale;
+        T* const to = &memory.slopes[l * kSlopePitch + r];
+        put(to, value);
+        if constexpr (S::kTensorCores) put(to + kSlopes, value - to_float(*to));
       }
     }
     __syncthreads();
     drop_poison<T, S::kRight, S::kThreads>(right, form);
     __syncthreads();
-    add_product<S>(memory.slopes, kSlopePitch, right, form, first_column, out);
+#pragma unroll
+    for (int piece = 0; piece < slope_pieces<S>(); ++piece)
+      add_product<S>(memory.slopes + piece * kSlopes, kSlopePitch, right, form, first_column, out);
   }
   wait_for_copies<0>();
 
@@ -227,7 +238,7 @@ int run(const AttentionStatsQkBackwardArgs& args, void* stream) {
   if (blocks == 0) return cudaSuccess;
   if (blocks > kMostBlocks || forward.keys > kMostKeys) return cudaErrorInvalidValue;
   constexpr int kRows = kOfKeys ? S::kRight : S::kLeft;
-  constexpr size_t kSlopes = sizeof(T) * S::kLeft * (S::kRight + kCopyBytes / sizeof(T));
+  constexpr size_t kSlopes = sizeof(T) * slope_pieces<S>() * S::kLeft * slope_pitch<S>();
   const size_t bytes = sizeof(RowBounds<kRows>) + sizeof(Coefficients) * kRows + kSlopes +
                        sizeof(T) * form.pitch * static_cast<size_t>(S::kLeft + S::kRight);
   return launch(gradients_of_tile<S, kOfKeys>, dim3(static_cast<unsigned>(blocks)), dim3(S::kThreads), bytes, stream, args, form,

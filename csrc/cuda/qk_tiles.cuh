@@ -16,7 +16,8 @@ namespace inflection {
 
 constexpr int kTileAlign = 16;   // elements that the depth is padded to, with zeros: one mma
 constexpr int kCopyBytes = 16;   // of one asynchronous copy
-constexpr int kDepthPart = 64;   // float32 products summed in one piece: short sums round less than one long one
+constexpr int kDepthPart = 64;   // products summed in one piece: short sums round less than one long one, and tensor cores
+                                 // cut off what they do not keep
 constexpr int64_t kMostBlocks = 0x7fffffff, kMostKeys = 0x7fffff00;  // of one launch; keys are counted in 32 bits
 constexpr int kLanesPerRow = 4;  // lanes that hold a piece of the same left row
 constexpr double kLog2e = 1.4426950408889634, kLn2Exact = 0.693147180559945309;
@@ -188,20 +189,34 @@ __device__ __forceinline__ void multiply(const typename S::Type* left, const typ
   if constexpr (S::kTensorCores) {
     const T* a_row = rows + (lane % 16) * form.pitch + lane / 16 * 8;
     const T* b_row = right + (lane / 16 * 8 + lane % 8) * form.pitch + lane / 8 % 2 * 8;
+    const auto multiply_part = [&](int begin, int end, float(&sums)[S::kSub][S::kRightTiles][4]) {
 #pragma unroll 2
-    for (int k = 0; k < form.depth; k += kTileAlign) {
-      uint32_t a[S::kSub][4];
+      for (int k = begin; k < end; k += kTileAlign) {
+        uint32_t a[S::kSub][4];
 #pragma unroll
-      for (int s = 0; s < S::kSub; ++s) ldmatrix(a[s], a_row + s * 16 * form.pitch + k);
+        for (int s = 0; s < S::kSub; ++s) ldmatrix(a[s], a_row + s * 16 * form.pitch + k);
 #pragma unroll
-      for (int n = 0; n < S::kRightTiles; n += 2) {
-        uint32_t b[4];
-        ldmatrix(b, b_row + n * 8 * form.pitch + k);
+        for (int n = 0; n < S::kRightTiles; n += 2) {
+          uint32_t b[4];
+          ldmatrix(b, b_row + n * 8 * form.pitch + k);
 #pragma unroll
-        for (int s = 0; s < S::kSub; ++s) {
-          mma<T>(c[s][n], a[s], b[0], b[1]);
-          mma<T>(c[s][n + 1], a[s], b[2], b[3]);
+          for (int s = 0; s < S::kSub; ++s) {
+            mma<T>(sums[s][n], a[s], b[0], b[1]);
+            mma<T>(sums[s][n + 1], a[s], b[2], b[3]);
+          }
         }
+      }
+    };
+    if constexpr (S::kSub > 1) {  // no registers for two sums; the depth is at most 128
+      multiply_part(0, form.depth, c);
+    } else {
+      for (int begin = 0; begin < form.depth; begin += kDepthPart) {
+        float part[1][S::kRightTiles][4] = {};
+        multiply_part(begin, begin + kDepthPart < form.depth ? begin + kDepthPart : form.depth, part);
+#pragma unroll
+        for (int n = 0; n < S::kRightTiles; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) c[0][n][i] += part[0][n][i];
       }
     }
   } else {
