@@ -54,7 +54,7 @@ def compile_for(source: Path, target: str) -> list[dict]:
         command = ["nvcc", "-c", str(source), "-o", f"{folder}/{source.stem}.o", *flags]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
-        raise SystemExit(f"{source.name} for {target} does not compile:\n{done.stderr}")
+        raise SystemExit(f"{source.name} for {target} does not compile:\n{done.stderr[:4000]}")
     records = kernels_of(done.stderr)
     if target != "ptx" and not records:
         raise SystemExit(f"{source.name} for {target}: ptxas reported no kernel")

@@ -17,7 +17,8 @@ constexpr int kThreads = 256;
 constexpr int kVectorBytes = 16;
 constexpr int kDenseSlice = 4 * kVectorBytes;  // what a thread holds at once: 4 loads are in flight per thread
 constexpr int kOtherSlice = kVectorBytes;      // with a mask or strides the addresses cost more than the latency
-constexpr int slice_bytes(bool vector, bool mask) { return vector && !mask ? kDenseSlice : kOtherSlice; }
+template <bool kVector, bool kMask>
+constexpr int kSlice = kVector && !kMask ? kDenseSlice : kOtherSlice;
 constexpr int64_t kLongRow = 1024;      // columns from which a block pays for a row,
 constexpr int64_t kFewRows = 132 * 64;  // when there are fewer rows than warps on a large device
 constexpr double kSmallestScale = 1e-28, kLargestScale = 1e28;  // as in csrc/cpu/attention_scores.inc
@@ -165,7 +166,7 @@ __global__ void __launch_bounds__(kThreads) stats_by_warp(AttentionStatsArgs arg
   const int thread = threadIdx.x % kWarpSize;
   const Row row = row_of(args, item);
   int keys = 0;
-  const RowTotal total = total_of<T, kVector, kMask, slice_bytes(kVector, kMask)>(args, form, row, thread, kWarpSize, keys);
+  const RowTotal total = total_of<T, kVector, kMask, kSlice<kVector, kMask>>(args, form, row, thread, kWarpSize, keys);
   keys = warp_sum(keys);
   if (thread != 0) return;
   const double first = form.first ? first_score<T>(args, form, row) : -kInf;
@@ -185,7 +186,7 @@ __global__ void __launch_bounds__(kThreads) stats_by_block(AttentionStatsArgs ar
   BlockMemory& memory = shared<BlockMemory>();
   const Row row = row_of(args, blockIdx.x);
   int keys = 0;
-  RowTotal total = total_of<T, kVector, kMask, slice_bytes(kVector, kMask)>(args, form, row, threadIdx.x, kThreads, keys);
+  RowTotal total = total_of<T, kVector, kMask, kSlice<kVector, kMask>>(args, form, row, threadIdx.x, kThreads, keys);
   keys = warp_sum(keys);
   const int warp = threadIdx.x / kWarpSize;
   if (threadIdx.x % kWarpSize == 0) memory.totals[warp] = total, memory.keys[warp] = keys;

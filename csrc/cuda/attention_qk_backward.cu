@@ -124,9 +124,9 @@ __device__ __forceinline__ void add_product(const typename S::Type* left, int le
 
 // dS of a tile in shared memory: rows an odd multiple of 16 bytes apart; for tensor cores in two pieces.
 template <class S>
-constexpr int slope_pitch() { return S::kRight + kCopyBytes / static_cast<int>(sizeof(typename S::Type)); }
+constexpr int kSlopePitch = S::kRight + kCopyBytes / static_cast<int>(sizeof(typename S::Type));
 template <class S>
-constexpr int slope_pieces() { return S::kTensorCores ? 2 : 1; }
+constexpr int kSlopePieces = S::kTensorCores ? 2 : 1;
 
 // kOfKeys: the left tile is one of keys and the right ones are rows, for dK; or the other way round, for dQ.
 template <class S, bool kOfKeys>
@@ -134,11 +134,11 @@ __global__ void __launch_bounds__(S::kThreads)
     gradients_of_tile(AttentionStatsQkBackwardArgs args, QkForm form, int64_t left_tiles, int64_t parts) {
   using T = typename S::Type;
   constexpr int kRows = kOfKeys ? S::kRight : S::kLeft;
-  constexpr int kSlopePitch = slope_pitch<S>(), kSlopes = S::kLeft * kSlopePitch;
+  constexpr int kPitch = kSlopePitch<S>, kSlopes = S::kLeft * kPitch;
   struct Shared {
     RowBounds<kRows> rows;
     Coefficients coefficients[kRows];
-    alignas(kCopyBytes) T slopes[slope_pieces<S>() * kSlopes];
+    alignas(kCopyBytes) T slopes[kSlopePieces<S> * kSlopes];
     alignas(kCopyBytes) T tiles[1];  // the left tile, then the right one
   };
   const AttentionStatsQkArgs& forward = args.forward;
@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(S::kThreads)
         score_of(forward, form, memory.rows.mask[row], memory.rows.low[row], memory.rows.high[row], key, c[0][n][i], score,
                  slope);
         const float value = memory.coefficients[row].gradient(score, slope, key == 0) * forward.scale;
-        T* const to = &memory.slopes[l * kSlopePitch + r];
+        T* const to = &memory.slopes[l * kPitch + r];
         put(to, value);
         if constexpr (S::kTensorCores) put(to + kSlopes, value - to_float(*to));
       }
@@ -200,8 +200,8 @@ __global__ void __launch_bounds__(S::kThreads)
     drop_poison<T, S::kRight, S::kThreads>(right, form);
     __syncthreads();
 #pragma unroll
-    for (int piece = 0; piece < slope_pieces<S>(); ++piece)
-      add_product<S>(memory.slopes + piece * kSlopes, kSlopePitch, right, form, first_column, out);
+    for (int piece = 0; piece < kSlopePieces<S>; ++piece)
+      add_product<S>(memory.slopes + piece * kSlopes, kPitch, right, form, first_column, out);
   }
   wait_for_copies<0>();
 
@@ -238,7 +238,7 @@ int run(const AttentionStatsQkBackwardArgs& args, void* stream) {
   if (blocks == 0) return cudaSuccess;
   if (blocks > kMostBlocks || forward.keys > kMostKeys) return cudaErrorInvalidValue;
   constexpr int kRows = kOfKeys ? S::kRight : S::kLeft;
-  constexpr size_t kSlopes = sizeof(T) * slope_pieces<S>() * S::kLeft * slope_pitch<S>();
+  constexpr size_t kSlopes = sizeof(T) * kSlopePieces<S> * S::kLeft * kSlopePitch<S>;
   const size_t bytes = sizeof(RowBounds<kRows>) + sizeof(Coefficients) * kRows + kSlopes +
                        sizeof(T) * form.pitch * static_cast<size_t>(S::kLeft + S::kRight);
   return launch(gradients_of_tile<S, kOfKeys>, dim3(static_cast<unsigned>(blocks)), dim3(S::kThreads), bytes, stream, args, form,

@@ -13,14 +13,16 @@ import pytest
 import torch
 
 from inflection_fast import ops  # noqa: F401  (defines the operators that the library takes over)
-from tests.emulation.build import build
+
+from .build import build
 
 FOLDER = Path(__file__).resolve().parents[2] / "build" / "emulation"
 
 
 def pytest_configure(config):
     """Compile what changed, load it, and remember how to count launches."""
-    library = build(FOLDER)
+    sanitize = config.pluginmanager.has_plugin("tests.emulation.sanitized")
+    library = build(FOLDER / ("sanitized" if sanitize else "plain"), sanitize=sanitize)
     torch.ops.load_library(str(library))
     launches = ctypes.CDLL(str(library)).emulator_launches
     launches.restype = ctypes.c_long
