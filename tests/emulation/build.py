@@ -1,4 +1,4 @@
-"""Compiles the CUDA kernels as C++ against the emulator, into a library that takes over the operators on CPU tensors."""
+"""Compiles the CUDA kernels as C++ for the emulator, into a library that takes over the operators on CPU tensors."""
 
 from __future__ import annotations
 
