@@ -15,6 +15,7 @@
 #include <sys/mman.h>
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #define EMULATOR_ASAN 1
 #endif
@@ -138,6 +139,9 @@ void fiber_main() {
 
 void start(Fiber& fiber) {
   fiber.copies.assign(1, {});
+#ifdef EMULATOR_ASAN
+  __asan_unpoison_memory_region(fiber.stack, kStackBytes);  // the thread before this one never returned from its frames
+#endif
   fiber.state = State::ready;
 #if defined(__x86_64__)
   auto* top = reinterpret_cast<uintptr_t*>(fiber.stack + kStackBytes);
