@@ -64,7 +64,7 @@ EMULATED = test_norms.py test_attention_logits.py test_attention_logits_backward
 test-emulated: build
 	$(PY) -m pytest -p tests.emulation.plugin $(addprefix tests/,$(EMULATED))
 test-emulated-sanitized: build
-	LD_PRELOAD=$$(c++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 		$(PY) -m pytest -p tests.emulation.sanitized $(addprefix tests/,$(EMULATED))
 
 # Every CUDA kernel for every architecture: registers, shared memory; a spill fails.

@@ -37,16 +37,6 @@ __device__ int entry_of(const Table& table, int chunk) {  // the last entry that
   return low;
 }
 
-__device__ double block_sum(double x) {
-  double* partial = &shared<double>();  // [kThreads / kWarpSize]
-  x = warp_sum(x);
-  if (threadIdx.x % kWarpSize == 0) partial[threadIdx.x / kWarpSize] = x;
-  __syncthreads();
-  double total = 0.0;
-  for (int warp = 0; warp < kThreads / kWarpSize; ++warp) total += partial[warp];
-  return total;
-}
-
 template <class T>
 __device__ double squares(const T* data, int64_t count) {
   constexpr int kPerVector = kVectorBytes / sizeof(T);
@@ -84,7 +74,7 @@ __global__ void __launch_bounds__(kThreads) sum_chunks(Table table, double* part
   if (entry.dtype == DType::f32) total = squares(static_cast<const float*>(entry.data) + begin, count);
   if (entry.dtype == DType::bf16) total = squares(static_cast<const BF16*>(entry.data) + begin, count);
   if (entry.dtype == DType::f16) total = squares(static_cast<const F16*>(entry.data) + begin, count);
-  total = block_sum(total);
+  total = block_sum<kThreads>(total, &shared<double>());
   if (threadIdx.x == 0) partial[chunk] = total;
 }
 
@@ -105,7 +95,7 @@ __global__ void __launch_bounds__(kThreads) sum_strided(Operand op, double* part
     if (op.dtype == DType::f16) x = to_float(static_cast<const F16*>(op.data)[offset]);
     total += x * x;
   }
-  total = block_sum(total);
+  total = block_sum<kThreads>(total, &shared<double>());
   if (threadIdx.x == 0) partial[blockIdx.x] = total;
 }
 

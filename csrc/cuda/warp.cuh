@@ -11,6 +11,18 @@ __device__ __forceinline__ T warp_sum(T x) {
   return x;
 }
 
+// Over the threads of a block, the same in all of them; `partial` [kThreads / 32] in shared memory may be used again at once.
+template <int kThreads>
+__device__ __forceinline__ double block_sum(double x, double* partial) {
+  x = warp_sum(x);
+  __syncthreads();
+  if (threadIdx.x % kWarpSize == 0) partial[threadIdx.x / kWarpSize] = x;
+  __syncthreads();
+  double total = 0.0;
+  for (int warp = 0; warp < kThreads / kWarpSize; ++warp) total += partial[warp];
+  return total;
+}
+
 struct BF16 { uint16_t bits; };
 struct F16 { uint16_t bits; };
 

@@ -47,6 +47,7 @@ void launch_emulated(int (*kernel)(const Args&, void*), const char* name, const 
 }
 #define INFLECTION_RUN(stem, args, on, items, grain) ::inflection::launch_emulated(&stem##_cuda, #stem, args)
 #else
+#define INFLECTION_CPU_KERNELS
 constexpr bool kCuda = false;
 template <class Args>
 void launch_cpu(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, int64_t items, int64_t grain) {

@@ -31,6 +31,7 @@ struct alignas(16) uint4 { unsigned x, y, z, w; };
 
 #define EMULATOR_PLACE(name) ::emulator::Place { name, __FILE__, __LINE__ }
 #define __syncthreads() ::emulator::barrier(EMULATOR_PLACE("__syncthreads"))
+#define __syncthreads_or(predicate) ::emulator::barrier_or(predicate, EMULATOR_PLACE("__syncthreads_or"))
 #define __syncwarp(...) ::emulator::sync_warp(EMULATOR_PLACE("__syncwarp") __VA_OPT__(, ) __VA_ARGS__)
 #define __shfl_xor_sync(mask, value, lanes) ::emulator::shuffle(mask, value, [](int lane, int by) { return lane ^ by; }, lanes, EMULATOR_PLACE("__shfl_xor_sync"))
 #define __shfl_down_sync(mask, value, lanes) ::emulator::shuffle(mask, value, [](int lane, int by) { return lane + by < 32 ? lane + by : lane; }, lanes, EMULATOR_PLACE("__shfl_down_sync"))

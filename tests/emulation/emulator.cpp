@@ -10,6 +10,7 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include <sys/mman.h>
@@ -99,6 +100,7 @@ struct Machine {
   long launches = 0;
   std::mt19937_64 random{0};
   bool running = false;
+  bool any = false, voted = false;  // of barrier_or: of the open vote, of the last one
 };
 
 Machine& machine() {
@@ -217,6 +219,7 @@ bool open_barrier(size_t count) {
     if (fibers[i]->place.line != waiting->place.line || fibers[i]->place.file != waiting->place.file)
       fail_with(*waiting, *fibers[i], "the block waits at different barriers");
   }
+  machine().voted = std::exchange(machine().any, false);
   for (size_t i = 0; waiting && i < count; ++i) fibers[i]->state = State::ready;
   return waiting != nullptr;
 }
@@ -294,6 +297,12 @@ void barrier(const Place& place) {
   self.state = State::at_barrier;
   self.place = place;
   switch_to_scheduler(false);
+}
+
+int barrier_or(int predicate, const Place& place) {
+  machine().any = machine().any || predicate != 0;
+  barrier(place);
+  return machine().voted;
 }
 
 void copy_later(void* to, const void* from, size_t size, size_t given) {

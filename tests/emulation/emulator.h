@@ -53,6 +53,7 @@ const dim3& grid_size();
 void* shared_memory();
 
 void barrier(const Place& place);
+int barrier_or(int predicate, const Place& place);  // a barrier; whether any thread brought something but 0
 
 // A warp operation: every lane of `mask` hands in `size` bytes at `payload`; the last to arrive calls
 // apply(payloads), an array of 32 pointers (null for lanes outside the mask), which may change them; then each lane gets
