@@ -41,10 +41,8 @@ class Build(BuildExtension):
         home = Path(re.search(r"TOP=(.*)", dry)[1])  # asked, not guessed: nvcc on the PATH may be a wrapper script
         flags = ["-O3", "-std=c++20", f"-I{ROOT / 'csrc'}", "-Xcompiler=-fPIC,-fvisibility=hidden"]
         for arch in ARCHITECTURES.replace(" ", ";").split(";"):
-            number = arch.removesuffix("+PTX").replace(".", "")
-            flags.append(
-                f"-gencode=arch=compute_{number},code=[sm_{number}{f',compute_{number}' * arch.endswith('+PTX')}]"
-            )
+            cc = arch.removesuffix("+PTX").replace(".", "")
+            flags.append(f"-gencode=arch=compute_{cc},code=[sm_{cc}{f',compute_{cc}' * arch.endswith('+PTX')}]")
         os.makedirs(self.build_temp, exist_ok=True)
         ext.extra_objects = [os.path.join(self.build_temp, f"{stem}.cu.o") for stem in KERNELS]
         for source, output in zip(KERNELS.values(), ext.extra_objects, strict=True):
