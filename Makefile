@@ -13,7 +13,7 @@ KERNEL_TESTS = test_attention_logits.py test_attention_logits_backward.py test_a
 	test_attention_qk_gradients.py test_cka.py test_cka_state.py test_norms.py
 LIBRARY = inflection_fast/_cpu.abi3.so
 
-.PHONY: demo test test-wide bench lint format build clean help
+.PHONY: demo test test-wide test-emulated test-emulated-sanitized kernels bench lint format build clean help
 
 help:
 	@sed -n '1,6s/^# \{0,1\}//p' Makefile
@@ -57,6 +57,19 @@ test-wide: build
 	CFLAGS=-DINFLECTION_LOWERED_AVX512 $(PY) setup.py --quiet build --build-base $(WIDE) --build-lib $(WIDE)/lib
 	cd $(WIDE)/lib && $(abspath $(PY)) -m pytest --rootdir $(CURDIR) -c $(CURDIR)/pyproject.toml -n 2 --dist loadfile \
 		$(addprefix $(CURDIR)/tests/,$(KERNEL_TESTS))
+
+# The CUDA kernels in their own source, compiled as C++ for an emulator: no GPU needed. `-sanitized` adds ASan and UBSan.
+EMULATED = test_norms.py test_attention_logits.py test_attention_logits_backward.py test_attention_qk.py \
+	test_attention_qk_gradients.py
+test-emulated: build
+	$(PY) -m pytest -p tests.emulation.plugin $(addprefix tests/,$(EMULATED))
+test-emulated-sanitized: build
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+		$(PY) -m pytest -p tests.emulation.sanitized $(addprefix tests/,$(EMULATED))
+
+# Every CUDA kernel for every architecture: registers, shared memory; a spill fails.
+kernels:
+	$(PY) benchmarks/compile_report.py
 
 bench: build
 	$(PY) -m pytest benchmarks

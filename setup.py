@@ -13,13 +13,14 @@ ROOT = Path(__file__).resolve().parent
 CXX = ["-O3", "-g0", "-std=c++20", f"-I{ROOT / 'csrc'}", "-Wall", "-Wno-psabi", "-fvisibility=hidden"]
 CXX += ["-fno-math-errno", "-fno-trapping-math", "-DTORCH_TARGET_VERSION=0x020a000000000000"]  # any torch >= 2.10
 NVCC = shutil.which("nvcc", path=os.path.join(os.environ.get("CUDA_HOME", ""), "bin")) or shutil.which("nvcc")
-KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+KERNELS = {path.stem: path for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))}  # without one, no CUDA operator
 ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0a;10.0+PTX")
 
 
 def library(name, *folders):
     """A library that torch.ops.load_library opens; one binary serves every Python and torch from the target on."""
-    sources = [str(path.relative_to(ROOT)) for folder in folders for path in sorted((ROOT / folder).glob("*.cpp"))]
+    found = [path for folder in folders for path in sorted((ROOT / folder).glob("*.cpp"))]
+    sources = [str(path.relative_to(ROOT)) for path in found if name == "_cpu" or path.stem in KERNELS]
     headers = [str(path) for path in sorted((ROOT / "csrc").rglob("*")) if path.suffix in (".h", ".inc", ".cuh")]
     kwargs = {"depends": headers, "extra_compile_args": list(CXX), "py_limited_api": True}
     return CppExtension(f"inflection_fast.{name}", sources, **kwargs)
@@ -36,16 +37,15 @@ class Build(BuildExtension):
         self.build_temp = os.path.dirname(self.build_temp)
 
     def compile_kernels(self, ext):
-        dry = subprocess.run([NVCC, "--dryrun", "-c", KERNELS[0]], check=True, capture_output=True, text=True).stderr
+        dry = subprocess.run([NVCC, "--dryrun", "-c", "any.cu"], check=True, capture_output=True, text=True).stderr
         home = Path(re.search(r"TOP=(.*)", dry)[1])  # asked, not guessed: nvcc on the PATH may be a wrapper script
         flags = ["-O3", "-std=c++20", f"-I{ROOT / 'csrc'}", "-Xcompiler=-fPIC,-fvisibility=hidden"]
         for arch in ARCHITECTURES.replace(" ", ";").split(";"):
-            number = arch.removesuffix("+PTX").replace(".", "")
-            codes = [f"sm_{number}"] + [f"compute_{number}"] * arch.endswith("+PTX")
-            flags += [f"-gencode=arch=compute_{number},code={code}" for code in codes]
+            cc = arch.removesuffix("+PTX").replace(".", "")
+            flags.append(f"-gencode=arch=compute_{cc},code=[sm_{cc}{f',compute_{cc}' * arch.endswith('+PTX')}]")
         os.makedirs(self.build_temp, exist_ok=True)
-        ext.extra_objects = [os.path.join(self.build_temp, f"{source.stem}.cu.o") for source in KERNELS]
-        for source, output in zip(KERNELS, ext.extra_objects, strict=True):
+        ext.extra_objects = [os.path.join(self.build_temp, f"{stem}.cu.o") for stem in KERNELS]
+        for source, output in zip(KERNELS.values(), ext.extra_objects, strict=True):
             subprocess.run([NVCC, "-c", source, "-o", output, *flags], check=True)
         ext.extra_compile_args += ["-DUSE_CUDA", f"-I{home / 'include'}"]
         ext.library_dirs += [str(home / "lib64"), str(home / "lib")]

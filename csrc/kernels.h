@@ -146,7 +146,8 @@ int64_t attention_stats_qk_grad_query_items(const AttentionStatsQkBackwardArgs&)
 void attention_stats_qk_grad_query_cpu(const AttentionStatsQkBackwardArgs&, int64_t begin, int64_t end);
 int64_t attention_stats_qk_grad_key_items(const AttentionStatsQkBackwardArgs&);
 void attention_stats_qk_grad_key_cpu(const AttentionStatsQkBackwardArgs&, int64_t begin, int64_t end);
-int attention_stats_qk_backward_cuda(const AttentionStatsQkBackwardArgs&, void* stream);
+int attention_stats_qk_grad_query_cuda(const AttentionStatsQkBackwardArgs&, void* stream);
+int attention_stats_qk_grad_key_cuda(const AttentionStatsQkBackwardArgs&, void* stream);
 
 // ---- cka: the sums over rows behind linear CKA -----------------------------------------------------------------------
 
@@ -190,6 +191,9 @@ struct CkaPushArgs {
   double* norms;               // [layers, kCkaDepth, 2] p, q
   int64_t* exact;              // [layers, kCkaDepth] rows of the block that are multiplied in float64
   int64_t* exact_counts;       // [layers]
+  // scratch of the GPU
+  double* row_norms;           // [layers, rows, 2] p, q
+  uint8_t* row_kinds;          // [layers, rows] whether and how a row is multiplied
   // outputs
   float* shift;                // [layers, Dx + Dy]
   double* gram;                // [layers, cka_packed(K)], added to
@@ -200,6 +204,7 @@ void cka_shift_cpu(const CkaPushArgs&, int64_t begin, int64_t end);    // layers
 void cka_pack_cpu(const CkaPushArgs&, int64_t begin, int64_t end);     // layers * kCkaDepth / kCkaRowChunk
 void cka_long_rows_cpu(const CkaPushArgs&, int64_t begin, int64_t end);  // layers
 void cka_product_cpu(const CkaPushArgs&, int64_t begin, int64_t end);  // layers * cka_product_items
+int cka_push_cuda(const CkaPushArgs&, void* stream);                   // all of it
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t cka_product_items(int64_t k) { return ceil_div(k, kCkaBlockRows) * ceil_div(k, kCkaBlockCols); }
@@ -216,6 +221,8 @@ struct CkaTermsArgs {
 };
 void cka_terms_cpu(const CkaTermsArgs&, int64_t begin, int64_t end);        // work items: layers * cka_term_items
 void cka_terms_merge_cpu(const CkaTermsArgs&, int64_t begin, int64_t end);  // layers
+int cka_terms_cuda(const CkaTermsArgs&, void* stream);
+int cka_terms_merge_cuda(const CkaTermsArgs&, void* stream);
 
 // ---- instruction sets of the CPU kernels ----------------------------------------------------------------------------
 

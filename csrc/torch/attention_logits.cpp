@@ -48,7 +48,7 @@ AttentionStatsArgs arguments(const Tensor& logits, const std::optional<Tensor>& 
   return args;
 }
 
-int64_t grain(const AttentionStatsArgs& args) { return std::max<int64_t>(1, kColumnsPerTask / std::max<int64_t>(1, args.cols)); }
+[[maybe_unused]] int64_t grain(const AttentionStatsArgs& args) { return std::max<int64_t>(1, kColumnsPerTask / std::max<int64_t>(1, args.cols)); }
 
 Tensor new_rows(const Tensor& logits, bool wanted) {
   std::vector<int64_t> sizes{0};

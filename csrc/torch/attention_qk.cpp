@@ -61,7 +61,7 @@ AttentionStatsQkArgs arguments(const Tensor& query, const Tensor& key, const May
 }
 
 // Row blocks that are worth a thread of their own: about 1e5 multiply-adds in vectors.
-int64_t grain_of(const AttentionStatsQkArgs& args, int64_t items) {
+[[maybe_unused]] int64_t grain_of(const AttentionStatsQkArgs& args, int64_t items) {
   const double work = double(args.batch) * args.heads * args.num_rows * args.keys * args.head_dim;
   return std::max<int64_t>(1, static_cast<int64_t>(1e6 * double(std::max<int64_t>(items, 1)) / std::max(work, 1.)));
 }
@@ -90,8 +90,8 @@ SixTensors attention_stats_qk(Tensor query, Tensor key, MaybeTensor attn_mask, b
     args.out.collision = data(collision);
     args.out.sink = data(sink);
   }
-  const int64_t items = attention_stats_qk_items(args);
-  INFLECTION_RUN(attention_stats_qk, args, query, items, grain_of(args, items));
+  INFLECTION_RUN(attention_stats_qk, args, query, attention_stats_qk_items(args),
+                 grain_of(args, attention_stats_qk_items(args)));
   return {entropy, lse, max_logit, keys, collision, sink};
 }
 
@@ -123,9 +123,9 @@ std::tuple<Tensor, Tensor> attention_stats_qk_backward(
   Tensor grad_key = new_float(query, {forward.batch, forward.kv_heads, forward.keys, forward.head_dim});
   args.grad_query = static_cast<float*>(grad_query.mutable_data_ptr());
   args.grad_key = static_cast<float*>(grad_key.mutable_data_ptr());
-  const int64_t row_items = attention_stats_qk_grad_query_items(args), key_items = attention_stats_qk_grad_key_items(args);
-  INFLECTION_RUN(attention_stats_qk_grad_query, args, query, row_items, grain_of(forward, row_items));
-  INFLECTION_RUN(attention_stats_qk_grad_key, args, query, key_items, 1);
+  INFLECTION_RUN(attention_stats_qk_grad_query, args, query, attention_stats_qk_grad_query_items(args),
+                 grain_of(forward, attention_stats_qk_grad_query_items(args)));
+  INFLECTION_RUN(attention_stats_qk_grad_key, args, query, attention_stats_qk_grad_key_items(args), 1);
   return {grad_query, grad_key};
 }
 

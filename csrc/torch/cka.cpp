@@ -11,7 +11,7 @@ namespace {
 constexpr int64_t kGramBytes = 64 << 20;   // Gram matrices in flight where they are not kept: a few layers per thread
 constexpr int64_t kSerialWork = 1 << 20;  // multiplications that one thread does sooner than it wakes another
 
-#ifndef USE_CUDA
+#ifdef INFLECTION_CPU_KERNELS
 // Work items of unequal cost: each thread takes the next one. Which thread does it changes nothing in its result.
 // `work` is called with the number of the item and that of the thread.
 template <class Work>
@@ -53,7 +53,7 @@ Tensor scratch(const Tensor& like, int64_t numel, ScalarType dtype) {
   return torch::stable::new_empty(like, {size, 1}, dtype);
 }
 
-#ifndef USE_CUDA
+#ifdef INFLECTION_CPU_KERNELS
 // One layer; `run` does the work items of a kernel, with one thread or several.
 template <class Run>
 void push_layer(CkaPushArgs& args, const Run& run) {
@@ -107,6 +107,14 @@ void push(const CkaPushArgs& args, const Tensor& like) {
       take_turns(items, std::min(threads, items), [&](int64_t item, int64_t) { kernel(part, item, item + 1); });
     });
   }
+}
+#else
+void push(CkaPushArgs args, const Tensor& like) {
+  Tensor norms = scratch(like, args.layers * args.rows * 2, ScalarType::Double);
+  Tensor kinds = scratch(like, args.layers * args.rows, ScalarType::Byte);
+  args.row_norms = static_cast<double*>(norms.data_ptr());
+  args.row_kinds = static_cast<uint8_t*>(kinds.data_ptr());
+  INFLECTION_RUN(cka_push, args, like, 0, 0);
 }
 #endif
 

@@ -1,5 +1,6 @@
 // What a device is: the guard, the stream, the error check, the thread pool, and the only #ifdef for CUDA.
-// The same binding sources make both libraries; -DUSE_CUDA makes the one that registers CUDA kernels.
+// The same binding sources make every library: -DUSE_CUDA the one that registers CUDA kernels, -DINFLECTION_EMULATION
+// one for tests that runs the CUDA kernels, compiled as C++, on CPU tensors.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -38,7 +39,15 @@ void launch_cuda(int (*kernel)(const Args&, void*), const char* name, const Args
 }
 // Runs the kernel `stem` over `items` work items, in ranges of at least `grain`, on the device of tensor `on`.
 #define INFLECTION_RUN(stem, args, on, items, grain) ::inflection::launch_cuda(&stem##_cuda, #stem, args, on)
+#elif defined(INFLECTION_EMULATION)
+constexpr bool kCuda = false;
+template <class Args>
+void launch_emulated(int (*kernel)(const Args&, void*), const char* name, const Args& args) {
+  STD_TORCH_CHECK(kernel(args, nullptr) == 0, name, ": the emulated launch failed");
+}
+#define INFLECTION_RUN(stem, args, on, items, grain) ::inflection::launch_emulated(&stem##_cuda, #stem, args)
 #else
+#define INFLECTION_CPU_KERNELS
 constexpr bool kCuda = false;
 template <class Args>
 void launch_cpu(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, int64_t items, int64_t grain) {

@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# On a machine with a GPU, without a network: install the prebuilt wheel, test it on the device, look for bad memory
+# accesses and races, measure, print a short table.
+#
+#   benchmarks/gpu.sh [WHEEL]        the newest of dist/*.whl if none is named
+#
+# Build the wheel on any machine with nvcc: `python setup.py --quiet bdist_wheel`. Results are left in
+# benchmarks/results/<device>.json and, with the logs, under $OUT (default: build/gpu).
+set -uo pipefail
+ROOT=$(cd "$(dirname "$0")/.." && pwd)
+OUT=${OUT:-$ROOT/build/gpu}
+WHEEL=${1:-$(ls -t "$ROOT"/dist/inflection_fast-*.whl | head -n 1)}
+PYTHON=${PYTHON:-python3}
+KERNEL_TESTS="tests/test_norms.py tests/test_attention_logits.py tests/test_attention_logits_backward.py
+  tests/test_attention_qk.py tests/test_attention_qk_gradients.py"
+SMALL="poison or empty or keyless or typical-torch.float32 or rows_together"
+mkdir -p "$OUT"
+
+# A copy without the package's sources, so that the installed wheel is what is imported.
+WORK=$(mktemp -d)
+cp -r "$ROOT/tests" "$ROOT/benchmarks" "$ROOT/pyproject.toml" "$WORK"
+cd "$WORK" || exit 1
+step() {  # name, seconds, command...: a line with the outcome; the output goes to a log
+  local name=$1 limit=$2 start=$SECONDS
+  shift 2
+  timeout "$limit" "$@" > "$OUT/$name.log" 2>&1
+  local code=$?
+  printf '%-22s %4ds  %s  %s\n' "$name" $((SECONDS - start)) "$([ $code = 0 ] && echo ok || echo "FAILED ($code)")" \
+    "$(grep -E 'passed|failed|ERROR SUMMARY|RACECHECK SUMMARY|Error' "$OUT/$name.log" | tail -n 1 | cut -c1-120)" \
+    | tee -a "$OUT/summary.txt"
+}
+: > "$OUT/summary.txt"
+
+"$PYTHON" -m pip install --quiet --no-index --no-deps --force-reinstall "$WHEEL" || exit 1
+step load 60 "$PYTHON" -c 'import torch, inflection_fast as f; i = f.build_info(); print(torch.__version__, i); assert i["cuda"]'
+step kernels 150 "$PYTHON" -m pytest -p tests.on_cuda $KERNEL_TESTS --tb=short -v
+step device 100 "$PYTHON" -m pytest tests/test_cuda.py --tb=short -v
+for tool in memcheck racecheck; do
+  step "$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+    "$PYTHON" -m pytest -p tests.on_cuda tests/test_attention_qk.py -k "$SMALL" --tb=short -v -x
+done
+step benchmarks 240 "$PYTHON" -m pytest benchmarks/bench_cuda.py -s --tb=short -v
+for file in benchmarks/results/*.json; do
+  cmp -s "$file" "$ROOT/$file" && continue  # not measured here
+  cp "$file" "$ROOT/benchmarks/results/" && cp "$file" "$OUT/"
+done
+echo "---- $(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | head -n 1)"
+cat "$OUT/summary.txt"
+grep -hE '^[a-z].* ms; ' "$OUT/benchmarks.log"

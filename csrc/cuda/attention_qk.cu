@@ -1,0 +1,218 @@
+// Statistics of softmax rows fused from Q and K.
+//
+// A block takes one tile of query rows of one key head, all heads of its group packed together, and goes over the keys in
+// tiles of 64, copied asynchronously one tile ahead. Every lane keeps a state of its own for each row that it holds a piece
+// of, so the loop has no exchange between lanes; four lanes are merged once at the end. Tiles outside the causal or window
+// bounds of the block, and tiles that a padding mask hides, are not computed; blocks with the longest rows start first.
+// No score is ever stored.
+//
+// Shared memory, bf16, D = 128: 128 query rows (34 KiB) and two tiles of keys (34 KiB), so three blocks of four warps fit
+// on an H100. Static bounds for B8 H32 T4096 D128 on an H100, per 128 x 64 tile and warp: 128 mma (at the 62 % of the wgmma
+// rate that mma.sync reaches, about 1.8 ms for the whole), 48 ldmatrix of 512 bytes (1.7 ms of shared memory bandwidth),
+// 7 instructions a score (1.0 ms of issue slots), one 2^x (1.16 ms). The product and its operands bound it.
+//
+// float32 inputs are multiplied in float32 with fused multiply-adds. Odd rows are as in csrc/cpu/attention_qk.inc.
+#include "qk_tiles.cuh"
+
+namespace inflection {
+namespace {
+
+constexpr float kLeastExponent = -127.f;  // 2^x is 0 below
+
+// One row as one lane sees it. In base 2: x = score * exponent - reference; whatever the reference is, the sums are exact
+// with respect to it.
+struct QkLane {
+  float max = -kInf;  // of unscaled scores
+  float reference = 0.f, sum = 0.f, dot = 0.f, square = 0.f;
+
+  __device__ __forceinline__ void rebase(float highest, float exponent) {
+    if (highest == max) return;
+    const float next = highest * exponent;
+    const float d = max == -kInf ? kLeastExponent : at_least(reference - next, kLeastExponent);
+    const float f = exp2_approx(d);
+    dot = f * (dot + d * sum);
+    sum *= f;
+    square *= f * f;
+    max = highest;
+    reference = next;
+  }
+  __device__ __forceinline__ void add(float score, float exponent) {
+    const float x = at_least(fmaf(score, exponent, -reference), kLeastExponent);
+    const float e = exp2_approx(x);
+    sum += e;
+    dot = fmaf(e, x, dot);
+    square = fmaf(e, e, square);
+  }
+  template <int N>
+  __device__ __forceinline__ void push(const float (&score)[N], float exponent) {
+    float highest = max;
+#pragma unroll
+    for (int i = 0; i < N; ++i) highest = fmaxf(highest, score[i]);
+    rebase(highest, exponent);
+    QkLane part{max, reference};  // from zero: a block of terms rounds less than the whole row
+#pragma unroll
+    for (int i = 0; i < N; ++i) part.add(score[i], exponent);
+    sum += part.sum;
+    dot += part.dot;
+    square += part.square;
+  }
+  // Over the lanes that share a row; the result is in all of them.
+  __device__ __forceinline__ void merge_lanes(float exponent) {
+    float highest = max;
+    for (int lanes = kLanesPerRow / 2; lanes > 0; lanes /= 2)
+      highest = fmaxf(highest, __shfl_xor_sync(kAllLanes, highest, lanes));
+    rebase(highest, exponent);
+    for (int lanes = kLanesPerRow / 2; lanes > 0; lanes /= 2) {
+      sum += __shfl_xor_sync(kAllLanes, sum, lanes);
+      dot += __shfl_xor_sync(kAllLanes, dot, lanes);
+      square += __shfl_xor_sync(kAllLanes, square, lanes);
+    }
+  }
+};
+
+__device__ __forceinline__ void write_row(const AttentionStatsQkArgs& args, const QkForm& form, const RowPlace& row,
+                                          QkLane state, int keys, float first) {
+  const float max_logit = state.max * form.scale;
+  bool empty = state.max == -kInf && state.dot == state.dot;
+  if (args.sinks != nullptr) {
+    first = args.sinks[row.head];
+    if (first != -kInf) {
+      state.rebase(fmaxf(state.max, first), form.exponent);
+      state.add(first, form.exponent);
+      empty = false;
+    }
+  }
+  const bool broken = !row.inside || state.dot != state.dot || state.max == kInf;
+  const double sum = state.sum, log_sum = logf(state.sum), entropy = log_sum - kLn2Exact * state.dot / sum;
+  const auto write = [&](float* to, double value, float when_empty) {
+    if (to != nullptr) to[row.out] = broken ? NAN : empty ? when_empty : static_cast<float>(value);
+  };
+  const float p = first == -kInf ? 0.f : exp2_approx(at_least(fmaf(first, form.exponent, -state.reference), kLeastExponent));
+  write(args.out.entropy, entropy > 0.0 ? entropy : 0.0, 0.f);
+  write(args.out.lse, kLn2Exact * state.reference + log_sum, -kInf);
+  write(args.out.max_logit, max_logit, -kInf);
+  write(args.out.collision, state.square / (sum * sum), 0.f);
+  write(args.out.sink, p / sum, 0.f);
+  if (args.out.keys != nullptr) args.out.keys[row.out] = row.inside ? static_cast<float>(keys) : NAN;
+}
+
+template <class S>
+__global__ void __launch_bounds__(S::kThreads) stats_of_tile(AttentionStatsQkArgs args, QkForm form, int64_t row_tiles, int stages) {
+  using T = typename S::Type;
+  struct Shared {
+    RowBounds<S::kLeft> rows;
+    alignas(kCopyBytes) T tiles[1];  // the query rows, then `stages` tiles of keys
+  };
+  Shared& memory = shared<Shared>();
+  T* const queries = memory.tiles;
+  T* const keys = queries + S::kLeft * form.pitch;
+  const HeadPlace head = HeadPlace::of(args, form, blockIdx.x / row_tiles);
+  const int64_t first_row = (row_tiles - 1 - blockIdx.x % row_tiles) * S::kLeft;  // under a causal mask the longest first
+  memory.rows.template fill<S::kThreads>(args, form, head, first_row);
+  const int begin = memory.rows.lowest / S::kRight * S::kRight, end = memory.rows.highest;
+
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const auto left_row = [&](int s, int h) { return (warp * S::kSub + s) * 16 + h * 8 + lane / kLanesPerRow; };
+  QkLane state[S::kSub][2];
+  int attended[S::kSub][2] = {};
+  float first_key[S::kSub][2];
+#pragma unroll
+  for (int s = 0; s < S::kSub; ++s) first_key[s][0] = first_key[s][1] = -kInf;
+
+  load_queries<T, S::kLeft, S::kThreads>(queries, args, form, head, first_row);
+  if (begin < end) load_keys<T, S::kRight, S::kThreads>(keys, args, form, head, begin);
+  commit_copies();
+  for (int j = begin, stage = 0; j < end; j += S::kRight) {
+    T* const tile = keys + stage * S::kRight * form.pitch;
+    if (stages > 1) {
+      stage ^= 1;
+      if (j + S::kRight < end)
+        load_keys<T, S::kRight, S::kThreads>(keys + stage * S::kRight * form.pitch, args, form, head, j + S::kRight);
+      commit_copies();
+      wait_for_copies<1>();
+    } else {
+      wait_for_copies<0>();
+    }
+    __syncthreads();
+    const int stop = j + S::kRight < end ? j + S::kRight : end;
+    if (!hidden_for_all(args, head, memory.rows.mask[0], j, stop)) {
+      float c[S::kSub][S::kRightTiles][4];
+      multiply<S>(queries, tile, form, c);
+      const bool whole = form.plain && memory.rows.cover(j, j + S::kRight);
+#pragma unroll
+      for (int s = 0; s < S::kSub; ++s) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          float score[2 * S::kRightTiles];
+#pragma unroll
+          for (int i = 0; i < 2 * S::kRightTiles; ++i) score[i] = c[s][i / 2][2 * h + i % 2];
+          if (!whole) {
+            const int r = left_row(s, h), low = memory.rows.low[r], high = memory.rows.high[r];
+            const int64_t mask_row = memory.rows.mask[r];
+#pragma unroll
+            for (int i = 0; i < 2 * S::kRightTiles; ++i) {
+              const int key = j + i / 2 * 8 + lane % kLanesPerRow * 2 + i % 2;
+              float slope;
+              attended[s][h] += score_of(args, form, mask_row, low, high, key, score[i], score[i], slope);
+            }
+          } else {
+            attended[s][h] += 2 * S::kRightTiles;
+          }
+          if (j == 0 && lane % kLanesPerRow == 0) first_key[s][h] = score[0];
+          state[s][h].push(score, form.exponent);
+        }
+      }
+    }
+    __syncthreads();
+    if (stages == 1 && j + S::kRight < end) {
+      load_keys<T, S::kRight, S::kThreads>(tile, args, form, head, j + S::kRight);
+      commit_copies();
+    }
+  }
+  wait_for_copies<0>();
+#pragma unroll
+  for (int s = 0; s < S::kSub; ++s) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      state[s][h].merge_lanes(form.exponent);
+      for (int lanes = kLanesPerRow / 2; lanes > 0; lanes /= 2)
+        attended[s][h] += __shfl_xor_sync(kAllLanes, attended[s][h], lanes);
+      const RowPlace row = RowPlace::of(args, form, head, first_row + left_row(s, h));
+      if (lane % kLanesPerRow == 0 && row.there) write_row(args, form, row, state[s][h], attended[s][h], first_key[s][h]);
+    }
+  }
+}
+
+template <class S>
+int run(const AttentionStatsQkArgs& args, int stages, void* stream) {
+  const QkForm form = QkForm::of(args, false);
+  const int64_t row_tiles = (args.num_rows * form.group + S::kLeft - 1) / S::kLeft;
+  const int64_t blocks = args.batch * args.kv_heads * row_tiles;
+  if (blocks == 0 || args.heads == 0) return cudaSuccess;
+  if (blocks > kMostBlocks || args.keys > kMostKeys) return cudaErrorInvalidValue;
+  const size_t bytes = sizeof(RowBounds<S::kLeft>) +
+                       sizeof(typename S::Type) * form.pitch * static_cast<size_t>(S::kLeft + stages * S::kRight);
+  return launch(stats_of_tile<S>, dim3(static_cast<unsigned>(blocks)), dim3(S::kThreads), bytes, stream, args, form, row_tiles,
+                stages);
+}
+
+// The largest tiles that leave room for a second block on a multiprocessor, or fit at all.
+template <class T>
+int run_16_bit(const AttentionStatsQkArgs& args, void* stream) {
+  if (args.head_dim <= 128) return run<Shape<T, 2, 4, 8>>(args, 2, stream);
+  return run<Shape<T, 1, 4, 8>>(args, args.head_dim <= 256 ? 2 : 1, stream);
+}
+
+}  // namespace
+
+int attention_stats_qk_cuda(const AttentionStatsQkArgs& args, void* stream) {
+  switch (args.dtype) {
+    case DType::f32:
+      if (args.head_dim <= 256) return run<Shape<float, 1, 4, 8>>(args, args.head_dim <= 128 ? 2 : 1, stream);
+      return run<Shape<float, 1, 2, 4>>(args, 1, stream);
+    case DType::bf16: return run_16_bit<BF16>(args, stream);
+    default: return run_16_bit<F16>(args, stream);
+  }
+}
+
+}  // namespace inflection

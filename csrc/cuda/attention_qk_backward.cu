@@ -1,0 +1,267 @@
+// Gradients of the row statistics with respect to Q and K, recomputed from Q, K and what the forward pass reports of a row.
+//
+// As csrc/cpu/attention_qk_backward.inc: dS = p (a + b log p + c p), and + g P at key 0; dQ = scale dS K, dK = scale dS^T Q,
+// in two kernels over the same tiles of scores. One keeps a tile of rows and goes over the keys, the other keeps a tile of keys
+// and goes over the rows; every number has one writer, so the result is the same in every run. Nothing of size Tq x Tk is
+// stored. dS of 16-bit inputs goes to the tensor cores as two numbers of their dtype, value and remainder; sums are float32.
+//
+// A block makes at most 128 columns of the gradient; for wider heads the scores are computed once for every 128. Bound by
+// the two products and, with one tile in flight, by the latency of loading it.
+#include "qk_tiles.cuh"
+
+namespace inflection {
+namespace {
+
+constexpr int kOutTiles = 16;             // of 8 columns: 64 registers of sums
+constexpr int kOutColumns = 8 * kOutTiles;
+constexpr float kLeastLogP = -88.f;       // far below anything that a sum of float32 could notice; keeps 0 * -inf out
+
+struct Coefficients {
+  float a, b, c, lse, first;
+
+  static __device__ __forceinline__ Coefficients of(const AttentionStatsQkBackwardArgs& args, const RowPlace& row) {
+    Coefficients k{0.f, 0.f, 0.f, -kInf, 0.f};
+    if (!row.inside) return k;
+    const RowGradients& g = args.rows;
+    const auto get = [&](const float* from) { return from == nullptr ? 0.f : from[row.out]; };
+    k.lse = g.lse[row.out];
+    if (k.lse == -kInf) return k;  // no keys: nothing depends on anything
+    k.a = get(g.grad_lse);
+    if (g.grad_entropy != nullptr) {
+      k.b = -get(g.grad_entropy);
+      k.a += k.b * g.entropy[row.out];
+    }
+    if (g.grad_collision != nullptr) {
+      k.c = 2.f * get(g.grad_collision);
+      k.a -= k.c * g.collision[row.out];
+    }
+    if (g.grad_sink != nullptr) {
+      const float share = get(g.grad_sink) * g.sink[row.out];
+      k.a -= share;
+      k.first = args.forward.has_sinks ? 0.f : share;
+    }
+    return k;
+  }
+
+  // d(loss) / d(product), where `score` and `slope` are those of score_of.
+  __device__ __forceinline__ float gradient(float score, float slope, bool is_first) const {
+    if (score == -kInf) return 0.f;
+    const float log_p = at_least(score - lse, kLeastLogP);
+    const float p = exp2_approx(log_p * static_cast<float>(kLog2e));
+    const float of_score = p * (a + b * log_p + c * p) + (is_first ? first : 0.f);
+    return of_score * slope;
+  }
+};
+
+__device__ __forceinline__ bool is_finite(float x) { return x - x == 0.f; }
+__device__ __forceinline__ bool is_finite(BF16 x) { return (x.bits & 0x7f80) != 0x7f80; }
+__device__ __forceinline__ bool is_finite(F16 x) { return (x.bits & 0x7c00) != 0x7c00; }
+
+// What is not finite becomes 0: the rows that attend it have NaN in dS already, and no other may get one from 0 * NaN.
+template <class T, int N, int kThreads>
+__device__ __forceinline__ void drop_poison(T* tile, const QkForm& form) {
+  constexpr int kPerRow = 8, kElements = kCopyBytes / sizeof(T);
+  for (int r = threadIdx.x / kPerRow; r < N; r += kThreads / kPerRow) {
+    for (int k = threadIdx.x % kPerRow * kElements; k < form.depth; k += kPerRow * kElements) {
+      uint4* const at = reinterpret_cast<uint4*>(tile + r * form.pitch + k);
+      const uint4 raw = *at;
+      T values[kElements];
+      memcpy(values, &raw, sizeof raw);
+      bool clean = true;
+#pragma unroll
+      for (int i = 0; i < kElements; ++i) {
+        clean = clean && is_finite(values[i]);
+        if (!is_finite(values[i])) values[i] = T{};
+      }
+      if (clean) continue;
+      uint4 cleaned;
+      memcpy(&cleaned, values, sizeof cleaned);
+      *at = cleaned;
+    }
+  }
+}
+
+// out[n] += the warp's rows of `left` [kLeft, kRight] times columns [first, first + kOutColumns) of `right` [kRight, depth].
+template <class S>
+__device__ __forceinline__ void add_product(const typename S::Type* left, int left_pitch, const typename S::Type* right,
+                                            const QkForm& form, int first, float (&out)[kOutTiles][4]) {
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const auto* rows = left + warp * 16 * left_pitch;
+  if constexpr (S::kTensorCores) {
+    using T = typename S::Type;
+    const T* a_row = rows + (lane % 16) * left_pitch + lane / 16 * 8;
+    const T* b_row = right + (lane % 16) * form.pitch + first + lane / 16 * 8;
+#pragma unroll 1
+    for (int k = 0; k < S::kRight; k += kTileAlign) {
+      uint32_t a[4];
+      ldmatrix(a, a_row + k);
+#pragma unroll
+      for (int n = 0; n < kOutTiles; n += 2) {
+        if (first + n * 8 >= form.depth) continue;
+        uint32_t b[4];
+        ldmatrix_transposed(b, b_row + k * form.pitch + n * 8);
+        mma<T>(out[n], a, b[0], b[1]);
+        mma<T>(out[n + 1], a, b[2], b[3]);
+      }
+    }
+  } else {
+    const float* x_row = rows + lane / 4 * left_pitch;
+    const float* y_row = x_row + 8 * left_pitch;
+    const float* z_row = right + first + lane % 4 * 2;
+#pragma unroll 1
+    for (int k = 0; k < S::kRight; ++k) {
+      const float x = x_row[k], y = y_row[k];
+#pragma unroll
+      for (int n = 0; n < kOutTiles; ++n) {
+        if (first + n * 8 >= form.depth) continue;
+        const float2 z = *reinterpret_cast<const float2*>(z_row + k * form.pitch + n * 8);
+        out[n][0] = fmaf(x, z.x, out[n][0]), out[n][1] = fmaf(x, z.y, out[n][1]);
+        out[n][2] = fmaf(y, z.x, out[n][2]), out[n][3] = fmaf(y, z.y, out[n][3]);
+      }
+    }
+  }
+}
+
+// dS of a tile in shared memory: rows an odd multiple of 16 bytes apart; for tensor cores in two pieces.
+template <class S>
+constexpr int kSlopePitch = S::kRight + kCopyBytes / static_cast<int>(sizeof(typename S::Type));
+template <class S>
+constexpr int kSlopePieces = S::kTensorCores ? 2 : 1;
+
+// kOfKeys: the left tile is one of keys and the right ones are rows, for dK; or the other way round, for dQ.
+template <class S, bool kOfKeys>
+__global__ void __launch_bounds__(S::kThreads)
+    gradients_of_tile(AttentionStatsQkBackwardArgs args, QkForm form, int64_t left_tiles, int64_t parts) {
+  using T = typename S::Type;
+  constexpr int kRows = kOfKeys ? S::kRight : S::kLeft;
+  constexpr int kPitch = kSlopePitch<S>, kSlopes = S::kLeft * kPitch;
+  struct Shared {
+    RowBounds<kRows> rows;
+    Coefficients coefficients[kRows];
+    alignas(kCopyBytes) T slopes[kSlopePieces<S> * kSlopes];
+    alignas(kCopyBytes) T tiles[1];  // the left tile, then the right one
+  };
+  const AttentionStatsQkArgs& forward = args.forward;
+  Shared& memory = shared<Shared>();
+  T* const left = memory.tiles;
+  T* const right = left + S::kLeft * form.pitch;
+  const HeadPlace head = HeadPlace::of(forward, form, blockIdx.x / (left_tiles * parts));
+  const int64_t first_left = blockIdx.x / parts % left_tiles * S::kLeft;
+  const int first_column = static_cast<int>(blockIdx.x % parts) * kOutColumns;
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int left_row = warp * 16 + lane / kLanesPerRow;  // and 8 below it
+
+  const auto fill_rows = [&](int64_t first) {
+    for (int r = threadIdx.x; r < kRows; r += S::kThreads)
+      memory.coefficients[r] = Coefficients::of(args, RowPlace::of(forward, form, head, first + r));
+    memory.rows.template fill<S::kThreads>(forward, form, head, first);
+  };
+  int64_t begin = 0, end = head.packed_rows;
+  if constexpr (kOfKeys) {
+    load_keys<T, S::kLeft, S::kThreads>(left, forward, form, head, first_left);
+  } else {
+    load_queries<T, S::kLeft, S::kThreads>(left, forward, form, head, first_left);
+    fill_rows(first_left);
+    begin = memory.rows.lowest / S::kRight * S::kRight, end = memory.rows.highest;
+  }
+  commit_copies();
+
+  float out[kOutTiles][4] = {};
+  for (int64_t j = begin; j < end; j += S::kRight) {
+    __syncthreads();  // nobody reads the last tile any more
+    if constexpr (kOfKeys) {
+      fill_rows(j);
+      if (memory.rows.lowest >= first_left + S::kLeft || memory.rows.highest <= first_left) continue;
+      load_queries<T, S::kRight, S::kThreads>(right, forward, form, head, j);
+    } else {
+      load_keys<T, S::kRight, S::kThreads>(right, forward, form, head, j);
+    }
+    commit_copies();
+    wait_for_copies<0>();
+    __syncthreads();
+    float c[1][S::kRightTiles][4];
+    multiply<S>(left, right, form, c);
+#pragma unroll
+    for (int n = 0; n < S::kRightTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int l = left_row + i / 2 * 8, r = n * 8 + lane % kLanesPerRow * 2 + i % 2;
+        const int row = kOfKeys ? r : l, key = static_cast<int>(kOfKeys ? first_left + l : j + r);
+        float score, slope;
+        score_of(forward, form, memory.rows.mask[row], memory.rows.low[row], memory.rows.high[row], key, c[0][n][i], score,
+                 slope);
+        const float value = memory.coefficients[row].gradient(score, slope, key == 0) * forward.scale;
+        T* const to = &memory.slopes[l * kPitch + r];
+        put(to, value);
+        if constexpr (S::kTensorCores) put(to + kSlopes, value - to_float(*to));
+      }
+    }
+    __syncthreads();
+    drop_poison<T, S::kRight, S::kThreads>(right, form);
+    __syncthreads();
+#pragma unroll
+    for (int piece = 0; piece < kSlopePieces<S>; ++piece)
+      add_product<S>(memory.slopes + piece * kSlopes, kPitch, right, form, first_column, out);
+  }
+  wait_for_copies<0>();
+
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int64_t l = first_left + left_row + h * 8;
+    float* to = nullptr;
+    if constexpr (kOfKeys) {
+      if (l < forward.keys) to = args.grad_key + ((head.batch * forward.kv_heads + head.kv_head) * forward.keys + l) * forward.head_dim;
+    } else {
+      const RowPlace row = RowPlace::of(forward, form, head, l);
+      if (row.there) to = args.grad_query + row.out * forward.head_dim;
+    }
+    if (to == nullptr) continue;
+#pragma unroll
+    for (int n = 0; n < kOutTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int column = first_column + n * 8 + lane % kLanesPerRow * 2 + e;
+        if (column < forward.head_dim) to[column] = out[n][2 * h + e];
+      }
+    }
+  }
+}
+
+template <class S, bool kOfKeys>
+int run(const AttentionStatsQkBackwardArgs& args, void* stream) {
+  using T = typename S::Type;
+  const AttentionStatsQkArgs& forward = args.forward;
+  const QkForm form = QkForm::of(forward, true);
+  const int64_t left = kOfKeys ? forward.keys : forward.num_rows * form.group;
+  const int64_t left_tiles = (left + S::kLeft - 1) / S::kLeft, parts = (forward.head_dim + kOutColumns - 1) / kOutColumns;
+  const int64_t blocks = forward.batch * forward.kv_heads * left_tiles * parts;
+  if (blocks == 0) return cudaSuccess;
+  if (blocks > kMostBlocks || forward.keys > kMostKeys) return cudaErrorInvalidValue;
+  constexpr int kRows = kOfKeys ? S::kRight : S::kLeft;
+  constexpr size_t kSlopes = sizeof(T) * kSlopePieces<S> * S::kLeft * kSlopePitch<S>;
+  const size_t bytes = sizeof(RowBounds<kRows>) + sizeof(Coefficients) * kRows + kSlopes +
+                       sizeof(T) * form.pitch * static_cast<size_t>(S::kLeft + S::kRight);
+  return launch(gradients_of_tile<S, kOfKeys>, dim3(static_cast<unsigned>(blocks)), dim3(S::kThreads), bytes, stream, args, form,
+                left_tiles, parts);
+}
+
+template <bool kOfKeys>
+int run(const AttentionStatsQkBackwardArgs& args, void* stream) {
+  switch (args.forward.dtype) {
+    case DType::f32:
+      if (args.forward.head_dim <= 256) return run<Shape<float, 1, 4, 8>, kOfKeys>(args, stream);
+      return run<Shape<float, 1, 2, 4>, kOfKeys>(args, stream);
+    case DType::bf16: return run<Shape<BF16, 1, 4, 8>, kOfKeys>(args, stream);
+    default: return run<Shape<F16, 1, 4, 8>, kOfKeys>(args, stream);
+  }
+}
+
+}  // namespace
+
+int attention_stats_qk_grad_query_cuda(const AttentionStatsQkBackwardArgs& args, void* stream) {
+  return run<false>(args, stream);
+}
+
+int attention_stats_qk_grad_key_cuda(const AttentionStatsQkBackwardArgs& args, void* stream) { return run<true>(args, stream); }
+
+}  // namespace inflection

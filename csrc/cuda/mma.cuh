@@ -1,0 +1,74 @@
+// The instructions of tensor cores and of asynchronous copies, one function each; the emulator has its own of them.
+//
+// In mma m16n8k16 lane l, with g = l / 4 and t = l % 4, holds of A (16 x 16) rows g and g + 8, columns 2t, 2t + 1, 2t + 8,
+// 2t + 9; of B (16 x 8) rows 2t, 2t + 1, 2t + 8, 2t + 9 of column g; of C (16 x 8) rows g and g + 8, columns 2t, 2t + 1.
+// ldmatrix loads four 8 x 8 matrices: lane l gives the address of row l % 8 of matrix l / 8, 16 bytes aligned, and gets of
+// each matrix row g, columns 2t and 2t + 1; transposed, rows 2t and 2t + 1 of column g.
+#pragma once
+
+#include "warp.cuh"
+
+namespace inflection {
+
+#ifdef INFLECTION_EMULATION
+
+template <class T>
+inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  emulator::mma(c, a, b0, b1, [](uint16_t bits) { return to_float(T{bits}); }, EMULATOR_PLACE("mma"));
+}
+inline void ldmatrix(uint32_t (&r)[4], const void* row) { emulator::ldmatrix(r, row, false, EMULATOR_PLACE("ldmatrix")); }
+inline void ldmatrix_transposed(uint32_t (&r)[4], const void* row) {
+  emulator::ldmatrix(r, row, true, EMULATOR_PLACE("ldmatrix.trans"));
+}
+inline void copy_async(void* to, const void* from, bool there) { emulator::copy_later(to, from, 16, there ? 16 : 0); }
+inline void commit_copies() { emulator::commit_copies(); }
+template <int kPending>
+inline void wait_for_copies() { emulator::wait_for_copies(kPending); }
+
+#else
+
+__device__ __forceinline__ unsigned shared_address(const void* p) {
+  return static_cast<unsigned>(__cvta_generic_to_shared(p));
+}
+
+template <class T>
+__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+template <>
+__device__ __forceinline__ void mma<BF16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+template <>
+__device__ __forceinline__ void mma<F16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+__device__ __forceinline__ void ldmatrix_transposed(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+// 16 bytes from global to shared memory; zeros, and nothing read, where there are none.
+__device__ __forceinline__ void copy_async(void* to, const void* from, bool there) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 16 : 0)
+               : "memory");
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Until at most kPending groups of this thread have not arrived.
+template <int kPending>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+#endif
+
+}  // namespace inflection

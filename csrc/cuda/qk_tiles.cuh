@@ -1,0 +1,296 @@
+// Tiles of scores from Q and K, shared by the forward and the backward pass.
+//
+// A block holds one tile of `kLeft` rows in shared memory and streams tiles of `kRight` rows past it; each warp multiplies
+// 16 kSub of the left rows with all of the right ones. 16-bit inputs go through tensor cores, float32 inputs through fused
+// multiply-adds in float32, in the same layout of results: in tile (s, n) of a warp, lane (g, t) holds left rows
+// 16 s + g and 16 s + g + 8 and right rows 8 n + 2t and 8 n + 2t + 1.
+//
+// Rows of a shared tile are an odd multiple of 16 bytes apart, so that eight of them lie in different banks.
+#pragma once
+
+#include "exponential.cuh"
+#include "kernels.h"
+#include "mma.cuh"
+
+namespace inflection {
+
+constexpr int kTileAlign = 16;   // elements that the depth is padded to, with zeros: one mma
+constexpr int kCopyBytes = 16;   // of one asynchronous copy
+constexpr int kDepthPart = 64;   // products summed in one piece: short sums round less than one long one, and tensor cores
+                                 // cut off what they do not keep
+constexpr int64_t kMostBlocks = 0x7fffffff, kMostKeys = 0x7fffff00;  // of one launch; keys are counted in 32 bits
+constexpr int kLanesPerRow = 4;  // lanes that hold a piece of the same left row
+constexpr double kLog2e = 1.4426950408889634, kLn2Exact = 0.693147180559945309;
+
+template <class T, int kSub_, int kWarps_, int kRightTiles_>
+struct Shape {
+  using Type = T;
+  static constexpr int kSub = kSub_, kWarps = kWarps_, kRightTiles = kRightTiles_;
+  static constexpr int kThreads = kWarps * kWarpSize;
+  static constexpr int kLeft = 16 * kSub * kWarps;
+  static constexpr int kRight = 8 * kRightTiles;
+  static constexpr bool kTensorCores = sizeof(T) == 2;
+};
+
+// How scores are formed from dot products.
+struct QkForm {
+  float factor;    // products are multiplied by it: 1, -1, or the whole scale under an additive mask, a softcap or sinks
+  float scale;     // what remains to be multiplied by, > 0
+  float exponent;  // scale * log2(e)
+  float softcap;   // 0: none
+  bool plain;      // products are the unscaled scores
+  bool vector;     // rows can be copied 16 bytes at a time
+  int pitch;       // elements between rows of a shared tile
+  int depth;       // head dimension, padded to kTileAlign
+  int group;       // query heads that share a key head
+
+  static QkForm of(const AttentionStatsQkArgs& args, bool scaled) {
+    constexpr float kSmallest = 1e-28f, kLargest = 1e28f;  // beyond, unscaled scores could leave the range of a float
+    const float magnitude = args.scale < 0.f ? -args.scale : args.scale;
+    const bool additive = args.mask.data != nullptr && args.mask.dtype != DType::boolean;
+    const bool keep =
+        !scaled && !additive && args.softcap == 0.f && !args.has_sinks && !args.sinks && magnitude >= kSmallest && magnitude <= kLargest;
+    QkForm form{};
+    form.factor = keep ? (args.scale < 0.f ? -1.f : 1.f) : args.scale;
+    form.scale = keep ? magnitude : 1.f;
+    form.exponent = static_cast<float>(form.scale * kLog2e);
+    form.softcap = args.softcap;
+    form.plain = form.factor == 1.f && args.mask.data == nullptr && args.softcap == 0.f;
+    const int64_t size = args.dtype == DType::f32 ? 4 : 2;
+    form.depth = static_cast<int>((args.head_dim + kTileAlign - 1) / kTileAlign * kTileAlign);
+    form.pitch = form.depth + static_cast<int>(kCopyBytes / size);
+    form.group = static_cast<int>(args.heads / (args.kv_heads ? args.kv_heads : 1));
+    const auto whole = [size](int64_t elements) { return elements * size % kCopyBytes == 0; };
+    form.vector = whole(args.head_dim) && args.query_strides[3] == 1 && args.key_strides[3] == 1 &&
+                  reinterpret_cast<uintptr_t>(args.query) % kCopyBytes == 0 &&
+                  reinterpret_cast<uintptr_t>(args.key) % kCopyBytes == 0;
+    for (int d = 0; d < 3; ++d) form.vector = form.vector && whole(args.query_strides[d]) && whole(args.key_strides[d]);
+    return form;
+  }
+};
+
+// One key head of one sequence. Its query rows are packed: all heads of the group at one position are neighbours.
+struct HeadPlace {
+  int64_t batch, kv_head, packed_rows;
+  static __device__ __forceinline__ HeadPlace of(const AttentionStatsQkArgs& args, const QkForm& form, int64_t item) {
+    return {item / args.kv_heads, item % args.kv_heads, args.num_rows * form.group};
+  }
+};
+
+struct RowPlace {
+  int64_t position, head, out;  // `out` in [B, H, num_rows]
+  int low, high;                // keys inside causal and window bounds; none where the position is out of range
+  bool there, inside;           // the packed row exists; its position does
+
+  static __device__ __forceinline__ RowPlace of(const AttentionStatsQkArgs& args, const QkForm& form, const HeadPlace& head,
+                                                int64_t packed) {
+    RowPlace row{};
+    row.there = packed < head.packed_rows;
+    if (!row.there) return row;
+    const int64_t i = packed / form.group;
+    row.head = head.kv_head * form.group + (packed - i * form.group);
+    row.out = (head.batch * args.heads + row.head) * args.num_rows + i;
+    row.position = args.rows ? args.rows[i] : i;
+    row.inside = row.position >= 0 && row.position < args.queries;
+    if (!row.inside) return row;
+    int64_t low = 0, high = args.keys;
+    if (args.window_left >= 0 && row.position - args.window_left > low) low = row.position - args.window_left;
+    if (args.window_right >= 0 && row.position + args.window_right + 1 < high) high = row.position + args.window_right + 1;
+    if (args.causal && row.position + 1 < high) high = row.position + 1;
+    row.low = static_cast<int>(low < args.keys ? low : args.keys);
+    row.high = static_cast<int>(high > row.low ? high : row.low);
+    return row;
+  }
+};
+
+// Bounds of the rows of a tile, in shared memory.
+template <int N>
+struct RowBounds {
+  int low[N], high[N];
+  int64_t mask[N];  // offset of the row in the mask
+  int lowest, highest, highest_low, lowest_high;  // over the rows that exist; highest <= lowest: nothing to attend
+
+  // Two barriers; what was there before must not be in use any more. The last one makes everything visible.
+  template <int kThreads>
+  __device__ __forceinline__ void fill(const AttentionStatsQkArgs& args, const QkForm& form, const HeadPlace& head,
+                                       int64_t first) {
+    if (threadIdx.x == 0) lowest = lowest_high = static_cast<int>(args.keys), highest = highest_low = 0;
+    __syncthreads();
+    for (int r = threadIdx.x; r < N; r += kThreads) {
+      const RowPlace row = RowPlace::of(args, form, head, first + r);
+      low[r] = row.low, high[r] = row.high;
+      mask[r] = head.batch * args.mask.strides[0] + row.head * args.mask.strides[1] + row.position * args.mask.row_stride;
+      if (!row.inside) continue;
+      atomicMax(&highest_low, row.low), atomicMin(&lowest_high, row.high);
+      if (row.high > row.low) atomicMin(&lowest, row.low), atomicMax(&highest, row.high);
+    }
+    __syncthreads();
+  }
+  // Every existing row attends all of these keys, as far as bounds go.
+  __device__ __forceinline__ bool cover(int begin, int end) const { return highest_low <= begin && end <= lowest_high; }
+};
+
+// ---- loading ----------------------------------------------------------------------------------------------------------
+
+// N rows into a shared tile; row_at(r) is the address of one, null where there is none: zeros. Eight threads a row.
+template <class T, int N, int kThreads, class RowAt>
+__device__ __forceinline__ void load_tile(T* tile, const QkForm& form, int64_t head_dim, int64_t col_stride,
+                                          const RowAt& row_at) {
+  constexpr int kPerRow = 8, kElements = kCopyBytes / sizeof(T);
+  for (int r = threadIdx.x / kPerRow; r < N; r += kThreads / kPerRow) {
+    const T* row = row_at(r);
+    T* to = tile + r * form.pitch;
+    if (form.vector) {
+      for (int k = threadIdx.x % kPerRow * kElements; k < form.depth; k += kPerRow * kElements) {
+        const bool there = row != nullptr && k < head_dim;
+        copy_async(to + k, there ? row + k : tile, there);
+      }
+    } else {
+      for (int k = threadIdx.x % kPerRow; k < form.depth; k += kPerRow)
+        to[k] = row != nullptr && k < head_dim ? row[k * col_stride] : T{};
+    }
+  }
+}
+
+template <class T, int N, int kThreads>
+__device__ __forceinline__ void load_keys(T* tile, const AttentionStatsQkArgs& args, const QkForm& form,
+                                          const HeadPlace& head, int64_t first) {
+  const T* keys = static_cast<const T*>(args.key) + head.batch * args.key_strides[0] + head.kv_head * args.key_strides[1];
+  load_tile<T, N, kThreads>(tile, form, args.head_dim, args.key_strides[3], [&](int r) -> const T* {
+    return first + r < args.keys ? keys + (first + r) * args.key_strides[2] : nullptr;
+  });
+}
+
+template <class T, int N, int kThreads>
+__device__ __forceinline__ void load_queries(T* tile, const AttentionStatsQkArgs& args, const QkForm& form,
+                                             const HeadPlace& head, int64_t first) {
+  const T* queries = static_cast<const T*>(args.query) + head.batch * args.query_strides[0];
+  load_tile<T, N, kThreads>(tile, form, args.head_dim, args.query_strides[3], [&](int r) -> const T* {
+    const RowPlace row = RowPlace::of(args, form, head, first + r);
+    return row.inside ? queries + row.head * args.query_strides[1] + row.position * args.query_strides[2] : nullptr;
+  });
+}
+
+// ---- products ---------------------------------------------------------------------------------------------------------
+
+// c[s][n] = the warp's left rows times the right ones, over the depth.
+template <class S>
+__device__ __forceinline__ void multiply(const typename S::Type* left, const typename S::Type* right, const QkForm& form,
+                                         float (&c)[S::kSub][S::kRightTiles][4]) {
+  using T = typename S::Type;
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const T* rows = left + warp * 16 * S::kSub * form.pitch;
+#pragma unroll
+  for (int s = 0; s < S::kSub; ++s)
+#pragma unroll
+    for (int n = 0; n < S::kRightTiles; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) c[s][n][i] = 0.f;
+  if constexpr (S::kTensorCores) {
+    const T* a_row = rows + (lane % 16) * form.pitch + lane / 16 * 8;
+    const T* b_row = right + (lane / 16 * 8 + lane % 8) * form.pitch + lane / 8 % 2 * 8;
+    const auto multiply_part = [&](int begin, int end, float(&sums)[S::kSub][S::kRightTiles][4]) {
+#pragma unroll 2
+      for (int k = begin; k < end; k += kTileAlign) {
+        uint32_t a[S::kSub][4];
+#pragma unroll
+        for (int s = 0; s < S::kSub; ++s) ldmatrix(a[s], a_row + s * 16 * form.pitch + k);
+#pragma unroll
+        for (int n = 0; n < S::kRightTiles; n += 2) {
+          uint32_t b[4];
+          ldmatrix(b, b_row + n * 8 * form.pitch + k);
+#pragma unroll
+          for (int s = 0; s < S::kSub; ++s) {
+            mma<T>(sums[s][n], a[s], b[0], b[1]);
+            mma<T>(sums[s][n + 1], a[s], b[2], b[3]);
+          }
+        }
+      }
+    };
+    if constexpr (S::kSub > 1) {  // no registers for two sums; the depth is at most 128
+      multiply_part(0, form.depth, c);
+    } else {
+      for (int begin = 0; begin < form.depth; begin += kDepthPart) {
+        float part[1][S::kRightTiles][4] = {};
+        multiply_part(begin, begin + kDepthPart < form.depth ? begin + kDepthPart : form.depth, part);
+#pragma unroll
+        for (int n = 0; n < S::kRightTiles; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) c[0][n][i] += part[0][n][i];
+      }
+    }
+  } else {
+    static_assert(S::kSub == 1);
+    const float* a_row = rows + lane / 4 * form.pitch;
+    const float* b_row = right + lane % 4 * 2 * form.pitch;
+    const int parts = (form.depth + kDepthPart - 1) / kDepthPart, step = (form.depth / 4 + parts - 1) / parts * 4;
+    for (int begin = 0; begin < form.depth; begin += step) {
+      float part[S::kRightTiles][4] = {};
+      const int end = begin + step < form.depth ? begin + step : form.depth;
+#pragma unroll 1
+      for (int k = begin; k < end; k += 4) {
+        const float4 x = *reinterpret_cast<const float4*>(a_row + k);
+        const float4 y = *reinterpret_cast<const float4*>(a_row + 8 * form.pitch + k);
+#pragma unroll
+        for (int n = 0; n < S::kRightTiles; ++n) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const float4 z = *reinterpret_cast<const float4*>(b_row + (n * 8 + e) * form.pitch + k);
+            part[n][e] = fmaf(x.w, z.w, fmaf(x.z, z.z, fmaf(x.y, z.y, fmaf(x.x, z.x, part[n][e]))));
+            part[n][2 + e] = fmaf(y.w, z.w, fmaf(y.z, z.z, fmaf(y.y, z.y, fmaf(y.x, z.x, part[n][2 + e]))));
+          }
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < S::kRightTiles; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) c[0][n][i] += part[n][i];
+    }
+  }
+}
+
+// ---- masks ------------------------------------------------------------------------------------------------------------
+
+// What the mask says of one element: hidden, or what it adds.
+__device__ __forceinline__ bool attends(const Mask& mask, int64_t at, float& bias) {
+  bias = 0.f;
+  if (mask.dtype == DType::boolean) return static_cast<const uint8_t*>(mask.data)[at] != 0;
+  if (mask.dtype == DType::f32) bias = static_cast<const float*>(mask.data)[at];
+  else if (mask.dtype == DType::bf16) bias = to_float(static_cast<const BF16*>(mask.data)[at]);
+  else bias = to_float(static_cast<const F16*>(mask.data)[at]);
+  return !(bias <= mask.floor);
+}
+
+// True if a mask that is the same for all rows of the tile hides all keys of [begin, end): nothing of it need be computed.
+// Every warp finds the same.
+__device__ __forceinline__ bool hidden_for_all(const AttentionStatsQkArgs& args, const HeadPlace& head, int64_t mask_row, int begin,
+                                               int end) {
+  const Mask& mask = args.mask;
+  if (mask.data == nullptr || mask.row_stride != 0 || mask.strides[1] != 0) return false;
+  bool any = false;
+  for (int j = begin + static_cast<int>(threadIdx.x % kWarpSize); j < end; j += kWarpSize) {
+    float bias;
+    any = any || attends(mask, mask_row + j * mask.col_stride, bias);
+  }
+  return !__any_sync(kAllLanes, any);
+}
+
+// The score of one dot product, in units of 1 / form.scale, and the slope of the softcap there. False: not attended.
+__device__ __forceinline__ bool score_of(const AttentionStatsQkArgs& args, const QkForm& form, int64_t mask_row, int low, int high, int key,
+                                         float product, float& score, float& slope) {
+  score = -kInf;
+  slope = 1.f;
+  if (key < low || key >= high) return false;
+  float bias = 0.f;
+  if (args.mask.data != nullptr && !attends(args.mask, mask_row + key * args.mask.col_stride, bias)) return false;
+  score = product * form.factor;
+  if (form.softcap > 0.f) {
+    const float capped = tanhf(score / form.softcap);
+    slope = 1.f - capped * capped;
+    score = capped * form.softcap;
+  }
+  score += bias;
+  return true;
+}
+
+}  // namespace inflection

@@ -1,0 +1,129 @@
+// A softmax row shared by the threads that read it: a state each (csrc/core/row_state.h), merged once at its end.
+#pragma once
+
+#include "exponential.cuh"
+#include "kernels.h"
+
+namespace inflection {
+
+constexpr float kLowest = -3.402823466e38f;
+
+// What a + b lost when it was rounded to `total`, exactly (Knuth).
+__device__ __forceinline__ float lost_in_sum(float a, float b, float total) {
+  const float from_b = total - a, from_a = total - from_b;
+  return (a - from_a) + (b - from_b);
+}
+
+// The maximum is counted, not summed: what is beside it keeps its digits in rows that are almost one-hot. Slices are added
+// exactly, or thousands of equal terms would round the same way.
+struct RowLane {
+  float max = -kInf;  // of unscaled values, as are the x that `dot` sums
+  int tops = 0;       // columns at the maximum
+  float below = 0.f, below_low = 0.f;  // sum of e^x over the others, and what it lost
+  float dot = 0.f, dot_low = 0.f;
+  float square = 0.f;  // over the others
+
+  // Adds N values at once, masked ones being -inf: one change of the maximum for all of them. `low` is what a score has
+  // beyond its value, where there is an additive mask.
+  template <int N, bool kLow>
+  __device__ __forceinline__ void push(const float (&value)[N], const float (&low)[N], const Exponential& exponential) {
+    float highest = max;
+#pragma unroll
+    for (int i = 0; i < N; ++i) highest = fmaxf(highest, value[i]);
+    rebase(highest, exponential);
+    const float m = fmaxf(highest, kLowest);  // finite, or -inf - -inf would be NaN
+    float sums[2] = {0.f, 0.f}, dots[2] = {0.f, 0.f};
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      float x = value[i] - m;
+      if (kLow) x += low[i];
+      x = at_least(x, exponential.floor);
+      const float e = exponential(x);
+      const float beside = x == 0.f ? 0.f : e;
+      tops += x == 0.f;
+      sums[i % 2] += beside;
+      dots[i % 2] = fmaf(e, x, dots[i % 2]);
+      square = fmaf(beside, e, square);
+    }
+    add_exactly(sums[0] + sums[1], below, below_low);
+    add_exactly(dots[0] + dots[1], dot, dot_low);
+  }
+
+  __device__ __forceinline__ void rebase(float highest, const Exponential& exponential) {
+    if (highest == max) return;
+    const float d = at_least(fmaxf(max, kLowest) - highest, exponential.floor), f = exponential(d);
+    const float count = static_cast<float>(tops), all = below + count;
+    below_low += lost_in_sum(below, count, all);
+    dot = f * (dot + d * all), dot_low = f * (dot_low + d * below_low);
+    below = f * all, below_low *= f;
+    square = f * f * (square + count);
+    tops = 0;
+    max = highest;
+  }
+
+ private:
+  static __device__ __forceinline__ void add_exactly(float x, float& sum, float& low) {
+    const float before = sum;
+    sum += x;
+    low += lost_in_sum(before, x, sum);
+  }
+};
+
+__device__ __forceinline__ float warp_max(float x) {
+  for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, lanes));
+  return x;
+}
+
+// The lanes of a warp, or of a block, as one. In float64: entropy is a difference of two numbers of up to 9.
+struct RowTotal {
+  float max = -kInf;
+  int tops = 0;
+  double below = 0.0, dot = 0.0;
+  float square = 0.f;
+
+  static __device__ __forceinline__ RowTotal of(const RowLane& lane) {
+    return {lane.max, lane.tops, double(lane.below) + lane.below_low, double(lane.dot) + lane.dot_low, lane.square};
+  }
+  __device__ __forceinline__ void rebase(float highest, const Exponential& exponential) {
+    if (highest == max) return;
+    const float d = at_least(fmaxf(max, kLowest) - highest, exponential.floor);
+    const double f = exponential(d), all = below + tops;
+    dot = f * (dot + d * all);
+    below = f * all;
+    square = static_cast<float>(f * f) * (square + static_cast<float>(tops));
+    tops = 0;
+    max = highest;
+  }
+};
+
+// One state of the lanes of a warp, in every lane.
+__device__ __forceinline__ RowTotal merge_warp(RowTotal row, const Exponential& exponential) {
+  row.rebase(warp_max(row.max), exponential);
+  row.tops = warp_sum(row.tops);
+  row.below = warp_sum(row.below);
+  row.dot = warp_sum(row.dot);
+  row.square = warp_sum(row.square);
+  return row;
+}
+
+// Writes what is wanted of row `index`; `first` is the unscaled score of key 0, -inf where it is masked.
+__device__ __forceinline__ void write_row(const RowTotal& row, int keys, double first, double scale,
+                                          const Exponential& exponential, int64_t index, const RowOutputs& out) {
+  const bool broken = row.dot != row.dot, empty = !broken && row.max == -kInf;
+  const double beyond = row.below + (row.tops - 1), sum = beyond + 1.0;
+  const double log_sum = log1p(beyond), entropy = log_sum - row.dot * scale / sum;
+  const double top = row.max;
+  const auto write = [&](float* to, double value, float when_empty) {
+    to[index] = empty ? when_empty : broken ? NAN : static_cast<float>(value);
+  };
+  write(out.entropy, entropy > 0.0 ? entropy : 0.0, 0.f);
+  write(out.lse, top * scale + log_sum, -kInf);
+  if (out.keys == nullptr) return;
+  const float d = static_cast<float>(first - top);
+  write(out.max_logit, top * scale, -kInf);
+  out.keys[index] = static_cast<float>(keys);
+  write(out.collision, (double(row.square) + row.tops) / (sum * sum), 0.f);
+  write(out.sink, d > exponential.floor ? exponential(d) / sum : 0.0, 0.f);
+}
+
+}  // namespace inflection

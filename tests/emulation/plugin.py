@@ -1,0 +1,47 @@
+"""Pytest plugin: every operator that has a CUDA kernel runs it, compiled as C++ for the emulator, on CPU tensors.
+
+    python -m pytest -p tests.emulation.plugin tests/test_norms.py
+
+The tests are those of the CPU kernels; where they run once per instruction set, they run once here. The session fails
+if no kernel was launched.
+"""
+
+import ctypes
+from pathlib import Path
+
+import pytest
+import torch
+
+from inflection_fast import ops  # noqa: F401  (defines the operators that the library takes over)
+
+from .build import build
+
+FOLDER = Path(__file__).resolve().parents[2] / "build" / "emulation"
+
+
+def pytest_configure(config):
+    """Compile what changed, load it, and remember how to count launches."""
+    sanitize = config.pluginmanager.has_plugin("tests.emulation.sanitized")
+    library = build(FOLDER / ("sanitized" if sanitize else "plain"), sanitize=sanitize)
+    torch.ops.load_library(str(library))
+    launches = ctypes.CDLL(str(library)).emulator_launches
+    launches.restype = ctypes.c_long
+    config.emulator_launches = launches
+
+
+def pytest_collection_modifyitems(config, items):
+    """Keep one instruction set: the emulated kernels know none."""
+    kept = [item for item in items if not hasattr(item, "callspec") or item.callspec.params.get("isa", 0) == 0]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
+
+
+def pytest_sessionfinish(session, exitstatus):
+    """A session without a launch has shown nothing."""
+    if exitstatus == pytest.ExitCode.OK and session.config.emulator_launches() == 0:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Say how much ran."""
+    terminalreporter.write_line(f"{config.emulator_launches()} emulated kernel launches")

@@ -1,0 +1,142 @@
+"""What only a CUDA device can show: no synchronisation, streams, graphs, several devices, compiled code, large shapes.
+
+The values for small and odd shapes are those of the other test files, run with `-p tests.on_cuda`.
+"""
+
+import pytest
+import torch
+
+from inflection_fast import attention_entropy, attention_entropy_qk, attention_stats, attention_stats_qk, sum_of_squares
+from inflection_fast.ops import build_info, reference
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not (torch.cuda.is_available() and build_info()["cuda"]), reason="no CUDA device or library"),
+]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def pair(B=2, H=4, Hkv=2, Q=300, K=300, D=64, dtype=torch.bfloat16, device="cuda"):
+    generator = torch.Generator(device).manual_seed(3)
+    query = torch.randn(B, Q, H, D, generator=generator, device=device).to(dtype).transpose(1, 2)
+    return query, torch.randn(B, K, Hkv, D, generator=generator, device=device).to(dtype).transpose(1, 2)
+
+
+def everything(device="cuda"):
+    """One call of every operator and its derivative; their results."""
+    query, key = (x.requires_grad_() for x in pair(device=device))
+    logits = torch.linspace(-4, 4, 2 * 70 * 1300, device=device).sin().view(2, 70, 1300).mul(9).requires_grad_()
+    qk = attention_stats_qk(query, key, is_causal=True, rows=torch.arange(0, 300, 7, device=device))
+    from_logits = attention_stats(logits, is_causal=True)
+    loss = qk.entropy.sum() + qk.sink.sum() + from_logits.entropy.sum() + from_logits.collision.sum()
+    gradients = torch.autograd.grad(loss, (query, key, logits))
+    squares = sum_of_squares([*gradients, query.detach()], [0, 1, 2, 0])
+    return [*(x.detach() for x in (*qk, *from_logits)), *gradients, squares]
+
+
+def assert_same(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+
+
+def test_nothing_synchronises_and_nothing_differs_between_runs():
+    once = everything()
+    torch.cuda.synchronize()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = everything()
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    assert_same(once, again)
+
+
+def test_a_graph_replays_every_operator_on_new_numbers():
+    query, key = pair()
+    logits = torch.randn(4, 50, 1100, device="cuda")
+
+    def step():
+        return (
+            attention_entropy_qk(query, key, is_causal=True),
+            attention_entropy(logits),
+            sum_of_squares([logits], [0]),
+        )
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    query.mul_(2), logits.add_(torch.randn_like(logits))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_same(captured, step())
+
+
+def test_work_goes_to_the_current_stream():
+    expected = everything()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)  # whoever launched elsewhere would be done, and wrong, before this is
+        query, key = pair()
+        slow = torch.zeros_like(query).add_(query)
+        ours = attention_entropy_qk(slow, key)
+        event = stream.record_event()
+        assert not event.query()
+    stream.synchronize()
+    assert torch.equal(ours, attention_entropy_qk(query, key))
+    assert_same(expected, everything())
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
+def test_tensors_of_another_device_than_the_current_one_are_computed_there():
+    here, there = everything("cuda:0"), everything("cuda:1")
+    assert all(x.device == torch.device("cuda:1") for x in there)
+    assert_same(here, [x.to("cuda:0") for x in there])
+
+
+def test_compiled_in_one_graph_for_two_shapes():
+    def loss(query, key):
+        stats = attention_stats_qk(query * 2, key, is_causal=True)
+        return (stats.entropy + stats.collision).sum()
+
+    compiled = torch.compile(loss, fullgraph=True)
+    for length in (70, 133):
+        query, key = (x.requires_grad_() for x in pair(Q=length, K=length, dtype=torch.float32))
+        ours, eager = compiled(query, key), loss(query, key)
+        torch.testing.assert_close(ours, eager)
+        both = zip(torch.autograd.grad(ours, (query, key)), torch.autograd.grad(eager, (query, key)), strict=True)
+        for a, b in both:
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("depth", [16, 64, 80, 128, 192, 256, 512])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_long_rows_from_q_and_k_equal_the_truth(budget, dtype, depth, causal):
+    query, key = pair(1, 4, 2, 1500, 1700, depth, dtype)
+    ours = attention_stats_qk(query, key, is_causal=causal)
+    truth = reference.attention_stats_qk(query.double(), key.double(), is_causal=causal)
+    eager = reference.attention_stats_qk(query.float(), key.float(), is_causal=causal)
+    for name in ("entropy", "lse", "collision", "sink"):
+        budget(getattr(ours, name), getattr(eager, name), getattr(truth, name))
+    assert torch.equal(ours.keys.double(), truth.keys.double())
+
+
+@pytest.mark.parametrize("columns", [64, 4096, 8192])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_entropy_of_long_rows_of_logits_errs_by_two_millionths_at_most(dtype, columns):
+    for temper in (0.01, 3.0, 40.0, 1e4):
+        logits = (torch.randn(2, 3, 500, columns, device="cuda") * temper).to(dtype)
+        truth = reference.attention_entropy(logits.double())
+        assert (attention_entropy(logits).double() - truth).abs().max() <= 2e-6
+
+
+def test_memory_beyond_the_result_is_none():
+    query, key = pair(1, 8, 8, 4096, 4096, 128)
+    attention_entropy_qk(query, key)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = attention_entropy_qk(query, key)
+    assert torch.cuda.max_memory_allocated() - before <= 4 * result.numel() * 2  # entropy and log-sum-exp

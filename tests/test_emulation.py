@@ -1,0 +1,78 @@
+"""The CUDA emulator itself: what it has to compute, and that each misuse it claims to catch is caught."""
+
+import math
+import subprocess
+
+import pytest
+from emulation.build import HERE, ROOT, SANITIZE
+
+CAUGHT = {
+    "barrier_that_some_never_reach": "a part of the block reached a barrier",
+    "two_barriers_at_once": "the block waits at different barriers",
+    "shuffle_that_some_never_reach": "a part of its mask reached a warp operation",
+    "lanes_that_disagree_about_the_mask": "lanes of one warp are at different warp operations",
+    "lane_outside_its_own_mask": "is not in its own mask",
+    "shuffle_from_outside_the_mask": "reads lane 20 outside the mask",
+    "index_beyond_shared_memory": "heap-buffer-overflow",
+    "copy_that_nobody_waits_for": "ended before its asynchronous copies had arrived",
+    "copy_to_a_crooked_address": "is not aligned",
+    "matrix_at_a_crooked_address": "not aligned to 16 bytes",
+    "too_many_threads": "a block of 1056 threads",
+    "too_much_shared_memory": "bytes of shared memory",
+}
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    path = tmp_path_factory.mktemp("emulation") / "misuse"
+    includes = [f"-I{HERE}", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'cuda'}"]
+    flags = ["-std=c++20", "-O1", "-g1", "-DINFLECTION_EMULATION", "-Wno-unknown-pragmas", *includes, *SANITIZE[:1]]
+    sources = ["-x", "c++", str(HERE / "misuse.cu"), str(HERE / "emulator.cpp")]
+    subprocess.run(["c++", *flags, *sources, "-o", str(path)], check=True)
+    return path
+
+
+def run(program, case, seed=0):
+    return subprocess.run([str(program), case, str(seed)], capture_output=True, text=True, errors="replace")
+
+
+def numbers(program, case, seed=0):
+    done = run(program, case, seed)
+    assert done.returncode == 0, done.stderr
+    return [float(word) for word in done.stdout.split()]
+
+
+@pytest.mark.parametrize("case", CAUGHT)
+def test_misuse_ends_the_program_and_is_named(program, case):
+    done = run(program, case)
+    assert done.returncode != 0
+    assert CAUGHT[case] in done.stderr
+
+
+def test_barriers_and_shuffles_add_up_in_any_order_of_threads(program):
+    for seed in range(5):
+        assert numbers(program, "sum_of_block", seed) == [2016.0] * 64
+
+
+def test_shared_memory_that_was_never_written_reads_as_nan(program):
+    assert all(math.isnan(x) for x in numbers(program, "shared_memory_never_written"))
+
+
+def test_a_race_shows_in_the_result_and_changes_with_the_order_of_threads(program):
+    right = [float((i + 1) % 64) for i in range(64)]
+    races = [numbers(program, "neighbour_read_without_a_barrier", seed) for seed in range(4)]
+    assert all(any(math.isnan(x) for x in race) for race in races)
+    assert len({str(race) for race in races}) > 1
+    assert all(x == y or math.isnan(x) for race in races for x, y in zip(race, right, strict=True))
+    assert numbers(program, "counter_that_is_not_atomic")[0] < 64
+
+
+def test_an_asynchronous_copy_arrives_when_it_is_waited_for_and_not_before(program):
+    assert numbers(program, "copy_read_when_it_has_arrived") == [float(i) for i in range(64)]
+    assert any(math.isnan(x) for x in numbers(program, "copy_read_too_early"))
+
+
+@pytest.mark.parametrize("case", ["product_by_columns", "product_by_rows"])
+def test_fragments_of_tensor_cores_lie_as_the_manual_says(program, case):
+    done = run(program, case)
+    assert done.returncode == 0, done.stdout + done.stderr
