@@ -180,6 +180,8 @@ struct CkaPushArgs {
   int64_t mask_layer_stride, mask_row_stride;
   int64_t layers, rows;
   bool adopt;                  // a layer without rows yet takes as shift the mean of the first kCkaDepth rows that count
+  const double* seen;          // [layers] rows so far, seen_stride apart; read if `adopt`
+  int64_t seen_stride;
   int64_t first;               // CPU: the block in work begins at this one of the rows that count
   // scratch of the CPU
   int64_t* kept;               // [layers, rows] indices of the rows that count

@@ -142,6 +142,11 @@ def _(gram, shift, x, y, mask, adopt):
     return None
 
 
+@torch.library.register_fake("inflection_fast::cka_adopt")
+def _(seen, shift, x, y, mask):
+    return None
+
+
 @torch.library.register_fake("inflection_fast::cka_gram_terms")
 def _(gram, dim_x, dim_y, debiased):
     return gram.new_empty((gram.shape[0], 3))
