@@ -4,6 +4,9 @@ Shape letters: B batch, H heads, Q queries, K keys, L layers, N samples, D featu
 """
 
 from .cka import delta_cka, linear_cka
+from .cka_basis import CkaBasis
+from .cka_leave_out import cka_jackknife
+from .cka_result import CkaResult
 from .cka_state import CkaState
 from .entropy import attention_entropy, attention_stats
 from .entropy_qk import attention_entropy_qk, attention_stats_qk
@@ -13,12 +16,15 @@ from .stats import AttentionStats
 
 __all__ = [
     "AttentionStats",
+    "CkaBasis",
+    "CkaResult",
     "CkaState",
     "attention_entropy",
     "attention_entropy_qk",
     "attention_stats",
     "attention_stats_qk",
     "build_info",
+    "cka_jackknife",
     "delta_cka",
     "linear_cka",
     "sum_of_squares",

@@ -168,3 +168,13 @@ def row_mask(value: object, name: str, like: Tensor) -> Tensor:
     if tuple(value.shape) not in (tuple(like.shape[:2]), (like.shape[1],)):
         raise ValueError(f"{name}: expected shape [{like.shape[1]}] or {list(like.shape[:2])}, got {list(value.shape)}")
     return value
+
+
+def sequences(value: object, like: Tensor) -> Tensor:
+    """`value`, if it is a vector [N] that says of which sequence each row of `like` [L, N, D] is."""
+    if tensor(value, "sequences").dtype != torch.int64:
+        raise TypeError(f"sequences: expected dtype torch.int64, got {value.dtype}")
+    same_device(value, "sequences", like, "x")
+    if tuple(value.shape) != (like.shape[-2],):
+        raise ValueError(f"sequences: expected shape [{like.shape[-2]}], got {list(value.shape)}")
+    return value

@@ -22,8 +22,8 @@ class CkaBasis:
     Attributes:
         vectors: float32 ``[layers, D, k]``, orthonormal columns, the one of most variance first.
         variance_kept: float64 ``[layers]``, their share of the variance of the rows that they were found from.
-        residual: float64 ``[layers]``, ``|T V - V diag(e)| / |T|`` in the Frobenius norm for the scatter T of those rows:
-            how far the columns are from eigenvectors. Near 1e-15 from `eigh`, larger from the block method.
+        residual: float64 ``[layers]``, ``|T V - V diag(e)| / |T|`` (Frobenius) for the scatter T of those rows: how far
+            the columns are from eigenvectors. Near 1e-15 from `eigh`, larger from the block method.
     """
 
     vectors: Tensor
