@@ -94,7 +94,7 @@ def variance_in(x: Tensor, y: Tensor, basis: Tensor) -> Tensor:
 
 
 def padded(sequences: Tensor) -> tuple[list[tuple[Tensor, Tensor, slice]], Tensor]:
-    """Sequences of like lengths side by side: their rows ``[S, M]``, which of those are there, which sequences they are.
+    """Sequences of like lengths side by side: their rows ``[S, M]``, which of those are there, which sequences.
 
     Also the number of rows of every sequence, the longest first.
     """

@@ -263,21 +263,17 @@ class CkaState:
         bases, kept = self._bases(rank)
         terms = self._terms(gram, debiased, bases)
         nothing = torch.full((), torch.nan, dtype=torch.float64, device=gram.device)
-        error, units, sequences = nothing.expand(self.layers), torch.zeros_like(nothing), nothing
+        error, units = nothing.expand(self.layers), torch.zeros_like(nothing)
         if self.groups is not None:
             there = (self.gram[..., 0] > 0).any(-1)
             without = [of_terms(self._terms(gram - one, debiased, bases)) for one in self.gram]
-            error, units, sequences = (
-                jackknife_error(torch.stack(without), there),
-                there.sum().double(),
-                self._sequences,
-            )
+            error, units = jackknife_error(torch.stack(without), there), there.sum().double()
         return CkaResult(
             value=of_terms(terms).float(),
             standard_error=error.float(),
             rows=self.rows.clone(),
             units=units,
-            sequences=sequences.clone(),
+            sequences=nothing if self.groups is None else self._sequences.clone(),
             rank=rank if self.frozen is None else self.frozen.rank,
             variance_kept=kept,
             debiased=debiased,
@@ -376,7 +372,7 @@ class CkaState:
         return (scatter[:dim, dim:], own_x, own_y), pooled(own_x, own_y, apart, n)
 
     def _moves(self, move: Tensor) -> Tensor:
-        """A vector of both sides ``[layers, dim + dim_y]`` as the Gram matrix holds it, float64: itself, or projected."""
+        """A move of the shift ``[layers, dim + dim_y]`` as the Gram matrix sees it, float64: itself, or projected."""
         if self.frozen is None:
             return move.double()
         vectors = self.frozen.vectors.double()
