@@ -295,8 +295,9 @@ class CkaState:
             variance: as many as it takes to keep this share of the variance, above 0 to 1, in the layer that needs
                 most; reads the device.
             mean_term: whether the distance of the two sides' means is part of the scatter.
-            start: a basis near the wanted one (of an earlier snapshot), whose rank is then taken: LOBPCG from there
-                instead of `eigh`; for k well below `dim`, at most a third. Its `residual` says how far it came.
+            start: a basis near the wanted one (of an earlier snapshot), whose rank is then taken: a block
+                method from there instead of `eigh`, faster for k well below `dim`, at most a third of it. The
+                `residual` says how far it came.
         """
         if self.frozen is not None:
             raise ValueError("basis: the rows of this state are projected already")
