@@ -29,6 +29,7 @@ _HOMES = {
     "attention_stats_qk": "ops",
     "build_info": "ops",
     "cka_jackknife": "ops",
+    "cka_matrix": "ops",
     "delta_cka": "ops",
     "linear_cka": "ops",
     "sum_of_squares": "ops",

@@ -6,6 +6,7 @@ Shape letters: B batch, H heads, Q queries, K keys, L layers, N samples, D featu
 from .cka import delta_cka, linear_cka
 from .cka_basis import CkaBasis
 from .cka_leave_out import cka_jackknife
+from .cka_matrix import cka_matrix
 from .cka_result import CkaResult
 from .cka_state import CkaState
 from .entropy import attention_entropy, attention_stats
@@ -25,6 +26,7 @@ __all__ = [
     "attention_stats_qk",
     "build_info",
     "cka_jackknife",
+    "cka_matrix",
     "delta_cka",
     "linear_cka",
     "sum_of_squares",

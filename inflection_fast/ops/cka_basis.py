@@ -83,7 +83,7 @@ def find(scatters: Tensor, rank: int | None, variance: float | None, start: CkaB
 
 
 def block_eigh(scatters: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-    """Leading eigenvalues ``[layers, k]`` and eigenvectors ``[layers, D, k]`` of ``[layers, D, D]``, from columns nearby.
+    """Leading eigenvalues ``[layers, k]`` and eigenvectors ``[layers, D, k]`` of ``[layers, D, D]``, from some nearby.
 
     Chebyshev-filtered subspace iteration (Zhou et al. 2006): the polynomial is small on all eigenvalues below those of
     the block, so that a round of DEGREE products does what hundreds of plain powers would. The block has SPARE columns
