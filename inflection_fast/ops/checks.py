@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 
 import torch
@@ -178,3 +179,10 @@ def sequences(value: object, like: Tensor) -> Tensor:
     if tuple(value.shape) != (like.shape[-2],):
         raise ValueError(f"sequences: expected shape [{like.shape[-2]}], got {list(value.shape)}")
     return value
+
+
+def memory_bytes(device: torch.device) -> int:
+    """All the memory of a device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

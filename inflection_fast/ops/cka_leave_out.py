@@ -42,7 +42,7 @@ def cka_jackknife(
     """
     checks.paired_features(x, y, ("x", "y"))
     checks.sequences(sequences, x)
-    value = ratio(x, y, rank, debiased, ("x", "y"))
+    value = ratio(x, y, rank, debiased, ("x", "y")).detach().flatten()
     x, y = x.detach(), y.detach()
     kept = x.new_ones(x.shape[:-2], dtype=torch.float64).flatten()
     if rank is not None:
@@ -62,7 +62,8 @@ def cka_jackknife(
     terms = torch.stack(terms) if terms else kept.new_zeros(0, 3)
     norms = torch.stack(norms) if norms else kept.new_zeros(0, 2)
     return CkaResult(
-        value=value.detach().float().flatten(),
+        value=value.float(),
+        delta=(1 - value).float(),
         standard_error=(torch.cat(errors) if errors else kept).float(),
         rows=rows,
         units=kept.new_full((), units),

@@ -22,10 +22,11 @@ REASONS = (
 
 @dataclass(frozen=True, eq=False)
 class CkaResult:
-    """CKA of every layer as a jackknife leaves it; ``delta`` is ``1 - value`` and has the same standard error.
+    """CKA of every layer, what it rests on, and how far it may be off.
 
     Attributes:
         value: float32 ``[layers]``, NaN where there is none, never clamped.
+        delta: float32 ``[layers]``, delta-CKA: ``1 - value``, subtracted in float64. Its standard error is the same.
         standard_error: float32 ``[layers]``: of the choice of sequences, not of tokens; NaN if it was not asked for or
             fewer than two units are left out in turn.
         rows: float64 ``[layers]``, rows that counted.
@@ -39,6 +40,7 @@ class CkaResult:
     """
 
     value: Tensor
+    delta: Tensor
     standard_error: Tensor
     rows: Tensor
     units: Tensor
@@ -47,11 +49,6 @@ class CkaResult:
     variance_kept: Tensor
     debiased: bool
     reason: Tensor
-
-    @property
-    def delta(self) -> Tensor:
-        """delta-CKA, ``1 - value``, float32 ``[layers]``."""
-        return 1 - self.value
 
     @property
     def reasons(self) -> dict[int, str]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
 from . import checks, cka_basis
+from .checks import memory_bytes
 from .cka import HEAD, MIN_ROWS, check_rank, leading, moved, of_terms, packed, pooled, unpack
 from .cka_basis import CkaBasis, Projection
 from .cka_reduce import agree, all_reduce
@@ -268,8 +267,10 @@ class CkaState:
             there = (self.gram[..., 0] > 0).any(-1)
             without = [of_terms(self._terms(gram - one, debiased, bases)) for one in self.gram]
             error, units = jackknife_error(torch.stack(without), there), there.sum().double()
+        value = of_terms(terms)
         return CkaResult(
-            value=of_terms(terms).float(),
+            value=value.float(),
+            delta=(1 - value).float(),
             standard_error=error.float(),
             rows=self.rows.clone(),
             units=units,
@@ -390,10 +391,3 @@ class CkaState:
         if self._projection is not None:
             self._projection.rebase(far, self.rows)
         self.shift = shift
-
-
-def memory_bytes(device: torch.device) -> int:
-    """All the memory of a device."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
