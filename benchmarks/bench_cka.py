@@ -1,9 +1,15 @@
-"""Debiased linear CKA of twelve layers against loops that compute only the biased value, which is cheaper."""
+"""Debiased linear CKA of twelve layers against loops that compute only the biased value, which is cheaper.
 
+Layers against layers are raced against pytorch-cka, the fastest of the packages; what the others get wrong, and by how
+much, is in docs/cka.md, measured by cka_failures.py.
+"""
+
+import pytest
 import torch
 from cases import extra_bytes, race
+from cka_rivals import BATCH as MINIBATCH
 
-from inflection_fast import CkaState, linear_cka
+from inflection_fast import CkaState, cka_jackknife, cka_matrix, linear_cka
 from inflection_fast.ops import reference
 
 LAYERS, ROWS, DIM, BATCH = 12, 4096, 768, 256
@@ -95,3 +101,108 @@ def bench_gradient_of_cka(benchmark):
         },
         rounds=5,
     )
+
+
+def bench_cka_in_a_frozen_basis(benchmark):
+    x, y = features()
+    fit = CkaState(LAYERS, DIM)
+    fit.push(x[:, : 2 * DIM], y[:, : 2 * DIM])
+    basis = fit.basis(rank=128)
+
+    def frozen():
+        state = CkaState(LAYERS, DIM, basis=basis)
+        for a, b in zip(x.split(BATCH, 1), y.split(BATCH, 1), strict=True):
+            state.push(a, b)
+        return state.value()
+
+    race(
+        benchmark,
+        "debiased CKA streamed in a frozen basis of rank 128, 12 layers, N4096 D768, fp32",
+        {"ours": frozen, "biased loop": lambda: biased_loop(x, y)},
+        goals={"biased loop": 6},
+        extra={"extra MB": extra_bytes(frozen) / 1e6},
+        rounds=7,
+    )
+
+
+def bench_standard_error_of_cka(benchmark):
+    x, y = (side[:2] for side in features())
+    sequences = torch.arange(ROWS) // 64
+    race(
+        benchmark,
+        "debiased CKA with a jackknife over 64 sequences, 2 layers, N4096 D768, fp32",
+        {"ours": lambda: cka_jackknife(x, y, sequences), "value alone": lambda: linear_cka(x, y)},
+        extra={"extra MB": extra_bytes(lambda: cka_jackknife(x, y, sequences)) / 1e6},
+        rounds=5,
+    )
+
+
+def layers_that_share():
+    """Twelve layers of one model, neighbours alike."""
+    common = torch.randn(ROWS, 64)
+    mixed = [common @ torch.randn(64, DIM) * (0.1 * layer / LAYERS) + torch.randn(ROWS, DIM) for layer in range(LAYERS)]
+    return torch.stack(mixed)
+
+
+def bench_layers_against_layers(benchmark):
+    hsic = pytest.importorskip("cka.hsic", reason="pytorch-cka is not installed")
+    x = layers_that_share()
+
+    def theirs(rows=x):
+        grams = rows @ rows.mT
+        cross = hsic.hsic_cross(grams, grams)
+        return cross / torch.outer(cross.diagonal(), cross.diagonal()).sqrt()
+
+    few = [0, 5, 11]
+    race(
+        benchmark,
+        "debiased CKA of 12 x 12 layers, N4096 D768, fp32",
+        {
+            "ours": lambda: cka_matrix(x),
+            "pytorch-cka, all rows": theirs,
+            "ours, banded": lambda: cka_matrix(x, method="banded"),
+        },
+        goals={"pytorch-cka, all rows": 2},
+        extra={
+            "extra MB": extra_bytes(lambda: cka_matrix(x)) / 1e6,
+            "extra MB of pytorch-cka": extra_bytes(theirs) / 1e6,
+            "error at mean 1000": matrix_error(cka_matrix, x[few] + 1000),
+            "error at mean 1000 of pytorch-cka": matrix_error(theirs, x[few] + 1000),
+        },
+        rounds=5,
+    )
+
+
+def bench_layers_against_layers_by_minibatches(benchmark):
+    hsic = pytest.importorskip("cka.hsic", reason="pytorch-cka is not installed")
+    x = layers_that_share()
+
+    def theirs(rows=x):
+        cross = 0.0
+        for batch in rows.split(MINIBATCH, 1):
+            grams = batch @ batch.mT
+            cross = cross + hsic.hsic_cross(grams, grams)
+        return cross / torch.outer(cross.diagonal(), cross.diagonal()).sqrt()
+
+    def ours(rows=x):
+        return cka_matrix(rows, method="minibatch", tile=MINIBATCH)
+
+    centred = x - x.mean(1, keepdim=True)
+    race(
+        benchmark,
+        "minibatch CKA of 12 x 12 layers by 256 rows, N4096 D768, fp32",
+        {"ours": ours, "pytorch-cka": theirs},
+        goals={"pytorch-cka": 1},
+        extra={
+            "extra MB": extra_bytes(ours) / 1e6,
+            "difference on centred rows": (ours() - theirs(centred)).abs().max().item(),
+            "change by a mean of 1000": (ours() - ours(x + 1000)).abs().max().item(),
+            "change by a mean of 1000 of pytorch-cka": (theirs() - theirs(x + 1000)).nan_to_num(1).abs().max().item(),
+        },
+        rounds=7,
+    )
+
+
+def matrix_error(estimate, x):
+    exact = torch.stack([torch.stack([reference.linear_cka(a.double(), b.double()) for b in x]) for a in x])
+    return (estimate(x).double() - exact).nan_to_num(1).abs().max().item()

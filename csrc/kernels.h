@@ -181,6 +181,8 @@ struct CkaPushArgs {
   int64_t mask_layer_stride, mask_row_stride;
   int64_t layers, rows;
   bool adopt;                  // a layer without rows yet takes as shift the mean of the first kCkaDepth rows that count
+  const double* seen;          // [layers] rows so far, seen_stride apart; read if `adopt`
+  int64_t seen_stride;
   int64_t first;               // CPU: the block in work begins at this one of the rows that count
   // scratch of the CPU
   int64_t* kept;               // [layers, rows] indices of the rows that count
@@ -205,6 +207,7 @@ void cka_pack_cpu(const CkaPushArgs&, int64_t begin, int64_t end);     // layers
 void cka_long_rows_cpu(const CkaPushArgs&, int64_t begin, int64_t end);  // layers
 void cka_product_cpu(const CkaPushArgs&, int64_t begin, int64_t end);  // layers * cka_product_items
 int cka_push_cuda(const CkaPushArgs&, void* stream);                   // all of it
+int cka_adopt_cuda(const CkaPushArgs&, void* stream);                  // the shifts alone: rows, seen and shift are used
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t cka_product_items(int64_t k) { return ceil_div(k, kCkaBlockRows) * ceil_div(k, kCkaBlockCols); }

@@ -16,6 +16,7 @@ import json
 import operator
 import os
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,8 +25,9 @@ import numpy as np
 __all__ = ["HEAD_SIGNALS", "LAYER_SIGNALS", "STEP_SIGNALS", "Timeline", "TimelineWriter"]
 
 HEAD_SIGNALS = ("entropy", "entropy_se", "max_logit", "collision", "sink")  # [S, L, H], stored as float32
-LAYER_SIGNALS = ("activation_grad", "parameter_grad", "delta_cka")  # [S, L], stored as float64
-STEP_SIGNALS = ("loss", "measure_ms")  # [S], stored as float64, the same in all rows of a step
+LAYER_SIGNALS = ("activation_grad", "parameter_grad", "delta_cka", "delta_cka_se")  # [S, L], stored as float64
+STEP_SIGNALS = ("loss", "measure_ms", "probe_ms")  # [S], stored as float64, the same in all rows of a step
+LATER_SIGNALS = ("delta_cka_se", "probe_ms")  # not in the first files; read as NaN
 
 FILE_NAME = "timeline.arrows"
 FORMAT = 1
@@ -47,8 +49,10 @@ class Timeline:
     activation_grad: np.ndarray  # [S, L] l2 norm of dL/d(output of the block)
     parameter_grad: np.ndarray  # [S, L] l2 norm over the block's parameters
     delta_cka: np.ndarray  # [S, L]
+    delta_cka_se: np.ndarray  # [S, L] standard error of it, from leaving out sequences of the probe; NaN: not asked for
     loss: np.ndarray  # [S]
-    measure_ms: np.ndarray  # [S]
+    measure_ms: np.ndarray  # [S] what measuring took, the probe included
+    probe_ms: np.ndarray  # [S] what the snapshot of the probe took
     layers: list[str]  # names of the blocks
     meta: dict  # format, layers, heads, model, config, versions
     truncated: bool = False  # a torn end was dropped while loading
@@ -265,13 +269,14 @@ def _stack(rows: list, meta: dict, *, truncated: bool) -> Timeline:
 # ---- Arrow -----------------------------------------------------------------------------------------------------------
 
 
-def _schema(meta: dict):
+def _schema(meta: dict, without: Collection[str] = ()):
     import pyarrow as pa
 
     per_head = pa.list_(pa.field("item", pa.float32(), nullable=False), meta["heads"])
     fields = [pa.field("step", pa.int64(), nullable=False), pa.field("layer", pa.int32(), nullable=False)]
     fields += [pa.field(name, per_head, nullable=False) for name in HEAD_SIGNALS]
     fields += [pa.field(name, pa.float64(), nullable=False) for name in LAYER_SIGNALS + STEP_SIGNALS]
+    fields = [field for field in fields if field.name not in without]
     return pa.schema(fields, metadata={_META_KEY: json.dumps(meta)})
 
 
@@ -327,7 +332,8 @@ def _checked_meta(path: Path, schema) -> dict:
     if version != FORMAT:
         raise ValueError(f"{path} is a timeline of format {version}; this version reads format {FORMAT}")
     names = isinstance(layers, list) and layers and all(isinstance(name, str) for name in layers)
-    if not names or not isinstance(heads, int) or heads < 1 or not schema.equals(_schema(meta)):
+    without = [name for name in LATER_SIGNALS if name not in schema.names]
+    if not names or not isinstance(heads, int) or heads < 1 or not schema.equals(_schema(meta, without)):
         raise ValueError(f"{path} is an Arrow stream but not a timeline: its columns are not those of format {FORMAT}")
     return meta
 
@@ -341,6 +347,9 @@ def _decode(path: Path, batch, meta: dict, before: list) -> tuple[int, dict[str,
         raise ValueError(f"{path} is not a timeline: a batch is not one row per layer of one step, steps increasing")
     values = {}
     for name, shape in _signal_shapes(layers, meta["heads"]).items():
+        if name not in column:
+            values[name] = np.full(shape, np.nan)
+            continue
         array = column[name].flatten() if name in HEAD_SIGNALS else column[name]
         numbers = array.to_numpy(zero_copy_only=False)
         values[name] = numbers[0] if shape == () else numbers.reshape(shape)

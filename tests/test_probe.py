@@ -94,6 +94,57 @@ def test_debiasing_and_rank_are_those_of_the_operator():
         assert abs(torch.from_numpy(delta) - other).min() > 1e-3
 
 
+def test_the_previous_snapshot_as_the_reference():
+    torch.manual_seed(0)
+    model, probe = sharpened(bert().train()), [classify(), classify()]
+    states, config = [], MonitorConfig(every=1, signals=("delta_cka",), cka_debiased=False, cka_reference="previous")
+    with Monitor(model, config, probe=probe) as monitor:
+        for step in range(3):
+            model(**probe[0]).loss.backward()
+            monitor.step()
+            states.append(features(model, probe))
+            moved(model, step)
+    delta = monitor.timeline.delta_cka
+    np.testing.assert_allclose(delta[0], 0, atol=1e-6)
+    for step in (1, 2):
+        exact = torch.stack([delta_cka(x, y) for x, y in zip(states[step - 1], states[step], strict=True)])
+        np.testing.assert_allclose(delta[step], exact, rtol=1e-4, atol=1e-6)
+    from_start = torch.stack([delta_cka(x, y) for x, y in zip(states[0], states[2], strict=True)])
+    assert np.abs(delta[2] - from_start.numpy()).min() > 1e-3
+
+
+@pytest.mark.parametrize("pooling", ["tokens", "mean"])
+def test_the_standard_error_comes_from_leaving_out_sequences(pooling):
+    torch.manual_seed(0)
+    model, probe = sharpened(bert().train()), [classify(), classify()]
+    pool = None if pooling == "tokens" else lambda rows: rows.mean(0)
+    before = features(model, probe, pool)
+    settings = {"every": 1, "signals": ("delta_cka",), "cka_debiased": False, "cka_pooling": pooling}
+    start = copy.deepcopy(model)
+    timelines = []
+    for se in (True, False):
+        model = copy.deepcopy(start)
+        with Monitor(model, MonitorConfig(**settings, cka_se=se), probe=probe) as monitor:
+            model(**probe[0]).loss.backward()
+            moved(model)
+            monitor.step()
+        timelines.append(monitor.timeline)
+    asked, not_asked = timelines
+    np.testing.assert_allclose(asked.delta_cka, not_asked.delta_cka, rtol=1e-5)
+    assert np.isnan(not_asked.delta_cka_se).all()
+    assert (asked.probe_ms > 0).all() and (asked.probe_ms <= asked.measure_ms).all()
+    sequences = torch.cat([batch["attention_mask"].sum(1) for batch in probe])
+    if pooling == "mean":
+        sequences = torch.ones_like(sequences)
+    ids = torch.repeat_interleave(torch.arange(len(sequences)), sequences)
+    for layer, (x, y) in enumerate(zip(before, features(model, probe, pool), strict=True)):
+        without = torch.stack([delta_cka(x[ids != s], y[ids != s]) for s in ids.unique()])
+        m = len(without)
+        exact = ((m - 1) / m * (without - without.mean()).square().sum()).sqrt()
+        assert exact > 1e-3
+        np.testing.assert_allclose(asked.delta_cka_se[0, layer], exact, rtol=1e-3)
+
+
 def test_a_budget_keeps_a_reproducible_part_of_the_rows():
     torch.manual_seed(0)
     model, probe = bert(), [classify(), classify(), classify()]
@@ -224,6 +275,12 @@ def test_probes_that_cannot_be_used_are_refused():
             Monitor(model, CKA, probe=probe)
     with pytest.raises(ValueError, match="'adapters_off' needs a peft model, got BertForSequenceClassification"):
         Monitor(model, MonitorConfig(cka_reference="adapters_off"), probe=[batch])
+    with pytest.MonkeyPatch.context() as little:
+        little.setattr(ops, "memory_bytes", lambda device: 1000)
+        with pytest.raises(
+            ValueError, match=r"cka_rows: 1 batches with \d+ rows of 3 blocks take about \d+ bytes, cpu"
+        ):
+            train(model, batch, 1, CKA, probe=[batch])
     short = {"input_ids": torch.tensor([[5, 6, 7]])}
     with pytest.raises(ValueError, match="fewer than 4 feature rows"):
         train(model, batch, 1, CKA, probe=[short])

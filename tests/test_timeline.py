@@ -9,6 +9,7 @@ import warnings
 import numpy as np
 import pytest
 
+from inflection_fast import timeline
 from inflection_fast.timeline import HEAD_SIGNALS, LAYER_SIGNALS, STEP_SIGNALS, Timeline, TimelineWriter
 
 LAYERS = ["encoder.layer.0", "encoder.layer.1", "encoder.layer.2"]
@@ -24,7 +25,7 @@ def signals_of(step):
     rng = np.random.default_rng(step)
     values = {name: rng.normal(size=(3, HEADS)) for name in HEAD_SIGNALS}
     values |= {name: rng.normal(size=3) for name in LAYER_SIGNALS}
-    return values | {"loss": rng.normal(), "measure_ms": rng.random()}
+    return values | {"loss": rng.normal(), "measure_ms": rng.random(), "probe_ms": rng.random()}
 
 
 def writer(folder, **options):
@@ -365,3 +366,20 @@ def test_a_writer_refuses_nonsense_before_it_makes_a_folder(tmp_path, options, w
 def test_importing_the_module_does_not_import_pyarrow():
     code = "import sys, inflection_fast.timeline; sys.exit('pyarrow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_file_from_before_the_probe_had_an_error_is_read_and_continued(tmp_path, monkeypatch):
+    with monkeypatch.context() as then:
+        then.setattr(timeline, "LAYER_SIGNALS", LAYER_SIGNALS[:-1])
+        then.setattr(timeline, "STEP_SIGNALS", STEP_SIGNALS[:-1])
+        then.setattr(timeline, "_stack", lambda *args, **kwargs: None)
+        with writer(tmp_path) as out:
+            old = {name: value for name, value in signals_of(0).items() if name not in timeline.LATER_SIGNALS}
+            out.append(0, **old)
+    loaded = Timeline.load(tmp_path)
+    assert np.isnan(loaded.delta_cka_se).all() and np.isnan(loaded.probe_ms).all()
+    np.testing.assert_array_equal(loaded.delta_cka[0], old["delta_cka"])
+    with writer(tmp_path, resume_at=10) as out:
+        out.append(10, **signals_of(10))
+    loaded = Timeline.load(tmp_path)
+    assert np.isnan(loaded.delta_cka_se[0]).all() and (loaded.delta_cka_se[1] == signals_of(10)["delta_cka_se"]).all()

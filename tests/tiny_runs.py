@@ -44,6 +44,7 @@ def measured(layers=LAYERS, steps=STEPS, heads=HEADS, drop=()):
             "activation_grad": gradient * np.exp(-0.8 * time + 0.05 * rng.standard_normal(layers)),
             "parameter_grad": np.where(depth > 0.85, 3 * gradient, np.nan),
             "delta_cka": 0.4 * time * depth**2,
+            "delta_cka_se": 0.01 + 0.03 * time * depth,
             "loss": 0.69 - 0.2 * time,
             "measure_ms": 20.0,
         }

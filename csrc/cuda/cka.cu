@@ -40,10 +40,13 @@ __device__ __forceinline__ float value_at(const CkaSide& side, int64_t offset) {
   return to_float(static_cast<const F16*>(side.data)[offset]);
 }
 
+__device__ __forceinline__ bool row_counts(const CkaPushArgs& args, int64_t layer, int64_t row) {
+  return args.mask == nullptr || args.mask[layer * args.mask_layer_stride + row * args.mask_row_stride];
+}
+
 // One layer of the launch.
 struct Layer {
   int64_t index, x, y, k;
-  const bool* mask;
   float* shift;
   double* gram;
   double* norms;
@@ -52,14 +55,10 @@ struct Layer {
   static __device__ __forceinline__ Layer of(const CkaPushArgs& args, const Layers& layers, int64_t number) {
     const int64_t index = layers.first + number, dims = args.x.dim + args.y.dim, k = kCkaHead + dims;
     return {index, layers.x[number], layers.y[number], k,
-            args.mask == nullptr ? nullptr : args.mask + index * args.mask_layer_stride,
             args.shift + index * dims, args.gram + index * cka_packed_size(k), args.row_norms + index * args.rows * 2,
             args.row_kinds + index * args.rows};
   }
   static __device__ __forceinline__ int64_t cka_packed_size(int64_t k) { return k * (k + 1) / 2; }
-  __device__ __forceinline__ bool counts(const CkaPushArgs& args, int64_t row) const {
-    return mask == nullptr || mask[row * args.mask_row_stride];
-  }
   __device__ __forceinline__ double& at(int64_t i, int64_t j) const { return gram[i * k - i * (i - 1) / 2 + j - i]; }
 };
 
@@ -82,18 +81,18 @@ struct ShiftMemory {
 // A block per layer and side. The mean of the first kCkaDepth rows that count, without those that are long.
 __global__ void __launch_bounds__(kThreads) find_shift(CkaPushArgs args, Layers layers) {
   ShiftMemory& memory = shared<ShiftMemory>();
-  const Layer layer = Layer::of(args, layers, blockIdx.x / kCkaSides);
+  const int64_t number = blockIdx.x / kCkaSides, layer = layers.first + number;
   const bool left = blockIdx.x % kCkaSides == 0;
   const CkaSide& side = left ? args.x : args.y;
-  const int64_t offset = left ? layer.x : layer.y;
-  float* const shift = layer.shift + (left ? 0 : args.x.dim);
-  if (layer.gram[0] != 0.0) return;
+  const int64_t offset = left ? layers.x[number] : layers.y[number];
+  float* const shift = args.shift + layer * (args.x.dim + args.y.dim) + (left ? 0 : args.x.dim);
+  if (args.seen[layer * args.seen_stride] != 0.0) return;
 
   if (threadIdx.x < kWarpSize) {
     int found = 0;
     for (int64_t begin = 0; begin < args.rows && found < kDepth; begin += kWarpSize) {
       const int64_t row = begin + threadIdx.x;
-      const bool counts = row < args.rows && layer.counts(args, row);
+      const bool counts = row < args.rows && row_counts(args, layer, row);
       const unsigned votes = __ballot_sync(kAllLanes, counts);
       const int at = found + __popc(votes & ((1u << threadIdx.x) - 1));
       if (counts && at < kDepth) memory.rows[at] = static_cast<int>(row);
@@ -140,7 +139,7 @@ __global__ void __launch_bounds__(kThreads) judge_rows(CkaPushArgs args, Layers 
   const int64_t first = blockIdx.x % blocks * kDepth, end = first + kDepth < args.rows ? first + kDepth : args.rows;
   for (int64_t row = first + threadIdx.x / kWarpSize; row < end; row += kWarps) {
     double p = 0.0, q = 0.0;
-    if (layer.counts(args, row)) {
+    if (row_counts(args, layer.index, row)) {
       p = norm_of(args.x, layer.x + row * args.x.row_stride, layer.shift);
       q = norm_of(args.y, layer.y + row * args.y.row_stride, layer.shift + args.x.dim);
     }
@@ -148,7 +147,7 @@ __global__ void __launch_bounds__(kThreads) judge_rows(CkaPushArgs args, Layers 
   }
   __syncthreads();
   const int64_t row = first + threadIdx.x;
-  const bool counts = row < end && layer.counts(args, row);
+  const bool counts = row < end && row_counts(args, layer.index, row);
   const double p = counts ? layer.norms[2 * row] : 0.0, q = counts ? layer.norms[2 * row + 1] : 0.0;
   const double count = block_sum<kThreads>(counts ? 1.0 : 0.0, partial);
   const double all_p = block_sum<kThreads>(p, partial), all_q = block_sum<kThreads>(q, partial);
@@ -339,13 +338,12 @@ __global__ void __launch_bounds__(kThreads) merge_terms(CkaTermsArgs args, int64
 
 constexpr size_t kSumsMemory = sizeof(double) * kWarps;
 
-}  // namespace
-
-int cka_push_cuda(const CkaPushArgs& args, void* stream) {
-  const int64_t across = ceil_div(kCkaHead + args.x.dim + args.y.dim, kTile), tiles = across * (across + 1) / 2;
-  const int64_t blocks = ceil_div(args.rows, kDepth);
+// Calls body(go, layers) for as many layers at a time as a launch holds; go(kernel, blocks, shared bytes, more arguments)
+// launches for them.
+template <class Body>
+int launch_layers(const CkaPushArgs& args, void* stream, const Body& body) {
   if (args.rows == 0) return cudaSuccess;
-  if (args.rows > 0x7fffffff || tiles * kLayersOfLaunch > 0x7fffffff) return cudaErrorInvalidValue;
+  if (args.rows > 0x7fffffff) return cudaErrorInvalidValue;
   for (int64_t first = 0; first < args.layers; first += kLayersOfLaunch) {
     const int64_t count = args.layers - first < kLayersOfLaunch ? args.layers - first : kLayersOfLaunch;
     Layers layers;
@@ -354,12 +352,30 @@ int cka_push_cuda(const CkaPushArgs& args, void* stream) {
     const auto go = [&](auto* kernel, int64_t grid, size_t bytes, auto... rest) {
       return launch(kernel, dim3(static_cast<unsigned>(grid)), dim3(kThreads), bytes, stream, args, layers, rest...);
     };
-    int error = args.adopt ? go(find_shift, count * kCkaSides, sizeof(ShiftMemory)) : cudaSuccess;
-    if (error == cudaSuccess) error = go(judge_rows, count * blocks, kSumsMemory, blocks);
-    if (error == cudaSuccess) error = go(add_products, count * tiles, sizeof(ProductMemory), tiles);
+    const int error = body(go, count);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
+}
+
+}  // namespace
+
+int cka_push_cuda(const CkaPushArgs& args, void* stream) {
+  const int64_t across = ceil_div(kCkaHead + args.x.dim + args.y.dim, kTile), tiles = across * (across + 1) / 2;
+  const int64_t blocks = ceil_div(args.rows, kDepth);
+  if (tiles * kLayersOfLaunch > 0x7fffffff) return cudaErrorInvalidValue;
+  return launch_layers(args, stream, [&](const auto& go, int64_t count) {
+    int error = args.adopt ? go(find_shift, count * kCkaSides, sizeof(ShiftMemory)) : cudaSuccess;
+    if (error == cudaSuccess) error = go(judge_rows, count * blocks, kSumsMemory, blocks);
+    if (error == cudaSuccess) error = go(add_products, count * tiles, sizeof(ProductMemory), tiles);
+    return error;
+  });
+}
+
+int cka_adopt_cuda(const CkaPushArgs& args, void* stream) {
+  return launch_layers(args, stream, [&](const auto& go, int64_t count) {
+    return go(find_shift, count * kCkaSides, sizeof(ShiftMemory));
+  });
 }
 
 int cka_terms_cuda(const CkaTermsArgs& args, void* stream) {

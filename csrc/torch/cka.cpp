@@ -1,4 +1,4 @@
-// cka_push, cka_gram_terms, cka_terms: the Gram matrix behind linear CKA, added to, read, or both without keeping it.
+// cka_push, cka_adopt, cka_gram_terms, cka_terms: the Gram matrix behind linear CKA, added to, read, or both without keeping it.
 #include <algorithm>
 #include <atomic>
 #include <vector>
@@ -67,24 +67,24 @@ void push_layer(CkaPushArgs& args, const Run& run) {
   }
 }
 
-// Adds the rows of every layer to args.gram. Each thread takes whole layers, which needs no barrier, while there are
-// enough of them for all; of those that remain, all threads share one after the other.
-void push(const CkaPushArgs& args, const Tensor& like) {
-  using Kernel = void (*)(const CkaPushArgs&, int64_t, int64_t);
-  const int64_t dims = args.x.dim + args.y.dim, k = kCkaHead + dims, padded = ceil_div(k, kCkaPanel) * kCkaPanel;
-  const int64_t threads = args.layers * args.rows * k * k <= kSerialWork ? 1 : torch::stable::get_num_threads();
-  const int64_t whole = args.layers - args.layers % threads, slots = whole > 0 ? threads : 1;
-  Tensor ints = scratch(like, slots * (args.rows + kCkaDepth + 2), ScalarType::Long);
-  Tensor packed = scratch(like, slots * 3 * padded * kCkaDepth, ScalarType::Float);
-  Tensor norms = scratch(like, slots * kCkaDepth * 2, ScalarType::Double);
-  const auto one = [&](int64_t layer, int64_t slot) {
+// Scratch of the kernels for `slots` layers in work at a time.
+struct PushScratch {
+  PushScratch(const CkaPushArgs& args, const Tensor& like, int64_t slots)
+      : dims(args.x.dim + args.y.dim),
+        padded(ceil_div(kCkaHead + dims, kCkaPanel) * kCkaPanel),
+        ints(scratch(like, slots * (args.rows + kCkaDepth + 2), ScalarType::Long)),
+        packed(scratch(like, slots * 3 * padded * kCkaDepth, ScalarType::Float)),
+        norms(scratch(like, slots * kCkaDepth * 2, ScalarType::Double)) {}
+
+  // The arguments for one layer of `args`.
+  CkaPushArgs one(const CkaPushArgs& args, int64_t layer, int64_t slot) const {
     CkaPushArgs part = args;
     part.layers = 1;
     part.x.offsets += layer;
     part.y.offsets += layer;
     if (part.mask != nullptr) part.mask += layer * args.mask_layer_stride;
     part.shift += layer * dims;
-    part.gram += layer * cka_packed(k);
+    part.seen += layer * args.seen_stride;
     part.counts = static_cast<int64_t*>(ints.data_ptr()) + slot * (args.rows + kCkaDepth + 2);
     part.exact_counts = part.counts + 1;
     part.exact = part.counts + 2;
@@ -93,6 +93,24 @@ void push(const CkaPushArgs& args, const Tensor& like) {
     part.left = part.chunks + padded * kCkaDepth;
     part.right = part.left + padded * kCkaDepth;
     part.norms = static_cast<double*>(norms.data_ptr()) + slot * kCkaDepth * 2;
+    return part;
+  }
+
+  int64_t dims, padded;
+  Tensor ints, packed, norms;
+};
+
+// Adds the rows of every layer to args.gram. Each thread takes whole layers, which needs no barrier, while there are
+// enough of them for all; of those that remain, all threads share one after the other.
+void push(const CkaPushArgs& args, const Tensor& like) {
+  using Kernel = void (*)(const CkaPushArgs&, int64_t, int64_t);
+  const int64_t k = kCkaHead + args.x.dim + args.y.dim;
+  const int64_t threads = args.layers * args.rows * k * k <= kSerialWork ? 1 : torch::stable::get_num_threads();
+  const int64_t whole = args.layers - args.layers % threads;
+  const PushScratch memory(args, like, whole > 0 ? threads : 1);
+  const auto one = [&](int64_t layer, int64_t slot) {
+    CkaPushArgs part = memory.one(args, layer, slot);
+    part.gram += layer * cka_packed(k);
     return part;
   };
   if (whole > 0) {
@@ -108,6 +126,17 @@ void push(const CkaPushArgs& args, const Tensor& like) {
     });
   }
 }
+
+// The shift of every layer that has seen no row.
+void adopt(const CkaPushArgs& args, const Tensor& like) {
+  const PushScratch memory(args, like, 1);
+  for (int64_t layer = 0; layer < args.layers; ++layer) {
+    CkaPushArgs part = memory.one(args, layer, 0);
+    if (*part.seen != 0.0) continue;
+    cka_rows_cpu(part, 0, 1);
+    cka_shift_cpu(part, 0, kCkaSides);
+  }
+}
 #else
 void push(CkaPushArgs args, const Tensor& like) {
   Tensor norms = scratch(like, args.layers * args.rows * 2, ScalarType::Double);
@@ -115,6 +144,10 @@ void push(CkaPushArgs args, const Tensor& like) {
   args.row_norms = static_cast<double*>(norms.data_ptr());
   args.row_kinds = static_cast<uint8_t*>(kinds.data_ptr());
   INFLECTION_RUN(cka_push, args, like, 0, 0);
+}
+
+void adopt(const CkaPushArgs& args, const Tensor& like) {
+  INFLECTION_RUN(cka_adopt, args, like, 0, 0);
 }
 #endif
 
@@ -129,21 +162,15 @@ void check_pair(const Tensor& x, const Tensor& y) {
   STD_TORCH_CHECK(same, "x and y: expected the same device and the same sizes but for the last");
 }
 
-void cka_push(Tensor gram, Tensor shift, Tensor x, Tensor y, std::optional<Tensor> mask, bool adopt) {
-  std::vector<int64_t> x_offsets, y_offsets;
+// Points a pair of features and their mask out to the kernels; the offsets are kept by the caller.
+CkaPushArgs rows_of(const Tensor& x, const Tensor& y, const std::optional<Tensor>& mask, std::vector<int64_t>& x_offsets,
+                    std::vector<int64_t>& y_offsets) {
   CkaPushArgs args{};
   args.x = side_of(x, "x", x_offsets);
   args.y = side_of(y, "y", y_offsets);
   check_pair(x, y);
   args.layers = layers_of(x);
   args.rows = x.size(x.dim() - 2);
-  const int64_t dims = args.x.dim + args.y.dim, packed = cka_packed(kCkaHead + dims);
-  check_device(gram, "gram");
-  check_device(shift, "shift");
-  STD_TORCH_CHECK(gram.scalar_type() == ScalarType::Double && gram.is_contiguous() && gram.numel() == args.layers * packed,
-                  "gram: expected contiguous float64 [layers, ", packed, "]");
-  STD_TORCH_CHECK(shift.scalar_type() == ScalarType::Float && shift.is_contiguous() && shift.numel() == args.layers * dims,
-                  "shift: expected contiguous float32 [layers, ", dims, "]");
   if (mask.has_value()) {
     check_device(*mask, "mask");
     STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && mask->dim() == 2 && mask->size(0) == args.layers &&
@@ -152,10 +179,44 @@ void cka_push(Tensor gram, Tensor shift, Tensor x, Tensor y, std::optional<Tenso
     args.mask_layer_stride = mask->stride(0);
     args.mask_row_stride = mask->stride(1);
   }
-  args.adopt = adopt;
-  args.shift = static_cast<float*>(shift.data_ptr());
+  return args;
+}
+
+float* shift_of(const Tensor& shift, const CkaPushArgs& args) {
+  const int64_t dims = args.x.dim + args.y.dim;
+  check_device(shift, "shift");
+  STD_TORCH_CHECK(shift.scalar_type() == ScalarType::Float && shift.is_contiguous() && shift.numel() == args.layers * dims,
+                  "shift: expected contiguous float32 [layers, ", dims, "]");
+  return static_cast<float*>(shift.data_ptr());
+}
+
+void cka_push(Tensor gram, Tensor shift, Tensor x, Tensor y, std::optional<Tensor> mask, bool adopt) {
+  std::vector<int64_t> x_offsets, y_offsets;
+  CkaPushArgs args = rows_of(x, y, mask, x_offsets, y_offsets);
+  const int64_t packed = cka_packed(kCkaHead + args.x.dim + args.y.dim);
+  check_device(gram, "gram");
+  STD_TORCH_CHECK(gram.scalar_type() == ScalarType::Double && gram.is_contiguous() && gram.numel() == args.layers * packed,
+                  "gram: expected contiguous float64 [layers, ", packed, "]");
+  args.shift = shift_of(shift, args);
   args.gram = static_cast<double*>(gram.data_ptr());
+  args.adopt = adopt;
+  args.seen = args.gram;
+  args.seen_stride = packed;
   push(args, x);
+}
+
+// The shift alone, for layers that have seen no row.
+void cka_adopt(Tensor seen, Tensor shift, Tensor x, Tensor y, std::optional<Tensor> mask) {
+  std::vector<int64_t> x_offsets, y_offsets;
+  CkaPushArgs args = rows_of(x, y, mask, x_offsets, y_offsets);
+  check_device(seen, "seen");
+  STD_TORCH_CHECK(seen.scalar_type() == ScalarType::Double && seen.dim() == 1 && seen.numel() == args.layers,
+                  "seen: expected float64 [layers]");
+  args.shift = shift_of(shift, args);
+  args.seen = static_cast<const double*>(seen.const_data_ptr());
+  args.seen_stride = seen.stride(0);
+  if (args.mask == nullptr) args.rows = std::min(args.rows, kCkaDepth);
+  adopt(args, x);
 }
 
 Tensor new_terms(const Tensor& like, std::vector<int64_t> sizes) {
@@ -185,7 +246,8 @@ Tensor cka_terms(Tensor x, Tensor y, bool debiased) {
   for (int64_t d = 0; d + 2 < x.dim(); ++d) sizes.push_back(x.size(d));
   args.rows = x.size(x.dim() - 2);
   args.adopt = true;
-  const int64_t dims = args.x.dim + args.y.dim, packed = cka_packed(kCkaHead + dims), layers = layers_of(x);
+  args.seen_stride = cka_packed(kCkaHead + args.x.dim + args.y.dim);
+  const int64_t dims = args.x.dim + args.y.dim, packed = args.seen_stride, layers = layers_of(x);
   int64_t group = std::clamp<int64_t>(kGramBytes / (packed * 8), 1, std::max<int64_t>(layers, 1));
   const int64_t threads = torch::stable::get_num_threads();
   if (group > threads) group -= group % threads;  // so that every thread has whole layers
@@ -193,6 +255,7 @@ Tensor cka_terms(Tensor x, Tensor y, bool debiased) {
   Tensor gram = scratch(x, group * packed, ScalarType::Double), shift = scratch(x, group * dims, ScalarType::Float);
   Tensor partial = scratch(x, group * cka_term_items(args.x.dim, args.y.dim) * kCkaTermSums, ScalarType::Double);
   args.gram = static_cast<double*>(gram.data_ptr());
+  args.seen = args.gram;
   args.shift = static_cast<float*>(shift.data_ptr());
   for (int64_t layer = 0; layer < layers; layer += group) {
     torch::stable::zero_(gram);
@@ -210,6 +273,7 @@ Tensor cka_terms(Tensor x, Tensor y, bool debiased) {
 
 STABLE_TORCH_LIBRARY_IMPL(inflection_fast, INFLECTION_DEVICE_KEY, m) {
   m.impl("cka_push", TORCH_BOX(&cka_push));
+  m.impl("cka_adopt", TORCH_BOX(&cka_adopt));
   m.impl("cka_gram_terms", TORCH_BOX(&cka_gram_terms));
   m.impl("cka_terms", TORCH_BOX(&cka_terms));
 }

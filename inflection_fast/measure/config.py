@@ -5,11 +5,12 @@ from __future__ import annotations
 import operator
 from dataclasses import dataclass
 
+from ..ops.cka_rows import POOLINGS
+
 __all__ = ["SIGNALS", "MonitorConfig"]
 
 SIGNALS = ("attention", "activation_grad", "parameter_grad", "delta_cka")
-_POOLINGS = ("tokens", "mean", "first", "last")
-_REFERENCES = ("start", "adapters_off")
+_REFERENCES = ("start", "previous", "adapters_off")
 _MIN_SAMPLED_ROWS = 2  # the standard error comes from differences between neighbouring sampled rows
 _MIN_CKA_ROWS = 4  # debiased CKA is undefined below
 _MAX_SEED = 2**32 - 1  # torch's generator on the CPU takes no more bits of a seed
@@ -28,7 +29,10 @@ class MonitorConfig:
     cka_debiased: bool = True  # debiased (may leave [0, 1]) or biased CKA
     cka_pooling: str = "tokens"  # "tokens": every valid token is a row; "mean", "first", "last": a row per sequence
     cka_rows: int = 2048  # feature rows of the probe; memory: layers * cka_rows * width elements, twice while comparing
-    cka_reference: str = "start"  # or "adapters_off": the peft model with its adapters switched off
+    cka_reference: str = "start"  # "previous": the snapshot before; "adapters_off": the peft model without its adapters
+    cka_se: bool = (
+        False  # standard error of delta-CKA, by leaving out each sequence of the probe: about 3 times its time
+    )
     seed: int = 0  # of the sampled query rows and of the probe's feature rows
 
     def __post_init__(self):
@@ -48,9 +52,11 @@ class MonitorConfig:
         _integer(self, "cka_rank", at_least=1, optional=True)
         if not isinstance(self.cka_debiased, bool):
             raise TypeError(f"cka_debiased: expected True or False, got {self.cka_debiased!r}")
-        _choice(self, "cka_pooling", _POOLINGS)
+        _choice(self, "cka_pooling", POOLINGS)
         _integer(self, "cka_rows", at_least=_MIN_CKA_ROWS)
         _choice(self, "cka_reference", _REFERENCES)
+        if not isinstance(self.cka_se, bool):
+            raise TypeError(f"cka_se: expected True or False, got {self.cka_se!r}")
         _integer(self, "seed", at_least=0, at_most=_MAX_SEED)
 
 

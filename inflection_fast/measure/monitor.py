@@ -129,9 +129,9 @@ class Monitor:
             self._taps.attach(self._step)
 
     def _take_reference(self) -> None:
-        if self._probe is None or self._config.cka_reference != "start":
+        if self._probe is None or self._config.cka_reference == "adapters_off":
             return
-        path = None if self._out is None else self._out / REFERENCE_NAME
+        path = None if self._out is None or self._config.cka_reference != "start" else self._out / REFERENCE_NAME
         if self._resume_at is not None and path is not None and path.exists():
             self._probe.load(path)
             return
@@ -186,7 +186,7 @@ class Monitor:
         if "parameter_grad" in self._config.signals:
             signals["parameter_grad"] = taps.parameter_norms() / loss_scale
         if self._probe is not None and is_due(self._step, self._config.probe_every or self._config.every):
-            signals["delta_cka"] = self._probe.delta_cka()
+            signals |= self._probe.signals()
         signals["loss"] = self._loss(loss)
         packed = torch.cat([signal.detach().to(taps.device, torch.float64).reshape(-1) for signal in signals.values()])
         numbers = packed.cpu().numpy()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from time import perf_counter
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..blocks import Block
+from ..ops.cka_rows import RowSample, feature_rows
 from .config import MonitorConfig
 from .rows import decoder_layers, token_mask
 
@@ -35,12 +37,13 @@ class Probe:
         self._model, self._blocks, self._batches, self._config = model, blocks, batches, config
         self._decoders = decoder_layers(model, blocks)
         self._device = next(model.parameters()).device
-        self._rows: dict[tuple, Tensor | None] = {}  # which rows of which output: the same in every run
+        self._sample = RowSample(config.cka_rows, len(batches), config.seed)
+        self._sequences: list[Tensor] = []  # per layer [N], which sequence of the probe set a row is of
         self._reference: list[Tensor] | None = None
 
     def remember(self) -> None:
         """Take the model as it is now for the reference; with "adapters_off" there is nothing to store."""
-        if self._config.cka_reference == "start":
+        if self._config.cka_reference != "adapters_off":
             self._reference = self._features()
 
     def save(self, path: Path) -> None:
@@ -70,88 +73,97 @@ class Probe:
             raise ValueError(f"{path} holds reference features of another probe or of other blocks")
         self._reference = [torch.from_numpy(array).to(one) for array, one in zip(arrays, now, strict=True)]
 
+    def signals(self) -> dict[str, Tensor]:
+        """One snapshot: `delta_cka` [L], 1 - CKA between the reference and the model as it is now; its standard error
+        `delta_cka_se` [L], a jackknife over sequences, if the configuration asks for it; `probe_ms`, what both took.
+        """
+        started = perf_counter()
+        found = self._compared()
+        found["probe_ms"] = torch.tensor(1e3 * (perf_counter() - started))
+        return found
+
     def delta_cka(self) -> Tensor:
-        """[L] float32: 1 - CKA between the reference and the model as it is now."""
+        """[L] float32: `delta_cka` of `signals`."""
+        return self.signals()["delta_cka"]
+
+    def _compared(self) -> dict[str, Tensor]:
         after = self._features()
         before = self._reference
         if before is None:
             with _trainable_as_before(self._model), _peft_of(self._model).disable_adapter():
                 before = self._features()
+        if self._config.cka_reference == "previous":
+            self._reference = after
         groups: dict[tuple, list[int]] = {}
         for layer, features in enumerate(after):
-            groups.setdefault(features.shape, []).append(layer)
-        delta = torch.empty(len(after), device=self._device)
+            groups.setdefault((features.shape, layer in self._decoders), []).append(layer)
+        options = {"rank": self._config.cka_rank, "debiased": self._config.cka_debiased}
+        names = ("delta_cka", "delta_cka_se") if self._config.cka_se else ("delta_cka",)
+        found = {name: torch.empty(len(after), device=self._device) for name in names}
         for layers in groups.values():
             x, y = (torch.stack([features[layer] for layer in layers]) for features in (before, after))
-            delta[layers] = ops.delta_cka(x, y, rank=self._config.cka_rank, debiased=self._config.cka_debiased)
-        return delta
+            if self._config.cka_se:
+                result = ops.cka_jackknife(x, y, self._sequences[layers[0]], **options)
+                found["delta_cka"][layers], found["delta_cka_se"][layers] = result.delta, result.standard_error
+            else:
+                found["delta_cka"][layers] = ops.delta_cka(x, y, **options)
+        return found
 
     # ---- one run -----------------------------------------------------------------------------------------------------
 
     def _features(self) -> list[Tensor]:
         """Per layer [N, D]: the kept rows of the block's output over the whole probe set."""
         kept: list[list[Tensor]] = [[] for _ in self._blocks]
+        sequences: list[list[Tensor]] = [[] for _ in self._blocks]
+        begun = 0  # sequences of earlier batches
         with _undisturbed(self._model, self._device):
             for number, batch in enumerate(self._batches):
                 inputs = {k: v.to(self._device) if isinstance(v, Tensor) else v for k, v in batch.items()}
                 with _outputs_of(self._blocks) as outputs:
                     self._model(**inputs)
+                size = 0
                 for layer in range(len(self._blocks)):
                     if layer not in outputs:
                         raise ValueError(f"probe: block {self._blocks[layer].name!r} did not run on batch {number}")
                     tokens = token_mask(inputs, layer in self._decoders)
                     taken = sum(len(rows) for rows in kept[layer])
-                    kept[layer].append(self._rows_of(outputs.pop(layer), tokens, number, taken))
+                    size = len(outputs[layer])
+                    rows, of = self._rows_of(outputs.pop(layer), tokens, number, taken)
+                    kept[layer].append(rows)
+                    sequences[layer].append(begun + of)
+                begun += size
+                if number == 0:
+                    self._check_memory([rows[0] for rows in kept])
         features = [torch.cat(rows) for rows in kept]
+        self._sequences = [torch.cat(numbers) for numbers in sequences]
         few = [block.name for block, rows in zip(self._blocks, features, strict=True) if len(rows) < _MIN_ROWS]
         if few:
             raise ValueError(f"probe: gives fewer than {_MIN_ROWS} feature rows in {few}; CKA needs at least as many")
         return features
 
-    def _rows_of(self, output: Tensor, tokens: Tensor | None, number: int, taken: int) -> Tensor:
-        """The rows of one output [B, T, D] that are kept, [n, D], when `taken` rows of earlier batches are."""
+    def _check_memory(self, first: list[Tensor]) -> None:
+        """Refuse a probe set whose rows of both sides, if all batches are like the first, would not fit."""
+        need, have = 2 * len(self._batches) * sum(rows.nbytes for rows in first), ops.memory_bytes(self._device)
+        if need > have:
+            raise ValueError(
+                f"cka_rows: {len(self._batches)} batches with {len(first[0])} rows of {len(first)} blocks take about "
+                f"{need} bytes, {self._device} has {have}; ask for fewer rows"
+            )
+
+    def _rows_of(self, output: Tensor, tokens: Tensor | None, number: int, taken: int) -> tuple[Tensor, Tensor]:
+        """The rows of one output [B, T, D] that are kept, [n, D], when `taken` rows of earlier batches are.
+
+        And which sequence of the batch each is of. Layers of one stack come here with the same rows and keep the same.
+        """
         if output.dim() != 3:
             raise ValueError(f"probe: expected block outputs [B, T, D], got shape {tuple(output.shape)}")
-        if tokens is None or tokens.shape != output.shape[:2]:
-            tokens = torch.ones(output.shape[:2], dtype=torch.bool, device=output.device)
-        rows = _POOLED[self._config.cka_pooling](output, tokens.to(output.device).bool())
-        # What earlier batches left of the budget is shared among those still to come. Layers of one stack come here
-        # with the same rows, so they keep the same ones.
-        share = -(-(self._config.cka_rows - taken) // (len(self._batches) - number))
-        key = (number, len(rows), share)
-        if key not in self._rows:
-            self._rows[key] = self._draw(number, len(rows), share)
-        return rows if self._rows[key] is None else rows[self._rows[key].to(rows.device)]
-
-    def _draw(self, number: int, count: int, share: int) -> Tensor | None:
-        if count <= share:
-            return None
-        generator = torch.Generator().manual_seed(self._config.seed + number)
-        return torch.randperm(count, generator=generator)[:share].sort().values.to(self._device)
-
-
-# ---- features of one output [B, T, D], its valid tokens [B, T] -------------------------------------------------------
-
-
-def _every_token(output: Tensor, tokens: Tensor) -> Tensor:
-    return output[tokens]
-
-
-def _mean_token(output: Tensor, tokens: Tensor) -> Tensor:
-    weights = tokens.float() / tokens.sum(1, keepdim=True).clamp(min=1)
-    return torch.einsum("btd,bt->bd", output.float(), weights)
-
-
-def _first_token(output: Tensor, tokens: Tensor) -> Tensor:
-    return output[torch.arange(len(output), device=output.device), tokens.int().argmax(1)]
-
-
-def _last_token(output: Tensor, tokens: Tensor) -> Tensor:
-    last = tokens.shape[1] - 1 - tokens.flip(1).int().argmax(1)
-    return output[torch.arange(len(output), device=output.device), last]
-
-
-_POOLED = {"tokens": _every_token, "mean": _mean_token, "first": _first_token, "last": _last_token}
+        tokens = None if tokens is None or tokens.shape != output.shape[:2] else tokens.to(output.device).bool()
+        rows, sequences = feature_rows(output, tokens, self._config.cka_pooling)
+        keep = self._sample.keep(number, len(rows), taken)
+        if keep is None:
+            return rows, sequences
+        keep = keep.to(rows.device)
+        return rows[keep], sequences[keep]
 
 
 # ---- leaving no trace ------------------------------------------------------------------------------------------------

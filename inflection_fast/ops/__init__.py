@@ -3,7 +3,13 @@
 Shape letters: B batch, H heads, Q queries, K keys, L layers, N samples, D features, R basis rank.
 """
 
+from .checks import memory_bytes
 from .cka import delta_cka, linear_cka
+from .cka_basis import CkaBasis
+from .cka_leave_out import cka_jackknife
+from .cka_matrix import cka_matrix
+from .cka_result import CkaResult
+from .cka_rows import RowSample, feature_rows
 from .cka_state import CkaState
 from .entropy import attention_entropy, attention_stats
 from .entropy_qk import attention_entropy_qk, attention_stats_qk
@@ -13,13 +19,20 @@ from .stats import AttentionStats
 
 __all__ = [
     "AttentionStats",
+    "CkaBasis",
+    "CkaResult",
     "CkaState",
+    "RowSample",
     "attention_entropy",
     "attention_entropy_qk",
     "attention_stats",
     "attention_stats_qk",
     "build_info",
+    "cka_jackknife",
+    "cka_matrix",
     "delta_cka",
+    "feature_rows",
     "linear_cka",
+    "memory_bytes",
     "sum_of_squares",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 
 import torch
@@ -168,3 +169,20 @@ def row_mask(value: object, name: str, like: Tensor) -> Tensor:
     if tuple(value.shape) not in (tuple(like.shape[:2]), (like.shape[1],)):
         raise ValueError(f"{name}: expected shape [{like.shape[1]}] or {list(like.shape[:2])}, got {list(value.shape)}")
     return value
+
+
+def sequences(value: object, like: Tensor) -> Tensor:
+    """`value`, if it is a vector [N] that says of which sequence each row of `like` [L, N, D] is."""
+    if tensor(value, "sequences").dtype != torch.int64:
+        raise TypeError(f"sequences: expected dtype torch.int64, got {value.dtype}")
+    same_device(value, "sequences", like, "x")
+    if tuple(value.shape) != (like.shape[-2],):
+        raise ValueError(f"sequences: expected shape [{like.shape[-2]}], got {list(value.shape)}")
+    return value
+
+
+def memory_bytes(device: torch.device) -> int:
+    """All the memory of a device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

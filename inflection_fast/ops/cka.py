@@ -142,6 +142,11 @@ def _(gram, shift, x, y, mask, adopt):
     return None
 
 
+@torch.library.register_fake("inflection_fast::cka_adopt")
+def _(seen, shift, x, y, mask):
+    return None
+
+
 @torch.library.register_fake("inflection_fast::cka_gram_terms")
 def _(gram, dim_x, dim_y, debiased):
     return gram.new_empty((gram.shape[0], 3))
@@ -236,6 +241,28 @@ def unpack(triangle: Tensor, k: int) -> Tensor:
     full[rows, cols] = triangle
     full[cols, rows] = triangle
     return full
+
+
+def moved(triangle: Tensor, move: Tensor, dim: int) -> Tensor:
+    """The triangle of rows z = (1, p, q, u, v), u of width `dim`, when u and v grow by `move`.
+
+    They become ``(1, p + 2 e.u + |e|^2, q + 2 f.v + |f|^2, u + e, v + f)``, linear in z: their Gram matrix follows from
+    the old one exactly, the sums of fourth order included.
+    """
+    k = HEAD + len(move)
+    u, v = slice(HEAD, HEAD + dim), slice(HEAD + dim, k)
+    e, f = move[:dim], move[dim:]
+
+    def grown(rows: Tensor) -> Tensor:
+        out = rows.clone()
+        out[1] += 2 * (e @ rows[u]) + (e @ e) * rows[0]
+        out[2] += 2 * (f @ rows[v]) + (f @ f) * rows[0]
+        out[HEAD:] += torch.outer(move, rows[0])
+        return out
+
+    full = grown(grown(unpack(triangle, k)).mT)
+    rows, cols = torch.triu_indices(k, k, device=full.device)
+    return full[rows, cols]
 
 
 def backward(ctx, grad):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
-from . import checks
-from .cka import HEAD, check_rank, leading, of_terms, packed, pooled, unpack
+from . import checks, cka_basis
+from .checks import memory_bytes
+from .cka import HEAD, MIN_ROWS, check_rank, leading, moved, of_terms, packed, pooled, unpack
+from .cka_basis import CkaBasis, Projection
+from .cka_reduce import agree, all_reduce
+from .cka_result import CkaResult, jackknife_error, reason_of
 
 __all__ = ["CkaState"]
 
@@ -21,13 +23,15 @@ class CkaState:
     merging gives the same value to 1e-6. A mean over batches of debiased values would be another number wherever
     rows depend on each other, as tokens of one text do.
 
-    Memory: 4 (dim + dim_y + 3)^2 bytes per layer in float64, 9.5 MB at dim = 768. A push reads and writes that once per
-    256 rows, so few rows at a time cost nearly as much as 256.
+    Memory: 4 (dim + dim_y + 3)^2 bytes per layer in float64, 9.5 MB at dim = 768; with `groups` so much for each of
+    them; with `basis` of rank k 4 (2 k + 3)^2, 0.27 MB at k = 128. `bytes_needed` says it beforehand. A push reads and
+    writes that once per 256 rows, so few rows at a time cost nearly as much as 256.
 
     Attributes:
-        gram: float64 ``[layers, K (K + 1) / 2]``, upper triangles row by row, K = 3 + dim + dim_y. States that share a
-            shift add by adding it.
+        gram: float64 ``[layers, K (K + 1) / 2]``, with groups ``[groups, layers, K (K + 1) / 2]``, upper triangles row
+            by row, K = 3 + dim + dim_y or, in a basis, 3 + 2 k. States that share a shift add by adding it.
         shift: float32 ``[layers, dim + dim_y]``.
+        frozen: the `CkaBasis` that rows are projected on, or None.
 
     Args:
         layers: pairs of features, at least 1.
@@ -36,6 +40,12 @@ class CkaState:
         shift: as the attribute, near the means of the features; not copied. None: every layer takes the mean of the
             first rows that are pushed to it (of at most 256, but for rows far longer than the others). A first batch
             of nothing but such rows makes a bad shift: push ordinary rows first, or give one.
+        basis: a frozen shared basis (`CkaState.basis` finds one): rows are projected as they come, and biased and
+            debiased values are those in the basis. For the same layer before and after: both sides of one width.
+        groups: number of groups of sequences for a delete-a-group jackknife (`result`), at least 2. Exact and one-pass,
+            but it takes `groups` Gram matrices where a plain state takes one, because what a group contributes to
+            the value depends on all rows, also those to come. Where all rows are at hand, `cka_jackknife` leaves out
+            single sequences and holds one matrix. None: no standard error.
         device: of the state and of everything pushed.
 
     Raises:
@@ -49,13 +59,19 @@ class CkaState:
         dim_y: int | None = None,
         *,
         shift: Tensor | None = None,
+        basis: CkaBasis | None = None,
+        groups: int | None = None,
         device: torch.device | str | None = None,
     ):
         self.layers, self.dim = checks.integer(layers, "layers", 1), checks.integer(dim, "dim", 1)
         self.dim_y = self.dim if dim_y is None else checks.integer(dim_y, "dim_y", 1)
+        self.groups = None if groups is None else checks.integer(groups, "groups", 2)
         dims = self.dim + self.dim_y
         device = torch.empty(0, device=device if shift is None else checks.tensor(shift, "shift").device).device
-        need, have = self.layers * (8 * packed(HEAD + dims) + 4 * dims), memory_bytes(device)
+        self._check_basis(basis, device)
+        self.frozen = basis
+        rank = None if basis is None else basis.rank
+        need, have = self.bytes_needed(layers, dim, dim_y, groups=groups, rank=rank), memory_bytes(device)
         if need > have:
             raise ValueError(f"dim: {layers} layers of {dim} and {self.dim_y} take {need} bytes, {device} has {have}")
         if shift is not None and (shift.dtype, tuple(shift.shape)) != (torch.float32, (self.layers, dims)):
@@ -66,13 +82,65 @@ class CkaState:
             raise ValueError("shift: expected a tensor that does not require a gradient")
         self._adopt = shift is None
         self.shift = torch.zeros(self.layers, dims, device=device) if shift is None else shift
-        self.gram = torch.zeros(self.layers, packed(HEAD + dims), dtype=torch.float64, device=device)
+        self._allocate(device)
 
-    def push(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> None:
+    @staticmethod
+    def bytes_needed(
+        layers: int, dim: int, dim_y: int | None = None, *, groups: int | None = None, rank: int | None = None
+    ) -> int:
+        """What a state holds, in bytes; `rank`: of its frozen basis."""
+        dim_y = dim if dim_y is None else dim_y
+        width, sums = (dim + dim_y, 0) if rank is None else (2 * rank, dim + dim_y + 2)
+        return layers * (8 * (groups or 1) * packed(HEAD + width) + 8 * sums + 4 * (dim + dim_y))
+
+    def _check_basis(self, basis: CkaBasis | None, device: torch.device) -> None:
+        if basis is None:
+            return
+        if not isinstance(basis, CkaBasis):
+            raise TypeError(f"basis: expected a CkaBasis, got {type(basis).__name__}")
+        if self.dim != self.dim_y:
+            raise ValueError(
+                f"basis: a shared basis needs both sides of the same width, got {self.dim} and {self.dim_y}"
+            )
+        if (basis.layers, basis.dim) != (self.layers, self.dim):
+            got = f"{basis.layers} of {basis.dim}"
+            raise ValueError(f"basis: expected one for {self.layers} layers of {self.dim}, got {got}")
+        if basis.vectors.device != device:
+            raise ValueError(f"basis: is on {basis.vectors.device}, but the state is on {device}")
+
+    def _allocate(self, device: torch.device) -> None:
+        """Everything that adds up, in one piece, so that one reduction adds it."""
+        self._width = (self.dim, self.dim_y) if self.frozen is None else (self.frozen.rank, self.frozen.rank)
+        shape = (self.layers, packed(HEAD + sum(self._width)))
+        shape = shape if self.groups is None else (self.groups, *shape)
+        grams = torch.Size(shape).numel()
+        extra = 0 if self.frozen is None else self.layers * (self.dim + self.dim_y + 2)
+        self._sums = torch.zeros(grams + extra + 1, dtype=torch.float64, device=device)
+        self.gram = self._sums[:grams].view(shape)
+        self._sequences = self._sums[-1]  # how many have begun; NaN where a push did not tell them
+        self._last = torch.full((), -1, dtype=torch.int64, device=device)  # of the sequence that was pushed last
+        self._turn = 0
+        self._projection = None
+        if self.frozen is not None:
+            self._projection = Projection(self.frozen, self._sums[grams:-1].view(self.layers, -1))
+            self._no_shift = torch.zeros(self.layers, sum(self._width), device=device)
+
+    @property
+    def rows(self) -> Tensor:
+        """float64 ``[layers]``: how many rows counted so far."""
+        counts = self.gram[..., 0]
+        return counts if self.groups is None else counts.sum(0)
+
+    def push(self, x: Tensor, y: Tensor, mask: Tensor | None = None, sequences: Tensor | None = None) -> None:
         """Add rows x ``[layers, N, dim]`` and y ``[layers, N, dim_y]``; any N, strides, float32, bfloat16 or float16.
 
         `mask`: bool ``[N]`` or ``[layers, N]``, True counts; other rows are not read, whatever they hold. Never
         synchronises; rows are read as values.
+
+        `sequences`: int64 ``[N]``, at least 0, only with `groups`: which sequence of the whole stream a row is of;
+        rows of a sequence follow each other. Sequence s is of group s modulo `groups`. Without it, all rows of a push
+        belong to one group, the next one in turn: then no sequence may go on in another push. That costs no more than
+        a plain push, while a batch that several groups share is multiplied in as many short pieces.
         """
         checks.paired_features(x, y, ("x", "y"))
         for value, name, dim in ((x, "x", self.dim), (y, "y", self.dim_y)):
@@ -81,7 +149,45 @@ class CkaState:
         checks.same_device(x, "x", self.gram, "the state")
         if mask is not None:
             mask = checks.row_mask(mask, "mask", x).expand(x.shape[:2])
-        torch.ops.inflection_fast.cka_push(self.gram, self.shift, x.detach(), y.detach(), mask, self._adopt)
+        if sequences is not None:
+            checks.sequences(sequences, x)
+            if self.groups is None:
+                raise ValueError("sequences: only a state with groups keeps them apart, see CkaState(groups=...)")
+        x, y = x.detach(), y.detach()
+        shift, adopt = self.shift, self._adopt
+        if adopt and (self.groups is not None or self.frozen is not None):
+            torch.ops.inflection_fast.cka_adopt(self.rows, shift, x, y, mask)
+            adopt = False
+        if self._projection is not None:
+            x, y = self._projection.push(x, y, shift, mask)
+            shift = self._no_shift
+        if self.groups is not None:
+            return self._push_groups(x, y, shift, mask, sequences)
+        torch.ops.inflection_fast.cka_push(self.gram, shift, x, y, mask, adopt)
+
+    def _push_groups(self, x: Tensor, y: Tensor, shift: Tensor, mask: Tensor | None, sequences: Tensor | None) -> None:
+        if sequences is None:
+            self._sequences += torch.nan
+            torch.ops.inflection_fast.cka_push(self.gram[self._turn % self.groups], shift, x, y, mask, False)
+            self._turn += 1
+            return
+        self._count(sequences, mask)
+        groups = torch.arange(self.groups, device=x.device)
+        own = (sequences % self.groups == groups[:, None])[:, None].expand(-1, *x.shape[:2])
+        own = own if mask is None else own & mask
+        x, y = (side.expand(self.groups, *side.shape) for side in (x, y))
+        torch.ops.inflection_fast.cka_push(self.gram, shift.repeat(self.groups, 1), x, y, own.flatten(0, 1), False)
+
+    def _count(self, sequences: Tensor, mask: Tensor | None) -> None:
+        """Adds the sequences that begin among these rows; a masked row is of the sequence before it."""
+        if not len(sequences):
+            return
+        ids = torch.cat([self._last[None], sequences])
+        if mask is not None:
+            there = torch.cat([mask.new_ones(1), mask.any(0)])
+            ids = ids[torch.where(there, torch.arange(len(ids), device=ids.device), 0).cummax(0).values]
+        self._sequences += (ids[1:] != ids[:-1]).sum()
+        self._last = ids[-1]
 
     def merge(self, other: CkaState) -> None:
         """Add the rows of another state, which stays as it is: exact for any shifts, one addition for a shared one."""
@@ -90,77 +196,198 @@ class CkaState:
         mine, theirs = (self.layers, self.dim, self.dim_y), (other.layers, other.dim, other.dim_y)
         if mine != theirs:
             raise ValueError(f"other: expected layers, dim and dim_y {mine}, got {theirs}")
+        if self.groups != other.groups:
+            raise ValueError(f"other: expected {self.groups} groups, got {other.groups}")
         checks.same_device(other.gram, "other", self.gram, "the state")
+        if not (self.frozen is other.frozen is None or (self.frozen is not None and self.frozen.same_as(other.frozen))):
+            raise ValueError("other: expected the same basis")
         if self.shift is other.shift:
-            self.gram += other.gram
+            self._sums += other._sums
             return
         if self._adopt:
-            self.shift = torch.where(self.gram[:, :1] == 0, other.shift, self.shift)
-        for layer in range(self.layers):
-            self.gram[layer] += self._rebased(other, layer)
+            self.shift = torch.where(self.rows[:, None] == 0, other.shift, self.shift)
+        near = other.copy()
+        near.rebase(self.shift)
+        self._sums += near._sums
+
+    def copy(self) -> CkaState:
+        """A state of the same rows that goes its own way."""
+        state = CkaState(
+            self.layers, self.dim, self.dim_y, shift=self.shift.clone(), basis=self.frozen, groups=self.groups
+        )
+        state._sums.copy_(self._sums)
+        state._adopt, state._last, state._turn = self._adopt, self._last, self._turn
+        return state
 
     def like(self) -> CkaState:
         """An empty state with this one's shift, which must be there: rows were pushed, or it was given."""
-        state = CkaState(self.layers, self.dim, self.dim_y, shift=self.shift)
+        state = CkaState(self.layers, self.dim, self.dim_y, shift=self.shift, basis=self.frozen, groups=self.groups)
         self._adopt = False  # a layer that is still empty must not move the shift of the other
         return state
+
+    def agree(self, group: object = None) -> None:
+        """Let all ranks of a process group go on with one shift, so that `all_reduce` need not move any sums.
+
+        Collective: every rank calls it, after its first push. A layer must have seen rows on some rank.
+        """
+        agree(self, group)
+
+    def all_reduce(self, group: object = None) -> CkaState:
+        """A new state with the rows of all ranks of a process group: one packed sum, the shift agreed before it.
+
+        Collective. The value is the same, to 1e-6, for any number of ranks that the rows are dealt out to; this state
+        stays as it is. Needs the memory of a second state. A rank without rows takes part. `ValueError` on every rank
+        where their frozen bases differ.
+        """
+        return all_reduce(self, group)
 
     def value(self, rank: int | None = None, debiased: bool = True) -> Tensor:
         """CKA of all rows so far, float32 ``[layers]``, as `linear_cka` gives it for all of them at once.
 
         `rank`: the leading directions of both sides pooled, chosen from the same sums; only with ``debiased=False``,
-        because debiasing within a basis needs the rows again. NaN as for `linear_cka`, and with fewer than 4 rows
-        (2 if biased): a state knows their number only on its device.
+        because debiasing within a basis needs the rows again or a frozen `basis`. NaN as for `linear_cka`, and with
+        fewer than 4 rows (2 if biased): a state knows their number only on its device.
         """
+        self._check_value(rank, debiased)
+        return of_terms(self._terms(self._total(), debiased, self._bases(rank)[0])).float()
+
+    def result(self, rank: int | None = None, debiased: bool = True) -> CkaResult:
+        """The value with its standard error, number of rows and sequences, rank and variance kept, and reasons for NaN.
+
+        The standard error needs `groups` (each in turn is left out, in a basis that stays that of all rows); otherwise
+        it is NaN. Arguments as for `value`.
+        """
+        self._check_value(rank, debiased)
+        gram = self._total()
+        bases, kept = self._bases(rank)
+        terms = self._terms(gram, debiased, bases)
+        nothing = torch.full((), torch.nan, dtype=torch.float64, device=gram.device)
+        error, units = nothing.expand(self.layers), torch.zeros_like(nothing)
+        if self.groups is not None:
+            there = (self.gram[..., 0] > 0).any(-1)
+            without = [of_terms(self._terms(gram - one, debiased, bases)) for one in self.gram]
+            error, units = jackknife_error(torch.stack(without), there), there.sum().double()
+        value = of_terms(terms)
+        return CkaResult(
+            value=value.float(),
+            delta=(1 - value).float(),
+            standard_error=error.float(),
+            rows=self.rows.clone(),
+            units=units,
+            sequences=nothing if self.groups is None else self._sequences.clone(),
+            rank=rank if self.frozen is None else self.frozen.rank,
+            variance_kept=kept,
+            debiased=debiased,
+            reason=reason_of(terms, self.rows, gram[:, 1:HEAD], MIN_ROWS[debiased]),
+        )
+
+    def basis(
+        self,
+        rank: int | None = None,
+        *,
+        variance: float | None = None,
+        mean_term: bool = True,
+        start: CkaBasis | None = None,
+    ) -> CkaBasis:
+        """The leading principal directions of the rows of both sides pooled, to be frozen for other states.
+
+        Args:
+            rank: so many, 1 to `dim`; or
+            variance: as many as it takes to keep this share of the variance, above 0 to 1, in the layer that needs
+                most; reads the device.
+            mean_term: whether the distance of the two sides' means is part of the scatter.
+            start: a basis near the wanted one (of an earlier snapshot), whose rank is then taken: a block
+                method from there instead of `eigh`, faster for k well below `dim`, at most a third of it. The
+                `residual` says how far it came.
+        """
+        if self.frozen is not None:
+            raise ValueError("basis: the rows of this state are projected already")
+        if (rank is None) + (variance is None) + (start is None) != 2:
+            raise ValueError("rank, variance, start: expected exactly one of them")
+        if start is not None:
+            self._check_basis(start, self.gram.device)
+            rank = start.rank
+            if 3 * rank > self.dim:
+                raise ValueError(f"start: expected a rank of at most a third of {self.dim}, got {rank}")
+        if variance is not None and checks.positive(variance, "variance") > 1:
+            raise ValueError(f"variance: expected a share above 0 to 1, got {variance}")
+        check_rank(self.dim if rank is None else rank, self.dim, self.dim_y)
+        checks.flag(mean_term, "mean_term")
+        gram = self._total()
+        scatters = [self._scatter(gram[layer], layer, mean_term)[1] for layer in range(self.layers)]
+        return cka_basis.find(torch.stack(scatters), rank, variance, start)
+
+    # ---- sums ----
+
+    def _total(self) -> Tensor:
+        return self.gram if self.groups is None else self.gram.sum(0)
+
+    def _check_value(self, rank: int | None, debiased: bool) -> None:
         checks.flag(debiased, "debiased")
         if rank is None:
-            terms = torch.ops.inflection_fast.cka_gram_terms(self.gram, self.dim, self.dim_y, debiased)
-            return of_terms(terms).float()
+            return
         check_rank(rank, self.dim, self.dim_y)
+        if self.frozen is not None:
+            raise ValueError("rank: the rows of this state are in a frozen basis already")
         if debiased:
             raise ValueError(
                 "debiased: a streamed value in a basis chosen afterwards is biased: pass debiased=False, "
-                "leave out rank, or call linear_cka with all rows"
+                "leave out rank, freeze a basis (CkaState.basis), or call linear_cka with all rows"
             )
-        return of_terms(torch.stack([self._terms_in_basis(layer, rank) for layer in range(self.layers)])).float()
 
-    def _rebased(self, other: CkaState, layer: int) -> Tensor:
-        """The triangle of other's layer with this state's shift.
+    def _bases(self, rank: int | None) -> tuple[list[Tensor] | None, Tensor]:
+        """The basis of every layer that `rank` asks for, and the share of the variance in it."""
+        gram = self._total()
+        if self._projection is not None:
+            own = [self._scatter(gram[layer], layer)[1].trace() for layer in range(self.layers)]
+            return None, torch.stack(own) / self._projection.variance(self.shift, self.rows)
+        if rank is None:
+            return None, torch.ones(self.layers, dtype=torch.float64, device=gram.device)
+        bases, kept = [], []
+        for layer in range(self.layers):
+            scatter = self._scatter(gram[layer], layer)[1]
+            bases.append(leading(scatter, rank))
+            kept.append(((scatter @ bases[-1]) * bases[-1]).sum() / scatter.trace())
+        return bases, torch.stack(kept)
 
-        Rows z = (1, p, q, u, v) become ``(1, p + 2 e.u + |e|^2, q + 2 f.v + |f|^2, u + e, v + f)``, linear in z: their
-        Gram matrix follows from the old one exactly, the sums of fourth order included.
-        """
-        k = HEAD + self.dim + self.dim_y
-        u, v = slice(HEAD, HEAD + self.dim), slice(HEAD + self.dim, k)
-        move = other.shift[layer].double() - self.shift[layer].double()
-        e, f = move[: self.dim], move[self.dim :]
+    def _terms(self, gram: Tensor, debiased: bool, bases: list[Tensor] | None) -> Tensor:
+        """float64 ``[layers, 3]``: the cross term and both self terms, in the full space or in bases."""
+        if bases is None:
+            return torch.ops.inflection_fast.cka_gram_terms(gram, *self._width, debiased)
+        rows = []
+        for layer, basis in enumerate(bases):
+            blocks = self._scatter(gram[layer], layer)[0]
+            rows.append(torch.stack([(basis.mT @ block @ basis).square().sum() for block in blocks]))
+        return torch.stack(rows)
 
-        def moved(rows: Tensor) -> Tensor:
-            out = rows.clone()
-            out[1] += 2 * (e @ rows[u]) + (e @ e) * rows[0]
-            out[2] += 2 * (f @ rows[v]) + (f @ f) * rows[0]
-            out[HEAD:] += torch.outer(move, rows[0])
-            return out
-
-        full = moved(moved(unpack(other.gram[layer], k)).mT)
-        rows, cols = torch.triu_indices(k, k, device=full.device)
-        return full[rows, cols]
-
-    def _terms_in_basis(self, layer: int, rank: int) -> Tensor:
-        k = HEAD + self.dim + self.dim_y
-        full = unpack(self.gram[layer], k)
+    def _scatter(self, triangle: Tensor, layer: int, mean_term: bool = True) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Of one layer: the centred scatters xy, xx and yy, and that of both sides pooled."""
+        dim = self._width[0]
+        full = unpack(triangle, HEAD + sum(self._width))
         n, sums = full[0, 0], full[0, HEAD:]
         scatter = full[HEAD:, HEAD:] - torch.outer(sums, sums / n)
-        own_x, own_y = scatter[: self.dim, : self.dim], scatter[self.dim :, self.dim :]
-        means = self.shift[layer].double() + sums / n
-        apart = means[: self.dim] - means[self.dim :]
-        basis = leading(pooled(own_x, own_y, apart, n), rank)
-        blocks = (scatter[: self.dim, self.dim :], own_x, own_y)
-        return torch.stack([(basis.mT @ block @ basis).square().sum() for block in blocks])
+        own_x, own_y = scatter[:dim, :dim], scatter[dim:, dim:]
+        if self._width[0] != self._width[1]:
+            return (scatter[:dim, dim:], own_x, own_y), own_x
+        means = self._moves(self.shift)[layer] + sums / n
+        apart = (means[:dim] - means[dim:]) * mean_term
+        return (scatter[:dim, dim:], own_x, own_y), pooled(own_x, own_y, apart, n)
 
+    def _moves(self, move: Tensor) -> Tensor:
+        """A move of the shift ``[layers, dim + dim_y]`` as the Gram matrix sees it, float64: itself, or projected."""
+        if self.frozen is None:
+            return move.double()
+        vectors = self.frozen.vectors.double()
+        sides = [(side.double()[:, None] @ vectors)[:, 0] for side in (move[:, : self.dim], move[:, self.dim :])]
+        return torch.cat(sides, 1)
 
-def memory_bytes(device: torch.device) -> int:
-    """All the memory of a device."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    def rebase(self, shift: Tensor) -> None:
+        """Give the sums another shift, as the attribute; exact, whatever it is. The value does not change."""
+        far = self.shift.double() - shift.double()
+        moves = self._moves(far)
+        for gram in self.gram if self.groups is not None else (self.gram,):
+            for layer in range(self.layers):
+                gram[layer] = moved(gram[layer], moves[layer], self._width[0])
+        if self._projection is not None:
+            self._projection.rebase(far, self.rows)
+        self.shift = shift

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from inflection_fast.report.charts import index_chart, profile_chart, stage_char
 from inflection_fast.report.folder import Run
 from inflection_fast.report.heatmap import heat_map
 from inflection_fast.report.profile import by_name, components, found, last_part, log_gradient
+from inflection_fast.report.similarity import drift_chart
 from inflection_fast.timeline import Timeline
 
 if TYPE_CHECKING:
@@ -113,6 +114,7 @@ FILES = {
     "profile": "profile.png",
     "ski": "ski.png",
     "heads": "entropy_by_head.png",
+    "drift": "drift_by_layer.png",
 } | {name: f"{name}.png" for name in SIGNALS}
 
 
@@ -203,6 +205,7 @@ def _measured(run: Run, add: Callable[..., None], missing: dict[str, str]) -> No
             values.T, steps, title=signal.title, unit=signal.unit, x="optimizer step", chosen=chosen, log=signal.log
         )
         add(name, signal.title, signal.caption, figure)
+    _drift(timeline, chosen, add)
     part = last_part(len(timeline.steps))
     values = _over(np.mean, timeline.entropy[part], axis=0)  # [L, H]
     if not np.isfinite(values).any():
@@ -217,6 +220,19 @@ def _measured(run: Run, add: Callable[..., None], missing: dict[str, str]) -> No
         "numbering of heads carries no meaning, so columns are not to be compared across layers."
     )
     add("heads", "Entropy by head", caption, figure)
+
+
+def _drift(timeline: Timeline, chosen: Sequence[int], add: Callable[..., None]) -> None:
+    if not np.isfinite(timeline.delta_cka_se).any():
+        return  # without errors the map says it all
+    caption = (
+        "The drift of the map above with bars of one standard error to each side, which comes from leaving out each "
+        "probe text in turn: differences within the bars may come from the choice of texts. Above, all layers at the "
+        "last snapshot; below, some of them from the first (dark) to the last (bright), points moved sideways a little "
+        "so that bars stay apart."
+    )
+    figure = drift_chart(timeline.steps, timeline.delta_cka, timeline.delta_cka_se, chosen)
+    add("drift", "Representation drift with standard errors", caption, figure)
 
 
 def _period(steps: np.ndarray) -> str:

@@ -244,7 +244,7 @@ def _signals(run: Run, pictures: Pictures) -> list[str]:
         f"{sampling} In every map the input enters at the bottom, time runs to the right, triangles mark the chosen "
         "layers, and hatching means that there is no value. The numbers are in `measure/timeline.arrows`."
     )
-    blocks += [_picture(pictures, key) for key in (*SIGNALS, "heads")]
+    blocks += [_picture(pictures, key) for key in (*SIGNALS, "drift", "heads")]
     return blocks
 
 

@@ -1,0 +1,158 @@
+"""The shared PCA basis of one layer before and after: found from sums, frozen for long streams."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import checks
+
+__all__ = ["CkaBasis"]
+
+PROJECTED_ROWS = 512  # at a time: their float32 copy stays in the cache
+DEGREE, ROUNDS, SPARE = 12, 2, 16  # of the block method: products with the scatter a round, rounds, columns beside k
+
+
+@dataclass(frozen=True, eq=False)
+class CkaBasis:
+    """Leading principal directions of the rows of both sides pooled, made by `CkaState.basis`.
+
+    Attributes:
+        vectors: float32 ``[layers, D, k]``, orthonormal columns, the one of most variance first.
+        variance_kept: float64 ``[layers]``, their share of the variance of the rows that they were found from.
+        residual: float64 ``[layers]``, ``|T V - V diag(e)| / |T|`` (Frobenius) for the scatter T of those rows: how far
+            the columns are from eigenvectors. Near 1e-15 from `eigh`, larger from the block method.
+    """
+
+    vectors: Tensor
+    variance_kept: Tensor
+    residual: Tensor
+
+    def __post_init__(self):
+        if checks.tensor(self.vectors, "vectors").dtype != torch.float32 or self.vectors.ndim != 3:
+            got = f"{self.vectors.dtype} {list(self.vectors.shape)}"
+            raise ValueError(f"vectors: expected float32 [layers, D, k], got {got}")
+        if not 1 <= self.rank <= self.dim:
+            raise ValueError(f"vectors: expected 1 to {self.dim} columns, got {self.rank}")
+
+    @property
+    def layers(self) -> int:
+        """The number of layers."""
+        return self.vectors.shape[0]
+
+    @property
+    def dim(self) -> int:
+        """The width D of the features."""
+        return self.vectors.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """The number of columns k."""
+        return self.vectors.shape[2]
+
+    def __repr__(self) -> str:
+        return f"CkaBasis({self.layers} layers, rank {self.rank} of {self.dim})"
+
+    def same_as(self, other: CkaBasis | None) -> bool:
+        """Whether the columns are equal to the bit."""
+        return other is self or (other is not None and torch.equal(self.vectors, other.vectors))
+
+
+def find(scatters: Tensor, rank: int | None, variance: float | None, start: CkaBasis | None) -> CkaBasis:
+    """The leading eigenvectors of ``[layers, D, D]``, so many or of so much variance in every layer.
+
+    `start`: columns near the wanted ones, of the same rank; then the block method from there instead of `eigh`.
+    """
+    finite = scatters.isfinite().all(-1).all(-1)[:, None, None]
+    scatters = torch.where(finite, scatters, 0.0)  # the rows themselves make the values of such a layer NaN
+    traces = scatters.diagonal(dim1=-2, dim2=-1).sum(-1)
+    if start is not None:
+        values, vectors = block_eigh(scatters, start.vectors.double())
+    else:
+        values, vectors = torch.linalg.eigh(scatters)
+        values, vectors = values.flip(-1), vectors.flip(-1)
+    if variance is not None:
+        shares = values.cumsum(-1) / traces[:, None]
+        rank = min(int((shares < variance).sum(-1).max()) + 1, values.shape[-1])
+    values, vectors = values[:, :rank], vectors[..., :rank]
+    norms = torch.linalg.matrix_norm(scatters)
+    residual = torch.linalg.matrix_norm(scatters @ vectors - vectors * values[:, None, :]) / norms
+    return CkaBasis(vectors.float().contiguous(), values.sum(-1) / traces, residual)
+
+
+def block_eigh(scatters: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    """Leading eigenvalues ``[layers, k]`` and eigenvectors ``[layers, D, k]`` of ``[layers, D, D]``, from some nearby.
+
+    Chebyshev-filtered subspace iteration (Zhou et al. 2006): the polynomial is small on all eigenvalues below those of
+    the block, so that a round of DEGREE products does what hundreds of plain powers would. The block has SPARE columns
+    more than are wanted, which keeps its last eigenvalue below them.
+    """
+    k, dim = start.shape[-1], start.shape[-2]
+    spare = torch.randn(dim, SPARE, dtype=start.dtype, generator=torch.Generator().manual_seed(0)).to(start.device)
+    block = torch.linalg.qr(torch.cat([start, scatters @ spare.expand(len(start), -1, -1)], -1)).Q
+    values, block = ritz(scatters, block)
+    for _ in range(ROUNDS):
+        half = values[:, -1:, None] / 2  # the polynomial damps [0, the least of the block]
+        half = torch.where(half > 0, half, 1.0)
+        before, filtered = block, scatters @ block / half - block
+        for _ in range(DEGREE - 1):
+            before, filtered = filtered, 2 * (scatters @ filtered / half - filtered) - before
+        filtered = filtered / torch.linalg.vector_norm(filtered, dim=-2, keepdim=True).clamp(min=1e-300)
+        values, block = ritz(scatters, torch.linalg.qr(filtered).Q)
+    return values[:, :k], block[..., :k]
+
+
+def ritz(scatters: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
+    """What a block of orthonormal columns knows of the eigenvalues and eigenvectors, the largest first."""
+    values, turn = torch.linalg.eigh(block.mT @ scatters @ block)
+    return values.flip(-1), block @ turn.flip(-1)
+
+
+class Projection:
+    """Rows in a frozen basis, and of the rows themselves what tells how much of their variance it keeps.
+
+    ``sums`` is float64 ``[layers, D + D + 2]``: sums of u and v, of |u|^2 and of |v|^2, u and v less the shift.
+    """
+
+    def __init__(self, basis: CkaBasis, sums: Tensor):
+        self.basis, self.sums = basis, sums
+
+    def push(self, x: Tensor, y: Tensor, shift: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Rows ``[layers, N, D]`` of both sides in the basis, ``[layers, N, k]`` float32."""
+        dim = self.basis.dim
+        sides = ((x, shift[:, :dim], 0), (y, shift[:, dim:], 1))
+        return tuple(self._side(rows, near, mask, number) for rows, near, number in sides)
+
+    def _side(self, rows: Tensor, near: Tensor, mask: Tensor | None, number: int) -> Tensor:
+        dim, count = self.basis.dim, rows.shape[1]
+        out = rows.new_empty((*rows.shape[:2], self.basis.rank), dtype=torch.float32)
+        for layer in range(rows.shape[0]):
+            sums = self.sums[layer]
+            for first in range(0, count, PROJECTED_ROWS):
+                part = slice(first, first + PROJECTED_ROWS)
+                u = rows[layer, part].float() - near[layer]  # before the product, so that an offset costs no digits
+                if mask is not None:
+                    u = u.masked_fill_(~mask[layer, part, None], 0.0)
+                torch.mm(u, self.basis.vectors[layer], out=out[layer, part])
+                sums[number * dim : (number + 1) * dim] += u.sum(0)
+                sums[2 * dim + number] += torch.dot(u.flatten(), u.flatten())
+        return out
+
+    def rebase(self, move: Tensor, rows: Tensor) -> None:
+        """Let the shift change by minus `move` ``[layers, D + D]``: u becomes u + move."""
+        dim = self.basis.dim
+        for number in (0, 1):
+            side = slice(number * dim, (number + 1) * dim)
+            e, s = move[:, side], self.sums[:, side]
+            self.sums[:, 2 * dim + number] += 2 * (e * s).sum(-1) + rows * e.square().sum(-1)
+            s += rows[:, None] * e
+
+    def variance(self, shift: Tensor, rows: Tensor) -> Tensor:
+        """Of both sides pooled, ``[layers]``: the trace of the scatter that the basis is a part of."""
+        dim = self.basis.dim
+        sums, squares = self.sums[:, : 2 * dim], self.sums[:, 2 * dim :].sum(-1)
+        means = shift.double() + sums / rows[:, None]
+        apart = means[:, :dim] - means[:, dim:]
+        return squares - sums.square().sum(-1) / rows + rows / 2 * apart.square().sum(-1)

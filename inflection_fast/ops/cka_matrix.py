@@ -1,0 +1,254 @@
+"""CKA of every layer with every layer, of one model or of two, by tiles of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .cka import MIN_ROWS, SHIFT_ROWS
+
+__all__ = ["cka_matrix"]
+
+METHODS = ("exact", "banded", "minibatch")
+BLOCK = 4  # tiles of rows that are held while the tiles after them pass by
+RUN = 1 << 15  # products that are summed in float32: their errors grow with that, and the calls get fewer
+
+
+def cka_matrix(
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    debiased: bool = True,
+    method: str = "exact",
+    tile: int = 256,
+    band: int = 1,
+    seed: int = 0,
+) -> Tensor:
+    """Linear CKA of all pairs of layers whose rows are the same N samples.
+
+    Equivalent to: ``linear_cka(x[:, None], y[None], debiased=debiased)``, but each layer's Gram matrix over rows is
+    computed once for all pairs, tile by tile: ``N^2 (D L + L^2) / 2`` multiplications, fewer than the
+    ``N D^2 L (L + 1) / 2`` of the pairs while N < (L + 1) D. Never an N x N buffer: extra memory is at most
+    ``20 tile L D + 32 tile^2 L`` bytes (L layers of both models, the wider D), 70 MB for 12 layers of width 768. Rows
+    are centred in float32 tile by tile, so an offset costs no digits. Not differentiable.
+
+    `method` trades exactness for time:
+
+    * "exact": all pairs of rows.
+    * "banded": of each pair of Gram matrices, the sum of products over the tiles at most `band` apart (cyclically) of
+      the rows in an order drawn from `seed`, scaled up to all pairs; everything else, centring and debiasing, is exact
+      and linear in N. Unbiased over orders for any rows, also tokens of few texts. ``(2 band + 1) tile / N`` of the
+      work.
+    * "minibatch": HSIC_1 of consecutive batches of `tile` rows, added up (Nguyen et al. 2021), which is what streaming
+      packages compute. For independent rows only: where the rows of a batch belong to few texts it is another number.
+
+    Args:
+        x: ``[L, N, D]``, float32, bfloat16 or float16, any strides.
+        y: ``[L2, N, D2]``, of another model, dtype and device of `x`. None: `x` with itself.
+        debiased: as for `linear_cka`; "minibatch" has no other.
+        method: see above.
+        tile: rows of a tile or of a minibatch, at least 4.
+        band: for "banded": so many neighbours on either side, at least 0.
+        seed: for "banded": of the order of the rows.
+
+    Returns:
+        float32 ``[L, L2]``. NaN in rows and columns of layers that are constant, whose self term is not above 0, or
+        that hold NaN or infinite features. The diagonal of a model with itself is 1 but for rounding.
+
+    Raises:
+        TypeError, ValueError: as for `linear_cka`; an unknown `method`; a last minibatch of fewer than 4 rows.
+    """
+    check(x, "x")
+    other = x if y is None else check(y, "y")
+    if other.dtype != x.dtype:
+        raise TypeError(f"y: expected dtype {x.dtype} as x has, got {other.dtype}")
+    checks.same_device(other, "y", x, "x")
+    count = x.shape[1]
+    if other.shape[1] != count:
+        raise ValueError(f"y: expected {count} rows as x has, got {other.shape[1]}")
+    checks.flag(debiased, "debiased")
+    for value, name, low in ((tile, "tile", MIN_ROWS[True]), (band, "band", 0), (seed, "seed", 0)):
+        checks.integer(value, name, low)
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {METHODS}, got {method!r}")
+    if count < MIN_ROWS[debiased]:
+        raise ValueError(f"x: expected at least {MIN_ROWS[debiased]} rows, got {count}")
+    if method == "minibatch":
+        if not debiased:
+            raise ValueError("debiased: minibatches are debiased; pass debiased=True or another method")
+        if 0 < count % tile < MIN_ROWS[True]:
+            raise ValueError(f"tile: {count} rows leave a last minibatch of {count % tile}, expected at least 4")
+    sides = [x.detach()] if y is None else [x.detach(), y.detach()]
+    with torch.no_grad():
+        if method == "minibatch":
+            return ratio(*minibatches(sides, tile))
+        return ratio(*whole(sides, tile, band if method == "banded" else None, seed, debiased))
+
+
+def check(value: object, name: str) -> Tensor:
+    """`value`, if it is features ``[L, N, D]``."""
+    if checks.float_tensor(value, name).ndim != 3 or 0 in (value.shape[0], value.shape[2]):
+        raise ValueError(f"{name}: expected features [L, N, D], got shape {list(value.shape)}")
+    return value
+
+
+def ratio(cross: Tensor, own_x: Tensor, own_y: Tensor) -> Tensor:
+    """From the cross terms ``[L, L2]`` and the self terms; undefined unless both self terms are above 0."""
+    own_x, own_y = own_x[:, None], own_y[None]
+    return torch.where((own_x > 0) & (own_y > 0), cross / (own_x.sqrt() * own_y.sqrt()), torch.nan).float()
+
+
+class Rows:
+    """The rows of one model, less their mean, as float32 tiles ``[L, n, D]``."""
+
+    def __init__(self, features: Tensor, order: Tensor | None):
+        self.features, self.order = features, order
+        self.shift = mean_of(features[:, :SHIFT_ROWS])  # takes the offset
+        self.rest = torch.zeros_like(self.shift)
+        n, sums = features.shape[1], 0.0
+        for part in parts(n, SHIFT_ROWS):
+            sums = sums + self.tile(part).sum(1, keepdim=True, dtype=torch.float64)
+        self.rest = (sums / n).float()  # what the first subtraction left
+        self.norms = sums.new_zeros(len(features), n)  # |u|^2, filled in as the tiles are multiplied
+
+    def tile(self, part: slice) -> Tensor:
+        """Rows of this part of the order."""
+        rows = self.features[:, part] if self.order is None else self.features[:, self.order[part]]
+        return (rows.float() - self.shift).sub_(self.rest)
+
+
+def mean_of(features: Tensor) -> Tensor:
+    """float32 ``[L, 1, D]``; summed in float64, so that a constant column gives its value and leaves nothing."""
+    return features.mean(1, keepdim=True, dtype=torch.float64).float()
+
+
+def parts(count: int, size: int) -> Iterator[slice]:
+    """Slices of `size`, the last one of what is left."""
+    return (slice(first, min(first + size, count)) for first in range(0, count, size))
+
+
+def whole(sides: list[Tensor], tile: int, band: int | None, seed: int, debiased: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross and self terms of all rows at once: n (n - 3) HSIC_1, or the inner products of the centred Gram matrices.
+
+    Rows are centred, so a row of a Gram matrix without its diagonal sums to -|u|^2: only the products of its other
+    elements take all pairs of rows.
+    """
+    n = sides[0].shape[1]
+    order = None
+    if band is not None:
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).to(sides[0].device)
+    rows = [Rows(side, order) for side in sides]
+    sums = Sums(rows)
+    scale = n * (n - 1) / (sums.all_pairs(tile) if band is None else sums.near_pairs(tile, band))
+    norms = [side.norms for side in rows]
+    cross, own = sums.cross * scale, [one * scale for one in sums.own]
+    if not debiased:
+        return cross + norms[0] @ norms[-1].mT, *(own[i] + norms[i].square().sum(1) for i in (0, -1))
+    return debias(cross, own, [-side for side in norms])
+
+
+def debias(cross: Tensor, own: list[Tensor], sums: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """n (n - 3) HSIC_1 (Song et al. 2012) of Gram matrices without their diagonals, whose rows sum to ``[L, n]``."""
+    n, totals = sums[0].shape[1], [side.sum(1) for side in sums]
+    a, b = 2 / (n - 2), 1 / ((n - 1) * (n - 2))
+    cross = cross - a * (sums[0] @ sums[-1].mT) + b * torch.outer(totals[0], totals[-1])
+    own = [s - a * k.square().sum(1) + b * t.square() for s, k, t in zip(own, sums, totals, strict=True)]
+    return cross, own[0], own[-1]
+
+
+class Sums:
+    """Inner products of Gram matrices without their diagonals, over tiles of pairs of rows."""
+
+    def __init__(self, rows: list[Rows]):
+        self.rows = rows
+        layers = [len(side.features) for side in rows]
+        self.cross = rows[0].norms.new_zeros(layers[0], layers[-1])
+        self.own = [rows[0].norms.new_zeros(number) for number in layers]
+
+    def all_pairs(self, tile: int) -> int:
+        """Every pair of rows, by symmetry each once; returns how many ordered pairs that were."""
+        n = self.rows[0].norms.shape[1]
+        for block in parts(n, BLOCK * tile):
+            left = [side.tile(block) for side in self.rows]
+            for part in parts(block.stop - block.start, tile):
+                own = [side[:, part] for side in left]
+                self.add_own(own, slice(block.start + part.start, block.start + part.stop))
+                if part.start:
+                    self.add([side[:, : part.start] for side in left], own)
+            for part in parts(n - block.stop, tile):
+                after = slice(block.stop + part.start, block.stop + part.stop)
+                self.add(left, [side.tile(after) for side in self.rows])
+        return n * (n - 1)
+
+    def near_pairs(self, tile: int, band: int) -> int:
+        """The pairs of tiles at most `band` apart on a ring; returns how many ordered pairs of rows that were."""
+        tiles = list(parts(self.rows[0].norms.shape[1], tile))
+        used = 0
+        for i, part in enumerate(tiles):
+            left = [side.tile(part) for side in self.rows]
+            self.add_own(left, part)
+            size = part.stop - part.start
+            used += size * (size - 1)
+            for j in neighbours(i, len(tiles), band):
+                self.add(left, [side.tile(tiles[j]) for side in self.rows])
+                used += 2 * size * (tiles[j].stop - tiles[j].start)
+        return used
+
+    def add_own(self, rows: list[Tensor], part: slice) -> None:
+        """The tile of `part` with itself."""
+        grams = [side @ side.mT for side in rows]
+        for side, gram in zip(self.rows, grams, strict=True):
+            side.norms[:, part] = take_diagonal(gram)
+        cross, own = inner(grams)
+        self.cross += cross
+        self.own = [one + more for one, more in zip(self.own, own, strict=True)]
+
+    def add(self, left: list[Tensor], right: list[Tensor]) -> None:
+        """A tile beside the diagonal, and its mirror image."""
+        cross, own = inner([a @ b.mT for a, b in zip(left, right, strict=True)])
+        self.cross += 2 * cross
+        self.own = [one + 2 * more for one, more in zip(self.own, own, strict=True)]
+
+
+def take_diagonal(gram: Tensor) -> Tensor:
+    """Of ``[L, n, n]``, as float64; zero in its place."""
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    taken = diagonal.double()
+    diagonal.zero_()
+    return taken
+
+
+def inner(grams: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Inner products ``[L, L2]`` of the matrices of one model, or of two, and of each with itself; float64."""
+    sides = [gram.flatten(1).split(RUN, 1) for gram in grams]
+    cross = sum((a @ b.mT).double() for a, b in zip(sides[0], sides[-1], strict=True))
+    if len(sides) == 1:
+        return cross, [cross.diagonal()]
+    return cross, [sum(run.square().sum(1, dtype=torch.float64) for run in side) for side in sides]
+
+
+def neighbours(i: int, count: int, band: int) -> list[int]:
+    """Those after i on a ring of `count`, so that each pair at most `band` apart occurs once."""
+    found = []
+    for distance in range(1, min(band, count // 2) + 1):
+        if 2 * distance == count and i >= distance:  # opposite on the ring: met from the other end already
+            continue
+        found.append((i + distance) % count)
+    return found
+
+
+def minibatches(sides: list[Tensor], tile: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over batches of HSIC_1, each of a batch by itself."""
+    total = [0.0, 0.0, 0.0]
+    for part in parts(sides[0].shape[1], tile):
+        n = part.stop - part.start
+        batch = [side[:, part].float() - mean_of(side[:, part]) for side in sides]
+        grams = [side @ side.mT for side in batch]
+        for gram in grams:
+            take_diagonal(gram)
+        terms = debias(*inner(grams), [gram.sum(2, dtype=torch.float64) for gram in grams])
+        total = [one + term / (n * (n - 3)) for one, term in zip(total, terms, strict=True)]
+    return tuple(total)
