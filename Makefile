@@ -13,7 +13,7 @@ KERNEL_TESTS = test_attention_logits.py test_attention_logits_backward.py test_a
 	test_attention_qk_gradients.py test_cka.py test_cka_state.py test_norms.py
 LIBRARY = inflection_fast/_cpu.abi3.so
 
-.PHONY: demo test test-wide test-emulated test-emulated-sanitized kernels bench lint format build clean help
+.PHONY: demo test test-wide test-emulated test-emulated-sanitized kernels wheel bench lint format build clean help
 
 help:
 	@sed -n '1,6s/^# \{0,1\}//p' Makefile
@@ -70,6 +70,10 @@ test-emulated-sanitized: build
 # Every CUDA kernel for every architecture: registers, shared memory; a spill fails.
 kernels:
 	$(PY) benchmarks/compile_report.py
+
+# With the CUDA library, which needs nvcc and a quarter of an hour, but no GPU and no CUDA build of torch.
+wheel: $(READY)
+	INFLECTION_CUDA=1 $(PY) setup.py --quiet bdist_wheel
 
 bench: build
 	$(PY) -m pytest benchmarks

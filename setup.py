@@ -1,4 +1,4 @@
-"""Builds the operator libraries: the CPU one always, the CUDA one where a toolkit is there (a GPU is not needed)."""
+"""Builds the operator libraries: the CPU one always, the CUDA one where torch has CUDA, or with INFLECTION_CUDA=1."""
 
 import os
 import re
@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import torch
 from setuptools import setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
@@ -14,7 +15,6 @@ CXX = ["-O3", "-g0", "-std=c++20", f"-I{ROOT / 'csrc'}", "-Wall", "-Wno-psabi", 
 CXX += ["-fno-math-errno", "-fno-trapping-math", "-DTORCH_TARGET_VERSION=0x020a000000000000"]  # any torch >= 2.10
 NVCC = shutil.which("nvcc", path=os.path.join(os.environ.get("CUDA_HOME", ""), "bin")) or shutil.which("nvcc")
 KERNELS = {path.stem: path for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))}  # without one, no CUDA operator
-ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0a;10.0+PTX")
 
 
 def library(name, *folders):
@@ -38,9 +38,9 @@ class Build(BuildExtension):
 
     def compile_kernels(self, ext):
         dry = subprocess.run([NVCC, "--dryrun", "-c", "any.cu"], check=True, capture_output=True, text=True).stderr
-        home = Path(re.search(r"TOP=(.*)", dry)[1])  # asked, not guessed: nvcc on the PATH may be a wrapper script
+        home = Path(re.search(r"TOP=(.*)", dry)[1])  # asked, not guessed: the nvcc on the PATH may be a script
         flags = ["-O3", "-std=c++20", f"-I{ROOT / 'csrc'}", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-        for arch in ARCHITECTURES.replace(" ", ";").split(";"):
+        for arch in os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0a;10.0+PTX").replace(" ", ";").split(";"):
             cc = arch.removesuffix("+PTX").replace(".", "")
             flags.append(f"-gencode=arch=compute_{cc},code=[sm_{cc}{f',compute_{cc}' * arch.endswith('+PTX')}]")
         os.makedirs(self.build_temp, exist_ok=True)
@@ -52,9 +52,9 @@ class Build(BuildExtension):
         ext.libraries += ["cudart_static", "dl", "rt", "pthread"]
 
 
-cuda = [library("_cuda", "csrc/torch")] if NVCC and KERNELS else []
+wanted = NVCC and KERNELS and os.environ.get("INFLECTION_CUDA", "1" if torch.version.cuda else "0") == "1"
 setup(
-    ext_modules=[library("_cpu", "csrc/torch", "csrc/cpu"), *cuda],
+    ext_modules=[library("_cpu", "csrc/torch", "csrc/cpu")] + [library("_cuda", "csrc/torch")] * bool(wanted),
     cmdclass={"build_ext": Build.with_options(use_ninja=True)},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -4,7 +4,7 @@
 #
 #   benchmarks/gpu.sh [WHEEL]        the newest of dist/*.whl if none is named
 #
-# Build the wheel on any machine with nvcc: `python setup.py --quiet bdist_wheel`. Results are left in
+# Build the wheel on any machine with nvcc: `make wheel`. Results are left in
 # benchmarks/results/<device>.json and, with the logs, under $OUT (default: build/gpu).
 set -uo pipefail
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
