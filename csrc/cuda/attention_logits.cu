@@ -19,6 +19,9 @@ constexpr int kDenseSlice = 4 * kVectorBytes;  // what a thread holds at once: 4
 constexpr int kOtherSlice = kVectorBytes;      // with a mask or strides the addresses cost more than the latency
 template <bool kVector, bool kMask>
 constexpr int kSlice = kVector && !kMask ? kDenseSlice : kOtherSlice;
+// Blocks of a multiprocessor that registers are shared among: as many as hold a slice without spilling.
+template <bool kMask>
+constexpr int kResident = kMask ? 2 : 3;
 constexpr int64_t kLongRow = 1024;      // columns from which a block pays for a row,
 constexpr int64_t kFewRows = 132 * 64;  // when there are fewer rows than warps on a large device
 constexpr double kSmallestScale = 1e-28, kLargestScale = 1e28;  // as in csrc/cpu/attention_scores.inc
@@ -160,7 +163,7 @@ __device__ __forceinline__ RowTotal total_of(const AttentionStatsArgs& args, con
 }
 
 template <class T, bool kVector, bool kMask>
-__global__ void __launch_bounds__(kThreads) stats_by_warp(AttentionStatsArgs args, Form form, int64_t items) {
+__global__ void __launch_bounds__(kThreads, kResident<kMask>) stats_by_warp(AttentionStatsArgs args, Form form, int64_t items) {
   const int64_t item = int64_t{blockIdx.x} * (kThreads / kWarpSize) + threadIdx.x / kWarpSize;
   if (item >= items) return;
   const int thread = threadIdx.x % kWarpSize;
@@ -181,7 +184,7 @@ struct BlockMemory {
 };
 
 template <class T, bool kVector, bool kMask>
-__global__ void __launch_bounds__(kThreads) stats_by_block(AttentionStatsArgs args, Form form) {
+__global__ void __launch_bounds__(kThreads, kResident<kMask>) stats_by_block(AttentionStatsArgs args, Form form) {
   static_assert(kWarps <= kWarpSize);
   BlockMemory& memory = shared<BlockMemory>();
   const Row row = row_of(args, blockIdx.x);
@@ -204,7 +207,7 @@ __device__ __forceinline__ float at(const float* values, int64_t i) { return val
 
 // One warp a row. G is the dtype of the gradient: that of the logits, or float32 for the gradient of the scores.
 template <class T, class G, bool kVector, bool kMask>
-__global__ void __launch_bounds__(kThreads) backward_by_warp(AttentionStatsBackwardArgs args, Form form, Exponential unscaled, int64_t items) {
+__global__ void __launch_bounds__(kThreads, kResident<kMask>) backward_by_warp(AttentionStatsBackwardArgs args, Form form, Exponential unscaled, int64_t items) {
   using Part = Slice<T, kVector, kMask, kOtherSlice>;
   constexpr float kNothing = -80.f;  // e^-80 is 0 here
   const int64_t item = int64_t{blockIdx.x} * (kThreads / kWarpSize) + threadIdx.x / kWarpSize;

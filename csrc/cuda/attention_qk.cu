@@ -97,7 +97,7 @@ __device__ __forceinline__ void write_row(const AttentionStatsQkArgs& args, cons
 }
 
 template <class S>
-__global__ void __launch_bounds__(S::kThreads) stats_of_tile(AttentionStatsQkArgs args, QkForm form, int64_t row_tiles, int stages) {
+__global__ void __launch_bounds__(S::kThreads, S::kSub > 1 ? 3 : 4) stats_of_tile(AttentionStatsQkArgs args, QkForm form, int64_t row_tiles, int stages) {
   using T = typename S::Type;
   struct Shared {
     RowBounds<S::kLeft> rows;

@@ -301,12 +301,14 @@ __global__ void __launch_bounds__(kThreads) merge_terms(CkaTermsArgs args, int64
   const double* gram = args.gram + layer * (k * (k + 1) / 2);
   const double n = gram[0], *s = gram + kCkaHead;
   double sums[kCkaTermSums], mean[2] = {}, of_p[2] = {}, of_q[2] = {};  // |d|^2, d . w_p, d . w_q by side
+#pragma unroll
   for (int i = 0; i < kCkaTermSums; ++i) {
     double total = 0.0;
     for (int64_t item = threadIdx.x; item < items; item += kThreads)
       total += args.partial[(layer * items + item) * kCkaTermSums + i];
     sums[i] = block_sum<kThreads>(total, memory);
   }
+#pragma unroll
   for (int side = 0; side < 2; ++side) {
     double own_mean = 0.0, own_p = 0.0, own_q = 0.0;
     for (int64_t j = (side ? args.dim_x : 0) + threadIdx.x; j < (side ? dims : args.dim_x); j += kThreads) {
