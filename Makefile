@@ -61,8 +61,11 @@ test-wide: build
 # The CUDA kernels in their own source, compiled as C++ for an emulator: no GPU needed. `-sanitized` adds ASan and UBSan.
 EMULATED = test_norms.py test_attention_logits.py test_attention_logits_backward.py test_attention_qk.py \
 	test_attention_qk_gradients.py
+# Of the tests of CKA those that reach every kernel in every mode; all of them take three minutes.
+EMULATED_CKA = definition or longer or masked_rows or broken
 test-emulated: build
 	$(PY) -m pytest -p tests.emulation.plugin $(addprefix tests/,$(EMULATED))
+	$(PY) -m pytest -p tests.emulation.plugin tests/test_cka.py tests/test_cka_state.py -k "$(EMULATED_CKA)"
 test-emulated-sanitized: build
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 		$(PY) -m pytest -p tests.emulation.sanitized $(addprefix tests/,$(EMULATED))

@@ -12,7 +12,7 @@ OUT=${OUT:-$ROOT/build/gpu}
 WHEEL=${1:-$(ls -t "$ROOT"/dist/inflection_fast-*.whl | head -n 1)}
 PYTHON=${PYTHON:-python3}
 KERNEL_TESTS="tests/test_norms.py tests/test_attention_logits.py tests/test_attention_logits_backward.py
-  tests/test_attention_qk.py tests/test_attention_qk_gradients.py"
+  tests/test_attention_qk.py tests/test_attention_qk_gradients.py tests/test_cka.py tests/test_cka_state.py"
 SMALL="poison or empty or keyless or typical-torch.float32 or rows_together"
 mkdir -p "$OUT"
 

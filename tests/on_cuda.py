@@ -17,7 +17,11 @@ OPERATORS = (
     "attention_stats_backward",
     "attention_stats_qk",
     "attention_stats_qk_backward",
+    "cka_push",
+    "cka_gram_terms",
+    "cka_terms",
 )
+WRITTEN = {"cka_push": 2}  # so many of the first arguments are written to
 calls = dict.fromkeys(OPERATORS, 0)
 
 
@@ -37,7 +41,11 @@ def redirected(name, device):
 
     def run(*arguments):
         calls[name] += 1
-        return moved(operator(*moved(arguments, device)), "cpu")
+        there = moved(arguments, device)
+        result = operator(*there)
+        for mine, theirs in zip(arguments[: WRITTEN.get(name, 0)], there, strict=False):
+            mine.copy_(theirs)
+        return moved(result, "cpu")
 
     return run
 

@@ -38,6 +38,11 @@ def test_gradient_is_that_of_the_twin(isa, budget, std, fields):
     check(budget, torch.randn(2, 5, 37) * std, fields=fields)
 
 
+@pytest.mark.parametrize("level", [-1000.0, 1000.0, 30000.0])
+def test_the_level_of_a_row_costs_its_gradient_no_digits(isa, budget, level):
+    check(budget, torch.randn(2, 5, 37) * 3 + level)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_gradient_of_16_bit_logits_is_rounded_once(isa, budget, dtype):
     check(budget, (torch.randn(3, 5, 37) * 3).to(dtype))

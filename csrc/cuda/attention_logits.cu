@@ -1,11 +1,11 @@
 // Statistics of softmax rows from logits, and their gradient.
 //
-// A row belongs to one warp, or to a whole block where rows are few and long. Every thread keeps a state of its own over
-// 16-byte slices that it holds in registers: the slice's maximum first, then the exponentials, so the running sums are
-// rebased once per slice; states are merged once per row. Rows of a causal mask are read up to the diagonal only, the
-// longest first. Each logit is read once: bound by memory for float32 (about 14 instructions an element against the 38
-// that an H100 can issue while four bytes arrive), near both bounds for 16-bit logits.
-// Backward: one read of the logits, one write of the gradient; bound by memory.
+// A row belongs to one warp, or to a whole block where rows are few and long. Every thread keeps a state of its own
+// over 16-byte slices that it holds in registers: the slice's maximum first, then the exponentials, so the running sums
+// are rebased once per slice; states are merged once per row. Rows of a causal mask are read up to the diagonal only,
+// the longest first. Each logit is read once: bound by memory for float32 (about 14 instructions an element against the
+// 38 that an H100 can issue while four bytes arrive), near both bounds for 16-bit logits. Backward: one read of the
+// logits, one write of the gradient; bound by memory.
 //
 // Odd rows and masked columns are as in csrc/cpu/attention_logits.inc.
 #include "row_lanes.cuh"
@@ -19,6 +19,9 @@ constexpr int kDenseSlice = 4 * kVectorBytes;  // what a thread holds at once: 4
 constexpr int kOtherSlice = kVectorBytes;      // with a mask or strides the addresses cost more than the latency
 template <bool kVector, bool kMask>
 constexpr int kSlice = kVector && !kMask ? kDenseSlice : kOtherSlice;
+// Blocks of a multiprocessor that registers are shared among: as many as hold a slice without spilling.
+template <bool kMask>
+constexpr int kResident = kMask ? 2 : 3;
 constexpr int64_t kLongRow = 1024;      // columns from which a block pays for a row,
 constexpr int64_t kFewRows = 132 * 64;  // when there are fewer rows than warps on a large device
 constexpr double kSmallestScale = 1e-28, kLargestScale = 1e28;  // as in csrc/cpu/attention_scores.inc
@@ -99,7 +102,8 @@ struct Slice {
         for (int j = 0; j < kRun; ++j) value[i + j] = to_float(run[j]);
       } else {
 #pragma unroll
-        for (int j = 0; j < kRun; ++j) value[i + j] = col + j < row.cols ? to_float(logits[(col + j) * args.col_stride]) : -kInf;
+        for (int j = 0; j < kRun; ++j)
+          value[i + j] = col + j < row.cols ? to_float(logits[(col + j) * args.col_stride]) : -kInf;
       }
     }
 #pragma unroll
@@ -119,7 +123,8 @@ struct Slice {
           const float product = value[i], total = product + bias;
           float rest = fmaf(v, form.factor, -product) + (v * form.factor_low + lost_in_sum(product, bias, total));
           rest = rest - rest == 0.f ? rest : 0.f;  // beyond the range of a float nothing was lost that counts
-          const float score = total + rest;  // where the mask cancels the product, `rest` is more than half an ulp of it
+          const float score =
+              total + rest;  // where the mask cancels the product, `rest` is more than half an ulp of it
           low[i] = score - score == 0.f ? rest - (score - total) : 0.f;
           value[i] = v < kInf ? score : NAN;
         }
@@ -142,8 +147,8 @@ __device__ double first_score(const AttentionStatsArgs& args, const Form& form, 
 }
 
 template <class T, bool kVector, bool kMask, int kBytes>
-__device__ __forceinline__ RowTotal total_of(const AttentionStatsArgs& args, const Form& form, const Row& row, int thread,
-                                             int threads, int& keys) {
+__device__ __forceinline__ RowTotal total_of(const AttentionStatsArgs& args, const Form& form, const Row& row,
+                                             int thread, int threads, int& keys) {
   using Part = Slice<T, kVector, kMask, kBytes>;
   RowLane lane;
   for (int64_t begin = 0; begin < row.cols; begin += int64_t{Part::N} * threads) {
@@ -160,7 +165,8 @@ __device__ __forceinline__ RowTotal total_of(const AttentionStatsArgs& args, con
 }
 
 template <class T, bool kVector, bool kMask>
-__global__ void __launch_bounds__(kThreads) stats_by_warp(AttentionStatsArgs args, Form form, int64_t items) {
+__global__ void __launch_bounds__(kThreads, kResident<kMask>)
+    stats_by_warp(AttentionStatsArgs args, Form form, int64_t items) {
   const int64_t item = int64_t{blockIdx.x} * (kThreads / kWarpSize) + threadIdx.x / kWarpSize;
   if (item >= items) return;
   const int thread = threadIdx.x % kWarpSize;
@@ -181,7 +187,7 @@ struct BlockMemory {
 };
 
 template <class T, bool kVector, bool kMask>
-__global__ void __launch_bounds__(kThreads) stats_by_block(AttentionStatsArgs args, Form form) {
+__global__ void __launch_bounds__(kThreads, kResident<kMask>) stats_by_block(AttentionStatsArgs args, Form form) {
   static_assert(kWarps <= kWarpSize);
   BlockMemory& memory = shared<BlockMemory>();
   const Row row = row_of(args, blockIdx.x);
@@ -204,7 +210,8 @@ __device__ __forceinline__ float at(const float* values, int64_t i) { return val
 
 // One warp a row. G is the dtype of the gradient: that of the logits, or float32 for the gradient of the scores.
 template <class T, class G, bool kVector, bool kMask>
-__global__ void __launch_bounds__(kThreads) backward_by_warp(AttentionStatsBackwardArgs args, Form form, Exponential unscaled, int64_t items) {
+__global__ void __launch_bounds__(kThreads, kResident<kMask>)
+    backward_by_warp(AttentionStatsBackwardArgs args, Form form, Exponential unscaled, int64_t items) {
   using Part = Slice<T, kVector, kMask, kOtherSlice>;
   constexpr float kNothing = -80.f;  // e^-80 is 0 here
   const int64_t item = int64_t{blockIdx.x} * (kThreads / kWarpSize) + threadIdx.x / kWarpSize;
@@ -247,12 +254,15 @@ __global__ void __launch_bounds__(kThreads) backward_by_warp(AttentionStatsBackw
 
 bool vectors_fit(const AttentionStatsArgs& args, size_t size) {
   const auto whole = [size](int64_t stride) { return stride * static_cast<int64_t>(size) % kVectorBytes == 0; };
-  bool fits = args.col_stride == 1 && reinterpret_cast<uintptr_t>(args.logits) % kVectorBytes == 0 && whole(args.row_stride);
+  bool fits =
+      args.col_stride == 1 && reinterpret_cast<uintptr_t>(args.logits) % kVectorBytes == 0 && whole(args.row_stride);
   for (int32_t d = 0; d < args.dims; ++d) fits = fits && whole(args.strides[d]);
   return fits;
 }
 
-dim3 grid_of_warps(int64_t items) { return dim3(static_cast<unsigned>((items + kThreads / kWarpSize - 1) / (kThreads / kWarpSize))); }
+dim3 grid_of_warps(int64_t items) {
+  return dim3(static_cast<unsigned>((items + kThreads / kWarpSize - 1) / (kThreads / kWarpSize)));
+}
 
 template <class T, bool kVector, bool kMask>
 int run_stats(const AttentionStatsArgs& args, void* stream) {
@@ -260,7 +270,8 @@ int run_stats(const AttentionStatsArgs& args, void* stream) {
   const int64_t items = args.batch * args.rows;
   if (items == 0) return cudaSuccess;
   if (args.cols >= kLongRow && items < kFewRows) {
-    return launch(stats_by_block<T, kVector, kMask>, dim3(items), dim3(kThreads), sizeof(BlockMemory), stream, args, form);
+    return launch(stats_by_block<T, kVector, kMask>, dim3(items), dim3(kThreads), sizeof(BlockMemory), stream, args,
+                  form);
   }
   return launch(stats_by_warp<T, kVector, kMask>, grid_of_warps(items), dim3(kThreads), 0, stream, args, form, items);
 }
@@ -278,7 +289,9 @@ int run_backward(const AttentionStatsBackwardArgs& args, void* stream) {
   const Exponential unscaled = Exponential::of(1.0);
   const int64_t items = args.forward.batch * args.forward.rows;
   if (items == 0 || args.forward.cols == 0) return cudaSuccess;
-  const auto go = [&](auto* kernel) { return launch(kernel, grid_of_warps(items), dim3(kThreads), 0, stream, args, form, unscaled, items); };
+  const auto go = [&](auto* kernel) {
+    return launch(kernel, grid_of_warps(items), dim3(kThreads), 0, stream, args, form, unscaled, items);
+  };
   if (vectors_fit(args.forward, sizeof(T)))
     return args.forward.mask.data ? go(backward_by_warp<T, G, true, true>) : go(backward_by_warp<T, G, true, false>);
   return args.forward.mask.data ? go(backward_by_warp<T, G, false, true>) : go(backward_by_warp<T, G, false, false>);
@@ -298,7 +311,8 @@ int attention_stats_backward_cuda(const AttentionStatsBackwardArgs& args, void* 
   const bool of_scores = args.grad_dtype == DType::f32;
   switch (args.forward.dtype) {
     case DType::f32: return run_backward<float, float>(args, stream);
-    case DType::bf16: return of_scores ? run_backward<BF16, float>(args, stream) : run_backward<BF16, BF16>(args, stream);
+    case DType::bf16:
+      return of_scores ? run_backward<BF16, float>(args, stream) : run_backward<BF16, BF16>(args, stream);
     default: return of_scores ? run_backward<F16, float>(args, stream) : run_backward<F16, F16>(args, stream);
   }
 }

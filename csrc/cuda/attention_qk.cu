@@ -1,15 +1,15 @@
 // Statistics of softmax rows fused from Q and K.
 //
-// A block takes one tile of query rows of one key head, all heads of its group packed together, and goes over the keys in
-// tiles of 64, copied asynchronously one tile ahead. Every lane keeps a state of its own for each row that it holds a piece
-// of, so the loop has no exchange between lanes; four lanes are merged once at the end. Tiles outside the causal or window
-// bounds of the block, and tiles that a padding mask hides, are not computed; blocks with the longest rows start first.
-// No score is ever stored.
+// A block takes one tile of query rows of one key head, all heads of its group packed together, and goes over the keys
+// in tiles of 64, copied asynchronously one tile ahead. Every lane keeps a state of its own for each row that it holds
+// a piece of, so the loop has no exchange between lanes; four lanes are merged once at the end. Tiles outside the
+// causal or window bounds of the block, and tiles that a padding mask hides, are not computed; blocks with the longest
+// rows start first. No score is ever stored.
 //
-// Shared memory, bf16, D = 128: 128 query rows (34 KiB) and two tiles of keys (34 KiB), so three blocks of four warps fit
-// on an H100. Static bounds for B8 H32 T4096 D128 on an H100, per 128 x 64 tile and warp: 128 mma (at the 62 % of the wgmma
-// rate that mma.sync reaches, about 1.8 ms for the whole), 48 ldmatrix of 512 bytes (1.7 ms of shared memory bandwidth),
-// 7 instructions a score (1.0 ms of issue slots), one 2^x (1.16 ms). The product and its operands bound it.
+// Shared memory, bf16, D = 128: 128 query rows (34 KiB) and two tiles of keys (34 KiB), so three blocks of four warps
+// fit on an H100. Static bounds for B8 H32 T4096 D128 on an H100, per 128 x 64 tile and warp: 128 mma (at the 62 % of
+// the wgmma rate that mma.sync reaches, about 1.8 ms for the whole), 48 ldmatrix of 512 bytes (1.7 ms of shared memory
+// bandwidth), 7 instructions a score (1.0 ms of issue slots), one 2^x (1.16 ms). The product and its operands bound it.
 //
 // float32 inputs are multiplied in float32 with fused multiply-adds. Odd rows are as in csrc/cpu/attention_qk.inc.
 #include "qk_tiles.cuh"
@@ -19,8 +19,8 @@ namespace {
 
 constexpr float kLeastExponent = -127.f;  // 2^x is 0 below
 
-// One row as one lane sees it. In base 2: x = score * exponent - reference; whatever the reference is, the sums are exact
-// with respect to it.
+// One row as one lane sees it. In base 2: x = score * exponent - reference; whatever the reference is, the sums are
+// exact with respect to it.
 struct QkLane {
   float max = -kInf;  // of unscaled scores
   float reference = 0.f, sum = 0.f, dot = 0.f, square = 0.f;
@@ -87,7 +87,8 @@ __device__ __forceinline__ void write_row(const AttentionStatsQkArgs& args, cons
   const auto write = [&](float* to, double value, float when_empty) {
     if (to != nullptr) to[row.out] = broken ? NAN : empty ? when_empty : static_cast<float>(value);
   };
-  const float p = first == -kInf ? 0.f : exp2_approx(at_least(fmaf(first, form.exponent, -state.reference), kLeastExponent));
+  const float p =
+      first == -kInf ? 0.f : exp2_approx(at_least(fmaf(first, form.exponent, -state.reference), kLeastExponent));
   write(args.out.entropy, entropy > 0.0 ? entropy : 0.0, 0.f);
   write(args.out.lse, kLn2Exact * state.reference + log_sum, -kInf);
   write(args.out.max_logit, max_logit, -kInf);
@@ -97,7 +98,8 @@ __device__ __forceinline__ void write_row(const AttentionStatsQkArgs& args, cons
 }
 
 template <class S>
-__global__ void __launch_bounds__(S::kThreads) stats_of_tile(AttentionStatsQkArgs args, QkForm form, int64_t row_tiles, int stages) {
+__global__ void __launch_bounds__(S::kThreads, S::kSub > 1 ? 3 : 4)
+    stats_of_tile(AttentionStatsQkArgs args, QkForm form, int64_t row_tiles, int stages) {
   using T = typename S::Type;
   struct Shared {
     RowBounds<S::kLeft> rows;
@@ -107,7 +109,8 @@ __global__ void __launch_bounds__(S::kThreads) stats_of_tile(AttentionStatsQkArg
   T* const queries = memory.tiles;
   T* const keys = queries + S::kLeft * form.pitch;
   const HeadPlace head = HeadPlace::of(args, form, blockIdx.x / row_tiles);
-  const int64_t first_row = (row_tiles - 1 - blockIdx.x % row_tiles) * S::kLeft;  // under a causal mask the longest first
+  const int64_t first_row =
+      (row_tiles - 1 - blockIdx.x % row_tiles) * S::kLeft;  // under a causal mask the longest first
   memory.rows.template fill<S::kThreads>(args, form, head, first_row);
   const int begin = memory.rows.lowest / S::kRight * S::kRight, end = memory.rows.highest;
 
@@ -178,7 +181,8 @@ __global__ void __launch_bounds__(S::kThreads) stats_of_tile(AttentionStatsQkArg
       for (int lanes = kLanesPerRow / 2; lanes > 0; lanes /= 2)
         attended[s][h] += __shfl_xor_sync(kAllLanes, attended[s][h], lanes);
       const RowPlace row = RowPlace::of(args, form, head, first_row + left_row(s, h));
-      if (lane % kLanesPerRow == 0 && row.there) write_row(args, form, row, state[s][h], attended[s][h], first_key[s][h]);
+      if (lane % kLanesPerRow == 0 && row.there)
+        write_row(args, form, row, state[s][h], attended[s][h], first_key[s][h]);
     }
   }
 }
@@ -192,8 +196,8 @@ int run(const AttentionStatsQkArgs& args, int stages, void* stream) {
   if (blocks > kMostBlocks || args.keys > kMostKeys) return cudaErrorInvalidValue;
   const size_t bytes = sizeof(RowBounds<S::kLeft>) +
                        sizeof(typename S::Type) * form.pitch * static_cast<size_t>(S::kLeft + stages * S::kRight);
-  return launch(stats_of_tile<S>, dim3(static_cast<unsigned>(blocks)), dim3(S::kThreads), bytes, stream, args, form, row_tiles,
-                stages);
+  return launch(stats_of_tile<S>, dim3(static_cast<unsigned>(blocks)), dim3(S::kThreads), bytes, stream, args, form,
+                row_tiles, stages);
 }
 
 // The largest tiles that leave room for a second block on a multiprocessor, or fit at all.

@@ -1,20 +1,22 @@
-// Gradients of the row statistics with respect to Q and K, recomputed from Q, K and what the forward pass reports of a row.
+// Gradients of the row statistics with respect to Q and K, recomputed from Q, K and what the forward pass reports of a
+// row.
 //
-// As csrc/cpu/attention_qk_backward.inc: dS = p (a + b log p + c p), and + g P at key 0; dQ = scale dS K, dK = scale dS^T Q,
-// in two kernels over the same tiles of scores. One keeps a tile of rows and goes over the keys, the other keeps a tile of keys
-// and goes over the rows; every number has one writer, so the result is the same in every run. Nothing of size Tq x Tk is
-// stored. dS of 16-bit inputs goes to the tensor cores as two numbers of their dtype, value and remainder; sums are float32.
+// As csrc/cpu/attention_qk_backward.inc: dS = p (a + b log p + c p), and + g P at key 0; dQ = scale dS K, dK = scale
+// dS^T Q, in two kernels over the same tiles of scores. One keeps a tile of rows and goes over the keys, the other
+// keeps a tile of keys and goes over the rows; every number has one writer, so the result is the same in every run.
+// Nothing of size Tq x Tk is stored. dS of 16-bit inputs goes to the tensor cores as two numbers of their dtype, value
+// and remainder; sums are float32.
 //
-// A block makes at most 128 columns of the gradient; for wider heads the scores are computed once for every 128. Bound by
-// the two products and, with one tile in flight, by the latency of loading it.
+// A block makes at most 128 columns of the gradient; for wider heads the scores are computed once for every 128. Bound
+// by the two products and, with one tile in flight, by the latency of loading it.
 #include "qk_tiles.cuh"
 
 namespace inflection {
 namespace {
 
-constexpr int kOutTiles = 16;             // of 8 columns: 64 registers of sums
+constexpr int kOutTiles = 16;  // of 8 columns: 64 registers of sums
 constexpr int kOutColumns = 8 * kOutTiles;
-constexpr float kLeastLogP = -88.f;       // far below anything that a sum of float32 could notice; keeps 0 * -inf out
+constexpr float kLeastLogP = -88.f;  // far below anything that a sum of float32 could notice; keeps 0 * -inf out
 
 struct Coefficients {
   float a, b, c, lse, first;
@@ -81,7 +83,8 @@ __device__ __forceinline__ void drop_poison(T* tile, const QkForm& form) {
   }
 }
 
-// out[n] += the warp's rows of `left` [kLeft, kRight] times columns [first, first + kOutColumns) of `right` [kRight, depth].
+// out[n] += the warp's rows of `left` [kLeft, kRight] times columns [first, first + kOutColumns) of `right` [kRight,
+// depth].
 template <class S>
 __device__ __forceinline__ void add_product(const typename S::Type* left, int left_pitch, const typename S::Type* right,
                                             const QkForm& form, int first, float (&out)[kOutTiles][4]) {
@@ -188,8 +191,8 @@ __global__ void __launch_bounds__(S::kThreads)
         const int l = left_row + i / 2 * 8, r = n * 8 + lane % kLanesPerRow * 2 + i % 2;
         const int row = kOfKeys ? r : l, key = static_cast<int>(kOfKeys ? first_left + l : j + r);
         float score, slope;
-        score_of(forward, form, memory.rows.mask[row], memory.rows.low[row], memory.rows.high[row], key, c[0][n][i], score,
-                 slope);
+        score_of(forward, form, memory.rows.mask[row], memory.rows.low[row], memory.rows.high[row], key, c[0][n][i],
+                 score, slope);
         const float value = memory.coefficients[row].gradient(score, slope, key == 0) * forward.scale;
         T* const to = &memory.slopes[l * kPitch + r];
         put(to, value);
@@ -210,7 +213,8 @@ __global__ void __launch_bounds__(S::kThreads)
     const int64_t l = first_left + left_row + h * 8;
     float* to = nullptr;
     if constexpr (kOfKeys) {
-      if (l < forward.keys) to = args.grad_key + ((head.batch * forward.kv_heads + head.kv_head) * forward.keys + l) * forward.head_dim;
+      if (l < forward.keys)
+        to = args.grad_key + ((head.batch * forward.kv_heads + head.kv_head) * forward.keys + l) * forward.head_dim;
     } else {
       const RowPlace row = RowPlace::of(forward, form, head, l);
       if (row.there) to = args.grad_query + row.out * forward.head_dim;
@@ -233,7 +237,8 @@ int run(const AttentionStatsQkBackwardArgs& args, void* stream) {
   const AttentionStatsQkArgs& forward = args.forward;
   const QkForm form = QkForm::of(forward, true);
   const int64_t left = kOfKeys ? forward.keys : forward.num_rows * form.group;
-  const int64_t left_tiles = (left + S::kLeft - 1) / S::kLeft, parts = (forward.head_dim + kOutColumns - 1) / kOutColumns;
+  const int64_t left_tiles = (left + S::kLeft - 1) / S::kLeft,
+                parts = (forward.head_dim + kOutColumns - 1) / kOutColumns;
   const int64_t blocks = forward.batch * forward.kv_heads * left_tiles * parts;
   if (blocks == 0) return cudaSuccess;
   if (blocks > kMostBlocks || forward.keys > kMostKeys) return cudaErrorInvalidValue;
@@ -241,8 +246,8 @@ int run(const AttentionStatsQkBackwardArgs& args, void* stream) {
   constexpr size_t kSlopes = sizeof(T) * kSlopePieces<S> * S::kLeft * kSlopePitch<S>;
   const size_t bytes = sizeof(RowBounds<kRows>) + sizeof(Coefficients) * kRows + kSlopes +
                        sizeof(T) * form.pitch * static_cast<size_t>(S::kLeft + S::kRight);
-  return launch(gradients_of_tile<S, kOfKeys>, dim3(static_cast<unsigned>(blocks)), dim3(S::kThreads), bytes, stream, args, form,
-                left_tiles, parts);
+  return launch(gradients_of_tile<S, kOfKeys>, dim3(static_cast<unsigned>(blocks)), dim3(S::kThreads), bytes, stream,
+                args, form, left_tiles, parts);
 }
 
 template <bool kOfKeys>
@@ -262,6 +267,8 @@ int attention_stats_qk_grad_query_cuda(const AttentionStatsQkBackwardArgs& args,
   return run<false>(args, stream);
 }
 
-int attention_stats_qk_grad_key_cuda(const AttentionStatsQkBackwardArgs& args, void* stream) { return run<true>(args, stream); }
+int attention_stats_qk_grad_key_cuda(const AttentionStatsQkBackwardArgs& args, void* stream) {
+  return run<true>(args, stream);
+}
 
 }  // namespace inflection

@@ -1,10 +1,10 @@
 // The sums behind linear CKA: the Gram matrix of z = (1, p, q, u, v) over the rows, for many layers in one launch.
 //
-// As csrc/cpu/cka.inc, with blocks of kCkaDepth rows as they lie, counted or not. Three kernels: the shift of layers that have
-// none yet; the norms of the rows, and which of them are long; the products. A block of the last one owns a 64 x 64 tile on
-// or above the diagonal: it subtracts the shift while it fills shared memory, multiplies in float32, adds every kCkaDepth
-// rows to float64 sums in registers and reads and writes the Gram matrix once. Long rows, and all of a block of few, are
-// multiplied in float64. Every number has one writer: the result is the same in every run.
+// As csrc/cpu/cka.inc, with blocks of kCkaDepth rows as they lie, counted or not. Three kernels: the shift of layers
+// that have none yet; the norms of the rows, and which of them are long; the products. A block of the last one owns a
+// 64 x 64 tile on or above the diagonal: it subtracts the shift while it fills shared memory, multiplies in float32,
+// adds every kCkaDepth rows to float64 sums in registers and reads and writes the Gram matrix once. Long rows, and all
+// of a block of few, are multiplied in float64. Every number has one writer: the result is the same in every run.
 //
 // Bound by fused multiply-adds in float32 (67 TFLOP/s on an H100) and, at 4 x 4 results a thread, by the shared memory
 // that feeds them: 16-bit inputs do not use tensor cores here, so the goal of 60 % of their rate is out of reach.
@@ -16,16 +16,16 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kTile = 64;               // rows and columns of the Gram matrix that a block owns
-constexpr int kOwn = 4;                 // of them a thread owns 4 x 4
+constexpr int kTile = 64;  // rows and columns of the Gram matrix that a block owns
+constexpr int kOwn = 4;    // of them a thread owns 4 x 4
 constexpr int kAcross = kTile / kOwn;
 static_assert(kAcross * kAcross == kThreads);
-constexpr int kStep = 16;               // rows in shared memory at a time: 8 KiB, loads of 8 values a thread in flight
-constexpr int kPitch = kTile + 4;       // floats between rows of shared memory: 16-byte loads stay aligned
-constexpr int kLayersOfLaunch = 128;    // their offsets travel as a kernel parameter
-constexpr double kLong = 8.0;           // as in csrc/cpu/cka.inc: a row is long beyond so many times the mean of its block
+constexpr int kStep = 16;             // rows in shared memory at a time: 8 KiB, loads of 8 values a thread in flight
+constexpr int kPitch = kTile + 4;     // floats between rows of shared memory: 16-byte loads stay aligned
+constexpr int kLayersOfLaunch = 128;  // their offsets travel as a kernel parameter
+constexpr double kLong = 8.0;  // as in csrc/cpu/cka.inc: a row is long beyond so many times the mean of its block
 constexpr int kDepth = static_cast<int>(kCkaDepth);
-static_assert(kDepth == kThreads);      // a thread a row, where rows are judged
+static_assert(kDepth == kThreads);  // a thread a row, where rows are judged
 
 enum RowKind : uint8_t { kNotCounted, kInFloat, kInDouble };
 
@@ -54,8 +54,13 @@ struct Layer {
 
   static __device__ __forceinline__ Layer of(const CkaPushArgs& args, const Layers& layers, int64_t number) {
     const int64_t index = layers.first + number, dims = args.x.dim + args.y.dim, k = kCkaHead + dims;
-    return {index, layers.x[number], layers.y[number], k,
-            args.shift + index * dims, args.gram + index * cka_packed_size(k), args.row_norms + index * args.rows * 2,
+    return {index,
+            layers.x[number],
+            layers.y[number],
+            k,
+            args.shift + index * dims,
+            args.gram + index * cka_packed_size(k),
+            args.row_norms + index * args.rows * 2,
             args.row_kinds + index * args.rows};
   }
   static __device__ __forceinline__ int64_t cka_packed_size(int64_t k) { return k * (k + 1) / 2; }
@@ -161,7 +166,8 @@ __device__ __forceinline__ float element(const CkaPushArgs& args, const Layer& l
   if (i == 0) return 1.f;
   if (i < kCkaHead) return static_cast<float>(layer.norms[2 * row + i - 1]);
   const int64_t j = i - kCkaHead;
-  if (j < args.x.dim) return value_at(args.x, layer.x + row * args.x.row_stride + j * args.x.col_stride) - layer.shift[j];
+  if (j < args.x.dim)
+    return value_at(args.x, layer.x + row * args.x.row_stride + j * args.x.col_stride) - layer.shift[j];
   const int64_t y = layer.y + row * args.y.row_stride + (j - args.x.dim) * args.y.col_stride;
   return value_at(args.y, y) - layer.shift[j];
 }
@@ -208,7 +214,8 @@ __global__ void __launch_bounds__(kThreads) add_products(CkaPushArgs args, Layer
   for (int64_t first = 0; first < args.rows; first += kDepth) {
     const int count = static_cast<int>(args.rows - first < kDepth ? args.rows - first : kDepth);
     __syncthreads();
-    const uint8_t kind = static_cast<int>(threadIdx.x) < count ? layer.kinds[first + threadIdx.x] : uint8_t{kNotCounted};
+    const uint8_t kind =
+        static_cast<int>(threadIdx.x) < count ? layer.kinds[first + threadIdx.x] : uint8_t{kNotCounted};
     memory.kinds[threadIdx.x] = kind;
     const bool any_float = __syncthreads_or(kind == kInFloat), any_double = __syncthreads_or(kind == kInDouble);
     float part[kOwn][kOwn] = {};
@@ -260,7 +267,8 @@ __global__ void __launch_bounds__(kThreads) add_products(CkaPushArgs args, Layer
   }
 }
 
-// ---- terms ------------------------------------------------------------------------------------------------------------
+// ---- terms
+// ------------------------------------------------------------------------------------------------------------
 
 // A block per item: kCkaTermRows rows of the Gram matrix. partial: squares of S_xy, S_xx, S_yy; then s_x M_xy s_y,
 // s_x M_xx s_x, s_y M_yy s_y.
@@ -300,12 +308,14 @@ __global__ void __launch_bounds__(kThreads) merge_terms(CkaTermsArgs args, int64
   const double* gram = args.gram + layer * (k * (k + 1) / 2);
   const double n = gram[0], *s = gram + kCkaHead;
   double sums[kCkaTermSums], mean[2] = {}, of_p[2] = {}, of_q[2] = {};  // |d|^2, d . w_p, d . w_q by side
+#pragma unroll
   for (int i = 0; i < kCkaTermSums; ++i) {
     double total = 0.0;
     for (int64_t item = threadIdx.x; item < items; item += kThreads)
       total += args.partial[(layer * items + item) * kCkaTermSums + i];
     sums[i] = block_sum<kThreads>(total, memory);
   }
+#pragma unroll
   for (int side = 0; side < 2; ++side) {
     double own_mean = 0.0, own_p = 0.0, own_q = 0.0;
     for (int64_t j = (side ? args.dim_x : 0) + threadIdx.x; j < (side ? dims : args.dim_x); j += kThreads) {
@@ -348,7 +358,8 @@ int launch_layers(const CkaPushArgs& args, void* stream, const Body& body) {
     const int64_t count = args.layers - first < kLayersOfLaunch ? args.layers - first : kLayersOfLaunch;
     Layers layers;
     layers.first = first;
-    for (int64_t i = 0; i < count; ++i) layers.x[i] = args.x.offsets[first + i], layers.y[i] = args.y.offsets[first + i];
+    for (int64_t i = 0; i < count; ++i)
+      layers.x[i] = args.x.offsets[first + i], layers.y[i] = args.y.offsets[first + i];
     const auto go = [&](auto* kernel, int64_t grid, size_t bytes, auto... rest) {
       return launch(kernel, dim3(static_cast<unsigned>(grid)), dim3(kThreads), bytes, stream, args, layers, rest...);
     };
@@ -387,7 +398,8 @@ int cka_terms_cuda(const CkaTermsArgs& args, void* stream) {
 int cka_terms_merge_cuda(const CkaTermsArgs& args, void* stream) {
   const int64_t items = cka_term_items(args.dim_x, args.dim_y);
   if (args.layers == 0) return cudaSuccess;
-  return launch(merge_terms, dim3(static_cast<unsigned>(args.layers)), dim3(kThreads), kSumsMemory, stream, args, items);
+  return launch(merge_terms, dim3(static_cast<unsigned>(args.layers)), dim3(kThreads), kSumsMemory, stream, args,
+                items);
 }
 
 }  // namespace inflection

@@ -14,12 +14,15 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 #ifdef INFLECTION_EMULATION
 
 template <class... Parameters, class... Arguments>
-int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void*, const Arguments&... arguments) {
+int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void*,
+           const Arguments&... arguments) {
   emulator::launch(grid, block, shared_bytes, [&] { kernel(arguments...); });
   return cudaSuccess;
 }
 template <class T>
-T& shared() { return *static_cast<T*>(emulator::shared_memory()); }
+T& shared() {
+  return *static_cast<T*>(emulator::shared_memory());
+}
 
 #else
 

@@ -1,9 +1,9 @@
 // The instructions of tensor cores and of asynchronous copies, one function each; the emulator has its own of them.
 //
-// In mma m16n8k16 lane l, with g = l / 4 and t = l % 4, holds of A (16 x 16) rows g and g + 8, columns 2t, 2t + 1, 2t + 8,
-// 2t + 9; of B (16 x 8) rows 2t, 2t + 1, 2t + 8, 2t + 9 of column g; of C (16 x 8) rows g and g + 8, columns 2t, 2t + 1.
-// ldmatrix loads four 8 x 8 matrices: lane l gives the address of row l % 8 of matrix l / 8, 16 bytes aligned, and gets of
-// each matrix row g, columns 2t and 2t + 1; transposed, rows 2t and 2t + 1 of column g.
+// In mma m16n8k16 lane l, with g = l / 4 and t = l % 4, holds of A (16 x 16) rows g and g + 8, columns 2t, 2t + 1, 2t +
+// 8, 2t + 9; of B (16 x 8) rows 2t, 2t + 1, 2t + 8, 2t + 9 of column g; of C (16 x 8) rows g and g + 8, columns 2t, 2t
+// + 1. ldmatrix loads four 8 x 8 matrices: lane l gives the address of row l % 8 of matrix l / 8, 16 bytes aligned, and
+// gets of each matrix row g, columns 2t and 2t + 1; transposed, rows 2t and 2t + 1 of column g.
 #pragma once
 
 #include "warp.cuh"
@@ -16,14 +16,18 @@ template <class T>
 inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   emulator::mma(c, a, b0, b1, [](uint16_t bits) { return to_float(T{bits}); }, EMULATOR_PLACE("mma"));
 }
-inline void ldmatrix(uint32_t (&r)[4], const void* row) { emulator::ldmatrix(r, row, false, EMULATOR_PLACE("ldmatrix")); }
+inline void ldmatrix(uint32_t (&r)[4], const void* row) {
+  emulator::ldmatrix(r, row, false, EMULATOR_PLACE("ldmatrix"));
+}
 inline void ldmatrix_transposed(uint32_t (&r)[4], const void* row) {
   emulator::ldmatrix(r, row, true, EMULATOR_PLACE("ldmatrix.trans"));
 }
 inline void copy_async(void* to, const void* from, bool there) { emulator::copy_later(to, from, 16, there ? 16 : 0); }
 inline void commit_copies() { emulator::commit_copies(); }
 template <int kPending>
-inline void wait_for_copies() { emulator::wait_for_copies(kPending); }
+inline void wait_for_copies() {
+  emulator::wait_for_copies(kPending);
+}
 
 #else
 

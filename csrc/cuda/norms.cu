@@ -1,8 +1,8 @@
 // Sums of squares of many tensors, one launch for up to kEntries of them.
 //
 // A block sums one chunk of one tensor in float64; a second launch adds each group's chunks in order, so the result is
-// the same in every run. The table of tensors travels as a kernel parameter: no copy to the device, nothing to wait for.
-// Bound by memory: each element is read once, 16 bytes a thread; a chunk writes 8 bytes.
+// the same in every run. The table of tensors travels as a kernel parameter: no copy to the device, nothing to wait
+// for. Bound by memory: each element is read once, 16 bytes a thread; a chunk writes 8 bytes.
 #include "kernels.h"
 #include "warp.cuh"
 
@@ -11,7 +11,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kVectorBytes = 16;
-constexpr int kEntries = 1024;   // 24 bytes each, within the 32,764 bytes of parameters that CUDA 12.1 and sm_70 allow
+constexpr int kEntries = 1024;  // 24 bytes each, within the 32,764 bytes of parameters that CUDA 12.1 and sm_70 allow
 constexpr int kMergeThreads = 32;
 
 struct Entry {  // a tensor whose elements lie in one piece
@@ -129,8 +129,8 @@ int sum_of_squares_cuda(const SumOfSquaresArgs& args, void* stream) {
     if (!in_one_piece(args.operands[begin])) {
       const int64_t first = args.first_chunk[begin], chunks = args.first_chunk[begin + 1] - first;
       if (chunks > 0) {
-        const int error =
-            launch(sum_strided, dim3(chunks), dim3(kThreads), kShared, stream, args.operands[begin], args.partial + first);
+        const int error = launch(sum_strided, dim3(chunks), dim3(kThreads), kShared, stream, args.operands[begin],
+                                 args.partial + first);
         if (error) return error;
       }
       ++begin;

@@ -1,9 +1,9 @@
 // Tiles of scores from Q and K, shared by the forward and the backward pass.
 //
-// A block holds one tile of `kLeft` rows in shared memory and streams tiles of `kRight` rows past it; each warp multiplies
-// 16 kSub of the left rows with all of the right ones. 16-bit inputs go through tensor cores, float32 inputs through fused
-// multiply-adds in float32, in the same layout of results: in tile (s, n) of a warp, lane (g, t) holds left rows
-// 16 s + g and 16 s + g + 8 and right rows 8 n + 2t and 8 n + 2t + 1.
+// A block holds one tile of `kLeft` rows in shared memory and streams tiles of `kRight` rows past it; each warp
+// multiplies 16 kSub of the left rows with all of the right ones. 16-bit inputs go through tensor cores, float32 inputs
+// through fused multiply-adds in float32, in the same layout of results: in tile (s, n) of a warp, lane (g, t) holds
+// left rows 16 s + g and 16 s + g + 8 and right rows 8 n + 2t and 8 n + 2t + 1.
 //
 // Rows of a shared tile are an odd multiple of 16 bytes apart, so that eight of them lie in different banks.
 #pragma once
@@ -14,12 +14,12 @@
 
 namespace inflection {
 
-constexpr int kTileAlign = 16;   // elements that the depth is padded to, with zeros: one mma
-constexpr int kCopyBytes = 16;   // of one asynchronous copy
-constexpr int kDepthPart = 64;   // products summed in one piece: short sums round less than one long one, and tensor cores
-                                 // cut off what they do not keep
+constexpr int kTileAlign = 16;  // elements that the depth is padded to, with zeros: one mma
+constexpr int kCopyBytes = 16;  // of one asynchronous copy
+constexpr int kDepthPart = 64;  // products summed in one piece: short sums round less than one long one, and tensor
+                                // cores cut off what they do not keep
 constexpr int64_t kMostBlocks = 0x7fffffff, kMostKeys = 0x7fffff00;  // of one launch; keys are counted in 32 bits
-constexpr int kLanesPerRow = 4;  // lanes that hold a piece of the same left row
+constexpr int kLanesPerRow = 4;                                      // lanes that hold a piece of the same left row
 constexpr double kLog2e = 1.4426950408889634, kLn2Exact = 0.693147180559945309;
 
 template <class T, int kSub_, int kWarps_, int kRightTiles_>
@@ -34,8 +34,8 @@ struct Shape {
 
 // How scores are formed from dot products.
 struct QkForm {
-  float factor;    // products are multiplied by it: 1, -1, or the whole scale under an additive mask, a softcap or sinks
-  float scale;     // what remains to be multiplied by, > 0
+  float factor;  // products are multiplied by it: 1, -1, or the whole scale under an additive mask, a softcap or sinks
+  float scale;   // what remains to be multiplied by, > 0
   float exponent;  // scale * log2(e)
   float softcap;   // 0: none
   bool plain;      // products are the unscaled scores
@@ -48,8 +48,8 @@ struct QkForm {
     constexpr float kSmallest = 1e-28f, kLargest = 1e28f;  // beyond, unscaled scores could leave the range of a float
     const float magnitude = args.scale < 0.f ? -args.scale : args.scale;
     const bool additive = args.mask.data != nullptr && args.mask.dtype != DType::boolean;
-    const bool keep =
-        !scaled && !additive && args.softcap == 0.f && !args.has_sinks && !args.sinks && magnitude >= kSmallest && magnitude <= kLargest;
+    const bool keep = !scaled && !additive && args.softcap == 0.f && !args.has_sinks && !args.sinks &&
+                      magnitude >= kSmallest && magnitude <= kLargest;
     QkForm form{};
     form.factor = keep ? (args.scale < 0.f ? -1.f : 1.f) : args.scale;
     form.scale = keep ? magnitude : 1.f;
@@ -82,8 +82,8 @@ struct RowPlace {
   int low, high;                // keys inside causal and window bounds; none where the position is out of range
   bool there, inside;           // the packed row exists; its position does
 
-  static __device__ __forceinline__ RowPlace of(const AttentionStatsQkArgs& args, const QkForm& form, const HeadPlace& head,
-                                                int64_t packed) {
+  static __device__ __forceinline__ RowPlace of(const AttentionStatsQkArgs& args, const QkForm& form,
+                                                const HeadPlace& head, int64_t packed) {
     RowPlace row{};
     row.there = packed < head.packed_rows;
     if (!row.there) return row;
@@ -95,7 +95,8 @@ struct RowPlace {
     if (!row.inside) return row;
     int64_t low = 0, high = args.keys;
     if (args.window_left >= 0 && row.position - args.window_left > low) low = row.position - args.window_left;
-    if (args.window_right >= 0 && row.position + args.window_right + 1 < high) high = row.position + args.window_right + 1;
+    if (args.window_right >= 0 && row.position + args.window_right + 1 < high)
+      high = row.position + args.window_right + 1;
     if (args.causal && row.position + 1 < high) high = row.position + 1;
     row.low = static_cast<int>(low < args.keys ? low : args.keys);
     row.high = static_cast<int>(high > row.low ? high : row.low);
@@ -107,7 +108,7 @@ struct RowPlace {
 template <int N>
 struct RowBounds {
   int low[N], high[N];
-  int64_t mask[N];  // offset of the row in the mask
+  int64_t mask[N];                                // offset of the row in the mask
   int lowest, highest, highest_low, lowest_high;  // over the rows that exist; highest <= lowest: nothing to attend
 
   // Two barriers; what was there before must not be in use any more. The last one makes everything visible.
@@ -119,7 +120,8 @@ struct RowBounds {
     for (int r = threadIdx.x; r < N; r += kThreads) {
       const RowPlace row = RowPlace::of(args, form, head, first + r);
       low[r] = row.low, high[r] = row.high;
-      mask[r] = head.batch * args.mask.strides[0] + row.head * args.mask.strides[1] + row.position * args.mask.row_stride;
+      mask[r] =
+          head.batch * args.mask.strides[0] + row.head * args.mask.strides[1] + row.position * args.mask.row_stride;
       if (!row.inside) continue;
       atomicMax(&highest_low, row.low), atomicMin(&lowest_high, row.high);
       if (row.high > row.low) atomicMin(&lowest, row.low), atomicMax(&highest, row.high);
@@ -130,7 +132,8 @@ struct RowBounds {
   __device__ __forceinline__ bool cover(int begin, int end) const { return highest_low <= begin && end <= lowest_high; }
 };
 
-// ---- loading ----------------------------------------------------------------------------------------------------------
+// ---- loading
+// ----------------------------------------------------------------------------------------------------------
 
 // N rows into a shared tile; row_at(r) is the address of one, null where there is none: zeros. Eight threads a row.
 template <class T, int N, int kThreads, class RowAt>
@@ -155,7 +158,8 @@ __device__ __forceinline__ void load_tile(T* tile, const QkForm& form, int64_t h
 template <class T, int N, int kThreads>
 __device__ __forceinline__ void load_keys(T* tile, const AttentionStatsQkArgs& args, const QkForm& form,
                                           const HeadPlace& head, int64_t first) {
-  const T* keys = static_cast<const T*>(args.key) + head.batch * args.key_strides[0] + head.kv_head * args.key_strides[1];
+  const T* keys =
+      static_cast<const T*>(args.key) + head.batch * args.key_strides[0] + head.kv_head * args.key_strides[1];
   load_tile<T, N, kThreads>(tile, form, args.head_dim, args.key_strides[3], [&](int r) -> const T* {
     return first + r < args.keys ? keys + (first + r) * args.key_strides[2] : nullptr;
   });
@@ -171,12 +175,13 @@ __device__ __forceinline__ void load_queries(T* tile, const AttentionStatsQkArgs
   });
 }
 
-// ---- products ---------------------------------------------------------------------------------------------------------
+// ---- products
+// ---------------------------------------------------------------------------------------------------------
 
 // c[s][n] = the warp's left rows times the right ones, over the depth.
 template <class S>
-__device__ __forceinline__ void multiply(const typename S::Type* left, const typename S::Type* right, const QkForm& form,
-                                         float (&c)[S::kSub][S::kRightTiles][4]) {
+__device__ __forceinline__ void multiply(const typename S::Type* left, const typename S::Type* right,
+                                         const QkForm& form, float (&c)[S::kSub][S::kRightTiles][4]) {
   using T = typename S::Type;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const T* rows = left + warp * 16 * S::kSub * form.pitch;
@@ -189,7 +194,7 @@ __device__ __forceinline__ void multiply(const typename S::Type* left, const typ
   if constexpr (S::kTensorCores) {
     const T* a_row = rows + (lane % 16) * form.pitch + lane / 16 * 8;
     const T* b_row = right + (lane / 16 * 8 + lane % 8) * form.pitch + lane / 8 % 2 * 8;
-    const auto multiply_part = [&](int begin, int end, float(&sums)[S::kSub][S::kRightTiles][4]) {
+    const auto multiply_part = [&](int begin, int end, float (&sums)[S::kSub][S::kRightTiles][4]) {
 #pragma unroll 2
       for (int k = begin; k < end; k += kTileAlign) {
         uint32_t a[S::kSub][4];
@@ -249,7 +254,8 @@ __device__ __forceinline__ void multiply(const typename S::Type* left, const typ
   }
 }
 
-// ---- masks ------------------------------------------------------------------------------------------------------------
+// ---- masks
+// ------------------------------------------------------------------------------------------------------------
 
 // What the mask says of one element: hidden, or what it adds.
 __device__ __forceinline__ bool attends(const Mask& mask, int64_t at, float& bias) {
@@ -261,10 +267,10 @@ __device__ __forceinline__ bool attends(const Mask& mask, int64_t at, float& bia
   return !(bias <= mask.floor);
 }
 
-// True if a mask that is the same for all rows of the tile hides all keys of [begin, end): nothing of it need be computed.
-// Every warp finds the same.
-__device__ __forceinline__ bool hidden_for_all(const AttentionStatsQkArgs& args, const HeadPlace& head, int64_t mask_row, int begin,
-                                               int end) {
+// True if a mask that is the same for all rows of the tile hides all keys of [begin, end): nothing of it need be
+// computed. Every warp finds the same.
+__device__ __forceinline__ bool hidden_for_all(const AttentionStatsQkArgs& args, const HeadPlace& head,
+                                               int64_t mask_row, int begin, int end) {
   const Mask& mask = args.mask;
   if (mask.data == nullptr || mask.row_stride != 0 || mask.strides[1] != 0) return false;
   bool any = false;
@@ -276,8 +282,8 @@ __device__ __forceinline__ bool hidden_for_all(const AttentionStatsQkArgs& args,
 }
 
 // The score of one dot product, in units of 1 / form.scale, and the slope of the softcap there. False: not attended.
-__device__ __forceinline__ bool score_of(const AttentionStatsQkArgs& args, const QkForm& form, int64_t mask_row, int low, int high, int key,
-                                         float product, float& score, float& slope) {
+__device__ __forceinline__ bool score_of(const AttentionStatsQkArgs& args, const QkForm& form, int64_t mask_row,
+                                         int low, int high, int key, float product, float& score, float& slope) {
   score = -kInf;
   slope = 1.f;
   if (key < low || key >= high) return false;

@@ -14,11 +14,11 @@ __device__ __forceinline__ float lost_in_sum(float a, float b, float total) {
   return (a - from_a) + (b - from_b);
 }
 
-// The maximum is counted, not summed: what is beside it keeps its digits in rows that are almost one-hot. Slices are added
-// exactly, or thousands of equal terms would round the same way.
+// The maximum is counted, not summed: what is beside it keeps its digits in rows that are almost one-hot. Slices are
+// added exactly, or thousands of equal terms would round the same way.
 struct RowLane {
-  float max = -kInf;  // of unscaled values, as are the x that `dot` sums
-  int tops = 0;       // columns at the maximum
+  float max = -kInf;                   // of unscaled values, as are the x that `dot` sums
+  int tops = 0;                        // columns at the maximum
   float below = 0.f, below_low = 0.f;  // sum of e^x over the others, and what it lost
   float dot = 0.f, dot_low = 0.f;
   float square = 0.f;  // over the others

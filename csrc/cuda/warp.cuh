@@ -11,7 +11,8 @@ __device__ __forceinline__ T warp_sum(T x) {
   return x;
 }
 
-// Over the threads of a block, the same in all of them; `partial` [kThreads / 32] in shared memory may be used again at once.
+// Over the threads of a block, the same in all of them; `partial` [kThreads / 32] in shared memory may be used again at
+// once.
 template <int kThreads>
 __device__ __forceinline__ double block_sum(double x, double* partial) {
   x = warp_sum(x);
@@ -23,8 +24,12 @@ __device__ __forceinline__ double block_sum(double x, double* partial) {
   return total;
 }
 
-struct BF16 { uint16_t bits; };
-struct F16 { uint16_t bits; };
+struct BF16 {
+  uint16_t bits;
+};
+struct F16 {
+  uint16_t bits;
+};
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(BF16 x) { return __uint_as_float(unsigned{x.bits} << 16); }

@@ -24,19 +24,36 @@
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 using cudaStream_t = void*;
 
-struct alignas(8) float2 { float x, y; };
-struct alignas(16) float4 { float x, y, z, w; };
-struct alignas(8) uint2 { unsigned x, y; };
-struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
 
-#define EMULATOR_PLACE(name) ::emulator::Place { name, __FILE__, __LINE__ }
+#define EMULATOR_PLACE(name) \
+  ::emulator::Place { name, __FILE__, __LINE__ }
 #define __syncthreads() ::emulator::barrier(EMULATOR_PLACE("__syncthreads"))
 #define __syncthreads_or(predicate) ::emulator::barrier_or(predicate, EMULATOR_PLACE("__syncthreads_or"))
 #define __syncwarp(...) ::emulator::sync_warp(EMULATOR_PLACE("__syncwarp") __VA_OPT__(, ) __VA_ARGS__)
-#define __shfl_xor_sync(mask, value, lanes) ::emulator::shuffle(mask, value, [](int lane, int by) { return lane ^ by; }, lanes, EMULATOR_PLACE("__shfl_xor_sync"))
-#define __shfl_down_sync(mask, value, lanes) ::emulator::shuffle(mask, value, [](int lane, int by) { return lane + by < 32 ? lane + by : lane; }, lanes, EMULATOR_PLACE("__shfl_down_sync"))
-#define __shfl_up_sync(mask, value, lanes) ::emulator::shuffle(mask, value, [](int lane, int by) { return lane >= by ? lane - by : lane; }, lanes, EMULATOR_PLACE("__shfl_up_sync"))
-#define __shfl_sync(mask, value, from) ::emulator::shuffle(mask, value, [](int, int by) { return by & 31; }, from, EMULATOR_PLACE("__shfl_sync"))
+#define __shfl_xor_sync(mask, value, lanes) \
+  ::emulator::shuffle(mask, value, [](int lane, int by) { return lane ^ by; }, lanes, EMULATOR_PLACE("__shfl_xor_sync"))
+#define __shfl_down_sync(mask, value, lanes)                                                  \
+  ::emulator::shuffle(                                                                        \
+      mask, value, [](int lane, int by) { return lane + by < 32 ? lane + by : lane; }, lanes, \
+      EMULATOR_PLACE("__shfl_down_sync"))
+#define __shfl_up_sync(mask, value, lanes)                                                \
+  ::emulator::shuffle(                                                                    \
+      mask, value, [](int lane, int by) { return lane >= by ? lane - by : lane; }, lanes, \
+      EMULATOR_PLACE("__shfl_up_sync"))
+#define __shfl_sync(mask, value, from) \
+  ::emulator::shuffle(mask, value, [](int, int by) { return by & 31; }, from, EMULATOR_PLACE("__shfl_sync"))
 #define __ballot_sync(mask, predicate) ::emulator::ballot(mask, predicate, EMULATOR_PLACE("__ballot_sync"))
 #define __any_sync(mask, predicate) (::emulator::ballot(mask, predicate, EMULATOR_PLACE("__any_sync")) != 0)
 #define __all_sync(mask, predicate) (::emulator::ballot(mask, predicate, EMULATOR_PLACE("__all_sync")) == (mask))
@@ -67,7 +84,9 @@ T shuffle(unsigned mask, T value, Source source, int by, const Place& place) {
         for (int lane = 0; lane < kWarp; ++lane) {
           if (!(mask >> lane & 1)) continue;
           auto& mine = *static_cast<Payload*>(payloads[lane]);
-          if (!(mask >> mine.from & 1)) fail("%s (%s:%d): lane %d reads lane %d outside the mask %08x", at.what, at.file, at.line, lane, mine.from, mask);
+          if (!(mask >> mine.from & 1))
+            fail("%s (%s:%d): lane %d reads lane %d outside the mask %08x", at.what, at.file, at.line, lane, mine.from,
+                 mask);
           mine.value = values[mine.from];
         }
       },
@@ -115,9 +134,11 @@ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Widen,
           auto& mine = *static_cast<Payload*>(payloads[lane]);
           for (int i = 0; i < 4; ++i) {
             double sum = mine.c[i];
-            for (int k = 0; k < 16; ++k) sum += double(left[lane / 4 + i / 2 * 8][k]) * right[k][2 * (lane % 4) + i % 2];
+            for (int k = 0; k < 16; ++k)
+              sum += double(left[lane / 4 + i / 2 * 8][k]) * right[k][2 * (lane % 4) + i % 2];
             const float near = static_cast<float>(sum);
-            mine.c[i] = std::fabs(double(near)) > std::fabs(sum) && !std::isinf(near) ? std::nextafter(near, 0.f) : near;
+            mine.c[i] =
+                std::fabs(double(near)) > std::fabs(sum) && !std::isinf(near) ? std::nextafter(near, 0.f) : near;
           }
         }
       },
@@ -131,7 +152,8 @@ inline void ldmatrix(uint32_t (&r)[4], const void* row, bool transposed, const P
     uint32_t r[4];
     bool transposed;
   } payload{row, {}, transposed};
-  if (reinterpret_cast<uintptr_t>(row) % 16) fail("%s (%s:%d): a row is not aligned to 16 bytes", place.what, place.file, place.line);
+  if (reinterpret_cast<uintptr_t>(row) % 16)
+    fail("%s (%s:%d): a row is not aligned to 16 bytes", place.what, place.file, place.line);
   warp_operation(
       0xffffffffu, &payload, sizeof payload,
       [](void* const* payloads, unsigned, const void*) {
@@ -181,7 +203,9 @@ T atomicMax(T* address, T value) {
 }
 inline void __threadfence() {}
 template <class T>
-T __ldg(const T* address) { return *address; }
+T __ldg(const T* address) {
+  return *address;
+}
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }

@@ -147,7 +147,7 @@ void start(Fiber& fiber) {
   fiber.state = State::ready;
 #if defined(__x86_64__)
   auto* top = reinterpret_cast<uintptr_t*>(fiber.stack + kStackBytes);
-  *--top = 0;                                       // keeps the stack aligned as after a call
+  *--top = 0;                                         // keeps the stack aligned as after a call
   *--top = reinterpret_cast<uintptr_t>(&fiber_main);  // where the first switch returns to
   for (int saved = 0; saved < 6; ++saved) *--top = 0;
   fiber.stack_pointer = top;
@@ -181,7 +181,8 @@ Fiber& fiber_at(size_t i) {
   auto& fibers = machine().fibers;
   while (fibers.size() <= i) {
     auto fiber = std::make_unique<Fiber>();
-    void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* stack =
+        mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (stack == MAP_FAILED) fail("no memory for the stack of thread %zu", i);
     fiber->stack = static_cast<char*>(stack);
     fibers.push_back(std::move(fiber));
@@ -190,7 +191,9 @@ Fiber& fiber_at(size_t i) {
 }
 
 void describe(const Fiber& fiber, char* text, size_t size) {
-  const char* const state = fiber.state == State::ended ? "has ended" : fiber.state == State::ready ? "runs" : "waits at";
+  const char* const state = fiber.state == State::ended   ? "has ended"
+                            : fiber.state == State::ready ? "runs"
+                                                          : "waits at";
   const bool waits = fiber.state == State::at_barrier || fiber.state == State::at_warp_operation;
   snprintf(text, size, "thread (%u, %u, %u) %s%s%s", fiber.self.index.x, fiber.self.index.y, fiber.self.index.z, state,
            waits ? " " : "", waits ? fiber.place.what : "");
@@ -249,7 +252,8 @@ void run_block(size_t count) {
   for (size_t i = 0; i < count; ++i) {
     Fiber& fiber = fiber_at(i);
     fiber.self.linear = static_cast<int>(i);
-    fiber.self.index = {unsigned(i % m.block.x), unsigned(i / m.block.x % m.block.y), unsigned(i / m.block.x / m.block.y)};
+    fiber.self.index = {unsigned(i % m.block.x), unsigned(i / m.block.x % m.block.y),
+                        unsigned(i / m.block.x / m.block.y)};
     start(fiber);
   }
   std::vector<size_t> order(count);
@@ -263,7 +267,8 @@ void run_block(size_t count) {
       ran = true;
     }
     if (ran || open_barrier(count)) continue;
-    const bool done = std::all_of(order.begin(), order.end(), [&](size_t i) { return m.fibers[i]->state == State::ended; });
+    const bool done =
+        std::all_of(order.begin(), order.end(), [&](size_t i) { return m.fibers[i]->state == State::ended; });
     if (done) return;
     fail_stuck(count);
   }
@@ -306,7 +311,8 @@ int barrier_or(int predicate, const Place& place) {
 }
 
 void copy_later(void* to, const void* from, size_t size, size_t given) {
-  if (reinterpret_cast<uintptr_t>(to) % size || reinterpret_cast<uintptr_t>(from) % size) fail("a copy of %zu bytes is not aligned", size);
+  if (reinterpret_cast<uintptr_t>(to) % size || reinterpret_cast<uintptr_t>(from) % size)
+    fail("a copy of %zu bytes is not aligned", size);
   machine().current->copies.back().push_back({to, from, size, given});
 }
 
@@ -327,7 +333,8 @@ void warp_operation(unsigned mask, void* payload, size_t size, Apply apply, cons
   Machine& m = machine();
   Fiber& self = *m.current;
   const int lane = self.self.linear % kWarp;
-  if (!(mask >> lane & 1)) fail("%s (%s:%d): lane %d is not in its own mask %08x", place.what, place.file, place.line, lane, mask);
+  if (!(mask >> lane & 1))
+    fail("%s (%s:%d): lane %d is not in its own mask %08x", place.what, place.file, place.line, lane, mask);
   if (size > kLargestPayload) fail("%s: %zu bytes a lane", place.what, size);
   self.place = place;
   self.mask = mask;
@@ -341,7 +348,8 @@ void warp_operation(unsigned mask, void* payload, size_t size, Apply apply, cons
   for (size_t other = 0; other < kWarp; ++other) {
     if (!(mask >> other & 1)) continue;
     if (first + other >= count) {
-      fail("%s (%s:%d): mask %08x names lane %zu, which the block does not have", place.what, place.file, place.line, mask, other);
+      fail("%s (%s:%d): mask %08x names lane %zu, which the block does not have", place.what, place.file, place.line,
+           mask, other);
     }
     const Fiber& fiber = *m.fibers[first + other];
     if (fiber.state != State::at_warp_operation) {
@@ -371,7 +379,8 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void
   m.block = block;
   m.body = &body;
   void* shared = nullptr;  // of the exact size, so that AddressSanitizer sees its ends
-  if (posix_memalign(&shared, kSharedAlignment, shared_bytes) != 0) fail("no memory for %zu bytes of shared memory", shared_bytes);
+  if (posix_memalign(&shared, kSharedAlignment, shared_bytes) != 0)
+    fail("no memory for %zu bytes of shared memory", shared_bytes);
   m.shared.reset(static_cast<unsigned char*>(shared));
   m.shared_size = shared_bytes;
   ++m.launches;

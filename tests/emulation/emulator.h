@@ -1,10 +1,11 @@
 // The execution model of CUDA on one CPU thread, enough to run this package's kernels in their own source.
 //
-// A block's threads are fibers. One runs until it meets a barrier or a warp operation; a barrier opens when every thread
-// of the block waits at it, a warp operation when every lane of its mask does. Between two of those the threads run one
-// after another, in an order that is shuffled anew every time, so code that relies on some order gives different results
-// in different runs. Dynamic shared memory is allocated to the byte and filled with NaN before every block; asynchronous
-// copies arrive as late as they may, when they are waited for. 2^x errs by as much as the manual allows.
+// A block's threads are fibers. One runs until it meets a barrier or a warp operation; a barrier opens when every
+// thread of the block waits at it, a warp operation when every lane of its mask does. Between two of those the threads
+// run one after another, in an order that is shuffled anew every time, so code that relies on some order gives
+// different results in different runs. Dynamic shared memory is allocated to the byte and filled with NaN before every
+// block; asynchronous copies arrive as late as they may, when they are waited for. 2^x errs by as much as the manual
+// allows.
 //
 // An error, reported with block, thread and source line, ends the program: a barrier or a warp operation that a part of
 // its threads never reaches (because they ended, or wait somewhere else), lanes of one warp operation that disagree
@@ -56,8 +57,8 @@ void barrier(const Place& place);
 int barrier_or(int predicate, const Place& place);  // a barrier; whether any thread brought something but 0
 
 // A warp operation: every lane of `mask` hands in `size` bytes at `payload`; the last to arrive calls
-// apply(payloads), an array of 32 pointers (null for lanes outside the mask), which may change them; then each lane gets
-// its own bytes back.
+// apply(payloads), an array of 32 pointers (null for lanes outside the mask), which may change them; then each lane
+// gets its own bytes back.
 using Apply = void (*)(void* const* payloads, unsigned mask, const void* argument);
 void warp_operation(unsigned mask, void* payload, size_t size, Apply apply, const void* argument, const Place& place);
 

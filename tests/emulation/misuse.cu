@@ -135,17 +135,34 @@ int main(int count, char** arguments) {
   for (int i = 0; i < kThreads; ++i) source[i] = float(i);
   for (int i = 0; i < 256; ++i) put(&left[i / 16][i % 16], float(i * 7 % 31 - 15));
   for (int i = 0; i < 128; ++i) put(&right[i / 8][i % 8], float(i * 5 % 23 - 11));
-#define CASE(name) {#name, name}
-  const std::map<std::string, void (*)()> cases = {
-      CASE(sum_of_block), CASE(barrier_that_some_never_reach), CASE(two_barriers_at_once), CASE(shuffle_that_some_never_reach),
-      CASE(lanes_that_disagree_about_the_mask), CASE(lane_outside_its_own_mask), CASE(shuffle_from_outside_the_mask),
-      CASE(index_beyond_shared_memory), CASE(shared_memory_never_written), CASE(neighbour_read_without_a_barrier),
-      CASE(counter_that_is_not_atomic), CASE(copy_read_when_it_has_arrived), CASE(copy_read_too_early),
-      CASE(copy_that_nobody_waits_for), CASE(copy_to_a_crooked_address), CASE(matrix_at_a_crooked_address),
-      {"too_many_threads", sum_of_block}, {"too_much_shared_memory", sum_of_block},
-      {"product_by_columns", product_of_matrices<false>}, {"product_by_rows", product_of_matrices<true>}};
+#define CASE(name) \
+  {                \
+    #name, name    \
+  }
+  const std::map<std::string, void (*)()> cases = {CASE(sum_of_block),
+                                                   CASE(barrier_that_some_never_reach),
+                                                   CASE(two_barriers_at_once),
+                                                   CASE(shuffle_that_some_never_reach),
+                                                   CASE(lanes_that_disagree_about_the_mask),
+                                                   CASE(lane_outside_its_own_mask),
+                                                   CASE(shuffle_from_outside_the_mask),
+                                                   CASE(index_beyond_shared_memory),
+                                                   CASE(shared_memory_never_written),
+                                                   CASE(neighbour_read_without_a_barrier),
+                                                   CASE(counter_that_is_not_atomic),
+                                                   CASE(copy_read_when_it_has_arrived),
+                                                   CASE(copy_read_too_early),
+                                                   CASE(copy_that_nobody_waits_for),
+                                                   CASE(copy_to_a_crooked_address),
+                                                   CASE(matrix_at_a_crooked_address),
+                                                   {"too_many_threads", sum_of_block},
+                                                   {"too_much_shared_memory", sum_of_block},
+                                                   {"product_by_columns", product_of_matrices<false>},
+                                                   {"product_by_rows", product_of_matrices<true>}};
   const unsigned threads = name == "too_many_threads" ? 1056 : kThreads;
-  const size_t bytes = name == "too_much_shared_memory" ? 228 << 10 : name.starts_with("product") ? sizeof(Matrices) : sizeof(Memory);
+  const size_t bytes = name == "too_much_shared_memory" ? 228 << 10
+                       : name.starts_with("product")    ? sizeof(Matrices)
+                                                        : sizeof(Memory);
   launch(cases.at(name), dim3(1), dim3(threads), bytes, nullptr);
   if (name.starts_with("product")) return check_product();
   for (float x : result) printf("%g ", x);
