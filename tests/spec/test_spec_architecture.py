@@ -8,12 +8,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "inflection_fast"
-MEASURING, DECIDING = {"ops", "blocks", "timeline", "measure"}, {"timeline", "decide"}
+MEASURING, DECIDING = {"ops", "blocks", "timeline", "alerts", "measure"}, {"timeline", "decide"}
 ALL = MEASURING | DECIDING | {"act", "integrations", "report", "run"}
 TORCH = {"ops", "blocks", "measure", "act", "integrations", "run"}
 OWN = {  # part -> parts of ours that it may import; the table of docs/design.md
-    "ops": set(), "blocks": set(), "timeline": set(), "measure": MEASURING - {"measure"}, "decide": {"timeline"},
-    "act": {"blocks", "decide"}, "integrations": {"measure", "timeline"}, "report": DECIDING,
+    "ops": set(), "blocks": set(), "timeline": set(), "alerts": {"timeline"}, "measure": MEASURING - {"measure"}, "decide": {"timeline"},
+    "act": {"blocks", "decide"}, "integrations": {"measure", "timeline", "alerts"}, "report": DECIDING,
     "run": ALL - {"run"}, "cli": {"run", "report", "decide"},
     "__main__": {"cli"}, "__init__": ALL,
 }  # fmt: skip
