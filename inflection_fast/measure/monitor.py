@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..blocks import Block, find_blocks
 from ..timeline import Timeline, TimelineWriter
 from .config import MonitorConfig
+from .packet import Packet, row_of
 from .probe import Probe
 from .schedule import is_due
 from .taps import Taps
@@ -170,39 +171,35 @@ class Monitor:
 
     def _append(self, row: dict[str, np.ndarray]) -> None:
         if self._writer is None:
-            heads = row["entropy"].shape[1] if "entropy" in row else 1
+            heads = row["entropy"].shape[1]
             self._guarded(lambda: setattr(self, "_writer", self._opened(self._out, heads)))
             if self._writer is None:
                 self._writer = self._opened(None, heads)
         self._guarded(lambda: self._writer.append(self._step, **row))
 
     def _row(self, loss: float | Tensor | None, loss_scale: float | Tensor) -> dict[str, np.ndarray]:
-        """The signals of this step, packed on the device and copied at once."""
-        taps, signals = self._taps, {}
-        if taps.heads is not None:
-            signals |= taps.heads.value()
-        if "activation_grad" in self._config.signals:
-            signals["activation_grad"] = taps.activations.value() / loss_scale
-        if "parameter_grad" in self._config.signals:
-            signals["parameter_grad"] = taps.parameter_norms() / loss_scale
-        if self._probe is not None and is_due(self._step, self._config.probe_every or self._config.every):
-            signals["delta_cka"] = self._probe.delta_cka()
-        signals["loss"] = self._loss(loss)
-        packed = torch.cat([signal.detach().to(taps.device, torch.float64).reshape(-1) for signal in signals.values()])
-        numbers = packed.cpu().numpy()
-        row, start = {}, 0
-        for name, signal in signals.items():
-            row[name] = numbers[start : start + signal.numel()].reshape(signal.shape)
-            start += signal.numel()
-        return row
+        """The signals of this step: summed on the device, copied at once, finished on the host."""
+        packet = self._filled(loss, loss_scale)
+        return row_of(packet.sums.cpu().numpy(), packet.maxima.cpu().numpy(), packet.layers, packet.heads)
 
-    def _loss(self, loss: float | Tensor | None) -> Tensor:
-        if loss is None:
-            losses = [one.mean() for one in self._taps.losses]
-            return torch.stack(losses).mean() if losses else torch.tensor(torch.nan)
-        if isinstance(loss, Tensor):
-            return loss.detach().mean()
-        return torch.tensor(float(loss), dtype=torch.float64)
+    def _filled(self, loss: float | Tensor | None, loss_scale: float | Tensor) -> Packet:
+        """The local sums of this step."""
+        taps = self._taps
+        if taps.packet is None:
+            taps.allocate(_heads_of(self.blocks) or 1)
+        packet = taps.packet
+        taps.gather(loss_scale)
+        if self._probe is not None and is_due(self._step, self._config.probe_every or self._config.every):
+            packet["delta_cka"].copy_(self._probe.delta_cka())
+            packet["delta_cka_count"].fill_(1)
+        losses = [one.detach().mean() for one in ([loss] if isinstance(loss, Tensor) else taps.losses)]
+        if loss is not None and not isinstance(loss, Tensor):
+            packet["loss"].fill_(float(loss))
+            packet["loss_count"].fill_(1)
+        elif losses:
+            packet["loss"].copy_(torch.stack(losses).sum())
+            packet["loss_count"].fill_(len(losses))
+        return packet
 
     # ---- state -------------------------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from .. import ops
 from ..blocks import Block
 from .accumulators import GradientNorms, HeadMeans
 from .attention import AttentionCall, interfaces_of, seeing_interfaces, seeing_sdpa
+from .packet import Packet
 from .rows import ValidRows, decoder_layers
 from .schedule import RowSampler
 
@@ -66,7 +67,8 @@ class Taps:
         self._current: MicroBatch | None = None  # inside a training forward
         self._micro_batches: list[MicroBatch] = []
         self._layer: int | None = None  # of the block that is running
-        self.heads: HeadMeans | None = None  # made when the first call tells how many heads there are
+        self.packet: Packet | None = None  # made when the first call tells how many heads there are
+        self._heads: HeadMeans | None = None
         self.activations = GradientNorms(len(blocks), self.device)
         self.parameter_squares: Tensor | None = None  # [<= L], of the last backward pass
         self.losses: list[Tensor] = []  # what the model returned under the name "loss", per micro-batch
@@ -104,8 +106,8 @@ class Taps:
         self.activations.reset()
         self.losses = []
         self.seconds = 0.0
-        if self.heads is not None:
-            self.heads.reset()
+        if self.packet is not None:
+            self.packet.reset()
 
     @property
     def forwards(self) -> int:
@@ -243,22 +245,27 @@ class Taps:
             groups.setdefault((stats.entropy.shape, id(valid), id(strata)), []).append(layer)
         with torch.no_grad():
             for (shape, _, _), layers in groups.items():
-                if self.heads is None:
-                    self.heads = HeadMeans(len(self._blocks), shape[1], self.device)
                 self._check_heads(layers, shape[1])
                 if tuple(layers) not in self._indices:
                     self._indices[tuple(layers)] = torch.tensor(layers, device=self.device)
                 _, valid, strata = micro_batch.seen[layers[0]]
                 stats = [micro_batch.seen[layer][0] for layer in layers]
-                self.heads.push(self._indices[tuple(layers)], stats, valid, strata)
+                self._heads.push(self._indices[tuple(layers)], stats, valid, strata)
         micro_batch.seen.clear()
 
     def _check_heads(self, layers: list[int], heads: int) -> None:
-        if heads != self.heads.shape[1]:
+        if self.packet is None:
+            self.allocate(heads)
+        if heads != self.packet.heads:
             raise ValueError(
                 f"block {self._blocks[layers[0]].name!r} attends with {heads} heads, others with "
-                f"{self.heads.shape[1]}; measure blocks with equally many heads (MonitorConfig.blocks)"
+                f"{self.packet.heads}; measure blocks with equally many heads (MonitorConfig.blocks)"
             )
+
+    def allocate(self, heads: int) -> None:
+        """Make the packet, for blocks of so many heads."""
+        self.packet = Packet(len(self._blocks), heads, self.device)
+        self._heads = HeadMeans(self.packet["attention"], self.packet["max_logit"])
 
     # ---- backward ----------------------------------------------------------------------------------------------------
 
@@ -295,16 +302,19 @@ class Taps:
             self.parameter_squares = ops.sum_of_squares(gradients, groups)
         self.seconds += perf_counter() - started
 
-    def parameter_norms(self) -> Tensor:
-        """[L] float64, l2 norm of the gradient over each block's parameters; NaN where none is trainable."""
-        norms = torch.zeros(len(self._blocks), dtype=torch.float64, device=self.device)
-        if self.parameter_squares is None:
-            return norms.fill_(torch.nan)
-        norms[: len(self.parameter_squares)] = self.parameter_squares.double().sqrt()
-        frozen = [b.index for b in self._blocks if not any(p.requires_grad for p in b.module.parameters())]
-        if frozen:
-            norms[frozen] = torch.nan
-        return norms
+    # ---- the end of a step -------------------------------------------------------------------------------------------
+
+    def gather(self, loss_scale: float | Tensor) -> None:
+        """Write the sums that were kept elsewhere until now into the packet."""
+        packet, layers = self.packet, range(len(self._blocks))
+        packet["activation_squares"].copy_(self.activations.squares() / loss_scale**2)
+        packet["activation_count"].copy_(torch.tensor([float(layer in self.activations.seen) for layer in layers]))
+        if self.parameter_squares is not None:
+            # In float64 before the division: the square of a scale alone may leave float32.
+            squares = self.parameter_squares.double() / loss_scale**2
+            packet["parameter_squares"][: len(squares)] = squares
+            trainable = [any(p.requires_grad for p in block.module.parameters()) for block in self._blocks]
+            packet["parameter_count"].copy_(torch.tensor(trainable))
 
 
 @contextmanager

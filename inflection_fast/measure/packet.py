@@ -1,0 +1,107 @@
+"""What a measured step adds up to: one tensor of sums, one of maxima, and the row of a timeline that follows from them.
+
+The sums of pieces add and their maxima combine by max. So micro-batches, shards and ranks may cut a step anywhere: to
+join ranks is one all-reduce of each tensor, before they are copied to the host. What is not linear in the pieces (means,
+square roots, standard errors) is left to `row_of`, a pure function of the copied numbers.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["ATTENTION_SUMS", "Packet", "row_of"]
+
+# Per layer and head, over valid query rows: how many; of what; and the parts of the variance of the mean entropy, which
+# is quadratic in that mean and so needs three sums (of dy^2, dy dv and dv^2, see HeadMeans).
+ATTENTION_SUMS = ("count", "entropy", "collision", "sink", "yy", "yv", "vv")
+
+
+def _sum_shapes(layers: int, heads: int) -> dict[str, tuple[int, ...]]:
+    return {
+        "attention": (len(ATTENTION_SUMS), layers, heads),
+        "activation_squares": (layers,),  # squared l2 norms of dL/d(output of the block)
+        "parameter_squares": (layers,),  # squared l2 norms over the block's parameters
+        "delta_cka": (layers,),
+        "loss": (),
+        # How many pieces are in each of those; a value without any is NaN.
+        "activation_count": (layers,),
+        "parameter_count": (layers,),
+        "delta_cka_count": (layers,),
+        "loss_count": (),
+    }
+
+
+def _max_shapes(layers: int, heads: int) -> dict[str, tuple[int, ...]]:
+    return {"max_logit": (layers, heads)}
+
+
+class Packet:
+    """The local sums (float64) and maxima (float32) of one measured step, each one preallocated tensor with named views.
+
+    `packet["attention"]` is the view of that name: `attention` [7, L, H] in the order of `ATTENTION_SUMS`, `max_logit`
+    [L, H], `loss` and `loss_count` [], every other one [L]. Writing to a view writes to `sums` or `maxima`.
+    """
+
+    def __init__(self, layers: int, heads: int, device: torch.device | str):
+        self.layers, self.heads = layers, heads
+        sums, maxima = _sum_shapes(layers, heads), _max_shapes(layers, heads)
+        # float64: the variance of a mean is a small difference of large sums, and squares of scaled gradients are large
+        self.sums = torch.zeros(_size(sums), dtype=torch.float64, device=device)
+        self.maxima = torch.zeros(_size(maxima), dtype=torch.float32, device=device)
+        self._views = _views(self.sums, sums) | _views(self.maxima, maxima)
+        self.reset()
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._views[name]
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.sums.zero_()
+        self.maxima.fill_(-torch.inf)
+
+
+def row_of(sums: np.ndarray, maxima: np.ndarray, layers: int, heads: int) -> dict[str, np.ndarray]:
+    """The signals of a timeline, from the numbers of a `Packet` of that many layers and heads, on the host.
+
+    Entropy, collision and sink are means over valid query rows, and the standard error is that of a ratio of two
+    estimated totals, which is linearised at the mean. Gradient norms are roots of the summed squares; delta-CKA and the
+    loss are means over the pieces that have them. A signal without a single piece is NaN.
+    """
+    views = _views(sums, _sum_shapes(layers, heads)) | _views(maxima, _max_shapes(layers, heads))
+    sum_of = dict(zip(ATTENTION_SUMS, views["attention"], strict=True))
+    with np.errstate(invalid="ignore", over="ignore"):  # NaN and inf of a run that diverges are values like others
+        count = _where(sum_of["count"] > 0, sum_of["count"])
+        mean = sum_of["entropy"] / count
+        variance = sum_of["yy"] - 2 * mean * sum_of["yv"] + mean**2 * sum_of["vv"]
+        return {
+            "entropy": mean,
+            "entropy_se": np.sqrt(np.maximum(variance, 0)) / count,  # a sum of squares, but for rounding
+            "max_logit": _where(sum_of["count"] > 0, views["max_logit"].astype(np.float64)),
+            "collision": sum_of["collision"] / count,
+            "sink": sum_of["sink"] / count,
+            "activation_grad": _where(views["activation_count"] > 0, np.sqrt(views["activation_squares"])),
+            "parameter_grad": _where(views["parameter_count"] > 0, np.sqrt(views["parameter_squares"])),
+            "delta_cka": views["delta_cka"] / _where(views["delta_cka_count"] > 0, views["delta_cka_count"]),
+            "loss": views["loss"] / _where(views["loss_count"] > 0, views["loss_count"]),
+        }
+
+
+def _where(known: np.ndarray, values: np.ndarray) -> np.ndarray:
+    return np.where(known, values, np.nan)
+
+
+def _size(shapes: dict[str, tuple[int, ...]]) -> int:
+    return sum(map(math.prod, shapes.values()))
+
+
+def _views(flat, shapes: dict[str, tuple[int, ...]]) -> dict:
+    """Named pieces of `flat`, a tensor or an array, in order."""
+    views, start = {}, 0
+    for name, shape in shapes.items():
+        views[name] = flat[start : start + math.prod(shape)].reshape(shape)
+        start += math.prod(shape)
+    return views
