@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import FunctionType
 
 import torch
@@ -18,7 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .distributed import local_of
+
 __all__ = ["AttentionCall", "interfaces_of", "seeing_interfaces", "seeing_sdpa"]
+
+
+_HEADS = 1  # the dimension of queries [B, H, Tq, D]
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,18 @@ class AttentionCall:
     softcap: float | None = None
     sinks: Tensor | None = None  # [H]
     logits: Tensor | None = None  # [B, H, Tq, Tk], finished scores where the caller had them; key is then unused
+
+    def here(self) -> AttentionCall:
+        """This rank's part of a call on DTensors, which may be sharded by heads. `ValueError` for others."""
+        if type(self.query) is Tensor or not hasattr(self.query, "placements"):
+            return self
+        if any(place.is_partial() or (place.is_shard() and place.dim != _HEADS) for place in self.query.placements):
+            raise ValueError(
+                f"attention on queries placed as {self.query.placements} over ranks cannot be measured: heads may be "
+                "sharded, batch and sequence may not"
+            )
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return AttentionCall(**{name: local_of(v) if isinstance(v, Tensor) else v for name, v in values.items()})
 
 
 See = Callable[[nn.Module | None, AttentionCall], None]  # the attention module, where it is known, and its call

@@ -16,9 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..alerts import Alert, AlertConfig, AlertWatch, log_alerts, measurements_of
 from ..blocks import Block, find_blocks
 from ..timeline import Timeline, TimelineWriter
 from .config import MonitorConfig
+from .distributed import Layout, Ranks, world_size
 from .packet import Packet, row_of
 from .probe import Probe
 from .schedule import is_due
@@ -57,6 +59,13 @@ class Monitor:
         out: folder of the timeline; None: kept in memory only.
         probe: list of model inputs (dicts of tensors) for delta-CKA; without it that signal is NaN.
         start_step: the first optimizer step of this run; above 0 the timeline in `out` is continued from there.
+        alerts: what is logged as a warning when it goes wrong (`inflection_fast.alerts`); None: nothing.
+        on_alert: called with the alerts of a measured step, where there are any; what it raises is logged.
+        rank_timeout_s: how long a measured step waits for the other ranks before this one measures on its own.
+
+    Where torch.distributed is in use, every rank enters its Monitor and calls `step`. The values are those of the whole
+    batch on all ranks; rank 0 keeps the file, logs alerts and calls `on_alert` (DDP, FSDP2 and tensor parallelism by
+    DTensor; the loss of the whole is taken to be the mean of the ranks' losses).
 
     Raises:
         TypeError: `model` is no module, or an argument is of another type.
@@ -72,6 +81,9 @@ class Monitor:
         *,
         probe: Sequence[dict] | None = None,
         start_step: int = 0,
+        alerts: AlertConfig | None = AlertConfig(),  # noqa: B008  (frozen)
+        on_alert: Callable[[list[Alert]], None] | None = None,
+        rank_timeout_s: float = 300.0,
     ):
         if not isinstance(config, MonitorConfig):
             raise TypeError(f"config: expected a MonitorConfig, got {type(config).__name__}")
@@ -80,7 +92,13 @@ class Monitor:
         self.blocks: list[Block] = find_blocks(model, config.blocks)
         _refuse_unmeasurable(model)
         self._model, self._config = model, config
-        self._out = None if out is None or not _writes() else Path(out)
+        self._out = None if out is None else Path(out)
+        self._watch = None if alerts is None else AlertWatch(alerts)
+        self._history = 0 if alerts is None else alerts.history
+        self._on_alert = on_alert
+        self._rank_timeout_s = rank_timeout_s
+        self._ranks: Ranks | None = None
+        self._layout = Layout()
         self._step = operator.index(start_step)
         self._resume_at = self._step or None
         tapped = [signal for signal in config.signals if signal != "delta_cka"]
@@ -90,6 +108,7 @@ class Monitor:
         self._writer: TimelineWriter | None = None
         self._open = self._closed = False
         self._measuring = False  # hooks are attached
+        self._seen = True  # the measured step has values
         self._warned: set[str] = set()
 
     # ---- attaching and detaching -------------------------------------------------------------------------------------
@@ -97,9 +116,19 @@ class Monitor:
     def __enter__(self) -> Monitor:
         if self._open or self._closed:
             raise RuntimeError("a Monitor is entered once; make another one to measure again")
-        heads = _heads_of(self.blocks)
-        if heads is not None:  # else the first call of attention tells
-            self._writer = self._opened(self._out, heads)
+        heads, error = _heads_of(self.blocks), None
+        if world_size() > 1:
+            self._ranks = Ranks(self._model, self._rank_timeout_s)
+            self._out = self._out if self._ranks.writes else None
+        try:
+            if heads is not None and (self._ranks is None or not self._ranks.divide_batches):
+                self._writer = self._opened(self._out, heads)
+        except ValueError as refused:
+            if self._ranks is None:
+                raise
+            error = refused
+        if self._ranks is not None:
+            self._agree(heads, error)
         self._open = True
         try:
             self._take_reference()
@@ -108,6 +137,18 @@ class Monitor:
             self.close()
             raise
         return self
+
+    def _agree(self, heads: int | None, error: ValueError | None) -> None:
+        """All ranks measure the same way, or none does."""
+        facts = {
+            "blocks": [block.name for block in self.blocks],
+            "heads": heads,
+            "config": dataclasses.asdict(self._config),
+            "start_step": self._step,
+            "probe": self._probe is not None,
+        }
+        self._layout = self._ranks.agree(self.blocks, facts, None if error is None else str(error))
+        self._taps.share(self._layout)
 
     def __exit__(self, *exception) -> None:
         self.close()
@@ -122,7 +163,11 @@ class Monitor:
 
     def _opened(self, folder: Path | None, heads: int) -> TimelineWriter:
         layers, meta = [block.name for block in self.blocks], _meta(self._model, self._config)
-        return TimelineWriter(folder, layers=layers, heads=heads, meta=meta, resume_at=self._resume_at)
+        writer = TimelineWriter(folder, layers=layers, heads=heads, meta=meta, resume_at=self._resume_at)
+        if self._watch is not None:
+            for step, row in measurements_of(writer.timeline, last=self._history):
+                self._watch.push(step, row)  # told before, by the run that is resumed
+        return writer
 
     def _arm(self) -> None:
         self._measuring = is_due(self._step, self._config.every)
@@ -162,7 +207,8 @@ class Monitor:
             self._taps.detach()
             self._measuring = False
             started = perf_counter()
-            self._check_seen()
+            if self._ranks is None:
+                self._check_seen()
             row = self._row(loss, loss_scale)
             row["measure_ms"] = 1e3 * (self._taps.seconds + perf_counter() - started)
             self._append(row)
@@ -176,11 +222,26 @@ class Monitor:
             if self._writer is None:
                 self._writer = self._opened(None, heads)
         self._guarded(lambda: self._writer.append(self._step, **row))
+        if self._watch is not None and self._seen:
+            found = self._watch.push(self._step, row)
+            if self._layout.writes:
+                log_alerts(found, self._on_alert)
 
     def _row(self, loss: float | Tensor | None, loss_scale: float | Tensor) -> dict[str, np.ndarray]:
         """The signals of this step: summed on the device, copied at once, finished on the host."""
         packet = self._filled(loss, loss_scale)
+        if self._ranks is not None:
+            packet = self._joined(packet)
         return row_of(packet.sums.cpu().numpy(), packet.maxima.cpu().numpy(), packet.layers, packet.heads)
+
+    def _joined(self, packet: Packet) -> Packet:
+        """The sums of all ranks, on the host."""
+        whole = packet.on_host()
+        self._layout.weigh(whole, self._taps.sharded_outputs)
+        if not self._ranks.join(self._step, whole):
+            self._layout.forget_norms(whole)
+        self._check_counted(whole)
+        return whole
 
     def _filled(self, loss: float | Tensor | None, loss_scale: float | Tensor) -> Packet:
         """The local sums of this step."""
@@ -220,7 +281,7 @@ class Monitor:
     def _check_seen(self) -> None:
         """A step whose forward or backward went by unseen must not pass for one that was measured."""
         taps, signals = self._taps, self._config.signals
-        missing = None
+        self._seen, missing = True, None
         if not taps.forwards:
             missing = "no training forward of the monitored model: give Monitor the object that the loop calls"
         elif not taps.backwards and ("activation_grad" in signals or "parameter_grad" in signals):
@@ -228,10 +289,23 @@ class Monitor:
         if missing is not None:
             if self._writer is None or not len(self.timeline.steps):
                 raise RuntimeError(f"the first measured step ({self._step}) saw {missing}")
+            self._seen = False
             self._warn("unseen", f"measured step {self._step} saw {missing}; its values are NaN")
         elif "activation_grad" in signals and taps.unreached:
             names = [self.blocks[layer].name for layer in taps.unreached]
             self._warn("unreached", f"no gradient reached the outputs of {names}; their activation_grad is NaN")
+
+    def _check_counted(self, packet: Packet) -> None:
+        """The same for several ranks, of which some may have had no batch: judged by what they counted together."""
+        counts = {"attention": packet["attention"][0], "activation_grad": packet["activation_count"]}
+        unseen = [name for name in self._config.signals if name in counts and not counts[name].any()]
+        if unseen and not self._ranks.lost:
+            message = f"nothing of {unseen} on any rank: give Monitor the object that the loop calls, and call step() "
+            message += "after backward()"
+            if self._writer is None or not len(self.timeline.steps):
+                raise RuntimeError(f"the first measured step ({self._step}) saw {message}")
+            self._warn("unseen", f"measured step {self._step} saw {message}; its values are NaN")
+        self._seen = not unseen
 
     def _guarded(self, write: Callable[[], None]) -> None:
         """Run a write to the disk. A disk that refuses costs the file, not the training: rows are kept in memory."""
@@ -257,12 +331,6 @@ def _refuse_unmeasurable(model: nn.Module) -> None:
                 f"model: {where} compiled, and hooks on a compiled module never fire; measure the model before "
                 "torch.compile, or a run without it"
             )
-
-
-def _writes() -> bool:
-    # Several processes measure their own share of the batch, one of them keeps the file.
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return not distributed or torch.distributed.get_rank() == 0
 
 
 def _heads_of(blocks: Sequence[Block]) -> int | None:

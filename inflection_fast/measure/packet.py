@@ -58,6 +58,13 @@ class Packet:
     def __getitem__(self, name: str) -> Tensor:
         return self._views[name]
 
+    def on_host(self) -> Packet:
+        """A copy in the memory of the host."""
+        copy = Packet(self.layers, self.heads, "cpu")
+        copy.sums.copy_(self.sums)
+        copy.maxima.copy_(self.maxima)
+        return copy
+
     def reset(self) -> None:
         """Forget everything."""
         self.sums.zero_()

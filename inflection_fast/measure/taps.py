@@ -22,6 +22,7 @@ from .. import ops
 from ..blocks import Block
 from .accumulators import GradientNorms, HeadMeans
 from .attention import AttentionCall, interfaces_of, seeing_interfaces, seeing_sdpa
+from .distributed import Layout, is_sharded, local_of
 from .packet import Packet
 from .rows import ValidRows, decoder_layers
 from .schedule import RowSampler
@@ -41,6 +42,7 @@ class MicroBatch:
         self.entered: set[int] = set()  # layers whose block ran
         self.seen: dict[int, tuple] = {}  # layer -> (statistics [B, H, R], valid rows [B, R], strata)
         self.strata: dict[int, object] = {}  # query length -> positions, shared by all layers
+        self.split_lengths: dict[int, int] = {}  # layer -> query length, where ranks share the batch
         self.awaits_gradient: set[int] = set()  # layers whose output has a hook
         self.went_back = False  # a backward pass went through it
         self.reads_parameters = False  # an engine callback is on its way
@@ -67,12 +69,19 @@ class Taps:
         self._current: MicroBatch | None = None  # inside a training forward
         self._micro_batches: list[MicroBatch] = []
         self._layer: int | None = None  # of the block that is running
+        self._layout = Layout()
+        self.sharded_outputs: set[int] = set()  # layers whose output the ranks of one batch have split
         self.packet: Packet | None = None  # made when the first call tells how many heads there are
-        self._heads: HeadMeans | None = None
+        self._heads: dict[bool, HeadMeans] = {}  # by whether the heads of the layer are divided among ranks
         self.activations = GradientNorms(len(blocks), self.device)
         self.parameter_squares: Tensor | None = None  # [<= L], of the last backward pass
         self.losses: list[Tensor] = []  # what the model returned under the name "loss", per micro-batch
         self.seconds = 0.0  # host time spent in here since `attach`
+
+    def share(self, layout: Layout) -> None:
+        """Measure as one of several ranks."""
+        self._layout = layout
+        self._sampler.share = (layout.data_rank, layout.data)
 
     # ---- the length of a step ----------------------------------------------------------------------------------------
 
@@ -219,7 +228,10 @@ class Taps:
                 f"attention of block {self._blocks[layer].name!r}: expected queries [B, H, T, D], got shape "
                 f"{tuple(call.query.shape)}"
             )
+        call = call.here()
         length = call.query.shape[2]
+        if self._layout.tensor > 1:
+            micro_batch.split_lengths[layer] = length
         if length not in micro_batch.strata:
             micro_batch.strata[length] = self._sampler.draw(length)
         strata = micro_batch.strata[length]
@@ -242,15 +254,16 @@ class Taps:
     def _accumulate(self, micro_batch: MicroBatch) -> None:
         groups: dict[tuple, list[int]] = {}
         for layer, (stats, valid, strata) in micro_batch.seen.items():
-            groups.setdefault((stats.entropy.shape, id(valid), id(strata)), []).append(layer)
+            sharded = layer in self._layout.sharded_heads
+            groups.setdefault((stats.entropy.shape, sharded, id(valid), id(strata)), []).append(layer)
         with torch.no_grad():
-            for (shape, _, _), layers in groups.items():
-                self._check_heads(layers, shape[1])
+            for (shape, sharded, _, _), layers in groups.items():
+                self._check_heads(layers, shape[1] * (self._layout.tensor if sharded else 1))
                 if tuple(layers) not in self._indices:
                     self._indices[tuple(layers)] = torch.tensor(layers, device=self.device)
                 _, valid, strata = micro_batch.seen[layers[0]]
                 stats = [micro_batch.seen[layer][0] for layer in layers]
-                self._heads.push(self._indices[tuple(layers)], stats, valid, strata)
+                self._heads[sharded].push(self._indices[tuple(layers)], stats, valid, strata)
         micro_batch.seen.clear()
 
     def _check_heads(self, layers: list[int], heads: int) -> None:
@@ -263,17 +276,22 @@ class Taps:
             )
 
     def allocate(self, heads: int) -> None:
-        """Make the packet, for blocks of so many heads."""
+        """Make the packet, for blocks of so many heads on all ranks together."""
         self.packet = Packet(len(self._blocks), heads, self.device)
-        self._heads = HeadMeans(self.packet["attention"], self.packet["max_logit"])
+        here = heads // self._layout.tensor
+        first = here * self._layout.tensor_rank
+        for sharded, part in ((False, slice(None)), (True, slice(first, first + here))):
+            self._heads[sharded] = HeadMeans(self.packet["attention"][..., part], self.packet["max_logit"][..., part])
 
     # ---- backward ----------------------------------------------------------------------------------------------------
 
     def _gradient_arrives(self, micro_batch: MicroBatch, layer: int, gradient: Tensor) -> None:
         if micro_batch.live:
             started = perf_counter()
+            if is_sharded(gradient) or gradient.shape[1] * self._layout.tensor == micro_batch.split_lengths.get(layer):
+                self.sharded_outputs.add(layer)
             with torch.no_grad():
-                self.activations.push(micro_batch.index, layer, gradient)
+                self.activations.push(micro_batch.index, layer, local_of(gradient))
             self.seconds += perf_counter() - started
         self._backward_begins(micro_batch, gradient)  # for a loss that is computed from something else than the outputs
 
@@ -299,7 +317,7 @@ class Taps:
                     groups.append(block.index)
         if gradients:
             # Gradients add up over micro-batches, so the last backward pass of a step has them whole.
-            self.parameter_squares = ops.sum_of_squares(gradients, groups)
+            self.parameter_squares = self._layout.parameter_squares(gradients, groups)
         self.seconds += perf_counter() - started
 
     # ---- the end of a step -------------------------------------------------------------------------------------------
@@ -310,8 +328,7 @@ class Taps:
         packet["activation_squares"].copy_(self.activations.squares() / loss_scale**2)
         packet["activation_count"].copy_(torch.tensor([float(layer in self.activations.seen) for layer in layers]))
         if self.parameter_squares is not None:
-            # In float64 before the division: the square of a scale alone may leave float32.
-            squares = self.parameter_squares.double() / loss_scale**2
+            squares = self.parameter_squares / loss_scale**2
             packet["parameter_squares"][: len(squares)] = squares
             trainable = [any(p.requires_grad for p in block.module.parameters()) for block in self._blocks]
             packet["parameter_count"].copy_(torch.tensor(trainable))
