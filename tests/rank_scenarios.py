@@ -117,7 +117,6 @@ def _fully_sharded(model, blocks, mesh=None):
 def fsdp(out):
     batches, probe = batches_of("llama")
     model = model_of("llama")
-    model.model.norm.weight.requires_grad_(False)
     return as_json(train(_fully_sharded(model, model.model.layers), batches, probe, parts_of=mine, out=out / "run"))
 
 
