@@ -10,7 +10,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from inflection_fast.measure import Monitor, MonitorConfig
-from inflection_fast.measure.taps import loss_of
+from inflection_fast.measure.arguments import loss_of
 from inflection_fast.timeline import Timeline
 
 __all__ = ["InflectionCallback"]

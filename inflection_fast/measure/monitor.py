@@ -6,21 +6,22 @@ import dataclasses
 import logging
 import operator
 import os
+import weakref
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..blocks import Block, find_blocks
 from ..timeline import Timeline, TimelineWriter
 from .config import MonitorConfig
-from .packet import Packet, row_of
+from .packet import Packet
 from .probe import Probe
+from .recorder import Recorder, WarnOnce
 from .schedule import is_due
 from .taps import Taps
 
@@ -88,18 +89,21 @@ class Monitor:
         measures_probe = probe is not None and "delta_cka" in config.signals
         self._probe = Probe(model, self.blocks, probe, config) if measures_probe else None
         self._writer: TimelineWriter | None = None
+        self._recorder: Recorder | None = None  # made when the first measured step tells the number of heads
         self._open = self._closed = False
         self._measuring = False  # hooks are attached
-        self._warned: set[str] = set()
+        self._proven = self._step > 0  # a step was measured: what fails from now on must not stop the training
+        self._owner = os.getpid()
+        self._warn = WarnOnce(logger)
 
     # ---- attaching and detaching -------------------------------------------------------------------------------------
 
     def __enter__(self) -> Monitor:
         if self._open or self._closed:
             raise RuntimeError("a Monitor is entered once; make another one to measure again")
-        heads = _heads_of(self.blocks)
-        if heads is not None:  # else the first call of attention tells
-            self._writer = self._opened(self._out, heads)
+        self._heads = _heads_of(self.blocks)
+        if self._heads is not None:  # else the first call of attention tells
+            self._writer = self._opened(self._out, self._heads)
         self._open = True
         try:
             self._take_reference()
@@ -113,11 +117,13 @@ class Monitor:
         self.close()
 
     def close(self) -> None:
-        """Detach everything and close the timeline; what was measured stays in `timeline`. Safe to call twice."""
+        """Detach everything, finish and close the timeline, which stays readable. Safe to call twice."""
         self._taps.detach()
         self._measuring = self._open = False
         self._closed = True
-        if self._writer is not None:
+        if self._recorder is not None:
+            self._recorder.close()
+        elif self._writer is not None and os.getpid() == self._owner:
             self._guarded(self._writer.close)
 
     def _opened(self, folder: Path | None, heads: int) -> TimelineWriter:
@@ -127,6 +133,8 @@ class Monitor:
     def _arm(self) -> None:
         self._measuring = is_due(self._step, self._config.every)
         if self._measuring:
+            if self._recorder is not None:
+                self._recorder.before_overwriting()
             self._taps.attach(self._step)
 
     def _take_reference(self) -> None:
@@ -147,7 +155,8 @@ class Monitor:
     def step(self, loss: float | Tensor | None = None, *, loss_scale: float | Tensor = 1.0) -> None:
         """End one optimizer step; call it after the last backward pass and before the gradients are cleared.
 
-        On a measured step this reads the buffers (the only synchronisation with the device) and appends one row.
+        On a measured step this starts a copy of what was summed up on the device, and a thread of the monitor's own
+        appends it to the timeline: nothing here waits for the device or the disk. Other steps do nothing.
 
         Args:
             loss: of this step; None: the mean of the `loss` that the model returned, NaN if it returned none.
@@ -161,33 +170,32 @@ class Monitor:
         if self._measuring:
             self._taps.detach()
             self._measuring = False
-            started = perf_counter()
+            began = perf_counter() - self._taps.seconds
             self._check_seen()
-            row = self._row(loss, loss_scale)
-            row["measure_ms"] = 1e3 * (self._taps.seconds + perf_counter() - started)
-            self._append(row)
+            self._record(self._filled(loss, loss_scale), began)
+            self._proven = True
         self._step += 1
         self._arm()
 
-    def _append(self, row: dict[str, np.ndarray]) -> None:
-        if self._writer is None:
-            heads = row["entropy"].shape[1]
-            self._guarded(lambda: setattr(self, "_writer", self._opened(self._out, heads)))
+    def _record(self, packet: Packet, began: float) -> None:
+        if self._recorder is None:
             if self._writer is None:
-                self._writer = self._opened(None, heads)
-        self._guarded(lambda: self._writer.append(self._step, **row))
-
-    def _row(self, loss: float | Tensor | None, loss_scale: float | Tensor) -> dict[str, np.ndarray]:
-        """The signals of this step: summed on the device, copied at once, finished on the host."""
-        packet = self._filled(loss, loss_scale)
-        return row_of(packet.sums.cpu().numpy(), packet.maxima.cpu().numpy(), packet.layers, packet.heads)
+                self._guarded(lambda: setattr(self, "_writer", self._opened(self._out, packet.heads)))
+            if self._writer is None:
+                self._writer = self._opened(None, packet.heads)
+            self._recorder = Recorder(self._writer, packet, self._warn)
+            # Whoever forgets to close loses nothing at the end of the process, and keeps no thread for ever.
+            weakref.finalize(self, self._recorder.close)
+        self._recorder.record(self._step, began)
 
     def _filled(self, loss: float | Tensor | None, loss_scale: float | Tensor) -> Packet:
         """The local sums of this step."""
         taps = self._taps
         if taps.packet is None:
-            taps.allocate(_heads_of(self.blocks) or 1)
+            taps.allocate(self._heads or 1)
         packet = taps.packet
+        if self._heads not in (None, packet.heads):
+            raise ValueError(f"attention has {packet.heads} heads, where the first block states {self._heads}")
         taps.gather(loss_scale)
         if self._probe is not None and is_due(self._step, self._config.probe_every or self._config.every):
             packet["delta_cka"].copy_(self._probe.delta_cka())
@@ -208,7 +216,14 @@ class Monitor:
         """All that was measured so far. `RuntimeError` before the context is entered."""
         if self._writer is None:
             raise RuntimeError("Monitor.timeline before the context was entered: nothing was measured")
+        if self._recorder is not None:
+            self._recorder.drain()
         return self._writer.timeline
+
+    @property
+    def dropped(self) -> int:
+        """How many measured steps are missing from the timeline because it could not be written fast enough."""
+        return 0 if self._recorder is None else self._recorder.dropped
 
     @property
     def measuring(self) -> bool:
@@ -226,7 +241,7 @@ class Monitor:
         elif not taps.backwards and ("activation_grad" in signals or "parameter_grad" in signals):
             missing = "no backward pass through the model's outputs: call step() after backward()"
         if missing is not None:
-            if self._writer is None or not len(self.timeline.steps):
+            if not self._proven:
                 raise RuntimeError(f"the first measured step ({self._step}) saw {missing}")
             self._warn("unseen", f"measured step {self._step} saw {missing}; its values are NaN")
         elif "activation_grad" in signals and taps.unreached:
@@ -239,11 +254,6 @@ class Monitor:
             write()
         except OSError as error:
             self._warn("disk", f"{self._out}: {error}; measuring goes on in memory")
-
-    def _warn(self, kind: str, message: str) -> None:
-        if kind not in self._warned:
-            self._warned.add(kind)
-            logger.warning("%s", message)
 
 
 def _refuse_unmeasurable(model: nn.Module) -> None:

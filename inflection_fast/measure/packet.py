@@ -1,8 +1,8 @@
 """What a measured step adds up to: one tensor of sums, one of maxima, and the row of a timeline that follows from them.
 
-The sums of pieces add and their maxima combine by max. So micro-batches, shards and ranks may cut a step anywhere: to
-join ranks is one all-reduce of each tensor, before they are copied to the host. What is not linear in the pieces (means,
-square roots, standard errors) is left to `row_of`, a pure function of the copied numbers.
+The sums of pieces add and their maxima combine by max, so micro-batches, shards and ranks may cut a step anywhere: to
+join ranks is one all-reduce of each tensor, before they are copied to the host. What is not linear in the pieces
+(means, square roots, standard errors) is left to `row_of`, a pure function of the copied numbers.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _max_shapes(layers: int, heads: int) -> dict[str, tuple[int, ...]]:
 
 
 class Packet:
-    """The local sums (float64) and maxima (float32) of one measured step, each one preallocated tensor with named views.
+    """The local sums (float64) and maxima (float32) of a measured step: two preallocated tensors with named views.
 
     `packet["attention"]` is the view of that name: `attention` [7, L, H] in the order of `ATTENTION_SUMS`, `max_logit`
     [L, H], `loss` and `loss_count` [], every other one [L]. Writing to a view writes to `sums` or `maxima`.

@@ -156,7 +156,7 @@ def test_no_file_is_longer_than_its_budget():
 
 # (file, name of the enclosing function) -> why a number may come to the host there.
 HOST_READS = {
-    ("measure/monitor.py", "_row"): "the one copy of a measured step, of everything at once",
+    ("measure/recorder.py", "_row"): "the one copy of a measured step, on a thread that nobody waits for",
     ("measure/overhead.py", "_forward_backward"): "a stopwatch has to wait for the device",
     ("measure/probe.py", "save"): "the reference goes to a file once, at entering",
 }
