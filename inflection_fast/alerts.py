@@ -102,6 +102,8 @@ class AlertWatch:
     def push(self, step: int, signals: Mapping[str, np.ndarray]) -> list[Alert]:
         """Look at one measurement: arrays [L, H], [L] or scalars by the names of the timeline, missing ones ignored."""
         signals = {name: np.asarray(value, np.float64) for name, value in signals.items()}
+        if signals.get("skipped", 0) == 1:  # by a gradient scaler that tries its scale out
+            signals = {name: value for name, value in signals.items() if name not in _GRADIENTS}
         found = []
         for kind, signal, holds, limit in self._judged(signals):
             n = 1 if kind == "not_finite" else self._config.measurements
@@ -213,7 +215,7 @@ def find_alerts(
 
 def measurements_of(timeline: Timeline, last: int | None = None) -> Iterable[tuple[int, dict[str, np.ndarray]]]:
     """(step, signals by name) of every measurement, or of the `last` ones only."""
-    names = {"entropy", "max_logit", *_FINITE}
+    names = {"max_logit", "skipped", *_FINITE}
     first = 0 if last is None else max(0, len(timeline.steps) - last)
     for i in range(first, len(timeline.steps)):
         yield int(timeline.steps[i]), {name: getattr(timeline, name)[i] for name in names}

@@ -1,7 +1,7 @@
 """What one of two processes does in the tests of distributed measuring; run as a script, one process per rank.
 
-Every scenario measures a tiny model and leaves its timeline, or what it raised, as JSON in the output folder. `whole` is
-the same training in one process on the whole batch.
+Every scenario measures a tiny model and leaves its timeline, or what it raised, as JSON in the output folder. `whole`
+is the same training in one process on the whole batch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from inflection_fast.timeline import HEAD_SIGNALS, LAYER_SIGNALS
 BATCH, LENGTH, STEPS = 4, 12, 4
 CONFIG = MonitorConfig(every=2, rows=None)
 SAMPLED = MonitorConfig(every=2, rows=4)
-SIGNALS = (*HEAD_SIGNALS, *LAYER_SIGNALS, "loss")
+SIGNALS = tuple(name for name in (*HEAD_SIGNALS, *LAYER_SIGNALS, "loss") if not name.startswith("probe_"))
 
 
 def model_of(name):
@@ -176,8 +176,9 @@ def one_rank_without_a_batch(out):
 
 
 def no_rank_with_a_batch(out):
-    with Monitor(model_of("bert"), CONFIG) as monitor:
+    with warnings_of_monitors() as messages, Monitor(model_of("bert"), CONFIG) as monitor:
         monitor.step()
+    return as_json(monitor.timeline) | {"messages": messages}
 
 
 def other_config(out):
@@ -211,7 +212,7 @@ def trainer(out):
 
     from inflection_fast import InflectionCallback
 
-    batches, probe = batches_of("bert")
+    batches, probe = batches_of("llama")
     # Accelerate deals out whole batches in turn: two ranks take the first and the second half of each step.
     items = [{name: value[i] for name, value in batch.items()} for batch in batches for i in range(BATCH)]
     arguments = TrainingArguments(
@@ -226,7 +227,7 @@ def trainer(out):
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
     with InflectionCallback(MonitorConfig(every=STEPS, rows=None), out / "run", probe=probe) as callback:
-        training = InOrder(model=model_of("bert"), args=arguments, train_dataset=items, callbacks=[callback])
+        training = InOrder(model=model_of("llama"), args=arguments, train_dataset=items, callbacks=[callback])
         training.remove_callback(PrinterCallback)
         training.train()
     return as_json(callback.timeline) | {"world": training.accelerator.num_processes}
@@ -239,13 +240,14 @@ def _alone_from(step, out, leave, timeout_s):
     """Independent training on each rank, of which rank 1 leaves at `step`."""
     batches, _ = batches_of("bert")
     model = model_of("bert")
-    messages, waits = [], []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())
-    logging.getLogger("inflection_fast").addHandler(handler)
-    with Monitor(model, MonitorConfig(every=1, rows=None), out / "run", rank_timeout_s=timeout_s) as monitor:
+    waits = []
+    with (
+        warnings_of_monitors() as messages,
+        Monitor(model, MonitorConfig(every=1, rows=None), out / "run", rank_timeout_s=timeout_s) as monitor,
+    ):
         for number, batch in enumerate(batches):
             if number == step and dist.get_rank() == 1:
+                monitor.timeline  # noqa: B018  (what came before has been joined)
                 leave()
                 return None
             model(**mine(batch)[0]).loss.backward()
@@ -253,8 +255,19 @@ def _alone_from(step, out, leave, timeout_s):
             monitor.step()
             waits.append(time.monotonic() - started)
             model.zero_grad()
-    logging.getLogger("inflection_fast").removeHandler(handler)
     return as_json(monitor.timeline) | {"messages": messages, "waits": waits}
+
+
+@contextlib.contextmanager
+def warnings_of_monitors():
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logging.getLogger("inflection_fast").addHandler(handler)
+    try:
+        yield messages
+    finally:
+        logging.getLogger("inflection_fast").removeHandler(handler)
 
 
 def late_rank(out):

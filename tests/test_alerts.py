@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from inflection_fast.alerts import ALERT_KINDS, AlertConfig, AlertWatch, alert_lines, find_alerts, log_alerts
-from inflection_fast.timeline import HEAD_SIGNALS, Timeline
+from inflection_fast.timeline import HEAD_SIGNALS, LAYER_SIGNALS, STEP_SIGNALS, Timeline
 
 L, H = 6, 4
 
@@ -21,19 +21,15 @@ def healthy(steps=200, seed=0, noise=0.3, every=10):
         name: np.exp(decay + depth + noise * (rng.normal(size=(steps, 1)) + rng.normal(size=(steps, L))))
         for name in ("activation_grad", "parameter_grad")
     }
-    heads = {name: np.zeros((steps, L, H)) for name in HEAD_SIGNALS}
-    heads["entropy"] = 0.3 + np.linspace(3, 0.2, steps)[:, None, None] * rng.uniform(0.5, 1, (steps, L, H))
-    heads["max_logit"] = np.linspace(5, 60, steps)[:, None, None] + rng.normal(size=(steps, L, H))
-    return Timeline(
-        steps=np.arange(steps) * every,
-        **heads,
-        **norms,
-        delta_cka=np.full((steps, L), np.nan),
-        loss=3 * np.exp(0.1 * rng.normal(size=steps)),
-        measure_ms=np.ones(steps),
-        layers=[f"block.{i}" for i in range(L)],
-        meta={},
-    )
+    heads = {
+        "entropy": 0.3 + np.linspace(3, 0.2, steps)[:, None, None] * rng.uniform(0.5, 1, (steps, L, H)),
+        "max_logit": np.linspace(5, 60, steps)[:, None, None] + rng.normal(size=(steps, L, H)),
+    }
+    signals = norms | heads | {"loss": 3 * np.exp(0.1 * rng.normal(size=steps))}
+    shapes = [(HEAD_SIGNALS, (steps, L, H)), (LAYER_SIGNALS, (steps, L)), (STEP_SIGNALS, (steps,))]
+    others = {name: np.full(shape, np.nan) for names, shape in shapes for name in names}
+    layers = [f"block.{i}" for i in range(L)]
+    return Timeline(steps=np.arange(steps) * every, **(others | signals), layers=layers, meta={})
 
 
 def told(alerts):
@@ -154,6 +150,17 @@ def test_numbers_that_are_lost_are_told_at_once():
         (620, "not_finite", "entropy", 1, 1),
     ]
     assert find_alerts(run)[0].message == "Step 600: loss of the step is nan."
+
+
+def test_gradients_of_a_step_that_a_scaler_skips_are_not_judged():
+    run = healthy()
+    run.skipped[:] = 0
+    run.skipped[120:126] = 1
+    run.activation_grad[120:126] = np.inf
+    run.parameter_grad[120:126] *= 1e9
+    assert find_alerts(run) == []
+    run.skipped[:] = 0
+    assert {alert.kind for alert in find_alerts(run)} == {"exploding_gradient", "not_finite"}
 
 
 def test_a_noisy_block_needs_more_than_a_quiet_one():

@@ -24,7 +24,7 @@ def signals_of(step):
     rng = np.random.default_rng(step)
     values = {name: rng.normal(size=(3, HEADS)) for name in HEAD_SIGNALS}
     values |= {name: rng.normal(size=3) for name in LAYER_SIGNALS}
-    return values | {"loss": rng.normal(), "measure_ms": rng.random()}
+    return values | {name: rng.random() for name in STEP_SIGNALS}
 
 
 def writer(folder, **options):
@@ -157,7 +157,7 @@ class Bomb:
         b"\xff\xff\xff\xff" + np.random.default_rng(1).bytes(4096),
         pickle.dumps(Bomb()),
         arrow_stream({"a": [1, 2]}),
-        arrow_stream({"a": [1, 2]}, {"inflection_fast": '{"format": 1, "layers": ["x"], "heads": 1}'}),
+        arrow_stream({"a": [1, 2]}, {"inflection_fast": '{"format": 2, "layers": ["x"], "heads": 1}'}),
         arrow_stream({"a": [1, 2]}, {"inflection_fast": "[1]"}),
     ],
     ids=["empty", "random", "random after a magic", "pickle", "other Arrow", "other columns", "other metadata"],
@@ -193,8 +193,8 @@ def test_resuming_never_writes_into_the_file_that_others_read(tmp_path):
 
 def test_another_format_is_named(tmp_path):
     path = written(tmp_path)
-    path.write_bytes(path.read_bytes().replace(b'"format": 1', b'"format": 7'))
-    with pytest.raises(ValueError, match="format 7; this version reads format 1"):
+    path.write_bytes(path.read_bytes().replace(b'"format": 2', b'"format": 7'))
+    with pytest.raises(ValueError, match="format 7; this version reads format 2"):
         Timeline.load(path)
 
 

@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .. import ops
 from .distributed import local_of
 
-__all__ = ["AttentionCall", "interfaces_of", "seeing_interfaces", "seeing_sdpa"]
+__all__ = ["AttentionCall", "interfaces_of", "seeing_interfaces", "seeing_sdpa", "stats_of"]
 
 
 _HEADS = 1  # the dimension of queries [B, H, Tq, D]
@@ -233,3 +234,37 @@ def _seen_multi_head(see: See, *args, **kwargs):
     twin.__kwdefaults__ = original.__kwdefaults__
     names[original.__name__] = twin  # what the function hands to other function modes, if there are any
     return twin(*args, **kwargs)
+
+
+# ---- what is measured of a call --------------------------------------------------------------------------------------
+
+
+def stats_of(call: AttentionCall, rows: Tensor | None) -> ops.AttentionStats:
+    """The statistics of the query rows `rows` (None: all) of a call, [B, H, R] each."""
+    if call.logits is not None:
+        return ops.attention_stats(_at(call.logits, rows).detach())
+    query, mask = call.query.detach(), call.mask if call.bias is None else call.bias.detach()
+    if call.bias is not None and call.mask is not None:
+        if not call.is_causal and call.window is None:  # nothing else depends on where a row stands
+            query, mask, rows = _at(query, rows), _biased(_at(call.bias.detach(), rows), _at(call.mask, rows)), None
+        else:
+            mask = _biased(mask, call.mask)
+    return ops.attention_stats_qk(
+        query,
+        call.key.detach(),
+        attn_mask=mask,
+        is_causal=call.is_causal,
+        scale=call.scale,
+        window=call.window,
+        softcap=call.softcap,
+        sinks=None if call.sinks is None else call.sinks.detach(),
+        rows=rows,
+    )
+
+
+def _at(tensor: Tensor, rows: Tensor | None) -> Tensor:
+    return tensor if rows is None or tensor.shape[-2] == 1 else tensor.index_select(-2, rows)
+
+
+def _biased(bias: Tensor, mask: Tensor) -> Tensor:
+    return bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask

@@ -8,16 +8,17 @@ gives the numbers of one process on the whole batch, whose loss is the mean of t
 * gradients of activations are those of the rank's own loss, of which the whole has 1 / data ranks: squares, 1 / data^2.
   Gradients of parameters have been averaged by DDP or FSDP before they are read.
 
-`Ranks.join` then is one all-reduce of the sums and one of the maxima, on the host, in a gloo group of its own: it
-shares no queue with the training's collectives, costs no device memory (a second NCCL communicator takes hundreds of MiB), and
-a rank that is lost costs a bounded wait, where NCCL's watchdog would end the process.
+`Ranks.join` then is one all-reduce of the sums and one of the maxima, on the host, in a gloo group of its own, called
+from the recorder's thread: it shares no queue with the training's collectives, costs no device memory (a second NCCL
+communicator takes hundreds of MiB), and a rank that is lost costs a bounded wait, where NCCL's watchdog would end the
+process.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -29,7 +30,7 @@ from .. import ops
 from ..blocks import Block, is_named_attention
 from .packet import Packet
 
-__all__ = ["Layout", "Ranks", "is_sharded", "local_of", "world_size"]
+__all__ = ["Join", "Layout", "Ranks", "full_of", "is_sharded", "local_of", "reshard", "world_size"]
 
 logger = logging.getLogger(__name__)
 
@@ -156,17 +157,17 @@ class Ranks:
             writes=self.writes,
         )
 
-    def join(self, step: int, packet: Packet) -> bool:
+    def join(self, step: int, packet: Packet, *, dropped: bool = False) -> bool:
         """Turn the weighed sums and the maxima of this rank, on the host, into those of all ranks.
 
         Returns False, and leaves the packet alone, once a rank is lost or has come with another step: that is told
-        once, and no rank is waited for again.
+        once, and no rank is waited for again. `LookupError` if some rank has `dropped` its packet of this step.
         """
         if self.lost:
             return False
         sums = packet.sums.clone()
         # The step travels along, from above and from below: ranks that are out of step must not be added up.
-        maxima = torch.cat([packet.maxima.double(), torch.tensor([step, -step], dtype=torch.float64)])
+        maxima = torch.cat([packet.maxima.double(), torch.tensor([step, -step, dropped], dtype=torch.float64)])
         try:
             works = [
                 dist.all_reduce(sums, dist.ReduceOp.SUM, group=self._group, async_op=True),
@@ -177,12 +178,14 @@ class Ranks:
         except RuntimeError as error:
             self._lose(f"a rank did not answer at step {step} ({str(error).splitlines()[0]})")
             return False
-        last, first = int(maxima[-2]), -int(maxima[-1])
+        last, first, dropped = int(maxima[-3]), -int(maxima[-2]), bool(maxima[-1])
         if first != last:
             self._lose(f"ranks are out of step: one measures step {first}, another step {last}")
             return False
+        if dropped:
+            raise LookupError("a rank has dropped its part")
         packet.sums.copy_(sums)
-        packet.maxima.copy_(maxima[:-2])
+        packet.maxima.copy_(maxima[:-3])
         return True
 
     def _lose(self, reason: str) -> None:
@@ -193,6 +196,36 @@ class Ranks:
             self._rank,
             self._world,
         )
+
+
+class Join:
+    """What a `Recorder` calls for every step: the packet of this rank becomes that of all ranks."""
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        layout: Layout,
+        size: tuple[int, int],  # layers and heads of all packets
+        sharded_outputs: set[int],  # see `Layout.weigh`; read when a packet is joined
+        warn: Callable[[str, str], None],
+    ):
+        self._ranks, self._layout, self._size = ranks, layout, size
+        self._sharded_outputs, self._warn = sharded_outputs, warn
+
+    def __call__(self, step: int, packet: Packet | None) -> None:
+        """Join `packet` in place; None: this rank has dropped it, and takes part so that the others need not wait.
+
+        Raises:
+            LookupError: some rank has dropped its packet, so that nobody knows the step.
+        """
+        if packet is None:
+            self._ranks.join(step, Packet(*self._size, "cpu"), dropped=True)
+            return
+        self._layout.weigh(packet, self._sharded_outputs)
+        if not self._ranks.join(step, packet):
+            self._layout.forget_norms(packet)
+        elif not packet.measured():
+            self._warn("unseen", f"measured step {step} saw no training forward of the monitored model on any rank")
 
 
 # ---- DTensor ---------------------------------------------------------------------------------------------------------
@@ -210,6 +243,11 @@ def local_of(tensor: Tensor) -> Tensor:
     if any(placement.is_partial() for placement in tensor.placements):
         tensor = tensor.redistribute(placements=_settled(tensor.placements))
     return tensor.to_local()
+
+
+def full_of(tensor: Tensor) -> Tensor:
+    """The whole of a tensor, gathered where ranks hold parts of it."""
+    return tensor.full_tensor() if _is_dtensor(tensor) else tensor
 
 
 def _settled(placements: tuple) -> list:
@@ -272,5 +310,20 @@ class _BatchMesh:
 
 
 def _is_fully_sharded(model: nn.Module) -> bool:
-    module = sys.modules.get("torch.distributed.fsdp")
-    return module is not None and any(isinstance(part, module.FSDPModule) for part in model.modules())
+    return next(_fsdp_modules(model), None) is not None
+
+
+def _fsdp_modules(model: nn.Module) -> Iterator[nn.Module]:
+    module = sys.modules.get("torch.distributed.fsdp")  # whoever shards a model has imported it
+    if module is not None:
+        yield from (part for part in model.modules() if isinstance(part, module.FSDPModule))
+
+
+def reshard(model: nn.Module) -> None:
+    """Give up the gathered parameters of an FSDP2 model after a forward without a backward.
+
+    The root keeps its own until its backward pass, and takes them for current in the next forward even if the
+    optimizer has changed the shards in between.
+    """
+    for module in _fsdp_modules(model):
+        module.reshard()

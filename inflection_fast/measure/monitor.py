@@ -6,13 +6,13 @@ import dataclasses
 import logging
 import operator
 import os
+import weakref
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,9 +20,10 @@ from ..alerts import Alert, AlertConfig, AlertWatch, log_alerts, measurements_of
 from ..blocks import Block, find_blocks
 from ..timeline import Timeline, TimelineWriter
 from .config import MonitorConfig
-from .distributed import Layout, Ranks, world_size
-from .packet import Packet, row_of
+from .distributed import Join, Layout, Ranks, world_size
+from .packet import Packet
 from .probe import Probe
+from .recorder import PATIENCE_S, Recorder, WarnOnce
 from .schedule import is_due
 from .taps import Taps
 
@@ -60,12 +61,14 @@ class Monitor:
         probe: list of model inputs (dicts of tensors) for delta-CKA; without it that signal is NaN.
         start_step: the first optimizer step of this run; above 0 the timeline in `out` is continued from there.
         alerts: what is logged as a warning when it goes wrong (`inflection_fast.alerts`); None: nothing.
-        on_alert: called with the alerts of a measured step, where there are any; what it raises is logged.
-        rank_timeout_s: how long a measured step waits for the other ranks before this one measures on its own.
+        on_alert: called with the alerts of a measured step, where there are any, from a thread of the monitor's own;
+            what it raises is logged.
+        rank_timeout_s: how long the sums of a measured step wait for other ranks, in that thread, before this rank
+            gives them up and measures on its own.
 
-    Where torch.distributed is in use, every rank enters its Monitor and calls `step`. The values are those of the whole
-    batch on all ranks; rank 0 keeps the file, logs alerts and calls `on_alert` (DDP, FSDP2 and tensor parallelism by
-    DTensor; the loss of the whole is taken to be the mean of the ranks' losses).
+    Where torch.distributed is in use (DDP, FSDP2, tensor parallelism by DTensor), every rank enters its Monitor and
+    calls `step`, and the values are those of the whole batch, whose loss is taken to be the mean of the ranks' losses.
+    Rank 0 keeps the file, logs alerts and calls `on_alert`; with `out`, the timelines of the other ranks stay empty.
 
     Raises:
         TypeError: `model` is no module, or an argument is of another type.
@@ -106,29 +109,31 @@ class Monitor:
         measures_probe = probe is not None and "delta_cka" in config.signals
         self._probe = Probe(model, self.blocks, probe, config) if measures_probe else None
         self._writer: TimelineWriter | None = None
+        self._recorder: Recorder | None = None  # made when the first measured step tells the number of heads
         self._open = self._closed = False
         self._measuring = False  # hooks are attached
-        self._seen = True  # the measured step has values
-        self._warned: set[str] = set()
+        self._proven = self._step > 0  # a step was measured: what fails from now on must not stop the training
+        self._owner = os.getpid()
+        self._warn = WarnOnce(logger)
 
     # ---- attaching and detaching -------------------------------------------------------------------------------------
 
     def __enter__(self) -> Monitor:
         if self._open or self._closed:
             raise RuntimeError("a Monitor is entered once; make another one to measure again")
-        heads, error = _heads_of(self.blocks), None
+        self._heads, error = _heads_of(self.blocks), None
         if world_size() > 1:
             self._ranks = Ranks(self._model, self._rank_timeout_s)
-            self._out = self._out if self._ranks.writes else None
         try:
-            if heads is not None and (self._ranks is None or not self._ranks.divide_batches):
-                self._writer = self._opened(self._out, heads)
+            # Where ranks divide the heads among them, only the first call of attention tells how many there are.
+            if self._heads is not None and (self._ranks is None or not self._ranks.divide_batches):
+                self._writer = self._opened(self._out, self._heads)
         except ValueError as refused:
             if self._ranks is None:
                 raise
             error = refused
         if self._ranks is not None:
-            self._agree(heads, error)
+            self._agree(error)
         self._open = True
         try:
             self._take_reference()
@@ -138,31 +143,37 @@ class Monitor:
             raise
         return self
 
-    def _agree(self, heads: int | None, error: ValueError | None) -> None:
+    def _agree(self, error: ValueError | None) -> None:
         """All ranks measure the same way, or none does."""
         facts = {
             "blocks": [block.name for block in self.blocks],
-            "heads": heads,
+            "heads": self._heads,
             "config": dataclasses.asdict(self._config),
             "start_step": self._step,
             "probe": self._probe is not None,
         }
         self._layout = self._ranks.agree(self.blocks, facts, None if error is None else str(error))
         self._taps.share(self._layout)
+        if self._layout.tensor > 1:
+            self._heads = None
 
     def __exit__(self, *exception) -> None:
         self.close()
 
     def close(self) -> None:
-        """Detach everything and close the timeline; what was measured stays in `timeline`. Safe to call twice."""
+        """Detach everything, finish and close the timeline, which stays readable. Safe to call twice."""
         self._taps.detach()
         self._measuring = self._open = False
         self._closed = True
-        if self._writer is not None:
+        if self._recorder is not None:
+            self._recorder.close()
+        elif self._writer is not None and os.getpid() == self._owner:
             self._guarded(self._writer.close)
 
     def _opened(self, folder: Path | None, heads: int) -> TimelineWriter:
         layers, meta = [block.name for block in self.blocks], _meta(self._model, self._config)
+        if self._ranks is not None and not self._ranks.writes:
+            folder = None
         writer = TimelineWriter(folder, layers=layers, heads=heads, meta=meta, resume_at=self._resume_at)
         if self._watch is not None:
             for step, row in measurements_of(writer.timeline, last=self._history):
@@ -172,6 +183,8 @@ class Monitor:
     def _arm(self) -> None:
         self._measuring = is_due(self._step, self._config.every)
         if self._measuring:
+            if self._recorder is not None:
+                self._recorder.before_overwriting()
             self._taps.attach(self._step)
 
     def _take_reference(self) -> None:
@@ -192,7 +205,8 @@ class Monitor:
     def step(self, loss: float | Tensor | None = None, *, loss_scale: float | Tensor = 1.0) -> None:
         """End one optimizer step; call it after the last backward pass and before the gradients are cleared.
 
-        On a measured step this reads the buffers (the only synchronisation with the device) and appends one row.
+        On a measured step this starts a copy of what was summed up on the device, and a thread of the monitor's own
+        appends it to the timeline: nothing here waits for the device or the disk. Other steps do nothing.
 
         Args:
             loss: of this step; None: the mean of the `loss` that the model returned, NaN if it returned none.
@@ -206,49 +220,44 @@ class Monitor:
         if self._measuring:
             self._taps.detach()
             self._measuring = False
-            started = perf_counter()
+            began = perf_counter() - self._taps.seconds
             if self._ranks is None:
                 self._check_seen()
-            row = self._row(loss, loss_scale)
-            row["measure_ms"] = 1e3 * (self._taps.seconds + perf_counter() - started)
-            self._append(row)
+            self._record(self._filled(loss, loss_scale), began)
+            self._proven = True
         self._step += 1
         self._arm()
 
-    def _append(self, row: dict[str, np.ndarray]) -> None:
-        if self._writer is None:
-            heads = row["entropy"].shape[1]
-            self._guarded(lambda: setattr(self, "_writer", self._opened(self._out, heads)))
+    def _record(self, packet: Packet, began: float) -> None:
+        if self._recorder is None:
             if self._writer is None:
-                self._writer = self._opened(None, heads)
-        self._guarded(lambda: self._writer.append(self._step, **row))
-        if self._watch is not None and self._seen:
-            found = self._watch.push(self._step, row)
-            if self._layout.writes:
-                log_alerts(found, self._on_alert)
+                self._guarded(lambda: setattr(self, "_writer", self._opened(self._out, packet.heads)))
+            if self._writer is None:
+                self._writer = self._opened(None, packet.heads)
+            self._recorder = self._recorder_of(packet)
+            # Whoever forgets to close loses nothing at the end of the process, and keeps no thread for ever.
+            weakref.finalize(self, self._recorder.close)
+        self._recorder.record(self._step, began)
 
-    def _row(self, loss: float | Tensor | None, loss_scale: float | Tensor) -> dict[str, np.ndarray]:
-        """The signals of this step: summed on the device, copied at once, finished on the host."""
-        packet = self._filled(loss, loss_scale)
+    def _recorder_of(self, packet: Packet) -> Recorder:
+        keeps = self._layout.writes or self._out is None
+        join = None
         if self._ranks is not None:
-            packet = self._joined(packet)
-        return row_of(packet.sums.cpu().numpy(), packet.maxima.cpu().numpy(), packet.layers, packet.heads)
-
-    def _joined(self, packet: Packet) -> Packet:
-        """The sums of all ranks, on the host."""
-        whole = packet.on_host()
-        self._layout.weigh(whole, self._taps.sharded_outputs)
-        if not self._ranks.join(self._step, whole):
-            self._layout.forget_norms(whole)
-        self._check_counted(whole)
-        return whole
+            size = (packet.layers, packet.heads)
+            join = Join(self._ranks, self._layout, size, self._taps.sharded_outputs, self._warn)
+        watch = self._watch if self._layout.writes else None
+        told = None if watch is None else lambda step, row: log_alerts(watch.push(step, row), self._on_alert)
+        patience_s = PATIENCE_S + (0.0 if self._ranks is None else self._rank_timeout_s)
+        return Recorder(self._writer, packet, self._warn, join=join, told=told, keeps=keeps, patience_s=patience_s)
 
     def _filled(self, loss: float | Tensor | None, loss_scale: float | Tensor) -> Packet:
         """The local sums of this step."""
         taps = self._taps
         if taps.packet is None:
-            taps.allocate(_heads_of(self.blocks) or 1)
+            taps.allocate(self._heads or 1)
         packet = taps.packet
+        if self._heads not in (None, packet.heads):
+            raise ValueError(f"attention has {packet.heads} heads, where the first block states {self._heads}")
         taps.gather(loss_scale)
         if self._probe is not None and is_due(self._step, self._config.probe_every or self._config.every):
             packet["delta_cka"].copy_(self._probe.delta_cka())
@@ -269,7 +278,19 @@ class Monitor:
         """All that was measured so far. `RuntimeError` before the context is entered."""
         if self._writer is None:
             raise RuntimeError("Monitor.timeline before the context was entered: nothing was measured")
+        if self._recorder is not None:
+            self._recorder.drain()
         return self._writer.timeline
+
+    @property
+    def dropped(self) -> int:
+        """How many measured steps are missing from the timeline because it could not be written fast enough."""
+        return 0 if self._recorder is None else self._recorder.dropped
+
+    @property
+    def data_ranks(self) -> int:
+        """The number of processes, or groups of them under tensor parallelism, that have a batch of their own."""
+        return self._layout.data
 
     @property
     def measuring(self) -> bool:
@@ -281,31 +302,18 @@ class Monitor:
     def _check_seen(self) -> None:
         """A step whose forward or backward went by unseen must not pass for one that was measured."""
         taps, signals = self._taps, self._config.signals
-        self._seen, missing = True, None
+        missing = None
         if not taps.forwards:
             missing = "no training forward of the monitored model: give Monitor the object that the loop calls"
         elif not taps.backwards and ("activation_grad" in signals or "parameter_grad" in signals):
             missing = "no backward pass through the model's outputs: call step() after backward()"
         if missing is not None:
-            if self._writer is None or not len(self.timeline.steps):
+            if not self._proven:
                 raise RuntimeError(f"the first measured step ({self._step}) saw {missing}")
-            self._seen = False
             self._warn("unseen", f"measured step {self._step} saw {missing}; its values are NaN")
         elif "activation_grad" in signals and taps.unreached:
             names = [self.blocks[layer].name for layer in taps.unreached]
             self._warn("unreached", f"no gradient reached the outputs of {names}; their activation_grad is NaN")
-
-    def _check_counted(self, packet: Packet) -> None:
-        """The same for several ranks, of which some may have had no batch: judged by what they counted together."""
-        counts = {"attention": packet["attention"][0], "activation_grad": packet["activation_count"]}
-        unseen = [name for name in self._config.signals if name in counts and not counts[name].any()]
-        if unseen and not self._ranks.lost:
-            message = f"nothing of {unseen} on any rank: give Monitor the object that the loop calls, and call step() "
-            message += "after backward()"
-            if self._writer is None or not len(self.timeline.steps):
-                raise RuntimeError(f"the first measured step ({self._step}) saw {message}")
-            self._warn("unseen", f"measured step {self._step} saw {message}; its values are NaN")
-        self._seen = not unseen
 
     def _guarded(self, write: Callable[[], None]) -> None:
         """Run a write to the disk. A disk that refuses costs the file, not the training: rows are kept in memory."""
@@ -313,11 +321,6 @@ class Monitor:
             write()
         except OSError as error:
             self._warn("disk", f"{self._out}: {error}; measuring goes on in memory")
-
-    def _warn(self, kind: str, message: str) -> None:
-        if kind not in self._warned:
-            self._warned.add(kind)
-            logger.warning("%s", message)
 
 
 def _refuse_unmeasurable(model: nn.Module) -> None:

@@ -1,8 +1,8 @@
 """What a measured step adds up to: one tensor of sums, one of maxima, and the row of a timeline that follows from them.
 
-The sums of pieces add and their maxima combine by max. So micro-batches, shards and ranks may cut a step anywhere: to
-join ranks is one all-reduce of each tensor, before they are copied to the host. What is not linear in the pieces (means,
-square roots, standard errors) is left to `row_of`, a pure function of the copied numbers.
+The sums of pieces add and their maxima combine by max, so micro-batches, shards and ranks may cut a step anywhere: to
+join ranks is one all-reduce of each tensor, before they are copied to the host. What is not linear in the pieces
+(means, square roots, standard errors) is left to `row_of`, a pure function of the copied numbers.
 """
 
 from __future__ import annotations
@@ -40,30 +40,39 @@ def _max_shapes(layers: int, heads: int) -> dict[str, tuple[int, ...]]:
 
 
 class Packet:
-    """The local sums (float64) and maxima (float32) of one measured step, each one preallocated tensor with named views.
+    """The local sums (float64) and maxima (float32) of a measured step: two preallocated tensors with named views.
 
     `packet["attention"]` is the view of that name: `attention` [7, L, H] in the order of `ATTENTION_SUMS`, `max_logit`
     [L, H], `loss` and `loss_count` [], every other one [L]. Writing to a view writes to `sums` or `maxima`.
     """
 
     def __init__(self, layers: int, heads: int, device: torch.device | str):
-        self.layers, self.heads = layers, heads
-        sums, maxima = _sum_shapes(layers, heads), _max_shapes(layers, heads)
         # float64: the variance of a mean is a small difference of large sums, and squares of scaled gradients are large
-        self.sums = torch.zeros(_size(sums), dtype=torch.float64, device=device)
-        self.maxima = torch.zeros(_size(maxima), dtype=torch.float32, device=device)
-        self._views = _views(self.sums, sums) | _views(self.maxima, maxima)
+        sums = torch.zeros(_size(_sum_shapes(layers, heads)), dtype=torch.float64, device=device)
+        maxima = torch.zeros(_size(_max_shapes(layers, heads)), dtype=torch.float32, device=device)
+        self._name(sums, maxima, layers, heads)
         self.reset()
+
+    @classmethod
+    def over(cls, sums: Tensor, maxima: Tensor, layers: int, heads: int) -> Packet:
+        """The packet whose numbers are in the given memory."""
+        packet = cls.__new__(cls)
+        packet._name(sums, maxima, layers, heads)
+        return packet
+
+    def _name(self, sums: Tensor, maxima: Tensor, layers: int, heads: int) -> None:
+        self.sums, self.maxima, self.layers, self.heads = sums, maxima, layers, heads
+        self._views = _views(sums, _sum_shapes(layers, heads)) | _views(maxima, _max_shapes(layers, heads))
 
     def __getitem__(self, name: str) -> Tensor:
         return self._views[name]
 
-    def on_host(self) -> Packet:
-        """A copy in the memory of the host."""
-        copy = Packet(self.layers, self.heads, "cpu")
-        copy.sums.copy_(self.sums)
-        copy.maxima.copy_(self.maxima)
-        return copy
+    def measured(self) -> set[str]:
+        """Signals of which there is any piece at all, on the host; the others are NaN because nobody looked."""
+        counted = {name.removesuffix("_count") for name in self._views if name.endswith("_count") and self[name].any()}
+        norms = {f"{name}_grad" for name in counted & {"activation", "parameter"}}
+        heads = {"entropy", "max_logit"} if self["attention"][0].any() else set()
+        return norms | heads | (counted & {"loss"})
 
     def reset(self) -> None:
         """Forget everything."""

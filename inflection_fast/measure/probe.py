@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..blocks import Block
 from .config import MonitorConfig
+from .distributed import full_of, reshard
 from .rows import decoder_layers, token_mask
 
 __all__ = ["Probe"]
@@ -169,6 +170,7 @@ def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
         finally:
             for module, flag in training:
                 module.training = flag
+            reshard(model)
 
 
 @contextmanager
@@ -190,7 +192,7 @@ def _outputs_of(blocks: Sequence[Block]) -> Iterator[dict[int, Tensor]]:
         for block in blocks:
 
             def keep(module, args, output, layer=block.index):
-                outputs[layer] = output if isinstance(output, Tensor) else output[0]
+                outputs[layer] = full_of(output if isinstance(output, Tensor) else output[0])
 
             stack.callback(block.module.register_forward_hook(keep).remove)
         yield outputs

@@ -7,7 +7,6 @@ checkpointing, run without autograd or outside the model's forward.
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,16 +17,16 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 
-from .. import ops
 from ..blocks import Block
 from .accumulators import GradientNorms, HeadMeans
-from .attention import AttentionCall, interfaces_of, seeing_interfaces, seeing_sdpa
+from .arguments import loss_of, named_inputs, requiring_grad, tensors_of
+from .attention import AttentionCall, interfaces_of, seeing_interfaces, seeing_sdpa, stats_of
 from .distributed import Layout, is_sharded, local_of
 from .packet import Packet
 from .rows import ValidRows, decoder_layers
 from .schedule import RowSampler
 
-__all__ = ["Taps", "loss_of", "tensors_of"]
+__all__ = ["Taps"]
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +139,7 @@ class Taps:
         if not torch.is_grad_enabled() or self._current is not None or model is not self._model:
             return
         started = perf_counter()
-        self._current = MicroBatch(len(self._micro_batches), ValidRows(_named_inputs(model, args, kwargs)))
+        self._current = MicroBatch(len(self._micro_batches), ValidRows(named_inputs(model, args, kwargs)))
         self._micro_batches.append(self._current)
         if self._interfaces:
             self._listening.enter_context(seeing_interfaces(self._interfaces, self._see))
@@ -187,7 +186,7 @@ class Taps:
                 )
             self._current.entered.add(layer)
         if "activation_grad" in self._signals and torch.is_grad_enabled():
-            return _requiring_grad(args, kwargs)
+            return requiring_grad(args, kwargs)
         return None
 
     def _block_ends(self, layer: int, block: nn.Module, args: tuple, output: object) -> None:
@@ -238,7 +237,7 @@ class Taps:
         rows = None if strata.rows is None else strata.rows.to(call.query.device)
         with torch.no_grad():
             valid = micro_batch.valid.of(call, rows, layer in self._decoders)
-            micro_batch.seen[layer] = (_stats_of(call, rows), valid, strata)
+            micro_batch.seen[layer] = (stats_of(call, rows), valid, strata)
         self.seconds += perf_counter() - started
 
     def _refuse_unseen(self, micro_batch: MicroBatch) -> None:
@@ -340,80 +339,3 @@ def _removed(handle) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def _stats_of(call: AttentionCall, rows: Tensor | None) -> ops.AttentionStats:
-    if call.logits is not None:
-        return ops.attention_stats(_at(call.logits, rows).detach())
-    query, mask = call.query.detach(), call.mask if call.bias is None else call.bias.detach()
-    if call.bias is not None and call.mask is not None:
-        if not call.is_causal and call.window is None:  # nothing else depends on where a row stands
-            query, mask, rows = _at(query, rows), _biased(_at(call.bias.detach(), rows), _at(call.mask, rows)), None
-        else:
-            mask = _biased(mask, call.mask)
-    return ops.attention_stats_qk(
-        query,
-        call.key.detach(),
-        attn_mask=mask,
-        is_causal=call.is_causal,
-        scale=call.scale,
-        window=call.window,
-        softcap=call.softcap,
-        sinks=None if call.sinks is None else call.sinks.detach(),
-        rows=rows,
-    )
-
-
-def _at(tensor: Tensor, rows: Tensor | None) -> Tensor:
-    return tensor if rows is None or tensor.shape[-2] == 1 else tensor.index_select(-2, rows)
-
-
-def _biased(bias: Tensor, mask: Tensor) -> Tensor:
-    return bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
-
-
-def _requiring_grad(args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    """The arguments of a block with a hidden state that autograd follows, if it did not: so gradients reach the block.
-
-    A clone, not the tensor itself: the model may go on to change it in place, which a leaf would not allow, and nobody
-    else's tensor is touched. The same happens when checkpointing runs the block again, or its graphs would differ.
-    """
-    for i, value in enumerate(args):
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return None if value.requires_grad else ((*args[:i], _followed(value), *args[i + 1 :]), kwargs)
-    for name in sorted(kwargs, key=lambda name: name != "hidden_states"):  # before a mask, which is a float as well
-        value = kwargs[name]
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return None if value.requires_grad else (args, kwargs | {name: _followed(value)})
-    return None
-
-
-def _followed(hidden: Tensor) -> Tensor:
-    return hidden.detach().requires_grad_().clone()
-
-
-def loss_of(output: object) -> Tensor | None:
-    """What a model returned under the name "loss"."""
-    loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
-    return loss if isinstance(loss, Tensor) else None
-
-
-def tensors_of(output: object) -> Iterator[Tensor]:
-    """Floating-point tensors in what a module returned, in order."""
-    if isinstance(output, Tensor):
-        if output.is_floating_point():
-            yield output
-    elif isinstance(output, dict):
-        for value in output.values():
-            yield from tensors_of(value)
-    elif isinstance(output, (tuple, list)):
-        for value in output:
-            yield from tensors_of(value)
-
-
-def _named_inputs(model: nn.Module, args: tuple, kwargs: dict) -> dict:
-    """The arguments of the model's forward by name, where it has names for them."""
-    if len(args) < 2:  # the first is the input itself, masks come later
-        return kwargs
-    names = inspect.signature(model.forward).parameters
-    return dict(zip(names, args, strict=False)) | kwargs
