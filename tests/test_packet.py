@@ -14,8 +14,8 @@ def row(packet):
 
 def test_views_cover_both_tensors_once():
     packet = Packet(L, H, "cpu")
-    sums = ("attention", "activation_squares", "parameter_squares", "delta_cka", "loss")
-    counts = ("activation_count", "parameter_count", "delta_cka_count", "loss_count")
+    sums = ("attention", "activation_squares", "parameter_squares", "delta_cka", "loss", "skipped")
+    counts = ("activation_count", "parameter_count", "delta_cka_count", "loss_count", "skipped_count")
     for value, name in enumerate([*sums, *counts]):
         assert (packet[name] == 0).all()
         packet[name].fill_(value + 1)
@@ -37,7 +37,10 @@ def test_norms_are_roots_of_sums_and_the_rest_are_means():
     packet["delta_cka_count"].fill_(2)
     packet["loss"].fill_(3.0)
     packet["loss_count"].fill_(4)
+    packet["skipped"].fill_(2)
+    packet["skipped_count"].fill_(3)
     value = row(packet)
+    assert value["skipped"] == 1
     np.testing.assert_array_equal(value["activation_grad"], [3.0, np.nan])
     np.testing.assert_array_equal(value["delta_cka"], [0.25, 0.25])
     assert value["loss"] == 0.75 and np.isnan(value["parameter_grad"]).all()

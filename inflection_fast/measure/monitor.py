@@ -7,7 +7,7 @@ import logging
 import operator
 import os
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +20,8 @@ from ..alerts import Alert, AlertConfig, AlertWatch, log_alerts, measurements_of
 from ..blocks import Block, find_blocks
 from ..timeline import Timeline, TimelineWriter
 from .config import MonitorConfig
-from .distributed import Join, Layout, Ranks, world_size
+from .distributed import Join, Layout, Ranks, full_of, world_size
+from .gradients import scale_of, squares_of_all
 from .packet import Packet
 from .probe import Probe
 from .recorder import PATIENCE_S, Recorder, WarnOnce
@@ -53,6 +54,9 @@ class Monitor:
     training raises. The model's attention implementation does the attending; outputs are equal to the bit. Only
     forwards of `model` itself under autograd count, so evaluations in between do not. Gradients are read at the end of
     each backward pass, before anybody clips them; several backward passes before one `step` are gradient accumulation.
+    Of a compiled model, measured steps run the code as it is written and the others the compiled one.
+
+    What fails before a first step was measured is an error. From then on it costs a warning and the values of the step.
 
     Args:
         model: what the training loop calls, wrapped (DDP, peft) or not; Transformers or any other PyTorch model.
@@ -72,7 +76,7 @@ class Monitor:
 
     Raises:
         TypeError: `model` is no module, or an argument is of another type.
-        ValueError: no blocks with attention, a compiled or replicated (DataParallel) model, or `out` holds the timeline
+        ValueError: no blocks with attention, a replicated (DataParallel) model, or `out` holds the timeline
             of another run.
     """
 
@@ -112,7 +116,8 @@ class Monitor:
         self._recorder: Recorder | None = None  # made when the first measured step tells the number of heads
         self._open = self._closed = False
         self._measuring = False  # hooks are attached
-        self._proven = self._step > 0  # a step was measured: what fails from now on must not stop the training
+        # A step was measured: what fails from now on is told, and does not stop the training.
+        self._proven = self._taps.forgives = self._step > 0
         self._owner = os.getpid()
         self._warn = WarnOnce(logger)
 
@@ -202,7 +207,13 @@ class Monitor:
 
     # ---- stepping ----------------------------------------------------------------------------------------------------
 
-    def step(self, loss: float | Tensor | None = None, *, loss_scale: float | Tensor = 1.0) -> None:
+    def step(
+        self,
+        loss: float | Tensor | None = None,
+        *,
+        loss_scale: float | Tensor = 1.0,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
         """End one optimizer step; call it after the last backward pass and before the gradients are cleared.
 
         On a measured step this starts a copy of what was summed up on the device, and a thread of the monitor's own
@@ -210,7 +221,9 @@ class Monitor:
 
         Args:
             loss: of this step; None: the mean of the `loss` that the model returned, NaN if it returned none.
-            loss_scale: what the loss was multiplied by (a gradient scaler's scale); gradient norms are divided by it.
+            loss_scale: what the loss was multiplied by; gradient norms are divided by it.
+            scaler: the gradient scaler that multiplied the loss, before its `step` and `update`. Its scale is taken
+                instead, and `skipped` says whether it drops this step, because a gradient is not finite.
 
         Raises:
             RuntimeError: outside the context, or the first measured step saw no training forward of the model.
@@ -221,10 +234,8 @@ class Monitor:
             self._taps.detach()
             self._measuring = False
             began = perf_counter() - self._taps.seconds
-            if self._ranks is None:
-                self._check_seen()
-            self._record(self._filled(loss, loss_scale), began)
-            self._proven = True
+            self._record(self._filled(loss, loss_scale, scaler), began)
+            self._proven = self._taps.forgives = True
         self._step += 1
         self._arm()
 
@@ -250,14 +261,44 @@ class Monitor:
         patience_s = PATIENCE_S + (0.0 if self._ranks is None else self._rank_timeout_s)
         return Recorder(self._writer, packet, self._warn, join=join, told=told, keeps=keeps, patience_s=patience_s)
 
-    def _filled(self, loss: float | Tensor | None, loss_scale: float | Tensor) -> Packet:
+    def _filled(self, *known) -> Packet:
         """The local sums of this step."""
         taps = self._taps
         if taps.packet is None:
             taps.allocate(self._heads or 1)
         packet = taps.packet
+        if taps.failure is None:
+            if self._ranks is None:  # else some other rank may have seen something, which shows when they are joined
+                self._check_seen()
+            try:
+                self._fill(packet, *known)
+            except Exception as error:
+                if not self._proven:
+                    raise
+                taps.failure = error
+        if taps.failure is not None:
+            self._warn("failure", f"measured step {self._step} failed: {taps.failure!r}; its values are NaN")
+            packet.reset()
+            if self._ranks is not None:
+                packet.sums.fill_(torch.nan)  # the others' sums are not those of the step without this one's
+        return packet
+
+    def _fill(
+        self,
+        packet: Packet,
+        loss: float | Tensor | None,
+        loss_scale: float | Tensor,
+        scaler: torch.amp.GradScaler | None,
+    ) -> None:
+        taps = self._taps
         if self._heads not in (None, packet.heads):
             raise ValueError(f"attention has {packet.heads} heads, where the first block states {self._heads}")
+        if scaler is not None and scaler.is_enabled():
+            loss_scale = scale_of(scaler, taps.device)
+            squares = squares_of_all(list(self._model.parameters()), self.blocks, taps.parameter_squares)
+            packet["skipped"].copy_(~squares.isfinite())
+        if scaler is not None:
+            packet["skipped_count"].fill_(1)
         taps.gather(loss_scale)
         if self._probe is not None and is_due(self._step, self._config.probe_every or self._config.every):
             packet["delta_cka"].copy_(self._probe.delta_cka())
@@ -269,7 +310,33 @@ class Monitor:
         elif losses:
             packet["loss"].copy_(torch.stack(losses).sum())
             packet["loss_count"].fill_(len(losses))
-        return packet
+
+    def clip_grad_norm_(
+        self,
+        max_norm: float,
+        parameters: Iterable[nn.Parameter] | None = None,
+        *,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> Tensor:
+        """`torch.nn.utils.clip_grad_norm_` by the l2 norm, which on a measured step does not sum the blocks again.
+
+        Call it between the backward pass and `step`, on gradients that nobody has changed since but `scaler.unscale_`.
+
+        Args:
+            max_norm: the largest norm that is left as it is.
+            parameters: whose gradients are clipped, by the norm of all of them; None: all of the model.
+            scaler: the gradient scaler that unscaled the gradients after the backward pass.
+
+        Returns:
+            The norm before clipping, float32 [].
+        """
+        parameters = list(self._model.parameters() if parameters is None else parameters)
+        if not self._measuring or self._taps.parameter_squares is None or self._ranks is not None:
+            return full_of(nn.utils.clip_grad_norm_(parameters, max_norm))  # sums of ranks are not joined yet
+        scale = 1.0 if scaler is None else scale_of(scaler, self._taps.device)
+        norm = squares_of_all(parameters, self.blocks, self._taps.parameter_squares, scale).sqrt().float()
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        return norm
 
     # ---- state -------------------------------------------------------------------------------------------------------
 
@@ -326,14 +393,6 @@ class Monitor:
 def _refuse_unmeasurable(model: nn.Module) -> None:
     if isinstance(model, nn.DataParallel):
         raise ValueError("model: DataParallel runs replicas that cannot be measured; use DistributedDataParallel")
-    for name, module in model.named_modules():
-        compiled = hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
-        if compiled:
-            where = f"its module {name!r} is" if name else "it is"
-            raise ValueError(
-                f"model: {where} compiled, and hooks on a compiled module never fire; measure the model before "
-                "torch.compile, or a run without it"
-            )
 
 
 def _heads_of(blocks: Sequence[Block]) -> int | None:

@@ -27,11 +27,13 @@ def _sum_shapes(layers: int, heads: int) -> dict[str, tuple[int, ...]]:
         "parameter_squares": (layers,),  # squared l2 norms over the block's parameters
         "delta_cka": (layers,),
         "loss": (),
+        "skipped": (),  # of ranks that found gradients which are not finite
         # How many pieces are in each of those; a value without any is NaN.
         "activation_count": (layers,),
         "parameter_count": (layers,),
         "delta_cka_count": (layers,),
         "loss_count": (),
+        "skipped_count": (),
     }
 
 
@@ -43,7 +45,7 @@ class Packet:
     """The local sums (float64) and maxima (float32) of a measured step: two preallocated tensors with named views.
 
     `packet["attention"]` is the view of that name: `attention` [7, L, H] in the order of `ATTENTION_SUMS`, `max_logit`
-    [L, H], `loss` and `loss_count` [], every other one [L]. Writing to a view writes to `sums` or `maxima`.
+    [L, H], those of the loss and of skipping [], every other one [L]. Writing to a view writes to `sums` or `maxima`.
     """
 
     def __init__(self, layers: int, heads: int, device: torch.device | str):
@@ -69,10 +71,11 @@ class Packet:
 
     def measured(self) -> set[str]:
         """Signals of which there is any piece at all, on the host; the others are NaN because nobody looked."""
-        counted = {name.removesuffix("_count") for name in self._views if name.endswith("_count") and self[name].any()}
+        counts = {name.removesuffix("_count"): self[name] for name in self._views if name.endswith("_count")}
+        counted = {name for name, count in counts.items() if (count > 0).any()}
         norms = {f"{name}_grad" for name in counted & {"activation", "parameter"}}
-        heads = {"entropy", "max_logit"} if self["attention"][0].any() else set()
-        return norms | heads | (counted & {"loss"})
+        heads = {"entropy", "max_logit"} if (self["attention"][0] > 0).any() else set()
+        return norms | heads | (counted & {"loss", "skipped"})
 
     def reset(self) -> None:
         """Forget everything."""
@@ -103,6 +106,7 @@ def row_of(sums: np.ndarray, maxima: np.ndarray, layers: int, heads: int) -> dic
             "parameter_grad": _where(views["parameter_count"] > 0, np.sqrt(views["parameter_squares"])),
             "delta_cka": views["delta_cka"] / _where(views["delta_cka_count"] > 0, views["delta_cka_count"]),
             "loss": views["loss"] / _where(views["loss_count"] > 0, views["loss_count"]),
+            "skipped": _where(views["skipped_count"] > 0, np.minimum(views["skipped"], 1.0)),
         }
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import partial, wraps
 from time import perf_counter
 
 import torch
@@ -22,6 +22,7 @@ from .accumulators import GradientNorms, HeadMeans
 from .arguments import loss_of, named_inputs, requiring_grad, tensors_of
 from .attention import AttentionCall, interfaces_of, seeing_interfaces, seeing_sdpa, stats_of
 from .distributed import Layout, is_sharded, local_of
+from .gradients import gradients_of
 from .packet import Packet
 from .rows import ValidRows, decoder_layers
 from .schedule import RowSampler
@@ -29,6 +30,24 @@ from .schedule import RowSampler
 __all__ = ["Taps"]
 
 logger = logging.getLogger(__name__)
+
+
+def _forgiving(hook):
+    """A hook that fails costs the step its values. Before a first step was measured, it is an error of the set-up."""
+
+    @wraps(hook)
+    def forgiving(self: Taps, *args):
+        if self.failure is not None:
+            return None
+        try:
+            return hook(self, *args)
+        except Exception as error:
+            if not self.forgives:
+                raise
+            self.failure = error
+            return None
+
+    return forgiving
 
 
 class MicroBatch:
@@ -41,7 +60,7 @@ class MicroBatch:
         self.entered: set[int] = set()  # layers whose block ran
         self.seen: dict[int, tuple] = {}  # layer -> (statistics [B, H, R], valid rows [B, R], strata)
         self.strata: dict[int, object] = {}  # query length -> positions, shared by all layers
-        self.split_lengths: dict[int, int] = {}  # layer -> query length, where ranks share the batch
+        self.lengths: dict[int, int] = {}  # layer -> query length
         self.awaits_gradient: set[int] = set()  # layers whose output has a hook
         self.went_back = False  # a backward pass went through it
         self.reads_parameters = False  # an engine callback is on its way
@@ -76,6 +95,8 @@ class Taps:
         self.parameter_squares: Tensor | None = None  # [<= L], of the last backward pass
         self.losses: list[Tensor] = []  # what the model returned under the name "loss", per micro-batch
         self.seconds = 0.0  # host time spent in here since `attach`
+        self.forgives = False  # what a hook raises is kept as `failure` and does not reach the training
+        self.failure: Exception | None = None  # why this step has no values
 
     def share(self, layout: Layout) -> None:
         """Measure as one of several ranks."""
@@ -90,6 +111,8 @@ class Taps:
         self._sampler.begin(step)
         self._attached.callback(self._stop_listening)
         add = self._attached.enter_context
+        # Compiled code holds the hooks that there were when it was compiled. Code that runs as it is written has all.
+        add(torch.compiler.set_stance("force_eager"))
         add(_removed(self._model.register_forward_pre_hook(self._forward_begins, with_kwargs=True)))
         add(_removed(self._model.register_forward_hook(self._forward_ends, always_call=True)))
         for block in self._blocks:
@@ -113,7 +136,7 @@ class Taps:
         self._current = self._layer = self.parameter_squares = None
         self.activations.reset()
         self.losses = []
-        self.seconds = 0.0
+        self.seconds, self.failure = 0.0, None
         if self.packet is not None:
             self.packet.reset()
 
@@ -135,6 +158,7 @@ class Taps:
 
     # ---- the length of a forward -------------------------------------------------------------------------------------
 
+    @_forgiving
     def _forward_begins(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         if not torch.is_grad_enabled() or self._current is not None or model is not self._model:
             return
@@ -157,6 +181,10 @@ class Taps:
         if output is None:  # the forward raised: whoever catches that may try again
             self._micro_batches.remove(micro_batch)
             return
+        self._forward_ended(micro_batch, output)
+
+    @_forgiving
+    def _forward_ended(self, micro_batch: MicroBatch, output: object) -> None:
         started = perf_counter()
         if "attention" in self._signals:
             self._refuse_unseen(micro_batch)
@@ -177,18 +205,24 @@ class Taps:
     def _block_begins(self, layer: int, block: nn.Module, args: tuple, kwargs: dict):
         if block is not self._blocks[layer].module:
             return None
-        self._layer = layer
-        if self._current is not None:
-            if layer in self._current.entered:
-                raise ValueError(
-                    f"block {self._blocks[layer].name!r} runs more than once in one forward pass (layers that share "
-                    "their weights), so it has no single value per step; measure other blocks (MonitorConfig.blocks)"
-                )
-            self._current.entered.add(layer)
+        self._block_entered(layer)
         if "activation_grad" in self._signals and torch.is_grad_enabled():
-            return requiring_grad(args, kwargs)
+            return requiring_grad(args, kwargs)  # whatever failed before: recomputing must meet the same graph
         return None
 
+    @_forgiving
+    def _block_entered(self, layer: int) -> None:
+        self._layer = layer
+        if self._current is None:
+            return
+        if layer in self._current.entered:
+            raise ValueError(
+                f"block {self._blocks[layer].name!r} runs more than once in one forward pass (layers that share "
+                "their weights), so it has no single value per step; measure other blocks (MonitorConfig.blocks)"
+            )
+        self._current.entered.add(layer)
+
+    @_forgiving
     def _block_ends(self, layer: int, block: nn.Module, args: tuple, output: object) -> None:
         if block is not self._blocks[layer].module:
             return
@@ -214,6 +248,7 @@ class Taps:
 
     # ---- attention ---------------------------------------------------------------------------------------------------
 
+    @_forgiving
     def _see(self, module: nn.Module | None, call: AttentionCall) -> None:
         micro_batch = self._current
         layer = self._layer if module is None else self._owner.get(module)
@@ -229,8 +264,7 @@ class Taps:
             )
         call = call.here()
         length = call.query.shape[2]
-        if self._layout.tensor > 1:
-            micro_batch.split_lengths[layer] = length
+        micro_batch.lengths[layer] = length
         if length not in micro_batch.strata:
             micro_batch.strata[length] = self._sampler.draw(length)
         strata = micro_batch.strata[length]
@@ -284,15 +318,21 @@ class Taps:
 
     # ---- backward ----------------------------------------------------------------------------------------------------
 
+    @_forgiving
     def _gradient_arrives(self, micro_batch: MicroBatch, layer: int, gradient: Tensor) -> None:
         if micro_batch.live:
             started = perf_counter()
-            if is_sharded(gradient) or gradient.shape[1] * self._layout.tensor == micro_batch.split_lengths.get(layer):
+            if self._layout.tensor > 1 and self._is_part(gradient, micro_batch.lengths.get(layer)):
                 self.sharded_outputs.add(layer)
             with torch.no_grad():
                 self.activations.push(micro_batch.index, layer, local_of(gradient))
             self.seconds += perf_counter() - started
         self._backward_begins(micro_batch, gradient)  # for a loss that is computed from something else than the outputs
+
+    @_forgiving
+    def _is_part(self, gradient: Tensor, length: int | None) -> bool:
+        """Whether the ranks of one batch have split the output of a block: its sequence is shorter than its queries."""
+        return is_sharded(gradient) or (gradient.dim() > 2 and gradient.shape[1] * self._layout.tensor == length)
 
     def _backward_begins(self, micro_batch: MicroBatch, gradient: Tensor) -> None:
         # The outputs of the model are where its backward pass begins, also under checkpointing, whose blocks run
@@ -305,15 +345,15 @@ class Taps:
                 lambda: Variable._execution_engine.queue_callback(partial(self._read_parameters, micro_batch))
             )
 
+    @_forgiving
     def _read_parameters(self, micro_batch: MicroBatch) -> None:
         micro_batch.reads_parameters = False
         started = perf_counter()
         gradients, groups = [], []
         for block in self._blocks:
-            for parameter in block.module.parameters():
-                if parameter.requires_grad and parameter.grad is not None:
-                    gradients.append(parameter.grad)
-                    groups.append(block.index)
+            for gradient in gradients_of(block.module.parameters()):
+                gradients.append(gradient)
+                groups.append(block.index)
         if gradients:
             # Gradients add up over micro-batches, so the last backward pass of a step has them whole.
             self.parameter_squares = self._layout.parameter_squares(gradients, groups)
