@@ -248,7 +248,8 @@ def alert_lines(alerts: Iterable[Alert]) -> list[str]:
     for (_, kind, _), group in groups.items():
         worst = _WORDS[kind][1](group, key=lambda alert: alert.value)
         others = len(group) - 1
-        lines.append(worst.message + (f" So are {others} other places." if others else ""))
+        likewise = f"; {others} other place{'s' * (others > 1)} likewise." if others else "."
+        lines.append(worst.message.removesuffix(".") + likewise)
     return lines
 
 

@@ -233,6 +233,38 @@ def trainer(out):
     return as_json(callback.timeline) | {"world": training.accelerator.num_processes}
 
 
+def dropped_on_one_rank(out):
+    """The ring of rank 1 is full at step 1."""
+    batches, _ = batches_of("bert")
+    model = model_of("bert")
+    with warnings_of_monitors() as messages, Monitor(model, MonitorConfig(every=1, rows=None)) as monitor:
+        for number, batch in enumerate(batches):
+            model(**mine(batch)[0]).loss.backward()
+            if number == 1 and dist.get_rank() == 1:
+                monitor.timeline  # noqa: B018  (all slots are free again)
+                free = list(monitor._recorder._free)
+                monitor._recorder._free.clear()
+            monitor.step()
+            if number == 1 and dist.get_rank() == 1:
+                monitor._recorder._free.extend(free)
+            model.zero_grad()
+    return as_json(monitor.timeline) | {"messages": messages, "dropped": monitor.dropped}
+
+
+def failed_on_one_rank(out):
+    """At step 1 a hook of ours fails on rank 1."""
+    batches, _ = batches_of("bert")
+    model = model_of("bert")
+    with warnings_of_monitors() as messages, Monitor(model, MonitorConfig(every=1, rows=None)) as monitor:
+        for number, batch in enumerate(batches):
+            if number == 1 and dist.get_rank() == 1:
+                monitor._taps.failure = ZeroDivisionError("planted")
+            model(**mine(batch)[0]).loss.backward()
+            monitor.step()
+            model.zero_grad()
+    return as_json(monitor.timeline) | {"messages": messages}
+
+
 # ---- faults; the last one ends rank 1 --------------------------------------------------------------------------------
 
 
@@ -282,7 +314,7 @@ def killed_rank(out):
 SCENARIOS = (
     ddp, ddp_sampled, ddp_accumulated, fsdp, replicated_shards, tensor_parallel, tensor_parallel_mlp_only,
     sharded_and_tensor_parallel, one_rank_without_a_batch, no_rank_with_a_batch, other_config, other_model,
-    folder_of_another_run, resumed, trainer, late_rank, killed_rank,
+    folder_of_another_run, resumed, trainer, dropped_on_one_rank, failed_on_one_rank, late_rank, killed_rank,
 )  # fmt: skip
 
 

@@ -222,7 +222,7 @@ def test_many_places_make_one_line_with_the_worst(caplog):
     assert len(alerts) == H
     with caplog.at_level(logging.WARNING):
         log_alerts(alerts, heard.append)
-    line = "Step 520: largest attention logit of block 2 head 3 is 9000, above 1000. So are 3 other places."
+    line = "Step 520: largest attention logit of block 2 head 3 is 9000, above 1000; 3 other places likewise."
     assert caplog.messages == alert_lines(alerts) == [line]
     assert heard == [alerts]
 

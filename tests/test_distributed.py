@@ -161,6 +161,25 @@ def test_a_step_without_a_batch_on_any_rank_is_told(pair):
     assert found["steps"] == [0] and np.isnan(found["entropy"]).all() and np.isnan(found["loss"][0])
 
 
+def test_a_step_that_one_rank_drops_is_missing_on_all_and_the_next_ones_are_right(pair):
+    first, second = (told(pair, "dropped_on_one_rank", rank) for rank in range(2))
+    assert first["steps"] == second["steps"] == [0, 2, 3]
+    assert (first["dropped"], second["dropped"]) == (0, 1)
+    assert first["messages"] == ["step 1 is missing from the timeline: LookupError('a rank has dropped its part')"]
+    np.testing.assert_array_equal(first["entropy"], second["entropy"])
+    assert np.isfinite(first["activation_grad"]).all()
+
+
+def test_a_step_that_fails_on_one_rank_has_no_values_on_any(pair):
+    found = told(pair, "failed_on_one_rank")
+    assert found["steps"] == [0, 1, 2, 3]
+    assert found["messages"] == ["measured step 1 failed on another rank; its values are NaN"]
+    assert "planted" in told(pair, "failed_on_one_rank", 1)["messages"][0]
+    for name in ("entropy", "max_logit", "activation_grad", "parameter_grad", "loss"):
+        unknown = np.isnan(found[name]).reshape(4, -1)
+        assert unknown[1].all() and not unknown[[0, 2, 3]].any(), name
+
+
 # ---- lost ranks ------------------------------------------------------------------------------------------------------
 
 

@@ -224,6 +224,8 @@ class Join:
         self._layout.weigh(packet, self._sharded_outputs)
         if not self._ranks.join(step, packet):
             self._layout.forget_norms(packet)
+        elif packet["loss_count"].isnan():  # as no number of micro-batches is
+            self._warn("failure", f"measured step {step} failed on another rank; its values are NaN")
         elif not packet.measured():
             self._warn("unseen", f"measured step {step} saw no training forward of the monitored model on any rank")
 

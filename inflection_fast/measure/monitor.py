@@ -8,8 +8,6 @@ import operator
 import os
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
 
@@ -20,6 +18,7 @@ from ..alerts import Alert, AlertConfig, AlertWatch, log_alerts, measurements_of
 from ..blocks import Block, find_blocks
 from ..timeline import Timeline, TimelineWriter
 from .config import MonitorConfig
+from .description import heads_of, meta_of
 from .distributed import Join, Layout, Ranks, full_of, world_size
 from .gradients import scale_of, squares_of_all
 from .packet import Packet
@@ -33,8 +32,6 @@ __all__ = ["Monitor"]
 logger = logging.getLogger(__name__)
 
 REFERENCE_NAME = "probe_reference.npz"  # in the folder of the timeline
-_PACKAGES = ("inflection_fast", "torch", "transformers", "peft")
-_HEAD_COUNT_NAMES = ("num_attention_heads", "num_heads", "n_heads", "n_head", "nhead", "heads")
 
 
 class Monitor:
@@ -126,7 +123,7 @@ class Monitor:
     def __enter__(self) -> Monitor:
         if self._open or self._closed:
             raise RuntimeError("a Monitor is entered once; make another one to measure again")
-        self._heads, error = _heads_of(self.blocks), None
+        self._heads, error = heads_of(self.blocks), None
         if world_size() > 1:
             self._ranks = Ranks(self._model, self._rank_timeout_s)
         try:
@@ -176,7 +173,7 @@ class Monitor:
             self._guarded(self._writer.close)
 
     def _opened(self, folder: Path | None, heads: int) -> TimelineWriter:
-        layers, meta = [block.name for block in self.blocks], _meta(self._model, self._config)
+        layers, meta = [block.name for block in self.blocks], meta_of(self._model, self._config)
         if self._ranks is not None and not self._ranks.writes:
             folder = None
         writer = TimelineWriter(folder, layers=layers, heads=heads, meta=meta, resume_at=self._resume_at)
@@ -393,29 +390,3 @@ class Monitor:
 def _refuse_unmeasurable(model: nn.Module) -> None:
     if isinstance(model, nn.DataParallel):
         raise ValueError("model: DataParallel runs replicas that cannot be measured; use DistributedDataParallel")
-
-
-def _heads_of(blocks: Sequence[Block]) -> int | None:
-    """The number of attention heads as the first block's modules state it; None if none does."""
-    modules = list(blocks[0].module.modules())
-    for holder in [*modules, *(getattr(module, "config", None) for module in modules)]:
-        for name in _HEAD_COUNT_NAMES:
-            count = getattr(holder, name, None)
-            if isinstance(count, int) and count > 0:
-                return count
-    return None
-
-
-def _meta(model: nn.Module, config: MonitorConfig) -> dict:
-    inner = getattr(model, "module", model) if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    if hasattr(inner, "get_base_model"):
-        inner = inner.get_base_model()
-    return {
-        "model": {
-            "class": type(inner).__name__,
-            "model_type": getattr(getattr(inner, "config", None), "model_type", None),
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        },
-        "config": dataclasses.asdict(config),
-        "versions": {name: version(name) for name in _PACKAGES if find_spec(name)},
-    }
