@@ -31,6 +31,7 @@ __all__ = ["Monitor"]
 logger = logging.getLogger(__name__)
 
 REFERENCE_NAME = "probe_reference.npz"  # in the folder of the timeline
+_PROBE_SIGNALS = frozenset({"delta_cka", "probe_entropy", "probe_activation_grad"})
 _PACKAGES = ("inflection_fast", "torch", "transformers", "peft")
 _HEAD_COUNT_NAMES = ("num_attention_heads", "num_heads", "n_heads", "n_head", "nhead", "heads")
 
@@ -60,7 +61,8 @@ class Monitor:
         model: what the training loop calls, wrapped (DDP, peft) or not; Transformers or any other PyTorch model.
         config: what and when.
         out: folder of the timeline; None: kept in memory only.
-        probe: list of model inputs (dicts of tensors) for delta-CKA; without it that signal is NaN.
+        probe: list of model inputs (dicts of tensors) for delta-CKA, and for entropy and activation gradients on data
+            that stays the same (with labels, if the model returns a loss then); without it these signals are NaN.
         start_step: the first optimizer step of this run; above 0 the timeline in `out` is continued from there.
 
     Raises:
@@ -84,13 +86,14 @@ class Monitor:
             raise ValueError(f"start_step: expected a step >= 0, got {start_step}")
         self.blocks: list[Block] = find_blocks(model, config.blocks)
         _refuse_unmeasurable(model)
-        self._model, self._config = model, config
+        self._model: nn.Module | None = model
+        self._config = config
         self._out = None if out is None or not _writes() else Path(out)
         self._step = operator.index(start_step)
         self._resume_at = self._step or None
-        tapped = [signal for signal in config.signals if signal != "delta_cka"]
+        tapped = [signal for signal in config.signals if signal not in _PROBE_SIGNALS]
         self._taps = Taps(model, self.blocks, tapped, config.rows, config.seed)
-        measures_probe = probe is not None and "delta_cka" in config.signals
+        measures_probe = probe is not None and not _PROBE_SIGNALS.isdisjoint(config.signals)
         self._probe = Probe(model, self.blocks, probe, config) if measures_probe else None
         self._writer: TimelineWriter | None = None
         self._recorder: Recorder | None = None  # made when the first measured step tells the number of heads
@@ -126,6 +129,10 @@ class Monitor:
         self._taps.detach()
         self._measuring = self._open = False
         self._closed = True
+        # Whoever keeps the monitor for its timeline keeps no model.
+        self._model = self._probe = None
+        self._taps.forget_model()
+        self.blocks = [dataclasses.replace(block, module=None) for block in self.blocks]
         if self._recorder is not None:
             self._recorder.close()
         elif self._writer is not None and os.getpid() == self._owner:
@@ -143,7 +150,8 @@ class Monitor:
             self._taps.attach(self._step)
 
     def _take_reference(self) -> None:
-        if self._probe is None or self._config.cka_reference != "start":
+        wanted = "delta_cka" in self._config.signals and self._config.cka_reference == "start"
+        if self._probe is None or not wanted:
             return
         path = None if self._out is None else self._out / REFERENCE_NAME
         if self._resume_at is not None and path is not None and path.exists():
@@ -197,7 +205,7 @@ class Monitor:
                 self._writer = self._opened(None, packet.heads)
             self._recorder = Recorder(self._writer, packet, self._warn)
             # Whoever forgets to close loses nothing at the end of the process, and keeps no thread for ever.
-            weakref.finalize(self, self._recorder.close)
+            weakref.finalize(self, _end, self._taps, self._recorder)
         self._recorder.record(self._step, began)
 
     def _filled(self, *known) -> Packet:
@@ -237,8 +245,7 @@ class Monitor:
             packet["skipped_count"].fill_(1)
         taps.gather(loss_scale)
         if self._probe is not None and is_due(self._step, self._config.probe_every or self._config.every):
-            packet["delta_cka"].copy_(self._probe.delta_cka())
-            packet["delta_cka_count"].fill_(1)
+            self._probe.measure(packet)
         losses = [one.detach().mean() for one in ([loss] if isinstance(loss, Tensor) else taps.losses)]
         if loss is not None and not isinstance(loss, Tensor):
             packet["loss"].fill_(float(loss))
@@ -324,6 +331,11 @@ class Monitor:
 def _refuse_unmeasurable(model: nn.Module) -> None:
     if isinstance(model, nn.DataParallel):
         raise ValueError("model: DataParallel runs replicas that cannot be measured; use DistributedDataParallel")
+
+
+def _end(taps: Taps, recorder: Recorder) -> None:
+    taps.detach()
+    recorder.close()
 
 
 def _writes() -> bool:
