@@ -117,6 +117,11 @@ class AlertWatch:
                 )
         return found
 
+    def resume(self, timeline: Timeline) -> None:
+        """Look at the last measurements of a run that goes on, whose alerts were told before."""
+        for step, signals in _measurements_of(timeline, last=self._config.history):
+            self.push(step, signals)
+
     def _judged(self, signals: dict[str, np.ndarray]) -> Iterable[tuple[str, str, np.ndarray, np.ndarray | float]]:
         """(kind, signal, where it holds, limit) for every condition on this measurement."""
         config = self._config
@@ -209,11 +214,11 @@ def find_alerts(
     if unknown:
         raise ValueError(f"kinds: expected some of {ALERT_KINDS}, got {unknown}")
     watch = AlertWatch(config)
-    found = [alert for step, signals in measurements_of(timeline) for alert in watch.push(step, signals)]
+    found = [alert for step, signals in _measurements_of(timeline) for alert in watch.push(step, signals)]
     return [alert for alert in found if alert.kind in kinds]
 
 
-def measurements_of(timeline: Timeline, last: int | None = None) -> Iterable[tuple[int, dict[str, np.ndarray]]]:
+def _measurements_of(timeline: Timeline, last: int | None = None) -> Iterable[tuple[int, dict[str, np.ndarray]]]:
     """(step, signals by name) of every measurement, or of the `last` ones only."""
     names = {"max_logit", "skipped", *_FINITE}
     first = 0 if last is None else max(0, len(timeline.steps) - last)

@@ -26,7 +26,7 @@ class Block:
     index: int  # 0-based, in forward order
     name: str  # qualified name without the prefixes of wrappers (DDP, torch.compile, peft)
     path: str  # qualified name as model.get_submodule() takes it
-    module: nn.Module
+    module: nn.Module | None  # None: of a monitor that was closed
 
 
 def find_blocks(model: nn.Module, names: Sequence[str] | None = None) -> list[Block]:

@@ -20,12 +20,13 @@ from torch import distributed as dist
 from torch import nn
 
 from inflection_fast.measure import Monitor, MonitorConfig
+from inflection_fast.measure.config import SIGNALS as ALL
 from inflection_fast.timeline import HEAD_SIGNALS, LAYER_SIGNALS
 
 BATCH, LENGTH, STEPS = 4, 12, 4
-CONFIG = MonitorConfig(every=2, rows=None)
-SAMPLED = MonitorConfig(every=2, rows=4)
-SIGNALS = tuple(name for name in (*HEAD_SIGNALS, *LAYER_SIGNALS, "loss") if not name.startswith("probe_"))
+CONFIG = MonitorConfig(every=2, rows=None, signals=ALL)
+SAMPLED = MonitorConfig(every=2, rows=4, signals=ALL)
+SIGNALS = (*HEAD_SIGNALS, *LAYER_SIGNALS, "loss")
 
 
 def model_of(name):
@@ -226,7 +227,7 @@ def trainer(out):
         def _get_train_sampler(self, *args, **kwargs):
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
-    with InflectionCallback(MonitorConfig(every=STEPS, rows=None), out / "run", probe=probe) as callback:
+    with InflectionCallback(MonitorConfig(every=STEPS, rows=None, signals=ALL), out / "run", probe=probe) as callback:
         training = InOrder(model=model_of("llama"), args=arguments, train_dataset=items, callbacks=[callback])
         training.remove_callback(PrinterCallback)
         training.train()

@@ -14,7 +14,8 @@ def row(packet):
 
 def test_views_cover_both_tensors_once():
     packet = Packet(L, H, "cpu")
-    sums = ("attention", "activation_squares", "parameter_squares", "delta_cka", "loss", "skipped")
+    sums = ("attention", "activation_squares", "parameter_squares", "delta_cka", "loss", "skipped", "probe_attention")
+    sums += ("probe_activation_squares", "probe_activation_count")
     counts = ("activation_count", "parameter_count", "delta_cka_count", "loss_count", "skipped_count")
     for value, name in enumerate([*sums, *counts]):
         assert (packet[name] == 0).all()

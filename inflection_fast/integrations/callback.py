@@ -147,9 +147,7 @@ class InflectionCallback(TrainerCallback):
         if not self.monitor.measuring:
             self.monitor.step()
             return
-        # Reading the scale waits for the device, which a measured step does in any case.
-        scaler = getattr(optimizer, "scaler", None)
-        self.monitor.step(self._step_loss(), loss_scale=1.0 if scaler is None else scaler.get_scale())
+        self.monitor.step(self._step_loss(), scaler=getattr(optimizer, "scaler", None))
 
     def on_train_end(self, args, state, control, **kwargs):
         """Detaches."""

@@ -78,16 +78,24 @@ class Layout:
         """
         outputs = set(sharded_outputs)
         for layer in range(packet.layers):
-            packet["attention"][:, layer] /= 1 if layer in self.sharded_heads else self.tensor
-            packet["activation_squares"][layer] /= self.data**2 * (1 if layer in outputs else self.tensor)
+            heads = 1 if layer in self.sharded_heads else self.tensor
+            copies = 1 if layer in outputs else self.tensor
+            packet["attention"][:, layer] /= heads
+            packet["probe_attention"][:, layer] /= heads
+            packet["activation_squares"][layer] /= copies * self.data**2
+            packet["probe_activation_squares"][layer] /= copies
+        # All ranks run the whole probe.
+        if self.data_rank != 0:
+            for name in ("probe_attention", "probe_activation_squares", "probe_activation_count"):
+                packet[name].zero_()
         if not self.writes:
             packet["delta_cka"].zero_()
             packet["delta_cka_count"].zero_()
 
     def forget_norms(self, packet: Packet) -> None:
         """Leave out what one rank cannot know without the others: norms over all of them."""
-        packet["activation_count"].zero_()
-        packet["parameter_count"].zero_()
+        for name in ("activation_count", "parameter_count"):
+            packet[name].zero_()
 
 
 class Ranks:
@@ -205,11 +213,11 @@ class Join:
         self,
         ranks: Ranks,
         layout: Layout,
-        size: tuple[int, int],  # layers and heads of all packets
+        packet: Packet,  # one of the size that all have
         sharded_outputs: set[int],  # see `Layout.weigh`; read when a packet is joined
         warn: Callable[[str, str], None],
     ):
-        self._ranks, self._layout, self._size = ranks, layout, size
+        self._ranks, self._layout, self._size = ranks, layout, (packet.layers, packet.heads)
         self._sharded_outputs, self._warn = sharded_outputs, warn
 
     def __call__(self, step: int, packet: Packet | None) -> None:

@@ -14,7 +14,7 @@ from time import perf_counter
 import torch
 from torch import Tensor, nn
 
-from ..alerts import Alert, AlertConfig, AlertWatch, log_alerts, measurements_of
+from ..alerts import Alert, AlertConfig, AlertWatch, log_alerts
 from ..blocks import Block, find_blocks
 from ..timeline import Timeline, TimelineWriter
 from .config import MonitorConfig
@@ -32,6 +32,7 @@ __all__ = ["Monitor"]
 logger = logging.getLogger(__name__)
 
 REFERENCE_NAME = "probe_reference.npz"  # in the folder of the timeline
+_PROBE_SIGNALS = frozenset({"delta_cka", "probe_entropy", "probe_activation_grad"})
 
 
 class Monitor:
@@ -59,7 +60,8 @@ class Monitor:
         model: what the training loop calls, wrapped (DDP, peft) or not; Transformers or any other PyTorch model.
         config: what and when.
         out: folder of the timeline; None: kept in memory only.
-        probe: list of model inputs (dicts of tensors) for delta-CKA; without it that signal is NaN.
+        probe: list of model inputs (dicts of tensors) for delta-CKA, and for entropy and activation gradients on data
+            that stays the same (with labels, if the model returns a loss then); without it these signals are NaN.
         start_step: the first optimizer step of this run; above 0 the timeline in `out` is continued from there.
         alerts: what is logged as a warning when it goes wrong (`inflection_fast.alerts`); None: nothing.
         on_alert: called with the alerts of a measured step, where there are any, from a thread of the monitor's own;
@@ -94,20 +96,21 @@ class Monitor:
         if operator.index(start_step) < 0:
             raise ValueError(f"start_step: expected a step >= 0, got {start_step}")
         self.blocks: list[Block] = find_blocks(model, config.blocks)
-        _refuse_unmeasurable(model)
-        self._model, self._config = model, config
+        if isinstance(model, nn.DataParallel):
+            raise ValueError("model: DataParallel runs replicas that cannot be measured; use DistributedDataParallel")
+        self._model: nn.Module | None = model
+        self._config = config
         self._out = None if out is None else Path(out)
         self._watch = None if alerts is None else AlertWatch(alerts)
-        self._history = 0 if alerts is None else alerts.history
         self._on_alert = on_alert
         self._rank_timeout_s = rank_timeout_s
         self._ranks: Ranks | None = None
         self._layout = Layout()
         self._step = operator.index(start_step)
         self._resume_at = self._step or None
-        tapped = [signal for signal in config.signals if signal != "delta_cka"]
+        tapped = [signal for signal in config.signals if signal not in _PROBE_SIGNALS]
         self._taps = Taps(model, self.blocks, tapped, config.rows, config.seed)
-        measures_probe = probe is not None and "delta_cka" in config.signals
+        measures_probe = probe is not None and not _PROBE_SIGNALS.isdisjoint(config.signals)
         self._probe = Probe(model, self.blocks, probe, config) if measures_probe else None
         self._writer: TimelineWriter | None = None
         self._recorder: Recorder | None = None  # made when the first measured step tells the number of heads
@@ -156,6 +159,8 @@ class Monitor:
         }
         self._layout = self._ranks.agree(self.blocks, facts, None if error is None else str(error))
         self._taps.share(self._layout)
+        if self._probe is not None:
+            self._probe.share(self._layout, self._taps.sharded_outputs)
         if self._layout.tensor > 1:
             self._heads = None
 
@@ -167,6 +172,10 @@ class Monitor:
         self._taps.detach()
         self._measuring = self._open = False
         self._closed = True
+        # Whoever keeps the monitor for its timeline keeps no model.
+        self._model = self._probe = None
+        self._taps.forget_model()
+        self.blocks = [dataclasses.replace(block, module=None) for block in self.blocks]
         if self._recorder is not None:
             self._recorder.close()
         elif self._writer is not None and os.getpid() == self._owner:
@@ -178,8 +187,7 @@ class Monitor:
             folder = None
         writer = TimelineWriter(folder, layers=layers, heads=heads, meta=meta, resume_at=self._resume_at)
         if self._watch is not None:
-            for step, row in measurements_of(writer.timeline, last=self._history):
-                self._watch.push(step, row)  # told before, by the run that is resumed
+            self._watch.resume(writer.timeline)
         return writer
 
     def _arm(self) -> None:
@@ -190,7 +198,8 @@ class Monitor:
             self._taps.attach(self._step)
 
     def _take_reference(self) -> None:
-        if self._probe is None or self._config.cka_reference != "start":
+        wanted = "delta_cka" in self._config.signals and self._config.cka_reference == "start"
+        if self._probe is None or not wanted:
             return
         path = None if self._out is None else self._out / REFERENCE_NAME
         if self._resume_at is not None and path is not None and path.exists():
@@ -244,18 +253,17 @@ class Monitor:
                 self._writer = self._opened(None, packet.heads)
             self._recorder = self._recorder_of(packet)
             # Whoever forgets to close loses nothing at the end of the process, and keeps no thread for ever.
-            weakref.finalize(self, self._recorder.close)
+            weakref.finalize(self, _end, self._taps, self._recorder)
         self._recorder.record(self._step, began)
 
     def _recorder_of(self, packet: Packet) -> Recorder:
-        keeps = self._layout.writes or self._out is None
-        join = None
+        keeps, join, patience_s = self._layout.writes or self._out is None, None, PATIENCE_S
         if self._ranks is not None:
-            size = (packet.layers, packet.heads)
-            join = Join(self._ranks, self._layout, size, self._taps.sharded_outputs, self._warn)
-        watch = self._watch if self._layout.writes else None
-        told = None if watch is None else lambda step, row: log_alerts(watch.push(step, row), self._on_alert)
-        patience_s = PATIENCE_S + (0.0 if self._ranks is None else self._rank_timeout_s)
+            join = Join(self._ranks, self._layout, packet, self._taps.sharded_outputs, self._warn)
+            patience_s += self._rank_timeout_s
+        # The recorder outlives a monitor that is forgotten: nothing here may hold on to it.
+        watch, on_alert = self._watch if self._layout.writes else None, self._on_alert
+        told = None if watch is None else lambda step, row: log_alerts(watch.push(step, row), on_alert)
         return Recorder(self._writer, packet, self._warn, join=join, told=told, keeps=keeps, patience_s=patience_s)
 
     def _filled(self, *known) -> Packet:
@@ -298,8 +306,7 @@ class Monitor:
             packet["skipped_count"].fill_(1)
         taps.gather(loss_scale)
         if self._probe is not None and is_due(self._step, self._config.probe_every or self._config.every):
-            packet["delta_cka"].copy_(self._probe.delta_cka())
-            packet["delta_cka_count"].fill_(1)
+            self._probe.measure(packet)
         losses = [one.detach().mean() for one in ([loss] if isinstance(loss, Tensor) else taps.losses)]
         if loss is not None and not isinstance(loss, Tensor):
             packet["loss"].fill_(float(loss))
@@ -387,6 +394,6 @@ class Monitor:
             self._warn("disk", f"{self._out}: {error}; measuring goes on in memory")
 
 
-def _refuse_unmeasurable(model: nn.Module) -> None:
-    if isinstance(model, nn.DataParallel):
-        raise ValueError("model: DataParallel runs replicas that cannot be measured; use DistributedDataParallel")
+def _end(taps: Taps, recorder: Recorder) -> None:
+    taps.detach()
+    recorder.close()

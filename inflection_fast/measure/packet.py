@@ -26,12 +26,15 @@ def _sum_shapes(layers: int, heads: int) -> dict[str, tuple[int, ...]]:
         "activation_squares": (layers,),  # squared l2 norms of dL/d(output of the block)
         "parameter_squares": (layers,),  # squared l2 norms over the block's parameters
         "delta_cka": (layers,),
+        "probe_attention": (2, layers, heads),  # count and entropy, over the probe set
+        "probe_activation_squares": (layers,),
         "loss": (),
         "skipped": (),  # of ranks that found gradients which are not finite
         # How many pieces are in each of those; a value without any is NaN.
         "activation_count": (layers,),
         "parameter_count": (layers,),
         "delta_cka_count": (layers,),
+        "probe_activation_count": (layers,),
         "loss_count": (),
         "skipped_count": (),
     }
@@ -45,7 +48,8 @@ class Packet:
     """The local sums (float64) and maxima (float32) of a measured step: two preallocated tensors with named views.
 
     `packet["attention"]` is the view of that name: `attention` [7, L, H] in the order of `ATTENTION_SUMS`, `max_logit`
-    [L, H], those of the loss and of skipping [], every other one [L]. Writing to a view writes to `sums` or `maxima`.
+    [L, H], `probe_attention` [2, L, H], those of the loss and of skipping [], every other one [L]. Writing to a view
+    writes to `sums` or `maxima`.
     """
 
     def __init__(self, layers: int, heads: int, device: torch.device | str):
@@ -92,6 +96,7 @@ def row_of(sums: np.ndarray, maxima: np.ndarray, layers: int, heads: int) -> dic
     """
     views = _views(sums, _sum_shapes(layers, heads)) | _views(maxima, _max_shapes(layers, heads))
     sum_of = dict(zip(ATTENTION_SUMS, views["attention"], strict=True))
+    probe_count, probe_entropy = views["probe_attention"]
     with np.errstate(invalid="ignore", over="ignore"):  # NaN and inf of a run that diverges are values like others
         count = _where(sum_of["count"] > 0, sum_of["count"])
         mean = sum_of["entropy"] / count
@@ -105,6 +110,10 @@ def row_of(sums: np.ndarray, maxima: np.ndarray, layers: int, heads: int) -> dic
             "activation_grad": _where(views["activation_count"] > 0, np.sqrt(views["activation_squares"])),
             "parameter_grad": _where(views["parameter_count"] > 0, np.sqrt(views["parameter_squares"])),
             "delta_cka": views["delta_cka"] / _where(views["delta_cka_count"] > 0, views["delta_cka_count"]),
+            "probe_entropy": probe_entropy / _where(probe_count > 0, probe_count),
+            "probe_activation_grad": _where(
+                views["probe_activation_count"] > 0, np.sqrt(views["probe_activation_squares"])
+            ),
             "loss": views["loss"] / _where(views["loss_count"] > 0, views["loss_count"]),
             "skipped": _where(views["skipped_count"] > 0, np.minimum(views["skipped"], 1.0)),
         }

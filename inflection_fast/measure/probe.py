@@ -1,9 +1,10 @@
-"""How far each block's features have moved on a fixed probe set: delta-CKA against a reference state."""
+"""What a fixed probe set shows of each block: delta-CKA against a reference state, entropy, activation gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,21 +12,27 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..blocks import Block
+from ..blocks import Block, find_blocks
+from .arguments import loss_of
 from .config import MonitorConfig
-from .distributed import full_of, reshard
+from .distributed import Layout, full_of, reshard
+from .packet import Packet
 from .rows import decoder_layers, token_mask
+from .taps import Taps
 
 __all__ = ["Probe"]
 
+_TAPPED = {"probe_entropy": "attention", "probe_activation_grad": "activation_grad"}  # as taps call them
 _MIN_ROWS = 4  # debiased CKA is undefined below
 
 
 class Probe:
     """Runs the probe set and compares the blocks' outputs with those of the reference state.
 
-    A probe run leaves no trace: evaluation mode without autograd, every training flag and the state of the random
-    generators restored. Which rows of the features are kept is drawn once, from the seed.
+    A probe run leaves no trace: evaluation mode, every training flag and the state of the random generators restored.
+    Only where gradients are asked for does autograd run, from the loss that the model returns for the probe's labels to
+    the blocks' outputs and no further: no `grad`, no gradient scaler and no bucket of DistributedDataParallel is met.
+    Which rows of the features are kept is drawn once, from the seed.
     """
 
     def __init__(self, model: nn.Module, blocks: Sequence[Block], batches: Sequence[dict], config: MonitorConfig):
@@ -33,7 +40,14 @@ class Probe:
             raise TypeError("probe: expected a list of model inputs (dicts of tensors), at least one")
         if config.cka_reference == "adapters_off" and not hasattr(_peft_of(model), "disable_adapter"):
             raise ValueError(f"cka_reference: 'adapters_off' needs a peft model, got {type(model).__name__}")
+        # Without its wrapper: DistributedDataParallel would broadcast, and prepare its buckets for a backward pass.
+        model = _peft_of(model)
+        blocks = find_blocks(model, [block.name for block in blocks])
         self._model, self._blocks, self._batches, self._config = model, blocks, batches, config
+        tapped = [_TAPPED[signal] for signal in config.signals if signal in _TAPPED]
+        self._taps = (
+            Taps(model, find_blocks(model, config.blocks), tapped, config.rows, config.seed) if tapped else None
+        )
         self._decoders = decoder_layers(model, blocks)
         self._device = next(model.parameters()).device
         self._rows: dict[tuple, Tensor | None] = {}  # which rows of which output: the same in every run
@@ -71,9 +85,35 @@ class Probe:
             raise ValueError(f"{path} holds reference features of another probe or of other blocks")
         self._reference = [torch.from_numpy(array).to(one) for array, one in zip(arrays, now, strict=True)]
 
-    def delta_cka(self) -> Tensor:
-        """[L] float32: 1 - CKA between the reference and the model as it is now."""
-        after = self._features()
+    def share(self, layout: Layout, sharded_outputs: set[int]) -> None:
+        """Measure as one of several ranks, all of which run the whole probe; `sharded_outputs` as in `Taps`."""
+        if self._taps is not None:
+            self._taps.share(replace(layout, world=layout.tensor, data=1, data_rank=0))
+            self._taps.sharded_outputs = sharded_outputs
+
+    def measure(self, packet: Packet) -> None:
+        """Run the probe set once and write what the configuration asks for into `packet`."""
+        if self._taps is None:
+            features = self._features()
+        else:
+            self._taps.attach(0)  # the same query rows every time
+            try:
+                features = self._features(self._taps)
+            finally:
+                self._taps.detach()
+        signals = self._config.signals
+        if "delta_cka" in signals:
+            packet["delta_cka"].copy_(self.delta_cka(features))
+            packet["delta_cka_count"].fill_(1)
+        if "probe_entropy" in signals:
+            packet["probe_attention"].copy_(self._taps.packet["attention"][:2])
+        if "probe_activation_grad" in signals:
+            packet["probe_activation_squares"].copy_(self._taps.activations.squares())
+            packet["probe_activation_count"].copy_(self._taps.activations.counts())
+
+    def delta_cka(self, features: list[Tensor] | None = None) -> Tensor:
+        """[L] float32: 1 - CKA between the reference and the model as it is now, or as `features` were measured."""
+        after = self._features() if features is None else features
         before = self._reference
         if before is None:
             with _trainable_as_before(self._model), _peft_of(self._model).disable_adapter():
@@ -89,20 +129,22 @@ class Probe:
 
     # ---- one run -----------------------------------------------------------------------------------------------------
 
-    def _features(self) -> list[Tensor]:
-        """Per layer [N, D]: the kept rows of the block's output over the whole probe set."""
+    def _features(self, taps: Taps | None = None) -> list[Tensor]:
+        """Per layer [N, D]: the kept rows of the block's output over the whole probe set, and what `taps` see of it."""
         kept: list[list[Tensor]] = [[] for _ in self._blocks]
-        with _undisturbed(self._model, self._device):
+        with _undisturbed(self._model, self._device, autograd=taps is not None):
             for number, batch in enumerate(self._batches):
                 inputs = {k: v.to(self._device) if isinstance(v, Tensor) else v for k, v in batch.items()}
                 with _outputs_of(self._blocks) as outputs:
-                    self._model(**inputs)
+                    returned = self._model(**inputs)
+                if taps is not None:
+                    _backward_to(outputs.values(), loss_of(returned))
                 for layer in range(len(self._blocks)):
                     if layer not in outputs:
                         raise ValueError(f"probe: block {self._blocks[layer].name!r} did not run on batch {number}")
                     tokens = token_mask(inputs, layer in self._decoders)
                     taken = sum(len(rows) for rows in kept[layer])
-                    kept[layer].append(self._rows_of(outputs.pop(layer), tokens, number, taken))
+                    kept[layer].append(self._rows_of(full_of(outputs.pop(layer).detach()), tokens, number, taken))
         features = [torch.cat(rows) for rows in kept]
         few = [block.name for block, rows in zip(self._blocks, features, strict=True) if len(rows) < _MIN_ROWS]
         if few:
@@ -155,14 +197,22 @@ def _last_token(output: Tensor, tokens: Tensor) -> Tensor:
 _POOLED = {"tokens": _every_token, "mean": _mean_token, "first": _first_token, "last": _last_token}
 
 
+def _backward_to(outputs: Iterable[Tensor], loss: Tensor | None) -> None:
+    """Send the gradients of `loss` as far down as to `outputs`, past their hooks and into no parameter's `grad`."""
+    outputs = [output for output in outputs if output.requires_grad]
+    if loss is not None and loss.requires_grad and outputs:
+        torch.autograd.grad(loss, outputs, allow_unused=True)
+
+
 # ---- leaving no trace ------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
+def _undisturbed(model: nn.Module, device: torch.device, autograd: bool) -> Iterator[None]:
     training = [(module, module.training) for module in model.modules()]
     generators = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=generators), torch.no_grad():
+    eager = torch.compiler.set_stance("force_eager")  # code that was compiled before would not run the hooks
+    with torch.random.fork_rng(devices=generators), torch.set_grad_enabled(autograd), eager:
         try:
             for module, _ in training:
                 module.training = False  # not model.eval(), which some models turn into more than a flag
@@ -192,7 +242,7 @@ def _outputs_of(blocks: Sequence[Block]) -> Iterator[dict[int, Tensor]]:
         for block in blocks:
 
             def keep(module, args, output, layer=block.index):
-                outputs[layer] = full_of(output if isinstance(output, Tensor) else output[0])
+                outputs[layer] = output if isinstance(output, Tensor) else output[0]
 
             stack.callback(block.module.register_forward_hook(keep).remove)
         yield outputs

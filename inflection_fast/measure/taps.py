@@ -130,6 +130,11 @@ class Taps:
             micro_batch.live = False
         self._attached.close()
 
+    def forget_model(self) -> None:
+        """Hold nothing of the model any more: these taps are not attached again."""
+        self.reset()
+        self._model, self._blocks, self._owner, self._interfaces = None, [], {}, []
+
     def reset(self) -> None:
         """Forget what was accumulated."""
         self._micro_batches = []
@@ -363,9 +368,9 @@ class Taps:
 
     def gather(self, loss_scale: float | Tensor) -> None:
         """Write the sums that were kept elsewhere until now into the packet."""
-        packet, layers = self.packet, range(len(self._blocks))
+        packet = self.packet
         packet["activation_squares"].copy_(self.activations.squares() / loss_scale**2)
-        packet["activation_count"].copy_(torch.tensor([float(layer in self.activations.seen) for layer in layers]))
+        packet["activation_count"].copy_(self.activations.counts())
         if self.parameter_squares is not None:
             squares = self.parameter_squares / loss_scale**2
             packet["parameter_squares"][: len(squares)] = squares
