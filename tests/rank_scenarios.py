@@ -166,6 +166,80 @@ def sharded_and_tensor_parallel(out):
     return as_json(train(_fully_sharded(model, model.model.layers, mesh["dp"]), batches, probe, SAMPLED))
 
 
+class SplitAttention(nn.Module):
+    """Takes its number of heads from its projections, as models do whose heads are divided among ranks."""
+
+    def __init__(self, width, size):
+        super().__init__()
+        self.size = size
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x):
+        q, k, v = (one(x).unflatten(-1, (-1, self.size)).transpose(1, 2) for one in (self.q, self.k, self.v))
+        y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class SplitBlock(nn.Module):
+    def __init__(self, width, size):
+        super().__init__()
+        self.norm1, self.attention = nn.LayerNorm(width), SplitAttention(width, size)
+        self.norm2, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 24), nn.Linear(24, width)
+
+    def forward(self, x):
+        x = x + self.attention(self.norm1(x))
+        return x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
+
+
+class SplitModel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(40, 16), nn.Linear(16, 40)
+        self.blocks = nn.ModuleList(SplitBlock(16, 4) for _ in range(3))
+
+    def forward(self, input_ids, labels):
+        x = self.embed(input_ids)
+        for block in self.blocks:
+            x = block(x)
+        logits = self.head(x)
+        return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())}
+
+
+def split_model():
+    import tiny_models as tiny
+
+    torch.manual_seed(0)
+    return tiny.sharpened(SplitModel().train())
+
+
+NO_PROBE = MonitorConfig(every=2, rows=4, signals=("attention", "activation_grad", "parameter_grad"))
+
+
+def sequence_parallel(out):
+    """Between the attentions each rank holds half of every sequence, as a plain tensor."""
+    from torch.distributed.tensor import Replicate, Shard, parallel
+
+    split = {"input_layouts": Shard(1)}
+    plan = {
+        "norm1": parallel.SequenceParallel(),
+        "norm2": parallel.SequenceParallel(),
+        "attention": parallel.PrepareModuleInput(input_layouts=Shard(1), desired_input_layouts=Replicate()),
+        **{f"attention.{name}": parallel.ColwiseParallel() for name in "qkv"},
+        "attention.out": parallel.RowwiseParallel(output_layouts=Shard(1)),
+        "up": parallel.ColwiseParallel(**split),
+        "down": parallel.RowwiseParallel(output_layouts=Shard(1)),
+    }
+    model, mesh = split_model(), dist.init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    for block in model.blocks:
+        parallel.parallelize_module(block, mesh, plan)
+    ends = {
+        "embed": parallel.RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
+        "head": parallel.ColwiseParallel(**split, output_layouts=Replicate()),
+    }
+    batches, _ = batches_of("llama")
+    return as_json(train(parallel.parallelize_module(model, mesh, ends), batches, None, NO_PROBE))
+
+
 # ---- one path for all ranks ------------------------------------------------------------------------------------------
 
 
@@ -314,8 +388,9 @@ def killed_rank(out):
 
 SCENARIOS = (
     ddp, ddp_sampled, ddp_accumulated, fsdp, replicated_shards, tensor_parallel, tensor_parallel_mlp_only,
-    sharded_and_tensor_parallel, one_rank_without_a_batch, no_rank_with_a_batch, other_config, other_model,
-    folder_of_another_run, resumed, trainer, dropped_on_one_rank, failed_on_one_rank, late_rank, killed_rank,
+    sharded_and_tensor_parallel, sequence_parallel, one_rank_without_a_batch, no_rank_with_a_batch,
+    other_config, other_model, folder_of_another_run, resumed, trainer, dropped_on_one_rank,
+    failed_on_one_rank, late_rank, killed_rank,
 )  # fmt: skip
 
 

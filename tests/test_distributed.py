@@ -102,6 +102,14 @@ def test_two_processes_measure_what_one_does_on_the_whole_batch(pair, name, mode
         assert_same(other, expected)
 
 
+def test_sequences_that_ranks_have_split_count_once(pair):
+    batches, _ = scenarios.batches_of("llama")
+    expected = scenarios.as_json(scenarios.train(scenarios.split_model(), batches, None, scenarios.NO_PROBE))
+    found = told(pair, "sequence_parallel")
+    assert_same(found, expected)
+    assert np.isfinite(expected["entropy"]).all() and np.isfinite(expected["activation_grad"]).all()
+
+
 def test_the_trainer_measures_on_two_processes_what_one_does(pair):
     found = told(pair, "trainer")
     assert "raised" not in found, found.get("traceback")
