@@ -143,7 +143,8 @@ class Recorder:
         if arrival is not None:
             arrival.synchronize()
         sums, maxima = self._sums[slot].numpy(), self._maxima[slot].numpy()
-        return row_of(sums, maxima, self._packet.layers, self._packet.heads)
+        packet = self._packet
+        return row_of(sums, maxima, packet.layers, packet.heads, probe=packet.probe)
 
     def _finish_all(self, store) -> None:
         while not self._filled.empty():

@@ -87,6 +87,7 @@ class Taps:
         self._micro_batches: list[MicroBatch] = []
         self._layer: int | None = None  # of the block that is running
         self.packet: Packet | None = None  # made when the first call tells how many heads there are
+        self.probe = False  # the packet has room for the sums over a probe set
         self._heads: HeadMeans | None = None
         self.activations = GradientNorms(len(blocks), self.device)
         self.parameter_squares: Tensor | None = None  # [<= L], of the last backward pass
@@ -304,7 +305,7 @@ class Taps:
 
     def allocate(self, heads: int) -> None:
         """Make the packet, for blocks of so many heads."""
-        self.packet = Packet(len(self._blocks), heads, self.device)
+        self.packet = Packet(len(self._blocks), heads, self.device, probe=self.probe)
         self._heads = HeadMeans(self.packet["attention"], self.packet["max_logit"])
 
     # ---- backward ----------------------------------------------------------------------------------------------------
