@@ -154,6 +154,24 @@ def test_a_disk_that_hangs_does_not_hang_the_end(tmp_path, packet, caplog, monke
     recorder._thread.join()
 
 
+def test_the_thread_itself_may_close(tmp_path, packet, monkeypatch):
+    """The garbage collector runs in any thread, and closes the recorder of a monitor that it finds thrown away."""
+    append = TimelineWriter.append
+
+    def collecting(self, step, **signals):
+        append(self, step, **signals)
+        if step == 1:
+            recorder.close()
+
+    monkeypatch.setattr(TimelineWriter, "append", collecting)
+    recorder = recorder_of(tmp_path, packet, copies=(device := SlowDevice()))
+    for step in range(4):
+        record(recorder, packet, step)
+    device.finish()
+    recorder._thread.join(30)
+    assert not recorder._thread.is_alive() and Timeline.load(tmp_path).steps.tolist() == [0, 1, 2, 3]
+
+
 def test_a_full_disk_that_empties_loses_nothing(tmp_path, packet, caplog, monkeypatch):
     write, full = TimelineWriter._write, [True]
 

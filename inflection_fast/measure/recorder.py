@@ -95,7 +95,7 @@ class Recorder:
         self._free = deque(range(slots))
         self._filled: SimpleQueue = SimpleQueue()
         self._owner = os.getpid()
-        self._closed = False
+        self._closed = self._hangs = False
         self._thread = threading.Thread(target=self._work, name="inflection_fast timeline", daemon=True)
         self._thread.start()
 
@@ -158,7 +158,10 @@ class Recorder:
         """Wait until everything recorded so far is in the timeline, but not for ever."""
         if os.getpid() != self._owner or self._closed:
             return
-        reached, waited = threading.Event(), 0.0
+        if threading.current_thread() is self._thread:  # where the garbage collector may run, and end a monitor
+            self._finish_all(self._writer.append)
+            return
+        reached, waited, self._hangs = threading.Event(), 0.0, False
         self._filled.put(reached)
         while not reached.wait(POLL_S):
             waited += POLL_S
@@ -166,6 +169,7 @@ class Recorder:
                 self._warn("thread", "the thread that writes the timeline has died; it is written when it is closed")
                 self._finish_all(store=self._writer.keep)
             elif waited > PATIENCE_S:
+                self._hangs = True
                 self._warn("hangs", f"writing the timeline hangs for {PATIENCE_S:.0f} s; its last steps may be missing")
                 return
 
@@ -176,9 +180,10 @@ class Recorder:
         self.drain()
         self._closed = True
         self._filled.put(None)
-        self._thread.join(POLL_S)
-        if self._thread.is_alive():
-            return  # it hangs in the disk, which `drain` has told
+        if threading.current_thread() is not self._thread:
+            self._thread.join(POLL_S if self._hangs else PATIENCE_S)
+            if self._thread.is_alive():
+                return  # it hangs in the disk, which `drain` has told
         try:
             self._writer.close()
         except OSError as error:
