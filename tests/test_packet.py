@@ -9,11 +9,11 @@ L, H = 2, 3
 
 
 def row(packet):
-    return row_of(packet.sums.numpy(), packet.maxima.numpy(), packet.layers, packet.heads)
+    return row_of(packet.sums.numpy(), packet.maxima.numpy(), packet.layers, packet.heads, probe=packet.probe)
 
 
 def test_views_cover_both_tensors_once():
-    packet = Packet(L, H, "cpu")
+    packet = Packet(L, H, "cpu", probe=True)
     sums = ("attention", "activation_squares", "parameter_squares", "delta_cka", "loss", "skipped", "probe_attention")
     sums += ("probe_activation_squares", "probe_activation_count")
     counts = ("activation_count", "parameter_count", "delta_cka_count", "loss_count", "skipped_count")
@@ -27,7 +27,7 @@ def test_views_cover_both_tensors_once():
 
 
 def test_a_value_without_pieces_is_nan():
-    assert all(np.isnan(value).all() for value in row(Packet(L, H, "cpu")).values())
+    assert all(np.isnan(value).all() for value in row(Packet(L, H, "cpu", probe=True)).values())
 
 
 def test_norms_are_roots_of_sums_and_the_rest_are_means():

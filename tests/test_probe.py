@@ -277,7 +277,7 @@ def test_gradients_of_the_probe_reach_no_parameter():
         parameter.register_hook(lambda gradient: arrived.append(gradient))
     probe = Probe(model, find_blocks(model), [classify()], BOTH)
     probe.remember()
-    packet = Packet(3, 4, "cpu")
+    packet = Packet(3, 4, "cpu", probe=True)
     probe.measure(packet)
     assert not arrived and (packet["probe_activation_squares"] > 0).all()
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
@@ -311,6 +311,6 @@ def test_the_probe_does_not_enter_a_wrapper():
     wrapped.module = model
     probe = Probe(wrapped, find_blocks(wrapped), [batch], BOTH)  # its forward would fail, it was never set up
     probe.remember()
-    packet = Packet(3, 4, "cpu")
+    packet = Packet(3, 4, "cpu", probe=True)
     probe.measure(packet)
     assert (packet["probe_attention"] > 0).all() and (packet["probe_activation_squares"] > 0).all()

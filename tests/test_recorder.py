@@ -8,6 +8,7 @@ import sys
 import threading
 
 import pytest
+import torch
 
 from inflection_fast.measure import recorder as module
 from inflection_fast.measure.packet import Packet
@@ -153,6 +154,24 @@ def test_a_disk_that_hangs_does_not_hang_the_end(tmp_path, packet, caplog, monke
     recorder._thread.join()
 
 
+def test_the_thread_itself_may_close(tmp_path, packet, monkeypatch):
+    """The garbage collector runs in any thread, and closes the recorder of a monitor that it finds thrown away."""
+    append = TimelineWriter.append
+
+    def collecting(self, step, **signals):
+        append(self, step, **signals)
+        if step == 1:
+            recorder.close()
+
+    monkeypatch.setattr(TimelineWriter, "append", collecting)
+    recorder = recorder_of(tmp_path, packet, copies=(device := SlowDevice()))
+    for step in range(4):
+        record(recorder, packet, step)
+    device.finish()
+    recorder._thread.join(30)
+    assert not recorder._thread.is_alive() and Timeline.load(tmp_path).steps.tolist() == [0, 1, 2, 3]
+
+
 def test_a_full_disk_that_empties_loses_nothing(tmp_path, packet, caplog, monkeypatch):
     write, full = TimelineWriter._write, [True]
 
@@ -223,3 +242,50 @@ def test_a_process_that_ends_without_closing_keeps_what_it_measured(tmp_path):
         ended = subprocess.run(command, env=environment, capture_output=True)
         assert ended.returncode != 0
         assert Timeline.load(folder).steps.tolist() == [0, 1, 2, 3]
+
+
+def test_copies_on_a_device_run_beside_its_stream_and_only_the_device_waits(monkeypatch):
+    """The order of what is put on streams, seen by stand-ins for them: no call here makes the host wait."""
+    told = []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            told.append(f"{self.name} waits for {other.name}")
+
+        def wait_event(self, event):
+            told.append(f"{self.name} waits for the event")
+
+        def __enter__(self):
+            told.append(f"on {self.name}")
+
+        def __exit__(self, *exception):
+            told.append(f"off {self.name}")
+
+    class Event:
+        def __init__(self, blocking):
+            assert blocking  # whoever waits for it sleeps instead of spinning
+
+        def record(self, stream):
+            told.append(f"event on {stream.name}")
+
+    class Host:
+        def copy_(self, source, non_blocking):
+            assert non_blocking
+            told.append(f"copy {source}")
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("side"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("main"))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    copies = module.CudaCopies("cuda")
+    copies.before_overwriting()  # nothing was copied yet
+    assert told == []
+    copies.start([(Host(), "sums"), (Host(), "maxima")])
+    copies.before_overwriting()
+    assert told == [
+        "side waits for main", "on side", "copy sums", "copy maxima", "event on side", "off side",
+        "main waits for the event",
+    ]  # fmt: skip

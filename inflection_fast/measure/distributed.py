@@ -81,11 +81,11 @@ class Layout:
             heads = 1 if layer in self.sharded_heads else self.tensor
             copies = 1 if layer in outputs else self.tensor
             packet["attention"][:, layer] /= heads
-            packet["probe_attention"][:, layer] /= heads
             packet["activation_squares"][layer] /= copies * self.data**2
-            packet["probe_activation_squares"][layer] /= copies
-        # All ranks run the whole probe.
-        if self.data_rank != 0:
+            if packet.probe:
+                packet["probe_attention"][:, layer] /= heads
+                packet["probe_activation_squares"][layer] /= copies
+        if packet.probe and self.data_rank != 0:  # all ranks run the whole probe
             for name in ("probe_attention", "probe_activation_squares", "probe_activation_count"):
                 packet[name].zero_()
         if not self.writes:
@@ -217,7 +217,7 @@ class Join:
         sharded_outputs: set[int],  # see `Layout.weigh`; read when a packet is joined
         warn: Callable[[str, str], None],
     ):
-        self._ranks, self._layout, self._size = ranks, layout, (packet.layers, packet.heads)
+        self._ranks, self._layout, self._packet = ranks, layout, packet
         self._sharded_outputs, self._warn = sharded_outputs, warn
 
     def __call__(self, step: int, packet: Packet | None) -> None:
@@ -227,7 +227,8 @@ class Join:
             LookupError: some rank has dropped its packet, so that nobody knows the step.
         """
         if packet is None:
-            self._ranks.join(step, Packet(*self._size, "cpu"), dropped=True)
+            sums, maxima = (torch.zeros_like(part, device="cpu") for part in (self._packet.sums, self._packet.maxima))
+            self._ranks.join(step, Packet.like(self._packet, sums, maxima), dropped=True)
             return
         self._layout.weigh(packet, self._sharded_outputs)
         if not self._ranks.join(step, packet):

@@ -112,6 +112,7 @@ class Monitor:
         self._taps = Taps(model, self.blocks, tapped, config.rows, config.seed)
         measures_probe = probe is not None and not _PROBE_SIGNALS.isdisjoint(config.signals)
         self._probe = Probe(model, self.blocks, probe, config) if measures_probe else None
+        self._taps.probe = self._probe is not None and self._probe.taps is not None
         self._writer: TimelineWriter | None = None
         self._recorder: Recorder | None = None  # made when the first measured step tells the number of heads
         self._open = self._closed = False

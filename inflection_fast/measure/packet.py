@@ -20,24 +20,28 @@ __all__ = ["ATTENTION_SUMS", "Packet", "row_of"]
 ATTENTION_SUMS = ("count", "entropy", "collision", "sink", "yy", "yv", "vv")
 
 
-def _sum_shapes(layers: int, heads: int) -> dict[str, tuple[int, ...]]:
-    return {
+def _sum_shapes(layers: int, heads: int, probe: bool) -> dict[str, tuple[int, ...]]:
+    shapes = {
         "attention": (len(ATTENTION_SUMS), layers, heads),
         "activation_squares": (layers,),  # squared l2 norms of dL/d(output of the block)
         "parameter_squares": (layers,),  # squared l2 norms over the block's parameters
         "delta_cka": (layers,),
-        "probe_attention": (2, layers, heads),  # count and entropy, over the probe set
-        "probe_activation_squares": (layers,),
         "loss": (),
         "skipped": (),  # of ranks that found gradients which are not finite
         # How many pieces are in each of those; a value without any is NaN.
         "activation_count": (layers,),
         "parameter_count": (layers,),
         "delta_cka_count": (layers,),
-        "probe_activation_count": (layers,),
         "loss_count": (),
         "skipped_count": (),
     }
+    if probe:
+        shapes |= {
+            "probe_attention": (2, layers, heads),  # count and entropy, over the probe set
+            "probe_activation_squares": (layers,),
+            "probe_activation_count": (layers,),
+        }
+    return shapes
 
 
 def _max_shapes(layers: int, heads: int) -> dict[str, tuple[int, ...]]:
@@ -48,27 +52,27 @@ class Packet:
     """The local sums (float64) and maxima (float32) of a measured step: two preallocated tensors with named views.
 
     `packet["attention"]` is the view of that name: `attention` [7, L, H] in the order of `ATTENTION_SUMS`, `max_logit`
-    [L, H], `probe_attention` [2, L, H], those of the loss and of skipping [], every other one [L]. Writing to a view
-    writes to `sums` or `maxima`.
+    [L, H], those of the loss and of skipping [], every other one [L]; where a probe set is measured too, those that
+    begin with "probe_", `probe_attention` [2, L, H]. Writing to a view writes to `sums` or `maxima`.
     """
 
-    def __init__(self, layers: int, heads: int, device: torch.device | str):
+    def __init__(self, layers: int, heads: int, device: torch.device | str, *, probe: bool = False):
         # float64: the variance of a mean is a small difference of large sums, and squares of scaled gradients are large
-        sums = torch.zeros(_size(_sum_shapes(layers, heads)), dtype=torch.float64, device=device)
+        sums = torch.zeros(_size(_sum_shapes(layers, heads, probe)), dtype=torch.float64, device=device)
         maxima = torch.zeros(_size(_max_shapes(layers, heads)), dtype=torch.float32, device=device)
-        self._name(sums, maxima, layers, heads)
+        self._name(sums, maxima, layers, heads, probe)
         self.reset()
 
     @classmethod
-    def over(cls, sums: Tensor, maxima: Tensor, layers: int, heads: int) -> Packet:
-        """The packet whose numbers are in the given memory."""
+    def like(cls, other: Packet, sums: Tensor, maxima: Tensor) -> Packet:
+        """A packet of the size of `other`, whose numbers are in the given memory."""
         packet = cls.__new__(cls)
-        packet._name(sums, maxima, layers, heads)
+        packet._name(sums, maxima, other.layers, other.heads, other.probe)
         return packet
 
-    def _name(self, sums: Tensor, maxima: Tensor, layers: int, heads: int) -> None:
-        self.sums, self.maxima, self.layers, self.heads = sums, maxima, layers, heads
-        self._views = _views(sums, _sum_shapes(layers, heads)) | _views(maxima, _max_shapes(layers, heads))
+    def _name(self, sums: Tensor, maxima: Tensor, layers: int, heads: int, probe: bool) -> None:
+        self.sums, self.maxima, self.layers, self.heads, self.probe = sums, maxima, layers, heads, probe
+        self._views = _views(sums, _sum_shapes(layers, heads, probe)) | _views(maxima, _max_shapes(layers, heads))
 
     def __getitem__(self, name: str) -> Tensor:
         return self._views[name]
@@ -87,21 +91,22 @@ class Packet:
         self.maxima.fill_(-torch.inf)
 
 
-def row_of(sums: np.ndarray, maxima: np.ndarray, layers: int, heads: int) -> dict[str, np.ndarray]:
-    """The signals of a timeline, from the numbers of a `Packet` of that many layers and heads, on the host.
+def row_of(
+    sums: np.ndarray, maxima: np.ndarray, layers: int, heads: int, *, probe: bool = False
+) -> dict[str, np.ndarray]:
+    """The signals of a timeline, from the numbers of a `Packet` made with the same arguments, on the host.
 
     Entropy, collision and sink are means over valid query rows, and the standard error is that of a ratio of two
     estimated totals, which is linearised at the mean. Gradient norms are roots of the summed squares; delta-CKA and the
     loss are means over the pieces that have them. A signal without a single piece is NaN.
     """
-    views = _views(sums, _sum_shapes(layers, heads)) | _views(maxima, _max_shapes(layers, heads))
+    views = _views(sums, _sum_shapes(layers, heads, probe)) | _views(maxima, _max_shapes(layers, heads))
     sum_of = dict(zip(ATTENTION_SUMS, views["attention"], strict=True))
-    probe_count, probe_entropy = views["probe_attention"]
     with np.errstate(invalid="ignore", over="ignore"):  # NaN and inf of a run that diverges are values like others
         count = _where(sum_of["count"] > 0, sum_of["count"])
         mean = sum_of["entropy"] / count
         variance = sum_of["yy"] - 2 * mean * sum_of["yv"] + mean**2 * sum_of["vv"]
-        return {
+        row = {
             "entropy": mean,
             "entropy_se": np.sqrt(np.maximum(variance, 0)) / count,  # a sum of squares, but for rounding
             "max_logit": _where(sum_of["count"] > 0, views["max_logit"].astype(np.float64)),
@@ -110,13 +115,15 @@ def row_of(sums: np.ndarray, maxima: np.ndarray, layers: int, heads: int) -> dic
             "activation_grad": _where(views["activation_count"] > 0, np.sqrt(views["activation_squares"])),
             "parameter_grad": _where(views["parameter_count"] > 0, np.sqrt(views["parameter_squares"])),
             "delta_cka": views["delta_cka"] / _where(views["delta_cka_count"] > 0, views["delta_cka_count"]),
-            "probe_entropy": probe_entropy / _where(probe_count > 0, probe_count),
-            "probe_activation_grad": _where(
-                views["probe_activation_count"] > 0, np.sqrt(views["probe_activation_squares"])
-            ),
             "loss": views["loss"] / _where(views["loss_count"] > 0, views["loss_count"]),
             "skipped": _where(views["skipped_count"] > 0, np.minimum(views["skipped"], 1.0)),
         }
+        if probe:
+            count, entropy = views["probe_attention"]
+            norm = np.sqrt(views["probe_activation_squares"])
+            row["probe_entropy"] = entropy / _where(count > 0, count)
+            row["probe_activation_grad"] = _where(views["probe_activation_count"] > 0, norm)
+        return row
 
 
 def _where(known: np.ndarray, values: np.ndarray) -> np.ndarray:

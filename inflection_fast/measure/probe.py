@@ -45,9 +45,7 @@ class Probe:
         blocks = find_blocks(model, [block.name for block in blocks])
         self._model, self._blocks, self._batches, self._config = model, blocks, batches, config
         tapped = [_TAPPED[signal] for signal in config.signals if signal in _TAPPED]
-        self._taps = (
-            Taps(model, find_blocks(model, config.blocks), tapped, config.rows, config.seed) if tapped else None
-        )
+        self.taps = Taps(model, find_blocks(model, config.blocks), tapped, config.rows, config.seed) if tapped else None
         self._decoders = decoder_layers(model, blocks)
         self._device = next(model.parameters()).device
         self._rows: dict[tuple, Tensor | None] = {}  # which rows of which output: the same in every run
@@ -87,29 +85,29 @@ class Probe:
 
     def share(self, layout: Layout, sharded_outputs: set[int]) -> None:
         """Measure as one of several ranks, all of which run the whole probe; `sharded_outputs` as in `Taps`."""
-        if self._taps is not None:
-            self._taps.share(replace(layout, world=layout.tensor, data=1, data_rank=0))
-            self._taps.sharded_outputs = sharded_outputs
+        if self.taps is not None:
+            self.taps.share(replace(layout, world=layout.tensor, data=1, data_rank=0))
+            self.taps.sharded_outputs = sharded_outputs
 
     def measure(self, packet: Packet) -> None:
         """Run the probe set once and write what the configuration asks for into `packet`."""
-        if self._taps is None:
+        if self.taps is None:
             features = self._features()
         else:
-            self._taps.attach(0)  # the same query rows every time
+            self.taps.attach(0)  # the same query rows every time
             try:
-                features = self._features(self._taps)
+                features = self._features(self.taps)
             finally:
-                self._taps.detach()
+                self.taps.detach()
         signals = self._config.signals
         if "delta_cka" in signals:
             packet["delta_cka"].copy_(self.delta_cka(features))
             packet["delta_cka_count"].fill_(1)
         if "probe_entropy" in signals:
-            packet["probe_attention"].copy_(self._taps.packet["attention"][:2])
+            packet["probe_attention"].copy_(self.taps.packet["attention"][:2])
         if "probe_activation_grad" in signals:
-            packet["probe_activation_squares"].copy_(self._taps.activations.squares())
-            packet["probe_activation_count"].copy_(self._taps.activations.counts())
+            packet["probe_activation_squares"].copy_(self.taps.activations.squares())
+            packet["probe_activation_count"].copy_(self.taps.activations.counts())
 
     def delta_cka(self, features: list[Tensor] | None = None) -> Tensor:
         """[L] float32: 1 - CKA between the reference and the model as it is now, or as `features` were measured."""

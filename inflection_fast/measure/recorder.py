@@ -121,7 +121,7 @@ class Recorder:
         self._free = deque(range(slots))
         self._filled: SimpleQueue = SimpleQueue()
         self._owner = os.getpid()
-        self._closed = False
+        self._closed = self._hangs = False
         self._thread = threading.Thread(target=self._work, name="inflection_fast timeline", daemon=True)
         self._thread.start()
 
@@ -179,10 +179,11 @@ class Recorder:
         """The finished numbers in a slot, which do not refer to its memory, and which of them were measured."""
         if arrival is not None:
             arrival.synchronize()
-        packet = Packet.over(self._sums[slot], self._maxima[slot], self._packet.layers, self._packet.heads)
+        packet = Packet.like(self._packet, self._sums[slot], self._maxima[slot])
         if self._join is not None:
             self._join(step, packet)
-        return row_of(packet.sums.numpy(), packet.maxima.numpy(), packet.layers, packet.heads), packet.measured()
+        sums, maxima = packet.sums.numpy(), packet.maxima.numpy()
+        return row_of(sums, maxima, packet.layers, packet.heads, probe=packet.probe), packet.measured()
 
     def _finish_all(self, store) -> None:
         while not self._filled.empty():
@@ -196,7 +197,10 @@ class Recorder:
         """Wait until everything recorded so far is in the timeline, but not for ever."""
         if os.getpid() != self._owner or self._closed:
             return
-        reached, waited = threading.Event(), 0.0
+        if threading.current_thread() is self._thread:  # where the garbage collector may run, and end a monitor
+            self._finish_all(self._writer.append)
+            return
+        reached, waited, self._hangs = threading.Event(), 0.0, False
         self._filled.put(reached)
         while not reached.wait(POLL_S):
             waited += POLL_S
@@ -204,6 +208,7 @@ class Recorder:
                 self._warn("thread", "the thread that writes the timeline has died; it is written when it is closed")
                 self._finish_all(store=self._writer.keep)
             elif waited > self._patience_s:
+                self._hangs = True
                 hangs = f"writing the timeline hangs for {self._patience_s:.0f} s; its last steps may be missing"
                 self._warn("hangs", hangs)
                 return
@@ -215,9 +220,10 @@ class Recorder:
         self.drain()
         self._closed = True
         self._filled.put(None)
-        self._thread.join(POLL_S)
-        if self._thread.is_alive():
-            return  # it hangs in the disk, which `drain` has told
+        if threading.current_thread() is not self._thread:
+            self._thread.join(POLL_S if self._hangs else PATIENCE_S)
+            if self._thread.is_alive():
+                return  # it hangs in the disk, which `drain` has told
         try:
             self._writer.close()
         except OSError as error:

@@ -90,6 +90,7 @@ class Taps:
         self._layout = Layout()
         self.sharded_outputs: set[int] = set()  # layers whose output the ranks of one batch have split
         self.packet: Packet | None = None  # made when the first call tells how many heads there are
+        self.probe = False  # the packet has room for the sums over a probe set
         self._heads: dict[bool, HeadMeans] = {}  # by whether the heads of the layer are divided among ranks
         self.activations = GradientNorms(len(blocks), self.device)
         self.parameter_squares: Tensor | None = None  # [<= L], of the last backward pass
@@ -315,7 +316,7 @@ class Taps:
 
     def allocate(self, heads: int) -> None:
         """Make the packet, for blocks of so many heads on all ranks together."""
-        self.packet = Packet(len(self._blocks), heads, self.device)
+        self.packet = Packet(len(self._blocks), heads, self.device, probe=self.probe)
         here = heads // self._layout.tensor
         first = here * self._layout.tensor_rank
         for sharded, part in ((False, slice(None)), (True, slice(first, first + here))):
