@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-__all__ = ["Block", "find_blocks"]
+__all__ = ["Block", "find_blocks", "is_named_attention"]
 
 _ATTENTION_NAME = re.compile(r"attention|attn", re.IGNORECASE)
 _ATTENTION_CALLS = {"scaled_dot_product_attention", "multi_head_attention_forward"}
@@ -26,7 +26,7 @@ class Block:
     index: int  # 0-based, in forward order
     name: str  # qualified name without the prefixes of wrappers (DDP, torch.compile, peft)
     path: str  # qualified name as model.get_submodule() takes it
-    module: nn.Module
+    module: nn.Module | None  # None: of a monitor that was closed
 
 
 def find_blocks(model: nn.Module, names: Sequence[str] | None = None) -> list[Block]:
@@ -88,15 +88,16 @@ def _attention_holders(model: nn.Module) -> set[nn.Module]:
     def visit(module: nn.Module, attribute: str) -> bool:
         inside = [visit(child, name) for name, child in module.named_children()]
         calls = _calls_attention(module)
-        if any(inside) or (calls and len(inside) > 1 and not _is_named_attention(module, attribute)):
+        if any(inside) or (calls and len(inside) > 1 and not is_named_attention(module, attribute)):
             holders.add(module)
-        return any(inside) or calls or _is_named_attention(module, attribute)
+        return any(inside) or calls or is_named_attention(module, attribute)
 
     visit(model, "")
     return holders
 
 
-def _is_named_attention(module: nn.Module, attribute: str) -> bool:
+def is_named_attention(module: nn.Module, attribute: str) -> bool:
+    """Whether a module is an attention going by the name of its class, or of the attribute that holds it."""
     if _ATTENTION_NAME.search(type(module).__name__) and not isinstance(module, _CONTAINERS):
         return True
     # A bare leaf of that name is a normalisation or a projection beside the attention (`attention_norm`).

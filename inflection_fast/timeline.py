@@ -13,10 +13,11 @@ batch that it was writing; the disk itself is synchronised when the file is crea
 from __future__ import annotations
 
 import json
+import logging
 import operator
 import os
 import warnings
-from collections.abc import Collection
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,13 +25,21 @@ import numpy as np
 
 __all__ = ["HEAD_SIGNALS", "LAYER_SIGNALS", "STEP_SIGNALS", "Timeline", "TimelineWriter"]
 
-HEAD_SIGNALS = ("entropy", "entropy_se", "max_logit", "collision", "sink")  # [S, L, H], stored as float32
-LAYER_SIGNALS = ("activation_grad", "parameter_grad", "delta_cka", "delta_cka_se")  # [S, L], stored as float64
-STEP_SIGNALS = ("loss", "measure_ms", "probe_ms")  # [S], stored as float64, the same in all rows of a step
-LATER_SIGNALS = ("delta_cka_se", "probe_ms")  # not in the first files; read as NaN
+# Of the training batch, and those that begin with "probe_" of the probe set. [S, L, H], stored as float32
+HEAD_SIGNALS = ("entropy", "entropy_se", "max_logit", "collision", "sink", "probe_entropy")
+LAYER_SIGNALS = (  # [S, L], stored as float64
+    "activation_grad",
+    "parameter_grad",
+    "delta_cka",
+    "delta_cka_se",
+    "probe_activation_grad",
+)
+STEP_SIGNALS = ("loss", "skipped", "measure_ms", "probe_ms")  # [S], as float64, the same in all rows of a step
+
+logger = logging.getLogger(__name__)
 
 FILE_NAME = "timeline.arrows"
-FORMAT = 1
+FORMAT = 2
 _META_KEY = b"inflection_fast"
 _CONTINUATION = b"\xff\xff\xff\xff"  # what every message of an Arrow stream begins with
 _END_OF_STREAM = _CONTINUATION + b"\x00\x00\x00\x00"
@@ -46,13 +55,16 @@ class Timeline:
     max_logit: np.ndarray  # [S, L, H]
     collision: np.ndarray  # [S, L, H] mean sum of squared probabilities
     sink: np.ndarray  # [S, L, H] mean probability of key 0
+    probe_entropy: np.ndarray  # [S, L, H] nats, mean over the valid query rows of the probe set
     activation_grad: np.ndarray  # [S, L] l2 norm of dL/d(output of the block)
     parameter_grad: np.ndarray  # [S, L] l2 norm over the block's parameters
     delta_cka: np.ndarray  # [S, L]
     delta_cka_se: np.ndarray  # [S, L] standard error of it, from leaving out sequences of the probe; NaN: not asked for
+    probe_activation_grad: np.ndarray  # [S, L] as activation_grad, over the probe set
     loss: np.ndarray  # [S]
-    measure_ms: np.ndarray  # [S] what measuring took, the probe included
-    probe_ms: np.ndarray  # [S] what the snapshot of the probe took
+    skipped: np.ndarray  # [S] 1: a gradient scaler dropped the step, whose gradients were not finite; 0: it did not
+    measure_ms: np.ndarray  # [S] host time, the probe included
+    probe_ms: np.ndarray  # [S] host time of the snapshot of the probe
     layers: list[str]  # names of the blocks
     meta: dict  # format, layers, heads, model, config, versions
     truncated: bool = False  # a torn end was dropped while loading
@@ -87,8 +99,10 @@ class TimelineWriter:
     continued. Resuming where no file is yet starts one. A file of other layers, heads or another model is a
     `ValueError`.
 
+    Rows that the file holds are not kept in memory: `timeline` reads them back, also when the file was deleted since.
     When the disk refuses a write, `append` cuts the file back to its last whole batch and lets the `OSError` through.
     The row stays in memory, and the next `append` or `close` tries again: the file is always a prefix of `timeline`.
+    A file or folder that was deleted is written again as a whole; one that another process has replaced is refused.
     """
 
     def __init__(
@@ -109,39 +123,48 @@ class TimelineWriter:
             raise ValueError(f"resume_at: expected a step >= 0, got {resume_at}")
         meta = {**meta, "format": FORMAT, "layers": layers, "heads": int(heads)}
         self._meta = json.loads(json.dumps(meta, allow_nan=False))  # as a reader of the file will see it
-        self._rows: list[tuple[int, dict[str, np.ndarray]]] = []
-        self._written = 0  # of self._rows, how many the file holds
+        self._pending: list[tuple[int, dict[str, np.ndarray]]] = []  # rows that no file holds
+        self._last: int | None = None  # step of the last row
+        self.path: Path | None = None  # None: in memory only
         self._file = None
         self._closed = False
         if folder is not None:
             self._open(Path(folder), resume_at)
 
     def _open(self, folder: Path, resume_at: int | None) -> None:
-        path = folder / FILE_NAME
+        path, rows = folder / FILE_NAME, []
         if path.exists():
             if resume_at is None:
                 raise ValueError(f"{path} exists already: choose another folder, or resume_at a step to continue it")
             rows, old, _ = _read(path)
             self._accept(path, old)
-            self._rows = [row for row in rows if row[0] < resume_at]
-            self._meta |= _earlier(old, self._meta, self._rows)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._schema = _schema(self._meta)
-        fresh = folder / f".{FILE_NAME}.tmp"
+            rows = [row for row in rows if row[0] < resume_at]
+            self._meta |= _earlier(old, self._meta, rows)
+        self._schema, self.path = _schema(self._meta), path
+        self._last = rows[-1][0] if rows else None
+        self._create([self._schema.serialize().to_pybytes(), *(_encode(row, self._schema) for row in rows)])
+
+    def _create(self, messages: list[bytes]) -> None:
+        """Write the file as a whole, atomically, and go on appending to it."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = self.path.with_name(f".{self.path.name}.tmp")
         try:
             with open(fresh, "wb") as file:
-                file.write(self._schema.serialize())
-                for row in self._rows:
-                    file.write(_encode(row, self._schema))
+                file.writelines(messages)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(fresh, path)
+            os.replace(fresh, self.path)
         except BaseException:
             fresh.unlink(missing_ok=True)
             raise
-        self._file = open(path, "r+b", buffering=0)
-        self._offset = self._file.seek(0, os.SEEK_END)  # where the last whole batch ends
-        self._written = len(self._rows)
+        if self._file is not None:
+            self._file.close()
+            self._release()
+        self._file = open(self.path, "r+b", buffering=0)
+        # A second handle, which stays open as long as somebody holds the writer, because `timeline` reads from it.
+        self._reader = open(self.path, "rb", buffering=0)
+        self._release = weakref.finalize(self, self._reader.close)
+        self._offset = sum(map(len, messages))  # where the last whole batch ends
 
     def _accept(self, path: Path, old: dict) -> None:
         for key in ("layers", "heads", "model"):
@@ -157,23 +180,51 @@ class TimelineWriter:
         Steps increase. An unknown signal, a wrong shape, a step that does not increase or a closed writer:
         `ValueError`, and nothing is added. `OSError` if the disk refuses (see the class).
         """
+        self.keep(step, **signals)
+        if self.path is not None:
+            self._flush()
+
+    def keep(self, step: int, **signals: np.ndarray) -> None:
+        """As `append`, but the row stays in memory until the next `append` or `close`."""
         if self._closed:
             raise ValueError("the timeline is closed")
         step = operator.index(step)
-        if step < 0 or (self._rows and step <= self._rows[-1][0]):
-            last = self._rows[-1][0] if self._rows else None
-            raise ValueError(f"step: expected one above the last ({last}), got {step}")
-        self._rows.append((step, _checked(signals, self._shapes())))
-        if self._file is not None:
-            self._flush()
+        if step < 0 or (self._last is not None and step <= self._last):
+            raise ValueError(f"step: expected one above the last ({self._last}), got {step}")
+        self._pending.append((step, _checked(signals, self._shapes())))
+        self._last = step
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return _signal_shapes(len(self._meta["layers"]), self._meta["heads"])
 
     def _flush(self) -> None:
-        while self._written < len(self._rows):
-            self._write(_encode(self._rows[self._written], self._schema))
-            self._written += 1
+        if self._pending:
+            self._stay_in_place()
+        while self._pending:
+            self._write(_encode(self._pending[0], self._schema))
+            del self._pending[0]
+
+    def _stay_in_place(self) -> None:
+        """Make sure that the open file is still the one that a reader finds: writing to a deleted one succeeds."""
+        try:
+            found = os.stat(self.path)
+        except FileNotFoundError:
+            self._create([self._written()])
+            logger.warning("%s was deleted; all that was measured so far was written to it again", self.path)
+            return
+        if not os.path.samestat(found, os.fstat(self._reader.fileno())):
+            raise OSError(f"{self.path} was replaced by another process")
+
+    def _written(self) -> bytes:
+        """All whole batches that the file holds."""
+        self._reader.seek(0)
+        data = bytearray()
+        while len(data) < self._offset:
+            piece = self._reader.read(self._offset - len(data))
+            if not piece:
+                raise OSError(f"{self.path} was cut from outside to {len(data)} of {self._offset} bytes")
+            data += piece
+        return bytes(data)
 
     def _write(self, message: bytes) -> None:
         try:
@@ -190,15 +241,16 @@ class TimelineWriter:
         self._offset += len(message)
 
     def close(self) -> None:
-        """Write the end-of-stream marker and close the file. Safe to call twice."""
+        """Write the end-of-stream marker. Safe to call twice; `timeline` stays readable."""
         if self._closed:
             return
         self._closed = True
-        if self._file is None:
+        if self.path is None:
             return
         try:
             self._flush()
             self._write(_END_OF_STREAM)
+            self._offset -= len(_END_OF_STREAM)  # no batch
             os.fsync(self._file.fileno())
         finally:
             self._file.close()
@@ -206,7 +258,8 @@ class TimelineWriter:
     @property
     def timeline(self) -> Timeline:
         """All that was appended (and resumed) so far, exactly as it would be loaded from the file."""
-        return _stack(self._rows, self._meta, truncated=False)
+        rows = [] if self.path is None else _parse(self.path, self._written())[0]
+        return _stack([*rows, *self._pending], self._meta, truncated=False)
 
     def __enter__(self) -> TimelineWriter:
         return self
@@ -269,14 +322,13 @@ def _stack(rows: list, meta: dict, *, truncated: bool) -> Timeline:
 # ---- Arrow -----------------------------------------------------------------------------------------------------------
 
 
-def _schema(meta: dict, without: Collection[str] = ()):
+def _schema(meta: dict):
     import pyarrow as pa
 
     per_head = pa.list_(pa.field("item", pa.float32(), nullable=False), meta["heads"])
     fields = [pa.field("step", pa.int64(), nullable=False), pa.field("layer", pa.int32(), nullable=False)]
     fields += [pa.field(name, per_head, nullable=False) for name in HEAD_SIGNALS]
     fields += [pa.field(name, pa.float64(), nullable=False) for name in LAYER_SIGNALS + STEP_SIGNALS]
-    fields = [field for field in fields if field.name not in without]
     return pa.schema(fields, metadata={_META_KEY: json.dumps(meta)})
 
 
@@ -296,13 +348,16 @@ def _encode(row: tuple[int, dict[str, np.ndarray]], schema) -> bytes:
 
 def _read(path: Path) -> tuple[list, dict, int]:
     """Rows, metadata, and how many bytes at the end belong to no whole batch."""
-    import pyarrow as pa
-
     with open(path, "rb") as file:
         if file.read(len(_CONTINUATION)) != _CONTINUATION:
             raise ValueError(f"{path} is not a timeline: it does not begin like an Arrow stream")
         file.seek(0)
-        data = file.read()
+        return _parse(path, file.read())
+
+
+def _parse(path: Path, data: bytes) -> tuple[list, dict, int]:
+    import pyarrow as pa
+
     source = pa.BufferReader(data)
     broken = (pa.ArrowException, OSError, EOFError)
     try:
@@ -332,8 +387,7 @@ def _checked_meta(path: Path, schema) -> dict:
     if version != FORMAT:
         raise ValueError(f"{path} is a timeline of format {version}; this version reads format {FORMAT}")
     names = isinstance(layers, list) and layers and all(isinstance(name, str) for name in layers)
-    without = [name for name in LATER_SIGNALS if name not in schema.names]
-    if not names or not isinstance(heads, int) or heads < 1 or not schema.equals(_schema(meta, without)):
+    if not names or not isinstance(heads, int) or heads < 1 or not schema.equals(_schema(meta)):
         raise ValueError(f"{path} is an Arrow stream but not a timeline: its columns are not those of format {FORMAT}")
     return meta
 
@@ -347,9 +401,6 @@ def _decode(path: Path, batch, meta: dict, before: list) -> tuple[int, dict[str,
         raise ValueError(f"{path} is not a timeline: a batch is not one row per layer of one step, steps increasing")
     values = {}
     for name, shape in _signal_shapes(layers, meta["heads"]).items():
-        if name not in column:
-            values[name] = np.full(shape, np.nan)
-            continue
         array = column[name].flatten() if name in HEAD_SIGNALS else column[name]
         numbers = array.to_numpy(zero_copy_only=False)
         values[name] = numbers[0] if shape == () else numbers.reshape(shape)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from inflection_fast.measure.accumulators import GradientNorms, HeadMeans
+from inflection_fast.measure.packet import Packet, row_of
 from inflection_fast.measure.schedule import RowSampler
 from inflection_fast.ops import AttentionStats
 
@@ -23,16 +24,22 @@ def everything(length):
     return RowSampler(None, 0, CPU).draw(length)
 
 
-def push(means, layers, stats, valid, strata):
+def push(packet, layers, stats, valid, strata):
+    means = HeadMeans(packet["attention"], packet["max_logit"])
     means.push(torch.tensor(layers), stats, valid, strata)
+
+
+def value_of(packet):
+    row = row_of(packet.sums.numpy(), packet.maxima.numpy(), packet.layers, packet.heads)
+    return {name: torch.from_numpy(np.asarray(value)) for name, value in row.items()}
 
 
 def test_means_count_valid_rows_with_keys():
     stats = [random_stats(4, 9, seed) for seed in range(L)]
     valid = torch.rand(4, 9, generator=torch.Generator().manual_seed(9)) > 0.4
-    means = HeadMeans(L, H, CPU)
-    push(means, [0, 1, 2], stats, valid, everything(9))
-    value = means.value()
+    packet = Packet(L, H, CPU)
+    push(packet, [0, 1, 2], stats, valid, everything(9))
+    value = value_of(packet)
     for layer in range(L):
         for head in range(H):
             rows = valid & (stats[layer].keys[:, head] > 0)
@@ -43,36 +50,38 @@ def test_means_count_valid_rows_with_keys():
     assert (value["entropy_se"] == 0).all()
 
 
-def test_pieces_and_merging_give_the_same_as_one_push():
+def test_pieces_whose_sums_and_maxima_are_joined_give_the_same_as_one_push():
     strata = everything(6)
     pieces = [([random_stats(2, 6, 10 * i + j) for j in range(L)], torch.rand(2, 6) > 0.3) for i in range(3)]
-    whole = HeadMeans(L, H, CPU)
+    whole = Packet(L, H, CPU)
     together = [AttentionStats(*(torch.cat(x) for x in zip(*(p[0][j] for p in pieces), strict=True))) for j in range(L)]
     push(whole, [0, 1, 2], together, torch.cat([valid for _, valid in pieces]), strata)
-    left, right = HeadMeans(L, H, CPU), HeadMeans(L, H, CPU)
+    left, right = Packet(L, H, CPU), Packet(L, H, CPU)
     for i, (stats, valid) in enumerate(pieces):
         for layers in ([1], [2, 0]):  # any grouping of layers
             push(left if i else right, layers, [stats[layer] for layer in layers], valid, strata)
-    left.merge(right)
-    for name, value in whole.value().items():
-        torch.testing.assert_close(left.value()[name], value)
+    left.sums += right.sums
+    torch.maximum(left.maxima, right.maxima, out=left.maxima)
+    for name, value in value_of(whole).items():
+        torch.testing.assert_close(value_of(left)[name], value, equal_nan=True)
+    assert value_of(whole)["entropy"].isfinite().all() and value_of(whole)["max_logit"].isfinite().all()
     left.reset()
-    assert left.value()["entropy"].isnan().all() and left.value()["max_logit"].isnan().all()
+    assert all(value.isnan().all() for value in value_of(left).values())
 
 
 def test_a_layer_without_rows_has_no_value_and_nan_stays_nan():
-    means = HeadMeans(L, H, CPU)
+    packet = Packet(L, H, CPU)
     stats = random_stats(2, 4, 0, empty=0.0)
     stats.entropy[0, 1, 2] = torch.nan
-    push(means, [1], [stats], None, everything(4))
-    push(means, [2], [stats], torch.zeros(2, 4, dtype=torch.bool), everything(4))
-    value = means.value()
+    push(packet, [1], [stats], None, everything(4))
+    push(packet, [2], [stats], torch.zeros(2, 4, dtype=torch.bool), everything(4))
+    value = value_of(packet)
     assert value["entropy"].isnan().tolist() == [[True, True], [False, True], [True, True]]
     hidden = torch.ones(2, 4, dtype=torch.bool)
     hidden[0, 2] = False  # padding may hold anything
-    means.reset()
-    push(means, [1], [stats], hidden, everything(4))
-    assert not means.value()["entropy"][1].isnan().any()
+    packet.reset()
+    push(packet, [1], [stats], hidden, everything(4))
+    assert not value_of(packet)["entropy"][1].isnan().any()
 
 
 # ---- sampling --------------------------------------------------------------------------------------------------------
@@ -96,13 +105,13 @@ def estimates(length, rows, kind, draws, micro_batches=1):
     parts = [population(length, kind, seed) for seed in range(micro_batches)]
     for draw in range(draws):
         sampler.begin(draw)
-        accumulator = HeadMeans(1, H, CPU)
+        packet = Packet(1, H, CPU)
         for values, valid in parts:
             strata = sampler.draw(length)
             entropy = values[:, :, strata.rows]
             stats = AttentionStats(*[torch.ones_like(entropy)] * 6)._replace(entropy=entropy)
-            push(accumulator, [0], [stats], valid[:, strata.rows], strata)
-        value = accumulator.value()
+            push(packet, [0], [stats], valid[:, strata.rows], strata)
+        value = value_of(packet)
         means.append(value["entropy"][0, 0])
         errors.append(value["entropy_se"][0, 0])
     total = sum(values[:, 0][valid].double().sum() for values, valid in parts)
@@ -152,15 +161,11 @@ def test_gradient_norms_join_micro_batches_and_overwrite_repetitions():
         norms.push(micro_batch, 0, 7 * first)
         norms.push(micro_batch, 0, first)
         norms.push(micro_batch, 2, second.bfloat16())
-    value = norms.value()
-    torch.testing.assert_close(value[0], gradients[:, 0].double().norm(), rtol=1e-6, atol=0)
-    torch.testing.assert_close(value[2], gradients[:, 1].bfloat16().double().norm(), rtol=1e-6, atol=0)
-    assert value[1].isnan() and norms.seen == {0, 2}
-
-    other = GradientNorms(L, CPU)
-    other.push(0, 1, torch.full((4,), 2.0))
-    other.push(0, 0, torch.tensor(torch.nan))
-    norms.merge(other)
-    assert norms.value()[0].isnan() and norms.value()[1] == 4
+    squares = norms.squares()
+    torch.testing.assert_close(squares[0], gradients[:, 0].double().square().sum(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(squares[2], gradients[:, 1].bfloat16().double().square().sum(), rtol=1e-6, atol=0)
+    assert squares[1] == 0 and norms.seen == {0, 2}
+    norms.push(0, 1, torch.tensor(torch.nan))
+    assert norms.squares()[1].isnan()
     norms.reset()
-    assert norms.value().isnan().all()
+    assert (norms.squares() == 0).all() and not norms.seen

@@ -212,7 +212,7 @@ def test_measured_steps_that_the_disk_refused_are_measured_again(settings, tmp_p
     write = TimelineWriter._write
 
     def full(self, message):
-        if len(self._rows) > 2:
+        if self._last > 1:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(self, message)
 

@@ -2,7 +2,13 @@
 
 import copy
 import errno
+import gc
 import logging
+import os
+import subprocess
+import sys
+import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -11,9 +17,10 @@ from tiny_models import HandWritten, bert, gpt2, loss_of, model_and_batch, one_t
 from torch import nn
 
 from inflection_fast.measure import Monitor, MonitorConfig, measure_overhead
-from inflection_fast.timeline import HEAD_SIGNALS, Timeline, TimelineWriter
+from inflection_fast.timeline import _END_OF_STREAM, HEAD_SIGNALS, Timeline, TimelineWriter
 
 EVERY_STEP = MonitorConfig(every=1, rows=5)
+BATCH_SIGNALS = tuple(name for name in HEAD_SIGNALS if not name.startswith("probe_"))
 
 
 def train(model, batch, steps, config=EVERY_STEP, out=None, **settings):
@@ -40,7 +47,7 @@ def test_a_run_leaves_a_timeline_that_loads(tmp_path):
     assert timeline.steps.tolist() == [0, 2, 4] and timeline.entropy.shape == (3, 3, 4)
     assert_same(timeline, monitor.timeline, rtol=0)
     assert timeline.layers == [block.name for block in monitor.blocks] == [f"bert.encoder.layer.{i}" for i in range(3)]
-    for signal in (*HEAD_SIGNALS, "activation_grad", "parameter_grad", "loss", "measure_ms"):
+    for signal in (*BATCH_SIGNALS, "activation_grad", "parameter_grad", "loss", "measure_ms"):
         assert np.isfinite(getattr(timeline, signal)).all(), signal
     assert np.isnan(timeline.delta_cka).all()  # no probe was given
     assert (timeline.measure_ms > 0).all() and len(set(timeline.loss)) == 3
@@ -122,7 +129,7 @@ def test_a_full_disk_costs_the_file_and_not_the_training(tmp_path, monkeypatch, 
     write = TimelineWriter._write
 
     def failing(self, message):
-        if len(self._rows) in (2, 3):
+        if self._last in (1, 2) and message != _END_OF_STREAM:
             raise full
         write(self, message)
 
@@ -202,16 +209,6 @@ def test_blocks_without_a_gradient_are_named_once(caplog):
 
 
 def test_models_that_cannot_be_measured_are_refused_with_a_way_out():
-    def compiled_inside():
-        model = HandWritten()
-        model.blocks[0].mixer.compile()
-        return model
-
-    whole = HandWritten()
-    whole.compile()
-    for model in (whole, compiled_inside(), torch.compile(HandWritten())):
-        with pytest.raises(ValueError, match=r"compiled.*before torch.compile"):
-            Monitor(model)
     with pytest.raises(ValueError, match="use DistributedDataParallel"):
         Monitor(nn.DataParallel(HandWritten()))
     with pytest.raises(ValueError, match="no stack of blocks with attention"):
@@ -266,3 +263,112 @@ def test_a_copy_of_a_measured_model_trains_unmeasured():
         loss_of(average(**batch)).backward()
         monitor.step(loss)
     assert_same(monitor.timeline, expected, rtol=1e-6)
+
+
+# ---- the end of things -----------------------------------------------------------------------------------------------
+
+
+def test_a_closed_monitor_holds_no_model():
+    model, batch = model_and_batch("bert")
+    monitor = train(model, batch, 2, probe=[batch])
+    alive = weakref.ref(model.bert.encoder.layer[0]), weakref.ref(model)
+    del model
+    gc.collect()
+    assert [one() for one in alive] == [None, None]
+    assert monitor.timeline.steps.tolist() == [0, 1]
+    assert [block.name for block in monitor.blocks] == [f"bert.encoder.layer.{i}" for i in range(3)]
+
+
+def test_a_model_that_is_thrown_away_under_an_open_monitor_stops_nothing(caplog):
+    model, batch = model_and_batch("bert")
+    with Monitor(model, EVERY_STEP) as monitor:
+        loss_of(model(**batch)).backward()
+        monitor.step()
+        del model
+        gc.collect()
+        with caplog.at_level(logging.WARNING):
+            for _ in range(3):
+                monitor.step()
+    assert np.isfinite(monitor.timeline.entropy).all((1, 2)).tolist() == [True, False, False, False]
+    assert len(caplog.records) == 1 and "saw no training forward" in caplog.text
+
+
+def test_a_monitor_that_is_thrown_away_detaches_and_finishes_its_file(tmp_path):
+    model, batch = model_and_batch("bert")
+    monitor = Monitor(model, EVERY_STEP, tmp_path).__enter__()
+    loss_of(model(**batch)).backward()
+    monitor.step()
+    threads = [thread for thread in threading.enumerate() if "timeline" in thread.name]
+    assert threads and any(module._forward_hooks for module in model.modules())
+    del monitor
+    gc.collect()
+    assert Timeline.load(tmp_path).steps.tolist() == [0]
+    assert not any(module._forward_hooks for module in model.modules())
+    assert not any(thread.is_alive() for thread in threads)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_workers_of_a_data_loader_leave_the_timeline_alone(tmp_path):
+    model, batch = model_and_batch("bert")
+    rows = [{name: value[i] for name, value in batch.items()} for i in range(3)]
+    with Monitor(model, EVERY_STEP, tmp_path) as monitor:
+        for _ in range(2):  # the second loader is forked while the thread runs
+            loader = torch.utils.data.DataLoader(rows, batch_size=3, num_workers=1, multiprocessing_context="fork")
+            for one in loader:
+                loss_of(model(**one)).backward()
+                monitor.step()
+    assert Timeline.load(tmp_path).steps.tolist() == [0, 1]
+
+
+def test_ctrl_c_keeps_every_step_that_was_measured(tmp_path):
+    code = (
+        "import sys, torch\n"
+        "from tiny_models import model_and_batch\n"
+        "from inflection_fast import Monitor, MonitorConfig\n"
+        "model, batch = model_and_batch('hand-written')\n"
+        "monitor = Monitor(model, MonitorConfig(every=1), sys.argv[1]).__enter__()\n"  # nobody closes it
+        "for step in range(6):\n"
+        "    model(**batch)['loss'].backward()\n"
+        "    monitor.step()\n"
+        "raise KeyboardInterrupt\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    ended = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment, capture_output=True)
+    assert ended.returncode != 0 and b"KeyboardInterrupt" in ended.stderr
+    timeline = Timeline.load(tmp_path)
+    assert timeline.steps.tolist() == [0, 1, 2, 3, 4, 5] and not timeline.truncated
+
+
+def test_steps_off_the_schedule_install_nothing_and_call_no_operator():
+    model, batch = model_and_batch("bert")
+    with Monitor(model, MonitorConfig(every=3)) as monitor:
+        loss_of(model(**batch)).backward()
+        monitor.step()
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            monitor.step()
+        assert not [event.key for event in profile.key_averages() if event.key.startswith("aten::")]
+
+
+def test_a_measured_step_makes_no_tensor_as_large_as_the_scores():
+    model, batch = model_and_batch("gpt2")
+    long = {name: value.repeat(1, 5)[:, :60] for name, value in batch.items()}
+    queries, found = long["input_ids"].shape[1], []
+
+    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            for one in result if isinstance(result, (tuple, list)) else [result]:
+                if isinstance(one, torch.Tensor) and one.dim() >= 2 and one.shape[-2:] == (queries, queries):
+                    found.append(func)
+            return result
+
+    def scores(config):
+        found.clear()
+        with Monitor(model, config) as monitor, Largest():
+            loss_of(model(**long)).backward()
+            monitor.step()
+        return len(found)
+
+    alone = scores(MonitorConfig(every=1, signals=("parameter_grad",)))
+    assert alone > 0 and scores(MonitorConfig(every=1)) == alone

@@ -12,6 +12,7 @@ from torch import nn
 from inflection_fast import ops
 from inflection_fast.blocks import find_blocks
 from inflection_fast.measure import Monitor, MonitorConfig
+from inflection_fast.measure.packet import Packet
 from inflection_fast.measure.probe import Probe
 
 CKA = MonitorConfig(every=1, signals=("delta_cka",), cka_debiased=False)
@@ -288,3 +289,85 @@ def test_probes_that_cannot_be_used_are_refused():
     with pytest.raises(ValueError, match=r"expected block outputs \[B, T, D\]"):
         flat = nn.Sequential(nn.Linear(2, 2))
         Probe(flat, find_blocks(flat, ["0"]), [{"input": torch.ones(5, 2)}], CKA)._features()
+
+
+# ---- the second source -----------------------------------------------------------------------------------------------
+
+BOTH = MonitorConfig(every=1, rows=None, signals=(*MonitorConfig().signals, "probe_entropy", "probe_activation_grad"))
+
+
+def sources(model, batch, probe, **settings):
+    with Monitor(model, BOTH, probe=probe, **settings) as monitor:
+        model(**batch).loss.backward()
+        monitor.step()
+    return monitor.timeline
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_probe_shows_what_training_on_it_would_show(frozen):
+    model, batch = model_and_batch("bert")
+    probe = [classify(), classify()]
+    for parameter in list(model.parameters())[:-2]:
+        parameter.requires_grad_(not frozen)
+    both = MonitorConfig(every=1, rows=None)
+    with Monitor(model, both) as monitor:
+        for one in probe:
+            model(**one).loss.backward()
+        monitor.step()
+    expected = monitor.timeline
+    model.zero_grad()
+    timeline = sources(model, batch, probe)
+    np.testing.assert_allclose(timeline.probe_entropy, expected.entropy, rtol=1e-6)
+    np.testing.assert_allclose(timeline.probe_activation_grad, expected.activation_grad, rtol=1e-6)
+    assert not np.allclose(timeline.entropy, timeline.probe_entropy, rtol=1e-3)  # told apart
+    assert not np.allclose(timeline.activation_grad, timeline.probe_activation_grad, rtol=1e-3)
+    assert np.isfinite(timeline.delta_cka).all()
+
+
+def test_gradients_of_the_probe_reach_no_parameter():
+    model, batch = model_and_batch("bert")
+    model(**batch).loss.backward()
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    arrived = []
+    for parameter in model.parameters():  # as DistributedDataParallel listens
+        parameter.register_post_accumulate_grad_hook(lambda parameter: arrived.append(parameter))
+        parameter.register_hook(lambda gradient: arrived.append(gradient))
+    probe = Probe(model, find_blocks(model), [classify()], BOTH)
+    probe.remember()
+    packet = Packet(3, 4, "cpu", probe=True)
+    probe.measure(packet)
+    assert not arrived and (packet["probe_activation_squares"] > 0).all()
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
+    assert all(module.training for module in model.modules())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_probe_without_labels_has_no_gradients():
+    model, batch = model_and_batch("bert")
+    probe = [{name: value for name, value in classify().items() if name != "labels"}]
+    timeline = sources(model, batch, probe)
+    assert np.isnan(timeline.probe_activation_grad).all() and np.isfinite(timeline.probe_entropy).all()
+
+
+def test_the_probe_of_a_compiled_model_is_seen():
+    model, batch = model_and_batch("bert")
+    expected = sources(model, batch, [batch])
+    model.zero_grad()
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        compiled(**batch)
+    actual = sources(compiled, batch, [batch])
+    for name in ("probe_entropy", "probe_activation_grad"):
+        np.testing.assert_allclose(getattr(actual, name), getattr(expected, name), rtol=1e-6)
+
+
+def test_the_probe_does_not_enter_a_wrapper():
+    model, batch = model_and_batch("bert")
+    wrapped = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(wrapped)
+    wrapped.module = model
+    probe = Probe(wrapped, find_blocks(wrapped), [batch], BOTH)  # its forward would fail, it was never set up
+    probe.remember()
+    packet = Packet(3, 4, "cpu", probe=True)
+    probe.measure(packet)
+    assert (packet["probe_attention"] > 0).all() and (packet["probe_activation_squares"] > 0).all()

@@ -25,7 +25,7 @@ def signals_of(step):
     rng = np.random.default_rng(step)
     values = {name: rng.normal(size=(3, HEADS)) for name in HEAD_SIGNALS}
     values |= {name: rng.normal(size=3) for name in LAYER_SIGNALS}
-    return values | {"loss": rng.normal(), "measure_ms": rng.random(), "probe_ms": rng.random()}
+    return values | {name: rng.random() for name in STEP_SIGNALS}
 
 
 def writer(folder, **options):
@@ -158,7 +158,7 @@ class Bomb:
         b"\xff\xff\xff\xff" + np.random.default_rng(1).bytes(4096),
         pickle.dumps(Bomb()),
         arrow_stream({"a": [1, 2]}),
-        arrow_stream({"a": [1, 2]}, {"inflection_fast": '{"format": 1, "layers": ["x"], "heads": 1}'}),
+        arrow_stream({"a": [1, 2]}, {"inflection_fast": '{"format": 2, "layers": ["x"], "heads": 1}'}),
         arrow_stream({"a": [1, 2]}, {"inflection_fast": "[1]"}),
     ],
     ids=["empty", "random", "random after a magic", "pickle", "other Arrow", "other columns", "other metadata"],
@@ -194,8 +194,8 @@ def test_resuming_never_writes_into_the_file_that_others_read(tmp_path):
 
 def test_another_format_is_named(tmp_path):
     path = written(tmp_path)
-    path.write_bytes(path.read_bytes().replace(b'"format": 1', b'"format": 7'))
-    with pytest.raises(ValueError, match="format 7; this version reads format 1"):
+    path.write_bytes(path.read_bytes().replace(b'"format": 2', b'"format": 7'))
+    with pytest.raises(ValueError, match="format 7; this version reads format 2"):
         Timeline.load(path)
 
 
@@ -366,20 +366,3 @@ def test_a_writer_refuses_nonsense_before_it_makes_a_folder(tmp_path, options, w
 def test_importing_the_module_does_not_import_pyarrow():
     code = "import sys, inflection_fast.timeline; sys.exit('pyarrow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-
-
-def test_a_file_from_before_the_probe_had_an_error_is_read_and_continued(tmp_path, monkeypatch):
-    with monkeypatch.context() as then:
-        then.setattr(timeline, "LAYER_SIGNALS", LAYER_SIGNALS[:-1])
-        then.setattr(timeline, "STEP_SIGNALS", STEP_SIGNALS[:-1])
-        then.setattr(timeline, "_stack", lambda *args, **kwargs: None)
-        with writer(tmp_path) as out:
-            old = {name: value for name, value in signals_of(0).items() if name not in timeline.LATER_SIGNALS}
-            out.append(0, **old)
-    loaded = Timeline.load(tmp_path)
-    assert np.isnan(loaded.delta_cka_se).all() and np.isnan(loaded.probe_ms).all()
-    np.testing.assert_array_equal(loaded.delta_cka[0], old["delta_cka"])
-    with writer(tmp_path, resume_at=10) as out:
-        out.append(10, **signals_of(10))
-    loaded = Timeline.load(tmp_path)
-    assert np.isnan(loaded.delta_cka_se[0]).all() and (loaded.delta_cka_se[1] == signals_of(10)["delta_cka_se"]).all()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from inflection_fast.alerts import Alert, AlertConfig
 from inflection_fast.measure import Monitor, MonitorConfig
-from inflection_fast.measure.taps import loss_of
+from inflection_fast.measure.arguments import loss_of
 from inflection_fast.timeline import Timeline
 
 __all__ = ["InflectionCallback"]
@@ -30,6 +32,8 @@ class InflectionCallback(TrainerCallback):
     well it adds nothing. A training resumed from a checkpoint continues the timeline in `out` at the checkpoint's step,
     and delta-CKA goes on being against the weights before training, whose features lie beside the timeline.
 
+    `alerts` and `on_alert` are those of `Monitor`. In distributed training every process needs the callback.
+
     Only the steps that are measured wait for the device; until then losses are kept as tensors.
     """
 
@@ -39,8 +43,12 @@ class InflectionCallback(TrainerCallback):
         out: str | os.PathLike | None = None,
         *,
         probe: list[dict[str, torch.Tensor]] | None = None,
+        alerts: AlertConfig | None = AlertConfig(),  # noqa: B008  frozen
+        on_alert: Callable[[list[Alert]], None] | None = None,
     ):
         self.config = config
+        self.alerts = alerts
+        self.on_alert = on_alert
         self.out = out
         self.probe = probe
         self.monitor: Monitor | None = None
@@ -49,6 +57,7 @@ class InflectionCallback(TrainerCallback):
         self._start_step = 0
         self._losses: list[torch.Tensor] = []
         self._summed = False
+        self._sums_ranks = False  # losses of ranks add up, too
 
     @property
     def timeline(self) -> Timeline:
@@ -64,7 +73,15 @@ class InflectionCallback(TrainerCallback):
         """
         if self.monitor is not None:
             raise ValueError("the callback has been attached to a model already: use one callback per training")
-        monitor = Monitor(model, self.config, self.out, probe=self.probe, start_step=start_step)
+        monitor = Monitor(
+            model,
+            self.config,
+            self.out,
+            probe=self.probe,
+            start_step=start_step,
+            alerts=self.alerts,
+            on_alert=self.on_alert,
+        )
         self.monitor = monitor.__enter__()
         self._model = model
         self._start_step = start_step
@@ -103,7 +120,10 @@ class InflectionCallback(TrainerCallback):
         if not losses:
             return None
         total = torch.stack([loss.float().mean() for loss in losses]).sum()
-        return total if self._summed else total / len(losses)
+        if not self._summed:
+            return total / len(losses)
+        # The monitor takes the mean over ranks. The Trainer multiplies the same way, for gradients that are averaged.
+        return total * self.monitor.data_ranks if self._sums_ranks else total
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Attaches, unless `attach` did."""
@@ -113,6 +133,7 @@ class InflectionCallback(TrainerCallback):
                 "the Trainer would copy the model to several GPUs, where it cannot be measured:"
                 " show it one GPU with CUDA_VISIBLE_DEVICES, or start one process per GPU with torchrun"
             )
+        self._sums_ranks = args.average_tokens_across_devices
         if self.monitor is None:
             self.attach(model, state.global_step)
         elif self._start_step != state.global_step:
@@ -126,9 +147,7 @@ class InflectionCallback(TrainerCallback):
         if not self.monitor.measuring:
             self.monitor.step()
             return
-        # Reading the scale waits for the device, which a measured step does in any case.
-        scaler = getattr(optimizer, "scaler", None)
-        self.monitor.step(self._step_loss(), loss_scale=1.0 if scaler is None else scaler.get_scale())
+        self.monitor.step(self._step_loss(), scaler=getattr(optimizer, "scaler", None))
 
     def on_train_end(self, args, state, control, **kwargs):
         """Detaches."""

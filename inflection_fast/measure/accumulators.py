@@ -1,4 +1,4 @@
-"""Accumulators on the device: `push` what one forward or backward gives, `merge`, read the `value` once per step."""
+"""Accumulators on the device: `push` what one forward or backward gives, read once per step."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .packet import ATTENTION_SUMS
 from .schedule import Strata
 
 if TYPE_CHECKING:
@@ -15,23 +16,22 @@ if TYPE_CHECKING:
 
 __all__ = ["GradientNorms", "HeadMeans"]
 
-# Rows of HeadMeans._sums. The last three are the parts of the variance, which is quadratic in the unknown mean.
-_COUNT, _ENTROPY, _COLLISION, _SINK, _YY, _YV, _VV = range(7)
+_DIFFERENCES = ATTENTION_SUMS.index("yy")  # where the sums of squared differences begin
 
 
 class HeadMeans:
-    """Means over valid query rows per layer and head, and the standard error of the mean entropy.
+    """Sums over valid query rows per layer and head, for their means and the standard error of the mean entropy.
 
     The mean is the ratio of two estimated totals, entropy y and number v of valid rows, over all sequences, positions
     and micro-batches pushed. Its standard error is that of the linearised residuals e = y - mean * v, one per sampled
-    position (all sequences share the positions, so a position is one draw), by successive differences.
+    position (all sequences share the positions, so a position is one draw), by successive differences dy and dv.
+
+    Writes into the given memory: `sums` [7, L, H] float64 in the order of `ATTENTION_SUMS` and `maxima` [L, H], which
+    begin at 0 and -inf. They are views of a `Packet`, or of the heads of it that live here.
     """
 
-    def __init__(self, layers: int, heads: int, device: torch.device):
-        # float64: residual variance is a small difference of large sums
-        self._sums = torch.zeros(7, layers, heads, dtype=torch.float64, device=device)
-        self._max = torch.full((layers, heads), -torch.inf, device=device)
-        self.shape = (layers, heads)
+    def __init__(self, sums: Tensor, maxima: Tensor):
+        self._sums, self._max = sums, maxima
 
     def push(self, layers: Tensor, stats: Sequence[AttentionStats], valid: Tensor | None, strata: Strata) -> None:
         """Add the statistics of `G` layers over the same rows.
@@ -50,36 +50,13 @@ class HeadMeans:
         # Filled, not multiplied: what padding holds may be NaN.
         fields = fields.masked_fill_(ignored, 0.0).sum(2).double()  # [3, G, H, R]
         v = (len(stats[0].entropy) - ignored.sum(1)).double()[None]  # [1, G, H, R]
-        self._sums[_COUNT : _SINK + 1].index_add_(1, layers, torch.cat([v, fields]) @ strata.weights)
+        self._sums[:_DIFFERENCES].index_add_(1, layers, torch.cat([v, fields]) @ strata.weights)
         if strata.rows is not None:
             dy, dv = fields[:1].diff(dim=-1), v.diff(dim=-1)
             squares = torch.cat([dy * dy, dy * dv, dv * dv]) @ strata.difference_weights
-            self._sums[_YY:].index_add_(1, layers, squares)
+            self._sums[_DIFFERENCES:].index_add_(1, layers, squares)
         highest = _stacked(stats, ("max_logit",), self._sums.device)[0].masked_fill_(ignored, -torch.inf).amax((1, 3))
         self._max[layers] = torch.maximum(self._max[layers], highest)
-
-    def merge(self, other: HeadMeans) -> None:
-        """Add what `other` has seen."""
-        self._sums += other._sums
-        torch.maximum(self._max, other._max, out=self._max)
-
-    def value(self) -> dict[str, Tensor]:
-        """[L, H] each: entropy and entropy_se (nats), collision, sink, max_logit; NaN where nothing was pushed."""
-        count = torch.where(self._sums[_COUNT] > 0, self._sums[_COUNT], torch.nan)
-        mean = self._sums[_ENTROPY] / count
-        variance = self._sums[_YY] - 2 * mean * self._sums[_YV] + mean.square() * self._sums[_VV]
-        return {
-            "entropy": mean,
-            "entropy_se": variance.clamp(min=0).sqrt() / count,  # a sum of squares, but for rounding
-            "max_logit": torch.where(count > 0, self._max.double(), torch.nan),
-            "collision": self._sums[_COLLISION] / count,
-            "sink": self._sums[_SINK] / count,
-        }
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self._sums.zero_()
-        self._max.fill_(-torch.inf)
 
 
 def _stacked(stats: Sequence[AttentionStats], names: Sequence[str], device: torch.device) -> Tensor:
@@ -107,18 +84,13 @@ class GradientNorms:
         self._norms[micro_batch, layer] = norm
         self._seen.add(layer)
 
-    def merge(self, other: GradientNorms) -> None:
-        """Add the micro-batches that `other` has seen."""
-        self._norms = torch.cat([self._norms, other._norms])
-        self._seen |= other._seen
+    def squares(self) -> Tensor:
+        """[L] float64: squared norms, 0 where no gradient has arrived."""
+        return self._norms.double().square().sum(0)
 
-    def value(self) -> Tensor:
-        """[L] float64; NaN for a layer that no gradient has reached."""
-        total = self._norms.double().square().sum(0).sqrt()
-        unseen = [layer for layer in range(len(total)) if layer not in self._seen]
-        if unseen:
-            total[unseen] = torch.nan
-        return total
+    def counts(self) -> Tensor:
+        """[L] float64 on the host: 1 for a layer that a gradient has reached, else 0."""
+        return torch.tensor([float(layer in self._seen) for layer in range(self._norms.shape[1])], dtype=torch.float64)
 
     @property
     def seen(self) -> frozenset[int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import FunctionType
 
 import torch
@@ -18,7 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["AttentionCall", "interfaces_of", "seeing_interfaces", "seeing_sdpa"]
+from .. import ops
+from .distributed import local_of
+
+__all__ = ["AttentionCall", "interfaces_of", "seeing_interfaces", "seeing_sdpa", "stats_of"]
+
+
+_HEADS = 1  # the dimension of queries [B, H, Tq, D]
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,18 @@ class AttentionCall:
     softcap: float | None = None
     sinks: Tensor | None = None  # [H]
     logits: Tensor | None = None  # [B, H, Tq, Tk], finished scores where the caller had them; key is then unused
+
+    def here(self) -> AttentionCall:
+        """This rank's part of a call on DTensors, which may be sharded by heads. `ValueError` for others."""
+        if type(self.query) is Tensor or not hasattr(self.query, "placements"):
+            return self
+        if any(place.is_partial() or (place.is_shard() and place.dim != _HEADS) for place in self.query.placements):
+            raise ValueError(
+                f"attention on queries placed as {self.query.placements} over ranks cannot be measured: heads may be "
+                "sharded, batch and sequence may not"
+            )
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return AttentionCall(**{name: local_of(v) if isinstance(v, Tensor) else v for name, v in values.items()})
 
 
 See = Callable[[nn.Module | None, AttentionCall], None]  # the attention module, where it is known, and its call
@@ -216,3 +234,37 @@ def _seen_multi_head(see: See, *args, **kwargs):
     twin.__kwdefaults__ = original.__kwdefaults__
     names[original.__name__] = twin  # what the function hands to other function modes, if there are any
     return twin(*args, **kwargs)
+
+
+# ---- what is measured of a call --------------------------------------------------------------------------------------
+
+
+def stats_of(call: AttentionCall, rows: Tensor | None) -> ops.AttentionStats:
+    """The statistics of the query rows `rows` (None: all) of a call, [B, H, R] each."""
+    if call.logits is not None:
+        return ops.attention_stats(_at(call.logits, rows).detach())
+    query, mask = call.query.detach(), call.mask if call.bias is None else call.bias.detach()
+    if call.bias is not None and call.mask is not None:
+        if not call.is_causal and call.window is None:  # nothing else depends on where a row stands
+            query, mask, rows = _at(query, rows), _biased(_at(call.bias.detach(), rows), _at(call.mask, rows)), None
+        else:
+            mask = _biased(mask, call.mask)
+    return ops.attention_stats_qk(
+        query,
+        call.key.detach(),
+        attn_mask=mask,
+        is_causal=call.is_causal,
+        scale=call.scale,
+        window=call.window,
+        softcap=call.softcap,
+        sinks=None if call.sinks is None else call.sinks.detach(),
+        rows=rows,
+    )
+
+
+def _at(tensor: Tensor, rows: Tensor | None) -> Tensor:
+    return tensor if rows is None or tensor.shape[-2] == 1 else tensor.index_select(-2, rows)
+
+
+def _biased(bias: Tensor, mask: Tensor) -> Tensor:
+    return bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask

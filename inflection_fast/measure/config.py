@@ -9,7 +9,8 @@ from ..ops.cka_rows import POOLINGS
 
 __all__ = ["SIGNALS", "MonitorConfig"]
 
-SIGNALS = ("attention", "activation_grad", "parameter_grad", "delta_cka")
+DEFAULT_SIGNALS = ("attention", "activation_grad", "parameter_grad", "delta_cka")
+SIGNALS = (*DEFAULT_SIGNALS, "probe_entropy", "probe_activation_grad")
 _REFERENCES = ("start", "previous", "adapters_off")
 _MIN_SAMPLED_ROWS = 2  # the standard error comes from differences between neighbouring sampled rows
 _MIN_CKA_ROWS = 4  # debiased CKA is undefined below
@@ -22,7 +23,7 @@ class MonitorConfig:
 
     every: int = 10  # measure optimizer steps 0, every, 2 * every, ...
     rows: int | None = 64  # query rows sampled per sequence, stratified over positions; None: all
-    signals: tuple[str, ...] = SIGNALS  # which of them to measure; the others stay NaN
+    signals: tuple[str, ...] = DEFAULT_SIGNALS  # which to measure, "probe_entropy" and "probe_activation_grad" too
     blocks: tuple[str, ...] | None = None  # module names of the blocks in forward order; None: found by structure
     probe_every: int | None = None  # delta-CKA on the probe every so many steps (a multiple of every)
     cka_rank: int | None = None  # shared PCA basis of this rank; None: full space

@@ -6,20 +6,24 @@ import dataclasses
 import logging
 import operator
 import os
-from collections.abc import Callable, Sequence
-from importlib.metadata import version
-from importlib.util import find_spec
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from time import perf_counter
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..alerts import Alert, AlertConfig, AlertWatch, log_alerts
 from ..blocks import Block, find_blocks
 from ..timeline import Timeline, TimelineWriter
 from .config import MonitorConfig
+from .description import heads_of, meta_of
+from .distributed import Join, Layout, Ranks, full_of, world_size
+from .gradients import scale_of, squares_of_all
+from .packet import Packet
 from .probe import Probe
+from .recorder import PATIENCE_S, Recorder, WarnOnce
 from .schedule import is_due
 from .taps import Taps
 
@@ -28,8 +32,7 @@ __all__ = ["Monitor"]
 logger = logging.getLogger(__name__)
 
 REFERENCE_NAME = "probe_reference.npz"  # in the folder of the timeline
-_PACKAGES = ("inflection_fast", "torch", "transformers", "peft")
-_HEAD_COUNT_NAMES = ("num_attention_heads", "num_heads", "n_heads", "n_head", "nhead", "heads")
+_PROBE_SIGNALS = frozenset({"delta_cka", "probe_entropy", "probe_activation_grad"})
 
 
 class Monitor:
@@ -49,17 +52,30 @@ class Monitor:
     training raises. The model's attention implementation does the attending; outputs are equal to the bit. Only
     forwards of `model` itself under autograd count, so evaluations in between do not. Gradients are read at the end of
     each backward pass, before anybody clips them; several backward passes before one `step` are gradient accumulation.
+    Of a compiled model, measured steps run the code as it is written and the others the compiled one.
+
+    What fails before a first step was measured is an error. From then on it costs a warning and the values of the step.
 
     Args:
         model: what the training loop calls, wrapped (DDP, peft) or not; Transformers or any other PyTorch model.
         config: what and when.
         out: folder of the timeline; None: kept in memory only.
-        probe: list of model inputs (dicts of tensors) for delta-CKA; without it that signal is NaN.
+        probe: list of model inputs (dicts of tensors) for delta-CKA, and for entropy and activation gradients on data
+            that stays the same (with labels, if the model returns a loss then); without it these signals are NaN.
         start_step: the first optimizer step of this run; above 0 the timeline in `out` is continued from there.
+        alerts: what is logged as a warning when it goes wrong (`inflection_fast.alerts`); None: nothing.
+        on_alert: called with the alerts of a measured step, where there are any, from a thread of the monitor's own;
+            what it raises is logged.
+        rank_timeout_s: how long the sums of a measured step wait for other ranks, in that thread, before this rank
+            gives them up and measures on its own.
+
+    Where torch.distributed is in use (DDP, FSDP2, tensor parallelism by DTensor), every rank enters its Monitor and
+    calls `step`, and the values are those of the whole batch, whose loss is taken to be the mean of the ranks' losses.
+    Rank 0 keeps the file, logs alerts and calls `on_alert`; with `out`, the timelines of the other ranks stay empty.
 
     Raises:
         TypeError: `model` is no module, or an argument is of another type.
-        ValueError: no blocks with attention, a compiled or replicated (DataParallel) model, or `out` holds the timeline
+        ValueError: no blocks with attention, a replicated (DataParallel) model, or `out` holds the timeline
             of another run.
     """
 
@@ -71,34 +87,59 @@ class Monitor:
         *,
         probe: Sequence[dict] | None = None,
         start_step: int = 0,
+        alerts: AlertConfig | None = AlertConfig(),  # noqa: B008  (frozen)
+        on_alert: Callable[[list[Alert]], None] | None = None,
+        rank_timeout_s: float = 300.0,
     ):
         if not isinstance(config, MonitorConfig):
             raise TypeError(f"config: expected a MonitorConfig, got {type(config).__name__}")
         if operator.index(start_step) < 0:
             raise ValueError(f"start_step: expected a step >= 0, got {start_step}")
         self.blocks: list[Block] = find_blocks(model, config.blocks)
-        _refuse_unmeasurable(model)
-        self._model, self._config = model, config
-        self._out = None if out is None or not _writes() else Path(out)
+        if isinstance(model, nn.DataParallel):
+            raise ValueError("model: DataParallel runs replicas that cannot be measured; use DistributedDataParallel")
+        self._model: nn.Module | None = model
+        self._config = config
+        self._out = None if out is None else Path(out)
+        self._watch = None if alerts is None else AlertWatch(alerts)
+        self._on_alert = on_alert
+        self._rank_timeout_s = rank_timeout_s
+        self._ranks: Ranks | None = None
+        self._layout = Layout()
         self._step = operator.index(start_step)
         self._resume_at = self._step or None
-        tapped = [signal for signal in config.signals if signal != "delta_cka"]
+        tapped = [signal for signal in config.signals if signal not in _PROBE_SIGNALS]
         self._taps = Taps(model, self.blocks, tapped, config.rows, config.seed)
-        measures_probe = probe is not None and "delta_cka" in config.signals
+        measures_probe = probe is not None and not _PROBE_SIGNALS.isdisjoint(config.signals)
         self._probe = Probe(model, self.blocks, probe, config) if measures_probe else None
+        self._taps.probe = self._probe is not None and self._probe.taps is not None
         self._writer: TimelineWriter | None = None
+        self._recorder: Recorder | None = None  # made when the first measured step tells the number of heads
         self._open = self._closed = False
         self._measuring = False  # hooks are attached
-        self._warned: set[str] = set()
+        # A step was measured: what fails from now on is told, and does not stop the training.
+        self._proven = self._taps.forgives = self._step > 0
+        self._owner = os.getpid()
+        self._warn = WarnOnce(logger)
 
     # ---- attaching and detaching -------------------------------------------------------------------------------------
 
     def __enter__(self) -> Monitor:
         if self._open or self._closed:
             raise RuntimeError("a Monitor is entered once; make another one to measure again")
-        heads = _heads_of(self.blocks)
-        if heads is not None:  # else the first call of attention tells
-            self._writer = self._opened(self._out, heads)
+        self._heads, error = heads_of(self.blocks), None
+        if world_size() > 1:
+            self._ranks = Ranks(self._model, self._rank_timeout_s)
+        try:
+            # Where ranks divide the heads among them, only the first call of attention tells how many there are.
+            if self._heads is not None and (self._ranks is None or not self._ranks.divide_batches):
+                self._writer = self._opened(self._out, self._heads)
+        except ValueError as refused:
+            if self._ranks is None:
+                raise
+            error = refused
+        if self._ranks is not None:
+            self._agree(error)
         self._open = True
         try:
             self._take_reference()
@@ -108,28 +149,58 @@ class Monitor:
             raise
         return self
 
+    def _agree(self, error: ValueError | None) -> None:
+        """All ranks measure the same way, or none does."""
+        facts = {
+            "blocks": [block.name for block in self.blocks],
+            "heads": self._heads,
+            "config": dataclasses.asdict(self._config),
+            "start_step": self._step,
+            "probe": self._probe is not None,
+        }
+        self._layout = self._ranks.agree(self.blocks, facts, None if error is None else str(error))
+        self._taps.share(self._layout)
+        if self._probe is not None:
+            self._probe.share(self._layout, self._taps.sharded_outputs)
+        if self._layout.tensor > 1:
+            self._heads = None
+
     def __exit__(self, *exception) -> None:
         self.close()
 
     def close(self) -> None:
-        """Detach everything and close the timeline; what was measured stays in `timeline`. Safe to call twice."""
+        """Detach everything, finish and close the timeline, which stays readable. Safe to call twice."""
         self._taps.detach()
         self._measuring = self._open = False
         self._closed = True
-        if self._writer is not None:
+        # Whoever keeps the monitor for its timeline keeps no model.
+        self._model = self._probe = None
+        self._taps.forget_model()
+        self.blocks = [dataclasses.replace(block, module=None) for block in self.blocks]
+        if self._recorder is not None:
+            self._recorder.close()
+        elif self._writer is not None and os.getpid() == self._owner:
             self._guarded(self._writer.close)
 
     def _opened(self, folder: Path | None, heads: int) -> TimelineWriter:
-        layers, meta = [block.name for block in self.blocks], _meta(self._model, self._config)
-        return TimelineWriter(folder, layers=layers, heads=heads, meta=meta, resume_at=self._resume_at)
+        layers, meta = [block.name for block in self.blocks], meta_of(self._model, self._config)
+        if self._ranks is not None and not self._ranks.writes:
+            folder = None
+        writer = TimelineWriter(folder, layers=layers, heads=heads, meta=meta, resume_at=self._resume_at)
+        if self._watch is not None:
+            self._watch.resume(writer.timeline)
+        return writer
 
     def _arm(self) -> None:
         self._measuring = is_due(self._step, self._config.every)
         if self._measuring:
+            if self._recorder is not None:
+                self._recorder.before_overwriting()
             self._taps.attach(self._step)
 
     def _take_reference(self) -> None:
-        if self._probe is None or self._config.cka_reference == "adapters_off":
+        wanted = "delta_cka" in self._config.signals and self._config.cka_reference != "adapters_off"
+        if self._probe is None or not wanted:
             return
         path = None if self._out is None or self._config.cka_reference != "start" else self._out / REFERENCE_NAME
         if self._resume_at is not None and path is not None and path.exists():
@@ -143,14 +214,23 @@ class Monitor:
 
     # ---- stepping ----------------------------------------------------------------------------------------------------
 
-    def step(self, loss: float | Tensor | None = None, *, loss_scale: float | Tensor = 1.0) -> None:
+    def step(
+        self,
+        loss: float | Tensor | None = None,
+        *,
+        loss_scale: float | Tensor = 1.0,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
         """End one optimizer step; call it after the last backward pass and before the gradients are cleared.
 
-        On a measured step this reads the buffers (the only synchronisation with the device) and appends one row.
+        On a measured step this starts a copy of what was summed up on the device, and a thread of the monitor's own
+        appends it to the timeline: nothing here waits for the device or the disk. Other steps do nothing.
 
         Args:
             loss: of this step; None: the mean of the `loss` that the model returned, NaN if it returned none.
-            loss_scale: what the loss was multiplied by (a gradient scaler's scale); gradient norms are divided by it.
+            loss_scale: what the loss was multiplied by; gradient norms are divided by it.
+            scaler: the gradient scaler that multiplied the loss, before its `step` and `update`. Its scale is taken
+                instead, and `skipped` says whether it drops this step, because a gradient is not finite.
 
         Raises:
             RuntimeError: outside the context, or the first measured step saw no training forward of the model.
@@ -160,49 +240,108 @@ class Monitor:
         if self._measuring:
             self._taps.detach()
             self._measuring = False
-            started = perf_counter()
-            self._check_seen()
-            row = self._row(loss, loss_scale)
-            row["measure_ms"] = 1e3 * (self._taps.seconds + perf_counter() - started)
-            self._append(row)
+            began = perf_counter() - self._taps.seconds
+            self._record(self._filled(loss, loss_scale, scaler), began)
+            self._proven = self._taps.forgives = True
         self._step += 1
         self._arm()
 
-    def _append(self, row: dict[str, np.ndarray]) -> None:
-        if self._writer is None:
-            heads = row["entropy"].shape[1] if "entropy" in row else 1
-            self._guarded(lambda: setattr(self, "_writer", self._opened(self._out, heads)))
+    def _record(self, packet: Packet, began: float) -> None:
+        if self._recorder is None:
             if self._writer is None:
-                self._writer = self._opened(None, heads)
-        self._guarded(lambda: self._writer.append(self._step, **row))
+                self._guarded(lambda: setattr(self, "_writer", self._opened(self._out, packet.heads)))
+            if self._writer is None:
+                self._writer = self._opened(None, packet.heads)
+            self._recorder = self._recorder_of(packet)
+            # Whoever forgets to close loses nothing at the end of the process, and keeps no thread for ever.
+            weakref.finalize(self, _end, self._taps, self._recorder)
+        self._recorder.record(self._step, began)
 
-    def _row(self, loss: float | Tensor | None, loss_scale: float | Tensor) -> dict[str, np.ndarray]:
-        """The signals of this step, packed on the device and copied at once."""
-        taps, signals = self._taps, {}
-        if taps.heads is not None:
-            signals |= taps.heads.value()
-        if "activation_grad" in self._config.signals:
-            signals["activation_grad"] = taps.activations.value() / loss_scale
-        if "parameter_grad" in self._config.signals:
-            signals["parameter_grad"] = taps.parameter_norms() / loss_scale
+    def _recorder_of(self, packet: Packet) -> Recorder:
+        keeps, join, patience_s = self._layout.writes or self._out is None, None, PATIENCE_S
+        if self._ranks is not None:
+            join = Join(self._ranks, self._layout, packet, self._taps.sharded_outputs, self._warn)
+            patience_s += self._rank_timeout_s
+        # The recorder outlives a monitor that is forgotten: nothing here may hold on to it.
+        watch, on_alert = self._watch if self._layout.writes else None, self._on_alert
+        told = None if watch is None else lambda step, row: log_alerts(watch.push(step, row), on_alert)
+        return Recorder(self._writer, packet, self._warn, join=join, told=told, keeps=keeps, patience_s=patience_s)
+
+    def _filled(self, *known) -> Packet:
+        """The local sums of this step."""
+        taps = self._taps
+        if taps.packet is None:
+            taps.allocate(self._heads or 1)
+        packet = taps.packet
+        if taps.failure is None:
+            if self._ranks is None:  # else some other rank may have seen something, which shows when they are joined
+                self._check_seen()
+            try:
+                self._fill(packet, *known)
+            except Exception as error:
+                if not self._proven:
+                    raise
+                taps.failure = error
+        if taps.failure is not None:
+            self._warn("failure", f"measured step {self._step} failed: {taps.failure!r}; its values are NaN")
+            packet.reset()
+            if self._ranks is not None:
+                packet.sums.fill_(torch.nan)  # the others' sums are not those of the step without this one's
+        return packet
+
+    def _fill(
+        self,
+        packet: Packet,
+        loss: float | Tensor | None,
+        loss_scale: float | Tensor,
+        scaler: torch.amp.GradScaler | None,
+    ) -> None:
+        taps = self._taps
+        if self._heads not in (None, packet.heads):
+            raise ValueError(f"attention has {packet.heads} heads, where the first block states {self._heads}")
+        if scaler is not None and scaler.is_enabled():
+            loss_scale = scale_of(scaler, taps.device)
+            squares = squares_of_all(list(self._model.parameters()), self.blocks, taps.parameter_squares)
+            packet["skipped"].copy_(~squares.isfinite())
+        if scaler is not None:
+            packet["skipped_count"].fill_(1)
+        taps.gather(loss_scale)
         if self._probe is not None and is_due(self._step, self._config.probe_every or self._config.every):
-            signals |= self._probe.signals()
-        signals["loss"] = self._loss(loss)
-        packed = torch.cat([signal.detach().to(taps.device, torch.float64).reshape(-1) for signal in signals.values()])
-        numbers = packed.cpu().numpy()
-        row, start = {}, 0
-        for name, signal in signals.items():
-            row[name] = numbers[start : start + signal.numel()].reshape(signal.shape)
-            start += signal.numel()
-        return row
+            self._probe.measure(packet)
+        losses = [one.detach().mean() for one in ([loss] if isinstance(loss, Tensor) else taps.losses)]
+        if loss is not None and not isinstance(loss, Tensor):
+            packet["loss"].fill_(float(loss))
+            packet["loss_count"].fill_(1)
+        elif losses:
+            packet["loss"].copy_(torch.stack(losses).sum())
+            packet["loss_count"].fill_(len(losses))
 
-    def _loss(self, loss: float | Tensor | None) -> Tensor:
-        if loss is None:
-            losses = [one.mean() for one in self._taps.losses]
-            return torch.stack(losses).mean() if losses else torch.tensor(torch.nan)
-        if isinstance(loss, Tensor):
-            return loss.detach().mean()
-        return torch.tensor(float(loss), dtype=torch.float64)
+    def clip_grad_norm_(
+        self,
+        max_norm: float,
+        parameters: Iterable[nn.Parameter] | None = None,
+        *,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> Tensor:
+        """`torch.nn.utils.clip_grad_norm_` by the l2 norm, which on a measured step does not sum the blocks again.
+
+        Call it between the backward pass and `step`, on gradients that nobody has changed since but `scaler.unscale_`.
+
+        Args:
+            max_norm: the largest norm that is left as it is.
+            parameters: whose gradients are clipped, by the norm of all of them; None: all of the model.
+            scaler: the gradient scaler that unscaled the gradients after the backward pass.
+
+        Returns:
+            The norm before clipping, float32 [].
+        """
+        parameters = list(self._model.parameters() if parameters is None else parameters)
+        if not self._measuring or self._taps.parameter_squares is None or self._ranks is not None:
+            return full_of(nn.utils.clip_grad_norm_(parameters, max_norm))  # sums of ranks are not joined yet
+        scale = 1.0 if scaler is None else scale_of(scaler, self._taps.device)
+        norm = squares_of_all(parameters, self.blocks, self._taps.parameter_squares, scale).sqrt().float()
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        return norm
 
     # ---- state -------------------------------------------------------------------------------------------------------
 
@@ -211,7 +350,19 @@ class Monitor:
         """All that was measured so far. `RuntimeError` before the context is entered."""
         if self._writer is None:
             raise RuntimeError("Monitor.timeline before the context was entered: nothing was measured")
+        if self._recorder is not None:
+            self._recorder.drain()
         return self._writer.timeline
+
+    @property
+    def dropped(self) -> int:
+        """How many measured steps are missing from the timeline because it could not be written fast enough."""
+        return 0 if self._recorder is None else self._recorder.dropped
+
+    @property
+    def data_ranks(self) -> int:
+        """The number of processes, or groups of them under tensor parallelism, that have a batch of their own."""
+        return self._layout.data
 
     @property
     def measuring(self) -> bool:
@@ -229,7 +380,7 @@ class Monitor:
         elif not taps.backwards and ("activation_grad" in signals or "parameter_grad" in signals):
             missing = "no backward pass through the model's outputs: call step() after backward()"
         if missing is not None:
-            if self._writer is None or not len(self.timeline.steps):
+            if not self._proven:
                 raise RuntimeError(f"the first measured step ({self._step}) saw {missing}")
             self._warn("unseen", f"measured step {self._step} saw {missing}; its values are NaN")
         elif "activation_grad" in signals and taps.unreached:
@@ -243,52 +394,7 @@ class Monitor:
         except OSError as error:
             self._warn("disk", f"{self._out}: {error}; measuring goes on in memory")
 
-    def _warn(self, kind: str, message: str) -> None:
-        if kind not in self._warned:
-            self._warned.add(kind)
-            logger.warning("%s", message)
 
-
-def _refuse_unmeasurable(model: nn.Module) -> None:
-    if isinstance(model, nn.DataParallel):
-        raise ValueError("model: DataParallel runs replicas that cannot be measured; use DistributedDataParallel")
-    for name, module in model.named_modules():
-        compiled = hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
-        if compiled:
-            where = f"its module {name!r} is" if name else "it is"
-            raise ValueError(
-                f"model: {where} compiled, and hooks on a compiled module never fire; measure the model before "
-                "torch.compile, or a run without it"
-            )
-
-
-def _writes() -> bool:
-    # Several processes measure their own share of the batch, one of them keeps the file.
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return not distributed or torch.distributed.get_rank() == 0
-
-
-def _heads_of(blocks: Sequence[Block]) -> int | None:
-    """The number of attention heads as the first block's modules state it; None if none does."""
-    modules = list(blocks[0].module.modules())
-    for holder in [*modules, *(getattr(module, "config", None) for module in modules)]:
-        for name in _HEAD_COUNT_NAMES:
-            count = getattr(holder, name, None)
-            if isinstance(count, int) and count > 0:
-                return count
-    return None
-
-
-def _meta(model: nn.Module, config: MonitorConfig) -> dict:
-    inner = getattr(model, "module", model) if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    if hasattr(inner, "get_base_model"):
-        inner = inner.get_base_model()
-    return {
-        "model": {
-            "class": type(inner).__name__,
-            "model_type": getattr(getattr(inner, "config", None), "model_type", None),
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        },
-        "config": dataclasses.asdict(config),
-        "versions": {name: version(name) for name in _PACKAGES if find_spec(name)},
-    }
+def _end(taps: Taps, recorder: Recorder) -> None:
+    taps.detach()
+    recorder.close()

@@ -12,9 +12,9 @@ from time import perf_counter
 import torch
 from torch import nn
 
+from .arguments import loss_of, tensors_of
 from .config import MonitorConfig
 from .monitor import Monitor
-from .taps import loss_of, tensors_of
 
 __all__ = ["Overhead", "measure_overhead"]
 

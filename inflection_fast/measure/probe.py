@@ -1,9 +1,10 @@
-"""How far each block's features have moved on a fixed probe set: delta-CKA against a reference state."""
+"""What a fixed probe set shows of each block: delta-CKA against a reference state, entropy, activation gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 
@@ -12,21 +13,28 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..blocks import Block
+from ..blocks import Block, find_blocks
 from ..ops.cka_rows import RowSample, feature_rows
+from .arguments import loss_of
 from .config import MonitorConfig
+from .distributed import Layout, full_of, reshard
+from .packet import Packet
 from .rows import decoder_layers, token_mask
+from .taps import Taps
 
 __all__ = ["Probe"]
 
+_TAPPED = {"probe_entropy": "attention", "probe_activation_grad": "activation_grad"}  # as taps call them
 _MIN_ROWS = 4  # debiased CKA is undefined below
 
 
 class Probe:
     """Runs the probe set and compares the blocks' outputs with those of the reference state.
 
-    A probe run leaves no trace: evaluation mode without autograd, every training flag and the state of the random
-    generators restored. Which rows of the features are kept is drawn once, from the seed.
+    A probe run leaves no trace: evaluation mode, every training flag and the state of the random generators restored.
+    Only where gradients are asked for does autograd run, from the loss that the model returns for the probe's labels to
+    the blocks' outputs and no further: no `grad`, no gradient scaler and no bucket of DistributedDataParallel is met.
+    Which rows of the features are kept is drawn once, from the seed.
     """
 
     def __init__(self, model: nn.Module, blocks: Sequence[Block], batches: Sequence[dict], config: MonitorConfig):
@@ -34,7 +42,12 @@ class Probe:
             raise TypeError("probe: expected a list of model inputs (dicts of tensors), at least one")
         if config.cka_reference == "adapters_off" and not hasattr(_peft_of(model), "disable_adapter"):
             raise ValueError(f"cka_reference: 'adapters_off' needs a peft model, got {type(model).__name__}")
+        # Without its wrapper: DistributedDataParallel would broadcast, and prepare its buckets for a backward pass.
+        model = _peft_of(model)
+        blocks = find_blocks(model, [block.name for block in blocks])
         self._model, self._blocks, self._batches, self._config = model, blocks, batches, config
+        tapped = [_TAPPED[signal] for signal in config.signals if signal in _TAPPED]
+        self.taps = Taps(model, find_blocks(model, config.blocks), tapped, config.rows, config.seed) if tapped else None
         self._decoders = decoder_layers(model, blocks)
         self._device = next(model.parameters()).device
         self._sample = RowSample(config.cka_rows, len(batches), config.seed)
@@ -73,21 +86,42 @@ class Probe:
             raise ValueError(f"{path} holds reference features of another probe or of other blocks")
         self._reference = [torch.from_numpy(array).to(one) for array, one in zip(arrays, now, strict=True)]
 
-    def signals(self) -> dict[str, Tensor]:
-        """One snapshot: `delta_cka` [L], 1 - CKA between the reference and the model as it is now; its standard error
-        `delta_cka_se` [L], a jackknife over sequences, if the configuration asks for it; `probe_ms`, what both took.
-        """
+    def share(self, layout: Layout, sharded_outputs: set[int]) -> None:
+        """Measure as one of several ranks, all of which run the whole probe; `sharded_outputs` as in `Taps`."""
+        if self.taps is not None:
+            self.taps.share(replace(layout, world=layout.tensor, data=1, data_rank=0))
+            self.taps.sharded_outputs = sharded_outputs
+
+    def measure(self, packet: Packet) -> None:
+        """Run the probe set once and write what the configuration asks for, and what it took, into `packet`."""
         started = perf_counter()
-        found = self._compared()
-        found["probe_ms"] = torch.tensor(1e3 * (perf_counter() - started))
-        return found
+        if self.taps is None:
+            features = self._features()
+        else:
+            self.taps.attach(0)  # the same query rows every time
+            try:
+                features = self._features(self.taps)
+            finally:
+                self.taps.detach()
+        signals = self._config.signals
+        if "delta_cka" in signals:
+            for name, values in self._compared(features).items():
+                packet[name].copy_(values)
+                packet[f"{name}_count"].fill_(1)
+        if "probe_entropy" in signals:
+            packet["probe_attention"].copy_(self.taps.packet["attention"][:2])
+        if "probe_activation_grad" in signals:
+            packet["probe_activation_squares"].copy_(self.taps.activations.squares())
+            packet["probe_activation_count"].copy_(self.taps.activations.counts())
+        packet["probe_ms"].fill_(1e3 * (perf_counter() - started))
+        packet["probe_ms_count"].fill_(1)
 
     def delta_cka(self) -> Tensor:
-        """[L] float32: `delta_cka` of `signals`."""
-        return self.signals()["delta_cka"]
+        """[L] float32: 1 - CKA between the reference and the model as it is now."""
+        return self._compared(self._features())["delta_cka"]
 
-    def _compared(self) -> dict[str, Tensor]:
-        after = self._features()
+    def _compared(self, after: list[Tensor]) -> dict[str, Tensor]:
+        """`delta_cka` [L] of the features of now, and where it is asked for its standard error `delta_cka_se` [L]."""
         before = self._reference
         if before is None:
             with _trainable_as_before(self._model), _peft_of(self._model).disable_adapter():
@@ -111,24 +145,27 @@ class Probe:
 
     # ---- one run -----------------------------------------------------------------------------------------------------
 
-    def _features(self) -> list[Tensor]:
-        """Per layer [N, D]: the kept rows of the block's output over the whole probe set."""
+    def _features(self, taps: Taps | None = None) -> list[Tensor]:
+        """Per layer [N, D]: the kept rows of the block's output over the whole probe set, and what `taps` see of it."""
         kept: list[list[Tensor]] = [[] for _ in self._blocks]
         sequences: list[list[Tensor]] = [[] for _ in self._blocks]
         begun = 0  # sequences of earlier batches
-        with _undisturbed(self._model, self._device):
+        with _undisturbed(self._model, self._device, autograd=taps is not None):
             for number, batch in enumerate(self._batches):
                 inputs = {k: v.to(self._device) if isinstance(v, Tensor) else v for k, v in batch.items()}
                 with _outputs_of(self._blocks) as outputs:
-                    self._model(**inputs)
+                    returned = self._model(**inputs)
+                if taps is not None:
+                    _backward_to(outputs.values(), loss_of(returned))
                 size = 0
                 for layer in range(len(self._blocks)):
                     if layer not in outputs:
                         raise ValueError(f"probe: block {self._blocks[layer].name!r} did not run on batch {number}")
                     tokens = token_mask(inputs, layer in self._decoders)
                     taken = sum(len(rows) for rows in kept[layer])
-                    size = len(outputs[layer])
-                    rows, of = self._rows_of(outputs.pop(layer), tokens, number, taken)
+                    output = full_of(outputs.pop(layer).detach())
+                    size = len(output)
+                    rows, of = self._rows_of(output, tokens, number, taken)
                     kept[layer].append(rows)
                     sequences[layer].append(begun + of)
                 begun += size
@@ -166,14 +203,22 @@ class Probe:
         return rows[keep], sequences[keep]
 
 
+def _backward_to(outputs: Iterable[Tensor], loss: Tensor | None) -> None:
+    """Send the gradients of `loss` as far down as to `outputs`, past their hooks and into no parameter's `grad`."""
+    outputs = [output for output in outputs if output.requires_grad]
+    if loss is not None and loss.requires_grad and outputs:
+        torch.autograd.grad(loss, outputs, allow_unused=True)
+
+
 # ---- leaving no trace ------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
+def _undisturbed(model: nn.Module, device: torch.device, autograd: bool) -> Iterator[None]:
     training = [(module, module.training) for module in model.modules()]
     generators = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=generators), torch.no_grad():
+    eager = torch.compiler.set_stance("force_eager")  # code that was compiled before would not run the hooks
+    with torch.random.fork_rng(devices=generators), torch.set_grad_enabled(autograd), eager:
         try:
             for module, _ in training:
                 module.training = False  # not model.eval(), which some models turn into more than a flag
@@ -181,6 +226,7 @@ def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
         finally:
             for module, flag in training:
                 module.training = flag
+            reshard(model)
 
 
 @contextmanager

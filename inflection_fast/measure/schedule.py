@@ -25,10 +25,14 @@ class Strata:
 
 
 class RowSampler:
-    """Draws query positions from a seed: the same seed, step and order of lengths give the same positions."""
+    """Draws query positions from a seed: the same seed, step and order of lengths give the same positions.
+
+    Of `share` = (i, n), sampler i of n takes every n-th draw: together they draw what one would for all their batches.
+    """
 
     def __init__(self, rows: int | None, seed: int, device: torch.device):
         self._rows, self._seed, self._device = rows, seed, device
+        self.share = (0, 1)
         self._generator = torch.Generator()
         self._shapes: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # what does not depend on the draw
 
@@ -47,7 +51,9 @@ class RowSampler:
             self._shapes[length] = (starts, sizes.to(self._device), weights.to(self._device))
         starts, sizes, weights = self._shapes[length]
         ends = torch.cat([starts[1:], starts.new_tensor([length])])
-        offsets = torch.rand(self._rows, generator=self._generator, dtype=torch.float64) * (ends - starts)
+        own, samplers = self.share
+        draws = torch.rand(samplers, self._rows, generator=self._generator, dtype=torch.float64)
+        offsets = draws[own] * (ends - starts)
         return Strata((starts + offsets.long()).to(self._device, non_blocking=True), sizes, weights)
 
 

@@ -7,27 +7,47 @@ checkpointing, run without autograd or outside the model's forward.
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import partial, wraps
 from time import perf_counter
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 
-from .. import ops
 from ..blocks import Block
 from .accumulators import GradientNorms, HeadMeans
-from .attention import AttentionCall, interfaces_of, seeing_interfaces, seeing_sdpa
+from .arguments import loss_of, named_inputs, requiring_grad, tensors_of
+from .attention import AttentionCall, interfaces_of, seeing_interfaces, seeing_sdpa, stats_of
+from .distributed import Layout, is_sharded, local_of
+from .gradients import gradients_of
+from .packet import Packet
 from .rows import ValidRows, decoder_layers
 from .schedule import RowSampler
 
-__all__ = ["Taps", "loss_of", "tensors_of"]
+__all__ = ["Taps"]
 
 logger = logging.getLogger(__name__)
+
+
+def _forgiving(hook):
+    """A hook that fails costs the step its values. Before a first step was measured, it is an error of the set-up."""
+
+    @wraps(hook)
+    def forgiving(self: Taps, *args):
+        if self.failure is not None:
+            return None
+        try:
+            return hook(self, *args)
+        except Exception as error:
+            if not self.forgives:
+                raise
+            self.failure = error
+            return None
+
+    return forgiving
 
 
 class MicroBatch:
@@ -40,6 +60,7 @@ class MicroBatch:
         self.entered: set[int] = set()  # layers whose block ran
         self.seen: dict[int, tuple] = {}  # layer -> (statistics [B, H, R], valid rows [B, R], strata)
         self.strata: dict[int, object] = {}  # query length -> positions, shared by all layers
+        self.lengths: dict[int, int] = {}  # layer -> query length
         self.awaits_gradient: set[int] = set()  # layers whose output has a hook
         self.went_back = False  # a backward pass went through it
         self.reads_parameters = False  # an engine callback is on its way
@@ -66,11 +87,22 @@ class Taps:
         self._current: MicroBatch | None = None  # inside a training forward
         self._micro_batches: list[MicroBatch] = []
         self._layer: int | None = None  # of the block that is running
-        self.heads: HeadMeans | None = None  # made when the first call tells how many heads there are
+        self._layout = Layout()
+        self.sharded_outputs: set[int] = set()  # layers whose output the ranks of one batch have split
+        self.packet: Packet | None = None  # made when the first call tells how many heads there are
+        self.probe = False  # the packet has room for the sums over a probe set
+        self._heads: dict[bool, HeadMeans] = {}  # by whether the heads of the layer are divided among ranks
         self.activations = GradientNorms(len(blocks), self.device)
         self.parameter_squares: Tensor | None = None  # [<= L], of the last backward pass
         self.losses: list[Tensor] = []  # what the model returned under the name "loss", per micro-batch
         self.seconds = 0.0  # host time spent in here since `attach`
+        self.forgives = False  # what a hook raises is kept as `failure` and does not reach the training
+        self.failure: Exception | None = None  # why this step has no values
+
+    def share(self, layout: Layout) -> None:
+        """Measure as one of several ranks."""
+        self._layout = layout
+        self._sampler.share = (layout.data_rank, layout.data)
 
     # ---- the length of a step ----------------------------------------------------------------------------------------
 
@@ -80,6 +112,8 @@ class Taps:
         self._sampler.begin(step)
         self._attached.callback(self._stop_listening)
         add = self._attached.enter_context
+        # Compiled code holds the hooks that there were when it was compiled. Code that runs as it is written has all.
+        add(torch.compiler.set_stance("force_eager"))
         add(_removed(self._model.register_forward_pre_hook(self._forward_begins, with_kwargs=True)))
         add(_removed(self._model.register_forward_hook(self._forward_ends, always_call=True)))
         for block in self._blocks:
@@ -97,15 +131,20 @@ class Taps:
             micro_batch.live = False
         self._attached.close()
 
+    def forget_model(self) -> None:
+        """Hold nothing of the model any more: these taps are not attached again."""
+        self.reset()
+        self._model, self._blocks, self._owner, self._interfaces = None, [], {}, []
+
     def reset(self) -> None:
         """Forget what was accumulated."""
         self._micro_batches = []
         self._current = self._layer = self.parameter_squares = None
         self.activations.reset()
         self.losses = []
-        self.seconds = 0.0
-        if self.heads is not None:
-            self.heads.reset()
+        self.seconds, self.failure = 0.0, None
+        if self.packet is not None:
+            self.packet.reset()
 
     @property
     def forwards(self) -> int:
@@ -125,11 +164,12 @@ class Taps:
 
     # ---- the length of a forward -------------------------------------------------------------------------------------
 
+    @_forgiving
     def _forward_begins(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         if not torch.is_grad_enabled() or self._current is not None or model is not self._model:
             return
         started = perf_counter()
-        self._current = MicroBatch(len(self._micro_batches), ValidRows(_named_inputs(model, args, kwargs)))
+        self._current = MicroBatch(len(self._micro_batches), ValidRows(named_inputs(model, args, kwargs)))
         self._micro_batches.append(self._current)
         if self._interfaces:
             self._listening.enter_context(seeing_interfaces(self._interfaces, self._see))
@@ -147,6 +187,10 @@ class Taps:
         if output is None:  # the forward raised: whoever catches that may try again
             self._micro_batches.remove(micro_batch)
             return
+        self._forward_ended(micro_batch, output)
+
+    @_forgiving
+    def _forward_ended(self, micro_batch: MicroBatch, output: object) -> None:
         started = perf_counter()
         if "attention" in self._signals:
             self._refuse_unseen(micro_batch)
@@ -167,18 +211,24 @@ class Taps:
     def _block_begins(self, layer: int, block: nn.Module, args: tuple, kwargs: dict):
         if block is not self._blocks[layer].module:
             return None
-        self._layer = layer
-        if self._current is not None:
-            if layer in self._current.entered:
-                raise ValueError(
-                    f"block {self._blocks[layer].name!r} runs more than once in one forward pass (layers that share "
-                    "their weights), so it has no single value per step; measure other blocks (MonitorConfig.blocks)"
-                )
-            self._current.entered.add(layer)
+        self._block_entered(layer)
         if "activation_grad" in self._signals and torch.is_grad_enabled():
-            return _requiring_grad(args, kwargs)
+            return requiring_grad(args, kwargs)  # whatever failed before: recomputing must meet the same graph
         return None
 
+    @_forgiving
+    def _block_entered(self, layer: int) -> None:
+        self._layer = layer
+        if self._current is None:
+            return
+        if layer in self._current.entered:
+            raise ValueError(
+                f"block {self._blocks[layer].name!r} runs more than once in one forward pass (layers that share "
+                "their weights), so it has no single value per step; measure other blocks (MonitorConfig.blocks)"
+            )
+        self._current.entered.add(layer)
+
+    @_forgiving
     def _block_ends(self, layer: int, block: nn.Module, args: tuple, output: object) -> None:
         if block is not self._blocks[layer].module:
             return
@@ -204,6 +254,7 @@ class Taps:
 
     # ---- attention ---------------------------------------------------------------------------------------------------
 
+    @_forgiving
     def _see(self, module: nn.Module | None, call: AttentionCall) -> None:
         micro_batch = self._current
         layer = self._layer if module is None else self._owner.get(module)
@@ -217,14 +268,16 @@ class Taps:
                 f"attention of block {self._blocks[layer].name!r}: expected queries [B, H, T, D], got shape "
                 f"{tuple(call.query.shape)}"
             )
+        call = call.here()
         length = call.query.shape[2]
+        micro_batch.lengths[layer] = length
         if length not in micro_batch.strata:
             micro_batch.strata[length] = self._sampler.draw(length)
         strata = micro_batch.strata[length]
         rows = None if strata.rows is None else strata.rows.to(call.query.device)
         with torch.no_grad():
             valid = micro_batch.valid.of(call, rows, layer in self._decoders)
-            micro_batch.seen[layer] = (_stats_of(call, rows), valid, strata)
+            micro_batch.seen[layer] = (stats_of(call, rows), valid, strata)
         self.seconds += perf_counter() - started
 
     def _refuse_unseen(self, micro_batch: MicroBatch) -> None:
@@ -240,35 +293,52 @@ class Taps:
     def _accumulate(self, micro_batch: MicroBatch) -> None:
         groups: dict[tuple, list[int]] = {}
         for layer, (stats, valid, strata) in micro_batch.seen.items():
-            groups.setdefault((stats.entropy.shape, id(valid), id(strata)), []).append(layer)
+            sharded = layer in self._layout.sharded_heads
+            groups.setdefault((stats.entropy.shape, sharded, id(valid), id(strata)), []).append(layer)
         with torch.no_grad():
-            for (shape, _, _), layers in groups.items():
-                if self.heads is None:
-                    self.heads = HeadMeans(len(self._blocks), shape[1], self.device)
-                self._check_heads(layers, shape[1])
+            for (shape, sharded, _, _), layers in groups.items():
+                self._check_heads(layers, shape[1] * (self._layout.tensor if sharded else 1))
                 if tuple(layers) not in self._indices:
                     self._indices[tuple(layers)] = torch.tensor(layers, device=self.device)
                 _, valid, strata = micro_batch.seen[layers[0]]
                 stats = [micro_batch.seen[layer][0] for layer in layers]
-                self.heads.push(self._indices[tuple(layers)], stats, valid, strata)
+                self._heads[sharded].push(self._indices[tuple(layers)], stats, valid, strata)
         micro_batch.seen.clear()
 
     def _check_heads(self, layers: list[int], heads: int) -> None:
-        if heads != self.heads.shape[1]:
+        if self.packet is None:
+            self.allocate(heads)
+        if heads != self.packet.heads:
             raise ValueError(
                 f"block {self._blocks[layers[0]].name!r} attends with {heads} heads, others with "
-                f"{self.heads.shape[1]}; measure blocks with equally many heads (MonitorConfig.blocks)"
+                f"{self.packet.heads}; measure blocks with equally many heads (MonitorConfig.blocks)"
             )
+
+    def allocate(self, heads: int) -> None:
+        """Make the packet, for blocks of so many heads on all ranks together."""
+        self.packet = Packet(len(self._blocks), heads, self.device, probe=self.probe)
+        here = heads // self._layout.tensor
+        first = here * self._layout.tensor_rank
+        for sharded, part in ((False, slice(None)), (True, slice(first, first + here))):
+            self._heads[sharded] = HeadMeans(self.packet["attention"][..., part], self.packet["max_logit"][..., part])
 
     # ---- backward ----------------------------------------------------------------------------------------------------
 
+    @_forgiving
     def _gradient_arrives(self, micro_batch: MicroBatch, layer: int, gradient: Tensor) -> None:
         if micro_batch.live:
             started = perf_counter()
+            if self._layout.tensor > 1 and self._is_part(gradient, micro_batch.lengths.get(layer)):
+                self.sharded_outputs.add(layer)
             with torch.no_grad():
-                self.activations.push(micro_batch.index, layer, gradient)
+                self.activations.push(micro_batch.index, layer, local_of(gradient))
             self.seconds += perf_counter() - started
         self._backward_begins(micro_batch, gradient)  # for a loss that is computed from something else than the outputs
+
+    @_forgiving
+    def _is_part(self, gradient: Tensor, length: int | None) -> bool:
+        """Whether the ranks of one batch have split the output of a block: its sequence is shorter than its queries."""
+        return is_sharded(gradient) or (gradient.dim() > 2 and gradient.shape[1] * self._layout.tensor == length)
 
     def _backward_begins(self, micro_batch: MicroBatch, gradient: Tensor) -> None:
         # The outputs of the model are where its backward pass begins, also under checkpointing, whose blocks run
@@ -281,30 +351,32 @@ class Taps:
                 lambda: Variable._execution_engine.queue_callback(partial(self._read_parameters, micro_batch))
             )
 
+    @_forgiving
     def _read_parameters(self, micro_batch: MicroBatch) -> None:
         micro_batch.reads_parameters = False
         started = perf_counter()
         gradients, groups = [], []
         for block in self._blocks:
-            for parameter in block.module.parameters():
-                if parameter.requires_grad and parameter.grad is not None:
-                    gradients.append(parameter.grad)
-                    groups.append(block.index)
+            for gradient in gradients_of(block.module.parameters()):
+                gradients.append(gradient)
+                groups.append(block.index)
         if gradients:
             # Gradients add up over micro-batches, so the last backward pass of a step has them whole.
-            self.parameter_squares = ops.sum_of_squares(gradients, groups)
+            self.parameter_squares = self._layout.parameter_squares(gradients, groups)
         self.seconds += perf_counter() - started
 
-    def parameter_norms(self) -> Tensor:
-        """[L] float64, l2 norm of the gradient over each block's parameters; NaN where none is trainable."""
-        norms = torch.zeros(len(self._blocks), dtype=torch.float64, device=self.device)
-        if self.parameter_squares is None:
-            return norms.fill_(torch.nan)
-        norms[: len(self.parameter_squares)] = self.parameter_squares.double().sqrt()
-        frozen = [b.index for b in self._blocks if not any(p.requires_grad for p in b.module.parameters())]
-        if frozen:
-            norms[frozen] = torch.nan
-        return norms
+    # ---- the end of a step -------------------------------------------------------------------------------------------
+
+    def gather(self, loss_scale: float | Tensor) -> None:
+        """Write the sums that were kept elsewhere until now into the packet."""
+        packet = self.packet
+        packet["activation_squares"].copy_(self.activations.squares() / loss_scale**2)
+        packet["activation_count"].copy_(self.activations.counts())
+        if self.parameter_squares is not None:
+            squares = self.parameter_squares / loss_scale**2
+            packet["parameter_squares"][: len(squares)] = squares
+            trainable = [any(p.requires_grad for p in block.module.parameters()) for block in self._blocks]
+            packet["parameter_count"].copy_(torch.tensor(trainable))
 
 
 @contextmanager
@@ -313,80 +385,3 @@ def _removed(handle) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def _stats_of(call: AttentionCall, rows: Tensor | None) -> ops.AttentionStats:
-    if call.logits is not None:
-        return ops.attention_stats(_at(call.logits, rows).detach())
-    query, mask = call.query.detach(), call.mask if call.bias is None else call.bias.detach()
-    if call.bias is not None and call.mask is not None:
-        if not call.is_causal and call.window is None:  # nothing else depends on where a row stands
-            query, mask, rows = _at(query, rows), _biased(_at(call.bias.detach(), rows), _at(call.mask, rows)), None
-        else:
-            mask = _biased(mask, call.mask)
-    return ops.attention_stats_qk(
-        query,
-        call.key.detach(),
-        attn_mask=mask,
-        is_causal=call.is_causal,
-        scale=call.scale,
-        window=call.window,
-        softcap=call.softcap,
-        sinks=None if call.sinks is None else call.sinks.detach(),
-        rows=rows,
-    )
-
-
-def _at(tensor: Tensor, rows: Tensor | None) -> Tensor:
-    return tensor if rows is None or tensor.shape[-2] == 1 else tensor.index_select(-2, rows)
-
-
-def _biased(bias: Tensor, mask: Tensor) -> Tensor:
-    return bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
-
-
-def _requiring_grad(args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    """The arguments of a block with a hidden state that autograd follows, if it did not: so gradients reach the block.
-
-    A clone, not the tensor itself: the model may go on to change it in place, which a leaf would not allow, and nobody
-    else's tensor is touched. The same happens when checkpointing runs the block again, or its graphs would differ.
-    """
-    for i, value in enumerate(args):
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return None if value.requires_grad else ((*args[:i], _followed(value), *args[i + 1 :]), kwargs)
-    for name in sorted(kwargs, key=lambda name: name != "hidden_states"):  # before a mask, which is a float as well
-        value = kwargs[name]
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return None if value.requires_grad else (args, kwargs | {name: _followed(value)})
-    return None
-
-
-def _followed(hidden: Tensor) -> Tensor:
-    return hidden.detach().requires_grad_().clone()
-
-
-def loss_of(output: object) -> Tensor | None:
-    """What a model returned under the name "loss"."""
-    loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
-    return loss if isinstance(loss, Tensor) else None
-
-
-def tensors_of(output: object) -> Iterator[Tensor]:
-    """Floating-point tensors in what a module returned, in order."""
-    if isinstance(output, Tensor):
-        if output.is_floating_point():
-            yield output
-    elif isinstance(output, dict):
-        for value in output.values():
-            yield from tensors_of(value)
-    elif isinstance(output, (tuple, list)):
-        for value in output:
-            yield from tensors_of(value)
-
-
-def _named_inputs(model: nn.Module, args: tuple, kwargs: dict) -> dict:
-    """The arguments of the model's forward by name, where it has names for them."""
-    if len(args) < 2:  # the first is the input itself, masks come later
-        return kwargs
-    names = inspect.signature(model.forward).parameters
-    return dict(zip(names, args, strict=False)) | kwargs

@@ -8,12 +8,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "inflection_fast"
-MEASURING, DECIDING = {"ops", "blocks", "timeline", "measure"}, {"timeline", "decide"}
+MEASURING, DECIDING = {"ops", "blocks", "timeline", "alerts", "measure"}, {"timeline", "decide"}
 ALL = MEASURING | DECIDING | {"act", "integrations", "report", "run"}
 TORCH = {"ops", "blocks", "measure", "act", "integrations", "run"}
 OWN = {  # part -> parts of ours that it may import; the table of docs/design.md
-    "ops": set(), "blocks": set(), "timeline": set(), "measure": MEASURING - {"measure"}, "decide": {"timeline"},
-    "act": {"blocks", "decide"}, "integrations": {"measure", "timeline"}, "report": DECIDING,
+    "ops": set(), "blocks": set(), "timeline": set(), "alerts": {"timeline"},
+    "measure": MEASURING - {"measure"}, "decide": {"timeline"},
+    "act": {"blocks", "decide"}, "integrations": {"measure", "timeline", "alerts"}, "report": DECIDING,
     "run": ALL - {"run"}, "cli": {"run", "report", "decide"},
     "__main__": {"cli"}, "__init__": ALL,
 }  # fmt: skip
@@ -159,7 +160,7 @@ HOST_READS = {
     ("ops/cka_result.py", "reasons"): "sentences for a reader",
     ("ops/cka_result.py", "__repr__"): "numbers for a reader",
     ("ops/cka_leave_out.py", "padded"): "which rows are multiplied together follows from the lengths of the sequences",
-    ("measure/monitor.py", "_row"): "the one copy of a measured step, of everything at once",
+    ("measure/recorder.py", "_row"): "the one copy of a measured step, on a thread that nobody waits for",
     ("measure/overhead.py", "_forward_backward"): "a stopwatch has to wait for the device",
     ("measure/probe.py", "save"): "the reference goes to a file once, at entering",
 }

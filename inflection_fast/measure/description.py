@@ -1,0 +1,45 @@
+"""What a timeline says about the model that it was measured on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
+
+from torch import nn
+
+from ..blocks import Block
+from .config import MonitorConfig
+
+__all__ = ["heads_of", "meta_of"]
+
+_PACKAGES = ("inflection_fast", "torch", "transformers", "peft")
+_HEAD_COUNT_NAMES = ("num_attention_heads", "num_heads", "n_heads", "n_head", "nhead", "heads")
+
+
+def heads_of(blocks: Sequence[Block]) -> int | None:
+    """The number of attention heads as the first block's modules state it; None if none does."""
+    modules = list(blocks[0].module.modules())
+    for holder in [*modules, *(getattr(module, "config", None) for module in modules)]:
+        for name in _HEAD_COUNT_NAMES:
+            count = getattr(holder, name, None)
+            if isinstance(count, int) and count > 0:
+                return count
+    return None
+
+
+def meta_of(model: nn.Module, config: MonitorConfig) -> dict:
+    """Model, configuration and versions, as they are stored in the timeline."""
+    inner = getattr(model, "module", model) if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    if hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()
+    return {
+        "model": {
+            "class": type(inner).__name__,
+            "model_type": getattr(getattr(inner, "config", None), "model_type", None),
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        },
+        "config": dataclasses.asdict(config),
+        "versions": {name: version(name) for name in _PACKAGES if find_spec(name)},
+    }

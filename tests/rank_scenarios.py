@@ -1,0 +1,419 @@
+"""What one of two processes does in the tests of distributed measuring; run as a script, one process per rank.
+
+Every scenario measures a tiny model and leaves its timeline, or what it raised, as JSON in the output folder. `whole`
+is the same training in one process on the whole batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+from torch import distributed as dist
+from torch import nn
+
+from inflection_fast.measure import Monitor, MonitorConfig
+from inflection_fast.measure.config import SIGNALS as ALL
+from inflection_fast.timeline import HEAD_SIGNALS, LAYER_SIGNALS
+
+BATCH, LENGTH, STEPS = 4, 12, 4
+CONFIG = MonitorConfig(every=2, rows=None, signals=ALL)
+SAMPLED = MonitorConfig(every=2, rows=4, signals=ALL)
+SIGNALS = (*HEAD_SIGNALS, *LAYER_SIGNALS, "loss")
+
+
+def model_of(name):
+    import tiny_models as tiny
+
+    torch.manual_seed(0)
+    return tiny.sharpened(tiny.CASES[name].build().train())
+
+
+def batches_of(name):
+    """The whole batch of every step, and a probe."""
+    generator = torch.Generator().manual_seed(1)
+    batches = []
+    for _ in range(STEPS + 1):
+        batch = {"input_ids": torch.randint(3, 40, (BATCH, LENGTH), generator=generator)}
+        if name == "bert":
+            batch["attention_mask"] = (torch.arange(LENGTH) < torch.tensor([[12], [7], [9], [10]])).long()
+            batch["labels"] = torch.tensor([0, 1, 1, 0])
+        else:
+            batch["labels"] = batch["input_ids"]
+        batches.append(batch)
+    return batches[:STEPS], [batches[STEPS]]
+
+
+def part_of(batch, rank, parts=2):
+    size = BATCH // parts
+    return {name: value[rank * size : (rank + 1) * size] for name, value in batch.items()}
+
+
+def train(model, batches, probe, config=CONFIG, *, parts_of=lambda batch: [batch], out=None, **options):
+    """Train on the parts of each batch, accumulated, and give back the timeline."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with Monitor(model, config, out, probe=probe, **options) as monitor:
+        for batch in batches[monitor._step :]:
+            parts = parts_of(batch)
+            for part in parts:
+                output = model(**part)
+                (output["loss"] / len(parts)).backward()
+            monitor.step()
+            optimizer.step()
+            optimizer.zero_grad()
+    return monitor.timeline
+
+
+def whole(name, config=CONFIG, micro_batches=1):
+    """One process, the whole batch."""
+    batches, probe = batches_of(name)
+    parts_of = lambda batch: [part_of(batch, part, micro_batches) for part in range(micro_batches)]  # noqa: E731
+    return as_json(train(model_of(name), batches, probe, config, parts_of=parts_of))
+
+
+def as_json(timeline):
+    return {"steps": timeline.steps.tolist()} | {name: getattr(timeline, name).tolist() for name in SIGNALS}
+
+
+def mine(batch):
+    return [part_of(batch, dist.get_rank())]
+
+
+# ---- what is measured right ------------------------------------------------------------------------------------------
+
+
+def ddp(out, config=CONFIG, name="bert", **options):
+    batches, probe = batches_of(name)
+    model = nn.parallel.DistributedDataParallel(model_of(name))
+    return as_json(train(model, batches, probe, config, parts_of=mine, out=out / "run", **options))
+
+
+def ddp_sampled(out):
+    return ddp(out, SAMPLED)
+
+
+def ddp_accumulated(out):
+    """Two micro-batches of one sequence on each rank."""
+    batches, probe = batches_of("bert")
+    model = nn.parallel.DistributedDataParallel(model_of("bert"))
+    halves = lambda batch: [part_of(batch, 2 * dist.get_rank() + i, 4) for i in range(2)]  # noqa: E731
+    return as_json(train(model, batches, probe, parts_of=halves))
+
+
+def _fully_sharded(model, blocks, mesh=None):
+    from torch.distributed.fsdp import fully_shard
+
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def fsdp(out):
+    batches, probe = batches_of("llama")
+    model = model_of("llama")
+    return as_json(train(_fully_sharded(model, model.model.layers), batches, probe, parts_of=mine, out=out / "run"))
+
+
+def replicated_shards(out):
+    """FSDP2 with replicas: one shard, two copies of it."""
+    mesh = dist.init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+    batches, probe = batches_of("llama")
+    model = model_of("llama")
+    return as_json(train(_fully_sharded(model, model.model.layers, mesh), batches, probe, parts_of=mine))
+
+
+def _tensor_parallel(model, mesh):
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    plan = {f"self_attn.{name}": ColwiseParallel() for name in ("q_proj", "k_proj", "v_proj")}
+    plan |= {"mlp.gate_proj": ColwiseParallel(), "mlp.up_proj": ColwiseParallel()}
+    plan |= {"self_attn.o_proj": RowwiseParallel(), "mlp.down_proj": RowwiseParallel()}
+    for layer in model.model.layers:
+        parallelize_module(layer, mesh, plan)
+    return model
+
+
+def tensor_parallel(out):
+    """Both ranks compute on the whole batch, each with half of the heads."""
+    batches, probe = batches_of("llama")
+    model = _tensor_parallel(model_of("llama"), dist.init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)))
+    return as_json(train(model, batches, probe, SAMPLED, out=out / "run"))
+
+
+def tensor_parallel_mlp_only(out):
+    """Both ranks measure all heads, which must not count twice."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    batches, probe = batches_of("llama")
+    model, mesh = model_of("llama"), dist.init_device_mesh("cpu", (2,))
+    for layer in model.model.layers:
+        parallelize_module(layer.mlp, mesh, {"up_proj": ColwiseParallel(), "gate_proj": ColwiseParallel(),
+                                             "down_proj": RowwiseParallel()})  # fmt: skip
+    return as_json(train(model, batches, probe, SAMPLED))
+
+
+def sharded_and_tensor_parallel(out):
+    mesh = dist.init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
+    batches, probe = batches_of("llama")
+    model = _tensor_parallel(model_of("llama"), mesh["tp"])
+    return as_json(train(_fully_sharded(model, model.model.layers, mesh["dp"]), batches, probe, SAMPLED))
+
+
+class SplitAttention(nn.Module):
+    """Takes its number of heads from its projections, as models do whose heads are divided among ranks."""
+
+    def __init__(self, width, size):
+        super().__init__()
+        self.size = size
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x):
+        q, k, v = (one(x).unflatten(-1, (-1, self.size)).transpose(1, 2) for one in (self.q, self.k, self.v))
+        y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class SplitBlock(nn.Module):
+    def __init__(self, width, size):
+        super().__init__()
+        self.norm1, self.attention = nn.LayerNorm(width), SplitAttention(width, size)
+        self.norm2, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 24), nn.Linear(24, width)
+
+    def forward(self, x):
+        x = x + self.attention(self.norm1(x))
+        return x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
+
+
+class SplitModel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(40, 16), nn.Linear(16, 40)
+        self.blocks = nn.ModuleList(SplitBlock(16, 4) for _ in range(3))
+
+    def forward(self, input_ids, labels):
+        x = self.embed(input_ids)
+        for block in self.blocks:
+            x = block(x)
+        logits = self.head(x)
+        return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())}
+
+
+def split_model():
+    import tiny_models as tiny
+
+    torch.manual_seed(0)
+    return tiny.sharpened(SplitModel().train())
+
+
+NO_PROBE = MonitorConfig(every=2, rows=4, signals=("attention", "activation_grad", "parameter_grad"))
+
+
+def sequence_parallel(out):
+    """Between the attentions each rank holds half of every sequence, as a plain tensor."""
+    from torch.distributed.tensor import Replicate, Shard, parallel
+
+    split = {"input_layouts": Shard(1)}
+    plan = {
+        "norm1": parallel.SequenceParallel(),
+        "norm2": parallel.SequenceParallel(),
+        "attention": parallel.PrepareModuleInput(input_layouts=Shard(1), desired_input_layouts=Replicate()),
+        **{f"attention.{name}": parallel.ColwiseParallel() for name in "qkv"},
+        "attention.out": parallel.RowwiseParallel(output_layouts=Shard(1)),
+        "up": parallel.ColwiseParallel(**split),
+        "down": parallel.RowwiseParallel(output_layouts=Shard(1)),
+    }
+    model, mesh = split_model(), dist.init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    for block in model.blocks:
+        parallel.parallelize_module(block, mesh, plan)
+    ends = {
+        "embed": parallel.RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
+        "head": parallel.ColwiseParallel(**split, output_layouts=Replicate()),
+    }
+    batches, _ = batches_of("llama")
+    return as_json(train(parallel.parallelize_module(model, mesh, ends), batches, None, NO_PROBE))
+
+
+# ---- one path for all ranks ------------------------------------------------------------------------------------------
+
+
+def one_rank_without_a_batch(out):
+    """Rank 1 has nothing to do in any step; gradients are its own affair here."""
+    batches, _ = batches_of("bert")
+    parts_of = lambda batch: mine(batch) if dist.get_rank() == 0 else []  # noqa: E731
+    return as_json(train(model_of("bert"), batches, None, parts_of=parts_of))
+
+
+def no_rank_with_a_batch(out):
+    with warnings_of_monitors() as messages, Monitor(model_of("bert"), CONFIG) as monitor:
+        monitor.step()
+    return as_json(monitor.timeline) | {"messages": messages}
+
+
+def other_config(out):
+    with Monitor(model_of("bert"), MonitorConfig(every=2 + dist.get_rank())):
+        pass
+
+
+def other_model(out):
+    with Monitor(model_of("bert" if dist.get_rank() == 0 else "distilbert"), CONFIG):
+        pass
+
+
+def folder_of_another_run(out):
+    """Only rank 0 looks at the folder."""
+    ddp(out)
+    ddp(out)
+
+
+def resumed(out):
+    batches, probe = batches_of("bert")
+    full = ddp(out / "full")
+    model = nn.parallel.DistributedDataParallel(model_of("bert"))
+    train(model, batches[:2], probe, parts_of=mine, out=out / "cut")
+    train(model, batches, probe, parts_of=mine, out=out / "cut", start_step=2)
+    return full
+
+
+def trainer(out):
+    """transformers.Trainer, which wraps the model in DDP by way of Accelerate."""
+    from transformers import PrinterCallback, Trainer, TrainingArguments
+
+    from inflection_fast import InflectionCallback
+
+    batches, probe = batches_of("llama")
+    # Accelerate deals out whole batches in turn: two ranks take the first and the second half of each step.
+    items = [{name: value[i] for name, value in batch.items()} for batch in batches for i in range(BATCH)]
+    arguments = TrainingArguments(
+        output_dir=str(out / "trainer"), per_device_train_batch_size=BATCH // 2, max_steps=STEPS, use_cpu=True,
+        learning_rate=0.05, lr_scheduler_type="constant", optim="sgd", weight_decay=0.0, max_grad_norm=1e-3,
+        save_strategy="no", report_to="none", disable_tqdm=True, logging_strategy="no", ddp_backend="gloo",
+        dataloader_pin_memory=False,
+    )  # fmt: skip
+
+    class InOrder(Trainer):
+        def _get_train_sampler(self, *args, **kwargs):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    with InflectionCallback(MonitorConfig(every=STEPS, rows=None, signals=ALL), out / "run", probe=probe) as callback:
+        training = InOrder(model=model_of("llama"), args=arguments, train_dataset=items, callbacks=[callback])
+        training.remove_callback(PrinterCallback)
+        training.train()
+    return as_json(callback.timeline) | {"world": training.accelerator.num_processes}
+
+
+def dropped_on_one_rank(out):
+    """The ring of rank 1 is full at step 1."""
+    batches, _ = batches_of("bert")
+    model = model_of("bert")
+    with warnings_of_monitors() as messages, Monitor(model, MonitorConfig(every=1, rows=None)) as monitor:
+        for number, batch in enumerate(batches):
+            model(**mine(batch)[0]).loss.backward()
+            if number == 1 and dist.get_rank() == 1:
+                monitor.timeline  # noqa: B018  (all slots are free again)
+                free = list(monitor._recorder._free)
+                monitor._recorder._free.clear()
+            monitor.step()
+            if number == 1 and dist.get_rank() == 1:
+                monitor._recorder._free.extend(free)
+            model.zero_grad()
+    return as_json(monitor.timeline) | {"messages": messages, "dropped": monitor.dropped}
+
+
+def failed_on_one_rank(out):
+    """At step 1 a hook of ours fails on rank 1."""
+    batches, _ = batches_of("bert")
+    model = model_of("bert")
+    with warnings_of_monitors() as messages, Monitor(model, MonitorConfig(every=1, rows=None)) as monitor:
+        for number, batch in enumerate(batches):
+            if number == 1 and dist.get_rank() == 1:
+                monitor._taps.failure = ZeroDivisionError("planted")
+            model(**mine(batch)[0]).loss.backward()
+            monitor.step()
+            model.zero_grad()
+    return as_json(monitor.timeline) | {"messages": messages}
+
+
+# ---- faults; the last one ends rank 1 --------------------------------------------------------------------------------
+
+
+def _alone_from(step, out, leave, timeout_s):
+    """Independent training on each rank, of which rank 1 leaves at `step`."""
+    batches, _ = batches_of("bert")
+    model = model_of("bert")
+    waits = []
+    with (
+        warnings_of_monitors() as messages,
+        Monitor(model, MonitorConfig(every=1, rows=None), out / "run", rank_timeout_s=timeout_s) as monitor,
+    ):
+        for number, batch in enumerate(batches):
+            if number == step and dist.get_rank() == 1:
+                monitor.timeline  # noqa: B018  (what came before has been joined)
+                leave()
+                return None
+            model(**mine(batch)[0]).loss.backward()
+            started = time.monotonic()
+            monitor.step()
+            waits.append(time.monotonic() - started)
+            model.zero_grad()
+    return as_json(monitor.timeline) | {"messages": messages, "waits": waits}
+
+
+@contextlib.contextmanager
+def warnings_of_monitors():
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logging.getLogger("inflection_fast").addHandler(handler)
+    try:
+        yield messages
+    finally:
+        logging.getLogger("inflection_fast").removeHandler(handler)
+
+
+def late_rank(out):
+    """Rank 1 hangs (in a file system, say) for longer than anybody waits."""
+    return _alone_from(2, out, leave=lambda: time.sleep(4), timeout_s=1.5)
+
+
+def killed_rank(out):
+    return _alone_from(2, out, leave=lambda: os._exit(9), timeout_s=30)
+
+
+SCENARIOS = (
+    ddp, ddp_sampled, ddp_accumulated, fsdp, replicated_shards, tensor_parallel, tensor_parallel_mlp_only,
+    sharded_and_tensor_parallel, sequence_parallel, one_rank_without_a_batch, no_rank_with_a_batch,
+    other_config, other_model, folder_of_another_run, resumed, trainer, dropped_on_one_rank,
+    failed_on_one_rank, late_rank, killed_rank,
+)  # fmt: skip
+
+
+def main(folder, names):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    for scenario in SCENARIOS:
+        if names and scenario.__name__ not in names:
+            continue
+        out = Path(folder) / scenario.__name__
+        out.mkdir(exist_ok=True)
+        started = time.monotonic()
+        try:
+            result = scenario(out)
+        except Exception as error:
+            result = {"raised": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+        result = {"seconds": time.monotonic() - started} | (result or {})
+        (out / f"rank{dist.get_rank()}.json").write_text(json.dumps(result))
+        if scenario is not killed_rank:
+            dist.barrier()
+    with contextlib.suppress(RuntimeError):
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])

@@ -1,0 +1,205 @@
+"""Two processes measure what one does on the whole batch, and neither waits for a lost one for long."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rank_scenarios as scenarios
+from tiny_models import one_thread  # noqa: F401
+
+from inflection_fast.timeline import Timeline
+
+RELATIVE = 1e-4
+PAIR_SECONDS = 300
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """The output folder of two processes that have gone through all scenarios."""
+    folder = tmp_path_factory.mktemp("pair")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    tests = Path(__file__).parent
+    environment = os.environ | {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)]), "GLOO_SOCKET_IFNAME": "lo",
+    }  # fmt: skip
+    processes, logs = [], []
+    for rank in range(2):
+        log = open(folder / f"log{rank}", "wb")
+        command = [sys.executable, str(tests / "rank_scenarios.py"), str(folder)]
+        processes.append(
+            subprocess.Popen(
+                command,
+                env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        )
+        logs.append(log)
+    try:
+        for process in processes:
+            process.wait(PAIR_SECONDS)
+    finally:
+        for process, log in zip(processes, logs, strict=True):
+            process.kill()
+            process.wait()
+            log.close()
+    return folder
+
+
+def told(pair, name, rank=0):
+    path = pair / name / f"rank{rank}.json"
+    assert path.exists(), (pair / f"log{rank}").read_text()[-3000:]
+    return json.loads(path.read_text())
+
+
+def assert_same(found, expected, signals=scenarios.SIGNALS):
+    assert "raised" not in found, found.get("traceback")
+    assert found["steps"] == expected["steps"]
+    for name in signals:
+        # What is below the absolute tolerance is rounding: delta-CKA begins at 0, an error without samples is 0.
+        np.testing.assert_allclose(found[name], expected[name], rtol=RELATIVE, atol=1e-6, err_msg=name)
+
+
+def assert_finite(expected, but=()):
+    for name in scenarios.SIGNALS:
+        assert name in but or np.isfinite(expected[name]).all(), name
+
+
+# ---- as one process --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "config", "micro_batches"),
+    [
+        ("ddp", "bert", scenarios.CONFIG, 1),
+        ("ddp_sampled", "bert", scenarios.SAMPLED, 2),  # ranks draw rows of their own, as micro-batches do
+        ("ddp_accumulated", "bert", scenarios.CONFIG, 1),
+        ("fsdp", "llama", scenarios.CONFIG, 1),
+        ("replicated_shards", "llama", scenarios.CONFIG, 1),
+        ("tensor_parallel", "llama", scenarios.SAMPLED, 1),
+        ("tensor_parallel_mlp_only", "llama", scenarios.SAMPLED, 1),
+        ("sharded_and_tensor_parallel", "llama", scenarios.SAMPLED, 1),
+    ],
+)
+def test_two_processes_measure_what_one_does_on_the_whole_batch(pair, name, model, config, micro_batches):
+    expected = scenarios.whole(model, config, micro_batches)
+    assert_finite(expected)
+    assert np.ptp(expected["entropy"]) > 0.1 and np.min(expected["activation_grad"]) > 1e-5
+    assert (np.max(expected["entropy_se"]) > 0.01) == (config.rows is not None)
+    assert_same(told(pair, name, 0), expected)
+    other = told(pair, name, 1)
+    if (pair / name / "run").exists():  # then the file is the timeline
+        assert "raised" not in other and other["steps"] == []
+    else:
+        assert_same(other, expected)
+
+
+def test_sequences_that_ranks_have_split_count_once(pair):
+    batches, _ = scenarios.batches_of("llama")
+    expected = scenarios.as_json(scenarios.train(scenarios.split_model(), batches, None, scenarios.NO_PROBE))
+    found = told(pair, "sequence_parallel")
+    assert_same(found, expected)
+    assert np.isfinite(expected["entropy"]).all() and np.isfinite(expected["activation_grad"]).all()
+
+
+def test_the_trainer_measures_on_two_processes_what_one_does(pair):
+    found = told(pair, "trainer")
+    assert "raised" not in found, found.get("traceback")
+    assert found["world"] == 2
+    expected = scenarios.whole("llama")
+    first = {name: expected[name][:1] for name in ("steps", *scenarios.SIGNALS)}
+    assert_same(found, first)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "tensor_parallel", "trainer"])
+def test_one_rank_keeps_the_file(pair, name):
+    found = told(pair, name)
+    assert "raised" not in found, found.get("traceback")
+    loaded = scenarios.as_json(Timeline.load(pair / name / "run"))
+    assert loaded["steps"] == found["steps"]
+    np.testing.assert_array_equal(loaded["entropy"], found["entropy"])
+    files = sorted(path.name for path in (pair / name / "run").iterdir())
+    assert files == ["probe_reference.npz", "timeline.arrows"]
+
+
+def test_a_resumed_run_on_two_processes_is_the_same_as_one_that_was_not_cut(pair):
+    loaded = scenarios.as_json(Timeline.load(pair / "resumed" / "cut"))
+    # The model is another one after the cut, so the steps and the reference of the start are what is continued.
+    assert loaded["steps"] == told(pair, "resumed")["steps"]
+    assert np.isfinite(loaded["delta_cka"]).all()
+
+
+# ---- one path for all ranks ------------------------------------------------------------------------------------------
+
+
+def test_a_rank_without_a_batch_takes_part(pair):
+    ranks = [told(pair, "one_rank_without_a_batch", rank) for rank in range(2)]
+    assert_same(ranks[1], ranks[0])
+    batches, _ = scenarios.batches_of("bert")
+    alone = scenarios.train(scenarios.model_of("bert"), batches, None, parts_of=lambda b: [scenarios.part_of(b, 0)])
+    np.testing.assert_allclose(ranks[0]["entropy"][0], alone.entropy[0], rtol=RELATIVE)
+    np.testing.assert_allclose(ranks[0]["loss"][0], alone.loss[0], rtol=RELATIVE)
+    np.testing.assert_allclose(ranks[0]["activation_grad"][0], alone.activation_grad[0] / 2, rtol=RELATIVE)
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "second"),
+    [
+        ("other_config", "ValueError: ranks have to measure alike, but config is", "ValueError: ranks have to"),
+        ("other_model", "ValueError: ranks have to measure alike, but blocks is", "ValueError: ranks have to"),
+        ("folder_of_another_run", "exists already: choose another folder", "ValueError: rank 0: "),
+    ],
+)
+def test_what_one_rank_refuses_all_ranks_refuse(pair, name, first, second):
+    assert first in told(pair, name, 0)["raised"]
+    assert second in told(pair, name, 1)["raised"]
+
+
+def test_a_step_without_a_batch_on_any_rank_is_told(pair):
+    found = told(pair, "no_rank_with_a_batch")
+    assert found["messages"] == ["measured step 0 saw no training forward of the monitored model on any rank"]
+    assert found["steps"] == [0] and np.isnan(found["entropy"]).all() and np.isnan(found["loss"][0])
+
+
+def test_a_step_that_one_rank_drops_is_missing_on_all_and_the_next_ones_are_right(pair):
+    first, second = (told(pair, "dropped_on_one_rank", rank) for rank in range(2))
+    assert first["steps"] == second["steps"] == [0, 2, 3]
+    assert (first["dropped"], second["dropped"]) == (0, 1)
+    assert first["messages"] == ["step 1 is missing from the timeline: LookupError('a rank has dropped its part')"]
+    np.testing.assert_array_equal(first["entropy"], second["entropy"])
+    assert np.isfinite(first["activation_grad"]).all()
+
+
+def test_a_step_that_fails_on_one_rank_has_no_values_on_any(pair):
+    found = told(pair, "failed_on_one_rank")
+    assert found["steps"] == [0, 1, 2, 3]
+    assert found["messages"] == ["measured step 1 failed on another rank; its values are NaN"]
+    assert "planted" in told(pair, "failed_on_one_rank", 1)["messages"][0]
+    for name in ("entropy", "max_logit", "activation_grad", "parameter_grad", "loss"):
+        unknown = np.isnan(found[name]).reshape(4, -1)
+        assert unknown[1].all() and not unknown[[0, 2, 3]].any(), name
+
+
+# ---- lost ranks ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["late_rank", "killed_rank"])
+def test_a_lost_rank_costs_one_bounded_wait_and_one_warning(pair, name):
+    found = told(pair, name)
+    assert "raised" not in found, found.get("traceback")
+    (message,) = found["messages"]
+    assert message.startswith("a rank did not answer at step 2")
+    assert message.endswith("its own share of the batch only, and norms over all ranks are NaN")
+    assert found["steps"] == [0, 1, 2, 3]
+    norms = np.array(found["activation_grad"])
+    assert np.isfinite(norms[:2]).all() and np.isnan(norms[2:]).all()
+    assert np.isfinite(found["entropy"]).all()
+    assert max(found["waits"]) < 20  # the training waits for nothing; closing does, 1.5 s or until the rank is gone
