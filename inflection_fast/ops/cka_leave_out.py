@@ -117,7 +117,7 @@ def padded(sequences: Tensor) -> tuple[list[tuple[Tensor, Tensor, slice]], Tenso
 
 
 def terms_without(u: Tensor, v: Tensor, pieces: tuple[list, Tensor], debiased: bool) -> Tensor:
-    """The cross term of the centred rows u, v without each sequence, ``[S]``: see docs/math.md."""
+    """The cross term of the centred rows u, v without each sequence, ``[S]``: see docs/cka.md."""
     s = u.mT @ v
     p, q = u.square().sum(1), v.square().sum(1)
     turned = v @ s.mT
