@@ -85,6 +85,13 @@ def test_the_block_method_from_an_earlier_basis_is_eigh(rank):
     assert (got.residual < 1e-6).all() and got.rank == rank
 
 
+def test_the_block_method_filters_a_slowly_falling_spectrum():
+    x, y = features(layers=1, rows=900, dim=300, fade=150.0)
+    before = pushed(x, x).basis(rank=8)
+    moved = pushed(x, x + 0.3 * features(layers=1, rows=900, dim=300, fade=150.0)[0])
+    assert (moved.basis(start=before).residual < 3e-9).all()
+
+
 def test_a_block_method_that_has_not_arrived_says_so(monkeypatch):
     x, y = features(fade=1e4)  # eigenvalues side by side
     start = CkaBasis(torch.linalg.qr(torch.randn(2, DIM, 6)).Q, torch.ones(2), torch.ones(2))
@@ -156,9 +163,10 @@ def only(basis, layer):
 
 def test_projected_states_merge_whatever_the_shifts():
     x, y = features(offset=100.0)
+    x = x + torch.linspace(0, 20, 500)[:, None]  # shifts far from each other and from the means
     basis = pushed(x, y).basis(rank=7)
     whole = pushed(x, y, basis=basis).result()
-    parts = [pushed(x[:, rows], y[:, rows], basis=basis) for rows in (slice(0, 90), slice(90, 500))]
+    parts = [pushed(x[:, rows], y[:, rows], 9, basis=basis) for rows in (slice(0, 90), slice(90, 500))]
     assert not torch.equal(parts[0].shift, parts[1].shift)
     parts[0].merge(parts[1])
     got = parts[0].result()

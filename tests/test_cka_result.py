@@ -215,3 +215,10 @@ def test_groups_take_the_memory_that_was_said():
     held = state.gram.nbytes + state.shift.nbytes
     assert held == CkaState.bytes_needed(2, 30, groups=4)
     assert CkaState.bytes_needed(12, 768) < 150e6
+
+
+def test_one_pair_without_a_dimension_of_layers():
+    x, y, ids = texts(dim=12, dim_y=12)
+    whole, one = cka_jackknife(x, y, ids, rank=4), cka_jackknife(x[0], y[0], ids, rank=4)
+    torch.testing.assert_close(one.standard_error, whole.standard_error[:1])
+    assert one.value.shape == (1,)

@@ -31,9 +31,7 @@ class MonitorConfig:
     cka_pooling: str = "tokens"  # "tokens": every valid token is a row; "mean", "first", "last": a row per sequence
     cka_rows: int = 2048  # feature rows of the probe; memory: layers * cka_rows * width elements, twice while comparing
     cka_reference: str = "start"  # "previous": the snapshot before; "adapters_off": the peft model without its adapters
-    cka_se: bool = (
-        False  # standard error of delta-CKA, by leaving out each sequence of the probe: about 3 times its time
-    )
+    cka_se: bool = False  # standard error of delta-CKA, by leaving out each sequence of the probe: five times its time
     seed: int = 0  # of the sampled query rows and of the probe's feature rows
 
     def __post_init__(self):

@@ -60,6 +60,14 @@ def delta_cka(before: Tensor, after: Tensor, *, rank: int | None = None, debiase
 
 
 def ratio(x, y, rank, debiased, names) -> Tensor:
+    check_rows(x, y, rank, debiased, names)
+    if rank is not None:
+        basis = pooled_basis(x, y, rank)
+        x, y = project(x, basis), project(y, basis)
+    return of_terms(torch.ops.inflection_fast.cka_terms(x, y, debiased))
+
+
+def check_rows(x, y, rank, debiased, names) -> None:
     checks.paired_features(x, y, names)
     checks.flag(debiased, "debiased")
     if x.shape[-2] < MIN_ROWS[debiased]:
@@ -67,9 +75,6 @@ def ratio(x, y, rank, debiased, names) -> Tensor:
         raise ValueError(f"{names[0]}: {kind} CKA needs at least {MIN_ROWS[debiased]} rows, got {x.shape[-2]}")
     if rank is not None:
         check_rank(rank, x.shape[-1], y.shape[-1])
-        basis = pooled_basis(x, y, rank)
-        x, y = project(x, basis), project(y, basis)
-    return of_terms(torch.ops.inflection_fast.cka_terms(x, y, debiased))
 
 
 def check_rank(rank, dim_x, dim_y) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .cka import MIN_ROWS, layers_of, of_terms, pooled_basis, project, ratio
+from .cka import MIN_ROWS, centred, check_rows, layers_of, of_terms, pooled_basis, project
 from .cka_result import CkaResult, jackknife_error, reason_of
 
 __all__ = ["cka_jackknife"]
@@ -21,11 +21,12 @@ def cka_jackknife(
 
     The value is that of `linear_cka`. Tokens of one sequence depend on each other, so the jackknife leaves out
     sequences, not rows. It computes no CKA again: without the rows U, V of a sequence the cross term is a polynomial in
-    ``U^T V``, of which ``<S, U^T V> = sum_r u_r^T S v_r`` and ``|U^T V|^2 = <U U^T, V V^T>`` are all that is new. For n
-    rows of m per sequence that takes n (3 D^2 + 2 m D) multiplications in float64, about twice the time of the value,
-    whatever the number of sequences; in a basis of rank k, n (3 k^2 + 2 m k), the basis staying that of all rows.
+    ``U^T V``, of which ``<S, U^T V> = sum_r u_r^T S v_r`` and ``|U^T V|^2 = <U U^T, V V^T>`` are all that is new. For N
+    rows of m per sequence that takes N (6 D^2 + 6 m D) multiplications in float32, summed in float64, whatever the
+    number of sequences: about five times the time of the value at D = 768. In a basis of rank k it is k in place of D,
+    the basis staying that of all rows.
 
-    Extra memory: what `linear_cka` takes; of one layer 8 (5 N D + 3 D^2) bytes.
+    Extra memory: what `linear_cka` takes; of one layer 4 (5 N D + D^2) bytes.
 
     Args:
         x: ``[..., N, D]``, as for `linear_cka`.
@@ -40,9 +41,8 @@ def cka_jackknife(
     Raises:
         TypeError, ValueError: as for `linear_cka`; `sequences` does not fit the rows.
     """
-    checks.paired_features(x, y, ("x", "y"))
+    check_rows(x, y, rank, debiased, ("x", "y"))
     checks.sequences(sequences, x)
-    value = ratio(x, y, rank, debiased, ("x", "y")).detach().flatten()
     x, y = x.detach(), y.detach()
     kept = x.new_ones(x.shape[:-2], dtype=torch.float64).flatten()
     if rank is not None:
@@ -50,16 +50,16 @@ def cka_jackknife(
         kept = variance_in(x, y, basis)
         x, y = project(x, basis), project(y, basis)
     pieces = padded(sequences)
-    errors, terms, norms = [], [], []
+    terms = torch.ops.inflection_fast.cka_terms(x, y, debiased).reshape(-1, 3)
+    value = of_terms(terms)
+    errors, norms = [], []
     for i in layers_of(x):
-        sides = [centred(side[i].double()) for side in (x, y)]
+        sides = [centred(side[i]) for side in (x, y)]
         without = [terms_without(*pair, pieces, debiased) for pair in pairs(*sides)]
         errors.append(jackknife_error(of_terms(torch.stack(without, -1))[:, None], pieces[1] > 0))
-        norms.append(torch.stack([side.square().sum() for side in sides]))
-        terms.append(torch.ops.inflection_fast.cka_terms(x[i], y[i], debiased))
+        norms.append(torch.stack([side.double().square().sum() for side in sides]))
     count, units = x.shape[-2], len(pieces[1])
     rows = kept.new_full(kept.shape, count)
-    terms = torch.stack(terms) if terms else kept.new_zeros(0, 3)
     norms = torch.stack(norms) if norms else kept.new_zeros(0, 2)
     return CkaResult(
         value=value.float(),
@@ -75,11 +75,6 @@ def cka_jackknife(
     )
 
 
-def centred(rows: Tensor) -> Tensor:
-    """Less their mean, in float64."""
-    return rows - rows.mean(0)
-
-
 def pairs(u: Tensor, v: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
     """In the order of the terms: xy, xx, yy."""
     return (u, v), (u, u), (v, v)
@@ -89,7 +84,8 @@ def variance_in(x: Tensor, y: Tensor, basis: Tensor) -> Tensor:
     """Share of the variance of the rows of both sides pooled that lies in a basis, ``[layers]``."""
     shares = []
     for i in layers_of(x):
-        rows = centred(torch.cat([x[i].double(), y[i].double()]))
+        rows = torch.cat([x[i].double(), y[i].double()])
+        rows = rows - rows.mean(0)
         shares.append((rows @ basis[i]).square().sum() / rows.square().sum())
     return torch.stack(shares) if shares else basis.new_zeros(0)
 
@@ -117,30 +113,35 @@ def padded(sequences: Tensor) -> tuple[list[tuple[Tensor, Tensor, slice]], Tenso
 
 
 def terms_without(u: Tensor, v: Tensor, pieces: tuple[list, Tensor], debiased: bool) -> Tensor:
-    """The cross term of the centred rows u, v without each sequence, ``[S]``: see docs/math.md."""
+    """The cross term of the centred rows u, v without each sequence, ``[S]``: see docs/cka.md."""
     s = u.mT @ v
-    p, q = u.square().sum(1), v.square().sum(1)
+    p, q = (side.square().sum(1, dtype=torch.float64) for side in (u, v))
     turned = v @ s.mT
-    w_pv, w_qu = p @ v, q @ u
-    whole = s.square().sum()
+    w_pv, w_qu = p.float() @ v, q.float() @ u
+    whole = s.square().sum(dtype=torch.float64)
     out = []
     for index, there, many in pieces[0]:
         rows_u, rows_v = (torch.where(there[..., None], side[index], 0.0) for side in (u, v))
         own_p, own_q = (torch.where(there, norms[index], 0.0) for norms in (p, q))
         a, b = rows_u.sum(1), rows_v.sum(1)
         n = len(u) - pieces[1][many].double()
-        cross = (rows_u * turned[index]).sum((1, 2))
-        own = ((rows_u @ rows_u.mT) * (rows_v @ rows_v.mT)).sum((1, 2))
-        along_a, along_b = ((rows * means[:, None]).sum(-1) for rows, means in ((rows_u, a), (rows_v, b)))
-        form = ((a @ s) * b).sum(1) - (along_a * along_b).sum(1)  # a^T (S - U^T V) b
-        aa, bb = a.square().sum(1) / n**2, b.square().sum(1) / n**2
+        cross = total(rows_u * turned[index])
+        own = total((rows_u @ rows_u.mT) * (rows_v @ rows_v.mT))
+        along_a, along_b = ((rows @ sums[..., None])[..., 0].double() for rows, sums in ((rows_u, a), (rows_v, b)))
+        form = total((a @ s) * b) - (along_a * along_b).sum(1)  # a^T (S - U^T V) b
+        aa, bb = total(a.square()) / n**2, total(b.square()) / n**2
         squares = whole - 2 * cross + own - 2 * form / n + aa * bb * n**2
         if debiased:
             sum_p, sum_q = p.sum() - own_p.sum(1), q.sum() - own_q.sum(1)
             kl = p @ q - (own_p * own_q).sum(1) + 4 * form / n**2 + bb * sum_p + aa * sum_q - 3 * n * aa * bb
             kl += 2 / n * (b @ w_pv - (own_p * along_b).sum(1) + a @ w_qu - (own_q * along_a).sum(1))
-            total = (sum_p - n * aa) * (sum_q - n * bb)
-            squares = squares - n / (n - 2) * kl + total / ((n - 1) * (n - 2))
+            sums = (sum_p - n * aa) * (sum_q - n * bb)
+            squares = squares - n / (n - 2) * kl + sums / ((n - 1) * (n - 2))
             squares = torch.where(n >= MIN_ROWS[True], squares, torch.nan)
         out.append(squares)
     return torch.cat(out)
+
+
+def total(products: Tensor) -> Tensor:
+    """Sum over all but the first dimension, in float64."""
+    return products.flatten(1).sum(1, dtype=torch.float64)
