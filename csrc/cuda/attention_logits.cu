@@ -19,7 +19,7 @@ constexpr int kDenseSlice = 4 * kVectorBytes;  // what a thread holds at once: 4
 constexpr int kOtherSlice = kVectorBytes;      // with a mask or strides the addresses cost more than the latency
 template <bool kVector, bool kMask>
 constexpr int kSlice = kVector && !kMask ? kDenseSlice : kOtherSlice;
-// Blocks of a multiprocessor that registers are shared among: as many as hold a slice without spilling.
+// Blocks of stats_by_block that share the registers of a multiprocessor: left to itself, nvcc spills for sm_100.
 template <bool kMask>
 constexpr int kResident = kMask ? 2 : 3;
 constexpr int64_t kLongRow = 1024;      // columns from which a block pays for a row,
@@ -165,7 +165,7 @@ __device__ __forceinline__ RowTotal total_of(const AttentionStatsArgs& args, con
 }
 
 template <class T, bool kVector, bool kMask>
-__global__ void __launch_bounds__(kThreads, kResident<kMask>)
+__global__ void __launch_bounds__(kThreads)
     stats_by_warp(AttentionStatsArgs args, Form form, int64_t items) {
   const int64_t item = int64_t{blockIdx.x} * (kThreads / kWarpSize) + threadIdx.x / kWarpSize;
   if (item >= items) return;
@@ -210,7 +210,7 @@ __device__ __forceinline__ float at(const float* values, int64_t i) { return val
 
 // One warp a row. G is the dtype of the gradient: that of the logits, or float32 for the gradient of the scores.
 template <class T, class G, bool kVector, bool kMask>
-__global__ void __launch_bounds__(kThreads, kResident<kMask>)
+__global__ void __launch_bounds__(kThreads)
     backward_by_warp(AttentionStatsBackwardArgs args, Form form, Exponential unscaled, int64_t items) {
   using Part = Slice<T, kVector, kMask, kOtherSlice>;
   constexpr float kNothing = -80.f;  // e^-80 is 0 here
