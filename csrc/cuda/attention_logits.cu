@@ -3,9 +3,9 @@
 // A row belongs to one warp, or to a whole block where rows are few and long. Every thread keeps a state of its own
 // over 16-byte slices that it holds in registers: the slice's maximum first, then the exponentials, so the running sums
 // are rebased once per slice; states are merged once per row. Rows of a causal mask are read up to the diagonal only,
-// the longest first. Each logit is read once: bound by memory for float32 (about 14 instructions an element against the
-// 38 that an H100 can issue while four bytes arrive), near both bounds for 16-bit logits. Backward: one read of the
-// logits, one write of the gradient; bound by memory.
+// the longest first. Each logit is read once: bound by memory for float32 (some 17 instructions an element, counted in
+// the source, against the 38 that an H100 can issue while four bytes arrive), near both bounds for 16-bit logits.
+// Backward: one read of the logits, one write of the gradient; bound by memory.
 //
 // Odd rows and masked columns are as in csrc/cpu/attention_logits.inc.
 #include "row_lanes.cuh"
