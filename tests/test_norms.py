@@ -19,6 +19,8 @@ def tensors():
         "empty": torch.empty(0, 3),
         "bfloat16": x[1].bfloat16().mT,
         "float16": x[2].half()[:, ::2],
+        "crooked address": x.flatten()[1:20_003],
+        "crooked address, 16 bits": x.flatten()[:20_000].half()[3:],
         "subnormal": torch.full((100,), 1e-42),
         "large": torch.full((1000,), 1e17),
     }

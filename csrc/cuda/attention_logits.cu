@@ -3,9 +3,9 @@
 // A row belongs to one warp, or to a whole block where rows are few and long. Every thread keeps a state of its own
 // over 16-byte slices that it holds in registers: the slice's maximum first, then the exponentials, so the running sums
 // are rebased once per slice; states are merged once per row. Rows of a causal mask are read up to the diagonal only,
-// the longest first. Each logit is read once: bound by memory for float32 (about 14 instructions an element against the
-// 38 that an H100 can issue while four bytes arrive), near both bounds for 16-bit logits. Backward: one read of the
-// logits, one write of the gradient; bound by memory.
+// the longest first. Each logit is read once: bound by memory for float32 (some 17 instructions an element, counted in
+// the source, against the 38 that an H100 can issue while four bytes arrive), near both bounds for 16-bit logits.
+// Backward: one read of the logits, one write of the gradient; bound by memory.
 //
 // Odd rows and masked columns are as in csrc/cpu/attention_logits.inc.
 #include "row_lanes.cuh"
@@ -19,7 +19,7 @@ constexpr int kDenseSlice = 4 * kVectorBytes;  // what a thread holds at once: 4
 constexpr int kOtherSlice = kVectorBytes;      // with a mask or strides the addresses cost more than the latency
 template <bool kVector, bool kMask>
 constexpr int kSlice = kVector && !kMask ? kDenseSlice : kOtherSlice;
-// Blocks of a multiprocessor that registers are shared among: as many as hold a slice without spilling.
+// Blocks of stats_by_block that share the registers of a multiprocessor: left to itself, nvcc spills for sm_100.
 template <bool kMask>
 constexpr int kResident = kMask ? 2 : 3;
 constexpr int64_t kLongRow = 1024;      // columns from which a block pays for a row,
@@ -165,7 +165,7 @@ __device__ __forceinline__ RowTotal total_of(const AttentionStatsArgs& args, con
 }
 
 template <class T, bool kVector, bool kMask>
-__global__ void __launch_bounds__(kThreads, kResident<kMask>)
+__global__ void __launch_bounds__(kThreads)
     stats_by_warp(AttentionStatsArgs args, Form form, int64_t items) {
   const int64_t item = int64_t{blockIdx.x} * (kThreads / kWarpSize) + threadIdx.x / kWarpSize;
   if (item >= items) return;
@@ -210,7 +210,7 @@ __device__ __forceinline__ float at(const float* values, int64_t i) { return val
 
 // One warp a row. G is the dtype of the gradient: that of the logits, or float32 for the gradient of the scores.
 template <class T, class G, bool kVector, bool kMask>
-__global__ void __launch_bounds__(kThreads, kResident<kMask>)
+__global__ void __launch_bounds__(kThreads)
     backward_by_warp(AttentionStatsBackwardArgs args, Form form, Exponential unscaled, int64_t items) {
   using Part = Slice<T, kVector, kMask, kOtherSlice>;
   constexpr float kNothing = -80.f;  // e^-80 is 0 here
