@@ -115,6 +115,40 @@ def by_rows() -> dict[str, list[float]]:
     return found
 
 
+LENGTHS = (1, 3, 10, 30, 100, 300)
+RANKS = (4, 8, 16, 32, 64, 128, 256)
+
+
+def by_length() -> dict[str, list[float]]:
+    """Values where one row in 32 is a first token in a direction of its own, so many times as long as the others."""
+    first = torch.arange(2 * ROWS) % 32 == 0
+    found = {"all rows": [], "without first tokens": []}
+    for length in LENGTHS:
+        torch.manual_seed(3)
+        common = torch.randn(2 * ROWS, DIM)
+        x, y = (common + 1.4 * torch.randn(2 * ROWS, DIM) for _ in range(2))
+        for side in (x, y):
+            towards = torch.randn(DIM)
+            side[first] = length * DIM**0.5 * towards / towards.norm() + 0.1 * side[first]
+        found["all rows"].append(linear_cka(x[None], y[None]).item())
+        state = CkaState(1, DIM)
+        state.push(x[None], y[None], ~first)
+        found["without first tokens"].append(state.value().item())
+    return found
+
+
+def by_rank() -> dict[str, list[float]]:
+    """Delta-CKA of a change that leaves the leading 16 directions as they are."""
+    torch.manual_seed(4)
+    spectrum = torch.arange(1, DIM + 1) ** -0.6
+    before, other = (torch.randn(1, 4 * ROWS, DIM) * spectrum for _ in range(2))
+    after = before.clone()
+    after[..., 16:] = 0.5 * before[..., 16:] + other[..., 16:]
+    full = 1 - linear_cka(before, after, debiased=False).item()
+    shared = [1 - linear_cka(before, after, rank=rank, debiased=False).item() for rank in RANKS]
+    return {"full space": [full] * len(RANKS), "shared basis": shared}
+
+
 def chart(name: str, title: str, x_label: str, y_label: str, x, lines: dict[str, list[float]], log: bool) -> None:
     """One picture: a line per estimator; where one gave no value its line ends."""
     drawn = canvas.figure(7.0, 3.6)
@@ -164,6 +198,14 @@ def main() -> int:
     counts = (32, 64, 128, 256, 512, 1024, 2048, 4096)
     table(f"unrelated features of width {DIM}, rows", counts, rows, ".3f")
     chart("cka_rows.png", "Features that have nothing in common", "rows", "CKA", counts, rows, False)
+    lengths = by_length()
+    table("length of first tokens / of the others", LENGTHS, lengths, ".3f")
+    axis = "length of first tokens / of the others"
+    chart("cka_length.png", "One row in 32 is a first token", axis, "CKA", LENGTHS, lengths, False)
+    ranks = by_rank()
+    table("rank", RANKS, ranks, ".1e")
+    title = "A change outside the 16 leading directions"
+    chart("cka_rank.png", title, "rank of the shared basis", "delta-CKA", RANKS, ranks, False)
     return 0
 
 
