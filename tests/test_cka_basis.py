@@ -86,7 +86,7 @@ def test_the_block_method_from_an_earlier_basis_is_eigh(rank):
 
 
 def test_the_block_method_filters_a_slowly_falling_spectrum():
-    x, y = features(layers=1, rows=900, dim=300, fade=150.0)
+    x = features(layers=1, rows=900, dim=300, fade=150.0)[0]
     before = pushed(x, x).basis(rank=8)
     moved = pushed(x, x + 0.3 * features(layers=1, rows=900, dim=300, fade=150.0)[0])
     assert (moved.basis(start=before).residual < 3e-9).all()
