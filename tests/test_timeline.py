@@ -9,7 +9,6 @@ import warnings
 import numpy as np
 import pytest
 
-from inflection_fast import timeline
 from inflection_fast.timeline import HEAD_SIGNALS, LAYER_SIGNALS, STEP_SIGNALS, Timeline, TimelineWriter
 
 LAYERS = ["encoder.layer.0", "encoder.layer.1", "encoder.layer.2"]

@@ -57,7 +57,8 @@ class Packet:
 
     `packet["attention"]` is the view of that name: `attention` [7, L, H] in the order of `ATTENTION_SUMS`, `max_logit`
     [L, H], those of the loss, of skipping and of the probe's time [], every other one [L]; where attention or gradients
-    of a probe set are measured, three more that begin with "probe_", `probe_attention` [2, L, H]. Writing to a view writes to `sums` or `maxima`.
+    of a probe set are measured, three more that begin with "probe_", `probe_attention` [2, L, H]. Writing to a view
+    writes to `sums` or `maxima`.
     """
 
     def __init__(self, layers: int, heads: int, device: torch.device | str, *, probe: bool = False):
