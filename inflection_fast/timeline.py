@@ -25,15 +25,9 @@ import numpy as np
 
 __all__ = ["HEAD_SIGNALS", "LAYER_SIGNALS", "STEP_SIGNALS", "Timeline", "TimelineWriter"]
 
-# Of the training batch, and those that begin with "probe_" of the probe set. [S, L, H], stored as float32
+# Of the training batch, and those that begin with "probe_" of the probe set: [S, L, H], float32; [S, L], float64
 HEAD_SIGNALS = ("entropy", "entropy_se", "max_logit", "collision", "sink", "probe_entropy")
-LAYER_SIGNALS = (  # [S, L], stored as float64
-    "activation_grad",
-    "parameter_grad",
-    "delta_cka",
-    "delta_cka_se",
-    "probe_activation_grad",
-)
+LAYER_SIGNALS = ("activation_grad", "parameter_grad", "delta_cka", "delta_cka_se", "probe_activation_grad")
 STEP_SIGNALS = ("loss", "skipped", "measure_ms", "probe_ms")  # [S], as float64, the same in all rows of a step
 
 logger = logging.getLogger(__name__)
@@ -291,11 +285,8 @@ def _checked(signals: dict, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.
     values = {}
     for name, shape in shapes.items():
         dtype = np.float32 if name in HEAD_SIGNALS else np.float64
-        if name not in signals:
-            values[name] = np.full(shape, np.nan, dtype)
-            continue
         try:
-            values[name] = np.array(signals[name], dtype)
+            values[name] = np.array(signals[name], dtype) if name in signals else np.full(shape, np.nan, dtype)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{name}: expected numbers, got {type(signals[name]).__name__}") from error
         if values[name].shape != shape:

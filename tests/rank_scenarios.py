@@ -16,75 +16,23 @@ import traceback
 from pathlib import Path
 
 import torch
+from rank_training import (
+    BATCH,
+    CONFIG,
+    SAMPLED,
+    STEPS,
+    as_json,
+    batches_of,
+    mine,
+    model_of,
+    part_of,
+    train,
+)
 from torch import distributed as dist
 from torch import nn
 
 from inflection_fast.measure import Monitor, MonitorConfig
 from inflection_fast.measure.config import SIGNALS as ALL
-from inflection_fast.timeline import HEAD_SIGNALS, LAYER_SIGNALS
-
-BATCH, LENGTH, STEPS = 4, 12, 4
-CONFIG = MonitorConfig(every=2, rows=None, signals=ALL)
-SAMPLED = MonitorConfig(every=2, rows=4, signals=ALL)
-SIGNALS = (*HEAD_SIGNALS, *LAYER_SIGNALS, "loss")
-
-
-def model_of(name):
-    import tiny_models as tiny
-
-    torch.manual_seed(0)
-    return tiny.sharpened(tiny.CASES[name].build().train())
-
-
-def batches_of(name):
-    """The whole batch of every step, and a probe."""
-    generator = torch.Generator().manual_seed(1)
-    batches = []
-    for _ in range(STEPS + 1):
-        batch = {"input_ids": torch.randint(3, 40, (BATCH, LENGTH), generator=generator)}
-        if name == "bert":
-            batch["attention_mask"] = (torch.arange(LENGTH) < torch.tensor([[12], [7], [9], [10]])).long()
-            batch["labels"] = torch.tensor([0, 1, 1, 0])
-        else:
-            batch["labels"] = batch["input_ids"]
-        batches.append(batch)
-    return batches[:STEPS], [batches[STEPS]]
-
-
-def part_of(batch, rank, parts=2):
-    size = BATCH // parts
-    return {name: value[rank * size : (rank + 1) * size] for name, value in batch.items()}
-
-
-def train(model, batches, probe, config=CONFIG, *, parts_of=lambda batch: [batch], out=None, **options):
-    """Train on the parts of each batch, accumulated, and give back the timeline."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    with Monitor(model, config, out, probe=probe, **options) as monitor:
-        for batch in batches[monitor._step :]:
-            parts = parts_of(batch)
-            for part in parts:
-                output = model(**part)
-                (output["loss"] / len(parts)).backward()
-            monitor.step()
-            optimizer.step()
-            optimizer.zero_grad()
-    return monitor.timeline
-
-
-def whole(name, config=CONFIG, micro_batches=1):
-    """One process, the whole batch."""
-    batches, probe = batches_of(name)
-    parts_of = lambda batch: [part_of(batch, part, micro_batches) for part in range(micro_batches)]  # noqa: E731
-    return as_json(train(model_of(name), batches, probe, config, parts_of=parts_of))
-
-
-def as_json(timeline):
-    return {"steps": timeline.steps.tolist()} | {name: getattr(timeline, name).tolist() for name in SIGNALS}
-
-
-def mine(batch):
-    return [part_of(batch, dist.get_rank())]
-
 
 # ---- what is measured right ------------------------------------------------------------------------------------------
 
@@ -301,7 +249,9 @@ def trainer(out):
         def _get_train_sampler(self, *args, **kwargs):
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
-    with InflectionCallback(MonitorConfig(every=STEPS, rows=None, signals=ALL), out / "run", probe=probe) as callback:
+    with InflectionCallback(
+        MonitorConfig(every=STEPS, rows=None, signals=ALL, cka_se=True), out / "run", probe=probe
+    ) as callback:
         training = InOrder(model=model_of("llama"), args=arguments, train_dataset=items, callbacks=[callback])
         training.remove_callback(PrinterCallback)
         training.train()

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rank_scenarios as scenarios
+import rank_training as training
 from tiny_models import one_thread  # noqa: F401
 
 from inflection_fast.timeline import Timeline
@@ -60,7 +61,7 @@ def told(pair, name, rank=0):
     return json.loads(path.read_text())
 
 
-def assert_same(found, expected, signals=scenarios.SIGNALS):
+def assert_same(found, expected, signals=training.SIGNALS):
     assert "raised" not in found, found.get("traceback")
     assert found["steps"] == expected["steps"]
     for name in signals:
@@ -69,7 +70,7 @@ def assert_same(found, expected, signals=scenarios.SIGNALS):
 
 
 def assert_finite(expected, but=()):
-    for name in scenarios.SIGNALS:
+    for name in training.SIGNALS:
         assert name in but or np.isfinite(expected[name]).all(), name
 
 
@@ -79,18 +80,18 @@ def assert_finite(expected, but=()):
 @pytest.mark.parametrize(
     ("name", "model", "config", "micro_batches"),
     [
-        ("ddp", "bert", scenarios.CONFIG, 1),
-        ("ddp_sampled", "bert", scenarios.SAMPLED, 2),  # ranks draw rows of their own, as micro-batches do
-        ("ddp_accumulated", "bert", scenarios.CONFIG, 1),
-        ("fsdp", "llama", scenarios.CONFIG, 1),
-        ("replicated_shards", "llama", scenarios.CONFIG, 1),
-        ("tensor_parallel", "llama", scenarios.SAMPLED, 1),
-        ("tensor_parallel_mlp_only", "llama", scenarios.SAMPLED, 1),
-        ("sharded_and_tensor_parallel", "llama", scenarios.SAMPLED, 1),
+        ("ddp", "bert", training.CONFIG, 1),
+        ("ddp_sampled", "bert", training.SAMPLED, 2),  # ranks draw rows of their own, as micro-batches do
+        ("ddp_accumulated", "bert", training.CONFIG, 1),
+        ("fsdp", "llama", training.CONFIG, 1),
+        ("replicated_shards", "llama", training.CONFIG, 1),
+        ("tensor_parallel", "llama", training.SAMPLED, 1),
+        ("tensor_parallel_mlp_only", "llama", training.SAMPLED, 1),
+        ("sharded_and_tensor_parallel", "llama", training.SAMPLED, 1),
     ],
 )
 def test_two_processes_measure_what_one_does_on_the_whole_batch(pair, name, model, config, micro_batches):
-    expected = scenarios.whole(model, config, micro_batches)
+    expected = training.whole(model, config, micro_batches)
     assert_finite(expected)
     assert np.ptp(expected["entropy"]) > 0.1 and np.min(expected["activation_grad"]) > 1e-5
     assert (np.max(expected["entropy_se"]) > 0.01) == (config.rows is not None)
@@ -103,8 +104,8 @@ def test_two_processes_measure_what_one_does_on_the_whole_batch(pair, name, mode
 
 
 def test_sequences_that_ranks_have_split_count_once(pair):
-    batches, _ = scenarios.batches_of("llama")
-    expected = scenarios.as_json(scenarios.train(scenarios.split_model(), batches, None, scenarios.NO_PROBE))
+    batches, _ = training.batches_of("llama")
+    expected = training.as_json(training.train(scenarios.split_model(), batches, None, scenarios.NO_PROBE))
     found = told(pair, "sequence_parallel")
     assert_same(found, expected)
     assert np.isfinite(expected["entropy"]).all() and np.isfinite(expected["activation_grad"]).all()
@@ -114,8 +115,8 @@ def test_the_trainer_measures_on_two_processes_what_one_does(pair):
     found = told(pair, "trainer")
     assert "raised" not in found, found.get("traceback")
     assert found["world"] == 2
-    expected = scenarios.whole("llama")
-    first = {name: expected[name][:1] for name in ("steps", *scenarios.SIGNALS)}
+    expected = training.whole("llama")
+    first = {name: expected[name][:1] for name in ("steps", *training.SIGNALS)}
     assert_same(found, first)
 
 
@@ -123,7 +124,7 @@ def test_the_trainer_measures_on_two_processes_what_one_does(pair):
 def test_one_rank_keeps_the_file(pair, name):
     found = told(pair, name)
     assert "raised" not in found, found.get("traceback")
-    loaded = scenarios.as_json(Timeline.load(pair / name / "run"))
+    loaded = training.as_json(Timeline.load(pair / name / "run"))
     assert loaded["steps"] == found["steps"]
     np.testing.assert_array_equal(loaded["entropy"], found["entropy"])
     files = sorted(path.name for path in (pair / name / "run").iterdir())
@@ -131,7 +132,7 @@ def test_one_rank_keeps_the_file(pair, name):
 
 
 def test_a_resumed_run_on_two_processes_is_the_same_as_one_that_was_not_cut(pair):
-    loaded = scenarios.as_json(Timeline.load(pair / "resumed" / "cut"))
+    loaded = training.as_json(Timeline.load(pair / "resumed" / "cut"))
     # The model is another one after the cut, so the steps and the reference of the start are what is continued.
     assert loaded["steps"] == told(pair, "resumed")["steps"]
     assert np.isfinite(loaded["delta_cka"]).all()
@@ -143,8 +144,8 @@ def test_a_resumed_run_on_two_processes_is_the_same_as_one_that_was_not_cut(pair
 def test_a_rank_without_a_batch_takes_part(pair):
     ranks = [told(pair, "one_rank_without_a_batch", rank) for rank in range(2)]
     assert_same(ranks[1], ranks[0])
-    batches, _ = scenarios.batches_of("bert")
-    alone = scenarios.train(scenarios.model_of("bert"), batches, None, parts_of=lambda b: [scenarios.part_of(b, 0)])
+    batches, _ = training.batches_of("bert")
+    alone = training.train(training.model_of("bert"), batches, None, parts_of=lambda b: [training.part_of(b, 0)])
     np.testing.assert_allclose(ranks[0]["entropy"][0], alone.entropy[0], rtol=RELATIVE)
     np.testing.assert_allclose(ranks[0]["loss"][0], alone.loss[0], rtol=RELATIVE)
     np.testing.assert_allclose(ranks[0]["activation_grad"][0], alone.activation_grad[0] / 2, rtol=RELATIVE)

@@ -15,8 +15,9 @@ def row(packet):
 def test_views_cover_both_tensors_once():
     packet = Packet(L, H, "cpu", probe=True)
     sums = ("attention", "activation_squares", "parameter_squares", "delta_cka", "loss", "skipped", "probe_attention")
-    sums += ("probe_activation_squares", "probe_activation_count")
+    sums += ("probe_activation_squares", "probe_activation_count", "delta_cka_se", "probe_ms")
     counts = ("activation_count", "parameter_count", "delta_cka_count", "loss_count", "skipped_count")
+    counts += ("delta_cka_se_count", "probe_ms_count")
     for value, name in enumerate([*sums, *counts]):
         assert (packet[name] == 0).all()
         packet[name].fill_(value + 1)
@@ -36,6 +37,8 @@ def test_norms_are_roots_of_sums_and_the_rest_are_means():
     packet["activation_count"].copy_(torch.tensor([2.0, 0.0]))
     packet["delta_cka"].fill_(0.5)
     packet["delta_cka_count"].fill_(2)
+    packet["delta_cka_se"].fill_(0.2)
+    packet["delta_cka_se_count"].fill_(2)
     packet["loss"].fill_(3.0)
     packet["loss_count"].fill_(4)
     packet["skipped"].fill_(2)
@@ -44,6 +47,7 @@ def test_norms_are_roots_of_sums_and_the_rest_are_means():
     assert value["skipped"] == 1
     np.testing.assert_array_equal(value["activation_grad"], [3.0, np.nan])
     np.testing.assert_array_equal(value["delta_cka"], [0.25, 0.25])
+    np.testing.assert_array_equal(value["delta_cka_se"], [0.1, 0.1])
     assert value["loss"] == 0.75 and np.isnan(value["parameter_grad"]).all()
 
 

@@ -62,6 +62,21 @@ def compile_block(model, **settings):
     return model
 
 
+def test_monitors_that_end_in_any_order_leave_compiled_code_compiled():
+    torch._dynamo.reset()
+    backend = Counted()
+    doubled = torch.compile(lambda x: 2 * x, backend=backend)
+    first, second = (Monitor(model_and_batch("hand-written")[0], MonitorConfig(every=1)) for _ in range(2))
+    first.__enter__()
+    second.__enter__()
+    first.close()
+    doubled(torch.ones(2))
+    assert backend.runs == 0  # the second still measures
+    second.close()
+    doubled(torch.ones(2))
+    assert backend.runs == 1
+
+
 @pytest.mark.parametrize("early", [True, False], ids=["before", "after"])
 @pytest.mark.parametrize("compiled", [compile_whole, compile_in_place, compile_block])
 def test_a_compiled_model_is_measured_on_schedule_and_compiled_off_it(compiled, early):

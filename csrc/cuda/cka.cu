@@ -54,14 +54,10 @@ struct Layer {
 
   static __device__ __forceinline__ Layer of(const CkaPushArgs& args, const Layers& layers, int64_t number) {
     const int64_t index = layers.first + number, dims = args.x.dim + args.y.dim, k = kCkaHead + dims;
-    return {index,
-            layers.x[number],
-            layers.y[number],
-            k,
-            args.shift + index * dims,
-            args.gram + index * cka_packed_size(k),
-            args.row_norms + index * args.rows * 2,
-            args.row_kinds + index * args.rows};
+    double* const gram = args.gram + index * cka_packed_size(k);
+    double* const norms = args.row_norms + index * args.rows * 2;
+    uint8_t* const kinds = args.row_kinds + index * args.rows;
+    return {index, layers.x[number], layers.y[number], k, args.shift + index * dims, gram, norms, kinds};
   }
   static __device__ __forceinline__ int64_t cka_packed_size(int64_t k) { return k * (k + 1) / 2; }
   __device__ __forceinline__ double& at(int64_t i, int64_t j) const { return gram[i * k - i * (i - 1) / 2 + j - i]; }
@@ -348,8 +344,7 @@ __global__ void __launch_bounds__(kThreads) merge_terms(CkaTermsArgs args, int64
 
 constexpr size_t kSumsMemory = sizeof(double) * kWarps;
 
-// Calls body(go, layers) for as many layers at a time as a launch holds; go(kernel, blocks, shared bytes, more arguments)
-// launches for them.
+// Calls body(go, layers) for as many layers as a launch holds; go(kernel, blocks, shared bytes, more...) launches for them.
 template <class Body>
 int launch_layers(const CkaPushArgs& args, void* stream, const Body& body) {
   if (args.rows == 0) return cudaSuccess;
@@ -397,9 +392,9 @@ int cka_terms_cuda(const CkaTermsArgs& args, void* stream) {
 
 int cka_terms_merge_cuda(const CkaTermsArgs& args, void* stream) {
   const int64_t items = cka_term_items(args.dim_x, args.dim_y);
+  const dim3 grid(static_cast<unsigned>(args.layers));
   if (args.layers == 0) return cudaSuccess;
-  return launch(merge_terms, dim3(static_cast<unsigned>(args.layers)), dim3(kThreads), kSumsMemory, stream, args,
-                items);
+  return launch(merge_terms, grid, dim3(kThreads), kSumsMemory, stream, args, items);
 }
 
 }  // namespace inflection

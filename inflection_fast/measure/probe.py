@@ -18,6 +18,7 @@ from ..ops.cka_rows import RowSample, feature_rows
 from .arguments import loss_of
 from .config import MonitorConfig
 from .distributed import Layout, full_of, reshard
+from .eagerly import eagerly
 from .packet import Packet
 from .rows import decoder_layers, token_mask
 from .taps import Taps
@@ -217,8 +218,7 @@ def _backward_to(outputs: Iterable[Tensor], loss: Tensor | None) -> None:
 def _undisturbed(model: nn.Module, device: torch.device, autograd: bool) -> Iterator[None]:
     training = [(module, module.training) for module in model.modules()]
     generators = [device] if device.type == "cuda" else []
-    eager = torch.compiler.set_stance("force_eager")  # code that was compiled before would not run the hooks
-    with torch.random.fork_rng(devices=generators), torch.set_grad_enabled(autograd), eager:
+    with torch.random.fork_rng(devices=generators), torch.set_grad_enabled(autograd), eagerly():
         try:
             for module, _ in training:
                 module.training = False  # not model.eval(), which some models turn into more than a flag

@@ -22,6 +22,7 @@ from .accumulators import GradientNorms, HeadMeans
 from .arguments import loss_of, named_inputs, requiring_grad, tensors_of
 from .attention import AttentionCall, interfaces_of, seeing_interfaces, seeing_sdpa, stats_of
 from .distributed import Layout, is_sharded, local_of
+from .eagerly import eagerly
 from .gradients import gradients_of
 from .packet import Packet
 from .rows import ValidRows, decoder_layers
@@ -112,8 +113,7 @@ class Taps:
         self._sampler.begin(step)
         self._attached.callback(self._stop_listening)
         add = self._attached.enter_context
-        # Compiled code holds the hooks that there were when it was compiled. Code that runs as it is written has all.
-        add(torch.compiler.set_stance("force_eager"))
+        add(eagerly())
         add(_removed(self._model.register_forward_pre_hook(self._forward_begins, with_kwargs=True)))
         add(_removed(self._model.register_forward_hook(self._forward_ends, always_call=True)))
         for block in self._blocks:
