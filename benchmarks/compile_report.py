@@ -2,16 +2,18 @@
 
     python benchmarks/compile_report.py [--arch 80 90a 100 ptx] [--json FILE] [STEM ...]
 
-Needs nvcc, no GPU and no torch. One compiler runs at a time. Shared memory that a launch asks for (`dynamic`) is not
+Needs nvcc, no GPU and no torch. A compiler runs on every core. Shared memory that a launch asks for (`dynamic`) is not
 known to the compiler: the kernels' header paragraphs say how much it is.
 """
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,10 +73,9 @@ def main() -> int:
     sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     if options.stems:
         sources = [source for source in sources if source.stem in options.stems]
-    records = []
-    for source in sources:
-        for target in options.arch:
-            found = compile_for(source, target)
+    jobs, records = [(source, target) for source in sources for target in options.arch], []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for (source, target), found in zip(jobs, pool.map(compile_for, *zip(*jobs, strict=True)), strict=True):
             records += found
             worst = max((r["registers"] for r in found), default=0)
             print(f"{source.name} {target}: {len(found)} kernels, at most {worst} registers", flush=True)
