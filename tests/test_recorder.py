@@ -143,10 +143,9 @@ def test_a_row_that_cannot_be_finished_costs_that_row(tmp_path, packet, caplog, 
 
 
 def test_a_disk_that_hangs_does_not_hang_the_end(tmp_path, packet, caplog, monkeypatch):
-    monkeypatch.setattr(module, "PATIENCE_S", 0.3)
     released = threading.Event()
     monkeypatch.setattr(TimelineWriter, "_write", lambda self, message: released.wait())
-    recorder = recorder_of(tmp_path, packet)
+    recorder = recorder_of(tmp_path, packet, patience_s=0.3)
     record(recorder, packet, 0)
     recorder.close()
     assert "hangs" in caplog.text and recorder._thread.is_alive()

@@ -221,7 +221,7 @@ class Recorder:
         self._closed = True
         self._filled.put(None)
         if threading.current_thread() is not self._thread:
-            self._thread.join(POLL_S if self._hangs else PATIENCE_S)
+            self._thread.join(POLL_S if self._hangs else self._patience_s)
             if self._thread.is_alive():
                 return  # it hangs in the disk, which `drain` has told
         try:
