@@ -59,8 +59,7 @@ test-wide: build
 		$(addprefix $(CURDIR)/tests/,$(KERNEL_TESTS))
 
 # The CUDA kernels in their own source, compiled as C++ for an emulator: no GPU needed. `-sanitized` adds ASan and UBSan.
-EMULATED = test_norms.py test_attention_logits.py test_attention_logits_backward.py test_attention_qk.py \
-	test_attention_qk_gradients.py
+EMULATED = $(filter-out test_cka%,$(KERNEL_TESTS))
 # Of the tests of CKA those that reach every kernel in every mode; all of them take three minutes.
 EMULATED_CKA = definition or longer or masked_rows or broken
 test-emulated: build

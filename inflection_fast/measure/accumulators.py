@@ -88,10 +88,6 @@ class GradientNorms:
         """[L] float64: squared norms, 0 where no gradient has arrived."""
         return self._norms.double().square().sum(0)
 
-    def counts(self) -> Tensor:
-        """[L] float64 on the host: 1 for a layer that a gradient has reached, else 0."""
-        return torch.tensor([float(layer in self._seen) for layer in range(self._norms.shape[1])], dtype=torch.float64)
-
     @property
     def seen(self) -> frozenset[int]:
         """The layers that a gradient has reached."""

@@ -113,7 +113,7 @@ class Probe:
             packet["probe_attention"].copy_(self.taps.packet["attention"][:2])
         if "probe_activation_grad" in signals:
             packet["probe_activation_squares"].copy_(self.taps.activations.squares())
-            packet["probe_activation_count"].copy_(self.taps.activations.counts())
+            packet["probe_activation_count"].copy_(self.taps.activation_counts())
         packet["probe_ms"].fill_(1e3 * (perf_counter() - started))
         packet["probe_ms_count"].fill_(1)
 

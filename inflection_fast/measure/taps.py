@@ -8,7 +8,7 @@ checkpointing, run without autograd or outside the model's forward.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
 from time import perf_counter
@@ -83,6 +83,7 @@ class Taps:
             self._needs_sdpa = not all(seen)
         self._sampler = RowSampler(rows, seed, self.device)
         self._indices: dict[tuple[int, ...], Tensor] = {}
+        self._marks: dict[frozenset[int], Tensor] = {}
         self._attached = ExitStack()  # hooks, for the length of a step
         self._listening = ExitStack()  # attention, for the length of a forward
         self._current: MicroBatch | None = None  # inside a training forward
@@ -371,12 +372,24 @@ class Taps:
         """Write the sums that were kept elsewhere until now into the packet."""
         packet = self.packet
         packet["activation_squares"].copy_(self.activations.squares() / loss_scale**2)
-        packet["activation_count"].copy_(self.activations.counts())
+        packet["activation_count"].copy_(self.activation_counts())
         if self.parameter_squares is not None:
             squares = self.parameter_squares / loss_scale**2
             packet["parameter_squares"][: len(squares)] = squares
-            trainable = [any(p.requires_grad for p in block.module.parameters()) for block in self._blocks]
-            packet["parameter_count"].copy_(torch.tensor(trainable))
+            trained = [b.index for b in self._blocks if any(p.requires_grad for p in b.module.parameters())]
+            packet["parameter_count"].copy_(self._marked(trained))
+
+    def activation_counts(self) -> Tensor:
+        """[L] float64: 1 for a layer whose output a gradient has reached, else 0."""
+        return self._marked(self.activations.seen)
+
+    def _marked(self, layers: Iterable[int]) -> Tensor:
+        """[L] float64, 1 at `layers`. Kept for the next step, because a copy from the host waits for the device."""
+        key = frozenset(layers)
+        if key not in self._marks:
+            marks = [float(layer in key) for layer in range(len(self._blocks))]
+            self._marks[key] = torch.tensor(marks, dtype=torch.float64, device=self.device)
+        return self._marks[key]
 
 
 @contextmanager
