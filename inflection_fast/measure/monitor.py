@@ -286,7 +286,7 @@ class Monitor:
             self._warn("failure", f"measured step {self._step} failed: {taps.failure!r}; its values are NaN")
             packet.reset()
             if self._ranks is not None:
-                packet.sums.fill_(torch.nan)  # the others' sums are not those of the step without this one's
+                packet.spoil()  # the others' sums are not those of the step without this one's
         return packet
 
     def _fill(
