@@ -17,7 +17,8 @@ from tiny_models import HandWritten, bert, gpt2, loss_of, model_and_batch, one_t
 from torch import nn
 
 from inflection_fast.measure import Monitor, MonitorConfig, measure_overhead
-from inflection_fast.timeline import _END_OF_STREAM, HEAD_SIGNALS, Timeline, TimelineWriter
+from inflection_fast.timeline import HEAD_SIGNALS, Timeline, TimelineWriter
+from inflection_fast.timeline.arrow import END_OF_STREAM
 
 EVERY_STEP = MonitorConfig(every=1, rows=5)
 BATCH_SIGNALS = tuple(name for name in HEAD_SIGNALS if not name.startswith("probe_"))
@@ -129,7 +130,7 @@ def test_a_full_disk_costs_the_file_and_not_the_training(tmp_path, monkeypatch, 
     write = TimelineWriter._write
 
     def failing(self, message):
-        if self._last in (1, 2) and message != _END_OF_STREAM:
+        if self._last in (1, 2) and message != END_OF_STREAM:
             raise full
         write(self, message)
 

@@ -193,8 +193,8 @@ def test_resuming_never_writes_into_the_file_that_others_read(tmp_path):
 
 def test_another_format_is_named(tmp_path):
     path = written(tmp_path)
-    path.write_bytes(path.read_bytes().replace(b'"format": 2', b'"format": 7'))
-    with pytest.raises(ValueError, match="format 7; this version reads format 2"):
+    path.write_bytes(path.read_bytes().replace(b'"format": 3', b'"format": 7'))
+    with pytest.raises(ValueError, match="format 7; this version reads format 3"):
         Timeline.load(path)
 
 
@@ -311,7 +311,7 @@ def test_a_full_disk_while_resuming_leaves_the_old_file(tmp_path, monkeypatch):
     def full(_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("inflection_fast.timeline.os.fsync", full)
+    monkeypatch.setattr("inflection_fast.timeline.writer.os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
         writer(tmp_path, resume_at=10)
     assert [p.name for p in tmp_path.iterdir()] == ["timeline.arrows"]
