@@ -267,11 +267,11 @@ def dropped_on_one_rank(out):
             model(**mine(batch)[0]).loss.backward()
             if number == 1 and dist.get_rank() == 1:
                 monitor.timeline  # noqa: B018  (all slots are free again)
-                free = list(monitor._recorder._free)
-                monitor._recorder._free.clear()
+                free = list(monitor._record.recorder._free)
+                monitor._record.recorder._free.clear()
             monitor.step()
             if number == 1 and dist.get_rank() == 1:
-                monitor._recorder._free.extend(free)
+                monitor._record.recorder._free.extend(free)
             model.zero_grad()
     return as_json(monitor.timeline) | {"messages": messages, "dropped": monitor.dropped}
 
