@@ -312,7 +312,8 @@ def _alone_from(step, out, leave, timeout_s):
             monitor.step()
             waits.append(time.monotonic() - started)
             model.zero_grad()
-    return as_json(monitor.timeline) | {"messages": messages, "waits": waits}
+    missing = monitor.timeline.missing_ranks.tolist()
+    return as_json(monitor.timeline) | {"messages": messages, "waits": waits, "missing_ranks": missing}
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import rank_scenarios as scenarios
 import rank_training as training
 from tiny_models import one_thread  # noqa: F401
 
+from inflection_fast import find_alerts
 from inflection_fast.timeline import Timeline
 
 RELATIVE = 1e-4
@@ -196,10 +197,15 @@ def test_a_step_that_fails_on_one_rank_has_no_values_on_any(pair):
 def test_a_lost_rank_costs_one_bounded_wait_and_one_warning(pair, name):
     found = told(pair, name)
     assert "raised" not in found, found.get("traceback")
-    (message,) = found["messages"]
+    message, alert = found["messages"]
     assert message.startswith("a rank did not answer at step 2")
     assert message.endswith("its own share of the batch only, and norms over all ranks are NaN")
-    assert found["steps"] == [0, 1, 2, 3]
+    assert alert == "Step 2: the values of the step are those of one rank alone, 1 missing."
+    assert found["steps"] == [0, 1, 2, 3] and found["missing_ranks"] == [0, 0, 1, 1]
+    timeline = Timeline.load(pair / name / "run")
+    assert timeline.missing_ranks.tolist() == [0, 0, 1, 1]
+    (lost,) = find_alerts(timeline, kinds=["rank_lost"])
+    assert (lost.step, lost.value) == (2, 1)
     norms = np.array(found["activation_grad"])
     assert np.isfinite(norms[:2]).all() and np.isnan(norms[2:]).all()
     assert np.isfinite(found["entropy"]).all()

@@ -143,6 +143,22 @@ def test_a_full_disk_costs_the_file_and_not_the_training(tmp_path, monkeypatch, 
     assert Timeline.load(tmp_path).steps.tolist() == [0]  # a file without its end, but whole as far as it goes
 
 
+def test_a_disk_that_takes_no_file_at_all_costs_memory_up_to_a_bound(tmp_path, monkeypatch, caplog):
+    from inflection_fast.measure import record
+
+    monkeypatch.setattr(record, "KEPT_BYTES", 20_000)
+    (tmp_path / "file").write_text("in the place of the folder")
+    model, batch = model_and_batch("hand-written")  # opens its file in the first measured step
+    steps = 30
+    with caplog.at_level(logging.WARNING):
+        monitor = train(model, batch, steps, MonitorConfig(every=1, signals=("attention",)), tmp_path / "file" / "run")
+    kept = monitor.timeline.steps.tolist()
+    assert 2 < len(kept) < steps and kept == list(range(steps - len(kept), steps))
+    assert monitor.dropped == steps - len(kept)
+    assert "measuring goes on in memory" in caplog.messages[0] and "is full" in caplog.messages[1]
+    assert len(caplog.messages) == 2
+
+
 def test_what_was_measured_before_training_raised_is_kept(tmp_path):
     model, batch = model_and_batch("bert")
     with pytest.raises(RuntimeError, match="out of memory"):

@@ -222,8 +222,11 @@ class Join:
         self._ranks, self._layout, self._packet = ranks, layout, packet
         self._sharded_outputs, self._warn = sharded_outputs, warn
 
-    def __call__(self, step: int, packet: Packet | None) -> None:
+    def __call__(self, step: int, packet: Packet | None) -> int:
         """Join `packet` in place; None: this rank has dropped it, and takes part so that the others need not wait.
+
+        Returns:
+            The number of ranks whose sums are missing: all the others, once one of them is lost.
 
         Raises:
             LookupError: some rank has dropped its packet, so that nobody knows the step.
@@ -231,14 +234,16 @@ class Join:
         if packet is None:
             nothing = Packet.like(self._packet, torch.zeros_like(self._packet.data, device="cpu"))
             self._ranks.join(step, nothing, dropped=True)
-            return
+            return 0
         self._layout.weigh(packet, self._sharded_outputs)
         if not self._ranks.join(step, packet):
             self._layout.forget_norms(packet)
-        elif packet["loss_count"].isnan():  # as no number of micro-batches is
+            return self._layout.world - 1
+        if packet["loss_count"].isnan():  # as no number of micro-batches is
             self._warn("failure", f"measured step {step} failed on another rank; its values are NaN")
         elif not packet.measured():
             self._warn("unseen", f"measured step {step} saw no training forward of the monitored model on any rank")
+        return 0
 
 
 # ---- DTensor ---------------------------------------------------------------------------------------------------------

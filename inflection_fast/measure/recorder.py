@@ -87,7 +87,7 @@ class Recorder:
         warn: WarnOnce,
         copies=None,
         *,
-        join: Callable[[int, Packet | None], None] | None = None,
+        join: Callable[[int, Packet | None], int] | None = None,
         told: Callable[[int, dict], None] | None = None,
         keeps: bool = True,
         patience_s: float = PATIENCE_S,
@@ -99,8 +99,9 @@ class Recorder:
             packet: what the training's thread fills.
             warn: once of each kind.
             copies: how packets come to the host.
-            join: makes the packet of this process that of all, in place, for every step in order; called with None for
-                a step that was dropped here, which the others must not wait for.
+            join: makes the packet of this process that of all, in place, for every step in order, and returns how many
+                processes are missing from it; called with None for a step that was dropped here, which the others must
+                not wait for.
             told: called with the measured signals of every step that has any, after it was appended.
             keeps: whether rows are appended at all.
             patience_s: how long reading and closing wait for the thread.
@@ -174,9 +175,9 @@ class Recorder:
         if arrival is not None:
             arrival.synchronize()
         packet = Packet.like(self._packet, self._ring[slot])
-        if self._join is not None:
-            self._join(step, packet)
-        return row_of(packet.data.numpy(), packet.layers, packet.heads, probe=packet.probe), packet.measured()
+        missing = 0 if self._join is None else self._join(step, packet)
+        row = row_of(packet.data.numpy(), packet.layers, packet.heads, probe=packet.probe)
+        return row | {"missing_ranks": missing}, packet.measured() | {"missing_ranks"}
 
     def _finish_all(self, store) -> None:
         while not self._filled.empty():
