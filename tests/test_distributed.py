@@ -112,11 +112,20 @@ def test_sequences_that_ranks_have_split_count_once(pair):
     assert np.isfinite(expected["entropy"]).all() and np.isfinite(expected["activation_grad"]).all()
 
 
-def test_the_trainer_measures_on_two_processes_what_one_does(pair):
-    found = told(pair, "trainer")
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("trainer", "llama"),
+        ("trainer_accumulated", "llama"),
+        ("trainer_that_adds_means", "bert"),
+        ("trainer_that_adds_means_accumulated", "bert"),
+    ],
+)
+def test_the_trainer_measures_on_two_processes_what_one_does(pair, name, model):
+    found = told(pair, name)
     assert "raised" not in found, found.get("traceback")
     assert found["world"] == 2
-    expected = training.whole("llama")
+    expected = training.whole(model, unequal=model == "llama")
     first = {name: expected[name][:1] for name in ("steps", *training.SIGNALS)}
     assert_same(found, first)
 

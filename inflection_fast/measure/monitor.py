@@ -224,8 +224,8 @@ class Monitor:
         Args:
             loss: of this step; None: the mean of the `loss` that the model returned, NaN if it returned none.
             loss_scale: what the loss was multiplied by; gradient norms are divided by it.
-            scaler: the gradient scaler that multiplied the loss, before its `step` and `update`. Its scale is taken
-                instead, and `skipped` says whether it drops this step, because a gradient is not finite.
+            scaler: the gradient scaler that multiplied the loss as well, before its `step` and `update`. Norms are
+                divided by its scale too, and `skipped` says whether it drops this step, as a gradient is not finite.
 
         Raises:
             RuntimeError: outside the context, or the first measured step saw no training forward of the model.
@@ -284,7 +284,7 @@ class Monitor:
         if self._heads not in (None, packet.heads):
             raise ValueError(f"attention has {packet.heads} heads, where the first block states {self._heads}")
         if scaler is not None and scaler.is_enabled():
-            loss_scale = scale_of(scaler, taps.device)
+            loss_scale = loss_scale * scale_of(scaler, taps.device)
             squares = squares_of_all(list(self._model.parameters()), self.blocks, taps.parameter_squares)
             packet["skipped"].copy_(~squares.isfinite())
         if scaler is not None:
