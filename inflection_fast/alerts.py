@@ -1,4 +1,4 @@
-"""What goes wrong in a training run, seen in its timeline: collapsed heads, huge logits, dead or exploding gradients.
+"""What goes wrong in a training run, seen in its timeline: collapsed heads, huge logits, dead gradients, lost ranks.
 
 An alert is raised once, at the measured step that completes it, and again only after it has cleared. Gradient norms are
 held against the run's own history, because they scale with the loss, the batch and the model: a norm is odd when it
@@ -23,9 +23,10 @@ __all__ = ["ALERT_KINDS", "Alert", "AlertConfig", "AlertWatch", "alert_lines", "
 
 logger = logging.getLogger(__name__)
 
-ALERT_KINDS = ("entropy_collapse", "max_logit", "exploding_gradient", "dead_gradient", "not_finite")
+ALERT_KINDS = ("entropy_collapse", "max_logit", "exploding_gradient", "dead_gradient", "not_finite", "rank_lost")
 _GRADIENTS = ("activation_grad", "parameter_grad")
 _FINITE = ("loss", "entropy", *_GRADIENTS)  # the other signals of a head are NaN where its entropy is
+_AT_ONCE = ("not_finite", "rank_lost")
 _MAD_TO_DEVIATION = 1.4826  # of a normal distribution
 
 
@@ -39,7 +40,8 @@ class AlertConfig:
     exploding: float | None = 10.0  # times the median of the block's last norms
     dead: float | None = 1e-3  # times the same; a norm of exactly 0 is dead whatever came before
     not_finite: bool = True  # inf, or NaN where there was a number before
-    measurements: int = 3  # so many in a row complete an alert (not_finite: one), and so many without clear it
+    rank_lost: bool = True  # values that are those of one process alone, where several train
+    measurements: int = 3  # so many in a row complete an alert (of the last two kinds: one), so many without clear it
     history: int = 50  # measurements that a gradient norm is held against
     history_least: int = 10  # no judgement on gradients from fewer
     deviations: float = 6.0  # of the log norm in that history, estimated from its median absolute deviation
@@ -57,7 +59,7 @@ class AlertConfig:
             raise ValueError(f"exploding: expected a factor above 1, got {self.exploding}")
         if self.dead is not None and self.dead >= 1:
             raise ValueError(f"dead: expected a factor below 1, got {self.dead}")
-        for name in ("entropy_from_start", "not_finite"):
+        for name in ("entropy_from_start", "not_finite", "rank_lost"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         for name in ("measurements", "history", "history_least"):
@@ -80,7 +82,7 @@ class Alert:
     layer: int | None  # None: of the whole step
     head: int | None  # None: of the whole block
     value: float
-    limit: float  # what the value went beyond; NaN for not_finite
+    limit: float  # what the value went beyond; NaN for not_finite and rank_lost
     message: str  # one sentence
 
 
@@ -106,7 +108,7 @@ class AlertWatch:
             signals = {name: value for name, value in signals.items() if name not in _GRADIENTS}
         found = []
         for kind, signal, holds, limit in self._judged(signals):
-            n = 1 if kind == "not_finite" else self._config.measurements
+            n = 1 if kind in _AT_ONCE else self._config.measurements
             key = (kind, signal)
             if key not in self._conditions:
                 self._conditions[key] = _Condition(holds.shape, n, self._config.measurements)
@@ -135,6 +137,8 @@ class AlertWatch:
         for name in _FINITE if config.not_finite else ():
             if name in signals:
                 yield "not_finite", name, self._lost(name, signals[name]), math.nan
+        if config.rank_lost and "missing_ranks" in signals:
+            yield "rank_lost", "missing_ranks", signals["missing_ranks"] > 0, math.nan
 
     def _collapsed(self, entropy: np.ndarray) -> np.ndarray:
         low = entropy < self._config.entropy
@@ -220,7 +224,7 @@ def find_alerts(
 
 def _measurements_of(timeline: Timeline, last: int | None = None) -> Iterable[tuple[int, dict[str, np.ndarray]]]:
     """(step, signals by name) of every measurement, or of the `last` ones only."""
-    names = {"max_logit", "skipped", *_FINITE}
+    names = {"max_logit", "skipped", "missing_ranks", *_FINITE}
     first = 0 if last is None else max(0, len(timeline.steps) - last)
     for i in range(first, len(timeline.steps)):
         yield int(timeline.steps[i]), {name: getattr(timeline, name)[i] for name in names}
@@ -234,6 +238,7 @@ _WORDS = {
     "exploding_gradient": ("{signal} of {place} is {value:.3g}, above {limit:.3g}, out of its own history", max),
     "dead_gradient": ("{signal} of {place} is {value:.3g}, below {limit:.3g}, out of its own history", min),
     "not_finite": ("{signal} of {place} is {value}", max),
+    "rank_lost": ("the values of {place} are those of one rank alone, {value:.0f} missing", max),
 }
 
 

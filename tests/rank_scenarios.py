@@ -27,6 +27,7 @@ from rank_training import (
     model_of,
     part_of,
     train,
+    uneven,
 )
 from torch import distributed as dist
 from torch import nn
@@ -229,17 +230,19 @@ def resumed(out):
     return full
 
 
-def trainer(out):
+def trainer(out, name="llama", accumulate=1):
     """transformers.Trainer, which wraps the model in DDP by way of Accelerate."""
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
     from inflection_fast import InflectionCallback
 
-    batches, probe = batches_of("llama")
-    # Accelerate deals out whole batches in turn: two ranks take the first and the second half of each step.
+    batches, probe = batches_of(name)
+    batches = uneven(batches) if name == "llama" else batches
+    # Accelerate deals out whole batches in turn: what two ranks take in one step is what one process takes.
     items = [{name: value[i] for name, value in batch.items()} for batch in batches for i in range(BATCH)]
     arguments = TrainingArguments(
-        output_dir=str(out / "trainer"), per_device_train_batch_size=BATCH // 2, max_steps=STEPS, use_cpu=True,
+        output_dir=str(out / "trainer"), per_device_train_batch_size=BATCH // 2 // accumulate, max_steps=STEPS,
+        use_cpu=True, gradient_accumulation_steps=accumulate,
         learning_rate=0.05, lr_scheduler_type="constant", optim="sgd", weight_decay=0.0, max_grad_norm=1e-3,
         save_strategy="no", report_to="none", disable_tqdm=True, logging_strategy="no", ddp_backend="gloo",
         dataloader_pin_memory=False,
@@ -252,10 +255,23 @@ def trainer(out):
     with InflectionCallback(
         MonitorConfig(every=STEPS, rows=None, signals=ALL, cka_se=True), out / "run", probe=probe
     ) as callback:
-        training = InOrder(model=model_of("llama"), args=arguments, train_dataset=items, callbacks=[callback])
+        training = InOrder(model=model_of(name), args=arguments, train_dataset=items, callbacks=[callback])
         training.remove_callback(PrinterCallback)
         training.train()
     return as_json(callback.timeline) | {"world": training.accelerator.num_processes}
+
+
+def trainer_accumulated(out):
+    return trainer(out, accumulate=2)
+
+
+def trainer_that_adds_means(out):
+    """This head takes the mean over its own batch, whatever it is told about the others."""
+    return trainer(out, "bert")
+
+
+def trainer_that_adds_means_accumulated(out):
+    return trainer(out, "bert", accumulate=2)
 
 
 def dropped_on_one_rank(out):
@@ -267,11 +283,11 @@ def dropped_on_one_rank(out):
             model(**mine(batch)[0]).loss.backward()
             if number == 1 and dist.get_rank() == 1:
                 monitor.timeline  # noqa: B018  (all slots are free again)
-                free = list(monitor._recorder._free)
-                monitor._recorder._free.clear()
+                free = list(monitor._record.recorder._free)
+                monitor._record.recorder._free.clear()
             monitor.step()
             if number == 1 and dist.get_rank() == 1:
-                monitor._recorder._free.extend(free)
+                monitor._record.recorder._free.extend(free)
             model.zero_grad()
     return as_json(monitor.timeline) | {"messages": messages, "dropped": monitor.dropped}
 
@@ -312,7 +328,8 @@ def _alone_from(step, out, leave, timeout_s):
             monitor.step()
             waits.append(time.monotonic() - started)
             model.zero_grad()
-    return as_json(monitor.timeline) | {"messages": messages, "waits": waits}
+    missing = monitor.timeline.missing_ranks.tolist()
+    return as_json(monitor.timeline) | {"messages": messages, "waits": waits, "missing_ranks": missing}
 
 
 @contextlib.contextmanager
@@ -339,7 +356,8 @@ def killed_rank(out):
 SCENARIOS = (
     ddp, ddp_sampled, ddp_accumulated, fsdp, replicated_shards, tensor_parallel, tensor_parallel_mlp_only,
     sharded_and_tensor_parallel, sequence_parallel, one_rank_without_a_batch, no_rank_with_a_batch,
-    other_config, other_model, folder_of_another_run, resumed, trainer, dropped_on_one_rank,
+    other_config, other_model, folder_of_another_run, resumed, trainer, trainer_accumulated,
+    trainer_that_adds_means, trainer_that_adds_means_accumulated, dropped_on_one_rank,
     failed_on_one_rank, late_rank, killed_rank,
 )  # fmt: skip
 

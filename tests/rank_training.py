@@ -37,6 +37,15 @@ def batches_of(name):
     return batches[:STEPS], [batches[STEPS]]
 
 
+def uneven(batches):
+    """The same with labels at fewer positions of some sequences, so that shares of a batch have unequal weights."""
+    for batch in batches:
+        labels = batch["labels"].clone()
+        labels[1, 3:] = labels[2, 8:] = -100
+        batch["labels"] = labels
+    return batches
+
+
 def part_of(batch, rank, parts=2):
     size = BATCH // parts
     return {name: value[rank * size : (rank + 1) * size] for name, value in batch.items()}
@@ -57,9 +66,10 @@ def train(model, batches, probe, config=CONFIG, *, parts_of=lambda batch: [batch
     return monitor.timeline
 
 
-def whole(name, config=CONFIG, micro_batches=1):
+def whole(name, config=CONFIG, micro_batches=1, unequal=False):
     """One process, the whole batch."""
     batches, probe = batches_of(name)
+    batches = uneven(batches) if unequal else batches
     parts_of = lambda batch: [part_of(batch, part, micro_batches) for part in range(micro_batches)]  # noqa: E731
     return as_json(train(model_of(name), batches, probe, config, parts_of=parts_of))
 

@@ -25,12 +25,12 @@ def everything(length):
 
 
 def push(packet, layers, stats, valid, strata):
-    means = HeadMeans(packet["attention"], packet["max_logit"])
+    means = HeadMeans(packet["attention"], packet["attention_parts"], packet["max_logit"])
     means.push(torch.tensor(layers), stats, valid, strata)
 
 
 def value_of(packet):
-    row = row_of(packet.sums.numpy(), packet.maxima.numpy(), packet.layers, packet.heads)
+    row = row_of(packet.data.numpy(), packet.layers, packet.heads)
     return {name: torch.from_numpy(np.asarray(value)) for name, value in row.items()}
 
 
@@ -61,6 +61,7 @@ def test_pieces_whose_sums_and_maxima_are_joined_give_the_same_as_one_push():
         for layers in ([1], [2, 0]):  # any grouping of layers
             push(left if i else right, layers, [stats[layer] for layer in layers], valid, strata)
     left.sums += right.sums
+    left.parts += right.parts
     torch.maximum(left.maxima, right.maxima, out=left.maxima)
     for name, value in value_of(whole).items():
         torch.testing.assert_close(value_of(left)[name], value, equal_nan=True)

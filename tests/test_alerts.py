@@ -152,6 +152,15 @@ def test_numbers_that_are_lost_are_told_at_once():
     assert find_alerts(run)[0].message == "Step 600: loss of the step is nan."
 
 
+def test_a_lost_rank_is_told_at_once_and_again_after_a_resumed_run_had_all():
+    run = healthy(every=10)
+    run.missing_ranks[:] = 0
+    run.missing_ranks[60:70] = run.missing_ranks[90:] = 7
+    alerts = find_alerts(run)
+    assert told(alerts) == [(step, "rank_lost", "missing_ranks", None, None) for step in (600, 900)]
+    assert alerts[0].message == "Step 600: the values of the step are those of one rank alone, 7 missing."
+
+
 def test_gradients_of_a_step_that_a_scaler_skips_are_not_judged():
     run = healthy()
     run.skipped[:] = 0
@@ -181,10 +190,11 @@ def test_every_kind_can_be_switched_off_or_asked_for_alone():
     run.activation_grad[120:, 3] *= 300
     run.parameter_grad[120:, 3] = 0
     run.loss[150:] = np.nan
+    run.missing_ranks[150:] = 7
     assert {a.kind for a in find_alerts(run)} == set(ALERT_KINDS)
     for kind in ALERT_KINDS:
         assert {a.kind for a in find_alerts(run, kinds=[kind])} == {kind}
-    off = AlertConfig(entropy=None, max_logit=None, exploding=None, dead=None, not_finite=False)
+    off = AlertConfig(entropy=None, max_logit=None, exploding=None, dead=None, not_finite=False, rank_lost=False)
     assert find_alerts(run, off) == []
     with pytest.raises(ValueError, match=r"kinds: expected some of .*, got \['entropy'\]"):
         find_alerts(run, kinds=["entropy"])
@@ -203,6 +213,7 @@ def test_every_kind_can_be_switched_off_or_asked_for_alone():
         ("measurements", 1.5, TypeError),
         ("history_least", 51, ValueError),
         ("not_finite", 1, TypeError),
+        ("rank_lost", None, TypeError),
         ("entropy_from_start", None, TypeError),
     ],
 )

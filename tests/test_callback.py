@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import tiny_texts as tiny
 import torch
+from transformers import TrainerCallback
 
+from inflection_fast.alerts import AlertConfig, alert_lines, find_alerts
 from inflection_fast.integrations import InflectionCallback
 from inflection_fast.measure import Monitor, MonitorConfig
 from inflection_fast.timeline import HEAD_SIGNALS, LAYER_SIGNALS, Timeline
@@ -127,6 +129,17 @@ def test_accumulated_batches_count_as_one_step(model, items, probe, tmp_path):
     assert_same(callback.timeline, expected)
 
 
+def test_batches_whose_means_the_trainer_adds_up_count_as_one_step_too(model, items, probe, tmp_path):
+    """The head ignores how many items there are, so the Trainer trains with the sum of two means, here clipped."""
+    expected = plain_loop(copy.deepcopy(model), items, probe, CONFIG, accumulate=2)
+    callback = InflectionCallback(CONFIG, probe=probe)
+    arguments = {"per_device_train_batch_size": BATCH // 2, "gradient_accumulation_steps": 2}
+    trainer = trainer_of(model, items, tmp_path, [callback], **arguments)
+    assert trainer.model_accepts_loss_kwargs
+    trainer.train()
+    assert_same(callback.timeline, expected, rtol=1e-4)
+
+
 def test_losses_that_are_shares_of_a_batch_add_up(tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -134,13 +147,19 @@ def test_losses_that_are_shares_of_a_batch_add_up(tmp_path):
     settings = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     decoder = LlamaForCausalLM(LlamaConfig(**settings, intermediate_size=32, max_position_embeddings=32))
     ids = torch.randint(4, 60, (STEPS * BATCH, 8), generator=torch.Generator().manual_seed(2))
-    items = [{"input_ids": row, "labels": row} for row in ids]
-    with torch.no_grad():
-        first = decoder(input_ids=ids[:BATCH], labels=ids[:BATCH]).loss.item()
+    labels = ids.clone()
+    labels[::3, 2:] = -100  # a sequence with fewer labels weighs less
+    items = [{"input_ids": row, "labels": row_labels} for row, row_labels in zip(ids, labels, strict=True)]
+    with Monitor(decoder.train(), CONFIG) as monitor:
+        decoder(input_ids=ids[:BATCH], labels=labels[:BATCH]).loss.backward()
+        monitor.step()
+    decoder.zero_grad()
     callback = InflectionCallback(CONFIG)
     arguments = {"per_device_train_batch_size": BATCH // 2, "gradient_accumulation_steps": 2}
     trainer_of(decoder, items, tmp_path, [callback], **arguments).train()
-    assert callback.timeline.loss[0] == pytest.approx(first, rel=1e-5)
+    for name in ("loss", "activation_grad", "parameter_grad"):
+        actual, expected = (getattr(timeline, name)[0] for timeline in (callback.timeline, monitor.timeline))
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, err_msg=name)
 
 
 def test_evaluation_in_between_changes_nothing(model, items, probe, tmp_path):
@@ -157,8 +176,6 @@ def test_a_resumed_training_continues_the_timeline(model, items, probe, tmp_path
 
     class Stop(Exception):
         pass
-
-    from transformers import TrainerCallback
 
     class StopAfter(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
@@ -189,6 +206,42 @@ def test_the_model_is_left_as_it_was_also_when_training_raises(model, items, tmp
         trainer_of(model, items, tmp_path, [callback]).train()
     assert hooks() == before and model.config._attn_implementation == attention
     assert callback.timeline.steps.tolist() == [0, 1]
+
+
+def test_alerts_reach_the_log_and_who_asks_for_them(model, items, tmp_path, caplog):
+    limits, heard = AlertConfig(max_logit=1e-9), []  # which every head is above
+    callback = InflectionCallback(CONFIG, alerts=limits, on_alert=heard.append)
+    trainer_of(copy.deepcopy(model), items, tmp_path, [callback]).train()
+    expected = find_alerts(callback.timeline, limits)
+    assert [alert for found in heard for alert in found] == expected
+    assert {(alert.step, alert.kind) for alert in expected} == {(4, "max_logit")}  # the third measurement completes it
+    assert [record.getMessage() for record in caplog.records if record.name == "inflection_fast.alerts"] == [
+        *alert_lines(expected)
+    ]
+    caplog.clear()
+    silent = InflectionCallback(CONFIG, alerts=None, on_alert=heard.append)
+    trainer_of(model, items, tmp_path, [silent]).train()
+    assert len(heard) == 1 and "attention logit" not in caplog.text
+
+
+def test_an_alert_handler_that_raises_stops_no_training(model, items, tmp_path, caplog):
+    def fail(found):
+        raise ZeroDivisionError
+
+    callback = InflectionCallback(CONFIG, alerts=AlertConfig(max_logit=1e-9), on_alert=fail)
+    assert trainer_of(model, items, tmp_path, [callback]).train().global_step == STEPS
+    assert callback.timeline.steps.tolist() == [0, 2, 4] and "on_alert raised" in caplog.text
+
+
+def test_steps_between_measurements_find_no_hooks(model, items, tmp_path):
+    hooks = []
+
+    class Look(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            hooks.append(any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()))
+
+    trainer_of(model, items, tmp_path, [InflectionCallback(MonitorConfig(every=4)), Look()]).train()
+    assert hooks == [i % 4 == 0 for i in range(STEPS)]
 
 
 def test_steps_between_measurements_hand_nothing_over(model, items, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ import rank_scenarios as scenarios
 import rank_training as training
 from tiny_models import one_thread  # noqa: F401
 
+from inflection_fast import find_alerts
 from inflection_fast.timeline import Timeline
 
 RELATIVE = 1e-4
@@ -111,11 +112,20 @@ def test_sequences_that_ranks_have_split_count_once(pair):
     assert np.isfinite(expected["entropy"]).all() and np.isfinite(expected["activation_grad"]).all()
 
 
-def test_the_trainer_measures_on_two_processes_what_one_does(pair):
-    found = told(pair, "trainer")
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("trainer", "llama"),
+        ("trainer_accumulated", "llama"),
+        ("trainer_that_adds_means", "bert"),
+        ("trainer_that_adds_means_accumulated", "bert"),
+    ],
+)
+def test_the_trainer_measures_on_two_processes_what_one_does(pair, name, model):
+    found = told(pair, name)
     assert "raised" not in found, found.get("traceback")
     assert found["world"] == 2
-    expected = training.whole("llama")
+    expected = training.whole(model, unequal=model == "llama")
     first = {name: expected[name][:1] for name in ("steps", *training.SIGNALS)}
     assert_same(found, first)
 
@@ -196,10 +206,15 @@ def test_a_step_that_fails_on_one_rank_has_no_values_on_any(pair):
 def test_a_lost_rank_costs_one_bounded_wait_and_one_warning(pair, name):
     found = told(pair, name)
     assert "raised" not in found, found.get("traceback")
-    (message,) = found["messages"]
+    message, alert = found["messages"]
     assert message.startswith("a rank did not answer at step 2")
     assert message.endswith("its own share of the batch only, and norms over all ranks are NaN")
-    assert found["steps"] == [0, 1, 2, 3]
+    assert alert == "Step 2: the values of the step are those of one rank alone, 1 missing."
+    assert found["steps"] == [0, 1, 2, 3] and found["missing_ranks"] == [0, 0, 1, 1]
+    timeline = Timeline.load(pair / name / "run")
+    assert timeline.missing_ranks.tolist() == [0, 0, 1, 1]
+    (lost,) = find_alerts(timeline, kinds=["rank_lost"])
+    assert (lost.step, lost.value) == (2, 1)
     norms = np.array(found["activation_grad"])
     assert np.isfinite(norms[:2]).all() and np.isnan(norms[2:]).all()
     assert np.isfinite(found["entropy"]).all()

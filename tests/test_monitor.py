@@ -2,13 +2,7 @@
 
 import copy
 import errno
-import gc
 import logging
-import os
-import subprocess
-import sys
-import threading
-import weakref
 
 import numpy as np
 import pytest
@@ -17,7 +11,8 @@ from tiny_models import HandWritten, bert, gpt2, loss_of, model_and_batch, one_t
 from torch import nn
 
 from inflection_fast.measure import Monitor, MonitorConfig, measure_overhead
-from inflection_fast.timeline import _END_OF_STREAM, HEAD_SIGNALS, Timeline, TimelineWriter
+from inflection_fast.timeline import HEAD_SIGNALS, Timeline, TimelineWriter
+from inflection_fast.timeline.arrow import END_OF_STREAM
 
 EVERY_STEP = MonitorConfig(every=1, rows=5)
 BATCH_SIGNALS = tuple(name for name in HEAD_SIGNALS if not name.startswith("probe_"))
@@ -129,7 +124,7 @@ def test_a_full_disk_costs_the_file_and_not_the_training(tmp_path, monkeypatch, 
     write = TimelineWriter._write
 
     def failing(self, message):
-        if self._last in (1, 2) and message != _END_OF_STREAM:
+        if self._last in (1, 2) and message != END_OF_STREAM:
             raise full
         write(self, message)
 
@@ -140,6 +135,22 @@ def test_a_full_disk_costs_the_file_and_not_the_training(tmp_path, monkeypatch, 
     assert len(warnings) == 1 and "No space left on device" in warnings[0] and str(tmp_path) in warnings[0]
     assert monitor.timeline.steps.tolist() == [0, 1, 2]
     assert Timeline.load(tmp_path).steps.tolist() == [0]  # a file without its end, but whole as far as it goes
+
+
+def test_a_disk_that_takes_no_file_at_all_costs_memory_up_to_a_bound(tmp_path, monkeypatch, caplog):
+    from inflection_fast.measure import record
+
+    monkeypatch.setattr(record, "KEPT_BYTES", 20_000)
+    (tmp_path / "file").write_text("in the place of the folder")
+    model, batch = model_and_batch("hand-written")  # opens its file in the first measured step
+    steps = 30
+    with caplog.at_level(logging.WARNING):
+        monitor = train(model, batch, steps, MonitorConfig(every=1, signals=("attention",)), tmp_path / "file" / "run")
+    kept = monitor.timeline.steps.tolist()
+    assert 2 < len(kept) < steps and kept == list(range(steps - len(kept), steps))
+    assert monitor.dropped == steps - len(kept)
+    assert "measuring goes on in memory" in caplog.messages[0] and "is full" in caplog.messages[1]
+    assert len(caplog.messages) == 2
 
 
 def test_what_was_measured_before_training_raised_is_kept(tmp_path):
@@ -263,81 +274,6 @@ def test_a_copy_of_a_measured_model_trains_unmeasured():
         loss_of(average(**batch)).backward()
         monitor.step(loss)
     assert_same(monitor.timeline, expected, rtol=1e-6)
-
-
-# ---- the end of things -----------------------------------------------------------------------------------------------
-
-
-def test_a_closed_monitor_holds_no_model():
-    model, batch = model_and_batch("bert")
-    monitor = train(model, batch, 2, probe=[batch])
-    alive = weakref.ref(model.bert.encoder.layer[0]), weakref.ref(model)
-    del model
-    gc.collect()
-    assert [one() for one in alive] == [None, None]
-    assert monitor.timeline.steps.tolist() == [0, 1]
-    assert [block.name for block in monitor.blocks] == [f"bert.encoder.layer.{i}" for i in range(3)]
-
-
-def test_a_model_that_is_thrown_away_under_an_open_monitor_stops_nothing(caplog):
-    model, batch = model_and_batch("bert")
-    with Monitor(model, EVERY_STEP) as monitor:
-        loss_of(model(**batch)).backward()
-        monitor.step()
-        del model
-        gc.collect()
-        with caplog.at_level(logging.WARNING):
-            for _ in range(3):
-                monitor.step()
-    assert np.isfinite(monitor.timeline.entropy).all((1, 2)).tolist() == [True, False, False, False]
-    assert len(caplog.records) == 1 and "saw no training forward" in caplog.text
-
-
-def test_a_monitor_that_is_thrown_away_detaches_and_finishes_its_file(tmp_path):
-    model, batch = model_and_batch("bert")
-    others = set(threading.enumerate())
-    monitor = Monitor(model, EVERY_STEP, tmp_path).__enter__()
-    loss_of(model(**batch)).backward()
-    monitor.step()
-    threads = set(threading.enumerate()) - others
-    assert threads and any(module._forward_hooks for module in model.modules())
-    del monitor
-    gc.collect()
-    assert Timeline.load(tmp_path).steps.tolist() == [0]
-    assert not any(module._forward_hooks for module in model.modules())
-    assert not any(thread.is_alive() for thread in threads)
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_workers_of_a_data_loader_leave_the_timeline_alone(tmp_path):
-    model, batch = model_and_batch("bert")
-    rows = [{name: value[i] for name, value in batch.items()} for i in range(3)]
-    with Monitor(model, EVERY_STEP, tmp_path) as monitor:
-        for _ in range(2):  # the second loader is forked while the thread runs
-            loader = torch.utils.data.DataLoader(rows, batch_size=3, num_workers=1, multiprocessing_context="fork")
-            for one in loader:
-                loss_of(model(**one)).backward()
-                monitor.step()
-    assert Timeline.load(tmp_path).steps.tolist() == [0, 1]
-
-
-def test_ctrl_c_keeps_every_step_that_was_measured(tmp_path):
-    code = (
-        "import sys, torch\n"
-        "from tiny_models import model_and_batch\n"
-        "from inflection_fast import Monitor, MonitorConfig\n"
-        "model, batch = model_and_batch('hand-written')\n"
-        "monitor = Monitor(model, MonitorConfig(every=1), sys.argv[1]).__enter__()\n"  # nobody closes it
-        "for step in range(6):\n"
-        "    model(**batch)['loss'].backward()\n"
-        "    monitor.step()\n"
-        "raise KeyboardInterrupt\n"
-    )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    ended = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment, capture_output=True)
-    assert ended.returncode != 0 and b"KeyboardInterrupt" in ended.stderr
-    timeline = Timeline.load(tmp_path)
-    assert timeline.steps.tolist() == [0, 1, 2, 3, 4, 5] and not timeline.truncated
 
 
 def test_steps_off_the_schedule_install_nothing_and_call_no_operator():

@@ -43,19 +43,18 @@ class SlowDevice:
     def __init__(self):
         self.begun, self.calls = [], []
 
-    def start(self, pairs):
+    def start(self, host, source):
         arrival = threading.Event()
         arrival.synchronize = arrival.wait
-        self.begun.append((arrival, [(host, source.clone()) for host, source in pairs]))
+        self.begun.append((arrival, host, source.clone()))
         return arrival
 
     def before_overwriting(self):
         self.calls.append("before_overwriting")
 
     def finish(self):
-        for arrival, pairs in self.begun:
-            for host, source in pairs:
-                host.copy_(source)
+        for arrival, host, source in self.begun:
+            host.copy_(source)
             arrival.set()
         self.begun.clear()
 
@@ -218,7 +217,7 @@ def test_pieces_of_the_ring_are_as_many_as_fit(packet):
         recorder = recorder_of(None, one)
         assert len(recorder._free) == slots
         recorder.close()
-    assert large.sums.nbytes + large.maxima.nbytes < 2**20
+    assert large.data.nbytes < 2**20
 
 
 def test_a_process_that_ends_without_closing_keeps_what_it_measured(tmp_path):
@@ -283,9 +282,9 @@ def test_copies_on_a_device_run_beside_its_stream_and_only_the_device_waits(monk
     copies = module.CudaCopies("cuda")
     copies.before_overwriting()  # nothing was copied yet
     assert told == []
-    copies.start([(Host(), "sums"), (Host(), "maxima")])
+    copies.start(Host(), "packet")
     copies.before_overwriting()
     assert told == [
-        "side waits for main", "on side", "copy sums", "copy maxima", "event on side", "off side",
+        "side waits for main", "on side", "copy packet", "event on side", "off side",
         "main waits for the event",
     ]  # fmt: skip

@@ -102,6 +102,37 @@ def test_a_forward_that_raises_is_forgotten():
     torch.testing.assert_close(monitor.timeline.entropy, expected, rtol=0, atol=0)
 
 
+@pytest.fixture
+def in_small_portions(monkeypatch):
+    """As of models whose statistics of one forward are too large to be kept until its end."""
+    from inflection_fast.measure import attention_taps
+
+    monkeypatch.setattr(attention_taps, "WAITING_BYTES", 0)
+
+
+def test_values_do_not_depend_on_the_portions_in_which_they_are_added_up(request):
+    model, batch = model_and_batch("bert")
+    expected = measured(model, batch)
+    request.getfixturevalue("in_small_portions")
+    actual = measured(model, batch)
+    for name in ("entropy", "entropy_se", "max_logit", "collision", "sink"):
+        torch.testing.assert_close(getattr(actual, name), getattr(expected, name), rtol=1e-6, atol=0)
+
+
+def test_a_forward_that_raises_after_a_part_was_added_up_costs_the_values_of_its_step(in_small_portions, caplog):
+    model, batch = model_and_batch("bert")
+    wrong = batch | {"labels": torch.tensor([0, 1, 7])}  # no such class: raises after the last block
+    with Monitor(model, ALL_ROWS) as monitor:
+        for step in range(2):
+            if step == 0:
+                with pytest.raises(IndexError):
+                    model(**wrong)
+            loss_of(model(**batch)).backward()
+            monitor.step()
+    assert torch.from_numpy(monitor.timeline.entropy).isnan().all((1, 2)).tolist() == [True, False]
+    assert "a forward pass raised when a part of it had been added up" in caplog.text
+
+
 # ---- what does not count ---------------------------------------------------------------------------------------------
 
 

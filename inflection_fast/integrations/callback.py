@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -32,9 +33,25 @@ class InflectionCallback(TrainerCallback):
     well it adds nothing. A training resumed from a checkpoint continues the timeline in `out` at the checkpoint's step,
     and delta-CKA goes on being against the weights before training, whose features lie beside the timeline.
 
-    `alerts` and `on_alert` are those of `Monitor`. In distributed training every process needs the callback.
+    Norms are those of the gradient of the loss as the mean over the whole batch of a step, whatever the number of
+    micro-batches and processes. The Trainer tells a model the number of items in that batch, leaves dividing by it to
+    the model, and multiplies the losses of several processes by their number. A model that does not divide (sequence
+    classification, mostly) is so trained with a multiple of that gradient; whether it does is seen on the way, and
+    the multiple is taken out of norms and loss. With a loss of its own (`compute_loss_func`, label smoothing) the
+    Trainer is taken to divide.
 
-    Only the steps that are measured wait for the device; until then losses are kept as tensors.
+    What goes wrong in the training is logged as warnings, and handed to `on_alert`::
+
+        InflectionCallback(config, "runs/a", alerts=AlertConfig(max_logit=500.0), on_alert=send_to_whoever_is_on_duty)
+
+    In distributed training every process needs the callback. Steps that are not measured find no hooks of it.
+
+    Args:
+        config: what and when.
+        out: folder of the timeline; None: kept in memory only.
+        probe: as for `Monitor`.
+        alerts: what counts as going wrong; None: nothing.
+        on_alert: called with the alerts of a measured step, where there are any, from a thread of the monitor's own.
     """
 
     def __init__(
@@ -53,10 +70,10 @@ class InflectionCallback(TrainerCallback):
         self.probe = probe
         self.monitor: Monitor | None = None
         self._model: nn.Module | None = None
-        self._hook: torch.utils.hooks.RemovableHandle | None = None
+        self._hooks = ExitStack()
         self._start_step = 0
         self._losses: list[torch.Tensor] = []
-        self._summed = False
+        self._items: torch.Tensor | int | None = None  # in the whole batch, if the model is told
         self._sums_ranks = False  # losses of ranks add up, too
 
     @property
@@ -85,16 +102,14 @@ class InflectionCallback(TrainerCallback):
         self.monitor = monitor.__enter__()
         self._model = model
         self._start_step = start_step
-        self._hook = model.register_forward_hook(self._keep_loss, with_kwargs=True)
+        self._arm()
 
     def close(self) -> None:
         """Detaches; safe to call twice."""
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        self._hooks.close()
         if self.monitor is not None:
             self.monitor.close()
-        self._losses.clear()
+        self._losses, self._model = [], None
 
     def __deepcopy__(self, memo: dict) -> InflectionCallback:
         """Itself: a copy of the model (an average of its weights) carries the hook along, which then does nothing."""
@@ -106,24 +121,45 @@ class InflectionCallback(TrainerCallback):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _keep_loss(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        if not (self.monitor.measuring and model.training and torch.is_grad_enabled()) or model is not self._model:
-            return
-        loss = loss_of(output)
+    def _arm(self) -> None:
+        """Hooks on the model for the length of a step that is measured."""
+        self._hooks.close()
+        self._losses, self._items = [], None
+        if self.monitor.measuring:
+            for handle in (
+                self._model.register_forward_pre_hook(self._watch_items, with_kwargs=True),
+                self._model.register_forward_hook(self._keep_loss),
+            ):
+                self._hooks.callback(handle.remove)
+
+    def _trains(self, model: nn.Module) -> bool:
+        return model is self._model and model.training and torch.is_grad_enabled()
+
+    def _watch_items(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        items = kwargs.get("num_items_in_batch")
+        if items is None or not self._trains(model):
+            return None
+        if self._items is None:
+            self._items = items.as_subclass(_Watched) if isinstance(items, torch.Tensor) else items
+        return args, kwargs | {"num_items_in_batch": self._items}
+
+    def _keep_loss(self, model: nn.Module, args: tuple, output: Any) -> None:
+        loss = loss_of(output) if self._trains(model) else None
         if loss is not None:
             self._losses.append(loss.detach())
-            # A model that is told the number of items in the whole batch divides by it, so that its losses add up.
-            self._summed = kwargs.get("num_items_in_batch") is not None
 
-    def _step_loss(self) -> torch.Tensor | None:
-        losses, self._losses = self._losses, []
-        if not losses:
-            return None
-        total = torch.stack([loss.float().mean() for loss in losses]).sum()
-        if not self._summed:
-            return total / len(losses)
-        # The monitor takes the mean over ranks. The Trainer multiplies the same way, for gradients that are averaged.
-        return total * self.monitor.data_ranks if self._sums_ranks else total
+    def _loss_and_scale(self) -> tuple[torch.Tensor | None, float]:
+        """The mean loss over this rank's share of the batch, and what the Trainer has multiplied it by."""
+        if not self._losses:
+            return None, 1.0
+        total = torch.stack([loss.float().mean() for loss in self._losses]).sum()
+        mean = total / len(self._losses)
+        if self._items is None:  # the Trainer divides by the number of micro-batches
+            return mean, 1.0
+        ranks = self.monitor.data_ranks if self._sums_ranks else 1
+        if getattr(self._items, "used", True):
+            return total * ranks, 1.0  # shares of one mean; the monitor takes the mean over ranks
+        return mean, float(len(self._losses) * ranks)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Attaches, unless `attach` did."""
@@ -144,11 +180,28 @@ class InflectionCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         """Ends a step where a plain loop would: after the backward passes, before the weights change."""
-        if not self.monitor.measuring:
+        if self.monitor.measuring:
+            loss, scale = self._loss_and_scale()
+            self.monitor.step(loss, loss_scale=scale, scaler=getattr(optimizer, "scaler", None))
+        else:
             self.monitor.step()
-            return
-        self.monitor.step(self._step_loss(), scaler=getattr(optimizer, "scaler", None))
+        self._arm()
 
     def on_train_end(self, args, state, control, **kwargs):
         """Detaches."""
         self.close()
+
+
+class _Watched(torch.Tensor):
+    """A number that notes whether anybody has computed with it."""
+
+    used = False
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func.__name__ != "__get__":  # to ask for its shape is not to compute
+            for value in (*args, *(kwargs or {}).values()):
+                if isinstance(value, cls):
+                    value.used = True
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 __all__ = ["GradientNorms", "HeadMeans"]
 
-_DIFFERENCES = ATTENTION_SUMS.index("yy")  # where the sums of squared differences begin
-
 
 class HeadMeans:
     """Sums over valid query rows per layer and head, for their means and the standard error of the mean entropy.
@@ -26,12 +24,13 @@ class HeadMeans:
     and micro-batches pushed. Its standard error is that of the linearised residuals e = y - mean * v, one per sampled
     position (all sequences share the positions, so a position is one draw), by successive differences dy and dv.
 
-    Writes into the given memory: `sums` [7, L, H] float64 in the order of `ATTENTION_SUMS` and `maxima` [L, H], which
-    begin at 0 and -inf. They are views of a `Packet`, or of the heads of it that live here.
+    Writes into the given memory, views of a `Packet` or of the heads of it that live here: `sums` [2, L, H] float64 in
+    the order of `ATTENTION_SUMS`, `parts` [5, L, H] float32 in that of `ATTENTION_PARTS`, and `maxima` [L, H] float32.
+    They begin at 0, 0 and -inf. Without `parts` and `maxima` there is the mean entropy and nothing else.
     """
 
-    def __init__(self, sums: Tensor, maxima: Tensor):
-        self._sums, self._max = sums, maxima
+    def __init__(self, sums: Tensor, parts: Tensor | None = None, maxima: Tensor | None = None):
+        self._sums, self._parts, self._max = sums, parts, maxima
 
     def push(self, layers: Tensor, stats: Sequence[AttentionStats], valid: Tensor | None, strata: Strata) -> None:
         """Add the statistics of `G` layers over the same rows.
@@ -46,17 +45,23 @@ class HeadMeans:
         ignored = _stacked(stats, ("keys",), self._sums.device)[0] == 0  # [G, B, H, R]
         if valid is not None:
             ignored |= ~valid[:, None, :].to(self._sums.device)
-        fields = _stacked(stats, ("entropy", "collision", "sink"), self._sums.device)
+        names = ("entropy",) if self._parts is None else ("entropy", "collision", "sink")
         # Filled, not multiplied: what padding holds may be NaN.
-        fields = fields.masked_fill_(ignored, 0.0).sum(2).double()  # [3, G, H, R]
+        fields = _stacked(stats, names, self._sums.device).masked_fill_(ignored, 0.0).sum(2).double()  # [., G, H, R]
         v = (len(stats[0].entropy) - ignored.sum(1)).double()[None]  # [1, G, H, R]
-        self._sums[:_DIFFERENCES].index_add_(1, layers, torch.cat([v, fields]) @ strata.weights)
+        sums = torch.cat([v, fields]) @ strata.weights
+        self._sums.index_add_(1, layers, sums[: len(ATTENTION_SUMS)])
+        if self._parts is not None:
+            self._push_parts(layers, sums[len(ATTENTION_SUMS) :], fields[:1], v, strata)
+            highest = _stacked(stats, ("max_logit",), self._sums.device)[0].masked_fill_(ignored, -torch.inf)
+            self._max[layers] = torch.maximum(self._max[layers], highest.amax((1, 3)))
+
+    def _push_parts(self, layers: Tensor, means: Tensor, y: Tensor, v: Tensor, strata: Strata) -> None:
         if strata.rows is not None:
-            dy, dv = fields[:1].diff(dim=-1), v.diff(dim=-1)
+            dy, dv = y.diff(dim=-1), v.diff(dim=-1)
             squares = torch.cat([dy * dy, dy * dv, dv * dv]) @ strata.difference_weights
-            self._sums[_DIFFERENCES:].index_add_(1, layers, squares)
-        highest = _stacked(stats, ("max_logit",), self._sums.device)[0].masked_fill_(ignored, -torch.inf).amax((1, 3))
-        self._max[layers] = torch.maximum(self._max[layers], highest)
+            means = torch.cat([means, squares])
+        self._parts[: len(means)].index_add_(1, layers, means.float())
 
 
 def _stacked(stats: Sequence[AttentionStats], names: Sequence[str], device: torch.device) -> Tensor:

@@ -81,6 +81,7 @@ class Layout:
             heads = 1 if layer in self.sharded_heads else self.tensor
             copies = 1 if layer in outputs else self.tensor
             packet["attention"][:, layer] /= heads
+            packet["attention_parts"][:, layer] /= heads
             packet["activation_squares"][layer] /= copies * self.data**2
             if packet.probe:
                 packet["probe_attention"][:, layer] /= heads
@@ -173,7 +174,7 @@ class Ranks:
         """
         if self.lost:
             return False
-        sums = packet.sums.clone()
+        sums = torch.cat([packet.sums, packet.parts.double()])
         # The step travels along, from above and from below: ranks that are out of step must not be added up.
         maxima = torch.cat([packet.maxima.double(), torch.tensor([step, -step, dropped], dtype=torch.float64)])
         try:
@@ -192,7 +193,8 @@ class Ranks:
             return False
         if dropped:
             raise LookupError("a rank has dropped its part")
-        packet.sums.copy_(sums)
+        packet.sums.copy_(sums[: len(packet.sums)])
+        packet.parts.copy_(sums[len(packet.sums) :])
         packet.maxima.copy_(maxima[:-3])
         return True
 
@@ -220,23 +222,28 @@ class Join:
         self._ranks, self._layout, self._packet = ranks, layout, packet
         self._sharded_outputs, self._warn = sharded_outputs, warn
 
-    def __call__(self, step: int, packet: Packet | None) -> None:
+    def __call__(self, step: int, packet: Packet | None) -> int:
         """Join `packet` in place; None: this rank has dropped it, and takes part so that the others need not wait.
+
+        Returns:
+            The number of ranks whose sums are missing: all the others, once one of them is lost.
 
         Raises:
             LookupError: some rank has dropped its packet, so that nobody knows the step.
         """
         if packet is None:
-            sums, maxima = (torch.zeros_like(part, device="cpu") for part in (self._packet.sums, self._packet.maxima))
-            self._ranks.join(step, Packet.like(self._packet, sums, maxima), dropped=True)
-            return
+            nothing = Packet.like(self._packet, torch.zeros_like(self._packet.data, device="cpu"))
+            self._ranks.join(step, nothing, dropped=True)
+            return 0
         self._layout.weigh(packet, self._sharded_outputs)
         if not self._ranks.join(step, packet):
             self._layout.forget_norms(packet)
-        elif packet["loss_count"].isnan():  # as no number of micro-batches is
+            return self._layout.world - 1
+        if packet["loss_count"].isnan():  # as no number of micro-batches is
             self._warn("failure", f"measured step {step} failed on another rank; its values are NaN")
         elif not packet.measured():
             self._warn("unseen", f"measured step {step} saw no training forward of the monitored model on any rank")
+        return 0
 
 
 # ---- DTensor ---------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 
 __all__ = ["eagerly"]
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # the garbage collector may end a forgotten monitor in a thread that is in here
 _holders = 0
 _stance = None
 

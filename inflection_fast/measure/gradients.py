@@ -36,9 +36,10 @@ def squares_of_all(
     total = 0.0 if known is None else known.double().sum() / loss_scale**2
     if rest:
         total = total + ops.sum_of_squares(rest, [0] * len(rest))[0].double()
-    return total if isinstance(total, Tensor) else torch.zeros((), dtype=torch.float64)
+    device = parameters[0].device if parameters else None
+    return total if isinstance(total, Tensor) else torch.zeros((), dtype=torch.float64, device=device)
 
 
 def scale_of(scaler: torch.amp.GradScaler, device: torch.device) -> Tensor:
-    """What `scaler` multiplies losses by, [], without waiting for the device as its `get_scale` does."""
-    return scaler.scale(torch.ones((), device=device))
+    """What `scaler` multiplies losses by, float64 [], without waiting for the device as its `get_scale` does."""
+    return scaler.scale(torch.ones((), device=device)).double()  # its square may be more than a float32 holds

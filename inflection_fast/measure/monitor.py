@@ -14,16 +14,17 @@ from time import perf_counter
 import torch
 from torch import Tensor, nn
 
-from ..alerts import Alert, AlertConfig, AlertWatch, log_alerts
+from ..alerts import Alert, AlertConfig, AlertWatch
 from ..blocks import Block, find_blocks
-from ..timeline import Timeline, TimelineWriter
+from ..timeline import Timeline
 from .config import MonitorConfig
 from .description import heads_of, meta_of
-from .distributed import Join, Layout, Ranks, full_of, world_size
+from .distributed import Layout, Ranks, full_of, world_size
 from .gradients import scale_of, squares_of_all
 from .packet import Packet
 from .probe import Probe
-from .recorder import PATIENCE_S, Recorder, WarnOnce
+from .record import Record
+from .recorder import Recorder
 from .schedule import is_due
 from .taps import Taps
 
@@ -101,8 +102,6 @@ class Monitor:
         self._model: nn.Module | None = model
         self._config = config
         self._out = None if out is None else Path(out)
-        self._watch = None if alerts is None else AlertWatch(alerts)
-        self._on_alert = on_alert
         self._rank_timeout_s = rank_timeout_s
         self._ranks: Ranks | None = None
         self._layout = Layout()
@@ -113,14 +112,14 @@ class Monitor:
         measures_probe = probe is not None and not _PROBE_SIGNALS.isdisjoint(config.signals)
         self._probe = Probe(model, self.blocks, probe, config) if measures_probe else None
         self._taps.probe = self._probe is not None and self._probe.taps is not None
-        self._writer: TimelineWriter | None = None
-        self._recorder: Recorder | None = None  # made when the first measured step tells the number of heads
+        watch = None if alerts is None else AlertWatch(alerts)
+        names = [block.name for block in self.blocks]
+        self._record = Record(self._out, names, self._resume_at, watch, on_alert)
         self._open = self._closed = False
         self._measuring = False  # hooks are attached
         # A step was measured: what fails from now on is told, and does not stop the training.
         self._proven = self._taps.forgives = self._step > 0
         self._owner = os.getpid()
-        self._warn = WarnOnce(logger)
 
     # ---- attaching and detaching -------------------------------------------------------------------------------------
 
@@ -133,7 +132,7 @@ class Monitor:
         try:
             # Where ranks divide the heads among them, only the first call of attention tells how many there are.
             if self._heads is not None and (self._ranks is None or not self._ranks.divide_batches):
-                self._writer = self._opened(self._out, self._heads)
+                self._record.open(self._heads, self._meta(), writes=self._writes)
         except ValueError as refused:
             if self._ranks is None:
                 raise
@@ -177,25 +176,21 @@ class Monitor:
         self._model = self._probe = None
         self._taps.forget_model()
         self.blocks = [dataclasses.replace(block, module=None) for block in self.blocks]
-        if self._recorder is not None:
-            self._recorder.close()
-        elif self._writer is not None and os.getpid() == self._owner:
-            self._guarded(self._writer.close)
+        if os.getpid() == self._owner:
+            self._record.close()
 
-    def _opened(self, folder: Path | None, heads: int) -> TimelineWriter:
-        layers, meta = [block.name for block in self.blocks], meta_of(self._model, self._config)
-        if self._ranks is not None and not self._ranks.writes:
-            folder = None
-        writer = TimelineWriter(folder, layers=layers, heads=heads, meta=meta, resume_at=self._resume_at)
-        if self._watch is not None:
-            self._watch.resume(writer.timeline)
-        return writer
+    @property
+    def _writes(self) -> bool:
+        return self._ranks is None or self._ranks.writes
+
+    def _meta(self) -> dict:
+        return meta_of(self._model, self._config)
 
     def _arm(self) -> None:
         self._measuring = is_due(self._step, self._config.every)
         if self._measuring:
-            if self._recorder is not None:
-                self._recorder.before_overwriting()
+            if self._record.recorder is not None:
+                self._record.recorder.before_overwriting()
             self._taps.attach(self._step)
 
     def _take_reference(self) -> None:
@@ -210,7 +205,7 @@ class Monitor:
             logger.warning("delta_cka is measured against step %d: no reference of the start is there", self._step)
         self._probe.remember()
         if path is not None:
-            self._guarded(lambda: self._probe.save(path))
+            self._record.guarded(lambda: self._probe.save(path))
 
     # ---- stepping ----------------------------------------------------------------------------------------------------
 
@@ -229,8 +224,8 @@ class Monitor:
         Args:
             loss: of this step; None: the mean of the `loss` that the model returned, NaN if it returned none.
             loss_scale: what the loss was multiplied by; gradient norms are divided by it.
-            scaler: the gradient scaler that multiplied the loss, before its `step` and `update`. Its scale is taken
-                instead, and `skipped` says whether it drops this step, because a gradient is not finite.
+            scaler: the gradient scaler that multiplied the loss as well, before its `step` and `update`. Norms are
+                divided by its scale too, and `skipped` says whether it drops this step, as a gradient is not finite.
 
         Raises:
             RuntimeError: outside the context, or the first measured step saw no training forward of the model.
@@ -241,31 +236,20 @@ class Monitor:
             self._taps.detach()
             self._measuring = False
             began = perf_counter() - self._taps.seconds
-            self._record(self._filled(loss, loss_scale, scaler), began)
+            self._hand_over(self._filled(loss, loss_scale, scaler), began)
             self._proven = self._taps.forgives = True
         self._step += 1
         self._arm()
 
-    def _record(self, packet: Packet, began: float) -> None:
-        if self._recorder is None:
-            if self._writer is None:
-                self._guarded(lambda: setattr(self, "_writer", self._opened(self._out, packet.heads)))
-            if self._writer is None:
-                self._writer = self._opened(None, packet.heads)
-            self._recorder = self._recorder_of(packet)
+    def _hand_over(self, packet: Packet, began: float) -> None:
+        if self._record.recorder is None:
+            if not self._record.is_open:
+                self._record.open_or_keep(packet.heads, self._meta(), writes=self._writes)
+            taps = self._taps
+            self._record.start(packet, self._layout, self._ranks, taps.sharded_outputs, self._rank_timeout_s)
             # Whoever forgets to close loses nothing at the end of the process, and keeps no thread for ever.
-            weakref.finalize(self, _end, self._taps, self._recorder)
-        self._recorder.record(self._step, began)
-
-    def _recorder_of(self, packet: Packet) -> Recorder:
-        keeps, join, patience_s = self._layout.writes or self._out is None, None, PATIENCE_S
-        if self._ranks is not None:
-            join = Join(self._ranks, self._layout, packet, self._taps.sharded_outputs, self._warn)
-            patience_s += self._rank_timeout_s
-        # The recorder outlives a monitor that is forgotten: nothing here may hold on to it.
-        watch, on_alert = self._watch if self._layout.writes else None, self._on_alert
-        told = None if watch is None else lambda step, row: log_alerts(watch.push(step, row), on_alert)
-        return Recorder(self._writer, packet, self._warn, join=join, told=told, keeps=keeps, patience_s=patience_s)
+            weakref.finalize(self, _end, taps, self._record.recorder)
+        self._record.recorder.record(self._step, began)
 
     def _filled(self, *known) -> Packet:
         """The local sums of this step."""
@@ -283,10 +267,10 @@ class Monitor:
                     raise
                 taps.failure = error
         if taps.failure is not None:
-            self._warn("failure", f"measured step {self._step} failed: {taps.failure!r}; its values are NaN")
+            self._record.warn("failure", f"measured step {self._step} failed: {taps.failure!r}; its values are NaN")
             packet.reset()
             if self._ranks is not None:
-                packet.sums.fill_(torch.nan)  # the others' sums are not those of the step without this one's
+                packet.spoil()  # the others' sums are not those of the step without this one's
         return packet
 
     def _fill(
@@ -300,7 +284,7 @@ class Monitor:
         if self._heads not in (None, packet.heads):
             raise ValueError(f"attention has {packet.heads} heads, where the first block states {self._heads}")
         if scaler is not None and scaler.is_enabled():
-            loss_scale = scale_of(scaler, taps.device)
+            loss_scale = loss_scale * scale_of(scaler, taps.device)
             squares = squares_of_all(list(self._model.parameters()), self.blocks, taps.parameter_squares)
             packet["skipped"].copy_(~squares.isfinite())
         if scaler is not None:
@@ -348,16 +332,12 @@ class Monitor:
     @property
     def timeline(self) -> Timeline:
         """All that was measured so far. `RuntimeError` before the context is entered."""
-        if self._writer is None:
-            raise RuntimeError("Monitor.timeline before the context was entered: nothing was measured")
-        if self._recorder is not None:
-            self._recorder.drain()
-        return self._writer.timeline
+        return self._record.timeline
 
     @property
     def dropped(self) -> int:
-        """How many measured steps are missing from the timeline because it could not be written fast enough."""
-        return 0 if self._recorder is None else self._recorder.dropped
+        """How many measured steps are missing from the timeline because the disk did not take them, or not in time."""
+        return self._record.dropped
 
     @property
     def data_ranks(self) -> int:
@@ -382,17 +362,10 @@ class Monitor:
         if missing is not None:
             if not self._proven:
                 raise RuntimeError(f"the first measured step ({self._step}) saw {missing}")
-            self._warn("unseen", f"measured step {self._step} saw {missing}; its values are NaN")
+            self._record.warn("unseen", f"measured step {self._step} saw {missing}; its values are NaN")
         elif "activation_grad" in signals and taps.unreached:
             names = [self.blocks[layer].name for layer in taps.unreached]
-            self._warn("unreached", f"no gradient reached the outputs of {names}; their activation_grad is NaN")
-
-    def _guarded(self, write: Callable[[], None]) -> None:
-        """Run a write to the disk. A disk that refuses costs the file, not the training: rows are kept in memory."""
-        try:
-            write()
-        except OSError as error:
-            self._warn("disk", f"{self._out}: {error}; measuring goes on in memory")
+            self._record.warn("unreached", f"no gradient reached the outputs of {names}; their activation_grad is NaN")
 
 
 def _end(taps: Taps, recorder: Recorder) -> None:

@@ -99,6 +99,7 @@ class Probe:
         if self.taps is None:
             features = self._features()
         else:
+            self.taps.write_probe_into(packet)
             self.taps.attach(0)  # the same query rows every time
             try:
                 features = self._features(self.taps)
@@ -109,8 +110,6 @@ class Probe:
             for name, values in self._compared(features).items():
                 packet[name].copy_(values)
                 packet[f"{name}_count"].fill_(1)
-        if "probe_entropy" in signals:
-            packet["probe_attention"].copy_(self.taps.packet["attention"][:2])
         if "probe_activation_grad" in signals:
             packet["probe_activation_squares"].copy_(self.taps.activations.squares())
             packet["probe_activation_count"].copy_(self.taps.activation_counts())

@@ -44,13 +44,12 @@ class WarnOnce:
 class HostCopies:
     """Copies within the memory of the host, which are there at once."""
 
-    def start(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
-        """Copy the second tensor of each pair into the first; nothing to wait for afterwards."""
-        for host, source in pairs:
-            host.copy_(source)
+    def start(self, host: Tensor, source: Tensor) -> None:
+        """Copy `source` into `host`; nothing to wait for afterwards."""
+        host.copy_(source)
 
     def before_overwriting(self) -> None:
-        """The sources may be written again."""
+        """The source may be written again."""
 
 
 class CudaCopies:
@@ -59,18 +58,17 @@ class CudaCopies:
     def __init__(self, device: torch.device):
         self._device, self._stream, self._last = device, torch.cuda.Stream(device), None
 
-    def start(self, pairs: list[tuple[Tensor, Tensor]]) -> torch.cuda.Event:
-        """Begin to copy the second tensor of each pair into the first, and return the event that ends it."""
+    def start(self, host: Tensor, source: Tensor) -> torch.cuda.Event:
+        """Begin to copy `source` into `host`, which is pinned, and return the event that ends it."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            for host, source in pairs:
-                host.copy_(source, non_blocking=True)
+            host.copy_(source, non_blocking=True)
             self._last = torch.cuda.Event(blocking=True)  # whoever waits sleeps
             self._last.record(self._stream)
         return self._last
 
     def before_overwriting(self) -> None:
-        """Make the device, not the host, finish the copies before it writes to their sources again."""
+        """Make the device, not the host, finish the copy before it writes to its source again."""
         if self._last is not None:
             torch.cuda.current_stream(self._device).wait_event(self._last)
 
@@ -89,7 +87,7 @@ class Recorder:
         warn: WarnOnce,
         copies=None,
         *,
-        join: Callable[[int, Packet | None], None] | None = None,
+        join: Callable[[int, Packet | None], int] | None = None,
         told: Callable[[int, dict], None] | None = None,
         keeps: bool = True,
         patience_s: float = PATIENCE_S,
@@ -101,8 +99,9 @@ class Recorder:
             packet: what the training's thread fills.
             warn: once of each kind.
             copies: how packets come to the host.
-            join: makes the packet of this process that of all, in place, for every step in order; called with None for
-                a step that was dropped here, which the others must not wait for.
+            join: makes the packet of this process that of all, in place, for every step in order, and returns how many
+                processes are missing from it; called with None for a step that was dropped here, which the others must
+                not wait for.
             told: called with the measured signals of every step that has any, after it was appended.
             keeps: whether rows are appended at all.
             patience_s: how long reading and closing wait for the thread.
@@ -110,14 +109,10 @@ class Recorder:
         self.dropped = 0  # packets for which no slot was free
         self._join, self._told, self._keeps, self._patience_s = join, told, keeps, patience_s
         self._writer, self._packet, self._warn = writer, packet, warn
-        pinned = packet.sums.device.type == "cuda"
-        self._copies = copies or (CudaCopies(packet.sums.device) if pinned else HostCopies())
-        slots = RING_BYTES // (packet.sums.nbytes + packet.maxima.nbytes)
-        slots = min(max(slots, MIN_SLOTS), MAX_SLOTS)
-        self._sums, self._maxima = (
-            torch.empty(slots, source.numel(), dtype=source.dtype, pin_memory=pinned)
-            for source in (packet.sums, packet.maxima)
-        )
+        pinned = packet.data.device.type == "cuda"
+        self._copies = copies or (CudaCopies(packet.data.device) if pinned else HostCopies())
+        slots = min(max(RING_BYTES // packet.data.nbytes, MIN_SLOTS), MAX_SLOTS)
+        self._ring = torch.empty(slots, packet.data.nbytes, dtype=torch.uint8, pin_memory=pinned)
         self._free = deque(range(slots))
         self._filled: SimpleQueue = SimpleQueue()
         self._owner = os.getpid()
@@ -139,7 +134,7 @@ class Recorder:
                 self._filled.put((None, None, step, 0.0))
             return
         slot = self._free.popleft()
-        arrival = self._copies.start([(self._sums[slot], self._packet.sums), (self._maxima[slot], self._packet.maxima)])
+        arrival = self._copies.start(self._ring[slot], self._packet.data)
         self._filled.put((slot, arrival, step, 1e3 * (perf_counter() - began)))
 
     def before_overwriting(self) -> None:
@@ -179,11 +174,10 @@ class Recorder:
         """The finished numbers in a slot, which do not refer to its memory, and which of them were measured."""
         if arrival is not None:
             arrival.synchronize()
-        packet = Packet.like(self._packet, self._sums[slot], self._maxima[slot])
-        if self._join is not None:
-            self._join(step, packet)
-        sums, maxima = packet.sums.numpy(), packet.maxima.numpy()
-        return row_of(sums, maxima, packet.layers, packet.heads, probe=packet.probe), packet.measured()
+        packet = Packet.like(self._packet, self._ring[slot])
+        missing = 0 if self._join is None else self._join(step, packet)
+        row = row_of(packet.data.numpy(), packet.layers, packet.heads, probe=packet.probe)
+        return row | {"missing_ranks": missing}, packet.measured() | {"missing_ranks"}
 
     def _finish_all(self, store) -> None:
         while not self._filled.empty():

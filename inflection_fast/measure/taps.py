@@ -20,13 +20,14 @@ from torch.autograd import Variable
 from ..blocks import Block
 from .accumulators import GradientNorms, HeadMeans
 from .arguments import loss_of, named_inputs, requiring_grad, tensors_of
-from .attention import AttentionCall, interfaces_of, seeing_interfaces, seeing_sdpa, stats_of
+from .attention import AttentionCall
+from .attention_taps import AttentionTaps
 from .distributed import Layout, is_sharded, local_of
 from .eagerly import eagerly
 from .gradients import gradients_of
+from .micro_batch import MicroBatch
 from .packet import Packet
-from .rows import ValidRows, decoder_layers
-from .schedule import RowSampler
+from .rows import ValidRows
 
 __all__ = ["Taps"]
 
@@ -51,38 +52,15 @@ def _forgiving(hook):
     return forgiving
 
 
-class MicroBatch:
-    """What one training forward has shown so far, and what its backward pass still has to find."""
-
-    def __init__(self, index: int, valid: ValidRows):
-        self.index = index
-        self.valid = valid
-        self.live = True  # False once its step is over: hooks of a graph that lives longer must not write
-        self.entered: set[int] = set()  # layers whose block ran
-        self.seen: dict[int, tuple] = {}  # layer -> (statistics [B, H, R], valid rows [B, R], strata)
-        self.strata: dict[int, object] = {}  # query length -> positions, shared by all layers
-        self.lengths: dict[int, int] = {}  # layer -> query length
-        self.awaits_gradient: set[int] = set()  # layers whose output has a hook
-        self.went_back = False  # a backward pass went through it
-        self.reads_parameters = False  # an engine callback is on its way
-
-
 class Taps:
     """The hooks on a model and the accumulators they fill during one measured step. Reused from step to step."""
 
     def __init__(self, model: nn.Module, blocks: Sequence[Block], signals: Sequence[str], rows: int | None, seed: int):
         self._model, self._blocks, self._signals = model, blocks, signals
         self.device = next(blocks[0].module.parameters(), torch.empty(0)).device
-        self._owner = {module: block.index for block in blocks for module in block.module.modules()}
-        self._decoders = decoder_layers(model, blocks)
-        self._interfaces: list = []
-        self._needs_sdpa = False
+        self._attention: AttentionTaps | None = None
         if "attention" in signals:
-            seen = [interfaces_of(block.module) for block in blocks]
-            self._interfaces = list({id(one): one for found in seen for one in found}.values())
-            self._needs_sdpa = not all(seen)
-        self._sampler = RowSampler(rows, seed, self.device)
-        self._indices: dict[tuple[int, ...], Tensor] = {}
+            self._attention = AttentionTaps(model, blocks, rows, seed, self.device, self.allocate)
         self._marks: dict[frozenset[int], Tensor] = {}
         self._attached = ExitStack()  # hooks, for the length of a step
         self._listening = ExitStack()  # attention, for the length of a forward
@@ -93,7 +71,6 @@ class Taps:
         self.sharded_outputs: set[int] = set()  # layers whose output the ranks of one batch have split
         self.packet: Packet | None = None  # made when the first call tells how many heads there are
         self.probe = False  # the packet has room for the sums over a probe set
-        self._heads: dict[bool, HeadMeans] = {}  # by whether the heads of the layer are divided among ranks
         self.activations = GradientNorms(len(blocks), self.device)
         self.parameter_squares: Tensor | None = None  # [<= L], of the last backward pass
         self.losses: list[Tensor] = []  # what the model returned under the name "loss", per micro-batch
@@ -104,14 +81,16 @@ class Taps:
     def share(self, layout: Layout) -> None:
         """Measure as one of several ranks."""
         self._layout = layout
-        self._sampler.share = (layout.data_rank, layout.data)
+        if self._attention is not None:
+            self._attention.share(layout)
 
     # ---- the length of a step ----------------------------------------------------------------------------------------
 
     def attach(self, step: int) -> None:
         """Install the hooks and forget the step before."""
         self.reset()
-        self._sampler.begin(step)
+        if self._attention is not None:
+            self._attention.begin(step)
         self._attached.callback(self._stop_listening)
         add = self._attached.enter_context
         add(eagerly())
@@ -135,7 +114,9 @@ class Taps:
     def forget_model(self) -> None:
         """Hold nothing of the model any more: these taps are not attached again."""
         self.reset()
-        self._model, self._blocks, self._owner, self._interfaces = None, [], {}, []
+        self._model, self._blocks = None, []
+        if self._attention is not None:
+            self._attention.forget_model()
 
     def reset(self) -> None:
         """Forget what was accumulated."""
@@ -172,10 +153,8 @@ class Taps:
         started = perf_counter()
         self._current = MicroBatch(len(self._micro_batches), ValidRows(named_inputs(model, args, kwargs)))
         self._micro_batches.append(self._current)
-        if self._interfaces:
-            self._listening.enter_context(seeing_interfaces(self._interfaces, self._see))
-        if self._needs_sdpa:
-            self._listening.enter_context(seeing_sdpa(self._see))
+        if self._attention is not None:
+            self._listening.enter_context(self._attention.seeing(self._see))
         self.seconds += perf_counter() - started
 
     def _forward_ends(self, model: nn.Module, args: tuple, output: object) -> None:
@@ -187,15 +166,18 @@ class Taps:
             return
         if output is None:  # the forward raised: whoever catches that may try again
             self._micro_batches.remove(micro_batch)
+            if micro_batch.added and self.failure is None:
+                self.failure = RuntimeError("a forward pass raised when a part of it had been added up")
             return
         self._forward_ended(micro_batch, output)
+        micro_batch.end_forward()
 
     @_forgiving
     def _forward_ended(self, micro_batch: MicroBatch, output: object) -> None:
         started = perf_counter()
-        if "attention" in self._signals:
-            self._refuse_unseen(micro_batch)
-            self._accumulate(micro_batch)
+        if self._attention is not None:
+            self._attention.refuse_unseen(micro_batch)
+            self._attention.add_up(micro_batch)
         if "parameter_grad" in self._signals or "activation_grad" in self._signals:
             for tensor in tensors_of(output):
                 if tensor.requires_grad:
@@ -257,71 +239,25 @@ class Taps:
 
     @_forgiving
     def _see(self, module: nn.Module | None, call: AttentionCall) -> None:
-        micro_batch = self._current
-        layer = self._layer if module is None else self._owner.get(module)
-        # The first attention of a block is its self-attention; what follows is cross-attention, or torch's SDPA under
-        # an attention that was seen above it.
-        if micro_batch is None or layer is None or layer in micro_batch.seen:
-            return
-        started = perf_counter()
-        if call.query.dim() != 4:
-            raise ValueError(
-                f"attention of block {self._blocks[layer].name!r}: expected queries [B, H, T, D], got shape "
-                f"{tuple(call.query.shape)}"
-            )
-        call = call.here()
-        length = call.query.shape[2]
-        micro_batch.lengths[layer] = length
-        if length not in micro_batch.strata:
-            micro_batch.strata[length] = self._sampler.draw(length)
-        strata = micro_batch.strata[length]
-        rows = None if strata.rows is None else strata.rows.to(call.query.device)
-        with torch.no_grad():
-            valid = micro_batch.valid.of(call, rows, layer in self._decoders)
-            micro_batch.seen[layer] = (stats_of(call, rows), valid, strata)
-        self.seconds += perf_counter() - started
-
-    def _refuse_unseen(self, micro_batch: MicroBatch) -> None:
-        unseen = [self._blocks[layer].name for layer in sorted(micro_batch.entered - micro_batch.seen.keys())]
-        if unseen or not micro_batch.entered:
-            where = f"in the blocks {unseen}" if unseen else "in any block (none of them ran)"
-            raise ValueError(
-                f"no attention was seen {where}: it goes neither through Transformers' attention interface nor through "
-                "torch's scaled_dot_product_attention. Choose an attention implementation that does, name other blocks "
-                "(MonitorConfig.blocks), or leave 'attention' out of MonitorConfig.signals"
-            )
-
-    def _accumulate(self, micro_batch: MicroBatch) -> None:
-        groups: dict[tuple, list[int]] = {}
-        for layer, (stats, valid, strata) in micro_batch.seen.items():
-            sharded = layer in self._layout.sharded_heads
-            groups.setdefault((stats.entropy.shape, sharded, id(valid), id(strata)), []).append(layer)
-        with torch.no_grad():
-            for (shape, sharded, _, _), layers in groups.items():
-                self._check_heads(layers, shape[1] * (self._layout.tensor if sharded else 1))
-                if tuple(layers) not in self._indices:
-                    self._indices[tuple(layers)] = torch.tensor(layers, device=self.device)
-                _, valid, strata = micro_batch.seen[layers[0]]
-                stats = [micro_batch.seen[layer][0] for layer in layers]
-                self._heads[sharded].push(self._indices[tuple(layers)], stats, valid, strata)
-        micro_batch.seen.clear()
-
-    def _check_heads(self, layers: list[int], heads: int) -> None:
-        if self.packet is None:
-            self.allocate(heads)
-        if heads != self.packet.heads:
-            raise ValueError(
-                f"block {self._blocks[layers[0]].name!r} attends with {heads} heads, others with "
-                f"{self.packet.heads}; measure blocks with equally many heads (MonitorConfig.blocks)"
-            )
+        if self._current is not None:
+            started = perf_counter()
+            self._attention.see(self._current, self._layer, module, call)
+            self.seconds += perf_counter() - started
 
     def allocate(self, heads: int) -> None:
         """Make the packet, for blocks of so many heads on all ranks together."""
         self.packet = Packet(len(self._blocks), heads, self.device, probe=self.probe)
-        here = heads // self._layout.tensor
-        first = here * self._layout.tensor_rank
-        for sharded, part in ((False, slice(None)), (True, slice(first, first + here))):
-            self._heads[sharded] = HeadMeans(self.packet["attention"][..., part], self.packet["max_logit"][..., part])
+        names = ("attention", "attention_parts", "max_logit")
+        self._write_attention_into(self.packet, names)
+
+    def write_probe_into(self, packet: Packet) -> None:
+        """Add the entropies up in the part of another's packet that is for a probe set."""
+        self._write_attention_into(packet, ("probe_attention",))
+
+    def _write_attention_into(self, packet: Packet, names: Sequence[str]) -> None:
+        if self._attention is not None:
+            means_of = lambda part: HeadMeans(*(packet[name][..., part] for name in names))  # noqa: E731
+            self._attention.write_into(packet.heads, means_of)
 
     # ---- backward ----------------------------------------------------------------------------------------------------
 
@@ -384,11 +320,11 @@ class Taps:
         return self._marked(self.activations.seen)
 
     def _marked(self, layers: Iterable[int]) -> Tensor:
-        """[L] float64, 1 at `layers`. Kept for the next step, because a copy from the host waits for the device."""
+        """[L] float64, 1 at `layers`. Kept for the next step, because a copy from the host takes its time."""
         key = frozenset(layers)
         if key not in self._marks:
             marks = [float(layer in key) for layer in range(len(self._blocks))]
-            self._marks[key] = torch.tensor(marks, dtype=torch.float64, device=self.device)
+            self._marks[key] = torch.tensor(marks, dtype=torch.float64).to(self.device, non_blocking=True)
         return self._marks[key]
 
 

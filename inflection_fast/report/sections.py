@@ -129,6 +129,11 @@ def missing_parts(run: Run) -> list[str]:
         absent.append("There is no timeline: nothing was measured.")
     elif run.timeline.truncated:
         absent.append("The timeline ends in a torn row, which was left out: the measured run was cut off.")
+    if run.timeline is not None and (alone := run.timeline.steps[run.timeline.missing_ranks > 0]).size:
+        absent.append(
+            f"In {alone.size} of {run.timeline.steps.size} measured steps, from step {alone[0]} on, a rank was lost: "
+            "their values are those of one rank alone, and they have no gradient norms."
+        )
     if run.plan is None:
         absent.append("There is no plan: no layers have been chosen.")
     if run.plan is not None and run.timeline is not None and not run.fits:

@@ -1,0 +1,230 @@
+"""Appending measured steps to a file that is readable at every moment."""
+
+from __future__ import annotations
+
+import json
+import logging
+import operator
+import os
+import weakref
+from collections import deque
+from pathlib import Path
+
+import numpy as np
+
+from .arrow import END_OF_STREAM, FORMAT, encode, parse, read, schema_of
+from .signals import checked, signal_shapes
+from .timeline import FILE_NAME, Timeline, stack
+
+__all__ = ["TimelineWriter"]
+
+logger = logging.getLogger(__name__)
+
+KEPT_BYTES = 2**26  # of rows that wait for a disk which refuses them
+_ARRAY_BYTES = 128  # that an array takes beside its numbers
+
+
+class TimelineWriter:
+    """Appends measured steps to `folder/timeline.arrows`, or keeps them in memory only where `folder` is None.
+
+    `layers` are the block names, `heads` the number of attention heads, `meta` what else describes the run (`model`,
+    `config`, `versions`: anything JSON can hold). An existing timeline is a `ValueError` unless `resume_at` is given:
+    then its rows with step >= `resume_at` and a torn end are dropped (the file is replaced atomically) and it is
+    continued. Resuming where no file is yet starts one. A file of other layers, heads or another model is a
+    `ValueError`.
+
+    Rows that the file holds are not kept in memory: `timeline` reads them back, also when the file was deleted since.
+    When the disk refuses a write, `append` cuts the file back to its last whole batch and lets the `OSError` through.
+    The row stays in memory, and the next `append` or `close` tries again: the file is always a prefix of `timeline`.
+    A file or folder that was deleted is written again as a whole; one that another process has replaced is refused.
+
+    No more than `keep_bytes` (None: 64 MiB with a folder, any number without one) of rows stay in memory. Of more the
+    oldest are given up, as whoever looks for trouble looks at the last ones; `given_up` counts them, and it is logged.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike | None,
+        *,
+        layers: list[str],
+        heads: int,
+        meta: dict,
+        resume_at: int | None = None,
+        keep_bytes: int | None = None,
+    ):
+        layers = list(layers)
+        if not layers or not all(isinstance(name, str) for name in layers) or len(set(layers)) != len(layers):
+            raise ValueError(f"layers: expected distinct block names, at least one, got {layers}")
+        if operator.index(heads) < 1:
+            raise ValueError(f"heads: expected at least 1, got {heads}")
+        if resume_at is not None and operator.index(resume_at) < 0:
+            raise ValueError(f"resume_at: expected a step >= 0, got {resume_at}")
+        meta = {**meta, "format": FORMAT, "layers": layers, "heads": int(heads)}
+        self._meta = json.loads(json.dumps(meta, allow_nan=False))  # as a reader of the file will see it
+        self._pending: deque[tuple[int, dict[str, np.ndarray]]] = deque()  # rows that no file holds
+        self._most = KEPT_BYTES if keep_bytes is None and folder is not None else keep_bytes
+        self.given_up = 0  # rows of which neither file nor memory has a trace
+        self._last: int | None = None  # step of the last row
+        self.path: Path | None = None  # None: in memory only
+        self._file = None
+        self._closed = False
+        if folder is not None:
+            self._open(Path(folder), resume_at)
+
+    def _open(self, folder: Path, resume_at: int | None) -> None:
+        path, rows = folder / FILE_NAME, []
+        if path.exists():
+            if resume_at is None:
+                raise ValueError(f"{path} exists already: choose another folder, or resume_at a step to continue it")
+            rows, old, _ = read(path)
+            self._accept(path, old)
+            rows = [row for row in rows if row[0] < resume_at]
+            self._meta |= _earlier(old, self._meta, rows)
+        self._schema, self.path = schema_of(self._meta), path
+        self._last = rows[-1][0] if rows else None
+        self._create([self._schema.serialize().to_pybytes(), *(encode(row, self._schema) for row in rows)])
+
+    def _create(self, messages: list[bytes]) -> None:
+        """Write the file as a whole, atomically, and go on appending to it."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = self.path.with_name(f".{self.path.name}.tmp")
+        try:
+            with open(fresh, "wb") as file:
+                file.writelines(messages)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(fresh, self.path)
+        except BaseException:
+            fresh.unlink(missing_ok=True)
+            raise
+        if self._file is not None:
+            self._file.close()
+            self._release()
+        self._file = open(self.path, "r+b", buffering=0)
+        # A second handle, which stays open as long as somebody holds the writer, because `timeline` reads from it.
+        self._reader = open(self.path, "rb", buffering=0)
+        self._release = weakref.finalize(self, self._reader.close)
+        self._offset = sum(map(len, messages))  # where the last whole batch ends
+
+    def _accept(self, path: Path, old: dict) -> None:
+        for key in ("layers", "heads", "model"):
+            if old.get(key) != self._meta.get(key):
+                raise ValueError(
+                    f"{path} was measured with {key} = {old.get(key)} and cannot be continued with "
+                    f"{key} = {self._meta.get(key)}: choose another folder"
+                )
+
+    def append(self, step: int, **signals: np.ndarray) -> None:
+        """Add one measured step: arrays [L, H], [L] or scalars by the name of the signal; a missing signal is NaN.
+
+        Steps increase. An unknown signal, a wrong shape, a step that does not increase or a closed writer:
+        `ValueError`, and nothing is added. `OSError` if the disk refuses (see the class).
+        """
+        self.keep(step, **signals)
+        if self.path is not None:
+            self._flush()
+
+    def keep(self, step: int, **signals: np.ndarray) -> None:
+        """As `append`, but the row stays in memory until the next `append` or `close`."""
+        if self._closed:
+            raise ValueError("the timeline is closed")
+        step = operator.index(step)
+        if step < 0 or (self._last is not None and step <= self._last):
+            raise ValueError(f"step: expected one above the last ({self._last}), got {step}")
+        row = checked(signals, self._shapes())
+        self._pending.append((step, row))
+        self._last = step
+        if self._most is not None and len(self._pending) * sum(map(_bytes, row.values())) > self._most:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        step, _ = self._pending.popleft()
+        if not self.given_up:
+            where = "a timeline in memory" if self.path is None else self.path
+            logger.warning("%s: memory for rows that cannot be written is full; those from step %d go", where, step)
+        self.given_up += 1
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return signal_shapes(len(self._meta["layers"]), self._meta["heads"])
+
+    def _flush(self) -> None:
+        if self._pending:
+            self._stay_in_place()
+        while self._pending:
+            self._write(encode(self._pending[0], self._schema))
+            self._pending.popleft()
+
+    def _stay_in_place(self) -> None:
+        """Make sure that the open file is still the one that a reader finds: writing to a deleted one succeeds."""
+        try:
+            found = os.stat(self.path)
+        except FileNotFoundError:
+            self._create([self._written()])
+            logger.warning("%s was deleted; all that was measured so far was written to it again", self.path)
+            return
+        if not os.path.samestat(found, os.fstat(self._reader.fileno())):
+            raise OSError(f"{self.path} was replaced by another process")
+
+    def _written(self) -> bytes:
+        """All whole batches that the file holds."""
+        self._reader.seek(0)
+        data = bytearray()
+        while len(data) < self._offset:
+            piece = self._reader.read(self._offset - len(data))
+            if not piece:
+                raise OSError(f"{self.path} was cut from outside to {len(data)} of {self._offset} bytes")
+            data += piece
+        return bytes(data)
+
+    def _write(self, message: bytes) -> None:
+        try:
+            self._file.seek(self._offset)
+            view = memoryview(message)
+            while view:
+                view = view[self._file.write(view) :]  # an unbuffered write may take only a part
+        except OSError:
+            try:
+                self._file.truncate(self._offset)
+            except OSError:
+                pass  # the torn end stays until the next write overwrites it; readers drop it
+            raise
+        self._offset += len(message)
+
+    def close(self) -> None:
+        """Write the end-of-stream marker. Safe to call twice; `timeline` stays readable."""
+        if self._closed:
+            return
+        self._closed = True
+        if self.path is None:
+            return
+        try:
+            self._flush()
+            self._write(END_OF_STREAM)
+            self._offset -= len(END_OF_STREAM)  # no batch
+            os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
+
+    @property
+    def timeline(self) -> Timeline:
+        """All that was appended (and resumed) so far, exactly as it would be loaded from the file."""
+        rows = [] if self.path is None else parse(self.path, self._written())[0]
+        return stack([*rows, *self._pending], self._meta, truncated=False)
+
+    def __enter__(self) -> TimelineWriter:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+
+def _earlier(old: dict, new: dict, rows: list) -> dict:
+    """Metadata that says under which other configurations the first rows of a resumed timeline were measured."""
+    earlier = old.get("earlier", [])
+    if rows and old.get("config") != new.get("config"):
+        earlier = [*earlier, {"last_step": rows[-1][0], "config": old.get("config")}]
+    return {"earlier": earlier} if earlier else {}
+
+
+def _bytes(array: np.ndarray) -> int:
+    return array.nbytes + _ARRAY_BYTES
