@@ -208,7 +208,7 @@ def bench_layers_against_layers_by_minibatches(benchmark):
 
 
 def bench_packages(benchmark):
-    """Three pairs, small enough for the slowest; then how far each package is off on rows of mean 0 to 1000 and on texts."""
+    """Three pairs, small enough for the slowest; then how far each is off on rows of mean 0 to 1000 and on texts."""
     x, y = (side[:3] for side in features())
     others, absent = rivals()
     print(f"\nnot installed, left out: {', '.join(absent)}" if absent else "")
