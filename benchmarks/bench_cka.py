@@ -7,12 +7,16 @@ much, is in docs/cka.md, measured by cka_failures.py.
 import pytest
 import torch
 from cases import extra_bytes, race
+from cka_failures import error_table, ours_minibatch
+from cka_failures import streamed as ours_streamed
 from cka_rivals import BATCH as MINIBATCH
+from cka_rivals import rivals
 
 from inflection_fast import CkaState, cka_jackknife, cka_matrix, linear_cka
 from inflection_fast.ops import reference
 
 LAYERS, ROWS, DIM, BATCH = 12, 4096, 768, 256
+OFFSETS, TEXTS = (0, 1, 30, 100, 1000), (1, 4, 16, 256)  # of the table of errors
 
 
 def features():
@@ -201,6 +205,27 @@ def bench_layers_against_layers_by_minibatches(benchmark):
         },
         rounds=7,
     )
+
+
+def bench_packages(benchmark):
+    """Three pairs, small enough for the slowest; then how far each is off on rows of mean 0 to 1000 and on texts."""
+    x, y = (side[:3] for side in features())
+    others, absent = rivals()
+    print(f"\nnot installed, left out: {', '.join(absent)}" if absent else "")
+    estimators = {"ours": ours_streamed, "ours, minibatch": ours_minibatch, **others}
+
+    def each_pair(estimate):
+        return lambda: [estimate(a, b) for a, b in zip(x, y, strict=True)]
+
+    calls = {name: each_pair(estimate) for name, estimate in estimators.items()}
+    race(
+        benchmark,
+        "CKA of 3 pairs as packages compute it, N4096 D768, fp32",
+        calls,
+        extra={f"extra MB of {name}": extra_bytes(call) / 1e6 for name, call in calls.items()},
+        rounds=5,
+    )
+    print(error_table(estimators, OFFSETS, TEXTS))
 
 
 def matrix_error(estimate, x):

@@ -70,10 +70,10 @@ def tokens(texts_per_batch):
     return x + topics[0], x + topics[1]
 
 
-def by_offset(estimators: dict[str, Callable]) -> dict[str, list[float]]:
+def by_offset(estimators: dict[str, Callable], offsets=OFFSETS) -> dict[str, list[float]]:
     """Error at a mean of so many standard deviations, of the estimate that the method means to compute."""
     found = {name: [] for name in estimators}
-    for offset in OFFSETS:
+    for offset in offsets:
         torch.manual_seed(0)
         x, y = (side + offset * torch.ones(DIM) for side in independent_rows())
         truths = {True: exact(x, y), False: exact(x, y, debiased=False)}
@@ -92,10 +92,10 @@ def error_of(estimate: Callable, x, y, meant: float) -> float:
     return abs(value - meant) if math.isfinite(value) else math.nan
 
 
-def by_texts(estimators: dict[str, Callable]) -> dict[str, list[float]]:
+def by_texts(estimators: dict[str, Callable], texts=TEXTS) -> dict[str, list[float]]:
     """Values where the rows of a batch belong to so many texts."""
     found = {name: [] for name in ("exact", *estimators)}
-    for number in TEXTS:
+    for number in texts:
         torch.manual_seed(1)
         x, y = tokens(number)
         found["exact"].append(exact(x, y))
@@ -167,13 +167,23 @@ def chart(name: str, title: str, x_label: str, y_label: str, x, lines: dict[str,
     canvas.save(drawn, IMAGES / name)
 
 
-def table(head: str, columns, lines: dict[str, list[float]], form: str) -> None:
-    """A Markdown table on standard output."""
-    print(f"| {head} | " + " | ".join(str(column) for column in columns) + " |")
-    print("|---|" + "---|" * len(columns))
+def table(head: str, columns, lines: dict[str, list[float]], form: str) -> str:
+    """In Markdown."""
+    rows = [f"| {head} | " + " | ".join(str(column) for column in columns) + " |", "|---|" + "---|" * len(columns)]
     for name, values in lines.items():
-        print(f"| {name} | " + " | ".join("none" if math.isnan(v) else format(v, form) for v in values) + " |")
-    print()
+        rows.append(f"| {name} | " + " | ".join("none" if math.isnan(v) else format(v, form) for v in values) + " |")
+    return "\n".join(rows) + "\n"
+
+
+def error_table(estimators: dict[str, Callable], offsets, texts) -> str:
+    """Errors at mean offsets, each against what the method means to compute; at texts a batch, against all rows."""
+    lines, values = by_offset(estimators, offsets), by_texts(estimators, texts)
+    for name, errors in lines.items():
+        errors += [
+            abs(v - e) if math.isfinite(v) else math.nan for v, e in zip(values[name], values["exact"], strict=True)
+        ]
+    columns = [f"mean {offset}" for offset in offsets] + [f"{number} texts a batch" for number in texts]
+    return table("absolute error", columns, lines, ".0e")
 
 
 def main() -> int:
@@ -185,25 +195,25 @@ def main() -> int:
     IMAGES.mkdir(exist_ok=True)
     estimators = {"ours": streamed, "ours, minibatch": ours_minibatch, **others}
     offsets = by_offset(estimators)
-    table("error at mean / std", OFFSETS, offsets, ".0e")
+    print(table("error at mean / std", OFFSETS, offsets, ".0e"))
     chart(
         "cka_offset.png", "A mean offset", "mean of the features, in standard deviations", "absolute error", OFFSETS,
         offsets, True,
     )  # fmt: skip
     names = ("pytorch-cka", "torch-cka", "ckatorch")
     texts = by_texts({"ours": streamed} | {name: others[name] for name in names if name in others})
-    table(f"texts in a batch of {BATCH} rows", TEXTS, texts, ".3f")
+    print(table(f"texts in a batch of {BATCH} rows", TEXTS, texts, ".3f"))
     chart("cka_texts.png", "Tokens of few texts", "texts in a batch of 256 rows", "CKA", TEXTS, texts, False)
     rows = by_rows()
     counts = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-    table(f"unrelated features of width {DIM}, rows", counts, rows, ".3f")
+    print(table(f"unrelated features of width {DIM}, rows", counts, rows, ".3f"))
     chart("cka_rows.png", "Features that have nothing in common", "rows", "CKA", counts, rows, False)
     lengths = by_length()
-    table("length of first tokens / of the others", LENGTHS, lengths, ".3f")
+    print(table("length of first tokens / of the others", LENGTHS, lengths, ".3f"))
     axis = "length of first tokens / of the others"
     chart("cka_length.png", "One row in 32 is a first token", axis, "CKA", LENGTHS, lengths, False)
     ranks = by_rank()
-    table("rank", RANKS, ranks, ".1e")
+    print(table("rank", RANKS, ranks, ".1e"))
     title = "A change outside the 16 leading directions"
     chart("cka_rank.png", title, "rank of the shared basis", "delta-CKA", RANKS, ranks, False)
     return 0

@@ -209,6 +209,21 @@ void cka_product_cpu(const CkaPushArgs&, int64_t begin, int64_t end);  // layers
 int cka_push_cuda(const CkaPushArgs&, void* stream);                   // all of it
 int cka_adopt_cuda(const CkaPushArgs&, void* stream);                  // the shifts alone: rows, seen and shift are used
 
+// Rows in a frozen basis, and what tells how much of their variance it keeps; on the GPU torch's products do this.
+struct CkaProjectArgs {
+  CkaSide sides[kCkaSides];    // [layers, rows, dim]
+  const bool* mask;            // [layers, rows], true counts; null: every row does
+  int64_t mask_layer_stride, mask_row_stride;
+  int64_t layers, rows;
+  const float* shift;          // [layers, 2 dim]
+  const float* basis;          // [layers, dim, rank]
+  int64_t rank, basis_layer_stride, basis_row_stride, basis_col_stride;
+  // outputs
+  float* out[kCkaSides];       // [layers, rows, rank] (x - c) P; rows that do not count are 0
+  double* sums;                // [layers, 2 dim + 2] u, v, |u|^2, |v|^2, added to
+};
+void cka_project_cpu(const CkaProjectArgs&, int64_t begin, int64_t end);  // work items: layers * kCkaSides
+
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t cka_product_items(int64_t k) { return ceil_div(k, kCkaBlockRows) * ceil_div(k, kCkaBlockCols); }
 constexpr int64_t cka_term_items(int64_t dx, int64_t dy) { return ceil_div(dx + dy, kCkaTermRows); }

@@ -142,6 +142,17 @@ def test_one_row_unlike_equal_others_is_no_debiased_layer():
     assert linear_cka(x, y).isnan() and not linear_cka(x, y, debiased=False).isnan()
 
 
+def test_rows_that_occur_many_times_move_the_debiased_value_towards_the_biased_one():
+    x, y = features(30, 40)
+    biased, apart = linear_cka(x, y, debiased=False), []
+    for times in (1, 4, 16, 64):
+        a, b = x.repeat(times, 1), y.repeat(times, 1)
+        assert error(linear_cka(a, b), a, b) <= ERROR
+        assert (linear_cka(a, b, debiased=False) - biased).abs() <= ERROR
+        apart.append((linear_cka(a, b) - biased).abs().item())
+    assert apart[0] > 3 * apart[1] > 9 * apart[2] > 27 * apart[3]
+
+
 def test_threads_and_calls_do_not_change_a_bit():
     x, y = features(3, 500, 130)
     base, threads = linear_cka(x, y), torch.get_num_threads()

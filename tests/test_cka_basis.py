@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from inflection_fast import CkaBasis, CkaState
-from inflection_fast.ops import reference
+from inflection_fast.ops import cka_basis, reference
 
 BOTH = pytest.mark.parametrize("debiased", [True, False], ids=["debiased", "biased"])
 DIM = 60
@@ -111,6 +111,41 @@ def test_a_frozen_basis_streams_the_value_in_it(split, offset, debiased):
     truth = reference.linear_cka(u, v, debiased=debiased)
     assert (state.value(debiased=debiased) - truth).abs().max() <= 1e-6
     assert (truth - reference.linear_cka(x.double(), y.double(), debiased=debiased)).abs().max() > 1e-4
+
+
+SHAPES = [(1, 1, 1, 1), (2, 9, 5, 3), (1, 300, 131, 17), (2, 257, 300, 40), (1, 4, 128, 128)]  # layers, N, D, k
+PROJECTIONS = {"kernel": torch.ops.inflection_fast.cka_project, "torch": cka_basis.cka_project}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("project", PROJECTIONS.values(), ids=PROJECTIONS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_projected_rows_and_their_sums_are_those_of_float64(isa, shape, project, dtype):
+    layers, rows, dim, rank = shape
+    shift = 1000 * torch.randn(layers, 2 * dim)
+    near = shift.view(layers, 2, 1, dim)
+    x, y = ((torch.randn(layers, rows, dim) + near[:, number]).to(dtype) for number in (0, 1))
+    y = y.mT.contiguous().mT  # features that do not follow each other
+    basis = torch.linalg.qr(torch.randn(layers, dim, dim)).Q[..., :rank]
+    mask = torch.rand(layers, rows) < 0.8
+    broken = x.masked_fill(~mask[..., None], torch.nan)  # rows that do not count are not read
+    sums = torch.ones(layers, 2 * dim + 2, dtype=torch.float64)
+    got = project(sums, broken, y, shift, basis, mask)
+    u = torch.stack([x, y], 1).double() - near.double()
+    u = u.masked_fill(~mask[:, None, :, None], 0.0)
+    exact, scale = u @ basis.double()[:, None], u.norm(dim=-1).max()
+    assert all(side.shape == (layers, rows, rank) and side.dtype == torch.float32 for side in got)
+    assert (torch.stack(got, 1) - exact).abs().max() <= 1e-6 * scale
+    truth = torch.cat([u.sum(2).flatten(1), u.square().sum((2, 3))], 1) + 1
+    torch.testing.assert_close(sums, truth, rtol=1e-5, atol=1e-5 * scale)
+
+
+def test_opcheck_of_the_projection():
+    x, y = features(rows=20)
+    basis, shift = torch.randn(2, DIM, 4), torch.randn(2, 2 * DIM)
+    sums = torch.zeros(2, 2 * DIM + 2, dtype=torch.float64)
+    for mask in (None, torch.rand(2, 20) < 0.5):
+        torch.library.opcheck(torch.ops.inflection_fast.cka_project, (sums, x, y, shift, basis, mask))
 
 
 def test_a_full_basis_is_no_basis():

@@ -137,6 +137,15 @@ def test_constant_and_broken_layers_are_nan_alone(method):
     assert torch.equal(got.isnan(), broken[:, None] | broken)
 
 
+@pytest.mark.parametrize("method", ["exact", "banded", "minibatch"])
+def test_layers_with_equal_features_are_1_and_not_missing(method):
+    x = features(layers=4, offset=1000.0)
+    x[2] = x[0]
+    got = cka_matrix(x, method=method, tile=60)
+    assert (got[0, 2] - 1).abs() <= ERROR and not got.isnan().any()
+    assert (got[0] - got[2]).abs().max() <= ERROR  # alike to every other layer too
+
+
 def test_no_buffer_grows_with_the_square_of_the_rows():
     x = torch.randn(2, 3000, 8)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:

@@ -62,7 +62,7 @@ def work(rank, ranks, store, results):
         distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_any_number_of_ranks_gives_the_value_of_all_rows(ranks, tmp_path):
     multiprocessing.spawn(work, (ranks, tmp_path / "store", tmp_path), nprocs=ranks)
     x, y = features()
@@ -82,5 +82,7 @@ def test_any_number_of_ranks_gives_the_value_of_all_rows(ranks, tmp_path):
         assert told["sequences"] == groups.sequences == ROWS // 5
         torch.testing.assert_close(told["projected"], projected.value, rtol=0, atol=1e-6)
         torch.testing.assert_close(told["variance"], projected.variance_kept, rtol=1e-5, atol=0)
-        assert "the ranks have different ones" in told["refused"]
+        assert ("the ranks have different ones" in told.get("refused", "")) == (
+            ranks > 1
+        )  # one has no other to differ from
         assert all(torch.equal(told[name], first[name]) for name in told if name != "refused" and "kept" not in name)

@@ -61,6 +61,7 @@ void cka_shift_cpu(const CkaPushArgs& args, int64_t begin, int64_t end) { kernel
 void cka_pack_cpu(const CkaPushArgs& args, int64_t begin, int64_t end) { kernels().cka_pack(args, begin, end); }
 void cka_long_rows_cpu(const CkaPushArgs& args, int64_t begin, int64_t end) { kernels().cka_long_rows(args, begin, end); }
 void cka_product_cpu(const CkaPushArgs& args, int64_t begin, int64_t end) { kernels().cka_product(args, begin, end); }
+void cka_project_cpu(const CkaProjectArgs& args, int64_t begin, int64_t end) { kernels().cka_project(args, begin, end); }
 void cka_terms_cpu(const CkaTermsArgs& args, int64_t begin, int64_t end) { kernels().cka_terms(args, begin, end); }
 void cka_terms_merge_cpu(const CkaTermsArgs& args, int64_t begin, int64_t end) { kernels().cka_terms_merge(args, begin, end); }
 

@@ -1,6 +1,8 @@
 // cka_push, cka_adopt, cka_gram_terms, cka_terms: the Gram matrix behind linear CKA, added to, read, or both without keeping it.
+// cka_project: rows in a frozen basis.
 #include <algorithm>
 #include <atomic>
+#include <tuple>
 #include <vector>
 
 #include "dispatch.h"
@@ -219,6 +221,30 @@ void cka_adopt(Tensor seen, Tensor shift, Tensor x, Tensor y, std::optional<Tens
   adopt(args, x);
 }
 
+#ifdef INFLECTION_CPU_KERNELS  // other devices project by torch's products, see ops/cka_basis.py
+std::tuple<Tensor, Tensor> cka_project(Tensor sums, Tensor x, Tensor y, Tensor shift, Tensor basis, std::optional<Tensor> mask) {
+  std::vector<int64_t> x_offsets, y_offsets;
+  const CkaPushArgs rows = rows_of(x, y, mask, x_offsets, y_offsets);
+  const int64_t dim = rows.x.dim, layers = rows.layers;
+  check_device(basis, "basis");
+  check_device(sums, "sums");
+  STD_TORCH_CHECK(basis.scalar_type() == ScalarType::Float && basis.dim() == 3 && basis.size(0) == layers &&
+                      basis.size(1) == dim && rows.y.dim == dim, "basis: expected float32 [layers, ", dim, ", rank], x and y as wide");
+  STD_TORCH_CHECK(sums.scalar_type() == ScalarType::Double && sums.is_contiguous() && sums.numel() == layers * (2 * dim + 2),
+                  "sums: expected contiguous float64 [layers, ", 2 * dim + 2, "]");
+  const int64_t rank = basis.size(2);
+  Tensor on_x = new_float(x, {layers, rows.rows, rank}), on_y = new_float(x, {layers, rows.rows, rank});
+  const CkaProjectArgs args{{rows.x, rows.y}, rows.mask, rows.mask_layer_stride, rows.mask_row_stride, layers, rows.rows,
+                            shift_of(shift, rows), static_cast<const float*>(basis.const_data_ptr()), rank,
+                            basis.stride(0), basis.stride(1), basis.stride(2),
+                            {static_cast<float*>(on_x.data_ptr()), static_cast<float*>(on_y.data_ptr())},
+                            static_cast<double*>(sums.data_ptr())};
+  const int64_t work = std::max<int64_t>(rows.rows * dim * rank, 1);
+  INFLECTION_RUN(cka_project, args, x, layers * kCkaSides, ceil_div(kSerialWork, work));
+  return {on_x, on_y};
+}
+#endif
+
 Tensor new_terms(const Tensor& like, std::vector<int64_t> sizes) {
   sizes.push_back(3);
   return torch::stable::new_empty(like, {sizes.data(), sizes.size()}, ScalarType::Double);
@@ -274,6 +300,9 @@ Tensor cka_terms(Tensor x, Tensor y, bool debiased) {
 STABLE_TORCH_LIBRARY_IMPL(inflection_fast, INFLECTION_DEVICE_KEY, m) {
   m.impl("cka_push", TORCH_BOX(&cka_push));
   m.impl("cka_adopt", TORCH_BOX(&cka_adopt));
+#ifdef INFLECTION_CPU_KERNELS
+  m.impl("cka_project", TORCH_BOX(&cka_project));
+#endif
   m.impl("cka_gram_terms", TORCH_BOX(&cka_gram_terms));
   m.impl("cka_terms", TORCH_BOX(&cka_terms));
 }

@@ -11,6 +11,7 @@ STABLE_TORCH_LIBRARY(inflection_fast, m) {
   m.def("attention_stats_qk_backward(Tensor? grad_entropy, Tensor? grad_lse, Tensor? grad_collision, Tensor? grad_sink, Tensor entropy, Tensor lse, Tensor collision, Tensor sink, Tensor query, Tensor key, Tensor? attn_mask, bool is_causal, float scale, int window_left, int window_right, float softcap, bool has_sinks, Tensor? rows) -> (Tensor grad_query, Tensor grad_key)");
   m.def("cka_push(Tensor(a!) gram, Tensor(b!) shift, Tensor x, Tensor y, Tensor? mask, bool adopt) -> ()");
   m.def("cka_adopt(Tensor seen, Tensor(a!) shift, Tensor x, Tensor y, Tensor? mask) -> ()");
+  m.def("cka_project(Tensor(a!) sums, Tensor x, Tensor y, Tensor shift, Tensor basis, Tensor? mask) -> (Tensor, Tensor)");
   m.def("cka_gram_terms(Tensor gram, int dim_x, int dim_y, bool debiased) -> Tensor");
   m.def("cka_terms(Tensor x, Tensor y, bool debiased) -> Tensor");
   m.def("cka_terms_backward(Tensor grad, Tensor x, Tensor y, bool debiased) -> (Tensor, Tensor)");

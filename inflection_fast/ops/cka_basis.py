@@ -11,7 +11,7 @@ from . import checks
 
 __all__ = ["CkaBasis"]
 
-PROJECTED_ROWS = 512  # at a time: their float32 copy stays in the cache
+PROJECTED_ROWS = 512  # at a time, where torch multiplies: their float32 copy stays in the cache
 DEGREE, ROUNDS, SPARE = 12, 2, 16  # of the block method: products with the scatter a round, rounds, columns beside k
 
 
@@ -121,24 +121,7 @@ class Projection:
 
     def push(self, x: Tensor, y: Tensor, shift: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Rows ``[layers, N, D]`` of both sides in the basis, ``[layers, N, k]`` float32."""
-        dim = self.basis.dim
-        sides = ((x, shift[:, :dim], 0), (y, shift[:, dim:], 1))
-        return tuple(self._side(rows, near, mask, number) for rows, near, number in sides)
-
-    def _side(self, rows: Tensor, near: Tensor, mask: Tensor | None, number: int) -> Tensor:
-        dim, count = self.basis.dim, rows.shape[1]
-        out = rows.new_empty((*rows.shape[:2], self.basis.rank), dtype=torch.float32)
-        for layer in range(rows.shape[0]):
-            sums = self.sums[layer]
-            for first in range(0, count, PROJECTED_ROWS):
-                part = slice(first, first + PROJECTED_ROWS)
-                u = rows[layer, part].float() - near[layer]  # before the product, so that an offset costs no digits
-                if mask is not None:
-                    u = u.masked_fill_(~mask[layer, part, None], 0.0)
-                torch.mm(u, self.basis.vectors[layer], out=out[layer, part])
-                sums[number * dim : (number + 1) * dim] += u.sum(0)
-                sums[2 * dim + number] += torch.dot(u.flatten(), u.flatten())
-        return out
+        return torch.ops.inflection_fast.cka_project(self.sums, x, y, shift, self.basis.vectors, mask)
 
     def rebase(self, move: Tensor, rows: Tensor) -> None:
         """Let the shift change by minus `move` ``[layers, D + D]``: u becomes u + move."""
@@ -156,3 +139,33 @@ class Projection:
         means = shift.double() + sums / rows[:, None]
         apart = means[:, :dim] - means[:, dim:]
         return squares - sums.square().sum(-1) / rows + rows / 2 * apart.square().sum(-1)
+
+
+@torch.library.register_fake("inflection_fast::cka_project")
+def _(sums, x, y, shift, basis, mask):
+    shape = (*x.shape[:2], basis.shape[2])
+    return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.float32)
+
+
+def cka_project(
+    sums: Tensor, x: Tensor, y: Tensor, shift: Tensor, basis: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Where there is no kernel for it: ``(x - c) P`` of both sides, and the sums of `Projection` added to `sums`."""
+    dim = x.shape[2]
+    out = []
+    for number, rows in enumerate((x, y)):
+        out.append(rows.new_empty((*rows.shape[:2], basis.shape[2]), dtype=torch.float32))
+        side = slice(number * dim, (number + 1) * dim)
+        for layer in range(rows.shape[0]):
+            for first in range(0, rows.shape[1], PROJECTED_ROWS):
+                part = slice(first, first + PROJECTED_ROWS)
+                u = rows[layer, part].float() - shift[layer, side]  # before the product: an offset costs no digits
+                if mask is not None:
+                    u = u.masked_fill_(~mask[layer, part, None], 0.0)
+                torch.mm(u, basis[layer], out=out[-1][layer, part])
+                sums[layer, side] += u.sum(0)
+                sums[layer, 2 * dim + number] += torch.dot(u.flatten(), u.flatten())
+    return tuple(out)
+
+
+torch.library.impl("inflection_fast::cka_project", "CompositeExplicitAutograd", cka_project)

@@ -14,6 +14,9 @@ __all__ = ["cka_matrix"]
 
 METHODS = ("exact", "banded", "minibatch")
 BLOCK = 4  # tiles of rows that are held while the tiles after them pass by
+MEAN_ROUNDING = (
+    2**-16
+)  # relative, of a float32 mean: 100 times its unit, which covers sums in blocks of any number of rows
 RUN = 1 << 15  # products that are summed in float32: their errors grow with that, and the calls get fewer
 
 
@@ -110,7 +113,7 @@ class Rows:
         self.rest = torch.zeros_like(self.shift)
         n, sums = features.shape[1], 0.0
         for part in parts(n, SHIFT_ROWS):
-            sums = sums + self.tile(part).sum(1, keepdim=True, dtype=torch.float64)
+            sums = sums + self.tile(part).sum(1, keepdim=True).double()
         self.rest = (sums / n).float()  # what the first subtraction left
         self.norms = sums.new_zeros(len(features), n)  # |u|^2, filled in as the tiles are multiplied
 
@@ -240,15 +243,24 @@ def neighbours(i: int, count: int, band: int) -> list[int]:
     return found
 
 
+def near_mean(rows: Tensor) -> Tensor:
+    """Rows ``[L, n, D]`` less something near their mean, which is all that HSIC_1 needs: it centres them itself.
+
+    A float32 mean of equal numbers need not be that number; there the first row is taken, so that a constant leaves 0.
+    """
+    mean, first = rows.mean(1, keepdim=True), rows[:, :1]
+    return rows - torch.where((mean - first).abs() <= MEAN_ROUNDING * first.abs(), first, mean)
+
+
 def minibatches(sides: list[Tensor], tile: int) -> tuple[Tensor, Tensor, Tensor]:
     """Sums over batches of HSIC_1, each of a batch by itself."""
     total = [0.0, 0.0, 0.0]
     for part in parts(sides[0].shape[1], tile):
         n = part.stop - part.start
-        batch = [side[:, part].float() - mean_of(side[:, part]) for side in sides]
+        batch = [near_mean(side[:, part].float()) for side in sides]
         grams = [side @ side.mT for side in batch]
         for gram in grams:
             take_diagonal(gram)
-        terms = debias(*inner(grams), [gram.sum(2, dtype=torch.float64) for gram in grams])
+        terms = debias(*inner(grams), [gram.sum(2).double() for gram in grams])
         total = [one + term / (n * (n - 3)) for one, term in zip(total, terms, strict=True)]
     return tuple(total)

@@ -249,7 +249,7 @@ class CkaState:
         fewer than 4 rows (2 if biased): a state knows their number only on its device.
         """
         self._check_value(rank, debiased)
-        return of_terms(self._terms(self._total(), debiased, self._bases(rank)[0])).float()
+        return of_terms(self._terms(self._total(), debiased, self._bases(rank))).float()
 
     def result(self, rank: int | None = None, debiased: bool = True) -> CkaResult:
         """The value with its standard error, number of rows and sequences, rank and variance kept, and reasons for NaN.
@@ -259,7 +259,7 @@ class CkaState:
         """
         self._check_value(rank, debiased)
         gram = self._total()
-        bases, kept = self._bases(rank)
+        bases = self._bases(rank)
         terms = self._terms(gram, debiased, bases)
         nothing = torch.full((), torch.nan, dtype=torch.float64, device=gram.device)
         error, units = nothing.expand(self.layers), torch.zeros_like(nothing)
@@ -276,7 +276,7 @@ class CkaState:
             units=units,
             sequences=nothing if self.groups is None else self._sequences.clone(),
             rank=rank if self.frozen is None else self.frozen.rank,
-            variance_kept=kept,
+            variance_kept=self._kept(bases),
             debiased=debiased,
             reason=reason_of(terms, self.rows, gram[:, 1:HEAD], MIN_ROWS[debiased]),
         )
@@ -335,20 +335,24 @@ class CkaState:
                 "leave out rank, freeze a basis (CkaState.basis), or call linear_cka with all rows"
             )
 
-    def _bases(self, rank: int | None) -> tuple[list[Tensor] | None, Tensor]:
-        """The basis of every layer that `rank` asks for, and the share of the variance in it."""
-        gram = self._total()
-        if self._projection is not None:
-            own = [self._scatter(gram[layer], layer)[1].trace() for layer in range(self.layers)]
-            return None, torch.stack(own) / self._projection.variance(self.shift, self.rows)
+    def _bases(self, rank: int | None) -> list[Tensor] | None:
+        """The basis of every layer that `rank` asks for."""
         if rank is None:
-            return None, torch.ones(self.layers, dtype=torch.float64, device=gram.device)
-        bases, kept = [], []
-        for layer in range(self.layers):
-            scatter = self._scatter(gram[layer], layer)[1]
-            bases.append(leading(scatter, rank))
-            kept.append(((scatter @ bases[-1]) * bases[-1]).sum() / scatter.trace())
-        return bases, torch.stack(kept)
+            return None
+        gram = self._total()
+        return [leading(self._scatter(gram[layer], layer)[1], rank) for layer in range(self.layers)]
+
+    def _kept(self, bases: list[Tensor] | None) -> Tensor:
+        """float64 ``[layers]``: the share of the variance of both sides pooled in these bases, or in the frozen one."""
+        gram = self._total()
+        if bases is None and self._projection is None:
+            return torch.ones(self.layers, dtype=torch.float64, device=gram.device)
+        scatters = [self._scatter(gram[layer], layer)[1] for layer in range(self.layers)]
+        if self._projection is not None:
+            within = torch.stack([scatter.trace() for scatter in scatters])
+            return within / self._projection.variance(self.shift, self.rows)
+        shares = [((s @ basis) * basis).sum() / s.trace() for s, basis in zip(scatters, bases, strict=True)]
+        return torch.stack(shares)
 
     def _terms(self, gram: Tensor, debiased: bool, bases: list[Tensor] | None) -> Tensor:
         """float64 ``[layers, 3]``: the cross term and both self terms, in the full space or in bases."""
