@@ -156,13 +156,13 @@ __device__ void add_corner(const CkaPushArgs& args, const Layer& layer, double* 
 // What 16-bit products subtract from a column with this mean and variance over `rows` rows, `largest` |x - shift|.
 //
 // 0 costs a cut-off of the mean's own products in float32, 2^-29 (mean / deviation)^2 a row, all in one direction; the
-// mean costs a rounding of the elements that lie more than half of it away, at random and so as 1 / sqrt(rows); few do
-// beyond six deviations. kBalance is where they are equal.
+// mean costs a rounding of the elements that lie more than half of it away, at random and so as 1 / sqrt(rows dim); few
+// do beyond six deviations. kBalance is where they are equal.
 template <class T>
-__device__ T column_shift(double mean, double variance, double rows, float largest, float shift) {
+__device__ T column_shift(double mean, double variance, double rows, double dim, float largest, float shift) {
   constexpr bool kHalf = std::is_same_v<T, F16>;
   constexpr double kFar = 36.0, kBalance = kHalf ? 4e4 : 3e5, kLargestHalf = 65504.0;
-  const double balance = kBalance / (rows * sqrt(rows)), limit = balance < kFar ? balance : kFar;
+  const double balance = kBalance / (rows * sqrt(rows * dim)), limit = balance < kFar ? balance : kFar;
   T out{};
   if (!(mean * mean > limit * variance)) return out;
   put(&out, static_cast<float>(mean));
@@ -253,7 +253,8 @@ __global__ void __launch_bounds__(kCkaThreads) sum_columns(CkaPushArgs args, Lay
     const float old = there ? layer.shift[j] : 0.f;
     const double mean = total[0] / rows, variance = total[1] / rows - mean * mean;
     T* const out = reinterpret_cast<T*>(args.column_shifts) + (layer.index * panels + number) * kPanel + at;
-    *out = there && rows > 0.0 ? column_shift<T>(old + mean, variance, rows, most, old) : T{};
+    const double dim = static_cast<double>(j < args.x.dim ? args.x.dim : args.y.dim);
+    *out = there && rows > 0.0 ? column_shift<T>(old + mean, variance, rows, dim, most, old) : T{};
   }
 }
 

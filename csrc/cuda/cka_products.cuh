@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kCkaThreads, 2) add_float_products(CkaPushArgs
           memcpy(&rows[p][of_stage][half * (kPanel / 2) + chunk * 4], next[p][half], sizeof next[p][half]);
       __syncthreads();
       fetch(begin + kFloatRows);
-#pragma unroll 4
+#pragma unroll 2
       for (int r = 0; r < kFloatRows; ++r) multiply_row(rows[0][r], rows[1][r], sums);
       stage ^= 1;
     }
