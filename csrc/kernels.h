@@ -165,6 +165,7 @@ constexpr int64_t kCkaBlockRows = 192;   // rows of the Gram matrix in one produ
 constexpr int64_t kCkaBlockCols = 256;  // columns of one product item
 constexpr int64_t kCkaPanel = 96;       // packed widths are padded to a multiple of every tile's rows and columns
 constexpr int64_t kCkaSides = 2;        // shift items of a layer
+constexpr int64_t kCkaGpuPanel = 128;   // columns of one side that make up one edge of a tile on the GPU
 constexpr int64_t kCkaTermRows = 64;    // rows of the Gram matrix in one item of the terms
 constexpr int64_t kCkaTermSums = 6;
 
@@ -194,8 +195,13 @@ struct CkaPushArgs {
   int64_t* exact;              // [layers, kCkaDepth] rows of the block that are multiplied in float64
   int64_t* exact_counts;       // [layers]
   // scratch of the GPU
+  bool fresh;                  // no layer has rows yet, whatever `gram` and `seen` hold
   double* row_norms;           // [layers, rows, 2] p, q
   uint8_t* row_kinds;          // [layers, rows] whether and how a row is multiplied
+  int32_t* block_exact;        // [layers, ceil(rows / kCkaDepth)] rows of a block that are multiplied in float64
+  double* float_rows;          // [layers] rows that are not
+  double* column_sums;         // [layers, Dx + Dy] of u over those
+  uint16_t* column_shifts;     // [layers, cka_gpu_columns] what 16-bit products subtract, in the dtype of the rows
   // outputs
   float* shift;                // [layers, Dx + Dy]
   double* gram;                // [layers, cka_packed(K)], added to
@@ -225,6 +231,8 @@ struct CkaProjectArgs {
 void cka_project_cpu(const CkaProjectArgs&, int64_t begin, int64_t end);  // work items: layers * kCkaSides
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t cka_gpu_panels(int64_t dx, int64_t dy) { return ceil_div(dx, kCkaGpuPanel) + ceil_div(dy, kCkaGpuPanel); }
+constexpr int64_t cka_gpu_columns(int64_t dx, int64_t dy) { return cka_gpu_panels(dx, dy) * kCkaGpuPanel; }
 constexpr int64_t cka_product_items(int64_t k) { return ceil_div(k, kCkaBlockRows) * ceil_div(k, kCkaBlockCols); }
 constexpr int64_t cka_term_items(int64_t dx, int64_t dy) { return ceil_div(dx + dy, kCkaTermRows); }
 

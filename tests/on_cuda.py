@@ -18,10 +18,11 @@ OPERATORS = (
     "attention_stats_qk",
     "attention_stats_qk_backward",
     "cka_push",
+    "cka_adopt",
     "cka_gram_terms",
     "cka_terms",
 )
-WRITTEN = {"cka_push": 2}  # so many of the first arguments are written to
+WRITTEN = {"cka_push": 2, "cka_adopt": 2}  # so many of the first arguments are written to
 calls = dict.fromkeys(OPERATORS, 0)
 
 

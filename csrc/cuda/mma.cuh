@@ -22,6 +22,13 @@ inline void ldmatrix(uint32_t (&r)[4], const void* row) {
 inline void ldmatrix_transposed(uint32_t (&r)[4], const void* row) {
   emulator::ldmatrix(r, row, true, EMULATOR_PLACE("ldmatrix.trans"));
 }
+template <class T>
+inline uint32_t minus(uint32_t x, uint32_t y) {
+  T out[2];
+  for (int i = 0; i < 2; ++i)
+    put(&out[i], to_float(T{static_cast<uint16_t>(x >> 16 * i)}) - to_float(T{static_cast<uint16_t>(y >> 16 * i)}));
+  return out[0].bits | uint32_t{out[1].bits} << 16;
+}
 inline void copy_async(void* to, const void* from, bool there) { emulator::copy_later(to, from, 16, there ? 16 : 0); }
 inline void commit_copies() { emulator::commit_copies(); }
 template <int kPending>
@@ -60,6 +67,21 @@ __device__ __forceinline__ void ldmatrix_transposed(uint32_t (&r)[4], const void
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(shared_address(row))
                : "memory");
+}
+// Both 16-bit numbers of x less those of y. There is no subtraction for bf16 before sm_90: 1 x - y.
+template <class T>
+__device__ __forceinline__ uint32_t minus(uint32_t x, uint32_t y);
+template <>
+__device__ __forceinline__ uint32_t minus<BF16>(uint32_t x, uint32_t y) {
+  uint32_t out;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(x), "r"(0x3f803f80u), "r"(y ^ 0x80008000u));
+  return out;
+}
+template <>
+__device__ __forceinline__ uint32_t minus<F16>(uint32_t x, uint32_t y) {
+  uint32_t out;
+  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(out) : "r"(x), "r"(y));
+  return out;
 }
 // 16 bytes from global to shared memory; zeros, and nothing read, where there are none.
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool there) {

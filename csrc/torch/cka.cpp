@@ -10,7 +10,8 @@
 namespace inflection {
 namespace {
 
-constexpr int64_t kGramBytes = 64 << 20;   // Gram matrices in flight where they are not kept: a few layers per thread
+// Gram matrices in flight where they are not kept: a few layers per thread, or launches that fill a GPU.
+constexpr int64_t kGramBytes = kCuda ? 1 << 30 : 64 << 20;
 constexpr int64_t kSerialWork = 1 << 20;  // multiplications that one thread does sooner than it wakes another
 
 #ifdef INFLECTION_CPU_KERNELS
@@ -141,10 +142,18 @@ void adopt(const CkaPushArgs& args, const Tensor& like) {
 }
 #else
 void push(CkaPushArgs args, const Tensor& like) {
-  Tensor norms = scratch(like, args.layers * args.rows * 2, ScalarType::Double);
-  Tensor kinds = scratch(like, args.layers * args.rows, ScalarType::Byte);
-  args.row_norms = static_cast<double*>(norms.data_ptr());
+  const int64_t dims = args.x.dim + args.y.dim, layers = args.layers;
+  STD_TORCH_CHECK(args.x.dtype == args.y.dtype, "x and y: expected the same dtype");
+  Tensor sums = scratch(like, layers * (args.rows * 2 + 1 + dims), ScalarType::Double);
+  Tensor kinds = scratch(like, layers * args.rows, ScalarType::Byte);
+  Tensor exact = scratch(like, layers * ceil_div(args.rows, kCkaDepth), ScalarType::Int);
+  Tensor shifts = scratch(like, layers * cka_gpu_columns(args.x.dim, args.y.dim), ScalarType::Short);
+  args.row_norms = static_cast<double*>(sums.data_ptr());
+  args.float_rows = args.row_norms + layers * args.rows * 2;
+  args.column_sums = args.float_rows + layers;
   args.row_kinds = static_cast<uint8_t*>(kinds.data_ptr());
+  args.block_exact = static_cast<int32_t*>(exact.data_ptr());
+  args.column_shifts = static_cast<uint16_t*>(shifts.data_ptr());
   INFLECTION_RUN(cka_push, args, like, 0, 0);
 }
 
@@ -283,8 +292,11 @@ Tensor cka_terms(Tensor x, Tensor y, bool debiased) {
   args.gram = static_cast<double*>(gram.data_ptr());
   args.seen = args.gram;
   args.shift = static_cast<float*>(shift.data_ptr());
+#ifndef INFLECTION_CPU_KERNELS
+  args.fresh = args.rows > 0;  // saves the GPU to write the matrix once and to read it once
+#endif
   for (int64_t layer = 0; layer < layers; layer += group) {
-    torch::stable::zero_(gram);
+    if (!args.fresh) torch::stable::zero_(gram);
     args.layers = std::min(group, layers - layer);
     args.x.offsets = x_offsets.data() + layer;
     args.y.offsets = y_offsets.data() + layer;
