@@ -127,6 +127,8 @@ struct AttentionStatsQkArgs {
   const int64_t* rows;           // [num_rows] query positions; null: all of them, num_rows = Tq. Positions outside
                                  // [0, Tq) read nothing and give NaN
   int64_t num_rows;
+  const int64_t* key_bounds;     // [Tq, 2] the sequence [begin, end) that a position is in, of Tq = Tk packed ones: its row
+                                 // attends no other keys. Any values: nothing outside [0, Tk) is read. Null: one sequence
   // outputs
   RowOutputs out;                // [B, H, num_rows]
 };

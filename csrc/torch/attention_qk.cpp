@@ -12,7 +12,7 @@ using SixTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 AttentionStatsQkArgs arguments(const Tensor& query, const Tensor& key, const MaybeTensor& attn_mask, bool is_causal,
                                double scale, int64_t window_left, int64_t window_right, double softcap,
-                               const MaybeTensor& rows) {
+                               const MaybeTensor& rows, const MaybeTensor& key_bounds) {
   check_device(query, "query");
   check_device(key, "key");
   STD_TORCH_CHECK(query.get_device() == key.get_device(), "key: must be on the device of query");
@@ -57,6 +57,14 @@ AttentionStatsQkArgs arguments(const Tensor& query, const Tensor& key, const May
     args.rows = static_cast<const int64_t*>(rows->const_data_ptr());
     args.num_rows = rows->size(0);
   }
+  if (key_bounds) {
+    check_device(*key_bounds, "key_bounds");
+    STD_TORCH_CHECK(key_bounds->dim() == 2 && key_bounds->size(0) == args.queries && key_bounds->size(1) == 2 &&
+                        key_bounds->is_contiguous() && key_bounds->scalar_type() == ScalarType::Long,
+                    "key_bounds: need contiguous int64 [queries, 2]");
+    STD_TORCH_CHECK(args.queries == args.keys, "key_bounds: packed sequences need as many queries as keys");
+    args.key_bounds = static_cast<const int64_t*>(key_bounds->const_data_ptr());
+  }
   return args;
 }
 
@@ -68,9 +76,9 @@ AttentionStatsQkArgs arguments(const Tensor& query, const Tensor& key, const May
 
 SixTensors attention_stats_qk(Tensor query, Tensor key, MaybeTensor attn_mask, bool is_causal, double scale,
                               int64_t window_left, int64_t window_right, double softcap, MaybeTensor sinks,
-                              MaybeTensor rows, bool entropy_only) {
+                              MaybeTensor rows, MaybeTensor key_bounds, bool entropy_only) {
   AttentionStatsQkArgs args =
-      arguments(query, key, attn_mask, is_causal, scale, window_left, window_right, softcap, rows);
+      arguments(query, key, attn_mask, is_causal, scale, window_left, window_right, softcap, rows, key_bounds);
   if (sinks) {
     check_device(*sinks, "sinks");
     STD_TORCH_CHECK(sinks->dim() == 1 && sinks->size(0) == args.heads && sinks->is_contiguous() &&
@@ -98,9 +106,11 @@ SixTensors attention_stats_qk(Tensor query, Tensor key, MaybeTensor attn_mask, b
 std::tuple<Tensor, Tensor> attention_stats_qk_backward(
     MaybeTensor grad_entropy, MaybeTensor grad_lse, MaybeTensor grad_collision, MaybeTensor grad_sink, Tensor entropy,
     Tensor lse, Tensor collision, Tensor sink, Tensor query, Tensor key, MaybeTensor attn_mask, bool is_causal,
-    double scale, int64_t window_left, int64_t window_right, double softcap, bool has_sinks, MaybeTensor rows) {
+    double scale, int64_t window_left, int64_t window_right, double softcap, bool has_sinks, MaybeTensor rows,
+    MaybeTensor key_bounds) {
   AttentionStatsQkBackwardArgs args{};
-  args.forward = arguments(query, key, attn_mask, is_causal, scale, window_left, window_right, softcap, rows);
+  args.forward =
+      arguments(query, key, attn_mask, is_causal, scale, window_left, window_right, softcap, rows, key_bounds);
   args.forward.has_sinks = has_sinks;
   const AttentionStatsQkArgs& forward = args.forward;
   const int64_t count = forward.batch * forward.heads * forward.num_rows;

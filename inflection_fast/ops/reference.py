@@ -48,11 +48,12 @@ def attention_entropy_qk(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     rows: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """Entropy of every softmax row of the attention of `query` ``[B, H, Q, D]`` to `key` ``[B, Hkv, K, D]``."""
     return attention_stats_qk(
         query, key, attn_mask=attn_mask, is_causal=is_causal, scale=scale, window=window, softcap=softcap, sinks=sinks,
-        rows=rows,
+        rows=rows, cu_seqlens=cu_seqlens,
     ).entropy  # fmt: skip
 
 
@@ -67,6 +68,7 @@ def attention_stats_qk(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     rows: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> AttentionStats:
     """Statistics of every softmax row of the attention of `query` ``[B, H, Q, D]`` to `key` ``[B, Hkv, K, D]``."""
     batch, heads, queries, depth = query.shape
@@ -87,6 +89,10 @@ def attention_stats_qk(
         attend = attend & (column >= rows[:, None] - window[0])
     if window is not None and window[1] >= 0:
         attend = attend & (column <= rows[:, None] + window[1])
+    if cu_seqlens is not None:
+        sequence = (cu_seqlens[:, None] <= column).sum(0)  # numbered from 1; 0 is before the first one
+        inside = (sequence > 0) & (sequence < len(cu_seqlens))
+        attend = attend & inside & (sequence[rows][:, None] == sequence)
     scores = scores + bias
     return row_stats(scores, attend.expand(scores.shape), None if sinks is None else wide(sinks)[:, None, None])
 
