@@ -151,6 +151,20 @@ void attention_stats_qk_grad_key_cpu(const AttentionStatsQkBackwardArgs&, int64_
 int attention_stats_qk_grad_query_cuda(const AttentionStatsQkBackwardArgs&, void* stream);
 int attention_stats_qk_grad_key_cuda(const AttentionStatsQkBackwardArgs&, void* stream);
 
+// ---- attention_column_mass: what every key receives, given the log-sum-exp of the rows --------------------------------
+
+struct AttentionColumnMassArgs {
+  AttentionStatsQkArgs forward;  // its outputs and sinks are not used: a sink is in `lse`
+  const float* lse;              // [B, H, num_rows]; a row at -inf counts nothing
+  // outputs
+  float* mass;                   // [B, H, Tk] sum of e^(s - lse) over the rows
+  float* squares;                // [B, H, Tk] sum of their squares
+};
+// Every number has one writer, which adds the rows in a fixed order.
+int64_t attention_column_mass_items(const AttentionColumnMassArgs&);  // number of work items on the CPU
+void attention_column_mass_cpu(const AttentionColumnMassArgs&, int64_t begin, int64_t end);
+int attention_column_mass_cuda(const AttentionColumnMassArgs&, void* stream);
+
 // ---- cka: the sums over rows behind linear CKA -----------------------------------------------------------------------
 
 // With a shift c subtracted from every row, u = x - c_x, v = y - c_y, p = |u|^2, q = |v|^2, everything that biased and

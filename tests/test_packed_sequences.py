@@ -8,7 +8,7 @@ from test_attention_qk import MASKS, check, pair, seeded  # noqa: F401  (seeded 
 from test_attention_qk_gradients import check as check_gradients
 
 from inflection_fast import attention_entropy_qk, attention_stats_qk
-from inflection_fast.ops.entropy_qk import key_bounds_of
+from inflection_fast.ops.qk_arguments import key_bounds
 
 LENGTHS = {
     "one": [300],
@@ -117,7 +117,7 @@ def test_threads_and_the_other_rows_change_nothing(isa):
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
 def test_a_position_is_in_the_sequence_that_begins_last_before_it(dtype):
-    bounds = key_bounds_of(torch.tensor([1, 3, 3, 4], dtype=dtype), 6)
+    bounds = key_bounds(torch.tensor([1, 3, 3, 4], dtype=dtype), 6)
     assert bounds.tolist() == [[0, 0], [1, 3], [1, 3], [3, 4], [0, 0], [0, 0]]
     assert bounds.dtype == torch.int64
 
@@ -157,7 +157,7 @@ def test_compiled_in_one_graph_for_any_length_and_number_of_sequences():
 
 def test_opcheck():
     query, key = (x.requires_grad_() for x in pair(1, 4, 2, 7, 7, 8))
-    bounds = key_bounds_of(cumulative([3, 4]), 7)
+    bounds = key_bounds(cumulative([3, 4]), 7)
     arguments = (query, key, None, True, 0.5, 3, -1, 2.0, None, None, bounds, False)
     torch.library.opcheck(torch.ops.inflection_fast.attention_stats_qk, arguments)
 

@@ -164,7 +164,8 @@ __global__ void __launch_bounds__(S::kThreads)
   if constexpr (kOfKeys) {
     load_keys<T, S::kLeft, S::kThreads>(left, forward, form, head, first_left);
     memory.span.template fill<S::kLeft, S::kThreads>(forward, first_left);
-    begin = memory.span.first_packed(forward, form, S::kRight), end = memory.span.last_packed(forward, form);
+    begin = memory.span.first_packed(forward, form, S::kRight);
+    end = keys_hidden<S::kLeft>(forward, head, first_left) ? begin : memory.span.last_packed(forward, form);
   } else {
     load_queries<T, S::kLeft, S::kThreads>(left, forward, form, head, first_left);
     fill_rows(first_left);
@@ -180,6 +181,7 @@ __global__ void __launch_bounds__(S::kThreads)
       if (memory.rows.lowest >= first_left + S::kLeft || memory.rows.highest <= first_left) continue;
       load_queries<T, S::kRight, S::kThreads>(right, forward, form, head, j);
     } else {
+      if (keys_hidden<S::kRight>(forward, head, j)) continue;
       load_keys<T, S::kRight, S::kThreads>(right, forward, form, head, j);
     }
     commit_copies();

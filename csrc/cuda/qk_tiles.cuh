@@ -42,7 +42,7 @@ struct QkForm {
   bool vector;     // rows can be copied 16 bytes at a time
   int pitch;       // elements between rows of a shared tile
   int depth;       // head dimension, padded to kTileAlign
-  int group;       // query heads that share a key head
+  int group;       // query heads whose rows are packed: all that share a key head, or one
 
   static QkForm of(const AttentionStatsQkArgs& args, bool scaled) {
     constexpr float kSmallest = 1e-28f, kLargest = 1e28f;  // beyond, unscaled scores could leave the range of a float
@@ -71,9 +71,16 @@ struct QkForm {
 
 // One key head of one sequence. Its query rows are packed: all heads of the group at one position are neighbours.
 struct HeadPlace {
-  int64_t batch, kv_head, packed_rows;
+  int64_t batch, kv_head, first_head, packed_rows;
+
   static __device__ __forceinline__ HeadPlace of(const AttentionStatsQkArgs& args, const QkForm& form, int64_t item) {
-    return {item / args.kv_heads, item % args.kv_heads, args.num_rows * form.group};
+    const int64_t kv_head = item % args.kv_heads;
+    return {item / args.kv_heads, kv_head, kv_head * form.group, args.num_rows * form.group};
+  }
+  // One query head alone, where form.group is 1.
+  static __device__ __forceinline__ HeadPlace of_query_head(const AttentionStatsQkArgs& args, int64_t item) {
+    const int64_t head = item % args.heads;
+    return {item / args.heads, head / (args.heads / args.kv_heads), head, args.num_rows};
   }
 };
 
@@ -97,7 +104,7 @@ struct RowPlace {
     row.there = packed < head.packed_rows;
     if (!row.there) return row;
     const int64_t i = packed / form.group;
-    row.head = head.kv_head * form.group + (packed - i * form.group);
+    row.head = head.first_head + (packed - i * form.group);
     row.out = (head.batch * args.heads + row.head) * args.num_rows + i;
     row.position = args.rows ? args.rows[i] : i;
     row.inside = row.position >= 0 && row.position < args.queries;
@@ -326,6 +333,14 @@ __device__ __forceinline__ bool hidden_for_all(const AttentionStatsQkArgs& args,
     any = any || attends(mask, mask_row + j * mask.col_stride, bias);
   }
   return !__any_sync(kAllLanes, any);
+}
+
+// The same for the N keys of a tile that is held.
+template <int N>
+__device__ __forceinline__ bool keys_hidden(const AttentionStatsQkArgs& args, const HeadPlace& head, int64_t first_key) {
+  const int64_t last = first_key + N < args.keys ? first_key + N : args.keys;
+  return hidden_for_all(args, head, head.batch * args.mask.strides[0], static_cast<int>(first_key),
+                        static_cast<int>(last));
 }
 
 // The score of one dot product, in units of 1 / form.scale, and the slope of the softcap there. False: not attended.

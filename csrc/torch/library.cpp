@@ -9,6 +9,7 @@ STABLE_TORCH_LIBRARY(inflection_fast, m) {
   m.def("attention_stats_backward(Tensor? grad_entropy, Tensor? grad_lse, Tensor? grad_collision, Tensor? grad_sink, Tensor entropy, Tensor lse, Tensor collision, Tensor sink, Tensor logits, Tensor? attn_mask, bool is_causal, float scale, bool of_scores) -> Tensor");
   m.def("attention_stats_qk(Tensor query, Tensor key, Tensor? attn_mask, bool is_causal, float scale, int window_left, int window_right, float softcap, Tensor? sinks, Tensor? rows, Tensor? key_bounds, bool entropy_only) -> (Tensor entropy, Tensor lse, Tensor max_logit, Tensor keys, Tensor collision, Tensor sink)");
   m.def("attention_stats_qk_backward(Tensor? grad_entropy, Tensor? grad_lse, Tensor? grad_collision, Tensor? grad_sink, Tensor entropy, Tensor lse, Tensor collision, Tensor sink, Tensor query, Tensor key, Tensor? attn_mask, bool is_causal, float scale, int window_left, int window_right, float softcap, bool has_sinks, Tensor? rows, Tensor? key_bounds) -> (Tensor grad_query, Tensor grad_key)");
+  m.def("attention_column_mass(Tensor query, Tensor key, Tensor lse, Tensor? attn_mask, bool is_causal, float scale, int window_left, int window_right, float softcap, Tensor? rows, Tensor? key_bounds) -> (Tensor mass, Tensor squares)");
   m.def("cka_push(Tensor(a!) gram, Tensor(b!) shift, Tensor x, Tensor y, Tensor? mask, bool adopt) -> ()");
   m.def("cka_adopt(Tensor seen, Tensor(a!) shift, Tensor x, Tensor y, Tensor? mask) -> ()");
   m.def("cka_gram_terms(Tensor gram, int dim_x, int dim_y, bool debiased) -> Tensor");

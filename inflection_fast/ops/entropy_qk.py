@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import checks, library
+from .qk_arguments import qk_arguments
 from .stats import AttentionStats
 
 __all__ = ["attention_entropy_qk", "attention_stats_qk"]
@@ -83,30 +84,15 @@ def attention_stats_qk(
 
 
 def _call(query, key, attn_mask, is_causal, scale, window, softcap, sinks, rows, cu_seqlens, entropy_only):
-    query, key = checks.query_key(query, key)
-    batch, heads, queries, depth = query.shape
-    attn_mask = checks.attn_mask(attn_mask, (batch, heads, queries, key.shape[2]), query, "query")
+    query, key, attn_mask, *numbers, rows, key_bounds = qk_arguments(
+        query, key, attn_mask, is_causal, scale, window, softcap, rows, cu_seqlens
+    )
     if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
         raise ValueError("attn_mask: requires grad, but no gradient is computed for masks; pass attn_mask.detach()")
-    checks.flag(is_causal, "is_causal")
-    scale = depth**-0.5 if scale is None else checks.finite(scale, "scale")
-    left, right = checks.window(window)
-    softcap = 0.0 if softcap is None else checks.positive(softcap, "softcap")
     sinks = None if sinks is None else checks.sinks(sinks, query).float().contiguous()  # one number per head
-    rows = None if rows is None else checks.rows(rows, queries, query).contiguous()
-    key_bounds = None if cu_seqlens is None else key_bounds_of(checks.cu_seqlens(cu_seqlens, query, key), queries)
     return torch.ops.inflection_fast.attention_stats_qk(
-        query, key, attn_mask, is_causal, scale, left, right, softcap, sinks, rows, key_bounds, entropy_only
+        query, key, attn_mask, *numbers, sinks, rows, key_bounds, entropy_only
     )
-
-
-def key_bounds_of(cu_seqlens: Tensor, length: int) -> Tensor:
-    """int64 ``[length, 2]``: where the sequence of a position begins and ends, both 0 where it is in none."""
-    position = torch.arange(length, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
-    after = torch.searchsorted(cu_seqlens, position, right=True)  # the first number beyond the position
-    inside = (after > 0) & (after < cu_seqlens.shape[0])
-    after = after.clamp(1, cu_seqlens.shape[0] - 1)
-    return torch.stack([cu_seqlens[after - 1], cu_seqlens[after]], -1).long().masked_fill(~inside[:, None], 0)
 
 
 @torch.library.register_fake("inflection_fast::attention_stats_qk")
