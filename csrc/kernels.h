@@ -64,6 +64,25 @@ struct RowOutputs {
   float* sink;       // probability of key 0, or of the sink column where there is one
 };
 
+// The GPU cuts rows that are few and long: blocks take the statistics of parts, warps the gradient of slices. Where depends
+// on the shape alone, so that no result depends on the device.
+struct RowPart {
+  double below, dot;
+  float max, square;
+  int32_t tops, keys;
+};
+constexpr int64_t kFillBlocks = 132 * 3 * 2;  // blocks that a large device runs at once, twice over
+constexpr int64_t kFillWarps = 132 * 64;      // warps that it runs at once
+constexpr int64_t kLeastPart = 8192;          // columns that are worth a block
+constexpr int64_t kLeastSlice = 1024;         // columns that are worth a warp
+constexpr int64_t row_cuts(int64_t rows, int64_t cols, int64_t fill, int64_t least) {
+  const int64_t wanted = rows > 0 ? (fill + rows - 1) / rows : 1, most = cols / least;
+  const int64_t cuts = wanted < most ? wanted : most;
+  return cuts > 1 ? cuts : 1;
+}
+constexpr int64_t row_parts(int64_t rows, int64_t cols) { return row_cuts(rows, cols, kFillBlocks, kLeastPart); }
+constexpr int64_t row_slices(int64_t rows, int64_t cols) { return row_cuts(rows, cols, kFillWarps, kLeastSlice); }
+
 struct AttentionStatsArgs {
   const void* logits;            // [batch..., rows, cols]
   int64_t sizes[kMaxDims];       // batch dimensions, outermost first
@@ -75,6 +94,8 @@ struct AttentionStatsArgs {
   double scale;                  // not rounded to float: 20 nats^2 of variance would make 1e-6 of that
   bool causal;                   // row i attends columns j <= i
   Mask mask;
+  RowPart* parts;                // [batch * rows, row_parts] scratch of the GPU where row_parts is above 1; in the backward
+                                 // pass where row_slices is
   // outputs
   RowOutputs out;
 };
@@ -127,6 +148,8 @@ struct AttentionStatsQkArgs {
   const int64_t* rows;           // [num_rows] query positions; null: all of them, num_rows = Tq. Positions outside
                                  // [0, Tq) read nothing and give NaN
   int64_t num_rows;
+  const int64_t* key_bounds;     // [Tq, 2] the sequence [begin, end) that a position is in, of Tq = Tk packed ones: its row
+                                 // attends no other keys. Any values: nothing outside [0, Tk) is read. Null: one sequence
   // outputs
   RowOutputs out;                // [B, H, num_rows]
 };
@@ -148,6 +171,20 @@ int64_t attention_stats_qk_grad_key_items(const AttentionStatsQkBackwardArgs&);
 void attention_stats_qk_grad_key_cpu(const AttentionStatsQkBackwardArgs&, int64_t begin, int64_t end);
 int attention_stats_qk_grad_query_cuda(const AttentionStatsQkBackwardArgs&, void* stream);
 int attention_stats_qk_grad_key_cuda(const AttentionStatsQkBackwardArgs&, void* stream);
+
+// ---- attention_column_mass: what every key receives, given the log-sum-exp of the rows --------------------------------
+
+struct AttentionColumnMassArgs {
+  AttentionStatsQkArgs forward;  // its outputs and sinks are not used: a sink is in `lse`
+  const float* lse;              // [B, H, num_rows]; a row at -inf counts nothing
+  // outputs
+  float* mass;                   // [B, H, Tk] sum of e^(s - lse) over the rows
+  float* squares;                // [B, H, Tk] sum of their squares
+};
+// Every number has one writer, which adds the rows in a fixed order.
+int64_t attention_column_mass_items(const AttentionColumnMassArgs&);  // number of work items on the CPU
+void attention_column_mass_cpu(const AttentionColumnMassArgs&, int64_t begin, int64_t end);
+int attention_column_mass_cuda(const AttentionColumnMassArgs&, void* stream);
 
 // ---- cka: the sums over rows behind linear CKA -----------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ OPERATORS = (
     "attention_stats_backward",
     "attention_stats_qk",
     "attention_stats_qk_backward",
+    "attention_column_mass",
     "cka_push",
     "cka_adopt",
     "cka_gram_terms",

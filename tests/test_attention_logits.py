@@ -131,6 +131,36 @@ def test_nearly_one_hot_rows_are_relatively_exact(isa):
         assert ((attention_entropy(x, **options).double() - truth).abs() / truth).max() < 1e-4
 
 
+def long_rows(dtype=torch.float32):
+    """So few and so long that a GPU cuts them: a key that stands out, two equal maxima far apart, a flat row."""
+    x = torch.randn(3, 50003, generator=torch.Generator().manual_seed(7)) * torch.tensor([[3.0], [1.0], [0.01]])
+    x[0, 31000], x[1, 70], x[1, 49999] = 20.0, 9.0, 9.0
+    return x.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_few_long_rows_equal_the_truth(isa, dtype):
+    check(long_rows(dtype))
+    check(long_rows(dtype)[:, 1:], scale=-0.7)  # not aligned to 16 bytes
+
+
+def test_few_long_rows_under_masks_equal_the_truth(isa):
+    x, keep = long_rows(), torch.rand(3, 50003, generator=torch.Generator().manual_seed(3)) > 0.4
+    keep[0], keep[1, :45000] = False, False
+    check(x, attn_mask=keep)
+    check(x, attn_mask=torch.randn(50003).masked_fill(~keep[1], -INF), is_causal=True)
+    check(x, attn_mask=torch.randn(3, 50003).masked_fill(~keep, -INF))
+    check(x.mT.contiguous().mT, is_causal=True)
+
+
+def test_poison_anywhere_in_a_long_row_spoils_that_row_only(isa):
+    x = long_rows()
+    x[0, 49990], x[1, :-1], x[2] = float("nan"), -INF, -INF
+    check(x)
+    ours = attention_stats(x)
+    assert ours.entropy.isnan().tolist() == [True, False, False] and ours.keys.tolist() == [50003.0, 1.0, 0.0]
+
+
 def test_poison_stays_in_its_row(isa):
     x = logits((3, 9, 50), "typical")
     x[0, 1, 7], x[0, 2, 9], x[0, 3, 0] = float("nan"), INF, -INF

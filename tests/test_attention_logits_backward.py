@@ -72,6 +72,18 @@ def test_gradient_of_long_and_strided_rows(isa, budget):
     check(budget, torch.randn(3, 4097))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("level", [0.0, 300.0])
+def test_gradient_of_few_long_rows(isa, budget, level, dtype):
+    x = torch.randn(3, 20011) * 3
+    x[0, 7] = x[1, 20000] = 15.0
+    x[1:] += level  # a row whose log-sum-exp is small beside two where it is large
+    keep = torch.rand(20011) > 0.3
+    check(budget, x.to(dtype))
+    check(budget, x.to(dtype), keep)
+    check(budget, x.to(dtype)[:, 1:], torch.randn(3, 20010).masked_fill(~keep[1:], -1e4))
+
+
 def test_a_poisoned_row_poisons_its_own_gradient_only(isa):
     x = torch.randn(4, 37)
     x[1, 5], x[1, 6] = float("nan"), -float("inf")

@@ -231,7 +231,8 @@ def test_rows_outside_are_refused_and_never_read_by_the_operator():
         with pytest.raises(ValueError, match="rows"):
             attention_stats_qk(query, key, rows=torch.tensor(bad))
     rows = torch.tensor([0, 5, -1, 4])
-    raw = torch.ops.inflection_fast.attention_stats_qk(query, key, None, False, 0.3, -1, -1, 0.0, None, rows, False)
+    options = (None, False, 0.3, -1, -1, 0.0, None, rows, None, False)
+    raw = torch.ops.inflection_fast.attention_stats_qk(query, key, *options)
     assert raw[0].isnan()[0, 0].tolist() == [False, True, True, False]
 
 

@@ -123,5 +123,5 @@ def test_compiled_in_one_graph_gives_the_same_numbers(options):
 def test_opcheck(entropy_only, rows):
     query, key = (x.requires_grad_() for x in pair(1, 4, 2, 5, 7, 8))
     sinks, mask = torch.randn(4, requires_grad=True), torch.rand(5, 7) > 0.3
-    arguments = (query, key, mask, True, 0.5, 3, -1, 2.0, sinks, rows, entropy_only)
+    arguments = (query, key, mask, True, 0.5, 3, -1, 2.0, sinks, rows, None, entropy_only)
     torch.library.opcheck(torch.ops.inflection_fast.attention_stats_qk, arguments)

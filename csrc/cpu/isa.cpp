@@ -82,4 +82,11 @@ void attention_stats_qk_grad_key_cpu(const AttentionStatsQkBackwardArgs& args, i
   kernels().attention_stats_qk_grad_key(args, begin, end);
 }
 
+int64_t attention_column_mass_items(const AttentionColumnMassArgs& args) {
+  return kernels().attention_column_mass_items(args);
+}
+void attention_column_mass_cpu(const AttentionColumnMassArgs& args, int64_t begin, int64_t end) {
+  kernels().attention_column_mass(args, begin, end);
+}
+
 }  // namespace inflection

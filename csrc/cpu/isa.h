@@ -23,6 +23,8 @@ struct CpuKernels {
   void (*attention_stats_qk_grad_query)(const AttentionStatsQkBackwardArgs&, int64_t begin, int64_t end);
   int64_t (*attention_stats_qk_grad_key_items)(const AttentionStatsQkBackwardArgs&);
   void (*attention_stats_qk_grad_key)(const AttentionStatsQkBackwardArgs&, int64_t begin, int64_t end);
+  int64_t (*attention_column_mass_items)(const AttentionColumnMassArgs&);
+  void (*attention_column_mass)(const AttentionColumnMassArgs&, int64_t begin, int64_t end);
   void (*cka_rows)(const CkaPushArgs&, int64_t begin, int64_t end);
   void (*cka_shift)(const CkaPushArgs&, int64_t begin, int64_t end);
   void (*cka_pack)(const CkaPushArgs&, int64_t begin, int64_t end);

@@ -1,11 +1,12 @@
 // Statistics of softmax rows from logits, and their gradient.
 //
-// A row belongs to one warp, or to a whole block where rows are few and long. Every thread keeps a state of its own
+// A row belongs to one warp, or to a whole block where rows are few and long, or to many blocks, whose states a second
+// kernel merges in a fixed order, where they would not fill the device. Every thread keeps a state of its own
 // over 16-byte slices that it holds in registers: the slice's maximum first, then the exponentials, so the running sums
 // are rebased once per slice; states are merged once per row. Rows of a causal mask are read up to the diagonal only,
 // the longest first. Each logit is read once: bound by memory for float32 (some 17 instructions an element, counted in
 // the source, against the 38 that an H100 can issue while four bytes arrive), near both bounds for 16-bit logits.
-// Backward: one read of the logits, one write of the gradient; bound by memory.
+// Backward: one read of the logits, one write of the gradient, a warp per row or slice of a row; bound by memory.
 //
 // Odd rows and masked columns are as in csrc/cpu/attention_logits.inc.
 #include "row_lanes.cuh"
@@ -146,12 +147,13 @@ __device__ double first_score(const AttentionStatsArgs& args, const Form& form, 
   return bias <= args.mask.floor ? -double(kInf) : v * args.scale + bias;
 }
 
+// Columns [begin, row.cols) by the calling threads, merged over each warp.
 template <class T, bool kVector, bool kMask, int kBytes>
 __device__ __forceinline__ RowTotal total_of(const AttentionStatsArgs& args, const Form& form, const Row& row,
-                                             int thread, int threads, int& keys) {
+                                             int64_t begin, int thread, int threads, int& keys) {
   using Part = Slice<T, kVector, kMask, kBytes>;
   RowLane lane;
-  for (int64_t begin = 0; begin < row.cols; begin += int64_t{Part::N} * threads) {
+  for (; begin < row.cols; begin += int64_t{Part::N} * threads) {
     Part part;
     part.read(args, form, row, begin, thread, threads);
     if (form.first) {
@@ -172,7 +174,8 @@ __global__ void __launch_bounds__(kThreads)
   const int thread = threadIdx.x % kWarpSize;
   const Row row = row_of(args, item);
   int keys = 0;
-  const RowTotal total = total_of<T, kVector, kMask, kSlice<kVector, kMask>>(args, form, row, thread, kWarpSize, keys);
+  const RowTotal total =
+      total_of<T, kVector, kMask, kSlice<kVector, kMask>>(args, form, row, 0, thread, kWarpSize, keys);
   keys = warp_sum(keys);
   if (thread != 0) return;
   const double first = form.first ? first_score<T>(args, form, row) : -kInf;
@@ -186,13 +189,32 @@ struct BlockMemory {
   int keys[kWarps];
 };
 
+// How a row is cut: into `count` pieces of `cols` columns, the last ones shorter or empty.
+struct Cuts {
+  int64_t count, cols;
+
+  static Cuts of(int64_t count, int64_t all) {
+    constexpr int64_t kAlign = kLeastSlice;  // pieces begin where whole vectors of a warp do
+    return {count, ((all + count - 1) / count + kAlign - 1) / kAlign * kAlign};
+  }
+};
+
+// A float log-sum-exp of this size is too coarse for probabilities.
+__device__ __forceinline__ bool is_large(float lse) { return lse - lse == 0.f && fabsf(lse) > kLargeLse; }
+
+// A row, or one part of it, whose state then goes to args.parts. With `lse`: only rows where that is large.
 template <class T, bool kVector, bool kMask>
-__global__ void __launch_bounds__(kThreads, kResident<kMask>) stats_by_block(AttentionStatsArgs args, Form form) {
+__global__ void __launch_bounds__(kThreads, kResident<kMask>)
+    stats_by_block(AttentionStatsArgs args, Form form, Cuts cuts, const float* lse) {
   static_assert(kWarps <= kWarpSize);
   BlockMemory& memory = shared<BlockMemory>();
-  const Row row = row_of(args, blockIdx.x);
+  Row row = row_of(args, blockIdx.x / cuts.count);
+  if (lse != nullptr && !is_large(lse[row.index])) return;
+  const int64_t begin = blockIdx.x % cuts.count * cuts.cols;
+  if (begin + cuts.cols < row.cols) row.cols = begin + cuts.cols;
   int keys = 0;
-  RowTotal total = total_of<T, kVector, kMask, kSlice<kVector, kMask>>(args, form, row, threadIdx.x, kThreads, keys);
+  RowTotal total =
+      total_of<T, kVector, kMask, kSlice<kVector, kMask>>(args, form, row, begin, threadIdx.x, kThreads, keys);
   keys = warp_sum(keys);
   const int warp = threadIdx.x / kWarpSize;
   if (threadIdx.x % kWarpSize == 0) memory.totals[warp] = total, memory.keys[warp] = keys;
@@ -202,27 +224,49 @@ __global__ void __launch_bounds__(kThreads, kResident<kMask>) stats_by_block(Att
   total = merge_warp(total, form.exponential);
   keys = warp_sum(threadIdx.x < kWarps ? memory.keys[threadIdx.x] : 0);
   if (threadIdx.x != 0) return;
+  if (args.parts != nullptr) {
+    args.parts[blockIdx.x] = {total.below, total.dot, total.max, total.square, total.tops, keys};
+    return;
+  }
+  const double first = form.first ? first_score<T>(args, form, row) : -kInf;
+  write_row(total, keys, first, form.scale, form.exponential, row.index, args.out);
+}
+
+// One warp a row.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    stats_of_parts(AttentionStatsArgs args, Form form, int64_t parts, int64_t items) {
+  const int64_t item = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarpSize;
+  if (item >= items) return;
+  const Row row = row_of(args, item);
+  int keys;
+  const RowTotal total = merge_parts(args.parts + item * parts, parts, form.exponential, keys);
+  if (threadIdx.x % kWarpSize != 0) return;
   const double first = form.first ? first_score<T>(args, form, row) : -kInf;
   write_row(total, keys, first, form.scale, form.exponential, row.index, args.out);
 }
 
 __device__ __forceinline__ float at(const float* values, int64_t i) { return values == nullptr ? 0.f : values[i]; }
 
-// One warp a row. G is the dtype of the gradient: that of the logits, or float32 for the gradient of the scores.
+// One warp a row, or a slice of it. G is the dtype of the gradient: that of the logits, or float32 for the gradient of the scores.
 template <class T, class G, bool kVector, bool kMask>
 __global__ void __launch_bounds__(kThreads)
-    backward_by_warp(AttentionStatsBackwardArgs args, Form form, Exponential unscaled, int64_t items) {
+    backward_by_warp(AttentionStatsBackwardArgs args, Form form, Exponential unscaled, int64_t items, Cuts slices,
+                     int64_t parts) {
   using Part = Slice<T, kVector, kMask, kOtherSlice>;
   constexpr float kNothing = -80.f;  // e^-80 is 0 here
-  const int64_t item = int64_t{blockIdx.x} * (kThreads / kWarpSize) + threadIdx.x / kWarpSize;
+  const int64_t piece = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarpSize, item = piece / slices.count;
   if (item >= items) return;
   const int thread = threadIdx.x % kWarpSize;
   const Row row = row_of(args.forward, item);
   const float lse = args.rows.lse[row.index], scale = static_cast<float>(form.scale);
   float top = 0.f, log_sum = lse;  // log p = (value - top) * scale - log_sum
-  if (lse - lse == 0.f && fabsf(lse) > kLargeLse) {
+  if (is_large(lse)) {
     int keys = 0;
-    const RowTotal total = total_of<T, kVector, kMask, kOtherSlice>(args.forward, form, row, thread, kWarpSize, keys);
+    const RowTotal total =
+        args.forward.parts != nullptr
+            ? merge_parts(args.forward.parts + item * parts, parts, form.exponential, keys)
+            : total_of<T, kVector, kMask, kOtherSlice>(args.forward, form, row, 0, thread, kWarpSize, keys);
     top = total.max;
     log_sum = static_cast<float>(log1p(total.below + (total.tops - 1)));
   }
@@ -234,7 +278,8 @@ __global__ void __launch_bounds__(kThreads)
   if (c != 0.f) constant -= c * args.rows.collision[row.index];
 
   G* out = static_cast<G*>(args.grad) + row.index * args.forward.cols;
-  for (int64_t begin = 0; begin < args.forward.cols; begin += int64_t{Part::N} * kWarpSize) {
+  const int64_t first = (piece - item * slices.count) * slices.cols, last = first + slices.cols;
+  for (int64_t begin = first; begin < last && begin < args.forward.cols; begin += int64_t{Part::N} * kWarpSize) {
     Part part;
     part.read(args.forward, form, row, begin, thread, kWarpSize);
 #pragma unroll
@@ -264,14 +309,30 @@ dim3 grid_of_warps(int64_t items) {
   return dim3(static_cast<unsigned>((items + kThreads / kWarpSize - 1) / (kThreads / kWarpSize)));
 }
 
+// The states of the parts of all rows; with `lse`, of those where it is large.
+template <class T, bool kVector, bool kMask>
+int run_parts(const AttentionStatsArgs& args, const Form& form, const float* lse, void* stream) {
+  if (args.parts == nullptr) return cudaErrorInvalidValue;
+  const int64_t items = args.batch * args.rows;
+  const Cuts cuts = Cuts::of(row_parts(items, args.cols), args.cols);
+  return launch(stats_by_block<T, kVector, kMask>, dim3(static_cast<unsigned>(items * cuts.count)), dim3(kThreads),
+                sizeof(BlockMemory), stream, args, form, cuts, lse);
+}
+
 template <class T, bool kVector, bool kMask>
 int run_stats(const AttentionStatsArgs& args, void* stream) {
   const Form form = form_of(args);
   const int64_t items = args.batch * args.rows;
   if (items == 0) return cudaSuccess;
+  const int64_t parts = row_parts(items, args.cols);
+  if (parts > 1) {
+    const int error = run_parts<T, kVector, kMask>(args, form, nullptr, stream);
+    if (error != cudaSuccess) return error;
+    return launch(stats_of_parts<T>, grid_of_warps(items), dim3(kThreads), 0, stream, args, form, parts, items);
+  }
   if (args.cols >= kLongRow && items < kFewRows) {
     return launch(stats_by_block<T, kVector, kMask>, dim3(items), dim3(kThreads), sizeof(BlockMemory), stream, args,
-                  form);
+                  form, Cuts::of(1, args.cols), nullptr);
   }
   return launch(stats_by_warp<T, kVector, kMask>, grid_of_warps(items), dim3(kThreads), 0, stream, args, form, items);
 }
@@ -283,18 +344,28 @@ int run_stats(const AttentionStatsArgs& args, void* stream) {
   return args.mask.data ? run_stats<T, false, true>(args, stream) : run_stats<T, false, false>(args, stream);
 }
 
-template <class T, class G>
+template <class T, class G, bool kVector, bool kMask>
 int run_backward(const AttentionStatsBackwardArgs& args, void* stream) {
   const Form form = form_of(args.forward);
   const Exponential unscaled = Exponential::of(1.0);
-  const int64_t items = args.forward.batch * args.forward.rows;
-  if (items == 0 || args.forward.cols == 0) return cudaSuccess;
-  const auto go = [&](auto* kernel) {
-    return launch(kernel, grid_of_warps(items), dim3(kThreads), 0, stream, args, form, unscaled, items);
-  };
+  const int64_t items = args.forward.batch * args.forward.rows, cols = args.forward.cols;
+  if (items == 0 || cols == 0) return cudaSuccess;
+  const Cuts slices = Cuts::of(row_slices(items, cols), cols);
+  if (slices.count > 1) {
+    const int error = run_parts<T, kVector, kMask>(args.forward, form, args.rows.lse, stream);
+    if (error != cudaSuccess) return error;
+  }
+  return launch(backward_by_warp<T, G, kVector, kMask>, grid_of_warps(items * slices.count), dim3(kThreads), 0, stream,
+                args, form, unscaled, items, slices, row_parts(items, cols));
+}
+
+template <class T, class G>
+int run_backward(const AttentionStatsBackwardArgs& args, void* stream) {
   if (vectors_fit(args.forward, sizeof(T)))
-    return args.forward.mask.data ? go(backward_by_warp<T, G, true, true>) : go(backward_by_warp<T, G, true, false>);
-  return args.forward.mask.data ? go(backward_by_warp<T, G, false, true>) : go(backward_by_warp<T, G, false, false>);
+    return args.forward.mask.data ? run_backward<T, G, true, true>(args, stream)
+                                  : run_backward<T, G, true, false>(args, stream);
+  return args.forward.mask.data ? run_backward<T, G, false, true>(args, stream)
+                                : run_backward<T, G, false, false>(args, stream);
 }
 
 }  // namespace

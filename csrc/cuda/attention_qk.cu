@@ -3,8 +3,8 @@
 // A block takes one tile of query rows of one key head, all heads of its group packed together, and goes over the keys
 // in tiles of 64, copied asynchronously one tile ahead. Every lane keeps a state of its own for each row that it holds
 // a piece of, so the loop has no exchange between lanes; four lanes are merged once at the end. Tiles outside the
-// causal or window bounds of the block, and tiles that a padding mask hides, are not computed; blocks with the longest
-// rows start first. No score is ever stored.
+// bounds of the block (causal, window, packed sequences) are not loaded, those outside the bounds of a warp's rows, or
+// hidden by a padding mask, are not computed; blocks with the longest rows start first. No score is ever stored.
 //
 // Shared memory, bf16, D = 128: 128 query rows (34 KiB) and two tiles of keys (34 KiB), so three blocks of four warps
 // fit on an H100. Static bounds for B8 H32 T4096 D128 on an H100, per 128 x 64 tile and warp: 128 mma (at the 62 % of
@@ -138,7 +138,8 @@ __global__ void __launch_bounds__(S::kThreads, S::kSub > 1 ? 3 : 4)
     }
     __syncthreads();
     const int stop = j + S::kRight < end ? j + S::kRight : end;
-    if (!hidden_for_all(args, head, memory.rows.mask[0], j, stop)) {
+    if (memory.rows.touch(warp * 16 * S::kSub, 16 * S::kSub, j, stop) &&
+        !hidden_for_all(args, head, memory.rows.mask[0], j, stop)) {
       float c[S::kSub][S::kRightTiles][4];
       multiply<S>(queries, tile, form, c);
       const bool whole = form.plain && memory.rows.cover(j, j + S::kRight);

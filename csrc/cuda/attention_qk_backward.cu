@@ -140,6 +140,7 @@ __global__ void __launch_bounds__(S::kThreads)
   constexpr int kPitch = kSlopePitch<S>, kSlopes = S::kLeft * kPitch;
   struct Shared {
     RowBounds<kRows> rows;
+    RowSpan span;
     Coefficients coefficients[kRows];
     alignas(kCopyBytes) T slopes[kSlopePieces<S> * kSlopes];
     alignas(kCopyBytes) T tiles[1];  // the left tile, then the right one
@@ -159,9 +160,12 @@ __global__ void __launch_bounds__(S::kThreads)
       memory.coefficients[r] = Coefficients::of(args, RowPlace::of(forward, form, head, first + r));
     memory.rows.template fill<S::kThreads>(forward, form, head, first);
   };
-  int64_t begin = 0, end = head.packed_rows;
+  int64_t begin, end;
   if constexpr (kOfKeys) {
     load_keys<T, S::kLeft, S::kThreads>(left, forward, form, head, first_left);
+    memory.span.template fill<S::kLeft, S::kThreads>(forward, first_left);
+    begin = memory.span.first_packed(forward, form, S::kRight);
+    end = keys_hidden<S::kLeft>(forward, head, first_left) ? begin : memory.span.last_packed(forward, form);
   } else {
     load_queries<T, S::kLeft, S::kThreads>(left, forward, form, head, first_left);
     fill_rows(first_left);
@@ -177,15 +181,20 @@ __global__ void __launch_bounds__(S::kThreads)
       if (memory.rows.lowest >= first_left + S::kLeft || memory.rows.highest <= first_left) continue;
       load_queries<T, S::kRight, S::kThreads>(right, forward, form, head, j);
     } else {
+      if (keys_hidden<S::kRight>(forward, head, j)) continue;
       load_keys<T, S::kRight, S::kThreads>(right, forward, form, head, j);
     }
     commit_copies();
     wait_for_copies<0>();
     __syncthreads();
+    // Whether any of the warp's 16 left rows has to do with any of the right ones.
+    const int own = static_cast<int>(first_left) + warp * 16;
+    const bool meets = kOfKeys ? memory.rows.lowest < own + 16 && memory.rows.highest > own
+                               : memory.rows.touch(warp * 16, 16, static_cast<int>(j), static_cast<int>(j) + S::kRight);
     float c[1][S::kRightTiles][4];
-    multiply<S>(left, right, form, c);
+    if (meets) multiply<S>(left, right, form, c);
 #pragma unroll
-    for (int n = 0; n < S::kRightTiles; ++n) {
+    for (int n = 0; meets && n < S::kRightTiles; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int l = left_row + i / 2 * 8, r = n * 8 + lane % kLanesPerRow * 2 + i % 2;
@@ -203,7 +212,7 @@ __global__ void __launch_bounds__(S::kThreads)
     drop_poison<T, S::kRight, S::kThreads>(right, form);
     __syncthreads();
 #pragma unroll
-    for (int piece = 0; piece < kSlopePieces<S>; ++piece)
+    for (int piece = 0; meets && piece < kSlopePieces<S>; ++piece)
       add_product<S>(memory.slopes + piece * kSlopes, kPitch, right, form, first_column, out);
   }
   wait_for_copies<0>();
@@ -241,10 +250,10 @@ int run(const AttentionStatsQkBackwardArgs& args, void* stream) {
                 parts = (forward.head_dim + kOutColumns - 1) / kOutColumns;
   const int64_t blocks = forward.batch * forward.kv_heads * left_tiles * parts;
   if (blocks == 0) return cudaSuccess;
-  if (blocks > kMostBlocks || forward.keys > kMostKeys) return cudaErrorInvalidValue;
+  if (blocks > kMostBlocks || forward.keys > kMostKeys || forward.queries > kMostKeys) return cudaErrorInvalidValue;
   constexpr int kRows = kOfKeys ? S::kRight : S::kLeft;
   constexpr size_t kSlopes = sizeof(T) * kSlopePieces<S> * S::kLeft * kSlopePitch<S>;
-  const size_t bytes = sizeof(RowBounds<kRows>) + sizeof(Coefficients) * kRows + kSlopes +
+  const size_t bytes = sizeof(RowBounds<kRows>) + kCopyBytes + sizeof(Coefficients) * kRows + kSlopes +
                        sizeof(T) * form.pitch * static_cast<size_t>(S::kLeft + S::kRight);
   return launch(gradients_of_tile<S, kOfKeys>, dim3(static_cast<unsigned>(blocks)), dim3(S::kThreads), bytes, stream,
                 args, form, left_tiles, parts);

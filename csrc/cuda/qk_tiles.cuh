@@ -42,7 +42,7 @@ struct QkForm {
   bool vector;     // rows can be copied 16 bytes at a time
   int pitch;       // elements between rows of a shared tile
   int depth;       // head dimension, padded to kTileAlign
-  int group;       // query heads that share a key head
+  int group;       // query heads whose rows are packed: all that share a key head, or one
 
   static QkForm of(const AttentionStatsQkArgs& args, bool scaled) {
     constexpr float kSmallest = 1e-28f, kLargest = 1e28f;  // beyond, unscaled scores could leave the range of a float
@@ -71,15 +71,31 @@ struct QkForm {
 
 // One key head of one sequence. Its query rows are packed: all heads of the group at one position are neighbours.
 struct HeadPlace {
-  int64_t batch, kv_head, packed_rows;
+  int64_t batch, kv_head, first_head, packed_rows;
+
   static __device__ __forceinline__ HeadPlace of(const AttentionStatsQkArgs& args, const QkForm& form, int64_t item) {
-    return {item / args.kv_heads, item % args.kv_heads, args.num_rows * form.group};
+    const int64_t kv_head = item % args.kv_heads;
+    return {item / args.kv_heads, kv_head, kv_head * form.group, args.num_rows * form.group};
+  }
+  // One query head alone, where form.group is 1.
+  static __device__ __forceinline__ HeadPlace of_query_head(const AttentionStatsQkArgs& args, int64_t item) {
+    const int64_t head = item % args.heads;
+    return {item / args.heads, head / (args.heads / args.kv_heads), head, args.num_rows};
   }
 };
 
+// What a sequence of packed ones leaves of [low, high).
+__device__ __forceinline__ void narrow(const int64_t* key_bounds, int64_t position, int64_t& low, int64_t& high) {
+  if (key_bounds == nullptr) return;
+  const int64_t begin = key_bounds[2 * position], end = key_bounds[2 * position + 1];
+  low = begin > low ? begin : low;
+  high = end < high ? end : high;
+}
+
 struct RowPlace {
   int64_t position, head, out;  // `out` in [B, H, num_rows]
-  int low, high;                // keys inside causal and window bounds; none where the position is out of range
+  int low, high;                // keys inside causal and window bounds and the row's sequence; none where the position is
+                                // out of range
   bool there, inside;           // the packed row exists; its position does
 
   static __device__ __forceinline__ RowPlace of(const AttentionStatsQkArgs& args, const QkForm& form,
@@ -88,7 +104,7 @@ struct RowPlace {
     row.there = packed < head.packed_rows;
     if (!row.there) return row;
     const int64_t i = packed / form.group;
-    row.head = head.kv_head * form.group + (packed - i * form.group);
+    row.head = head.first_head + (packed - i * form.group);
     row.out = (head.batch * args.heads + row.head) * args.num_rows + i;
     row.position = args.rows ? args.rows[i] : i;
     row.inside = row.position >= 0 && row.position < args.queries;
@@ -98,6 +114,7 @@ struct RowPlace {
     if (args.window_right >= 0 && row.position + args.window_right + 1 < high)
       high = row.position + args.window_right + 1;
     if (args.causal && row.position + 1 < high) high = row.position + 1;
+    narrow(args.key_bounds, row.position, low, high);
     row.low = static_cast<int>(low < args.keys ? low : args.keys);
     row.high = static_cast<int>(high > row.low ? high : row.low);
     return row;
@@ -130,6 +147,43 @@ struct RowBounds {
   }
   // Every existing row attends all of these keys, as far as bounds go.
   __device__ __forceinline__ bool cover(int begin, int end) const { return highest_low <= begin && end <= lowest_high; }
+  // Any of the rows [first, first + count) attends any of these keys, as far as bounds go. The same in every lane.
+  __device__ __forceinline__ bool touch(int first, int count, int begin, int end) const {
+    bool any = false;
+    for (int r = first + static_cast<int>(threadIdx.x % kWarpSize); r < first + count; r += kWarpSize)
+      any = any || (low[r] < end && high[r] > begin && low[r] < high[r]);
+    return __any_sync(kAllLanes, any);
+  }
+};
+
+// Positions [begin, end) of the rows that attend a key of a tile, in shared memory. Packed sequences are taken to be
+// what they are: a row attends those keys whose rows attend its own.
+struct RowSpan {
+  int begin, end;
+
+  // Two barriers. Rows in an order of their own (args.rows) may be anywhere.
+  template <int N, int kThreads>
+  __device__ __forceinline__ void fill(const AttentionStatsQkArgs& args, int64_t first_key) {
+    const int queries = static_cast<int>(args.queries);
+    if (threadIdx.x == 0) begin = queries, end = 0;
+    __syncthreads();
+    for (int64_t key = first_key + threadIdx.x; key < first_key + N && key < args.keys; key += kThreads) {
+      int64_t low = 0, high = queries;
+      if (args.causal && key > low) low = key;
+      if (args.window_right >= 0 && key - args.window_right > low) low = key - args.window_right;
+      if (args.window_left >= 0 && key + args.window_left + 1 < high) high = key + args.window_left + 1;
+      narrow(args.key_bounds, key, low, high);
+      if (low < high) atomicMin(&begin, static_cast<int>(low)), atomicMax(&end, static_cast<int>(high));
+    }
+    __syncthreads();
+  }
+  // As packed rows, in whole tiles of `tile` rows.
+  __device__ __forceinline__ int64_t first_packed(const AttentionStatsQkArgs& args, const QkForm& form, int tile) const {
+    return args.rows ? 0 : int64_t{begin} * form.group / tile * tile;
+  }
+  __device__ __forceinline__ int64_t last_packed(const AttentionStatsQkArgs& args, const QkForm& form) const {
+    return (args.rows ? args.num_rows : int64_t{end}) * form.group;
+  }
 };
 
 // ---- loading
@@ -279,6 +333,14 @@ __device__ __forceinline__ bool hidden_for_all(const AttentionStatsQkArgs& args,
     any = any || attends(mask, mask_row + j * mask.col_stride, bias);
   }
   return !__any_sync(kAllLanes, any);
+}
+
+// The same for the N keys of a tile that is held.
+template <int N>
+__device__ __forceinline__ bool keys_hidden(const AttentionStatsQkArgs& args, const HeadPlace& head, int64_t first_key) {
+  const int64_t last = first_key + N < args.keys ? first_key + N : args.keys;
+  return hidden_for_all(args, head, head.batch * args.mask.strides[0], static_cast<int>(first_key),
+                        static_cast<int>(last));
 }
 
 // The score of one dot product, in units of 1 / form.scale, and the slope of the softcap there. False: not attended.

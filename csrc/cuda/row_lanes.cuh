@@ -94,6 +94,15 @@ struct RowTotal {
     tops = 0;
     max = highest;
   }
+  __device__ __forceinline__ void merge(RowTotal other, const Exponential& exponential) {
+    const float highest = fmaxf(max, other.max);
+    rebase(highest, exponential);
+    other.rebase(highest, exponential);
+    tops += other.tops;
+    below += other.below;
+    dot += other.dot;
+    square += other.square;
+  }
 };
 
 // One state of the lanes of a warp, in every lane.
@@ -104,6 +113,20 @@ __device__ __forceinline__ RowTotal merge_warp(RowTotal row, const Exponential& 
   row.dot = warp_sum(row.dot);
   row.square = warp_sum(row.square);
   return row;
+}
+
+// The whole of a row that was cut into `count` parts, in every lane of a warp.
+__device__ __forceinline__ RowTotal merge_parts(const RowPart* parts, int64_t count, const Exponential& exponential,
+                                                int& keys) {
+  RowTotal row;
+  keys = 0;
+  for (int64_t i = threadIdx.x % kWarpSize; i < count; i += kWarpSize) {
+    const RowPart& part = parts[i];
+    row.merge({part.max, part.tops, part.below, part.dot, part.square}, exponential);
+    keys += part.keys;
+  }
+  keys = warp_sum(keys);
+  return merge_warp(row, exponential);
 }
 
 // Writes what is wanted of row `index`; `first` is the unscaled score of key 0, -inf where it is masked.

@@ -59,6 +59,23 @@ Tensor new_rows(const Tensor& logits, bool wanted) {
   return torch::stable::new_empty(logits, {sizes.data(), sizes.size()}, ScalarType::Float);
 }
 
+#ifdef INFLECTION_CPU_KERNELS
+constexpr bool kCutsRows = false;
+#else
+constexpr bool kCutsRows = true;
+#endif
+
+// Scratch for rows that the GPU cuts into `cuts` pieces; it has to live until the kernels are enqueued.
+std::optional<Tensor> new_parts(const Tensor& logits, AttentionStatsArgs& args, int64_t cuts) {
+  if (!kCutsRows || cuts <= 1) return std::nullopt;
+  const int64_t items = args.batch * args.rows, parts = row_parts(items, args.cols);
+  const int64_t sizes[] = {items * parts, static_cast<int64_t>(sizeof(RowPart) / sizeof(double))};
+  static_assert(sizeof(RowPart) % sizeof(double) == 0);
+  Tensor scratch = torch::stable::new_empty(logits, {sizes, 2}, ScalarType::Double);
+  args.parts = static_cast<RowPart*>(scratch.mutable_data_ptr());
+  return scratch;
+}
+
 using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Six attention_stats(Tensor logits, std::optional<Tensor> attn_mask, bool is_causal, double scale, bool entropy_only) {
@@ -71,6 +88,7 @@ Six attention_stats(Tensor logits, std::optional<Tensor> attn_mask, bool is_caus
   Tensor entropy = fresh(true, args.out.entropy), lse = fresh(true, args.out.lse);
   Tensor max_logit = fresh(!entropy_only, args.out.max_logit), keys = fresh(!entropy_only, args.out.keys);
   Tensor collision = fresh(!entropy_only, args.out.collision), sink = fresh(!entropy_only, args.out.sink);
+  const auto parts = new_parts(logits, args, row_parts(args.batch * args.rows, args.cols));
   INFLECTION_RUN(attention_stats, args, logits, args.batch * args.rows, grain(args));
   return {entropy, lse, max_logit, keys, collision, sink};
 }
@@ -106,6 +124,7 @@ Tensor attention_stats_backward(std::optional<Tensor> grad_entropy, std::optiona
   const ScalarType dtype = of_scores ? ScalarType::Float : logits.scalar_type();
   Tensor grad = torch::stable::new_empty(logits, {sizes.data(), sizes.size()}, dtype);
   args.grad = grad.data_ptr();
+  const auto parts = new_parts(logits, args.forward, row_slices(count, args.forward.cols));
   INFLECTION_RUN(attention_stats_backward, args, logits, count, grain(args.forward));
   return grad;
 }

@@ -1,76 +1,18 @@
 // attention_stats_qk: statistics of softmax rows from Q and K, and their gradients.
-#include <algorithm>
 #include <tuple>
 
-#include "mask.h"
+#include "attention_qk.h"
 
 namespace inflection {
 namespace {
 
-using MaybeTensor = std::optional<Tensor>;
 using SixTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-AttentionStatsQkArgs arguments(const Tensor& query, const Tensor& key, const MaybeTensor& attn_mask, bool is_causal,
-                               double scale, int64_t window_left, int64_t window_right, double softcap,
-                               const MaybeTensor& rows) {
-  check_device(query, "query");
-  check_device(key, "key");
-  STD_TORCH_CHECK(query.get_device() == key.get_device(), "key: must be on the device of query");
-  STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4, "query, key: need 4 dimensions");
-  AttentionStatsQkArgs args{};
-  args.query = query.const_data_ptr();
-  args.key = key.const_data_ptr();
-  for (int d = 0; d < 4; ++d) {
-    args.query_strides[d] = query.stride(d);
-    args.key_strides[d] = key.stride(d);
-  }
-  args.batch = query.size(0);
-  args.heads = query.size(1);
-  args.kv_heads = key.size(1);
-  args.queries = query.size(2);
-  args.keys = key.size(2);
-  args.head_dim = query.size(3);
-  args.dtype = dtype_of(query, "query");
-  STD_TORCH_CHECK(args.dtype != DType::boolean && dtype_of(key, "key") == args.dtype, "query, key: need one float dtype");
-  STD_TORCH_CHECK(key.size(0) == args.batch && key.size(3) == args.head_dim && args.kv_heads > 0 &&
-                      args.heads % args.kv_heads == 0,
-                  "query, key: shapes do not match");
-  STD_TORCH_CHECK(args.head_dim >= 1 && args.head_dim <= kMaxHeadDim, "query: head dimension outside [1, ", kMaxHeadDim, "]");
-  args.scale = static_cast<float>(scale);
-  args.softcap = static_cast<float>(softcap);
-  args.window_left = window_left;
-  args.window_right = window_right;
-  args.causal = is_causal;
-  args.num_rows = args.queries;
-  args.mask = mask_of(attn_mask, query);
-  if (attn_mask) {
-    const int64_t sizes[] = {args.batch, args.heads, args.queries, args.keys};
-    int64_t strides[4];
-    broadcast_strides(*attn_mask, sizes, 4, strides);
-    args.mask.strides[0] = strides[0], args.mask.strides[1] = strides[1];
-    args.mask.row_stride = strides[2], args.mask.col_stride = strides[3];
-  }
-  if (rows) {
-    check_device(*rows, "rows");
-    STD_TORCH_CHECK(rows->dim() == 1 && rows->is_contiguous() && rows->scalar_type() == ScalarType::Long,
-                    "rows: need one contiguous int64 dimension");
-    args.rows = static_cast<const int64_t*>(rows->const_data_ptr());
-    args.num_rows = rows->size(0);
-  }
-  return args;
-}
-
-// Row blocks that are worth a thread of their own: about 1e5 multiply-adds in vectors.
-[[maybe_unused]] int64_t grain_of(const AttentionStatsQkArgs& args, int64_t items) {
-  const double work = double(args.batch) * args.heads * args.num_rows * args.keys * args.head_dim;
-  return std::max<int64_t>(1, static_cast<int64_t>(1e6 * double(std::max<int64_t>(items, 1)) / std::max(work, 1.)));
-}
 
 SixTensors attention_stats_qk(Tensor query, Tensor key, MaybeTensor attn_mask, bool is_causal, double scale,
                               int64_t window_left, int64_t window_right, double softcap, MaybeTensor sinks,
-                              MaybeTensor rows, bool entropy_only) {
+                              MaybeTensor rows, MaybeTensor key_bounds, bool entropy_only) {
   AttentionStatsQkArgs args =
-      arguments(query, key, attn_mask, is_causal, scale, window_left, window_right, softcap, rows);
+      qk_arguments(query, key, attn_mask, is_causal, scale, window_left, window_right, softcap, rows, key_bounds);
   if (sinks) {
     check_device(*sinks, "sinks");
     STD_TORCH_CHECK(sinks->dim() == 1 && sinks->size(0) == args.heads && sinks->is_contiguous() &&
@@ -98,9 +40,11 @@ SixTensors attention_stats_qk(Tensor query, Tensor key, MaybeTensor attn_mask, b
 std::tuple<Tensor, Tensor> attention_stats_qk_backward(
     MaybeTensor grad_entropy, MaybeTensor grad_lse, MaybeTensor grad_collision, MaybeTensor grad_sink, Tensor entropy,
     Tensor lse, Tensor collision, Tensor sink, Tensor query, Tensor key, MaybeTensor attn_mask, bool is_causal,
-    double scale, int64_t window_left, int64_t window_right, double softcap, bool has_sinks, MaybeTensor rows) {
+    double scale, int64_t window_left, int64_t window_right, double softcap, bool has_sinks, MaybeTensor rows,
+    MaybeTensor key_bounds) {
   AttentionStatsQkBackwardArgs args{};
-  args.forward = arguments(query, key, attn_mask, is_causal, scale, window_left, window_right, softcap, rows);
+  args.forward =
+      qk_arguments(query, key, attn_mask, is_causal, scale, window_left, window_right, softcap, rows, key_bounds);
   args.forward.has_sinks = has_sinks;
   const AttentionStatsQkArgs& forward = args.forward;
   const int64_t count = forward.batch * forward.heads * forward.num_rows;

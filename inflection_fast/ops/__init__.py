@@ -11,18 +11,21 @@ from .cka_matrix import cka_matrix
 from .cka_result import CkaResult
 from .cka_rows import RowSample, feature_rows
 from .cka_state import CkaState
+from .column_mass import attention_column_mass
 from .entropy import attention_entropy, attention_stats
 from .entropy_qk import attention_entropy_qk, attention_stats_qk
 from .library import build_info
 from .norms import sum_of_squares
-from .stats import AttentionStats
+from .stats import AttentionColumns, AttentionStats
 
 __all__ = [
+    "AttentionColumns",
     "AttentionStats",
     "CkaBasis",
     "CkaResult",
     "CkaState",
     "RowSample",
+    "attention_column_mass",
     "attention_entropy",
     "attention_entropy_qk",
     "attention_stats",

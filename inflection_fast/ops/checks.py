@@ -138,6 +138,23 @@ def rows(value: object, queries: int, query: Tensor) -> Tensor:
     return value
 
 
+def cu_seqlens(value: object, query: Tensor, key: Tensor) -> Tensor:
+    """`value`, if it is a vector of cumulative lengths that packed sequences have; read where `rows` are."""
+    if tensor(value, "cu_seqlens").dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens: expected dtype torch.int32 or torch.int64, got {value.dtype}")
+    if value.ndim != 1 or value.shape[0] < 2:
+        raise ValueError(f"cu_seqlens: expected one dimension of at least 2 numbers, got shape {list(value.shape)}")
+    same_device(value, "cu_seqlens", query, "query")
+    length = query.shape[2]
+    if key.shape[2] != length:
+        raise ValueError(f"cu_seqlens: needs as many queries as keys, got {length} queries and {key.shape[2]} keys")
+    if value.is_cpu and not torch.compiler.is_compiling():
+        first, last = int(value[0]), int(value[-1])
+        if first < 0 or last > length or bool((value[1:] < value[:-1]).any()):
+            raise ValueError(f"cu_seqlens: expected numbers in [0, {length}] that never fall, got {value}")
+    return value
+
+
 def integer(value: object, name: str, low: int, high: int | None = None) -> int:
     """`value`, if it is an int in [low, high]."""
     if isinstance(value, bool) or not isinstance(value, int):

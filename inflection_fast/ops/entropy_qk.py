@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import checks, library
+from .qk_arguments import qk_arguments
 from .stats import AttentionStats
 
 __all__ = ["attention_entropy_qk", "attention_stats_qk"]
@@ -22,6 +23,7 @@ def attention_entropy_qk(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     rows: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """Entropy of every row of attention probabilities, in nats, from queries and keys.
 
@@ -32,7 +34,8 @@ def attention_entropy_qk(
     Returns:
         float32 ``[B, H, Q]``, or ``[B, H, R]`` with `rows`.
     """
-    return _call(query, key, attn_mask, is_causal, scale, window, softcap, sinks, rows, entropy_only=True)[0]
+    stats = _call(query, key, attn_mask, is_causal, scale, window, softcap, sinks, rows, cu_seqlens, entropy_only=True)
+    return stats[0]
 
 
 def attention_stats_qk(
@@ -46,6 +49,7 @@ def attention_stats_qk(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     rows: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> AttentionStats:
     """Statistics of every row of attention probabilities, from queries and keys.
 
@@ -75,29 +79,24 @@ def attention_stats_qk(
         ValueError: shapes, devices or head counts that do not fit, a number out of range, a mask that requires grad.
     """
     return AttentionStats(
-        *_call(query, key, attn_mask, is_causal, scale, window, softcap, sinks, rows, entropy_only=False)
+        *_call(query, key, attn_mask, is_causal, scale, window, softcap, sinks, rows, cu_seqlens, entropy_only=False)
     )
 
 
-def _call(query, key, attn_mask, is_causal, scale, window, softcap, sinks, rows, entropy_only):
-    query, key = checks.query_key(query, key)
-    batch, heads, queries, depth = query.shape
-    attn_mask = checks.attn_mask(attn_mask, (batch, heads, queries, key.shape[2]), query, "query")
+def _call(query, key, attn_mask, is_causal, scale, window, softcap, sinks, rows, cu_seqlens, entropy_only):
+    query, key, attn_mask, *numbers, rows, key_bounds = qk_arguments(
+        query, key, attn_mask, is_causal, scale, window, softcap, rows, cu_seqlens
+    )
     if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
         raise ValueError("attn_mask: requires grad, but no gradient is computed for masks; pass attn_mask.detach()")
-    checks.flag(is_causal, "is_causal")
-    scale = depth**-0.5 if scale is None else checks.finite(scale, "scale")
-    left, right = checks.window(window)
-    softcap = 0.0 if softcap is None else checks.positive(softcap, "softcap")
     sinks = None if sinks is None else checks.sinks(sinks, query).float().contiguous()  # one number per head
-    rows = None if rows is None else checks.rows(rows, queries, query).contiguous()
     return torch.ops.inflection_fast.attention_stats_qk(
-        query, key, attn_mask, is_causal, scale, left, right, softcap, sinks, rows, entropy_only
+        query, key, attn_mask, *numbers, sinks, rows, key_bounds, entropy_only
     )
 
 
 @torch.library.register_fake("inflection_fast::attention_stats_qk")
-def _(query, key, attn_mask, is_causal, scale, left, right, softcap, sinks, rows, entropy_only):
+def _(query, key, attn_mask, is_causal, scale, left, right, softcap, sinks, rows, key_bounds, entropy_only):
     shape = (*query.shape[:2], query.shape[2] if rows is None else rows.shape[0])
     full = [query.new_empty(shape, dtype=torch.float32) for _ in range(2 if entropy_only else 6)]
     return (*full, *(query.new_empty(0, dtype=torch.float32) for _ in range(6 - len(full))))
@@ -106,22 +105,22 @@ def _(query, key, attn_mask, is_causal, scale, left, right, softcap, sinks, rows
 @torch.library.register_fake("inflection_fast::attention_stats_qk_backward")
 def _(
     grad_entropy, grad_lse, grad_collision, grad_sink, entropy, lse, collision, sink,
-    query, key, attn_mask, is_causal, scale, left, right, softcap, has_sinks, rows,
+    query, key, attn_mask, is_causal, scale, left, right, softcap, has_sinks, rows, key_bounds,
 ):  # fmt: skip
     shape = (*entropy.shape, query.shape[3])
     return query.new_empty(shape, dtype=torch.float32), key.new_empty(key.shape, dtype=torch.float32)
 
 
 def setup_context(ctx, inputs, output):
-    query, key, attn_mask, *ctx.numbers, sinks, rows, ctx.entropy_only = inputs
+    query, key, attn_mask, *ctx.numbers, sinks, rows, key_bounds, ctx.entropy_only = inputs
     entropy, lse, max_logit, keys, collision, sink = output
     ctx.mark_non_differentiable(max_logit, keys)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(query, key, attn_mask, sinks, rows, entropy, lse, collision, sink)
+    ctx.save_for_backward(query, key, attn_mask, sinks, rows, key_bounds, entropy, lse, collision, sink)
 
 
 def backward(ctx, grad_entropy, grad_lse, _grad_max_logit, _grad_keys, grad_collision, grad_sink):
-    query, key, attn_mask, sinks, rows, *stats = ctx.saved_tensors
+    query, key, attn_mask, sinks, rows, key_bounds, *stats = ctx.saved_tensors
     grads = [grad_entropy, grad_lse, grad_collision, grad_sink]
     if ctx.entropy_only:
         grads[2:] = None, None
@@ -130,14 +129,14 @@ def backward(ctx, grad_entropy, grad_lse, _grad_max_logit, _grad_keys, grad_coll
     wanted = any(grad is not None for grad in grads)
     if wanted and (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]):
         grad_query, grad_key = torch.ops.inflection_fast.attention_stats_qk_backward(
-            *grads, *stats, query, key, attn_mask, *ctx.numbers, sinks is not None, rows
+            *grads, *stats, query, key, attn_mask, *ctx.numbers, sinks is not None, rows, key_bounds
         )
         if rows is not None:  # positions may repeat, and most positions were not asked for
             grad_query = grad_query.new_zeros(query.shape).index_add_(2, rows, grad_query)
         grad_query, grad_key = grad_query.to(query.dtype), grad_key.to(key.dtype)
     if wanted and ctx.needs_input_grad[8]:
         grad_sinks = sink_gradient(sinks, *grads, *stats)
-    return grad_query, grad_key, *[None] * 6, grad_sinks, None, None
+    return grad_query, grad_key, *[None] * 6, grad_sinks, None, None, None
 
 
 def sink_gradient(sinks, grad_entropy, grad_lse, grad_collision, grad_sink, entropy, lse, collision, sink):

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .stats import AttentionStats
+from .stats import AttentionColumns, AttentionStats
 
 INF = float("inf")
 
@@ -48,11 +48,12 @@ def attention_entropy_qk(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     rows: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """Entropy of every softmax row of the attention of `query` ``[B, H, Q, D]`` to `key` ``[B, Hkv, K, D]``."""
     return attention_stats_qk(
         query, key, attn_mask=attn_mask, is_causal=is_causal, scale=scale, window=window, softcap=softcap, sinks=sinks,
-        rows=rows,
+        rows=rows, cu_seqlens=cu_seqlens,
     ).entropy  # fmt: skip
 
 
@@ -67,8 +68,35 @@ def attention_stats_qk(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     rows: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> AttentionStats:
     """Statistics of every softmax row of the attention of `query` ``[B, H, Q, D]`` to `key` ``[B, Hkv, K, D]``."""
+    scores, attend = qk_scores(query, key, attn_mask, is_causal, scale, window, softcap, rows, cu_seqlens)
+    return row_stats(scores, attend, None if sinks is None else wide(sinks)[:, None, None])
+
+
+def attention_column_mass(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    window: tuple[int, int] | None = None,
+    softcap: float | None = None,
+    rows: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> AttentionColumns:
+    """Sums over the rows of the probabilities ``[B, H, Q, K]`` that `lse` ``[B, H, Q]`` makes of the scores."""
+    scores, attend = qk_scores(query, key, attn_mask, is_causal, scale, window, softcap, rows, cu_seqlens)
+    counts = attend & (scores != -INF) & (lse != -INF)[..., None]
+    p = (scores - lse[..., None]).exp().masked_fill(~counts, 0.0)
+    return AttentionColumns(p.sum(-2), p.square().sum(-2))
+
+
+def qk_scores(query, key, attn_mask, is_causal, scale, window, softcap, rows, cu_seqlens) -> tuple[Tensor, Tensor]:
+    """Scores ``[B, H, R, K]`` and which of them are attended."""
     batch, heads, queries, depth = query.shape
     kv_heads, keys = key.shape[1:3]
     rows = torch.arange(queries, device=query.device) if rows is None else rows
@@ -87,8 +115,12 @@ def attention_stats_qk(
         attend = attend & (column >= rows[:, None] - window[0])
     if window is not None and window[1] >= 0:
         attend = attend & (column <= rows[:, None] + window[1])
+    if cu_seqlens is not None:
+        sequence = (cu_seqlens[:, None] <= column).sum(0)  # numbered from 1; 0 is before the first one
+        inside = (sequence > 0) & (sequence < len(cu_seqlens))
+        attend = attend & inside & (sequence[rows][:, None] == sequence)
     scores = scores + bias
-    return row_stats(scores, attend.expand(scores.shape), None if sinks is None else wide(sinks)[:, None, None])
+    return scores, attend.expand(scores.shape)
 
 
 def linear_cka(x: Tensor, y: Tensor, *, rank: int | None = None, debiased: bool = True) -> Tensor:

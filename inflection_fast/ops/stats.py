@@ -1,4 +1,4 @@
-"""What one softmax row of attention can report."""
+"""What the rows and the columns of attention can report."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["AttentionStats"]
+__all__ = ["AttentionColumns", "AttentionStats"]
 
 
 class AttentionStats(NamedTuple):
@@ -28,3 +28,15 @@ class AttentionStats(NamedTuple):
     """Sum of squared probabilities."""
     sink: Tensor
     """Probability of key 0, or of the sink column where there is one."""
+
+
+class AttentionColumns(NamedTuple):
+    """What keys receive over the rows of attention, each float32 ``[B, H, K]``.
+
+    A key that no row attends has 0 and 0. A row that holds NaN makes the keys that it attends NaN.
+    """
+
+    mass: Tensor
+    """Sum of the probabilities that rows give to the key."""
+    squares: Tensor
+    """Sum of their squares."""

@@ -1,0 +1,146 @@
+// What every key receives: sums of probabilities and of their squares over the rows, given the log-sum-exp of each row.
+//
+// A block keeps a tile of 64 keys of one query head and goes over tiles of 64 rows, those only that can attend its keys.
+// Every lane sums for the two keys per 16 that it holds a piece of, tile by tile and without rounding loss between tiles;
+// four lanes are added once at the end. Every number has one writer, so the result is the same in every run.
+//
+// Shared memory, bf16, D = 128: keys and rows, 17 KiB each. Per score one multiply-add into the power, one 2^x, two sums.
+// Bound by the product and its operands, and, with one tile in flight, by the latency of loading it.
+//
+// A row at lse = -inf counts nothing, a score of -inf has no probability, NaN stays NaN in the columns that its row
+// attends.
+#include "qk_tiles.cuh"
+#include "row_lanes.cuh"
+
+namespace inflection {
+namespace {
+
+constexpr float kLeastPower = -127.f, kLargestPower = 127.f;  // 2^x is 0 below; beyond, lse is not that of the row
+
+// A sum and what its roundings lost.
+struct Sum {
+  float high = 0.f, low = 0.f;
+
+  __device__ __forceinline__ void add(float x) {
+    const float before = high;
+    high += x;
+    low += lost_in_sum(before, x, high);
+  }
+  // Over the lanes that share a left row.
+  __device__ __forceinline__ float over_lanes() const {
+    double total = double(high) + low;
+    for (int lanes = kLanesPerRow / 2; lanes > 0; lanes /= 2) total += __shfl_xor_sync(kAllLanes, total, lanes);
+    return static_cast<float>(total);
+  }
+};
+
+template <class S>
+__global__ void __launch_bounds__(S::kThreads)
+    columns_of_tile(AttentionColumnMassArgs args, QkForm form, int64_t key_tiles) {
+  using T = typename S::Type;
+  static_assert(S::kSub == 1);
+  struct Shared {
+    RowBounds<S::kRight> rows;
+    RowSpan span;
+    float powers[S::kRight];  // lse * log2(e) of the rows; +inf where they count nothing
+    int odd;                  // one of them has no finite log-sum-exp, or does not exist
+    alignas(kCopyBytes) T tiles[1];  // keys, then rows
+  };
+  const AttentionStatsQkArgs& forward = args.forward;
+  Shared& memory = shared<Shared>();
+  T* const keys = memory.tiles;
+  T* const queries = keys + S::kLeft * form.pitch;
+  const HeadPlace head = HeadPlace::of_query_head(forward, blockIdx.x / key_tiles);
+  const int64_t first_key = blockIdx.x % key_tiles * S::kLeft;
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int own = static_cast<int>(first_key) + warp * 16;  // the warp's first key
+
+  load_keys<T, S::kLeft, S::kThreads>(keys, forward, form, head, first_key);
+  commit_copies();
+  memory.span.template fill<S::kLeft, S::kThreads>(forward, first_key);
+  const int64_t begin = memory.span.first_packed(forward, form, S::kRight);
+  const int64_t end = keys_hidden<S::kLeft>(forward, head, first_key) ? begin : memory.span.last_packed(forward, form);
+  Sum mass[2], squares[2];
+  for (int64_t i = begin; i < end; i += S::kRight) {
+    __syncthreads();  // nobody reads the last tile any more
+    if (threadIdx.x == 0) memory.odd = 0;
+    memory.rows.template fill<S::kThreads>(forward, form, head, i);
+    if (memory.rows.lowest >= first_key + S::kLeft || memory.rows.highest <= first_key) continue;
+    for (int r = threadIdx.x; r < S::kRight; r += S::kThreads) {
+      const RowPlace row = RowPlace::of(forward, form, head, i + r);
+      const float lse = row.inside ? args.lse[row.out] : -kInf;
+      memory.powers[r] = lse == -kInf ? kInf : lse * static_cast<float>(kLog2e);
+      if (lse - lse != 0.f) atomicMax(&memory.odd, 1);
+    }
+    load_queries<T, S::kRight, S::kThreads>(queries, forward, form, head, i);
+    commit_copies();
+    wait_for_copies<0>();
+    __syncthreads();
+    if (memory.rows.lowest >= own + 16 || memory.rows.highest <= own) continue;
+    float c[1][S::kRightTiles][4];
+    multiply<S>(keys, queries, form, c);
+    const bool whole = form.plain && !memory.odd &&
+                       memory.rows.cover(static_cast<int>(first_key), static_cast<int>(first_key) + S::kLeft);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float part = 0.f, part_squares = 0.f;
+#pragma unroll
+      for (int n = 0; n < 2 * S::kRightTiles; ++n) {
+        const int r = n / 2 * 8 + lane % kLanesPerRow * 2 + n % 2;
+        const float product = c[0][n / 2][2 * h + n % 2];
+        float score = product, slope;
+        if (!whole) {
+          score_of(forward, form, memory.rows.mask[r], memory.rows.low[r], memory.rows.high[r],
+                   own + h * 8 + lane / kLanesPerRow, product, score, slope);
+        }
+        float p = at_least(fmaf(score, form.exponent, -memory.powers[r]), kLeastPower);
+        p = exp2_approx(p > kLargestPower ? kLargestPower : p);
+        if (!whole && (score == -kInf || memory.powers[r] == kInf)) p = 0.f;
+        part += p;
+        part_squares = fmaf(p, p, part_squares);
+      }
+      mass[h].add(part);
+      squares[h].add(part_squares);
+    }
+  }
+  wait_for_copies<0>();
+
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int64_t key = own + h * 8 + lane / kLanesPerRow;
+    const float total = mass[h].over_lanes(), total_squares = squares[h].over_lanes();
+    if (lane % kLanesPerRow != 0 || key >= forward.keys) continue;
+    const int64_t at = blockIdx.x / key_tiles * forward.keys + key;
+    args.mass[at] = total;
+    args.squares[at] = total_squares;
+  }
+}
+
+template <class S>
+int run(const AttentionColumnMassArgs& args, void* stream) {
+  using T = typename S::Type;
+  const AttentionStatsQkArgs& forward = args.forward;
+  QkForm form = QkForm::of(forward, false);
+  form.group = 1;
+  const int64_t key_tiles = (forward.keys + S::kLeft - 1) / S::kLeft, blocks = forward.batch * forward.heads * key_tiles;
+  if (blocks == 0) return cudaSuccess;
+  if (blocks > kMostBlocks || forward.keys > kMostKeys || forward.queries > kMostKeys) return cudaErrorInvalidValue;
+  const size_t bytes = sizeof(RowBounds<S::kRight>) + 2 * kCopyBytes + sizeof(float) * S::kRight +
+                       sizeof(T) * form.pitch * static_cast<size_t>(S::kLeft + S::kRight);
+  return launch(columns_of_tile<S>, dim3(static_cast<unsigned>(blocks)), dim3(S::kThreads), bytes, stream, args, form,
+                key_tiles);
+}
+
+}  // namespace
+
+int attention_column_mass_cuda(const AttentionColumnMassArgs& args, void* stream) {
+  switch (args.forward.dtype) {
+    case DType::f32:
+      if (args.forward.head_dim <= 256) return run<Shape<float, 1, 4, 8>>(args, stream);
+      return run<Shape<float, 1, 2, 4>>(args, stream);
+    case DType::bf16: return run<Shape<BF16, 1, 4, 8>>(args, stream);
+    default: return run<Shape<F16, 1, 4, 8>>(args, stream);
+  }
+}
+
+}  // namespace inflection

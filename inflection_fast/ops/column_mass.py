@@ -1,0 +1,75 @@
+"""Sums over the rows of attention probabilities, fused from queries, keys and the log-sum-exp of the rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .qk_arguments import qk_arguments
+from .stats import AttentionColumns
+
+__all__ = ["attention_column_mass"]
+
+
+def attention_column_mass(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    rows: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> AttentionColumns:
+    """How much attention every key receives, and how concentrated it is.
+
+    Equivalent to: ``p = (scale * query @ key.mT + mask - lse[..., None]).exp(); p.sum(-2), p.square().sum(-2)``
+
+    No matrix of scores is stored. Every number is summed by one writer in a fixed order, so the result is the same in
+    every run and for every number of threads; there is no other mode. `lse` carries the normalisation: with that of
+    ``attention_stats_qk(..., sinks=...)`` the sinks take their share and the mass adds up to less than the rows.
+    Probabilities err by the rounding of a float32 `lse`, 6e-8 of its size.
+
+    Not differentiable: inputs that require grad are read as values.
+
+    Args:
+        query: ``[B, H, Q, D]``, float32, bfloat16 or float16, any strides, D at most 512.
+        key: ``[B, Hkv, K, D]``, like `query`; H a multiple of Hkv (grouped queries).
+        lse: float32 ``[B, H, Q]``, or ``[B, H, R]`` with `rows`, as `attention_stats_qk` returns it for the same
+            options. A row at -inf counts nothing.
+        attn_mask: as in `attention_stats_qk`, and so are the options below.
+        is_causal: row i attends keys j <= i (aligned top-left).
+        scale: factor of the scores; None is ``1 / sqrt(D)``.
+        window: (left, right): row i attends keys i - left <= j <= i + right; -1 or None is no bound.
+        softcap: c > 0 makes the scores ``c * tanh(s / c)`` before the mask; None leaves them.
+        rows: int64 ``[R]``, the query positions to sum over; one that repeats counts as often. On CUDA, and under
+            torch.compile, a position outside ``[0, Q)`` counts nothing.
+        cu_seqlens: int32 or int64 ``[S + 1]``, cumulative lengths of packed sequences.
+
+    Returns:
+        `AttentionColumns`: `mass` and `squares`, each float32 ``[B, H, K]``.
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: shapes, devices or head counts that do not fit, a number out of range.
+    """
+    query, key, attn_mask, *options = qk_arguments(
+        query, key, attn_mask, is_causal, scale, window, softcap, rows, cu_seqlens
+    )
+    if checks.device_tensor(lse, "lse", query, "query").dtype != torch.float32:
+        raise TypeError(f"lse: expected dtype torch.float32, got {lse.dtype}")
+    shape = [*query.shape[:2], query.shape[2] if rows is None else rows.shape[0]]
+    if list(lse.shape) != shape:
+        raise ValueError(f"lse: expected one per row, {shape}, got {list(lse.shape)}")
+    query, key, attn_mask = (None if x is None else x.detach() for x in (query, key, attn_mask))
+    lse = lse.detach().contiguous()  # one number per row
+    return AttentionColumns(*torch.ops.inflection_fast.attention_column_mass(query, key, lse, attn_mask, *options))
+
+
+@torch.library.register_fake("inflection_fast::attention_column_mass")
+def _(query, key, lse, attn_mask, is_causal, scale, left, right, softcap, rows, key_bounds):
+    return tuple(query.new_empty((*query.shape[:2], key.shape[2]), dtype=torch.float32) for _ in range(2))
