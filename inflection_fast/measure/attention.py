@@ -25,6 +25,7 @@ __all__ = ["AttentionCall", "interfaces_of", "seeing_interfaces", "seeing_sdpa",
 
 
 _HEADS = 1  # the dimension of queries [B, H, Tq, D]
+_NOT_PACKED = "which cannot be measured; pad the batch, or measure with model.set_attn_implementation('sdpa')"
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,12 @@ class AttentionCall:
     softcap: float | None = None
     sinks: Tensor | None = None  # [H]
     logits: Tensor | None = None  # [B, H, Tq, Tk], finished scores where the caller had them; key is then unused
+    packed: Tensor | None = None  # [] bool: several sequences stand in one row; None: they do not
+
+    def refuse_packed(self) -> None:
+        """`ValueError` for packed sequences. Waits for the device to know."""
+        if self.packed is not None and bool(self.packed):
+            raise ValueError(f"attention gets packed sequences (restarting position_ids), {_NOT_PACKED}")
 
     def here(self) -> AttentionCall:
         """This rank's part of a call on DTensors, which may be sharded by heads. `ValueError` for others."""
@@ -132,11 +139,11 @@ def _interface_call(
         )
     causal = settings.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    window = None
+    window = packed = None
     if name == "eager":
         causal = False  # eager functions apply the mask that they are given, and nothing else
     elif name != "sdpa":
-        _refuse_packed(name, query, settings)
+        packed = _packing(name, query, settings)
         reach = settings.get("sliding_window")
         window = None if reach is None else (reach - 1, reach - 1)
     if mask is not None and mask.dim() == 2:
@@ -160,6 +167,7 @@ def _interface_call(
         window,
         settings.get("softcap"),
         sinks if name != "sdpa" else None,  # torch's SDPA has none
+        packed=packed,
     )
 
 
@@ -169,17 +177,15 @@ def _last_aligned(queries: int, keys: int, causal: bool, window: tuple[int, int]
     return (distance >= -left) & (distance <= (0 if causal else right))  # [Tq, Tk]
 
 
-def _refuse_packed(name: str, query: Tensor, settings: dict) -> None:
+def _packing(name: str, query: Tensor, settings: dict) -> Tensor | None:
+    """Whether several sequences stand in one row, [] bool on the device; None: they do not."""
+    if settings.get("cu_seq_lens_q") is not None:
+        raise ValueError(f"attention through {name!r} gets packed sequences (cu_seqlens), {_NOT_PACKED}")
     positions = settings.get("position_ids")
-    packed = settings.get("cu_seq_lens_q") is not None
     # Flash kernels infer packing from positions that start again, in batches of one, as tested here.
-    if not packed and positions is not None and query.shape[0] == 1 and positions.dim() == 2 and len(positions) == 1:
-        packed = bool((positions.diff() != 1).any())
-    if packed:
-        raise ValueError(
-            f"attention through {name!r} gets packed sequences (cu_seqlens or restarting position_ids), which cannot "
-            "be measured; pad the batch, or measure with model.set_attn_implementation('sdpa')"
-        )
+    if positions is None or query.shape[0] != 1 or positions.dim() != 2 or len(positions) != 1:
+        return None
+    return (positions.diff() != 1).any()
 
 
 # ---- any PyTorch model -----------------------------------------------------------------------------------------------
@@ -240,7 +246,12 @@ def _seen_multi_head(see: See, *args, **kwargs):
 
 
 def stats_of(call: AttentionCall, rows: Tensor | None) -> ops.AttentionStats:
-    """The statistics of the query rows `rows` (None: all) of a call, [B, H, R] each."""
+    """The statistics of the query rows `rows` (None: all) of a call, [B, H, R] each; NaN for packed sequences."""
+    stats = _stats_of(call, rows)
+    return stats if call.packed is None else type(stats)(*(one.masked_fill(call.packed, torch.nan) for one in stats))
+
+
+def _stats_of(call: AttentionCall, rows: Tensor | None) -> ops.AttentionStats:
     if call.logits is not None:
         return ops.attention_stats(_at(call.logits, rows).detach())
     query, mask = call.query.detach(), call.mask if call.bias is None else call.bias.detach()

@@ -67,7 +67,8 @@ class Layout:
         squares = ops.sum_of_squares([local_of(gradient) for gradient in gradients], groups).double()
         missing = -len(squares) % len(distinct)  # the last layer may have no gradient of the last weight
         squares = torch.cat([squares, squares.new_zeros(missing)]).view(-1, len(distinct))
-        return squares @ torch.tensor(distinct, dtype=torch.float64, device=squares.device)
+        # Numbers of Python's own: a tensor of weights would be a copy from the host.
+        return sum(weight * of_weight for weight, of_weight in zip(distinct, squares.unbind(1), strict=True))
 
     def weigh(self, packet: Packet, sharded_outputs: Iterable[int]) -> None:
         """Scale the local sums of a step, but for the parameters', so that they add up over the ranks.

@@ -297,7 +297,7 @@ class Monitor:
             packet["loss"].fill_(float(loss))
             packet["loss_count"].fill_(1)
         elif losses:
-            packet["loss"].copy_(torch.stack(losses).sum())
+            packet["loss"].copy_(torch.stack(losses).sum(), non_blocking=True)
             packet["loss_count"].fill_(len(losses))
 
     def clip_grad_norm_(

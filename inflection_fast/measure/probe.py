@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..blocks import Block, find_blocks
-from ..ops.cka_rows import RowSample, feature_rows
+from ..ops.cka_rows import POOLED, RowSample, feature_rows
 from .arguments import loss_of
 from .config import MonitorConfig
 from .distributed import Layout, full_of, reshard
@@ -53,6 +54,10 @@ class Probe:
         self._device = next(model.parameters()).device
         self._sample = RowSample(config.cka_rows, len(batches), config.seed)
         self._sequences: list[Tensor] = []  # per layer [N], which sequence of the probe set a row is of
+        # By batch, stack of layers and shape: which rows are kept, and of which sequence each is. The probe does not
+        # change, and to count its tokens again would wait for the device.
+        self._kept: dict[tuple, tuple[Tensor, Tensor]] = {}
+        self._orders: dict[tuple[int, ...], Tensor] = {}
         self._reference: list[Tensor] | None = None
 
     def remember(self) -> None:
@@ -138,10 +143,17 @@ class Probe:
             x, y = (torch.stack([features[layer] for layer in layers]) for features in (before, after))
             if self._config.cka_se:
                 result = ops.cka_jackknife(x, y, self._sequences[layers[0]], **options)
-                found["delta_cka"][layers], found["delta_cka_se"][layers] = result.delta, result.standard_error
+                values = {"delta_cka": result.delta, "delta_cka_se": result.standard_error}
             else:
-                found["delta_cka"][layers] = ops.delta_cka(x, y, **options)
+                values = {"delta_cka": ops.delta_cka(x, y, **options)}
+            for name, of_layers in values.items():
+                found[name].index_copy_(0, self._order_of(tuple(layers)), of_layers.to(found[name].dtype))
         return found
+
+    def _order_of(self, layers: tuple[int, ...]) -> Tensor:
+        if layers not in self._orders:
+            self._orders[layers] = torch.tensor(layers).to(self._device, non_blocking=True)
+        return self._orders[layers]
 
     # ---- one run -----------------------------------------------------------------------------------------------------
 
@@ -152,7 +164,8 @@ class Probe:
         begun = 0  # sequences of earlier batches
         with _undisturbed(self._model, self._device, autograd=taps is not None):
             for number, batch in enumerate(self._batches):
-                inputs = {k: v.to(self._device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+                there = partial(torch.Tensor.to, device=self._device, non_blocking=True)
+                inputs = {k: there(v) if isinstance(v, Tensor) else v for k, v in batch.items()}
                 with _outputs_of(self._blocks) as outputs:
                     returned = self._model(**inputs)
                 if taps is not None:
@@ -161,11 +174,12 @@ class Probe:
                 for layer in range(len(self._blocks)):
                     if layer not in outputs:
                         raise ValueError(f"probe: block {self._blocks[layer].name!r} did not run on batch {number}")
-                    tokens = token_mask(inputs, layer in self._decoders)
+                    in_decoder = layer in self._decoders
+                    tokens = token_mask(inputs, in_decoder)
                     taken = sum(len(rows) for rows in kept[layer])
                     output = full_of(outputs.pop(layer).detach())
                     size = len(output)
-                    rows, of = self._rows_of(output, tokens, number, taken)
+                    rows, of = self._rows_of(output, tokens, number, taken, in_decoder)
                     kept[layer].append(rows)
                     sequences[layer].append(begun + of)
                 begun += size
@@ -187,20 +201,39 @@ class Probe:
                 f"{need} bytes, {self._device} has {have}; ask for fewer rows"
             )
 
-    def _rows_of(self, output: Tensor, tokens: Tensor | None, number: int, taken: int) -> tuple[Tensor, Tensor]:
+    def _rows_of(
+        self, output: Tensor, tokens: Tensor | None, number: int, taken: int, in_decoder: bool
+    ) -> tuple[Tensor, Tensor]:
         """The rows of one output [B, T, D] that are kept, [n, D], when `taken` rows of earlier batches are.
 
         And which sequence of the batch each is of. Layers of one stack come here with the same rows and keep the same.
         """
         if output.dim() != 3:
             raise ValueError(f"probe: expected block outputs [B, T, D], got shape {tuple(output.shape)}")
+        pooling = self._config.cka_pooling
         tokens = None if tokens is None or tokens.shape != output.shape[:2] else tokens.to(output.device).bool()
-        rows, sequences = feature_rows(output, tokens, self._config.cka_pooling)
-        keep = self._sample.keep(number, len(rows), taken)
+        key = (number, in_decoder, output.shape[:2])
+        if key not in self._kept:
+            self._kept[key] = self._places_of(output, tokens, number, taken)
+        places, sequences = self._kept[key]
+        if pooling == "mean":
+            tokens = torch.ones(output.shape[:2], dtype=torch.bool, device=output.device) if tokens is None else tokens
+            rows = POOLED["mean"](output, tokens)  # one row per sequence
+        else:
+            rows = output.flatten(0, 1)
+        return rows.index_select(0, places.to(rows.device)), sequences.to(rows.device)
+
+    def _places_of(self, output: Tensor, tokens: Tensor | None, number: int, taken: int) -> tuple[Tensor, Tensor]:
+        """Which rows of all positions, or with "mean" of all sequences, are kept; and the sequence of each."""
+        pooling = self._config.cka_pooling
+        positions = torch.arange(output.shape[0] * output.shape[1], device=output.device).view(*output.shape[:2], 1)
+        rows, sequences = feature_rows(positions, tokens, pooling)
+        places = sequences if pooling == "mean" else rows[:, 0]
+        keep = self._sample.keep(number, len(places), taken)
         if keep is None:
-            return rows, sequences
-        keep = keep.to(rows.device)
-        return rows[keep], sequences[keep]
+            return places, sequences
+        keep = keep.to(places.device)
+        return places[keep], sequences[keep]
 
 
 def _backward_to(outputs: Iterable[Tensor], loss: Tensor | None) -> None:

@@ -34,7 +34,7 @@ class RowSampler:
         self._rows, self._seed, self._device = rows, seed, device
         self.share = (0, 1)
         self._generator = torch.Generator()
-        self._shapes: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # what does not depend on the draw
+        self._shapes: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # what does not depend on the draw, by length
 
     def begin(self, step: int) -> None:
         """Start the draws of one step, whatever was drawn before: a resumed run samples the same rows."""
@@ -45,16 +45,26 @@ class RowSampler:
         if self._rows is None or length <= self._rows:
             ones = torch.ones(length, dtype=torch.float64, device=self._device)
             return Strata(None, ones, ones[:0])
-        if length not in self._shapes:
-            starts, sizes = _strata(length, self._rows)
-            weights = _difference_weights(sizes)
-            self._shapes[length] = (starts, sizes.to(self._device), weights.to(self._device))
-        starts, sizes, weights = self._shapes[length]
+        starts, sizes, weights = self._shape_of(length)
         ends = torch.cat([starts[1:], starts.new_tensor([length])])
         own, samplers = self.share
         draws = torch.rand(samplers, self._rows, generator=self._generator, dtype=torch.float64)
         offsets = draws[own] * (ends - starts)
-        return Strata((starts + offsets.long()).to(self._device, non_blocking=True), sizes, weights)
+        return Strata(self._there(starts + offsets.long()), sizes, weights)
+
+    def _shape_of(self, length: int) -> tuple[Tensor, Tensor, Tensor]:
+        if length not in self._shapes:
+            if len(self._shapes) == MOST_LENGTHS:
+                del self._shapes[next(iter(self._shapes))]  # the oldest
+            starts, sizes = _strata(length, self._rows)
+            self._shapes[length] = (starts, self._there(sizes), self._there(_difference_weights(sizes)))
+        return self._shapes[length]
+
+    def _there(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._device, non_blocking=True)  # else the host would wait for all that the device has to do
+
+
+MOST_LENGTHS = 32  # of sequences, of which the strata are kept: batches may all be of different lengths
 
 
 # Knuth's multiplier scatters the steps over the 32 bits that torch's generator on the CPU takes of a seed.

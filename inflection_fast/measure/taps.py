@@ -241,7 +241,7 @@ class Taps:
     def _see(self, module: nn.Module | None, call: AttentionCall) -> None:
         if self._current is not None:
             started = perf_counter()
-            self._attention.see(self._current, self._layer, module, call)
+            self._attention.see(self._current, self._layer, module, call, may_wait=not self.forgives)
             self.seconds += perf_counter() - started
 
     def allocate(self, heads: int) -> None:

@@ -1,0 +1,63 @@
+"""What would make the host wait for a device: numbers read, tensors of unknown size, copies of lists from the host."""
+
+from collections import Counter
+
+import pytest
+import torch
+from test_monitor import loss_of
+from tiny_models import CASES, model_and_batch, one_thread  # noqa: F401
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from inflection_fast.measure import Monitor, MonitorConfig
+from inflection_fast.measure.config import SIGNALS
+
+WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim")
+
+
+class Waits(TorchDispatchMode):
+    """Counts operators after which the host knows a number of the device, or for which it hands one over."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        if name in WAITING or (name.startswith("index") and self._by_mask(args)):
+            self.found[name] += 1
+        elif name == "lift_fresh":  # torch.tensor([...])
+            self.found[name] += 1
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def _by_mask(args):
+        indices = args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else ()
+        return any(isinstance(index, torch.Tensor) and index.dtype == torch.bool for index in indices)
+
+
+def waits(model, batch, config, **options):
+    """Of the third step, which is a measured one if `config` says so, and is none of the first."""
+    with Monitor(model, config, **options) as monitor:
+        for _ in range(3):
+            counted = Waits()
+            with counted:
+                loss_of(model(**batch)).backward()
+                monitor.step()
+            model.zero_grad()
+    return counted.found
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5", "hand-written"])
+@pytest.mark.parametrize("probe", [False, True])
+def test_a_measured_step_reads_no_number_of_the_device_and_hands_none_over(name, probe):
+    model, batch = model_and_batch(name)
+    signals = (*SIGNALS,) if probe else SIGNALS[:3]
+    options = {"probe": [batch]} if probe else {}
+    alone = waits(model, batch, MonitorConfig(every=100, rows=None, signals=SIGNALS[:3]))
+    if probe:  # the forward of the probe is the model's own, and random generators are set back by copies on the host
+        once = Waits()
+        with once, torch.no_grad():
+            model(**batch)
+        alone = alone + once.found
+    found = waits(model, batch, MonitorConfig(every=1, rows=None, signals=signals), **options)
+    assert found - alone == Counter()
