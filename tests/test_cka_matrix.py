@@ -138,6 +138,23 @@ def test_constant_and_broken_layers_are_nan_alone(method):
 
 
 @pytest.mark.parametrize("method", ["exact", "banded", "minibatch"])
+def test_constant_layers_are_nan_whatever_the_constant(method):
+    x = (10 * torch.randn(40, 1, 5)).repeat(1, 122, 1)  # a float32 mean of equal numbers is not quite that number
+    assert cka_matrix(x, method=method, tile=61).isnan().all()
+
+
+@pytest.mark.parametrize("two", [False, True], ids=["one model", "two"])
+def test_millions_of_products_add_up_no_rounding(two):
+    signs = torch.randn(2048, 1).sign() * torch.where(torch.arange(2048)[:, None] % 64 == 0, 8.0, 1.0)
+    flipped = torch.where(torch.rand(2048, 1) < 0.3, -signs, signs) + 0.2 * torch.randn(
+        2048, 1
+    )  # few sizes of products
+    x = torch.stack([signs, flipped])
+    got = cka_matrix(x, x.flip(0) if two else None, tile=2048)  # 2^22 of them at a time
+    assert (got - truth(x, x.flip(0) if two else x)).abs().max() <= 1e-7
+
+
+@pytest.mark.parametrize("method", ["exact", "banded", "minibatch"])
 def test_layers_with_equal_features_are_1_and_not_missing(method):
     x = features(layers=4, offset=1000.0)
     x[2] = x[0]

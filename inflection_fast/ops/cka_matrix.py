@@ -17,7 +17,9 @@ BLOCK = 4  # tiles of rows that are held while the tiles after them pass by
 MEAN_ROUNDING = (
     2**-16
 )  # relative, of a float32 mean: 100 times its unit, which covers sums in blocks of any number of rows
-RUN = 1 << 15  # products that are summed in float32: their errors grow with that, and the calls get fewer
+RUN = (
+    1 << 9
+)  # products that are summed in float32; equal ones all round the same way, and 1 << 15 of them erred by 4e-5
 
 
 def cka_matrix(
@@ -226,11 +228,15 @@ def take_diagonal(gram: Tensor) -> Tensor:
 
 def inner(grams: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """Inner products ``[L, L2]`` of the matrices of one model, or of two, and of each with itself; float64."""
-    sides = [gram.flatten(1).split(RUN, 1) for gram in grams]
-    cross = sum((a @ b.mT).double() for a, b in zip(sides[0], sides[-1], strict=True))
+    sides = [gram.flatten(1) for gram in grams]
+    runs = sides[0].shape[1] // RUN * RUN
+    pieces = [[side[:, :runs].unflatten(1, (-1, RUN)).transpose(0, 1) for side in sides]] if runs else []
+    pieces += [[side[None, :, runs:] for side in sides]]  # what is left, less than a run
+    cross = sum((piece[0] @ piece[-1].mT).sum(0, dtype=torch.float64) for piece in pieces)
     if len(sides) == 1:
         return cross, [cross.diagonal()]
-    return cross, [sum(run.square().sum(1, dtype=torch.float64) for run in side) for side in sides]
+    own = [sum(piece[i].square().sum(2).sum(0, dtype=torch.float64) for piece in pieces) for i in (0, 1)]
+    return cross, own
 
 
 def neighbours(i: int, count: int, band: int) -> list[int]:
@@ -243,24 +249,46 @@ def neighbours(i: int, count: int, band: int) -> list[int]:
     return found
 
 
-def near_mean(rows: Tensor) -> Tensor:
+def near_mean(rows: Tensor, out: Tensor) -> Tensor:
     """Rows ``[L, n, D]`` less something near their mean, which is all that HSIC_1 needs: it centres them itself.
 
     A float32 mean of equal numbers need not be that number; there the first row is taken, so that a constant leaves 0.
     """
     mean, first = rows.mean(1, keepdim=True), rows[:, :1]
-    return rows - torch.where((mean - first).abs() <= MEAN_ROUNDING * first.abs(), first, mean)
+    return torch.sub(rows, torch.where((mean - first).abs() <= MEAN_ROUNDING * first.abs(), first, mean), out=out)
 
 
 def minibatches(sides: list[Tensor], tile: int) -> tuple[Tensor, Tensor, Tensor]:
     """Sums over batches of HSIC_1, each of a batch by itself."""
-    total = [0.0, 0.0, 0.0]
+    total, room = [0.0, 0.0, 0.0], []
     for part in parts(sides[0].shape[1], tile):
         n = part.stop - part.start
-        batch = [near_mean(side[:, part].float()) for side in sides]
-        grams = [side @ side.mT for side in batch]
-        for gram in grams:
-            take_diagonal(gram)
-        terms = debias(*inner(grams), [gram.sum(2).double() for gram in grams])
+        even = n + n % 2  # a row of zeros adds nothing
+        if not room or room[0].shape[1] != even:
+            room = [side.new_zeros((len(side), even, side.shape[2]), dtype=torch.float32) for side in sides]
+        for side, out in zip(sides, room, strict=True):
+            near_mean(side[:, part].float(), out[:, :n])
+        cross, own, sums = without_diagonal(room)
+        terms = debias(cross, own, [side[:, :n] for side in sums])
         total = [one + term / (n * (n - 3)) for one, term in zip(total, terms, strict=True)]
     return tuple(total)
+
+
+def without_diagonal(batch: list[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Of the Gram matrices of rows ``[L, n, D]``, n even: inner products, as `inner`, and sums of their rows ``[L, n]``.
+
+    In halves of the rows: of the four products one is the mirror image of another and left out.
+    """
+    half = batch[0].shape[1] // 2
+    halves = [rows.view(2 * len(rows), half, -1) for rows in batch]
+    own = [rows @ rows.mT for rows in halves]
+    beside = [rows[:, :half] @ rows[:, half:].mT for rows in batch]
+    for gram in own:
+        take_diagonal(gram)
+    sums = [
+        (a.sum(2).view(len(b), 2, half) + torch.stack([b.sum(2), b.sum(1)], 1)).flatten(1).double()
+        for a, b in zip(own, beside, strict=True)
+    ]
+    cross, squares = inner([gram.view(len(rows), -1) for gram, rows in zip(own, batch, strict=True)])
+    twice, more = inner(beside)
+    return cross + 2 * twice, [a + 2 * b for a, b in zip(squares, more, strict=True)], sums
