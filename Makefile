@@ -77,6 +77,7 @@ kernels:
 # With the CUDA library, which needs nvcc and a quarter of an hour, but no GPU and no CUDA build of torch.
 wheel: $(READY)
 	INFLECTION_CUDA=1 $(PY) setup.py --quiet bdist_wheel
+	git describe --always --dirty > dist/commit.txt
 
 bench: build
 	$(PY) -m pytest benchmarks

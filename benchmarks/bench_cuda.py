@@ -8,7 +8,15 @@ from cases import extra_bytes, race
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from inflection_fast import attention_entropy, attention_entropy_qk, attention_stats_qk, sum_of_squares
+from inflection_fast import (
+    CkaState,
+    attention_entropy,
+    attention_entropy_qk,
+    attention_stats_qk,
+    linear_cka,
+    sum_of_squares,
+)
+from inflection_fast.ops import reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 race = functools.partial(race, device="cuda", rounds=9)
@@ -130,7 +138,20 @@ def attention_rivals(query, key, value, causal):
     backends = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
     backends["efficient"] = SDPBackend.EFFICIENT_ATTENTION
     rivals = {f"SDPA {name}": functools.partial(fused, backend) for name, backend in backends.items()}
-    return {**rivals, "V := K identity": identity}
+    rivals["V := K identity"] = identity
+    if query.shape[-1] == SHAPE[-1]:  # it takes a while to compile
+        rivals["FlexAttention, lse and max"] = flex_attention_with_statistics(query, key, value, causal)
+    return rivals
+
+
+def flex_attention_with_statistics(query, key, value, causal):
+    """Compiled FlexAttention that also returns the log-sum-exp and the largest score of every row."""
+    from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
+
+    compiled, length = torch.compile(flex_attention), query.shape[-2]
+    mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, length, length, query.device) if causal else None
+    wanted = AuxRequest(lse=True, max_scores=True)
+    return lambda: compiled(query, key, value, block_mask=mask, return_aux=wanted)
 
 
 def works(call):
@@ -203,6 +224,80 @@ def bench_gradient_of_entropy_from_q_and_k(benchmark):
 
     name = "entropy and its gradient from Q, K, bfloat16, causal, B2 H32 T4096 D128"
     race(benchmark, name, {"ours": ours, "SDPA and its gradient": attention})
+
+
+def biased_cka(x, y):
+    """What one would write: three products of centred features in their own dtype."""
+    u, v = x - x.mean(-2, keepdim=True), y - y.mean(-2, keepdim=True)
+    cross, own_u, own_v = ((a.mT @ b).float().square().sum((-2, -1)) for a, b in ((u, v), (u, u), (v, v)))
+    return cross / (own_u * own_v).sqrt()
+
+
+def features(layers, rows, dim, dtype, device="cuda"):
+    """Both sides of a change; some columns have a mean, one row is long."""
+    x = torch.randn(layers, rows, dim, device=device) + torch.randn(dim, device=device).exp()
+    x[:, 0] *= 100
+    y = x + torch.randn_like(x)
+    return x.to(dtype), y.to(dtype)
+
+
+def cka_rivals(x, y):
+    return {
+        "ours": lambda: linear_cka(x, y),
+        "torch, biased, layer by layer": lambda: [biased_cka(a, b) for a, b in zip(x, y, strict=True)],
+        "torch, biased, batched": lambda: biased_cka(x, y),
+    }
+
+
+def bench_cka(benchmark):
+    L, D, N = 32, 4096, 8192
+    x, y = features(L, N, D, BF16)
+    both = torch.cat([x[:1], y[:1]], -1)  # a product with it takes as many operations as half of the symmetric matrix
+    product = f"matrix products of as many operations, {L} times"
+    rivals = {**cka_rivals(x, y), product: lambda: [x[0].mT @ both[0] for _ in range(L)]}
+    truth = reference.linear_cka(x[0].double(), y[0].double()).item()
+    flops = L * N * (2 * D) * (2 * D + 1)
+    race(
+        benchmark,
+        f"debiased CKA, bfloat16, L{L} N{N} D{D}",
+        rivals,
+        goals={product: 0.6},
+        extra=lambda median: {
+            "of matrix rate": flops / (median["ours"] / 1e3) / card()["matrix"],
+            "matrix TFLOP/s": card()["matrix"] / 1e12,
+            "error": abs(linear_cka(x[:1], y[:1]).item() - truth),
+        },
+    )
+
+
+def bench_cka_in_float32(benchmark):
+    x, y = features(12, 4096, 768, torch.float32)
+    race(benchmark, "debiased CKA, float32, L12 N4096 D768", cka_rivals(x, y))
+
+
+def bench_cka_of_one_batch(benchmark):
+    x, y = features(32, 512, 4096, BF16)
+    state = CkaState(32, 4096, device="cuda")
+    state.push(x, y)
+    rivals = {"ours": lambda: state.push(x, y), "torch, biased, batched": lambda: biased_cka(x, y)}
+    sums = 2 * state.gram.nbytes
+    race(benchmark, "CkaState.push, bfloat16, L32 N512 D4096", rivals, extra=of_copy(sums + x.nbytes + y.nbytes))
+
+
+def bench_sums_of_squares_of_many_small_tensors(benchmark):
+    tensors = [torch.randn(4096, device="cuda") for _ in range(2000)]
+    groups, scale = [i // 62 for i in range(2000)], torch.full((), 2.0**-16, device="cuda")
+
+    def by_torch():
+        norms = torch.stack(torch._foreach_norm(tensors)) * scale
+        return torch.zeros(33, device="cuda").index_add_(0, index, norms.square())
+
+    index = torch.tensor(groups, device="cuda")
+    race(
+        benchmark,
+        "sums of squares, scaled, float32, 2000 tensors of 4096 in 33 groups",
+        {"ours": lambda: sum_of_squares(tensors, groups, inv_scale=scale), "torch._foreach_norm, index_add_": by_torch},
+    )
 
 
 def bench_sum_of_squares(benchmark):

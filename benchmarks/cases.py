@@ -110,7 +110,10 @@ def results_path(device: str = "cpu") -> Path:
 def machine(device: str = "cpu") -> dict:
     """What the numbers were measured on."""
     if device == "cuda":
-        return {"name": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "torch": torch.__version__}
+        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        drivers = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()
+        versions = {"driver": drivers[0], "cuda": torch.version.cuda, "torch": torch.__version__}
+        return {"name": torch.cuda.get_device_name(), **versions}
     from inflection_fast import build_info
 
     info = Path("/proc/cpuinfo")
@@ -174,5 +177,8 @@ def _store(name: str, record: dict, device: str) -> None:
 
 
 def _commit() -> str:
+    stamp = RESULTS.parent / "commit.txt"  # left by gpu.sh, whose copy is no repository
+    if stamp.exists():
+        return stamp.read_text().strip()
     asked = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"]
     return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()

@@ -33,7 +33,9 @@ struct SumOfSquaresArgs {
   const int64_t* first_chunk;  // [count + 1], running number of kSquaresChunk-sized work items; the last is their total
   int64_t count;
   int64_t groups;
+  const float* inv_scale;      // the sums are multiplied by its square; null: by 1
   double* partial;             // [chunks], scratch: one sum per work item, so that the result does not depend on threads
+  double* totals;              // [groups], scratch of the GPU
   // outputs
   float* out;                  // [groups]
 };

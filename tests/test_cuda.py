@@ -6,7 +6,15 @@ The values for small and odd shapes are those of the other test files, run with 
 import pytest
 import torch
 
-from inflection_fast import attention_entropy, attention_entropy_qk, attention_stats, attention_stats_qk, sum_of_squares
+from inflection_fast import (
+    CkaState,
+    attention_entropy,
+    attention_entropy_qk,
+    attention_stats,
+    attention_stats_qk,
+    linear_cka,
+    sum_of_squares,
+)
 from inflection_fast.ops import build_info, reference
 
 pytestmark = [
@@ -30,8 +38,27 @@ def everything(device="cuda"):
     from_logits = attention_stats(logits, is_causal=True)
     loss = qk.entropy.sum() + qk.sink.sum() + from_logits.entropy.sum() + from_logits.collision.sum()
     gradients = torch.autograd.grad(loss, (query, key, logits))
-    squares = sum_of_squares([*gradients, query.detach()], [0, 1, 2, 0])
-    return [*(x.detach() for x in (*qk, *from_logits)), *gradients, squares]
+    scale = torch.full((), 0.5, device=device)
+    squares = sum_of_squares([*gradients, query.detach()], [0, 1, 2, 0], inv_scale=scale)
+    ckas = [cka(dtype, device) for dtype in DTYPES]
+    return [*(x.detach() for x in (*qk, *from_logits)), *gradients, squares, *ckas]
+
+
+def sides(layers, rows, dim, dtype=torch.float32, device="cuda", offset=0.0):
+    """Features of both sides of a change, one row of each layer long."""
+    generator = torch.Generator(device).manual_seed(4)
+    x, noise = (torch.randn(layers, rows, dim, generator=generator, device=device) for _ in range(2))
+    x[:, 3] *= 50
+    return (x + offset).to(dtype), (x + noise - offset).to(dtype)
+
+
+def cka(dtype, device="cuda"):
+    """linear_cka, and the same rows streamed with a mask, of several layers."""
+    x, y = sides(3, 400, 70, dtype, device)
+    state = CkaState(3, 70, device=device)
+    state.push(x[:, :300], y[:, :300], torch.arange(300, device=device) % 3 > 0)
+    state.push(x[:, 300:], y[:, 300:])
+    return torch.cat([linear_cka(x, y), state.value()])
 
 
 def assert_same(ours, theirs):
@@ -53,20 +80,24 @@ def test_nothing_synchronises_and_nothing_differs_between_runs():
 
 def test_a_graph_replays_every_operator_on_new_numbers():
     query, key = pair()
-    logits = torch.randn(4, 50, 1100, device="cuda")
+    logits, scale = torch.randn(4, 50, 1100, device="cuda"), torch.ones(1, device="cuda")
+    rows = [sides(2, 300, 40, dtype) for dtype in DTYPES]
 
     def step():
         return (
             attention_entropy_qk(query, key, is_causal=True),
             attention_entropy(logits),
-            sum_of_squares([logits], [0]),
+            sum_of_squares([logits], [0], inv_scale=scale),
+            *(linear_cka(x, y) for x, y in rows),
         )
 
     step()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()
-    query.mul_(2), logits.add_(torch.randn_like(logits))
+    query.mul_(2), logits.add_(torch.randn_like(logits)), scale.fill_(0.5)
+    for x, _ in rows:
+        x.add_(torch.randn_like(x))
     graph.replay()
     torch.cuda.synchronize()
     assert_same(captured, step())
@@ -130,6 +161,17 @@ def test_entropy_of_long_rows_of_logits_errs_by_two_millionths_at_most(dtype, co
         logits = (torch.randn(2, 3, 500, columns, device="cuda") * temper).to(dtype)
         truth = reference.attention_entropy(logits.double())
         assert (attention_entropy(logits).double() - truth).abs().max() <= 2e-6
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0, 3.0, 1000.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cka_of_many_rows_and_columns_errs_within_its_limit(dtype, offset):
+    limit = 1e-6 if dtype == torch.float32 else 1e-4
+    for rows, dim in ((5000, 300), (200, 2000), (9000, 64)):
+        x, y = sides(2, rows, dim, dtype, offset=offset)
+        for debiased in (True, False):
+            truth = reference.linear_cka(x.double(), y.double(), debiased=debiased)
+            assert (linear_cka(x, y, debiased=debiased) - truth).abs().max() <= limit
 
 
 def test_memory_beyond_the_result_is_none():

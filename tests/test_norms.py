@@ -43,6 +43,37 @@ def test_groups_mix_dtypes_and_layouts(isa):
     assert ours.shape == (4,) and ours[2] == 0
 
 
+@pytest.mark.parametrize("scale", [torch.tensor(2.0**-16), torch.tensor([3e-4]), torch.tensor([[7.0]])], ids=str)
+def test_sums_are_scaled_before_they_are_rounded(isa, scale):
+    xs, groups = [torch.randn(300), torch.full((20_000,), 1e17), torch.randn(7, 9).bfloat16()], [2, 0, 2]
+    ours = sum_of_squares(xs, groups, inv_scale=scale)
+    truth = reference.sum_of_squares(xs, groups, inv_scale=scale)
+    assert torch.allclose(ours, truth, rtol=2**-23, atol=0)
+    assert ours[1] == 0 and not torch.allclose(ours, sum_of_squares(xs, groups), rtol=1e-3, atol=0)
+
+
+def test_gradients_of_a_scaled_loss_do_not_overflow(isa):
+    gradients = [torch.full((64,), 1e15) * 65536, torch.full((3,), 1e-25) * 65536]
+    assert sum_of_squares(gradients, [0, 1])[0].isinf()
+    ours = sum_of_squares(gradients, [0, 1], inv_scale=torch.tensor(1 / 65536))
+    assert torch.allclose(ours, torch.tensor([64e30, 0.0]), rtol=1e-6, atol=1e-45)
+
+
+def test_the_scale_is_read_when_the_sums_are_taken():
+    x, scale = torch.ones(5), torch.tensor([1.0, 2.0])[1:]
+    assert sum_of_squares([x], [0], inv_scale=scale).item() == 20
+    scale.fill_(3.0)
+    assert sum_of_squares([x], [0], inv_scale=scale).item() == 45
+    assert sum_of_squares([x], [0], inv_scale=torch.tensor(torch.nan)).isnan()
+
+
+def test_more_tensors_than_one_launch_takes_are_rounded_once(isa):
+    xs = [torch.full((1,), 4096.0), *(torch.ones(1) for _ in range(2500))]  # 2^24, which lost every 1 in float32
+    assert sum_of_squares(xs, [0] * 2501).item() == 2**24 + 2500
+    scaled = sum_of_squares(xs, [0] * 2501, inv_scale=torch.tensor(0.5))
+    assert scaled.item() == 2**22 + 625
+
+
 def test_poison_shows_in_its_group_only(isa):
     xs = [torch.randn(30), torch.tensor([1.0, float("nan")]), torch.tensor([float("inf"), 1.0])]
     ours = sum_of_squares(xs, [0, 1, 2])
@@ -79,5 +110,23 @@ def test_bad_input_is_refused_by_name(case):
         sum_of_squares(xs, groups)
 
 
+ONE = [torch.zeros(2)]
+BAD_SCALES = {
+    "a number": (TypeError, 0.5),
+    "float64": (TypeError, torch.tensor(0.5).double()),
+    "two": (ValueError, torch.ones(2)),
+    "none": (ValueError, torch.ones(0)),
+    "elsewhere": (ValueError, torch.ones(1, device="meta")),
+}
+
+
+@pytest.mark.parametrize("error, scale", BAD_SCALES.values(), ids=BAD_SCALES)
+def test_a_scale_that_is_not_one_float32_beside_the_tensors_is_refused(error, scale):
+    with pytest.raises(error, match="inv_scale"):
+        sum_of_squares(ONE, [0], inv_scale=scale)
+
+
 def test_opcheck():
+    xs = [torch.randn(3), torch.randn(4, 5)]
+    torch.library.opcheck(torch.ops.inflection_fast.sum_of_squares, (xs, [0, 1], 2, torch.tensor(0.5)))
     torch.library.opcheck(torch.ops.inflection_fast.sum_of_squares, ([torch.randn(3), torch.randn(4, 5)], [0, 1], 2))

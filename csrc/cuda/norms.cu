@@ -105,9 +105,11 @@ struct Groups {
   int32_t count;
 };
 
-// One warp per group: its chunks, added in an order that depends on nothing but their number.
+// One warp per group: its chunks, added in an order that depends on nothing but their number, to those of the launches
+// before; the last one scales and rounds.
 __global__ void __launch_bounds__(kMergeThreads)
-    merge_groups(Groups groups, const double* partial, bool first, float* out /* [groups] */) {
+    merge_groups(Groups groups, const double* partial, double* totals /* [groups] */, bool first, bool last,
+                 const float* inv_scale, float* out /* [groups] */) {
   double total = 0.0;
   for (int i = 0; i < groups.count; ++i) {
     if (groups.group[i] != static_cast<int>(blockIdx.x)) continue;
@@ -115,7 +117,11 @@ __global__ void __launch_bounds__(kMergeThreads)
       total += partial[chunk];
   }
   total = warp_sum(total);
-  if (threadIdx.x == 0) out[blockIdx.x] = static_cast<float>(first ? total : total + out[blockIdx.x]);
+  if (threadIdx.x != 0) return;
+  if (!first) total += totals[blockIdx.x];
+  totals[blockIdx.x] = total;
+  const double inverse = inv_scale ? *inv_scale : 1.0;
+  if (last) out[blockIdx.x] = static_cast<float>(total * (inverse * inverse));
 }
 
 bool in_one_piece(const Operand& op) { return op.dims == 1 && op.strides[0] == 1; }
@@ -167,7 +173,8 @@ int sum_of_squares_merge_cuda(const SumOfSquaresArgs& args, void* stream) {
     groups.count = static_cast<int32_t>(end - begin);
     groups.first_chunk[groups.count] = static_cast<int32_t>(args.first_chunk[end] - first);
     const int error = launch(merge_groups, dim3(args.groups), dim3(kMergeThreads), 0, stream, groups,
-                             static_cast<const double*>(args.partial + first), begin == 0, args.out);
+                             static_cast<const double*>(args.partial + first), args.totals, begin == 0,
+                             end == args.count, args.inv_scale, args.out);
     if (error) return error;
   }
   return cudaSuccess;

@@ -29,7 +29,18 @@ Operand operand_of(const Tensor& tensor, int32_t group) {
   return op;
 }
 
-Tensor sum_of_squares(std::vector<Tensor> tensors, std::vector<int64_t> groups, int64_t num_groups) {
+// One float32 on the device of the tensors, read there; null without one.
+const float* scale_of(const std::optional<Tensor>& inv_scale, const Tensor& like) {
+  if (!inv_scale.has_value()) return nullptr;
+  check_device(*inv_scale, "inv_scale");
+  STD_TORCH_CHECK(inv_scale->scalar_type() == ScalarType::Float && inv_scale->numel() == 1 &&
+                      inv_scale->get_device() == like.get_device(),
+                  "inv_scale: expected one float32 on the device of the tensors");
+  return static_cast<const float*>(inv_scale->const_data_ptr());
+}
+
+Tensor sum_of_squares(std::vector<Tensor> tensors, std::vector<int64_t> groups, int64_t num_groups,
+                      std::optional<Tensor> inv_scale) {
   STD_TORCH_CHECK(tensors.size() == groups.size() && !tensors.empty(), "tensors and groups: need equally many, at least one");
   std::vector<Operand> operands;
   std::vector<int64_t> first_chunk{0};
@@ -41,11 +52,12 @@ Tensor sum_of_squares(std::vector<Tensor> tensors, std::vector<int64_t> groups, 
     first_chunk.push_back(first_chunk.back() + (operands.back().numel + kSquaresChunk - 1) / kSquaresChunk);
   }
   const int64_t chunks = first_chunk.back();
-  const int64_t partial_size[] = {std::max<int64_t>(chunks, 1)};
+  const int64_t partial_size[] = {chunks + num_groups};
   Tensor partial = torch::stable::new_empty(tensors[0], {partial_size, 1}, ScalarType::Double);
   Tensor out = new_float(tensors[0], {num_groups});
   const SumOfSquaresArgs args{operands.data(), first_chunk.data(), static_cast<int64_t>(operands.size()), num_groups,
-                              static_cast<double*>(partial.data_ptr()), static_cast<float*>(out.data_ptr())};
+                              scale_of(inv_scale, tensors[0]), static_cast<double*>(partial.data_ptr()),
+                              static_cast<double*>(partial.data_ptr()) + chunks, static_cast<float*>(out.data_ptr())};
   INFLECTION_RUN(sum_of_squares, args, tensors[0], chunks, 4);
   INFLECTION_RUN(sum_of_squares_merge, args, tensors[0], num_groups, 64);
   return out;

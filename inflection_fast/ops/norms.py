@@ -14,10 +14,11 @@ __all__ = ["sum_of_squares"]
 MAX_GROUP = 2**31 - 1
 
 
-def sum_of_squares(tensors: Sequence[Tensor], groups: Sequence[int]) -> Tensor:
+def sum_of_squares(tensors: Sequence[Tensor], groups: Sequence[int], *, inv_scale: Tensor | None = None) -> Tensor:
     """Sum of squares of many tensors, one value per group.
 
-    Equivalent to: ``out[g] = sum((t.double() ** 2).sum() for t, group in zip(tensors, groups) if group == g)``
+    Equivalent to: ``out[g] = sum(((t.double() * inv_scale) ** 2).sum() for t, group in zip(tensors, groups) if
+    group == g)``
 
     Accumulates in float64 and rounds once; deterministic for any number of threads. Not differentiable: inputs are
     read as values.
@@ -25,13 +26,16 @@ def sum_of_squares(tensors: Sequence[Tensor], groups: Sequence[int]) -> Tensor:
     Args:
         tensors: any shapes and strides, float32, bfloat16 or float16 (mixed), on one device; at least one.
         groups: the group of each tensor, integers >= 0.
+        inv_scale: float32, one element, on the device of the tensors and read there, without waiting for it: the sums
+            are multiplied by its square in float64, before they are rounded. ``1 / loss_scale``, for gradients of a
+            scaled loss. None: 1.
 
     Returns:
         float32 ``[max(groups) + 1]``; a group without tensors is 0; NaN or inf where an element is.
 
     Raises:
-        TypeError: an element of `tensors` is no tensor of these dtypes, or a group is no integer.
-        ValueError: lengths differ, no tensors, a negative group, or several devices.
+        TypeError: an element of `tensors` is no tensor of these dtypes, a group no integer, or `inv_scale` not float32.
+        ValueError: lengths differ, no tensors, a negative group, several devices, or several elements of `inv_scale`.
     """
     tensors, groups = list(tensors), list(groups)
     if len(tensors) != len(groups):
@@ -46,10 +50,15 @@ def sum_of_squares(tensors: Sequence[Tensor], groups: Sequence[int]) -> Tensor:
             raise TypeError(f"groups[{i}]: expected an int, got {type(group).__name__}")
         if not 0 <= group <= MAX_GROUP:
             raise ValueError(f"groups[{i}]: expected a group in [0, {MAX_GROUP}], got {group}")
+    if inv_scale is not None:
+        if checks.device_tensor(inv_scale, "inv_scale", tensors[0], "tensors[0]").dtype != torch.float32:
+            raise TypeError(f"inv_scale: expected dtype torch.float32, got {inv_scale.dtype}")
+        if inv_scale.numel() != 1:
+            raise ValueError(f"inv_scale: expected one element, got shape {list(inv_scale.shape)}")
     with torch.no_grad():
-        return torch.ops.inflection_fast.sum_of_squares(tensors, groups, max(groups) + 1)
+        return torch.ops.inflection_fast.sum_of_squares(tensors, groups, max(groups) + 1, inv_scale)
 
 
 @torch.library.register_fake("inflection_fast::sum_of_squares")
-def _(tensors, groups, num_groups):
+def _(tensors, groups, num_groups, inv_scale=None):
     return tensors[0].new_empty(num_groups, dtype=torch.float32)

@@ -153,12 +153,12 @@ def hsic(k: Tensor, l: Tensor, debiased: bool) -> Tensor:  # noqa: E741
     return inner + total - 2 / (n - 2) * (k.sum(-1) * l.sum(-1)).sum(-1)
 
 
-def sum_of_squares(tensors: Sequence[Tensor], groups: Sequence[int]) -> Tensor:
-    """Sum of squares of the tensors of every group."""
+def sum_of_squares(tensors: Sequence[Tensor], groups: Sequence[int], *, inv_scale: Tensor | None = None) -> Tensor:
+    """Sum of squares of the tensors of every group, times the square of `inv_scale`."""
     total = torch.zeros(max(groups) + 1, dtype=torch.float64, device=tensors[0].device)
     for tensor, group in zip(tensors, groups, strict=True):
         total[group] += tensor.double().square().sum()
-    return total.float()
+    return (total if inv_scale is None else total * inv_scale.double().square()).float()
 
 
 def row_stats(scores: Tensor, attend: Tensor, sinks: Tensor | None = None) -> AttentionStats:
