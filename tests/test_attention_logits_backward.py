@@ -9,6 +9,11 @@ from inflection_fast.ops import reference
 FIELDS = ("entropy", "lse", "collision", "sink")
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(11)
+
+
 def gradients(function, x, mask, fields, **options):
     x = x.detach().clone().requires_grad_()
     if mask is not None and mask.is_floating_point():
@@ -50,7 +55,7 @@ def test_gradient_of_16_bit_logits_is_rounded_once(isa, budget, dtype):
 
 @pytest.mark.parametrize("options", [{"is_causal": True}, {"scale": -0.3}, {"scale": 0.0}, {"scale": 3.7}], ids=str)
 def test_gradient_with_options(isa, budget, options):
-    check(budget, torch.randn(2, 9, 37), **options)
+    check(budget, torch.randn(2, 9, 37), floor=4e-6, **options)  # a log-sum-exp of 16 is rounded by 5e-7
 
 
 @pytest.mark.parametrize("shape", [(37,), (9, 37), (2, 1, 1), (9, 1)], ids=str)

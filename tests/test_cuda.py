@@ -8,6 +8,7 @@ import torch
 
 from inflection_fast import (
     CkaState,
+    attention_column_mass,
     attention_entropy,
     attention_entropy_qk,
     attention_stats,
@@ -36,12 +37,19 @@ def everything(device="cuda"):
     logits = torch.linspace(-4, 4, 2 * 70 * 1300, device=device).sin().view(2, 70, 1300).mul(9).requires_grad_()
     qk = attention_stats_qk(query, key, is_causal=True, rows=torch.arange(0, 300, 7, device=device))
     from_logits = attention_stats(logits, is_causal=True)
-    loss = qk.entropy.sum() + qk.sink.sum() + from_logits.entropy.sum() + from_logits.collision.sum()
+    cu_seqlens = torch.arange(0, 301, 100, device=device, dtype=torch.int32)
+    packed = attention_stats_qk(query, key, is_causal=True, cu_seqlens=cu_seqlens)
+    columns = attention_column_mass(query, key, packed.lse, is_causal=True, cu_seqlens=cu_seqlens)
+    cut = attention_stats(logits.view(2, -1))  # few long rows
+    rows = (*qk, *from_logits, *packed, *cut)
+    loss = sum(
+        stats.entropy.sum() + stats.collision.sum() + stats.sink.sum() for stats in (qk, from_logits, packed, cut)
+    )
     gradients = torch.autograd.grad(loss, (query, key, logits))
     scale = torch.full((), 0.5, device=device)
     squares = sum_of_squares([*gradients, query.detach()], [0, 1, 2, 0], inv_scale=scale)
     ckas = [cka(dtype, device) for dtype in DTYPES]
-    return [*(x.detach() for x in (*qk, *from_logits)), *gradients, squares, *ckas]
+    return [*(x.detach() for x in rows), *columns, *gradients, squares, *ckas]
 
 
 def sides(layers, rows, dim, dtype=torch.float32, device="cuda", offset=0.0):
@@ -82,11 +90,15 @@ def test_a_graph_replays_every_operator_on_new_numbers():
     query, key = pair()
     logits, scale = torch.randn(4, 50, 1100, device="cuda"), torch.ones(1, device="cuda")
     rows = [sides(2, 300, 40, dtype) for dtype in DTYPES]
+    cu_seqlens = torch.tensor([0, 120, 300], device="cuda")
 
     def step():
+        lse = attention_stats_qk(query, key, cu_seqlens=cu_seqlens).lse
         return (
             attention_entropy_qk(query, key, is_causal=True),
+            *attention_column_mass(query, key, lse, cu_seqlens=cu_seqlens),
             attention_entropy(logits),
+            attention_entropy(logits.view(4, -1)),
             sum_of_squares([logits], [0], inv_scale=scale),
             *(linear_cka(x, y) for x, y in rows),
         )
@@ -95,7 +107,7 @@ def test_a_graph_replays_every_operator_on_new_numbers():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()
-    query.mul_(2), logits.add_(torch.randn_like(logits)), scale.fill_(0.5)
+    query.mul_(2), logits.add_(torch.randn_like(logits)), scale.fill_(0.5), cu_seqlens[1].fill_(70)
     for x, _ in rows:
         x.add_(torch.randn_like(x))
     graph.replay()
@@ -128,8 +140,10 @@ def test_tensors_of_another_device_than_the_current_one_are_computed_there():
 
 def test_compiled_in_one_graph_for_two_shapes():
     def loss(query, key):
-        stats = attention_stats_qk(query * 2, key, is_causal=True)
-        return (stats.entropy + stats.collision).sum()
+        cu_seqlens = torch.tensor([0, 30, query.shape[2]], device="cuda")
+        stats = attention_stats_qk(query * 2, key, is_causal=True, cu_seqlens=cu_seqlens)
+        mass = attention_column_mass(query * 2, key, stats.lse, is_causal=True, cu_seqlens=cu_seqlens).mass
+        return (stats.entropy + stats.collision).sum() + mass.square().sum()
 
     compiled = torch.compile(loss, fullgraph=True)
     for length in (70, 133):
@@ -172,6 +186,37 @@ def test_cka_of_many_rows_and_columns_errs_within_its_limit(dtype, offset):
         for debiased in (True, False):
             truth = reference.linear_cka(x.double(), y.double(), debiased=debiased)
             assert (linear_cka(x, y, debiased=debiased) - truth).abs().max() <= limit
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"cu_seqlens": [0, 700, 701, 1500]}], ids=str)
+@pytest.mark.parametrize("depth", [64, 128, 256])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_columns_and_packed_rows_of_long_sequences_equal_the_truth(budget, dtype, depth, options):
+    query, key = pair(1, 4, 2, 1500, 1500, depth, dtype)
+    options = {k: torch.tensor(v, device="cuda") if k == "cu_seqlens" else v for k, v in options.items()}
+    results = []
+    for operators, to in ((None, lambda x: x), (reference, torch.Tensor.float), (reference, torch.Tensor.double)):
+        stats = (operators.attention_stats_qk if operators else attention_stats_qk)(to(query), to(key), **options)
+        columns = operators.attention_column_mass if operators else attention_column_mass
+        results.append((stats.entropy, *columns(to(query), to(key), stats.lse, **options)))
+    for ours, eager, truth in zip(*results, strict=True):
+        budget(ours, eager, truth, floor=1e-5 * max(1.0, truth.max().item()))
+
+
+@pytest.mark.parametrize("columns", [50_257, 1_000_003])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_few_rows_of_a_vocabulary_equal_the_truth_and_so_does_their_gradient(budget, dtype, columns):
+    logits = (torch.randn(5, columns, device="cuda") * 4 + 100).to(dtype).requires_grad_()
+    gradients = []
+    for function, to in (
+        (attention_entropy, lambda x: x),
+        (reference.attention_entropy, torch.Tensor.float),
+        (reference.attention_entropy, torch.Tensor.double),
+    ):
+        entropy = function(to(logits))
+        gradients.append((entropy, *torch.autograd.grad(entropy.sum(), logits)))
+    assert (gradients[0][0].double() - gradients[2][0]).abs().max() <= 2e-6
+    budget(*(x[1] for x in gradients), floor=1e-6)
 
 
 def test_memory_beyond_the_result_is_none():
