@@ -10,6 +10,8 @@ from cases import extra_bytes, race
 from inflection_fast import Monitor, MonitorConfig, find_blocks
 
 ROUNDS = 60
+# What a measured step costs, spread over so many: steps between have no hooks, which "attached, not measuring" and the
+# case of ten real steps show. A hundred real steps would show a tenth of what ten do, which is below the noise.
 EVERY = (1, 10, 100)
 ROWS = (16, 64, None)
 SIGNALS = ("attention", "activation_grad", "parameter_grad")  # delta-CKA runs a probe, whose size is the user's choice
@@ -93,6 +95,22 @@ def measuring(training, rows=64):
         yield measured
 
 
+@contextmanager
+def not_measuring(training):
+    """A function that trains a step under a monitor whose next measured step never comes."""
+    with Monitor(training.model, MonitorConfig(every=10**9, signals=SIGNALS)) as monitor:
+        training.step()
+        monitor.step()
+        training.update()
+
+        def unmeasured():
+            training.step()
+            monitor.step()
+            training.update()
+
+        yield unmeasured
+
+
 # ---- what it costs ---------------------------------------------------------------------------------------------------
 
 
@@ -103,9 +121,11 @@ def bench_training_step(benchmark, shape):
     def percent(median):
         """What the monitor adds to the time of a run, and what the same comparison finds where there is nothing."""
         shares = {f"% at every {n} steps": added(median, "measured") / n for n in EVERY}
+        shares["% attached, not measuring"] = added(median, "attached, not measuring")
         return shares | {"% of noise": added(median, "unmonitored, again")} | facts
 
     with ExitStack() as stack:
+        off = stack.enter_context(not_measuring(training))
         measured = stack.enter_context(measuring(training))
         more = {f"measured, {rows or 'all'} rows": stack.enter_context(measuring(training, rows)) for rows in ROWS}
         facts = memory_and_waits(training, measured)
@@ -116,11 +136,49 @@ def bench_training_step(benchmark, shape):
                 "measured": measured,
                 "unmonitored": training.unmonitored,
                 "unmonitored, again": training.unmonitored,
+                "attached, not measuring": off,
                 **more,
             },
             goals={"unmonitored": 1 / (1.01 if training.device == "cuda" else 1.04)},
             extra=percent,
             rounds=FEWER_ROUNDS.get(shape, ROUNDS),
+            device=training.device,
+        )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def bench_ten_training_steps(benchmark, shape):
+    """What `every=10` costs, measured and not worked out."""
+    training = SHAPES[shape]()
+
+    def unmonitored():
+        for _ in range(10):
+            training.unmonitored()
+
+    with Monitor(training.model, MonitorConfig(every=10, signals=SIGNALS)) as monitor:
+
+        def nine_steps():
+            for _ in range(9):
+                training.step()
+                monitor.step()
+                training.update()
+
+        def monitored():
+            monitor.step()  # ends a step that is not measured, so that others found no hooks; the next one is
+            nine_steps()
+            training.unmonitored()
+
+        nine_steps()
+        race(
+            benchmark,
+            f"ten training steps of {shape}, one of them measured",
+            {"monitored": monitored, "unmonitored": unmonitored, "unmonitored, again": unmonitored},
+            goals={"unmonitored": 1 / (1.001 if training.device == "cuda" else 1.01)},
+            extra=lambda median: {
+                "% at every 10 steps": added(median, "monitored"),
+                "% of noise": added(median, "unmonitored, again"),
+            },
+            rounds=FEWER_ROUNDS.get(shape, ROUNDS) // 4,
             device=training.device,
         )
 

@@ -28,6 +28,7 @@ from rank_training import (
     part_of,
     train,
     uneven,
+    update,
 )
 from torch import distributed as dist
 from torch import nn
@@ -230,6 +231,13 @@ def resumed(out):
     return full
 
 
+def resumed_from_one(out):
+    """One process has measured the first half of the run."""
+    batches, probe = batches_of("bert")
+    model = update(nn.parallel.DistributedDataParallel(model_of("bert")), batches[:2], mine)
+    return as_json(train(model, batches, probe, parts_of=mine, out=out / "run", start_step=2))
+
+
 def trainer(out, name="llama", accumulate=1):
     """transformers.Trainer, which wraps the model in DDP by way of Accelerate."""
     from transformers import PrinterCallback, Trainer, TrainingArguments
@@ -356,7 +364,7 @@ def killed_rank(out):
 SCENARIOS = (
     ddp, ddp_sampled, ddp_accumulated, fsdp, replicated_shards, tensor_parallel, tensor_parallel_mlp_only,
     sharded_and_tensor_parallel, sequence_parallel, one_rank_without_a_batch, no_rank_with_a_batch,
-    other_config, other_model, folder_of_another_run, resumed, trainer, trainer_accumulated,
+    other_config, other_model, folder_of_another_run, resumed, resumed_from_one, trainer, trainer_accumulated,
     trainer_that_adds_means, trainer_that_adds_means_accumulated, dropped_on_one_rank,
     failed_on_one_rank, late_rank, killed_rank,
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -27,6 +28,8 @@ def pair(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    batches, probe = training.batches_of("bert")
+    training.train(training.model_of("bert"), batches[:2], probe, out=folder / "resumed_from_one" / "run")
     tests = Path(__file__).parent
     environment = os.environ | {
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1",
@@ -146,6 +149,21 @@ def test_a_resumed_run_on_two_processes_is_the_same_as_one_that_was_not_cut(pair
     # The model is another one after the cut, so the steps and the reference of the start are what is continued.
     assert loaded["steps"] == told(pair, "resumed")["steps"]
     assert np.isfinite(loaded["delta_cka"]).all()
+
+
+def test_a_run_of_one_process_goes_on_on_two(pair):
+    expected = training.whole("bert")
+    assert "raised" not in told(pair, "resumed_from_one"), told(pair, "resumed_from_one").get("traceback")
+    assert_same(training.as_json(Timeline.load(pair / "resumed_from_one" / "run")), expected)
+    assert_finite(expected)
+
+
+def test_a_run_of_two_processes_goes_on_on_one(pair, tmp_path):
+    shutil.copytree(pair / "ddp" / "run", tmp_path / "run")  # whose second half is measured again
+    batches, probe = training.batches_of("bert")
+    model = training.update(training.model_of("bert"), batches[:2])
+    training.train(model, batches, probe, out=tmp_path / "run", start_step=2)
+    assert_same(training.as_json(Timeline.load(tmp_path / "run")), training.whole("bert"))
 
 
 # ---- one path for all ranks ------------------------------------------------------------------------------------------

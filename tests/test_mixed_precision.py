@@ -56,6 +56,16 @@ def test_a_gradient_scaler_is_divided_out_and_its_skipped_steps_are_marked():
     assert np.isnan(expected.skipped).all()  # nobody said whether there is a scaler
 
 
+def test_a_loss_scale_and_a_scaler_are_both_divided_out():
+    model, batch = model_and_batch("bert")
+    scaler = torch.amp.GradScaler("cpu", init_scale=512.0)
+    with Monitor(model, EVERYTHING) as monitor:
+        loss = loss_of(model(**batch))
+        scaler.scale(3 * loss).backward()
+        monitor.step(loss, loss_scale=3.0, scaler=scaler)
+    assert_same(monitor.timeline, measured(*model_and_batch("bert")), rtol=1e-5)
+
+
 class Float16Run:
     """Training in float16 autocast under a scaler, and what plain hooks see of every step."""
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import warnings
 import weakref
 
 import numpy as np
@@ -88,6 +89,33 @@ def test_workers_of_a_data_loader_leave_the_timeline_alone(tmp_path):
                 loss_of(model(**one)).backward()
                 monitor.step()
     assert Timeline.load(tmp_path).steps.tolist() == [0, 1]
+
+
+def test_a_killed_run_keeps_what_was_written_and_is_continued_there(tmp_path):
+    code = (
+        "import os, sys, torch\n"
+        "from tiny_models import model_and_batch\n"
+        "from inflection_fast import Monitor, MonitorConfig\n"
+        "model, batch = model_and_batch('bert')\n"
+        "with Monitor(model, MonitorConfig(every=1, rows=5), sys.argv[1]) as monitor:\n"
+        "    for step in range(6):\n"
+        "        model(**batch)['loss'].backward()\n"
+        "        monitor.step()\n"
+        "        if step == 3: monitor.timeline\n"
+        "    os.kill(os.getpid(), 9)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    ended = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment, capture_output=True)
+    assert ended.returncode == -9
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the last row may be torn
+        kept = Timeline.load(tmp_path).steps.tolist()
+    assert kept == list(range(len(kept))) and 4 <= len(kept) <= 6
+    model, batch = model_and_batch("bert")
+    with Monitor(model, EVERY_STEP, tmp_path, start_step=3) as monitor:  # the checkpoint is older than the file
+        loss_of(model(**batch)).backward()
+        monitor.step()
+    assert Timeline.load(tmp_path).steps.tolist() == [0, 1, 2, 3]
 
 
 def test_ctrl_c_keeps_every_step_that_was_measured(tmp_path):

@@ -11,6 +11,7 @@ from torch import nn
 from inflection_fast.measure import Monitor, MonitorConfig
 from inflection_fast.measure.config import SIGNALS
 from inflection_fast.measure.packet import ATTENTION_PARTS, ATTENTION_SUMS, Packet, row_of
+from inflection_fast.measure.schedule import MOST_LENGTHS, RowSampler
 
 L, H = 2, 3
 
@@ -82,12 +83,12 @@ def test_the_standard_error_is_that_of_the_linearised_ratio():
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
-def kept_bytes(layers, heads, rows, micro_batches, probe):
+def kept_bytes(layers, heads, rows, micro_batches, probe, lengths=1):
     """All that stays on the device between measured steps but states of CKA, as docs/scale.md has it."""
     packet = (56 if probe else 40) * layers * heads + (80 if probe else 64) * layers + 48
     gradients = 4 * layers * (1 << (micro_batches - 1).bit_length()) + 8 * layers  # norms; squares of parameters
     lists = (2 + probe) * 2 * 8 * layers  # which layers are pushed together, and which have gradients
-    sampling = (1 + probe) * 24 * rows
+    sampling = (1 + probe) * (16 * lengths + 8) * rows  # weights of strata by length of the sequences; positions
     losses = 4 * micro_batches
     return packet + (1 + probe) * gradients + lists + sampling + losses
 
@@ -136,4 +137,13 @@ def test_no_more_is_kept_between_steps_than_is_said(probe):
 def test_a_model_of_405b_is_measured_in_less_than_a_mebibyte(probe):
     layers, heads = 126, 128
     packet = Packet(layers, heads, "meta", probe=probe)
-    assert packet.data.nbytes < kept_bytes(layers, heads, rows=64, micro_batches=32, probe=probe) < 2**20
+    most = kept_bytes(layers, heads, rows=64, micro_batches=32, probe=probe, lengths=MOST_LENGTHS)
+    assert packet.data.nbytes < most < 2**20
+
+
+def test_sequences_of_all_lengths_do_not_pile_up():
+    sampler = RowSampler(4, 0, torch.device("cpu"))
+    sampler.begin(0)
+    for length in range(100, 400):
+        assert sampler.draw(length).weights.sum() == length
+    assert sum(tensor.nbytes for tensor in tensors_in(sampler._shapes, set())) <= MOST_LENGTHS * 24 * 4

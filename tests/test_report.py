@@ -185,6 +185,15 @@ def test_missing_stages_are_named(tmp_path):
     assert "There is no answer yet" in shown and "The tune stage has not finished" in shown
 
 
+def test_steps_that_lack_the_values_of_other_ranks_are_said(finished):
+    run = run_files.read(finished[0])
+    steps = len(run.timeline.steps)
+    assert not any("a rank was lost" in sentence for sentence in sections.missing_parts(run))
+    run.timeline.missing_ranks[3:] = 7
+    said = f"In {steps - 3} of {steps} measured steps, from step 30 on, a rank was lost"
+    assert any(sentence.startswith(said) for sentence in sections.missing_parts(run))
+
+
 def test_a_run_that_has_only_begun_still_has_a_page(tmp_path):
     run = tmp_path / "run"
     run.mkdir()

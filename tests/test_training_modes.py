@@ -1,5 +1,6 @@
 """What is measured is the same in every mode of training: compiled, mixed precision, clipped, tied, quantised."""
 
+import copy
 import logging
 
 import numpy as np
@@ -240,6 +241,22 @@ def test_a_head_tied_to_the_embedding_changes_no_block():
     with torch.no_grad():
         tied.embed.weight.copy_(model.embed.weight)
     assert_same(measured(tied, batch), measured(model, batch))
+
+
+def test_a_peft_model_has_the_values_of_its_base_and_the_norms_of_its_adapters():
+    peft = pytest.importorskip("peft")
+    model, batch = model_and_batch("bert")
+    expected = measured(copy.deepcopy(model), batch)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["query", "value"], r=2)).train()
+    with Monitor(adapted, EVERYTHING) as monitor:
+        loss_of(adapted(**batch)).backward()
+        lora = [[p.grad.flatten() for p in block.module.parameters() if p.requires_grad] for block in monitor.blocks]
+        monitor.step()
+    assert all(len(gradients) == 4 for gradients in lora)
+    for name in ("entropy", "max_logit", "collision", "sink", "activation_grad", "loss"):  # fresh adapters add nothing
+        np.testing.assert_allclose(getattr(monitor.timeline, name), getattr(expected, name), rtol=1e-5, err_msg=name)
+    norms = [torch.cat(gradients).norm().item() for gradients in lora]
+    np.testing.assert_allclose(monitor.timeline.parameter_grad[0], norms, rtol=1e-5)
 
 
 class Int8Linear(nn.Module):

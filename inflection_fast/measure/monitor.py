@@ -68,7 +68,7 @@ class Monitor:
         on_alert: called with the alerts of a measured step, where there are any, from a thread of the monitor's own;
             what it raises is logged.
         rank_timeout_s: how long the sums of a measured step wait for other ranks, in that thread, before this rank
-            gives them up and measures on its own.
+            gives them up and measures on its own, which `missing_ranks` of the timeline and an alert tell.
 
     Where torch.distributed is in use (DDP, FSDP2, tensor parallelism by DTensor), every rank enters its Monitor and
     calls `step`, and the values are those of the whole batch, whose loss is taken to be the mean of the ranks' losses.
