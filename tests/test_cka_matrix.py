@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from peak_memory import peak_bytes
 
 from inflection_fast import cka_matrix, linear_cka
-from inflection_fast.ops import reference
-from inflection_fast.ops.cka_matrix import neighbours
+from inflection_fast.ops import checks, reference
+from inflection_fast.ops.cka_matrix import bytes_needed, neighbours
 
 ERROR = 1e-6
 BOTH = pytest.mark.parametrize("debiased", [True, False], ids=["debiased", "biased"])
@@ -163,12 +164,25 @@ def test_layers_with_equal_features_are_1_and_not_missing(method):
     assert (got[0] - got[2]).abs().max() <= ERROR  # alike to every other layer too
 
 
-def test_no_buffer_grows_with_the_square_of_the_rows():
-    x = torch.randn(2, 3000, 8)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        cka_matrix(x, tile=100)
-    largest = max(event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
-    assert largest <= 4 * 2 * 400 * 100 + 8 * x.numel() < 4 * 3000**2
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", ["exact", "banded", "minibatch"])
+def test_the_memory_is_what_was_said_and_no_buffer_grows_with_the_square_of_the_rows(method, dtype):
+    x = torch.randn(4, 3000, 80).to(dtype)
+    for sides in ([x], [x[:2], x[2:]]):
+        need = bytes_needed(sides, method, 300)
+        peak = peak_bytes(lambda sides=sides: cka_matrix(*sides, method=method, tile=300))
+        assert 0.5 * need < peak <= need < 4 * 3000**2
+
+
+@pytest.mark.parametrize("method", ["exact", "banded", "minibatch"])
+def test_a_matrix_that_would_not_fit_is_refused(method, monkeypatch):
+    x = features()
+    need = bytes_needed([x], method, 100)
+    monkeypatch.setattr(checks, "memory_bytes", lambda device: need)
+    cka_matrix(x, method=method, tile=100)
+    monkeypatch.setattr(checks, "memory_bytes", lambda device: need - 1)
+    with pytest.raises(ValueError, match=f"tile: {method} CKA by 100 rows would take {need} bytes, cpu has {need - 1}"):
+        cka_matrix(x, method=method, tile=100)
 
 
 X = torch.randn(2, 20, 6)
