@@ -28,8 +28,8 @@ def cka_jackknife(
     number of sequences: about five times the time of the value at D = 768. In a basis of rank k it is k in place of D,
     the basis staying that of all rows.
 
-    Extra memory: what `linear_cka` takes; then of one layer at a time at most 12 N D + P (28 D + 20 M) + 8 D^2 bytes, with M
-    rows in the longest sequence, P = max(M, 1024) and the wider D. Refused beforehand where the device has less.
+    Extra memory: what `linear_cka` takes; then of one layer at a time at most 12 N D + P (28 D + 20 M) + 8 D^2 bytes,
+    with M rows in the longest sequence, P = max(M, 1024) and the wider D. Refused beforehand where the device has less.
 
     Args:
         x: ``[..., N, D]``, as for `linear_cka`.
