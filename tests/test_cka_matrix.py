@@ -80,15 +80,25 @@ def test_sixteen_bit_rows_of_any_strides(dtype):
     assert (cka_matrix(x, tile=70) - truth(x)).abs().max() <= ERROR
 
 
-def test_minibatches_are_hsic_1_of_each_batch():
+@pytest.mark.parametrize("offset", [0.0, 30.0, 1000.0])
+@pytest.mark.parametrize("size", [50, 51], ids=["even", "odd"])
+def test_minibatches_are_hsic_1_of_each_batch_at_any_offset(size, offset):
     common = torch.randn(310, 5)
-    x, y = features(3, 310, 17, 0.0, common), features(2, 310, 25, 0.0, common)
-    exact = minibatch_truth(x, y, 50)  # the last batch has 10 rows
-    assert (cka_matrix(x, y, method="minibatch", tile=50) - exact).abs().max() <= ERROR
-    assert (cka_matrix(x, method="minibatch", tile=50) - minibatch_truth(x, x, 50)).abs().max() <= ERROR
-    far = cka_matrix(x + 1000 * torch.randn(17), y - 1000, method="minibatch", tile=50)
-    assert (far - exact).abs().max() <= 2e-4  # what adding 1000 to float32 features cost them
+    x, y = features(3, 310, 17, offset, common), features(2, 310, 25, -offset, common)  # 10 or 4 rows are left at last
+    u, v = (side.double() - side.double().mean(1, keepdim=True) for side in (x, y))
+    exact = minibatch_truth(u, v, size)
+    assert (cka_matrix(x, y, method="minibatch", tile=size) - exact).abs().max() <= ERROR
+    assert (cka_matrix(x, method="minibatch", tile=size) - minibatch_truth(u, u, size)).abs().max() <= ERROR
     assert (exact - truth(x, y)).abs().max() > 1e-3
+
+
+def test_minibatches_are_those_of_pytorch_cka_where_rows_are_centred():
+    hsic = pytest.importorskip("cka.hsic", reason="pytorch-cka is not installed")
+    x = features(rows=310)
+    x = x - x.mean(1, keepdim=True)
+    theirs = sum(hsic.hsic_cross(*[batch @ batch.mT] * 2) for batch in x.split(50, 1))
+    theirs = theirs / torch.outer(theirs.diagonal(), theirs.diagonal()).sqrt()
+    assert (cka_matrix(x, method="minibatch", tile=50) - theirs).abs().max() <= ERROR
 
 
 def test_a_band_is_between_minibatch_and_exact_on_texts():
