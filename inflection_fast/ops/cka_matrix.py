@@ -134,11 +134,19 @@ class Rows:
         self.rest = (sums / n).float()  # what the first subtraction left
         self.norms = sums.new_zeros(len(features), n)  # |u|^2, filled in as the tiles are multiplied
 
-    def tile(self, part: slice) -> Tensor:
-        """Rows of this part of the order."""
+    def tile(self, part: slice, room: Tensor | None = None) -> Tensor:
+        """Rows of this part of the order, in the memory of `room` if given: fresh pages cost more than sums."""
         rows = self.features[:, part] if self.order is None else self.features[:, self.order[part]]
-        rows = rows - self.shift if rows.dtype == torch.float32 else rows.float().sub_(self.shift)
-        return rows.sub_(self.rest)
+        out = rows.new_empty(rows.shape, dtype=torch.float32) if room is None else room[:, : rows.shape[1]]
+        if rows.dtype == torch.float32:
+            torch.sub(rows, self.shift, out=out)
+        else:
+            out.copy_(rows).sub_(self.shift)
+        return out.sub_(self.rest)
+
+    def room(self, size: int) -> Tensor:
+        """For tiles of at most so many rows."""
+        return self.shift.new_empty((len(self.features), min(size, self.norms.shape[1]), self.features.shape[2]))
 
 
 def mean_of(features: Tensor) -> Tensor:
@@ -191,22 +199,19 @@ class Sums:
 
     def all_pairs(self, tile: int) -> int:
         """Every pair of rows, by symmetry each once; returns how many ordered pairs that were."""
-        n = self.rows[0].norms.shape[1]
+        n, rows = self.rows[0].norms.shape[1], self.rows
+        here, beside = ([side.room(size) for side in rows] for size in (BLOCK * tile, tile))
         for block in parts(n, BLOCK * tile):
-            self.add_block(block, tile)
+            left = [side.tile(block, room) for side, room in zip(rows, here, strict=True)]
+            for part in parts(block.stop - block.start, tile):
+                own = [side[:, part] for side in left]
+                self.add_own(own, slice(block.start + part.start, block.start + part.stop))
+                if part.start:
+                    self.add([side[:, : part.start] for side in left], own)
+            for part in parts(n - block.stop, tile):
+                after = slice(block.stop + part.start, block.stop + part.stop)
+                self.add(left, [side.tile(after, room) for side, room in zip(rows, beside, strict=True)])
         return n * (n - 1)
-
-    def add_block(self, block: slice, tile: int) -> None:
-        """The pairs of these rows with each other and with those after them."""
-        left = [side.tile(block) for side in self.rows]
-        for part in parts(block.stop - block.start, tile):
-            own = [side[:, part] for side in left]
-            self.add_own(own, slice(block.start + part.start, block.start + part.stop))
-            if part.start:
-                self.add([side[:, : part.start] for side in left], own)
-        for part in parts(self.rows[0].norms.shape[1] - block.stop, tile):
-            after = slice(block.stop + part.start, block.stop + part.stop)
-            self.add(left, [side.tile(after) for side in self.rows])
 
     def near_pairs(self, tile: int, band: int) -> int:
         """The pairs of tiles at most `band` apart on a ring; returns how many ordered pairs of rows that were."""
