@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -177,11 +178,11 @@ def table(head: str, columns, lines: dict[str, list[float]], form: str) -> str:
 
 def error_table(estimators: dict[str, Callable], offsets, texts) -> str:
     """Errors at mean offsets, each against what the method means to compute; at texts a batch, against all rows."""
-    lines, values = by_offset(estimators, offsets), by_texts(estimators, texts)
+    biased = {"plain PyTorch": partial(exact, debiased=False)}
+    lines, values, meant = by_offset(estimators, offsets), by_texts(estimators, texts), by_texts(biased, texts)
     for name, errors in lines.items():
-        errors += [
-            abs(v - e) if math.isfinite(v) else math.nan for v, e in zip(values[name], values["exact"], strict=True)
-        ]
+        truths = meant.get(name, meant["exact"])
+        errors += [abs(v - e) if math.isfinite(v) else math.nan for v, e in zip(values[name], truths, strict=True)]
     columns = [f"mean {offset}" for offset in offsets] + [f"{number} texts a batch" for number in texts]
     return table("absolute error", columns, lines, ".0e")
 

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from peak_memory import peak_bytes
 
 from inflection_fast import cka_matrix, linear_cka
-from inflection_fast.ops import reference
-from inflection_fast.ops.cka_matrix import neighbours
+from inflection_fast.ops import checks, reference
+from inflection_fast.ops.cka_matrix import bytes_needed, neighbours
 
 ERROR = 1e-6
 BOTH = pytest.mark.parametrize("debiased", [True, False], ids=["debiased", "biased"])
@@ -79,15 +80,25 @@ def test_sixteen_bit_rows_of_any_strides(dtype):
     assert (cka_matrix(x, tile=70) - truth(x)).abs().max() <= ERROR
 
 
-def test_minibatches_are_hsic_1_of_each_batch():
+@pytest.mark.parametrize("offset", [0.0, 30.0, 1000.0])
+@pytest.mark.parametrize("size", [50, 51], ids=["even", "odd"])
+def test_minibatches_are_hsic_1_of_each_batch_at_any_offset(size, offset):
     common = torch.randn(310, 5)
-    x, y = features(3, 310, 17, 0.0, common), features(2, 310, 25, 0.0, common)
-    exact = minibatch_truth(x, y, 50)  # the last batch has 10 rows
-    assert (cka_matrix(x, y, method="minibatch", tile=50) - exact).abs().max() <= ERROR
-    assert (cka_matrix(x, method="minibatch", tile=50) - minibatch_truth(x, x, 50)).abs().max() <= ERROR
-    far = cka_matrix(x + 1000 * torch.randn(17), y - 1000, method="minibatch", tile=50)
-    assert (far - exact).abs().max() <= 2e-4  # what adding 1000 to float32 features cost them
+    x, y = features(3, 310, 17, offset, common), features(2, 310, 25, -offset, common)  # 10 or 4 rows are left at last
+    u, v = (side.double() - side.double().mean(1, keepdim=True) for side in (x, y))
+    exact = minibatch_truth(u, v, size)
+    assert (cka_matrix(x, y, method="minibatch", tile=size) - exact).abs().max() <= ERROR
+    assert (cka_matrix(x, method="minibatch", tile=size) - minibatch_truth(u, u, size)).abs().max() <= ERROR
     assert (exact - truth(x, y)).abs().max() > 1e-3
+
+
+def test_minibatches_are_those_of_pytorch_cka_where_rows_are_centred():
+    hsic = pytest.importorskip("cka.hsic", reason="pytorch-cka is not installed")
+    x = features(rows=310)
+    x = x - x.mean(1, keepdim=True)
+    theirs = sum(hsic.hsic_cross(*[batch @ batch.mT] * 2) for batch in x.split(50, 1))
+    theirs = theirs / torch.outer(theirs.diagonal(), theirs.diagonal()).sqrt()
+    assert (cka_matrix(x, method="minibatch", tile=50) - theirs).abs().max() <= ERROR
 
 
 def test_a_band_is_between_minibatch_and_exact_on_texts():
@@ -163,12 +174,25 @@ def test_layers_with_equal_features_are_1_and_not_missing(method):
     assert (got[0] - got[2]).abs().max() <= ERROR  # alike to every other layer too
 
 
-def test_no_buffer_grows_with_the_square_of_the_rows():
-    x = torch.randn(2, 3000, 8)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        cka_matrix(x, tile=100)
-    largest = max(event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
-    assert largest <= 4 * 2 * 400 * 100 + 8 * x.numel() < 4 * 3000**2
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", ["exact", "banded", "minibatch"])
+def test_the_memory_is_what_was_said_and_no_buffer_grows_with_the_square_of_the_rows(method, dtype):
+    x = torch.randn(4, 3000, 80).to(dtype)
+    for sides in ([x], [x[:2], x[2:]]):
+        need = bytes_needed(sides, method, 300)
+        peak = peak_bytes(lambda sides=sides: cka_matrix(*sides, method=method, tile=300))
+        assert 0.5 * need < peak <= need < 4 * 3000**2
+
+
+@pytest.mark.parametrize("method", ["exact", "banded", "minibatch"])
+def test_a_matrix_that_would_not_fit_is_refused(method, monkeypatch):
+    x = features()
+    need = bytes_needed([x], method, 100)
+    monkeypatch.setattr(checks, "memory_bytes", lambda device: need)
+    cka_matrix(x, method=method, tile=100)
+    monkeypatch.setattr(checks, "memory_bytes", lambda device: need - 1)
+    with pytest.raises(ValueError, match=f"tile: {method} CKA by 100 rows would take {need} bytes, cpu has {need - 1}"):
+        cka_matrix(x, method=method, tile=100)
 
 
 X = torch.randn(2, 20, 6)

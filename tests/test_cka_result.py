@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+from peak_memory import peak_bytes
 
 from inflection_fast import CkaResult, CkaState, cka_jackknife, linear_cka
-from inflection_fast.ops import reference
+from inflection_fast.ops import checks, reference
+from inflection_fast.ops.cka_leave_out import bytes_needed
 
 BOTH = pytest.mark.parametrize("debiased", [True, False], ids=["debiased", "biased"])
 LENGTHS = [7, 1, 30, 12, 12, 5, 18, 2, 25, 9, 40, 3]  # of the sequences
@@ -215,6 +217,27 @@ def test_groups_take_the_memory_that_was_said():
     held = state.gram.nbytes + state.shift.nbytes
     assert held == CkaState.bytes_needed(2, 30, groups=4)
     assert CkaState.bytes_needed(12, 768) < 150e6
+
+
+def test_a_jackknife_that_would_not_fit_is_refused(monkeypatch):
+    x, y, ids = texts()
+    need = bytes_needed(164, 13, 40, None)
+    monkeypatch.setattr(checks, "memory_bytes", lambda device: need)
+    cka_jackknife(x, y, ids)
+    monkeypatch.setattr(checks, "memory_bytes", lambda device: need - 1)
+    with pytest.raises(ValueError, match=f"sequences: 164 rows, 40 of one, take {need} bytes, cpu has {need - 1}"):
+        cka_jackknife(x, y, ids)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rank", [None, 30])
+@pytest.mark.parametrize("length", [1, 64, 2000])
+def test_a_jackknife_takes_the_memory_that_it_says(length, rank, dtype):
+    x, y = torch.randn(2, 1, 4000, 100).to(dtype)
+    ids = torch.arange(4000) // length
+    spent = peak_bytes(lambda: cka_jackknife(x, y, ids, rank=rank))
+    need = bytes_needed(4000, 100, length, rank)
+    assert 0.4 * need < spent <= need + 1e6  # beside numbers of the sequences
 
 
 def test_one_pair_without_a_dimension_of_layers():

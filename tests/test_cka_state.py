@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from inflection_fast import CkaState, linear_cka
-from inflection_fast.ops import cka_state, reference
+from inflection_fast.ops import memory_bytes, reference
 
 ERROR = 1e-6
 BOTH = pytest.mark.parametrize("debiased", [True, False], ids=["debiased", "biased"])
@@ -192,7 +192,7 @@ def test_a_state_takes_the_memory_that_it_says():
     state = CkaState(12, 768)
     held = state.gram.nbytes + state.shift.nbytes
     assert held < 150e6 and held // 12 == pytest.approx(4 * (768 + 768 + 3) ** 2, rel=2e-3)
-    assert cka_state.memory_bytes(torch.device("cpu")) > held
+    assert memory_bytes(torch.device("cpu")) > held
 
 
 ROWS = torch.zeros(2, 5, 4)

@@ -203,3 +203,10 @@ def memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def fits(need: int, device: torch.device, what: str) -> None:
+    """Refuse what needs more bytes than the device has; `what` begins with the argument that asks for them."""
+    have = memory_bytes(device)
+    if need > have:
+        raise ValueError(f"{what} take {need} bytes, {device} has {have}")

@@ -134,7 +134,7 @@ def layers_of(x: Tensor) -> product:
 def centred(x: Tensor) -> Tensor:
     """Rows ``[N, D]`` less their mean, float32; the first subtraction takes the offset, the second what it left."""
     u = x.float() - x[:SHIFT_ROWS].float().mean(0)
-    return u - u.mean(0)
+    return u.sub_(u.mean(0))
 
 
 @torch.library.register_fake("inflection_fast::cka_terms")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,8 @@ def cka_jackknife(
     number of sequences: about five times the time of the value at D = 768. In a basis of rank k it is k in place of D,
     the basis staying that of all rows.
 
-    Extra memory: what `linear_cka` takes; of one layer 4 (5 N D + D^2) bytes.
+    Extra memory: what `linear_cka` takes; then of one layer at a time at most 12 N D + P (28 D + 20 M) + 8 D^2 bytes,
+    with M rows in the longest sequence, P = max(M, 1024) and the wider D. Refused beforehand where the device has less.
 
     Args:
         x: ``[..., N, D]``, as for `linear_cka`.
@@ -39,28 +42,33 @@ def cka_jackknife(
         `CkaResult` of tensors ``[...]``, leading dimensions flattened to one.
 
     Raises:
-        TypeError, ValueError: as for `linear_cka`; `sequences` does not fit the rows.
+        TypeError, ValueError: as for `linear_cka`; `sequences` does not fit the rows, or is so long in one of them that
+            its products would not fit into memory.
     """
     check_rows(x, y, rank, debiased, ("x", "y"))
     checks.sequences(sequences, x)
     x, y = x.detach(), y.detach()
+    pieces = padded(sequences)
+    wide = max(x.shape[-1], y.shape[-1])
+    longest = max((index.shape[1] for index, _, _ in pieces[0]), default=0)
+    need, what = bytes_needed(x.shape[-2], wide, longest, rank), f"sequences: {x.shape[-2]} rows, {longest} of one,"
+    checks.fits(need, x.device, what)
     kept = x.new_ones(x.shape[:-2], dtype=torch.float64).flatten()
     if rank is not None:
         basis = pooled_basis(x, y, rank)
         kept = variance_in(x, y, basis)
         x, y = project(x, basis), project(y, basis)
-    pieces = padded(sequences)
     terms = torch.ops.inflection_fast.cka_terms(x, y, debiased).reshape(-1, 3)
     value = of_terms(terms)
-    errors, norms = [], []
+    errors, sums = [], []
     for i in layers_of(x):
         sides = [centred(side[i]) for side in (x, y)]
         without = [terms_without(*pair, pieces, debiased) for pair in pairs(*sides)]
         errors.append(jackknife_error(of_terms(torch.stack(without, -1))[:, None], pieces[1] > 0))
-        norms.append(torch.stack([side.double().square().sum() for side in sides]))
+        sums.append(torch.stack([side.sum() for side in sides]))  # NaN where a feature is NaN or infinite
     count, units = x.shape[-2], len(pieces[1])
     rows = kept.new_full(kept.shape, count)
-    norms = torch.stack(norms) if norms else kept.new_zeros(0, 2)
+    sums = torch.stack(sums) if sums else kept.new_zeros(0, 2)
     return CkaResult(
         value=value.float(),
         delta=(1 - value).float(),
@@ -71,8 +79,20 @@ def cka_jackknife(
         rank=rank,
         variance_kept=kept,
         debiased=debiased,
-        reason=reason_of(terms, rows, norms, MIN_ROWS[debiased]),
+        reason=reason_of(terms, rows, sums, MIN_ROWS[debiased]),
     )
+
+
+def bytes_needed(rows: int, wide: int, longest: int, rank: int | None) -> int:
+    """What it takes beside `linear_cka`: rows, turned rows, and pieces of them; before a basis, both sides in one."""
+    piece, within = max(longest, PADDED_ROWS), wide if rank is None else rank
+    leaving = 12 * rows * within + piece * (12 * within + max(16 * within, 20 * longest)) + 8 * within**2
+    return leaving if rank is None else max(leaving, (20 * rows + 16 * PADDED_ROWS) * wide)
+
+
+def norms_of(parts: Sequence[Tensor]) -> Tensor:
+    """float64 ``[N]``: |u|^2 of rows that come in parts, so that no float64 copy holds them all."""
+    return torch.cat([rows.double().square().sum(1) for rows in parts])
 
 
 def pairs(u: Tensor, v: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
@@ -84,9 +104,9 @@ def variance_in(x: Tensor, y: Tensor, basis: Tensor) -> Tensor:
     """Share of the variance of the rows of both sides pooled that lies in a basis, ``[layers]``."""
     shares = []
     for i in layers_of(x):
-        rows = torch.cat([x[i].double(), y[i].double()])
-        rows = rows - rows.mean(0)
-        shares.append((rows @ basis[i]).square().sum() / rows.square().sum())
+        parts = centred(torch.cat([x[i], y[i]])).split(PADDED_ROWS)
+        within = sum((rows.double() @ basis[i]).square().sum() for rows in parts)
+        shares.append(within / norms_of(parts).sum())
     return torch.stack(shares) if shares else basis.new_zeros(0)
 
 
@@ -115,7 +135,7 @@ def padded(sequences: Tensor) -> tuple[list[tuple[Tensor, Tensor, slice]], Tenso
 def terms_without(u: Tensor, v: Tensor, pieces: tuple[list, Tensor], debiased: bool) -> Tensor:
     """The cross term of the centred rows u, v without each sequence, ``[S]``: see docs/cka.md."""
     s = u.mT @ v
-    p, q = (side.square().sum(1, dtype=torch.float64) for side in (u, v))
+    p, q = (norms_of(side.split(PADDED_ROWS)) for side in (u, v))
     turned = v @ s.mT
     w_pv, w_qu = p.float() @ v, q.float() @ u
     whole = s.square().sum(dtype=torch.float64)

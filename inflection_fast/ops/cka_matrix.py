@@ -36,9 +36,10 @@ def cka_matrix(
 
     Equivalent to: ``linear_cka(x[:, None], y[None], debiased=debiased)``, but each layer's Gram matrix over rows is
     computed once for all pairs, tile by tile: ``N^2 (D L + L^2) / 2`` multiplications, fewer than the
-    ``N D^2 L (L + 1) / 2`` of the pairs while N < (L + 1) D. Never an N x N buffer: extra memory is at most
-    ``20 tile L D + 32 tile^2 L`` bytes (L layers of both models, the wider D), 70 MB for 12 layers of width 768. Rows
-    are centred in float32 tile by tile, so an offset costs no digits. Not differentiable.
+    ``N D^2 L (L + 1) / 2`` of the pairs while N < (L + 1) D. Never an N x N buffer: extra memory is
+    ``20 tile L D + 16 tile^2 L + 8 N L`` bytes (L layers of both models), 60 MB for 12 layers of width 768, and refused
+    beforehand where the device has less. Rows are centred in float32 tile by tile, so an offset costs no digits. Not
+    differentiable.
 
     `method` trades exactness for time:
 
@@ -64,7 +65,8 @@ def cka_matrix(
         that hold NaN or infinite features. The diagonal of a model with itself is 1 but for rounding.
 
     Raises:
-        TypeError, ValueError: as for `linear_cka`; an unknown `method`; a last minibatch of fewer than 4 rows.
+        TypeError, ValueError: as for `linear_cka`; an unknown `method`; a last minibatch of fewer than 4 rows; a
+            `tile` that takes more memory than there is.
     """
     check(x, "x")
     other = x if y is None else check(y, "y")
@@ -87,6 +89,7 @@ def cka_matrix(
         if 0 < count % tile < MIN_ROWS[True]:
             raise ValueError(f"tile: {count} rows leave a last minibatch of {count % tile}, expected at least 4")
     sides = [x.detach()] if y is None else [x.detach(), y.detach()]
+    checks.fits(bytes_needed(sides, method, tile), x.device, f"tile: {method} CKA by {tile} rows would")
     with torch.no_grad():
         if method == "minibatch":
             return ratio(*minibatches(sides, tile))
@@ -98,6 +101,18 @@ def check(value: object, name: str) -> Tensor:
     if checks.float_tensor(value, name).ndim != 3 or 0 in (value.shape[0], value.shape[2]):
         raise ValueError(f"{name}: expected features [L, N, D], got shape {list(value.shape)}")
     return value
+
+
+def bytes_needed(sides: list[Tensor], method: str, tile: int) -> int:
+    """What `cka_matrix` takes beside its arguments: float32 rows, their Gram matrices, and |u|^2 of every row."""
+    count = sides[0].shape[1]
+    tile, block = min(tile, count), min(BLOCK * tile, count) if method == "exact" else min(tile, count)
+    rows = {"exact": block + tile, "banded": 3 * tile, "minibatch": 2 * tile}[method]
+    rows = max(rows, 3 * min(SHIFT_ROWS, count))  # their mean takes them in float64
+    layers, wide = sum(len(side) for side in sides), sum(len(side) * side.shape[2] for side in sides)
+    grams = layers if len(sides) == 1 else layers + max(len(side) for side in sides)  # of two models also the squares
+    sums = len(sides[0]) * len(sides[-1]) * (tile * block // RUN + 1)
+    return 4 * wide * (rows + 4) + 4 * grams * tile * block + 8 * layers * count + 12 * sums  # 4: the mean
 
 
 def ratio(cross: Tensor, own_x: Tensor, own_y: Tensor) -> Tensor:
@@ -119,10 +134,19 @@ class Rows:
         self.rest = (sums / n).float()  # what the first subtraction left
         self.norms = sums.new_zeros(len(features), n)  # |u|^2, filled in as the tiles are multiplied
 
-    def tile(self, part: slice) -> Tensor:
-        """Rows of this part of the order."""
+    def tile(self, part: slice, room: Tensor | None = None) -> Tensor:
+        """Rows of this part of the order, in the memory of `room` if given: fresh pages cost more than sums."""
         rows = self.features[:, part] if self.order is None else self.features[:, self.order[part]]
-        return (rows.float() - self.shift).sub_(self.rest)
+        out = rows.new_empty(rows.shape, dtype=torch.float32) if room is None else room[:, : rows.shape[1]]
+        if rows.dtype == torch.float32:
+            torch.sub(rows, self.shift, out=out)
+        else:
+            out.copy_(rows).sub_(self.shift)
+        return out.sub_(self.rest)
+
+    def room(self, size: int) -> Tensor:
+        """For tiles of at most so many rows."""
+        return self.shift.new_empty((len(self.features), min(size, self.norms.shape[1]), self.features.shape[2]))
 
 
 def mean_of(features: Tensor) -> Tensor:
@@ -175,9 +199,10 @@ class Sums:
 
     def all_pairs(self, tile: int) -> int:
         """Every pair of rows, by symmetry each once; returns how many ordered pairs that were."""
-        n = self.rows[0].norms.shape[1]
+        n, rows = self.rows[0].norms.shape[1], self.rows
+        here, beside = ([side.room(size) for side in rows] for size in (BLOCK * tile, tile))
         for block in parts(n, BLOCK * tile):
-            left = [side.tile(block) for side in self.rows]
+            left = [side.tile(block, room) for side, room in zip(rows, here, strict=True)]
             for part in parts(block.stop - block.start, tile):
                 own = [side[:, part] for side in left]
                 self.add_own(own, slice(block.start + part.start, block.start + part.stop))
@@ -185,7 +210,7 @@ class Sums:
                     self.add([side[:, : part.start] for side in left], own)
             for part in parts(n - block.stop, tile):
                 after = slice(block.stop + part.start, block.stop + part.stop)
-                self.add(left, [side.tile(after) for side in self.rows])
+                self.add(left, [side.tile(after, room) for side, room in zip(rows, beside, strict=True)])
         return n * (n - 1)
 
     def near_pairs(self, tile: int, band: int) -> int:
@@ -275,7 +300,7 @@ def minibatches(sides: list[Tensor], tile: int) -> tuple[Tensor, Tensor, Tensor]
 
 
 def without_diagonal(batch: list[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Of the Gram matrices of rows ``[L, n, D]``, n even: inner products, as `inner`, and sums of their rows ``[L, n]``.
+    """Of the Gram matrices of rows ``[L, n, D]``, n even: inner products, as `inner`, and sums of rows ``[L, n]``.
 
     In halves of the rows: of the four products one is the mirror image of another and left out.
     """

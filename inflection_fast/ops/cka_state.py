@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from . import checks, cka_basis
-from .checks import memory_bytes
 from .cka import HEAD, MIN_ROWS, check_rank, leading, moved, of_terms, packed, pooled, unpack
 from .cka_basis import CkaBasis, Projection
 from .cka_reduce import agree, all_reduce
@@ -71,9 +70,8 @@ class CkaState:
         self._check_basis(basis, device)
         self.frozen = basis
         rank = None if basis is None else basis.rank
-        need, have = self.bytes_needed(layers, dim, dim_y, groups=groups, rank=rank), memory_bytes(device)
-        if need > have:
-            raise ValueError(f"dim: {layers} layers of {dim} and {self.dim_y} take {need} bytes, {device} has {have}")
+        need = self.bytes_needed(layers, dim, dim_y, groups=groups, rank=rank)
+        checks.fits(need, device, f"dim: {layers} layers of {dim} and {self.dim_y}")
         if shift is not None and (shift.dtype, tuple(shift.shape)) != (torch.float32, (self.layers, dims)):
             raise ValueError(f"shift: expected float32 {[self.layers, dims]}, got {shift.dtype} {list(shift.shape)}")
         if shift is not None and not shift.is_contiguous():
