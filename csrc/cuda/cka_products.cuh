@@ -10,11 +10,12 @@
 // numbers within a factor of two of each other is exact. With u = w + e, w what was multiplied and e the rest of the
 // shift, sum u_i u_j = sum w_i w_j + e_i t_j + t_i e_j - n e_i e_j follows from the column sums t of u, in float64.
 //
-// Per 16 rows and multiprocessor, in cycles, tensor cores at their full rate 256; through mma.sync, which reaches some
-// 62 % of it on Hopper, 413. Shared memory: 32 KiB read and 12 KiB written, 344. Second-level cache: 12 KiB, 29 bytes a
-// cycle. Issue: 8 warps with 32 mma, 32 subtractions and 8 ldmatrix each, on 4 schedulers 144 and more. So mma.sync
-// binds, shared memory comes close; on A100, whose rate is half of that per multiprocessor, tensor cores themselves do.
-// At the end a tile adds or writes 256 KiB, which nothing hides: 9 % (written) or 18 % (added) of 8192 rows.
+// Estimated, per 16 rows of a tile, in cycles of an H100's multiprocessor: tensor cores at their full rate 256; through
+// mma.sync, which is said to reach some 62 % of it there, 413. Shared memory, 32 KiB read and 12 KiB written, 344.
+// Issue, 8 warps with 32 mma, 32 subtractions and 8 ldmatrix on 4 schedulers, 144. The second-level cache has to
+// deliver 12 KiB to each of 132 multiprocessors: 6.9 TB/s in 413 cycles, more than the 5.5 to 6 that are reported, so
+// 480 to 510. That is what binds. At the end a tile writes 256 KiB, or adds them, which nothing hides: 8 or 16 % of
+// 8192 rows. On an A100 tensor cores themselves bind (512 cycles).
 #pragma once
 
 #include "cka_rows.cuh"
