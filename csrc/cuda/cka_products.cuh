@@ -10,17 +10,25 @@
 // numbers within a factor of two of each other is exact. With u = w + e, w what was multiplied and e the rest of the
 // shift, sum u_i u_j = sum w_i w_j + e_i t_j + t_i e_j - n e_i e_j follows from the column sums t of u, in float64.
 //
-// Per 16 rows and multiprocessor, in cycles, tensor cores at their full rate 256; through mma.sync, which reaches some
-// 62 % of it on Hopper, 413. Shared memory: 32 KiB read and 12 KiB written, 344. Second-level cache: 12 KiB, 29 bytes a
-// cycle. Issue: 8 warps with 32 mma, 32 subtractions and 8 ldmatrix each, on 4 schedulers 144 and more. So mma.sync
-// binds, shared memory comes close; on A100, whose rate is half of that per multiprocessor, tensor cores themselves do.
-// At the end a tile adds or writes 256 KiB, which nothing hides: 9 % (written) or 18 % (added) of 8192 rows.
+// Estimated, per 16 rows of a tile, in cycles of an H100's multiprocessor: tensor cores at their full rate 256; through
+// mma.sync, which is said to reach some 62 % of it there, 413. Shared memory, 32 KiB read and 12 KiB written, 344.
+// Issue, 8 warps with 32 mma, 32 subtractions and 8 ldmatrix on 4 schedulers, 144. The second-level cache has to
+// deliver 12 KiB to each of 132 multiprocessors: 6.9 TB/s in 413 cycles, more than the 5.5 to 6 that are reported, so
+// 480 to 510. That is what binds. At the end a tile writes 256 KiB, or adds them, which nothing hides: 8 or 16 % of
+// 8192 rows. On an A100 tensor cores themselves bind (512 cycles).
 #pragma once
 
 #include "cka_rows.cuh"
 #include "mma.cuh"
 
 namespace inflection {
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000  // whose compiler pairs and reorders more, and so spills sooner
+constexpr int kFloatBlocks = 1, kStepsAtOnce = 1;
+#else
+constexpr int kFloatBlocks = 2;  // a multiprocessor: one multiplies while the other adds to the Gram matrix
+constexpr int kStepsAtOnce = 2;  // of 16 rows on tensor cores
+#endif
 
 constexpr int kOwn = 8;  // rows and columns of a tile that a thread owns, where there are no tensor cores
 constexpr int kAcross = kPanel / kOwn;
@@ -72,7 +80,7 @@ __device__ __forceinline__ void multiply_row(const Sum* left, const Sum* right, 
 // ---- float32 rows
 // ------------------------------------------------------------------------------------------------------
 
-constexpr int kFloatRows = 16;           // of a stage: 16 values a thread in flight while those before are multiplied
+constexpr int kFloatRows = 8;            // of a stage: 8 values a thread in flight while those before are multiplied
 constexpr int kFloatPitch = kPanel + 4;  // floats; loads of 16 bytes stay aligned
 
 struct FloatMemory {
@@ -80,8 +88,8 @@ struct FloatMemory {
   Panel sides[2];                                           // here because registers are short
 };
 
-__global__ void __launch_bounds__(kCkaThreads, 2) add_float_products(CkaPushArgs args, Layers layers, int64_t panels,
-                                                                  int64_t tiles) {
+__global__ void __launch_bounds__(kCkaThreads, kFloatBlocks)
+    add_float_products(CkaPushArgs args, Layers layers, int64_t panels, int64_t tiles) {
   FloatMemory& memory = shared<FloatMemory>();
   const Layer layer = Layer::of(args, layers, blockIdx.x / tiles);
   int64_t left = 0, right = 0;
@@ -90,24 +98,20 @@ __global__ void __launch_bounds__(kCkaThreads, 2) add_float_products(CkaPushArgs
   if (threadIdx.x < 2) memory.sides[threadIdx.x] = Panel::of(args, layer, threadIdx.x ? right : left);
   __syncthreads();
   const auto& sides = memory.sides;
-  const int of_stage = threadIdx.x / kAcross, chunk = threadIdx.x % kAcross;
-  static_assert(kCkaThreads / kAcross == kFloatRows);
+  const int of_stage = threadIdx.x / (kPanel / 4), own = threadIdx.x % (kPanel / 4) * 4;
+  static_assert(kCkaThreads / (kPanel / 4) == kFloatRows);
 
-  float next[2][2][4];  // panel, half: the rows of the next stage on their way
+  float next[2][4];  // of either panel: the rows of the next stage on their way
   const auto fetch = [&](int64_t first) {
     const int64_t row = first + of_stage;
     const bool counts = row < args.rows && layer.kinds[row] == kInFloat;
 #pragma unroll
     for (int p = 0; p < 2; ++p) {
+      if (counts) sides[p].read(row, own, next[p]);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int col = half * (kPanel / 2) + chunk * 4;
-        if (counts) sides[p].read(row, col, next[p][half]);
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const bool there = counts && col + e < sides[p].columns;
-          next[p][half][e] = there ? next[p][half][e] - layer.shift[sides[p].first + col + e] : 0.f;
-        }
+      for (int e = 0; e < 4; ++e) {
+        const bool there = counts && own + e < sides[p].columns;
+        next[p][e] = there ? next[p][e] - layer.shift[sides[p].first + own + e] : 0.f;
       }
     }
   };
@@ -119,10 +123,7 @@ __global__ void __launch_bounds__(kCkaThreads, 2) add_float_products(CkaPushArgs
     for (int64_t begin = first; begin < end; begin += kFloatRows) {
       auto& rows = memory.stages[stage];
 #pragma unroll
-      for (int p = 0; p < 2; ++p)
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-          memcpy(&rows[p][of_stage][half * (kPanel / 2) + chunk * 4], next[p][half], sizeof next[p][half]);
+      for (int p = 0; p < 2; ++p) memcpy(&rows[p][of_stage][own], next[p], sizeof next[p]);
       __syncthreads();
       fetch(begin + kFloatRows);
 #pragma unroll 2
@@ -143,6 +144,7 @@ constexpr int kStages = 3;               // two on their way: 1600 cycles ahead
 constexpr int kHalfPitch = kPanel + 8;   // elements: eight rows of 16 bytes lie in different banks
 constexpr int kWarpTile = 64;            // rows and columns of the tile that a warp owns
 constexpr int kSubs = kWarpTile / 16, kRights = kWarpTile / 8;
+constexpr int kTogether = 2;             // pairs of old sums that a thread waits for at a time
 constexpr int kChunk = 8;                // elements of one copy
 constexpr int kChunksOfRow = kPanel / kChunk;
 constexpr int kCopyRows = kCkaThreads / kChunksOfRow;  // rows that the block copies in one go
@@ -154,7 +156,8 @@ struct HalfMemory {
   alignas(16) T stages[kStages][kTilePanels][kSlab][kHalfPitch];
   double sums[kTilePanels][kPanel];   // of u over the rows
   double rests[kTilePanels][kPanel];  // what was subtracted, less the shift
-  Panel sides[kTilePanels];           // here because registers are short
+  Panel sides[kTilePanels];           // here because registers are short, as are the next ones
+  double rows;                        // that are multiplied
   const T* shifts[kTilePanels];
 };
 
@@ -164,7 +167,7 @@ __device__ __forceinline__ void multiply_slab(const T (&left)[kSlab][kHalfPitch]
                                               int row0, int col0, const uint32_t (&of_left)[kSubs][2],
                                               const uint32_t (&of_right)[kRights], float (&c)[kSubs][kRights][4]) {
   const int lane = threadIdx.x % kWarpSize, r = lane % 8, low = lane / 8 % 2 * 8, high = lane / 16 * 8;
-#pragma unroll
+#pragma unroll kStepsAtOnce
   for (int k = 0; k < kSlab; k += 16) {
     uint32_t a[kSubs][4];
 #pragma unroll
@@ -195,11 +198,11 @@ __global__ void __launch_bounds__(kCkaThreads, 1) add_half_products(CkaPushArgs 
   const Layer layer = Layer::of(args, layers, blockIdx.x / tiles);
   int64_t left = 0, right = 0;
   if (!Tiles<kLeftPanels>::at(panels, blockIdx.x % tiles, left, right)) return;
-  const double float_rows = args.float_rows[layer.index];
-  if (float_rows == 0.0 && !args.fresh) return;
+  if (args.float_rows[layer.index] == 0.0 && !args.fresh) return;
 
   // Panels, their shifts and what corrects them. A second left panel that is not there, or lies below the diagonal
   // altogether, has no columns.
+  if (threadIdx.x == 0) memory.rows = args.float_rows[layer.index];
   if (threadIdx.x < kTilePanels) {
     int64_t number = threadIdx.x == kLeftPanels ? right : left + threadIdx.x;
     const bool there = number <= right;
@@ -224,18 +227,18 @@ __global__ void __launch_bounds__(kCkaThreads, 1) add_half_products(CkaPushArgs 
   const int copy_row = threadIdx.x / kChunksOfRow, copy_col = threadIdx.x % kChunksOfRow * kChunk;
   constexpr int kRowsOfThread = kSlab / kCopyRows;
   uint8_t kinds[kRowsOfThread];
-  const auto fetch_kinds = [&](int64_t slab) {  // a slab ahead: a copy's address must not wait for memory
+  const auto fetch_kinds = [&](int slab) {  // a slab ahead: a copy's address must not wait for memory
 #pragma unroll
     for (int i = 0; i < kRowsOfThread; ++i) {
-      const int64_t row = slab * kSlab + i * kCopyRows + copy_row;
+      const int64_t row = int64_t{slab} * kSlab + i * kCopyRows + copy_row;
       kinds[i] = row < args.rows ? layer.kinds[row] : uint8_t{kNotCounted};
     }
   };
-  const auto copy = [&](int64_t slab) {
+  const auto copy = [&](int slab) {
 #pragma unroll
     for (int i = 0; i < kRowsOfThread; ++i) {
       const int r = i * kCopyRows + copy_row;
-      const int64_t row = slab * kSlab + r;
+      const int64_t row = int64_t{slab} * kSlab + r;
 #pragma unroll
       for (int p = 0; p < kTilePanels; ++p) {
         T* const to = &memory.stages[slab % kStages][p][r][copy_col];
@@ -273,43 +276,48 @@ __global__ void __launch_bounds__(kCkaThreads, 1) add_half_products(CkaPushArgs 
       for (int h = 0; h < 2; ++h) {
         const int row = row0 + s * 16 + h * 8 + g;
         double* const to = layer.row(kCkaHead + sides[second].first + row) + kCkaHead + sides[2].first;
-        const double rest = memory.rests[second][row], sum = memory.sums[second][row] - float_rows * rest;
+        const double rest = memory.rests[second][row], rest_of_sum = memory.sums[second][row] - memory.rows * rest;
         const auto there = [&](int col) {
-          return row < sides[second].columns && col < sides[2].columns && sides[2].first + col >= sides[second].first + row;
+          return row < sides[second].columns && col < sides[2].columns &&
+                 sides[2].first + col >= sides[second].first + row;
         };
-        double old[kRights][2];
 #pragma unroll
-        for (int n = 0; n < kRights; ++n) {
+        for (int part = 0; part < kRights; part += kTogether) {
+          double old[kTogether][2];
 #pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const int col = col0 + n * 8 + 2 * t + e;
-            old[n][e] = there(col) && !(begins && args.fresh) ? to[col] : 0.0;
+          for (int n = 0; n < kTogether; ++n) {
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              const int col = col0 + (part + n) * 8 + 2 * t + e;
+              old[n][e] = there(col) && !(begins && args.fresh) ? to[col] : 0.0;
+            }
           }
-        }
 #pragma unroll
-        for (int n = 0; n < kRights; ++n) {
+          for (int n = 0; n < kTogether; ++n) {
 #pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const int col = col0 + n * 8 + 2 * t + e;
-            double moved = c[s][n][2 * h + e];
-            if (begins) moved += rest * memory.sums[2][col] + sum * memory.rests[2][col];
-            if (there(col)) to[col] = old[n][e] + moved;
-            c[s][n][2 * h + e] = 0.f;
+            for (int e = 0; e < 2; ++e) {
+              const int col = col0 + (part + n) * 8 + 2 * t + e;
+              float& sum = c[s][part + n][2 * h + e];
+              double moved = sum;
+              if (begins) moved += rest * memory.sums[2][col] + rest_of_sum * memory.rests[2][col];
+              if (there(col)) to[col] = old[n][e] + moved;
+              sum = 0.f;
+            }
           }
         }
       }
     }
   };
 
-  const int64_t slabs = (args.rows + kSlab - 1) / kSlab;
+  const int slabs = static_cast<int>((args.rows + kSlab - 1) / kSlab);
   fetch_kinds(0);
 #pragma unroll 1
-  for (int64_t slab = 0; slab < kStages - 1; ++slab) {
+  for (int slab = 0; slab < kStages - 1; ++slab) {
     copy(slab);
     commit_copies();
   }
 #pragma unroll 1
-  for (int64_t slab = 0; slab < slabs; ++slab) {
+  for (int slab = 0; slab < slabs; ++slab) {
     wait_for_copies<kStages - 2>();
     __syncthreads();
     if (slab + kStages - 1 < slabs) copy(slab + kStages - 1);

@@ -90,8 +90,8 @@ struct Panel {
   }
 };
 
-// The tiles on or above the diagonal, kLeft panels by one: kBand tile rows at a time, column after column, so that tiles
-// in work at the same time share their panels in the second-level cache.
+// The tiles on or above the diagonal, kLeft panels by one: kBand tile rows at a time, column after column, so that the
+// tiles in work at one time share their panels in the second-level cache.
 template <int kLeft>
 struct Tiles {
   static constexpr int64_t kBand = 4;
