@@ -189,20 +189,24 @@ struct RowSpan {
 // ---- loading
 // ----------------------------------------------------------------------------------------------------------
 
-// N rows into a shared tile; row_at(r) is the address of one, null where there is none: zeros. Eight threads a row.
+// N rows into a shared tile; row_at(r) is the address of one, null where there is none: zeros. Eight threads a row. The
+// loops are short: unrolled, what they need before and after costs more than they do.
 template <class T, int N, int kThreads, class RowAt>
 __device__ __forceinline__ void load_tile(T* tile, const QkForm& form, int64_t head_dim, int64_t col_stride,
                                           const RowAt& row_at) {
   constexpr int kPerRow = 8, kElements = kCopyBytes / sizeof(T);
+#pragma unroll 1
   for (int r = threadIdx.x / kPerRow; r < N; r += kThreads / kPerRow) {
     const T* row = row_at(r);
     T* to = tile + r * form.pitch;
     if (form.vector) {
+#pragma unroll 1
       for (int k = threadIdx.x % kPerRow * kElements; k < form.depth; k += kPerRow * kElements) {
         const bool there = row != nullptr && k < head_dim;
         copy_async(to + k, there ? row + k : tile, there);
       }
     } else {
+#pragma unroll 1
       for (int k = threadIdx.x % kPerRow; k < form.depth; k += kPerRow)
         to[k] = row != nullptr && k < head_dim ? row[k * col_stride] : T{};
     }
