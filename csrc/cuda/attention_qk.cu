@@ -36,14 +36,16 @@ struct QkLane {
     max = highest;
     reference = next;
   }
+  template <bool kAll>
   __device__ __forceinline__ void add(float score, float exponent) {
     const float x = at_least(fmaf(score, exponent, -reference), kLeastExponent);
     const float e = exp2_approx(x);
     sum += e;
     dot = fmaf(e, x, dot);
-    square = fmaf(e, e, square);
+    if (kAll) square = fmaf(e, e, square);
   }
-  template <int N>
+  // The sum of squares is left out where nobody wants it.
+  template <bool kAll, int N>
   __device__ __forceinline__ void push(const float (&score)[N], float exponent) {
     float highest = max;
 #pragma unroll
@@ -51,10 +53,10 @@ struct QkLane {
     rebase(highest, exponent);
     QkLane part{max, reference};  // from zero: a block of terms rounds less than the whole row
 #pragma unroll
-    for (int i = 0; i < N; ++i) part.add(score[i], exponent);
+    for (int i = 0; i < N; ++i) part.template add<kAll>(score[i], exponent);
     sum += part.sum;
     dot += part.dot;
-    square += part.square;
+    if (kAll) square += part.square;
   }
   // Over the lanes that share a row; the result is in all of them.
   __device__ __forceinline__ void merge_lanes(float exponent) {
@@ -78,7 +80,7 @@ __device__ __forceinline__ void write_row(const AttentionStatsQkArgs& args, cons
     first = args.sinks[row.head];
     if (first != -kInf) {
       state.rebase(fmaxf(state.max, first), form.exponent);
-      state.add(first, form.exponent);
+      state.template add<true>(first, form.exponent);
       empty = false;
     }
   }
@@ -97,7 +99,7 @@ __device__ __forceinline__ void write_row(const AttentionStatsQkArgs& args, cons
   if (args.out.keys != nullptr) args.out.keys[row.out] = row.inside ? static_cast<float>(keys) : NAN;
 }
 
-template <class S>
+template <class S, bool kAll>
 __global__ void __launch_bounds__(S::kThreads, S::kSub > 1 ? 3 : 4)
     stats_of_tile(AttentionStatsQkArgs args, QkForm form, int64_t row_tiles, int stages) {
   using T = typename S::Type;
@@ -163,7 +165,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kSub > 1 ? 3 : 4)
             attended[s][h] += 2 * S::kRightTiles;
           }
           if (j == 0 && lane % kLanesPerRow == 0) first_key[s][h] = score[0];
-          state[s][h].push(score, form.exponent);
+          state[s][h].template push<kAll>(score, form.exponent);
         }
       }
     }
@@ -188,7 +190,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kSub > 1 ? 3 : 4)
   }
 }
 
-template <class S>
+template <class S, bool kAll = true>
 int run(const AttentionStatsQkArgs& args, int stages, void* stream) {
   const QkForm form = QkForm::of(args, false);
   const int64_t row_tiles = (args.num_rows * form.group + S::kLeft - 1) / S::kLeft;
@@ -197,14 +199,17 @@ int run(const AttentionStatsQkArgs& args, int stages, void* stream) {
   if (blocks > kMostBlocks || args.keys > kMostKeys) return cudaErrorInvalidValue;
   const size_t bytes = sizeof(RowBounds<S::kLeft>) +
                        sizeof(typename S::Type) * form.pitch * static_cast<size_t>(S::kLeft + stages * S::kRight);
-  return launch(stats_of_tile<S>, dim3(static_cast<unsigned>(blocks)), dim3(S::kThreads), bytes, stream, args, form,
+  return launch(stats_of_tile<S, kAll>, dim3(static_cast<unsigned>(blocks)), dim3(S::kThreads), bytes, stream, args, form,
                 row_tiles, stages);
 }
 
 // The largest tiles that leave room for a second block on a multiprocessor, or fit at all.
 template <class T>
 int run_16_bit(const AttentionStatsQkArgs& args, void* stream) {
-  if (args.head_dim <= 128) return run<Shape<T, 2, 4, 8>>(args, 2, stream);
+  if (args.head_dim <= 128) {
+    return args.out.collision ? run<Shape<T, 2, 4, 8>, true>(args, 2, stream)
+                              : run<Shape<T, 2, 4, 8>, false>(args, 2, stream);
+  }
   return run<Shape<T, 1, 4, 8>>(args, args.head_dim <= 256 ? 2 : 1, stream);
 }
 

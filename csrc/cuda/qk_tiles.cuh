@@ -189,31 +189,51 @@ struct RowSpan {
 // ---- loading
 // ----------------------------------------------------------------------------------------------------------
 
-// N rows into a shared tile; row_at(r) is the address of one, null where there is none: zeros. Eight threads a row.
+// N rows into a shared tile; row_at(r) is the address of one, null where there is none: zeros. Eight threads a row. The
+// loops are short: unrolled, what they need before and after costs more than they do.
 template <class T, int N, int kThreads, class RowAt>
 __device__ __forceinline__ void load_tile(T* tile, const QkForm& form, int64_t head_dim, int64_t col_stride,
                                           const RowAt& row_at) {
   constexpr int kPerRow = 8, kElements = kCopyBytes / sizeof(T);
+#pragma unroll 1
   for (int r = threadIdx.x / kPerRow; r < N; r += kThreads / kPerRow) {
     const T* row = row_at(r);
     T* to = tile + r * form.pitch;
     if (form.vector) {
+#pragma unroll 1
       for (int k = threadIdx.x % kPerRow * kElements; k < form.depth; k += kPerRow * kElements) {
         const bool there = row != nullptr && k < head_dim;
         copy_async(to + k, there ? row + k : tile, there);
       }
     } else {
+#pragma unroll 1
       for (int k = threadIdx.x % kPerRow; k < form.depth; k += kPerRow)
         to[k] = row != nullptr && k < head_dim ? row[k * col_stride] : T{};
     }
   }
 }
 
+// Keys lie at even distances: three instructions an address, where rows in any order take forty.
 template <class T, int N, int kThreads>
 __device__ __forceinline__ void load_keys(T* tile, const AttentionStatsQkArgs& args, const QkForm& form,
                                           const HeadPlace& head, int64_t first) {
   const T* keys =
       static_cast<const T*>(args.key) + head.batch * args.key_strides[0] + head.kv_head * args.key_strides[1];
+  if (form.vector) {
+    constexpr int kPerRow = 8, kElements = kCopyBytes / sizeof(T), kStep = kThreads / kPerRow;
+    const int r = threadIdx.x / kPerRow, width = static_cast<int>(args.head_dim);
+    const int64_t step = kStep * args.key_strides[2], there = args.keys - first;  // the head has so many more keys
+    const int left = (there < N ? static_cast<int>(there) : N) - r;
+#pragma unroll 1
+    for (int k = threadIdx.x % kPerRow * kElements; k < form.depth; k += kPerRow * kElements) {
+      const T* from = keys + (first + r) * args.key_strides[2] + k;
+      T* to = tile + r * form.pitch + k;
+#pragma unroll
+      for (int i = 0; i < N; i += kStep, from += step, to += kStep * form.pitch)
+        copy_async(to, from, i < left && k < width);  // nothing is read where there is no key
+    }
+    return;
+  }
   load_tile<T, N, kThreads>(tile, form, args.head_dim, args.key_strides[3], [&](int r) -> const T* {
     return first + r < args.keys ? keys + (first + r) * args.key_strides[2] : nullptr;
   });

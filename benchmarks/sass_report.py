@@ -1,0 +1,102 @@
+"""Counts the machine instructions of CUDA kernels by class, block by block of their loops.
+
+    python benchmarks/sass_report.py STEM [--arch 90a] [--kernel PATTERN] [--least 8]
+
+Needs nvcc and cuobjdump (of CUDA, or on the PATH by any other way), no GPU. A line is one basic block: address, loops
+around it, instructions, and how many of them go where:
+
+    mma     tensor cores           mufu    2^x, log, 1/x: 16 lanes per SM and clock
+    ldsm    ldmatrix               lds/sts other shared memory
+    ldg/stg global memory          fp32    multiply-adds and the like
+    alu     integers, compares, selects, moves; control: branches, barriers
+
+Which blocks a tile passes through, and how often, is for the reader to say: masks and odd tiles have their own.
+"""
+
+import argparse
+import re
+import shutil
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CLASSES = (  # first match counts
+    ("mma", r"HMMA|IMMA"), ("mufu", r"MUFU"), ("ldsm", r"LDSM"), ("lds", r"LDS\b|LDS\."), ("sts", r"STS|LDGSTS"),
+    ("ldg", r"LDG|LD\b|LD\."), ("stg", r"STG|ST\b|ST\."), ("fp64", r"DADD|DMUL|DFMA|DSETP"),
+    ("fp32", r"FFMA|FADD|FMUL|FMNMX|FSETP|FSEL|FCHK"), ("shuffle", r"SHFL|VOTE|REDUX|MATCH"),
+    ("control", r"BRA|BSSY|BSYNC|BAR|EXIT|CALL|RET|WARPSYNC|DEPBAR|LDGDEPBAR|NOP|YIELD|BREAK"),
+)  # fmt: skip
+COLUMNS = [name for name, _ in CLASSES] + ["alu"]
+LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(\S+)(.*?);")
+
+
+def class_of(opcode: str) -> str:
+    """The class that an instruction is counted under; what none claims is integer arithmetic or a move."""
+    return next((name for name, pattern in CLASSES if re.match(pattern, opcode)), "alu")
+
+
+def functions(listing: str) -> dict[str, list[tuple[int, str, int | None]]]:
+    """Of every kernel in a listing of cuobjdump: (address, opcode, branch target or None) for each instruction."""
+    found = {}
+    for part in listing.split("Function : ")[1:]:
+        name, _, body = part.partition("\n")
+        instructions = []
+        for address, opcode, rest in LINE.findall(body):
+            target = re.search(r"0x([0-9a-f]+)\s*$", rest.strip()) if opcode.startswith("BRA") else None
+            instructions.append((int(address, 16), opcode, int(target[1], 16) if target else None))
+        found[name.strip()] = instructions
+    return found
+
+
+def blocks(instructions: list[tuple[int, str, int | None]]) -> list[tuple[int, int, Counter]]:
+    """(address, loops around it, instructions by class) of every basic block."""
+    targets = {target for _, _, target in instructions if target is not None}
+    loops = [(target, address) for address, _, target in instructions if target is not None and target < address]
+    found, start, counts = [], instructions[0][0], Counter()
+    for address, opcode, _ in instructions:
+        if address in targets and counts:
+            found.append((start, counts))
+            start, counts = address, Counter()
+        counts[class_of(opcode)] += 1
+        if opcode.startswith(("BRA", "EXIT", "RET")):
+            found.append((start, counts))
+            start, counts = address + 16, Counter()
+    return [(at, sum(begin <= at <= end for begin, end in loops), counts) for at, counts in found]
+
+
+def listing_of(stem: str, arch: str) -> str:
+    """The machine code of csrc/cuda/<stem>.cu, demangled."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = f"{folder}/{stem}.cubin"
+        flags = ["-O3", "-std=c++20", f"-I{ROOT / 'csrc'}", f"-gencode=arch=compute_{arch},code=sm_{arch}"]
+        subprocess.run(["nvcc", "-cubin", str(ROOT / "csrc" / "cuda" / f"{stem}.cu"), "-o", cubin, *flags], check=True)
+        sass = subprocess.run(["cuobjdump", "-sass", cubin], check=True, capture_output=True, text=True).stdout
+    return subprocess.run(["c++filt"], input=sass, check=True, capture_output=True, text=True).stdout
+
+
+def main() -> None:
+    """Print the blocks inside loops of every kernel whose name matches."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stem", help="a file of csrc/cuda, without .cu")
+    parser.add_argument("--arch", default="90a")
+    parser.add_argument("--kernel", default="", help="regular expression on the demangled name")
+    parser.add_argument("--least", type=int, default=8, help="leave out blocks of fewer instructions")
+    options = parser.parse_args()
+    if shutil.which("cuobjdump") is None:
+        raise SystemExit("cuobjdump is not on the PATH: it comes with CUDA, and as the package nvidia-cuda-cuobjdump")
+    for name, instructions in functions(listing_of(options.stem, options.arch)).items():
+        short = re.sub(r"inflection::|\(anonymous namespace\)::|void ", "", name).split("(")[0]
+        if not re.search(options.kernel, short):
+            continue
+        print(f"\n{short}: {len(instructions)} instructions")
+        print(f"{'address':>8} {'loops':>5} {'all':>5} " + " ".join(f"{column:>7}" for column in COLUMNS))
+        for address, depth, counts in blocks(instructions):
+            if depth and counts.total() >= options.least:
+                row = " ".join(f"{counts[column] or '.':>7}" for column in COLUMNS)
+                print(f"{address:8x} {depth:5} {counts.total():5} {row}")
+
+
+if __name__ == "__main__":
+    main()
