@@ -27,6 +27,7 @@ _HOMES = {
     "CkaBasis": "ops",
     "CkaResult": "ops",
     "CkaState": "ops",
+    "RowSample": "ops",
     "attention_column_mass": "ops",
     "attention_entropy": "ops",
     "attention_entropy_qk": "ops",
@@ -36,6 +37,7 @@ _HOMES = {
     "cka_jackknife": "ops",
     "cka_matrix": "ops",
     "delta_cka": "ops",
+    "feature_rows": "ops",
     "linear_cka": "ops",
     "sum_of_squares": "ops",
 }
