@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from inflection_fast.measure import Monitor, MonitorConfig
 from inflection_fast.measure.config import SIGNALS
 
-WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim")
+WAITING = ("_local_scalar_dense", "item", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim")
 
 
 class Waits(TorchDispatchMode):
