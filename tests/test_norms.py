@@ -68,10 +68,10 @@ def test_the_scale_is_read_when_the_sums_are_taken():
 
 
 def test_more_tensors_than_one_launch_takes_are_rounded_once(isa):
-    xs = [torch.full((1,), 4096.0), *(torch.ones(1) for _ in range(2500))]  # 2^24, which lost every 1 in float32
-    assert sum_of_squares(xs, [0] * 2501).item() == 2**24 + 2500
-    scaled = sum_of_squares(xs, [0] * 2501, inv_scale=torch.tensor(0.5))
-    assert scaled.item() == 2**22 + 625
+    xs = [torch.full((1,), 4096.0), *(torch.ones(1) for _ in range(2502))]  # 2^24, which swallows a 1 in float32
+    assert sum_of_squares(xs, [0] * 2503).item() == 2**24 + 2502
+    scaled = sum_of_squares(xs, [0] * 2503, inv_scale=torch.tensor(0.5))
+    assert scaled.item() == 2**22 + 625.5
 
 
 def test_poison_shows_in_its_group_only(isa):

@@ -4,11 +4,12 @@
 // kCkaDepth rows, which stays in the second-level cache meanwhile. Bound by the multiply-adds: a step of one row takes
 // a multiprocessor 128 cycles, its loads from shared memory 64.
 //
-// 16-bit rows: tensor cores, 256 x 128 results a block, 64 x 64 a warp, three stages of 32 rows in shared memory (77
-// KiB), one block a multiprocessor. What is subtracted from a column must leave its elements exact in 16 bits: 0 where
-// the mean is small beside the standard deviation, else the mean rounded to 16 bits, because the difference of two
-// numbers within a factor of two of each other is exact. With u = w + e, w what was multiplied and e the rest of the
-// shift, sum u_i u_j = sum w_i w_j + e_i t_j + t_i e_j - n e_i e_j follows from the column sums t of u, in float64.
+// 16-bit rows: tensor cores, 256 x 128 results a block, 64 x 64 a warp, three stages of 32 rows in shared memory (83
+// KiB in all), one block a multiprocessor. What is subtracted from a column has to leave its elements exact in 16 bits:
+// 0 where the mean is small beside the standard deviation, else the mean rounded to 16 bits, because the difference of
+// two numbers within a factor of two of each other is exact; the few others are rounded. With u = w + e, w what was
+// multiplied and e what was subtracted less the shift, sum u_i u_j = sum w_i w_j + e_i t_j + t_i e_j - n e_i e_j
+// follows from the column sums t of u, in float64.
 //
 // Estimated, per 16 rows of a tile, in cycles of an H100's multiprocessor: tensor cores at their full rate 256; through
 // mma.sync, which is said to reach some 62 % of it there, 413. Shared memory, 32 KiB read and 12 KiB written, 344.
