@@ -39,9 +39,7 @@ import torch
 RESULTS = Path(__file__).resolve().parent / "results"
 ROUNDS = 15
 PERCENTILES = (20, 50, 80)
-L2_BYTES = (
-    1 << 28
-)  # more than the second-level cache of any GPU: written between rivals so that each one reads from memory
+L2_BYTES = 1 << 28  # more than any GPU's second-level cache: written between rivals, so that each reads from memory
 
 
 def race(
