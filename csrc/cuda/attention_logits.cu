@@ -4,8 +4,8 @@
 // kernel merges in a fixed order, where they would not fill the device. Every thread keeps a state of its own
 // over 16-byte slices that it holds in registers: the slice's maximum first, then the exponentials, so the running sums
 // are rebased once per slice; states are merged once per row. Rows of a causal mask are read up to the diagonal only,
-// the longest first. Each logit is read once: bound by memory for float32 (some 17 instructions an element, counted in
-// the source, against the 38 that an H100 can issue while four bytes arrive), near both bounds for 16-bit logits.
+// the longest first. Each logit is read once: bound by memory for float32 (27 instructions an element, against the 39
+// that an H100 can issue while four bytes arrive), by issue slots for 16-bit logits (25, against 20): docs/kernels.md.
 // Backward: one read of the logits, one write of the gradient, a warp per row or slice of a row; bound by memory.
 //
 // Odd rows and masked columns are as in csrc/cpu/attention_logits.inc.
@@ -248,7 +248,8 @@ __global__ void __launch_bounds__(kThreads)
 
 __device__ __forceinline__ float at(const float* values, int64_t i) { return values == nullptr ? 0.f : values[i]; }
 
-// One warp a row, or a slice of it. G is the dtype of the gradient: that of the logits, or float32 for the gradient of the scores.
+// One warp a row, or a slice of it. G is the dtype of the gradient: that of the logits, or float32 for the gradient of
+// the scores.
 template <class T, class G, bool kVector, bool kMask>
 __global__ void __launch_bounds__(kThreads)
     backward_by_warp(AttentionStatsBackwardArgs args, Form form, Exponential unscaled, int64_t items, Cuts slices,
