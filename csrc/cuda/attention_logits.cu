@@ -20,7 +20,7 @@ constexpr int kDenseSlice = 4 * kVectorBytes;  // what a thread holds at once: 4
 constexpr int kOtherSlice = kVectorBytes;      // with a mask or strides the addresses cost more than the latency
 template <bool kVector, bool kMask>
 constexpr int kSlice = kVector && !kMask ? kDenseSlice : kOtherSlice;
-// Blocks at least that share the registers of a multiprocessor: without a word, or with one more, nvcc spills for sm_100.
+// Blocks that share the registers of a multiprocessor: left to itself, or with one more, nvcc spills for sm_100.
 constexpr int kResident = 2;
 template <bool kMask>
 constexpr int kResidentBackward = kMask ? 1 : 2;
