@@ -1,11 +1,11 @@
 // What every key receives: sums of probabilities and of their squares over the rows, given the log-sum-exp of each row.
 //
-// A block keeps a tile of 64 keys of one query head and goes over tiles of 64 rows, those only that can attend its keys.
-// Every lane sums for the two keys per 16 that it holds a piece of, tile by tile and without rounding loss between tiles;
-// four lanes are added once at the end. Every number has one writer, so the result is the same in every run.
+// A block keeps a tile of 64 keys of one query head and goes over tiles of 64 rows, those only that can attend its
+// keys. Every lane sums for the two keys per 16 that it holds a piece of, tile by tile and without rounding loss between
+// tiles; four lanes are added once at the end. Every number has one writer, so the result is the same in every run.
 //
-// Shared memory, bf16, D = 128: keys and rows, 17 KiB each. Per score one multiply-add into the power, one 2^x, two sums.
-// Bound by the product and its operands, and, with one tile in flight, by the latency of loading it.
+// Shared memory, bf16, D = 128: keys and rows, 17 KiB each. Per score one multiply-add into the power, one 2^x, two
+// sums. Bound by the product and its operands, and, with one tile in flight, by the latency of loading it.
 //
 // A row at lse = -inf counts nothing, a score of -inf has no probability, NaN stays NaN in the columns that its row
 // attends.
@@ -122,7 +122,8 @@ int run(const AttentionColumnMassArgs& args, void* stream) {
   const AttentionStatsQkArgs& forward = args.forward;
   QkForm form = QkForm::of(forward, false);
   form.group = 1;
-  const int64_t key_tiles = (forward.keys + S::kLeft - 1) / S::kLeft, blocks = forward.batch * forward.heads * key_tiles;
+  const int64_t key_tiles = (forward.keys + S::kLeft - 1) / S::kLeft;
+  const int64_t blocks = forward.batch * forward.heads * key_tiles;
   if (blocks == 0) return cudaSuccess;
   if (blocks > kMostBlocks || forward.keys > kMostKeys || forward.queries > kMostKeys) return cudaErrorInvalidValue;
   const size_t bytes = sizeof(RowBounds<S::kRight>) + 2 * kCopyBytes + sizeof(float) * S::kRight +

@@ -4,8 +4,8 @@
 // kernel merges in a fixed order, where they would not fill the device. Every thread keeps a state of its own
 // over 16-byte slices that it holds in registers: the slice's maximum first, then the exponentials, so the running sums
 // are rebased once per slice; states are merged once per row. Rows of a causal mask are read up to the diagonal only,
-// the longest first. Each logit is read once: bound by memory for float32 (some 17 instructions an element, counted in
-// the source, against the 38 that an H100 can issue while four bytes arrive), near both bounds for 16-bit logits.
+// the longest first. Each logit is read once: bound by memory for float32 (27 instructions an element, against the 39
+// that an H100 can issue while four bytes arrive), by issue slots for 16-bit logits (25, against 20): docs/kernels.md.
 // Backward: one read of the logits, one write of the gradient, a warp per row or slice of a row; bound by memory.
 //
 // Odd rows and masked columns are as in csrc/cpu/attention_logits.inc.
@@ -20,9 +20,10 @@ constexpr int kDenseSlice = 4 * kVectorBytes;  // what a thread holds at once: 4
 constexpr int kOtherSlice = kVectorBytes;      // with a mask or strides the addresses cost more than the latency
 template <bool kVector, bool kMask>
 constexpr int kSlice = kVector && !kMask ? kDenseSlice : kOtherSlice;
-// Blocks of stats_by_block that share the registers of a multiprocessor: left to itself, nvcc spills for sm_100.
+// Blocks that share the registers of a multiprocessor: left to itself, or with one more, nvcc spills for sm_100.
+constexpr int kResident = 2;
 template <bool kMask>
-constexpr int kResident = kMask ? 2 : 3;
+constexpr int kResidentBackward = kMask ? 1 : 2;
 constexpr int64_t kLongRow = 1024;      // columns from which a block pays for a row,
 constexpr int64_t kFewRows = 132 * 64;  // when there are fewer rows than warps on a large device
 constexpr double kSmallestScale = 1e-28, kLargestScale = 1e28;  // as in csrc/cpu/attention_scores.inc
@@ -204,7 +205,7 @@ __device__ __forceinline__ bool is_large(float lse) { return lse - lse == 0.f &&
 
 // A row, or one part of it, whose state then goes to args.parts. With `lse`: only rows where that is large.
 template <class T, bool kVector, bool kMask>
-__global__ void __launch_bounds__(kThreads, kResident<kMask>)
+__global__ void __launch_bounds__(kThreads, kResident)
     stats_by_block(AttentionStatsArgs args, Form form, Cuts cuts, const float* lse) {
   static_assert(kWarps <= kWarpSize);
   BlockMemory& memory = shared<BlockMemory>();
@@ -248,9 +249,10 @@ __global__ void __launch_bounds__(kThreads)
 
 __device__ __forceinline__ float at(const float* values, int64_t i) { return values == nullptr ? 0.f : values[i]; }
 
-// One warp a row, or a slice of it. G is the dtype of the gradient: that of the logits, or float32 for the gradient of the scores.
+// One warp a row, or a slice of it. G is the dtype of the gradient: that of the logits, or float32 for the gradient of
+// the scores.
 template <class T, class G, bool kVector, bool kMask>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResidentBackward<kMask>)
     backward_by_warp(AttentionStatsBackwardArgs args, Form form, Exponential unscaled, int64_t items, Cuts slices,
                      int64_t parts) {
   using Part = Slice<T, kVector, kMask, kOtherSlice>;

@@ -7,9 +7,8 @@
 // hidden by a padding mask, are not computed; blocks with the longest rows start first. No score is ever stored.
 //
 // Shared memory, bf16, D = 128: 128 query rows (34 KiB) and two tiles of keys (34 KiB), so three blocks of four warps
-// fit on an H100. Static bounds for B8 H32 T4096 D128 on an H100, per 128 x 64 tile and warp: 128 mma (at the 62 % of
-// the wgmma rate that mma.sync reaches, about 1.8 ms for the whole), 48 ldmatrix of 512 bytes (1.7 ms of shared memory
-// bandwidth), 7 instructions a score (1.0 ms of issue slots), one 2^x (1.16 ms). The product and its operands bound it.
+// fit on an H100. By a static estimate (docs/kernels.md) issue slots bound it, 2.3 ms for B8 H32 T4096 D128 bf16, before
+// shared memory (2.0), mma.sync (1.8) and exponentials (1.2); at D = 256 shared memory does.
 //
 // float32 inputs are multiplied in float32 with fused multiply-adds. Odd rows are as in csrc/cpu/attention_qk.inc.
 #include "qk_tiles.cuh"
@@ -199,8 +198,8 @@ int run(const AttentionStatsQkArgs& args, int stages, void* stream) {
   if (blocks > kMostBlocks || args.keys > kMostKeys) return cudaErrorInvalidValue;
   const size_t bytes = sizeof(RowBounds<S::kLeft>) +
                        sizeof(typename S::Type) * form.pitch * static_cast<size_t>(S::kLeft + stages * S::kRight);
-  return launch(stats_of_tile<S, kAll>, dim3(static_cast<unsigned>(blocks)), dim3(S::kThreads), bytes, stream, args, form,
-                row_tiles, stages);
+  return launch(stats_of_tile<S, kAll>, dim3(static_cast<unsigned>(blocks)), dim3(S::kThreads), bytes, stream, args,
+                form, row_tiles, stages);
 }
 
 // The largest tiles that leave room for a second block on a multiprocessor, or fit at all.

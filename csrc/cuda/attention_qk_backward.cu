@@ -7,8 +7,11 @@
 // Nothing of size Tq x Tk is stored. dS of 16-bit inputs goes to the tensor cores as two numbers of their dtype, value
 // and remainder; sums are float32.
 //
-// A block makes at most 128 columns of the gradient; for wider heads the scores are computed once for every 128. Bound
-// by the two products and, with one tile in flight, by the latency of loading it.
+// A block makes at most 128 columns of the gradient; for wider heads the scores are computed once for every 128. By a
+// static estimate (docs/kernels.md) shared memory bounds both passes, 75 KB for 16 x 64 scores at D = 128, before issue
+// slots; with one tile in flight the latency of loading it comes on top.
+#include <type_traits>
+
 #include "qk_tiles.cuh"
 
 namespace inflection {
@@ -22,12 +25,12 @@ struct Coefficients {
   float a, b, c, lse, first;
 
   static __device__ __forceinline__ Coefficients of(const AttentionStatsQkBackwardArgs& args, const RowPlace& row) {
-    Coefficients k{0.f, 0.f, 0.f, -kInf, 0.f};
+    Coefficients k{};
     if (!row.inside) return k;
     const RowGradients& g = args.rows;
     const auto get = [&](const float* from) { return from == nullptr ? 0.f : from[row.out]; };
+    if (g.lse[row.out] == -kInf) return k;  // no keys: nothing depends on anything
     k.lse = g.lse[row.out];
-    if (k.lse == -kInf) return k;  // no keys: nothing depends on anything
     k.a = get(g.grad_lse);
     if (g.grad_entropy != nullptr) {
       k.b = -get(g.grad_entropy);
@@ -45,19 +48,30 @@ struct Coefficients {
     return k;
   }
 
-  // d(loss) / d(product), where `score` and `slope` are those of score_of.
-  __device__ __forceinline__ float gradient(float score, float slope, bool is_first) const {
-    if (score == -kInf) return 0.f;
+  // d(loss) / d(score) of a key that is attended and not the first.
+  __device__ __forceinline__ float gradient(float score) const {
     const float log_p = at_least(score - lse, kLeastLogP);
     const float p = exp2_approx(log_p * static_cast<float>(kLog2e));
-    const float of_score = p * (a + b * log_p + c * p) + (is_first ? first : 0.f);
-    return of_score * slope;
+    return p * fmaf(c, p, fmaf(b, log_p, a));
+  }
+  // d(loss) / d(product), where `score` and `slope` are those of score_of.
+  __device__ __forceinline__ float gradient(float score, float slope, bool is_first) const {
+    return score == -kInf ? 0.f : (gradient(score) + (is_first ? first : 0.f)) * slope;
   }
 };
 
 __device__ __forceinline__ bool is_finite(float x) { return x - x == 0.f; }
 __device__ __forceinline__ bool is_finite(BF16 x) { return (x.bits & 0x7f80) != 0x7f80; }
 __device__ __forceinline__ bool is_finite(F16 x) { return (x.bits & 0x7c00) != 0x7c00; }
+
+// Whether an element of four words is not finite: one more in its exponent then carries into the sign.
+template <class T>
+__device__ __forceinline__ bool has_poison(const uint4& raw) {
+  constexpr unsigned kSigns = sizeof(T) == 4 ? 0x80000000u : 0x80008000u;
+  constexpr unsigned kOne = sizeof(T) == 4 ? 0x00800000u : std::is_same_v<T, BF16> ? 0x00800080u : 0x04000400u;
+  const auto carried = [](unsigned word) { return (word & ~kSigns) + kOne; };
+  return ((carried(raw.x) | carried(raw.y) | carried(raw.z) | carried(raw.w)) & kSigns) != 0;
+}
 
 // What is not finite becomes 0: the rows that attend it have NaN in dS already, and no other may get one from 0 * NaN.
 template <class T, int N, int kThreads>
@@ -67,15 +81,12 @@ __device__ __forceinline__ void drop_poison(T* tile, const QkForm& form) {
     for (int k = threadIdx.x % kPerRow * kElements; k < form.depth; k += kPerRow * kElements) {
       uint4* const at = reinterpret_cast<uint4*>(tile + r * form.pitch + k);
       const uint4 raw = *at;
+      if (!has_poison<T>(raw)) continue;
       T values[kElements];
       memcpy(values, &raw, sizeof raw);
-      bool clean = true;
 #pragma unroll
-      for (int i = 0; i < kElements; ++i) {
-        clean = clean && is_finite(values[i]);
+      for (int i = 0; i < kElements; ++i)
         if (!is_finite(values[i])) values[i] = T{};
-      }
-      if (clean) continue;
       uint4 cleaned;
       memcpy(&cleaned, values, sizeof cleaned);
       *at = cleaned;
@@ -130,6 +141,26 @@ template <class S>
 constexpr int kSlopePitch = S::kRight + kCopyBytes / static_cast<int>(sizeof(typename S::Type));
 template <class S>
 constexpr int kSlopePieces = S::kTensorCores ? 2 : 1;
+
+// Two neighbours of dS into the tile, for tensor cores as value and remainder.
+template <class S>
+__device__ __forceinline__ void put_slopes(typename S::Type* to, float a, float b) {
+  if constexpr (S::kTensorCores) {
+    using T = typename S::Type;
+    struct alignas(2 * sizeof(T)) Pair {
+      T first, second;
+    };
+    Pair both, rest;
+    const uint32_t bits = pack<T>(a, b);
+    memcpy(&both, &bits, sizeof both);
+    const uint32_t rest_bits = pack<T>(a - to_float(both.first), b - to_float(both.second));
+    memcpy(&rest, &rest_bits, sizeof rest);
+    *reinterpret_cast<Pair*>(to) = both;
+    *reinterpret_cast<Pair*>(to + S::kLeft * kSlopePitch<S>) = rest;
+  } else {
+    to[0] = a, to[1] = b;
+  }
+}
 
 // kOfKeys: the left tile is one of keys and the right ones are rows, for dK; or the other way round, for dQ.
 template <class S, bool kOfKeys>
@@ -193,20 +224,36 @@ __global__ void __launch_bounds__(S::kThreads)
                                : memory.rows.touch(warp * 16, 16, static_cast<int>(j), static_cast<int>(j) + S::kRight);
     float c[1][S::kRightTiles][4];
     if (meets) multiply<S>(left, right, form, c);
+    const int first_key = static_cast<int>(kOfKeys ? first_left : j);
+    const bool whole = forward.mask.data == nullptr && forward.softcap == 0.f &&
+                       (first_key > 0 || args.rows.grad_sink == nullptr) &&
+                       memory.rows.cover(first_key, first_key + (kOfKeys ? S::kLeft : S::kRight));
+    // of_product(row, key, product): d(loss) / d(product).
+    const auto put_tile = [&](const auto& of_product) {
 #pragma unroll
-    for (int n = 0; meets && n < S::kRightTiles; ++n) {
+      for (int n = 0; n < S::kRightTiles; ++n) {
+        const int r = n * 8 + lane % kLanesPerRow * 2;
+        float value[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int l = left_row + i / 2 * 8, r = n * 8 + lane % kLanesPerRow * 2 + i % 2;
-        const int row = kOfKeys ? r : l, key = static_cast<int>(kOfKeys ? first_left + l : j + r);
-        float score, slope;
-        score_of(forward, form, memory.rows.mask[row], memory.rows.low[row], memory.rows.high[row], key, c[0][n][i],
-                 score, slope);
-        const float value = memory.coefficients[row].gradient(score, slope, key == 0) * forward.scale;
-        T* const to = &memory.slopes[l * kPitch + r];
-        put(to, value);
-        if constexpr (S::kTensorCores) put(to + kSlopes, value - to_float(*to));
+        for (int i = 0; i < 4; ++i) {
+          const int left_at = left_row + i / 2 * 8, right_at = r + i % 2;
+          value[i] = forward.scale * of_product(kOfKeys ? right_at : left_at,
+                                                first_key + (kOfKeys ? left_at : right_at), c[0][n][i]);
+        }
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+          put_slopes<S>(memory.slopes + (left_row + h * 8) * kPitch + r, value[2 * h], value[2 * h + 1]);
       }
+    };
+    if (meets && whole) {
+      put_tile([&](int row, int, float product) { return memory.coefficients[row].gradient(product * form.factor); });
+    } else if (meets) {
+      put_tile([&](int row, int key, float product) {
+        float score, slope;
+        score_of(forward, form, memory.rows.mask[row], memory.rows.low[row], memory.rows.high[row], key, product, score,
+                 slope);
+        return memory.coefficients[row].gradient(score, slope, key == 0);
+      });
     }
     __syncthreads();
     drop_poison<T, S::kRight, S::kThreads>(right, form);

@@ -94,8 +94,8 @@ __device__ __forceinline__ void narrow(const int64_t* key_bounds, int64_t positi
 
 struct RowPlace {
   int64_t position, head, out;  // `out` in [B, H, num_rows]
-  int low, high;                // keys inside causal and window bounds and the row's sequence; none where the position is
-                                // out of range
+  int low, high;                // keys inside causal and window bounds and the row's sequence; none where the position
+                                // is out of range
   bool there, inside;           // the packed row exists; its position does
 
   static __device__ __forceinline__ RowPlace of(const AttentionStatsQkArgs& args, const QkForm& form,
@@ -178,7 +178,8 @@ struct RowSpan {
     __syncthreads();
   }
   // As packed rows, in whole tiles of `tile` rows.
-  __device__ __forceinline__ int64_t first_packed(const AttentionStatsQkArgs& args, const QkForm& form, int tile) const {
+  __device__ __forceinline__ int64_t first_packed(const AttentionStatsQkArgs& args, const QkForm& form,
+                                                  int tile) const {
     return args.rows ? 0 : int64_t{begin} * form.group / tile * tile;
   }
   __device__ __forceinline__ int64_t last_packed(const AttentionStatsQkArgs& args, const QkForm& form) const {
@@ -186,8 +187,7 @@ struct RowSpan {
   }
 };
 
-// ---- loading
-// ----------------------------------------------------------------------------------------------------------
+// ---- loading --------------------------------------------------------------------------------------------------------
 
 // N rows into a shared tile; row_at(r) is the address of one, null where there is none: zeros. Eight threads a row. The
 // loops are short: unrolled, what they need before and after costs more than they do.
@@ -249,8 +249,7 @@ __device__ __forceinline__ void load_queries(T* tile, const AttentionStatsQkArgs
   });
 }
 
-// ---- products
-// ---------------------------------------------------------------------------------------------------------
+// ---- products -------------------------------------------------------------------------------------------------------
 
 // c[s][n] = the warp's left rows times the right ones, over the depth.
 template <class S>
@@ -328,8 +327,7 @@ __device__ __forceinline__ void multiply(const typename S::Type* left, const typ
   }
 }
 
-// ---- masks
-// ------------------------------------------------------------------------------------------------------------
+// ---- masks ----------------------------------------------------------------------------------------------------------
 
 // What the mask says of one element: hidden, or what it adds.
 __device__ __forceinline__ bool attends(const Mask& mask, int64_t at, float& bias) {
@@ -357,7 +355,8 @@ __device__ __forceinline__ bool hidden_for_all(const AttentionStatsQkArgs& args,
 
 // The same for the N keys of a tile that is held.
 template <int N>
-__device__ __forceinline__ bool keys_hidden(const AttentionStatsQkArgs& args, const HeadPlace& head, int64_t first_key) {
+__device__ __forceinline__ bool keys_hidden(const AttentionStatsQkArgs& args, const HeadPlace& head,
+                                            int64_t first_key) {
   const int64_t last = first_key + N < args.keys ? first_key + N : args.keys;
   return hidden_for_all(args, head, head.batch * args.mask.strides[0], static_cast<int>(first_key),
                         static_cast<int>(last));
