@@ -12,8 +12,8 @@ OUT=${OUT:-$ROOT/build/gpu}
 WHEEL=${1:-$(ls -t "$ROOT"/dist/inflection_fast-*.whl | head -n 1)}
 PYTHON=${PYTHON:-python3}
 KERNEL_TESTS="tests/test_norms.py tests/test_attention_logits.py tests/test_attention_logits_backward.py
-  tests/test_attention_qk.py tests/test_attention_qk_gradients.py tests/test_cka.py tests/test_cka_16bit.py
-  tests/test_cka_state.py"
+  tests/test_attention_qk.py tests/test_attention_qk_gradients.py tests/test_packed_sequences.py tests/test_column_mass.py
+  tests/test_cka.py tests/test_cka_16bit.py tests/test_cka_basis.py tests/test_cka_state.py"
 CHECKED="tests/test_attention_qk.py tests/test_cka_16bit.py"  # by the sanitizer, of these:
 SMALL="poison or empty or keyless or typical-torch.float32 or rows_together or (fills and 129)"
 mkdir -p "$OUT"

@@ -34,8 +34,7 @@ __device__ double norm_of(const Panel& side, int64_t row, const float* shift) {
   return warp_sum(total);
 }
 
-// ---- the shift
-// ---------------------------------------------------------------------------------------------------------
+// ---- the shift ----------------------------------------------------------------------------------------------------
 
 struct ShiftMemory {
   double norms[kDepth];
@@ -99,8 +98,7 @@ __global__ void __launch_bounds__(kShiftThreads, 1) find_shift(CkaPushArgs args,
   }
 }
 
-// ---- norms and column sums
-// ---------------------------------------------------------------------------------------------
+// ---- norms and column sums ----------------------------------------------------------------------------------------
 
 // A block per layer and kCkaDepth rows: the norms of the rows, and how each of them is to be multiplied.
 template <class T>
@@ -258,8 +256,7 @@ __global__ void __launch_bounds__(kCkaThreads) sum_columns(CkaPushArgs args, Lay
   }
 }
 
-// ---- products in float64
-// -----------------------------------------------------------------------------------------------
+// ---- products in float64 ------------------------------------------------------------------------------------------
 
 constexpr int kExactStep = 16;  // rows in shared memory at a time
 
@@ -320,8 +317,7 @@ __global__ void __launch_bounds__(kCkaThreads) add_exact_rows(CkaPushArgs args, 
   if (any) add_tile(layer, sides[0], sides[1], sums, false);
 }
 
-// ---- launches
-// ----------------------------------------------------------------------------------------------------------
+// ---- launches -----------------------------------------------------------------------------------------------------
 
 // Calls body(go) for as many layers as a launch holds; go(kernel, blocks a layer, threads, shared bytes, more...).
 template <class Body>

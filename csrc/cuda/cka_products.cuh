@@ -78,8 +78,7 @@ __device__ __forceinline__ void multiply_row(const Sum* left, const Sum* right, 
     for (int j = 0; j < kOwn; ++j) sums[i][j] = fma(a[i], b[j], sums[i][j]);
 }
 
-// ---- float32 rows
-// ------------------------------------------------------------------------------------------------------
+// ---- float32 rows -------------------------------------------------------------------------------------------------
 
 constexpr int kFloatRows = 8;            // of a stage: 8 values a thread in flight while those before are multiplied
 constexpr int kFloatPitch = kPanel + 4;  // floats; loads of 16 bytes stay aligned
@@ -135,8 +134,7 @@ __global__ void __launch_bounds__(kCkaThreads, kFloatBlocks)
   }
 }
 
-// ---- 16-bit rows
-// -------------------------------------------------------------------------------------------------------
+// ---- 16-bit rows --------------------------------------------------------------------------------------------------
 
 constexpr int kLeftPanels = 2;
 constexpr int kTilePanels = kLeftPanels + 1;

@@ -24,8 +24,8 @@ def linear_cka(x: Tensor, y: Tensor, *, rank: int | None = None, debiased: bool 
 
     The error is at most 1e-6 at any offset common to the rows, and 1e-4 for features in 16 bits. Debiased values of
     unrelated features are near 0 and may be negative; biased ones are near ``D / (N + D + 1)``. Differentiable with
-    respect to both, once; the gradient holds one layer at a time in float32. Extra memory: 4 (D + D2)^2 bytes per layer,
-    of as many layers as 64 MiB hold (1 GiB on CUDA), and on the CPU 3 (D + D2) KiB of packed rows per thread.
+    respect to both, once; the gradient holds one layer at a time in float32. Extra memory: 4 (D + D2)^2 bytes per
+    layer, of as many layers as 64 MiB hold (1 GiB on CUDA), and on the CPU 3 (D + D2) KiB of packed rows per thread.
 
     Args:
         x: ``[..., N, D]``, float32, bfloat16 or float16, any strides.
