@@ -10,6 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from inflection_fast import (
     CkaState,
+    attention_column_mass,
     attention_entropy,
     attention_entropy_qk,
     attention_stats_qk,
@@ -123,6 +124,13 @@ def bench_gradient_of_entropy_from_logits(benchmark):
     race(benchmark, "entropy and its gradient from logits, bfloat16, B2 H32 T4096", rivals, extra=of_copy(3 * x.nbytes))
 
 
+def bench_entropy_of_few_long_rows(benchmark):
+    x = torch.randn(16, 1 << 20, device="cuda", dtype=BF16)
+    compiled = torch.compile(eager)
+    rivals = {"ours": lambda: attention_entropy(x), "torch.compile": lambda: compiled(x)}
+    race(benchmark, "entropy from logits, bfloat16, 16 rows of 1,048,576", rivals, extra=of_copy(x.nbytes))
+
+
 def attention_rivals(query, key, value, causal):
     """Fused attention by every backend that takes these tensors, and entropy by way of it with V := K."""
     scale = query.shape[-1] ** -0.5
@@ -209,6 +217,36 @@ def bench_statistics_of_sampled_rows(benchmark):
             {
                 "ours": lambda: attention_stats_qk(query, key, rows=rows, is_causal=True),
                 "SDPA of all rows": lambda: sdpa(query, key, value, is_causal=True),
+            },
+        )
+
+
+def bench_entropy_of_packed_sequences(benchmark):
+    query, key, value = (torch.randn(1, 32, 32768, 128, device="cuda", dtype=BF16) for _ in range(3))
+    cu_seqlens = torch.arange(0, 32769, 2048, device="cuda", dtype=torch.int32)
+    apart = [x.view(32, 16, 2048, 128).transpose(0, 1) for x in (query, key, value)]
+    with torch.no_grad():
+        race(
+            benchmark,
+            "entropy from Q, K, bfloat16, causal, 16 packed sequences of 2048, H32 D128",
+            {
+                "ours": lambda: attention_entropy_qk(query, key, is_causal=True, cu_seqlens=cu_seqlens),
+                "ours, not packed": lambda: attention_entropy_qk(*apart[:2], is_causal=True),
+                "SDPA, not packed": lambda: sdpa(*apart, is_causal=True),
+            },
+        )
+
+
+def bench_column_mass(benchmark):
+    query, key, value = (torch.randn(2, 32, 4096, 128, device="cuda", dtype=BF16) for _ in range(3))
+    lse = attention_stats_qk(query, key, is_causal=True).lse
+    with torch.no_grad():
+        race(
+            benchmark,
+            "column mass and its squares, bfloat16, causal, B2 H32 T4096 D128",
+            {
+                "ours": lambda: attention_column_mass(query, key, lse, is_causal=True),
+                "SDPA": lambda: sdpa(query, key, value, is_causal=True),
             },
         )
 
