@@ -61,13 +61,11 @@ test-wide: build
 		$(addprefix $(CURDIR)/tests/,$(KERNEL_TESTS))
 
 # The CUDA kernels in their own source, compiled as C++ for an emulator: no GPU needed. `-sanitized` adds ASan and UBSan.
-EMULATED = $(filter-out test_cka%,$(KERNEL_TESTS))
 # Of the tests of CKA those that reach every kernel in every mode; all of them take four minutes.
 EMULATED_CKA = definition or longer or masked_rows or broken or unlike_means or long_rows or tiles or infinite
 test-emulated: build
-	$(PY) -m pytest -p tests.emulation.plugin $(addprefix tests/,$(EMULATED))
-	$(PY) -m pytest -p tests.emulation.plugin $(addprefix tests/,$(filter test_cka%,$(KERNEL_TESTS))) \
-		-k "$(EMULATED_CKA)"
+	$(PY) -m pytest -p tests.emulation.plugin -n 2 --dist worksteal $(addprefix tests/,$(KERNEL_TESTS)) \
+		-k "not cka or $(EMULATED_CKA)"
 test-emulated-sanitized: build
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 		$(PY) -m pytest -p tests.emulation.sanitized $(addprefix tests/,$(KERNEL_TESTS)) \

@@ -12,6 +12,7 @@ from torch.utils.cpp_extension import include_paths
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
+LIBRARY = "emulated.so"
 SANITIZE = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined"]
 
 
@@ -41,7 +42,7 @@ def build(folder: Path, *, sanitize: bool = False) -> Path:
 
     with ThreadPoolExecutor(max_workers=int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
         objects = list(pool.map(compile_one, sources))
-    library = folder / "emulated.so"
+    library = folder / LIBRARY
     torch_libraries = Path(torch.__file__).parent / "lib"
     link = [f"-L{torch_libraries}", "-ltorch", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{torch_libraries}"]
     subprocess.run(["c++", "-shared", "-o", str(library), *objects, *link, *(SANITIZE if sanitize else [])], check=True)

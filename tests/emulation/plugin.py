@@ -14,7 +14,7 @@ import torch
 
 from inflection_fast import ops  # noqa: F401  (defines the operators that the library takes over)
 
-from .build import build
+from .build import LIBRARY, build
 
 FOLDER = Path(__file__).resolve().parents[2] / "build" / "emulation"
 
@@ -22,11 +22,32 @@ FOLDER = Path(__file__).resolve().parents[2] / "build" / "emulation"
 def pytest_configure(config):
     """Compile what changed, load it, and remember how to count launches."""
     sanitize = config.pluginmanager.has_plugin("tests.emulation.sanitized")
-    library = build(FOLDER / ("sanitized" if sanitize else "plain"), sanitize=sanitize)
+    folder = FOLDER / ("sanitized" if sanitize else "plain")
+    is_worker = hasattr(config, "workerinput")  # of xdist: whoever started it has compiled
+    library = folder / LIBRARY if is_worker else build(folder, sanitize=sanitize)
     torch.ops.load_library(str(library))
     launches = ctypes.CDLL(str(library)).emulator_launches
     launches.restype = ctypes.c_long
     config.emulator_launches = launches
+    config.launches_of_workers = 0
+    if config.pluginmanager.has_plugin("xdist"):
+        config.pluginmanager.register(Workers(config))
+
+
+class Workers:
+    """Adds up what the workers of xdist launched."""
+
+    def __init__(self, config):
+        self.config = config
+
+    def pytest_testnodedown(self, node, error):
+        """A worker that crashed has reported nothing."""
+        self.config.launches_of_workers += getattr(node, "workeroutput", {}).get("launches", 0)
+
+
+def launches_of(config):
+    """Kernel launches of this process and of its workers."""
+    return config.emulator_launches() + config.launches_of_workers
 
 
 def pytest_collection_modifyitems(config, items):
@@ -38,10 +59,12 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_sessionfinish(session, exitstatus):
     """A session without a launch has shown nothing."""
-    if exitstatus == pytest.ExitCode.OK and session.config.emulator_launches() == 0:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["launches"] = launches_of(session.config)
+    elif exitstatus == pytest.ExitCode.OK and launches_of(session.config) == 0:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_terminal_summary(terminalreporter, config):
     """Say how much ran."""
-    terminalreporter.write_line(f"{config.emulator_launches()} emulated kernel launches")
+    terminalreporter.write_line(f"{launches_of(config)} emulated kernel launches")
