@@ -52,13 +52,14 @@ demo: build $(DEMO_READY)
 test: build
 	$(PY) -m pytest tests -n 2 --dist loadfile
 
-# The kernels for AVX-512, compiled to pairs of AVX2 instructions, so that a CPU without it executes them too.
+# The kernels for AVX-512, compiled to pairs of AVX2 instructions, so that a CPU without it executes them too; `test` runs
+# the others.
 WIDE = $(abspath build/wide)
 test-wide: build
 	rm -rf $(WIDE)/lib
 	CFLAGS=-DINFLECTION_LOWERED_AVX512 $(PY) setup.py --quiet build --build-base $(WIDE) --build-lib $(WIDE)/lib
 	cd $(WIDE)/lib && $(abspath $(PY)) -m pytest --rootdir $(CURDIR) -c $(CURDIR)/pyproject.toml -n 2 --dist loadfile \
-		$(addprefix $(CURDIR)/tests/,$(KERNEL_TESTS))
+		$(addprefix $(CURDIR)/tests/,$(KERNEL_TESTS)) -k avx512
 
 # The CUDA kernels in their own source, compiled as C++ for an emulator: no GPU needed. `-sanitized` adds ASan and UBSan.
 # Of the tests of CKA those that reach every kernel in every mode; all of them take four minutes.
