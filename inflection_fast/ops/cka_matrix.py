@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -14,12 +15,10 @@ __all__ = ["cka_matrix"]
 
 METHODS = ("exact", "banded", "minibatch")
 BLOCK = 4  # tiles of rows that are held while the tiles after them pass by
-MEAN_ROUNDING = (
-    2**-16
-)  # relative, of a float32 mean: 100 times its unit, which covers sums in blocks of any number of rows
-RUN = (
-    1 << 9
-)  # products that are summed in float32; equal ones all round the same way, and 1 << 15 of them erred by 4e-5
+# Relative, of a float32 mean: 100 times its unit, which covers sums in blocks of any number of rows.
+MEAN_ROUNDING = 2**-16
+# Products that are summed in float32: equal ones all round the same way, and 1 << 15 of them erred by 4e-5.
+RUN = 1 << 9
 
 
 def cka_matrix(
@@ -188,11 +187,28 @@ def debias(cross: Tensor, own: list[Tensor], sums: list[Tensor]) -> tuple[Tensor
     return cross, own[0], own[-1]
 
 
+class Products:
+    """Gram matrices between rows, each written where the one before it was: fresh pages cost a third of a product."""
+
+    def __init__(self):
+        self._memory: Tensor | None = None
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        """``a @ b.mT`` of ``[L, m, D]`` and ``[L, n, D]``, until the next call."""
+        shape = (a.shape[0], a.shape[1], b.shape[1])
+        size = math.prod(shape)
+        if self._memory is None or self._memory.numel() < size:
+            self._memory = None  # before the larger one is there
+            self._memory = a.new_empty(size)
+        return torch.bmm(a, b.mT, out=self._memory[:size].view(shape))
+
+
 class Sums:
     """Inner products of Gram matrices without their diagonals, over tiles of pairs of rows."""
 
     def __init__(self, rows: list[Rows]):
         self.rows = rows
+        self.products = [Products() for _ in rows]
         layers = [len(side.features) for side in rows]
         self.cross = rows[0].norms.new_zeros(layers[0], layers[-1])
         self.own = [rows[0].norms.new_zeros(number) for number in layers]
@@ -229,7 +245,7 @@ class Sums:
 
     def add_own(self, rows: list[Tensor], part: slice) -> None:
         """The tile of `part` with itself."""
-        grams = [side @ side.mT for side in rows]
+        grams = [product(side, side) for product, side in zip(self.products, rows, strict=True)]
         for side, gram in zip(self.rows, grams, strict=True):
             side.norms[:, part] = take_diagonal(gram)
         cross, own = inner(grams)
@@ -238,7 +254,8 @@ class Sums:
 
     def add(self, left: list[Tensor], right: list[Tensor]) -> None:
         """A tile beside the diagonal, and its mirror image."""
-        cross, own = inner([a @ b.mT for a, b in zip(left, right, strict=True)])
+        grams = [product(b, a) for product, a, b in zip(self.products, left, right, strict=True)]
+        cross, own = inner(grams)
         self.cross += 2 * cross
         self.own = [one + 2 * more for one, more in zip(self.own, own, strict=True)]
 
@@ -286,6 +303,7 @@ def near_mean(rows: Tensor, out: Tensor) -> Tensor:
 def minibatches(sides: list[Tensor], tile: int) -> tuple[Tensor, Tensor, Tensor]:
     """Sums over batches of HSIC_1, each of a batch by itself."""
     total, room = [0.0, 0.0, 0.0], []
+    products = [(Products(), Products()) for _ in sides]
     for part in parts(sides[0].shape[1], tile):
         n = part.stop - part.start
         even = n + n % 2  # a row of zeros adds nothing
@@ -293,27 +311,26 @@ def minibatches(sides: list[Tensor], tile: int) -> tuple[Tensor, Tensor, Tensor]
             room = [side.new_zeros((len(side), even, side.shape[2]), dtype=torch.float32) for side in sides]
         for side, out in zip(sides, room, strict=True):
             near_mean(side[:, part].float(), out[:, :n])
-        cross, own, sums = without_diagonal(room)
+        cross, own, sums = without_diagonal(room, products)
         terms = debias(cross, own, [side[:, :n] for side in sums])
         total = [one + term / (n * (n - 3)) for one, term in zip(total, terms, strict=True)]
     return tuple(total)
 
 
-def without_diagonal(batch: list[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def without_diagonal(batch: list[Tensor], products: list) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Of the Gram matrices of rows ``[L, n, D]``, n even: inner products, as `inner`, and sums of rows ``[L, n]``.
 
-    In halves of the rows: of the four products one is the mirror image of another and left out.
+    In halves of the rows: of the four products one is the mirror image of another and left out. `products`: of every
+    model two, for those that are at once.
     """
     half = batch[0].shape[1] // 2
-    halves = [rows.view(2 * len(rows), half, -1) for rows in batch]
-    own = [rows @ rows.mT for rows in halves]
-    beside = [rows[:, :half] @ rows[:, half:].mT for rows in batch]
-    for gram in own:
-        take_diagonal(gram)
-    sums = [
-        (a.sum(2).view(len(b), 2, half) + torch.stack([b.sum(2), b.sum(1)], 1)).flatten(1).double()
-        for a, b in zip(own, beside, strict=True)
-    ]
+    own, beside, sums = [], [], []
+    for rows, (of_halves, across) in zip(batch, products, strict=True):
+        halves = rows.view(2 * len(rows), half, -1)
+        own.append(of_halves(halves, halves))
+        beside.append(across(rows[:, :half], rows[:, half:]))
+        diagonal = take_diagonal(own[-1]).view(len(rows), -1)
+        sums.append((rows @ rows.sum(1, keepdim=True).mT)[..., 0] - diagonal)
     cross, squares = inner([gram.view(len(rows), -1) for gram, rows in zip(own, batch, strict=True)])
     twice, more = inner(beside)
     return cross + 2 * twice, [a + 2 * b for a, b in zip(squares, more, strict=True)], sums
