@@ -47,13 +47,13 @@ step() {  # name, seconds, command...: a line with the outcome; the output goes 
 
 step install 20 "$PYTHON" -m pip install --quiet --no-index --no-deps --force-reinstall "$WHEEL" || exit 1
 step load 20 "$PYTHON" -c 'import torch, inflection_fast as f; i = f.build_info(); print(torch.__version__, i); assert i["cuda"]'
-step kernels 130 "$PYTHON" -m pytest -p tests.on_cuda $KERNEL_TESTS --tb=short -v
-step device 50 "$PYTHON" -m pytest tests/test_cuda.py --tb=short -v
+step kernels 110 "$PYTHON" -m pytest -p tests.on_cuda $KERNEL_TESTS --tb=short -v
+step device 70 "$PYTHON" -m pytest tests/test_cuda.py tests/test_monitor_cuda.py --tb=short -v
 for tool in memcheck racecheck; do
   step "$tool" 40 compute-sanitizer --tool "$tool" --error-exitcode 9 \
     "$PYTHON" -m pytest -p tests.on_cuda $CHECKED -k "$SMALL" --tb=short -v -x
 done
-step benchmarks 470 "$PYTHON" -m pytest benchmarks/bench_cuda.py -s --tb=short -v
+step benchmarks 470 "$PYTHON" -m pytest benchmarks/bench_cuda.py benchmarks/bench_overhead.py -k "cuda or 1B" -s --tb=short -v
 for file in benchmarks/results/*.json; do
   cmp -s "$file" "$ROOT/$file" && continue  # not measured here
   cp "$file" "$ROOT/benchmarks/results/" && cp "$file" "$OUT/"
