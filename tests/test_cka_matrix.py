@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peak_memory import peak_bytes
+from cases import extra_bytes
 
 from inflection_fast import cka_matrix, linear_cka
 from inflection_fast.ops import checks, reference
@@ -180,7 +180,7 @@ def test_the_memory_is_what_was_said_and_no_buffer_grows_with_the_square_of_the_
     x = torch.randn(4, 3000, 80).to(dtype)
     for sides in ([x], [x[:2], x[2:]]):
         need = bytes_needed(sides, method, 300)
-        peak = peak_bytes(lambda sides=sides: cka_matrix(*sides, method=method, tile=300))
+        peak = extra_bytes(lambda sides=sides: cka_matrix(*sides, method=method, tile=300))
         assert 0.5 * need < peak <= need < 4 * 3000**2
 
 

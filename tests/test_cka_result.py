@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from peak_memory import peak_bytes
+from cases import extra_bytes
 
 from inflection_fast import CkaResult, CkaState, cka_jackknife, linear_cka
 from inflection_fast.ops import checks, reference
@@ -235,7 +235,7 @@ def test_a_jackknife_that_would_not_fit_is_refused(monkeypatch):
 def test_a_jackknife_takes_the_memory_that_it_says(length, rank, dtype):
     x, y = torch.randn(2, 1, 4000, 100).to(dtype)
     ids = torch.arange(4000) // length
-    spent = peak_bytes(lambda: cka_jackknife(x, y, ids, rank=rank))
+    spent = extra_bytes(lambda: cka_jackknife(x, y, ids, rank=rank))
     need = bytes_needed(4000, 100, length, rank)
     assert 0.4 * need < spent <= need + 1e6  # beside numbers of the sequences
 

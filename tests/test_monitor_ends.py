@@ -91,6 +91,12 @@ def test_workers_of_a_data_loader_leave_the_timeline_alone(tmp_path):
     assert Timeline.load(tmp_path).steps.tolist() == [0, 1]
 
 
+def run_program(code, folder):
+    """How a Python program ended that was given a folder."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    return subprocess.run([sys.executable, "-c", code, str(folder)], env=environment, capture_output=True)
+
+
 def test_a_killed_run_keeps_what_was_written_and_is_continued_there(tmp_path):
     code = (
         "import os, sys, torch\n"
@@ -104,8 +110,7 @@ def test_a_killed_run_keeps_what_was_written_and_is_continued_there(tmp_path):
         "        if step == 3: monitor.timeline\n"
         "    os.kill(os.getpid(), 9)\n"
     )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    ended = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment, capture_output=True)
+    ended = run_program(code, tmp_path)
     assert ended.returncode == -9
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the last row may be torn
@@ -130,8 +135,7 @@ def test_ctrl_c_keeps_every_step_that_was_measured(tmp_path):
         "    monitor.step()\n"
         "raise KeyboardInterrupt\n"
     )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    ended = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment, capture_output=True)
+    ended = run_program(code, tmp_path)
     assert ended.returncode != 0 and b"KeyboardInterrupt" in ended.stderr
     timeline = Timeline.load(tmp_path)
     assert timeline.steps.tolist() == [0, 1, 2, 3, 4, 5] and not timeline.truncated

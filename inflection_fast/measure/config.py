@@ -31,7 +31,9 @@ class MonitorConfig:
     cka_pooling: str = "tokens"  # "tokens": every valid token is a row; "mean", "first", "last": a row per sequence
     cka_rows: int = 2048  # feature rows of the probe; memory: layers * cka_rows * width elements, twice while comparing
     cka_reference: str = "start"  # "previous": the snapshot before; "adapters_off": the peft model without its adapters
-    cka_se: bool = False  # standard error of delta-CKA, by leaving out each sequence of the probe: five times its time
+    # Standard error of delta-CKA, by leaving out each sequence of the probe: five times its time, and a wait for the
+    # device in every layer, because the lengths of the sequences are read on the host.
+    cka_se: bool = False
     seed: int = 0  # of the sampled query rows and of the probe's feature rows
 
     def __post_init__(self):
