@@ -14,7 +14,19 @@ from .schedule import Strata
 if TYPE_CHECKING:
     from ..ops import AttentionStats
 
-__all__ = ["GradientNorms", "HeadMeans"]
+__all__ = ["GradientNorms", "HeadMeans", "LayerIndices"]
+
+
+class LayerIndices(dict):
+    """Tuples of layers as int64 tensors on a device, each brought there once: a copy from the host takes its time."""
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self._device = device
+
+    def __missing__(self, layers: tuple[int, ...]) -> Tensor:
+        self[layers] = torch.tensor(layers).to(self._device, non_blocking=True)
+        return self[layers]
 
 
 class HeadMeans:

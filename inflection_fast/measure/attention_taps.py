@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..blocks import Block
-from .accumulators import HeadMeans
+from .accumulators import HeadMeans, LayerIndices
 from .attention import AttentionCall, See, interfaces_of, seeing_interfaces, seeing_sdpa, stats_of
 from .distributed import Layout
 from .micro_batch import MicroBatch
@@ -33,14 +33,14 @@ class AttentionTaps:
         device: torch.device,
         allocate: Callable[[int], None],  # makes memory for that many heads, and calls `write_into`
     ):
-        self._blocks, self._device, self._allocate = blocks, device, allocate
+        self._blocks, self._allocate = blocks, allocate
         self._owner = {module: block.index for block in blocks for module in block.module.modules()}
         self._decoders = decoder_layers(model, blocks)
         seen = [interfaces_of(block.module) for block in blocks]
         self._interfaces = list({id(one): one for found in seen for one in found}.values())
         self._needs_sdpa = not all(seen)
         self._sampler = RowSampler(rows, seed, device)
-        self._indices: dict[tuple[int, ...], Tensor] = {}
+        self._indices = LayerIndices(device)
         self._layout = Layout()
         self._heads: int | None = None
         self._means: dict[bool, HeadMeans] = {}  # by whether the heads of the layer are divided among ranks
@@ -139,15 +139,10 @@ class AttentionTaps:
                 self._check_heads(layers, shape[1] * (self._layout.tensor if sharded else 1))
                 _, valid, strata = micro_batch.waiting[layers[0]]
                 stats = [micro_batch.waiting[layer][0] for layer in layers]
-                self._means[sharded].push(self._index_of(tuple(layers)), stats, valid, strata)
+                self._means[sharded].push(self._indices[tuple(layers)], stats, valid, strata)
         micro_batch.added = True
         micro_batch.waiting.clear()
         micro_batch.waiting_bytes = 0
-
-    def _index_of(self, layers: tuple[int, ...]) -> Tensor:
-        if layers not in self._indices:
-            self._indices[layers] = torch.tensor(layers).to(self._device, non_blocking=True)
-        return self._indices[layers]
 
     def _check_heads(self, layers: list[int], heads: int) -> None:
         if self._heads is None:

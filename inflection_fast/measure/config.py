@@ -32,7 +32,7 @@ class MonitorConfig:
     cka_rows: int = 2048  # feature rows of the probe; memory: layers * cka_rows * width elements, twice while comparing
     cka_reference: str = "start"  # "previous": the snapshot before; "adapters_off": the peft model without its adapters
     # Standard error of delta-CKA, by leaving out each sequence of the probe: five times its time, and a wait for the
-    # device in every layer, because the lengths of the sequences are read on the host.
+    # device, because the lengths of the sequences are read on the host.
     cka_se: bool = False
     seed: int = 0  # of the sampled query rows and of the probe's feature rows
 

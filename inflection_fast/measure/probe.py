@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..blocks import Block, find_blocks
 from ..ops.cka_rows import POOLED, RowSample, feature_rows
+from .accumulators import LayerIndices
 from .arguments import loss_of
 from .config import MonitorConfig
 from .distributed import Layout, full_of, reshard
@@ -57,7 +58,7 @@ class Probe:
         # By batch, stack of layers and shape: which rows are kept, and of which sequence each is. The probe does not
         # change, and to count its tokens again would wait for the device.
         self._kept: dict[tuple, tuple[Tensor, Tensor]] = {}
-        self._orders: dict[tuple[int, ...], Tensor] = {}
+        self._indices = LayerIndices(self._device)
         self._reference: list[Tensor] | None = None
 
     def remember(self) -> None:
@@ -147,13 +148,8 @@ class Probe:
             else:
                 values = {"delta_cka": ops.delta_cka(x, y, **options)}
             for name, of_layers in values.items():
-                found[name].index_copy_(0, self._order_of(tuple(layers)), of_layers.to(found[name].dtype))
+                found[name].index_copy_(0, self._indices[tuple(layers)], of_layers.to(found[name].dtype))
         return found
-
-    def _order_of(self, layers: tuple[int, ...]) -> Tensor:
-        if layers not in self._orders:
-            self._orders[layers] = torch.tensor(layers).to(self._device, non_blocking=True)
-        return self._orders[layers]
 
     # ---- one run -----------------------------------------------------------------------------------------------------
 
