@@ -71,7 +71,7 @@ def llama_1b():
 
 
 SHAPES = {"MiniLM": minilm, "a GPT-2-small shape": gpt2_small, "a 1B shape": llama_1b}
-FEWER_ROUNDS = {"a GPT-2-small shape": 20}  # a step takes a second
+FEWER_ROUNDS = {"a GPT-2-small shape": 20}  # a step takes five seconds
 
 
 def added(median, label):
@@ -146,7 +146,7 @@ def bench_training_step(benchmark, shape):
         )
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape not in FEWER_ROUNDS])
 def bench_ten_training_steps(benchmark, shape):
     """What `every=10` costs, measured and not worked out."""
     training = SHAPES[shape]()
