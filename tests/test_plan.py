@@ -18,6 +18,7 @@ def plan(**changes):
         "profile": {"entropy": [1.0, float("nan"), float("inf")]},
         "config": {"method": "greedy", "steps": None},
         "model": {"model_type": "bert", "class": "BertModel", "named": False, "layers": ["a.0", "a.1", "a.2"]},
+        "found": {"entropy minimum": [0], "gradient cliff": []},
     }
     return Plan(**fields | changes)
 
@@ -26,7 +27,18 @@ def test_the_file_is_plain_json_in_a_stable_order(tmp_path):
     plan().save(tmp_path / "new" / "plan.json")
     text = (tmp_path / "new" / "plan.json").read_text(encoding="utf-8")
     document = json.loads(text)
-    assert list(document) == ["kind", "format", "layers", "summary", "reasons", "scores", "profile", "config", "model"]
+    assert list(document) == [
+        "kind",
+        "format",
+        "layers",
+        "summary",
+        "reasons",
+        "scores",
+        "profile",
+        "config",
+        "model",
+        "found",
+    ]
     assert document["scores"] == [1.0, None, 0.25] and document["profile"] == {"entropy": [1.0, None, None]}
     assert document["reasons"] == {"0": "first", "2": "last"} and "Größer" in text
     Plan.load(tmp_path / "new" / "plan.json").save(tmp_path / "again.json")
@@ -38,7 +50,7 @@ def test_a_saved_plan_replaces_the_old_one_whole_or_not_at_all(tmp_path, monkeyp
     plan().save(path)
     before = path.read_bytes()
     with open(path, "rb") as reader:
-        plan(layers=(), reasons={}).save(path)
+        plan(layers=(), reasons={}, found={}).save(path)
         assert reader.read() == before != path.read_bytes()
     before = path.read_bytes()
 
@@ -74,6 +86,8 @@ def test_a_plan_that_json_cannot_hold_is_refused_before_a_file_is_touched(tmp_pa
         ({"model": {}}, "expected the names of the blocks"),
         ({"model": {"layers": []}}, "integers from 0 to -1"),
         ({"summary": None}, "summary is not a text"),
+        ({"found": {"entropy minimum": 0}}, "found is not a list of integers for each thing"),
+        ({"found": {"entropy minimum": [1]}}, r"found: expected blocks of \[0, 2\] as entropy minimum, got \[1\]"),
     ],
 )
 def test_a_file_that_is_not_a_plan_is_refused_with_the_reason(tmp_path, change, words):

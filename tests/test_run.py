@@ -317,7 +317,7 @@ def test_an_empty_plan_is_told_honestly(files, finished, tmp_path, when_empty):
     stages.source()
     stages.measure()
     plan = stages.plan()
-    empty = dataclasses.replace(plan, layers=(), reasons={}, summary="Nothing was worth picking.")
+    empty = dataclasses.replace(plan, layers=(), reasons={}, found={}, summary="Nothing was worth picking.")
     empty.save(tmp_path / "run" / "plan.json")
     run(config, report=when_empty == "stop")
     tune = stage(tmp_path / "run", "tune")

@@ -169,7 +169,9 @@ def test_one_measured_step_shows_no_noise_and_gives_no_pick():
     one = timeline(2 - DIP[None], -STEP[None])
     plan = select(one)
     assert plan.layers == () and "a single measured step does not show what is noise" in plan.summary
-    assert select(one, SelectConfig(significance=None)).layers == (0, 1, 4, 5, 6)
+    assert plan.found == {"entropy minimum": [], "gradient cliff": []}
+    picked = select(one, SelectConfig(significance=None))
+    assert picked.layers == (0, 1, 4, 5, 6) and picked.found == {"entropy minimum": [5], "gradient cliff": [0]}
 
 
 def test_with_one_signal_the_plan_says_which_one_is_missing():

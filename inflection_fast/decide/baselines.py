@@ -26,4 +26,4 @@ def baseline(method: str, k: int, layers: int, seed: int) -> list[Finding]:
         "all": f"one of all {layers}",
     }[method]
     picks = {layer: f"Block {layer} is {which}: a baseline, chosen without the measurement." for layer in chosen}
-    return [Finding("a baseline", f"A baseline ({method}), chosen without the measurement.", picks)]
+    return [Finding("baseline", f"A baseline ({method}), chosen without the measurement.", picks)]

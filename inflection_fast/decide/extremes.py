@@ -17,14 +17,14 @@ __all__ = ["Finding", "cliff", "maxima", "minimum", "top"]
 class Finding:
     """What was looked for, what was found or why nothing was, and the picked layers with a sentence each."""
 
-    name: str
+    name: str  # as in `Plan.found`
     words: str
     picks: dict[int, str] = field(default_factory=dict)
 
 
 def minimum(entropy: Signal, level: float | None) -> Finding:
     """The layer of lowest mean entropy, if it lies below the median of the others by more than chance."""
-    name = "the entropy minimum"
+    name = "entropy minimum"
     if len(entropy.layers) < 2:
         return Finding(name, _absent("entropy minimum", "attention entropy", entropy))
     layer, evidence, runner_up = _lowest(entropy, level)
@@ -43,12 +43,12 @@ def minimum(entropy: Signal, level: float | None) -> Finding:
 def cliff(gradient: Signal, level: float | None, kind: str) -> Finding:
     """Where the log gradient norm falls most on its way down to block 0 ("steepest"), or is lowest ("lowest")."""
     if len(gradient.layers) < 2:
-        return Finding("the gradient cliff", _absent("gradient cliff", "activation gradient", gradient))
+        return Finding("gradient cliff", _absent("gradient cliff", "activation gradient", gradient))
     return _lowest_gradient(gradient, level) if kind == "lowest" else _steepest(gradient, level)
 
 
 def _lowest_gradient(gradient: Signal, level: float | None) -> Finding:
-    name = "the gradient cliff"
+    name = "gradient cliff"
     layer, evidence, runner_up = _lowest(gradient, level)
     place = f"{np.exp(gradient.mean[layer]):.3g}, {math.exp(evidence.difference):.3g} times below the median block"
     against = _against(evidence, f"the lowest of {len(gradient.layers)}")
@@ -62,7 +62,7 @@ def _lowest_gradient(gradient: Signal, level: float | None) -> Finding:
 
 
 def _steepest(gradient: Signal, level: float | None) -> Finding:
-    name = "the gradient cliff"
+    name = "gradient cliff"
     landings = [layer for layer in gradient.layers if layer + 1 in gradient.layers]
     if not landings:
         return Finding(
@@ -102,7 +102,7 @@ def maxima(scores: np.ndarray, steps: Signal, level: float | None) -> list[Findi
 
     `scores` [L] are those of the mean profile, `steps` shows how they vary.
     """
-    name = "a local maximum of SKI"
+    name = "local maximum of SKI"
     layers = steps.layers
     if len(layers) < 2:
         return [Finding(name, _absent("local maximum", "SKI", steps))]
@@ -126,7 +126,7 @@ def maxima(scores: np.ndarray, steps: Signal, level: float | None) -> list[Findi
 
 def top(scores: np.ndarray, steps: Signal, k: int, level: float | None) -> list[Finding]:
     """The `k` layers of highest SKI (`scores` [L]), if the highest stands out from the median of the others."""
-    name = f"among the best {k} by SKI"
+    name = f"best {k} by SKI"
     layers = steps.layers
     if len(layers) < 2:
         return [Finding(name, _absent("ranking", "SKI", steps))]

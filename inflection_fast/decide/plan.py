@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,7 @@ class Plan:
     profile: dict[str, list[float]]  # name -> [L], the numbers the decision was made from
     config: dict  # the SelectConfig
     model: dict  # model_type, class, named (blocks given by name?), layers: the names of the L blocks
+    found: dict[str, list[int]] = field(default_factory=dict)  # what was looked for -> the blocks that it is, if any
 
     def __post_init__(self):
         object.__setattr__(self, "layers", tuple(self.layers))
@@ -46,6 +47,9 @@ class Plan:
             raise ValueError(f"reasons: expected one for each of {list(self.layers)}, got {sorted(self.reasons)}")
         if self.scores.shape != (count,):
             raise ValueError(f"scores: expected shape {(count,)}, got {self.scores.shape}")
+        for name, blocks in self.found.items():
+            if not set(blocks) <= set(self.layers):
+                raise ValueError(f"found: expected blocks of {list(self.layers)} as {name}, got {list(blocks)}")
         for name, values in self.profile.items():
             if len(values) != count:
                 raise ValueError(f"profile: expected {count} values of {name}, got {len(values)}")
@@ -63,6 +67,7 @@ class Plan:
             "profile": {name: _finite(values) for name, values in self.profile.items()},
             "config": self.config,
             "model": self.model,
+            "found": {name: list(blocks) for name, blocks in self.found.items()},
         }
         text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -127,6 +132,10 @@ def _list_of(accepts):
     return lambda value: isinstance(value, list) and all(map(accepts, value))
 
 
+def _is_found(value) -> bool:
+    return isinstance(value, dict) and all(map(_list_of(_is_integer), value.values()))
+
+
 def _are_reasons(value) -> bool:
     return isinstance(value, dict) and all(key.isdecimal() and isinstance(text, str) for key, text in value.items())
 
@@ -143,4 +152,5 @@ _FIELDS = {
     "profile": (_is_profile, "a list of numbers for each signal"),
     "config": (lambda value: isinstance(value, dict), "a table of options"),
     "model": (lambda value: isinstance(value, dict), "a table"),
+    "found": (_is_found, "a list of integers for each thing that was looked for"),
 }

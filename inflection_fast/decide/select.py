@@ -107,6 +107,7 @@ def select(timeline: Timeline, config: SelectConfig | None = None) -> Plan:
         },
         config=asdict(config) | {"steps": list(config.steps) if isinstance(config.steps, tuple) else config.steps},
         model=_model(timeline),
+        found={finding.name: list(finding.picks) for finding in findings},
     )
 
 
@@ -135,7 +136,7 @@ def _reasons(findings: list[Finding], window: int, layers: int) -> dict[int, str
             for layer in range(max(0, pick - window), min(layers, pick + window + 1)):
                 if layer != pick:
                     near = "is next to" if abs(layer - pick) == 1 else f"is within {window} blocks of"
-                    sentences.setdefault(layer, []).append(f"Block {layer} {near} block {pick}, {found.name}.")
+                    sentences.setdefault(layer, []).append(f"Block {layer} {near} block {pick}, the {found.name}.")
     return {layer: " ".join(sentences[layer]) for layer in sorted(sentences)}
 
 

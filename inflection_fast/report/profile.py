@@ -11,12 +11,6 @@ __all__ = ["COMPONENTS", "by_name", "components", "found", "last_part", "log_gra
 COMPONENTS = ("low entropy", "low gradient")
 PART = 1 / 3  # of the measured steps: late enough to show what training has made of the heads, long enough to average
 
-# A plan says what was found in the sentences of its layers; these are the words by which they are told apart.
-_FOUND = {
-    "entropy minimum": ("has the lowest attention entropy",),
-    "gradient cliff": ("gradient cliff lands on", "has the lowest activation gradient"),
-}
-
 
 def by_name(plan: Plan, name: str) -> np.ndarray:
     """A quantity of the plan's profile [L]; NaN where the plan has none."""
@@ -42,7 +36,7 @@ def components(plan: Plan) -> dict[str, np.ndarray]:
 
 def found(plan: Plan, what: str) -> int | None:
     """The layer that is the plan's "entropy minimum" or "gradient cliff"; None where it found or looked for none."""
-    return next((layer for layer, why in plan.reasons.items() if any(words in why for words in _FOUND[what])), None)
+    return next(iter(plan.found.get(what, ())), None)
 
 
 def last_part(steps: int) -> slice:
