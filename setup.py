@@ -48,8 +48,8 @@ class Build(BuildExtension):
         for source, output in zip(KERNELS.values(), ext.extra_objects, strict=True):
             subprocess.run([NVCC, "-c", source, "-o", output, *flags], check=True)
         ext.extra_compile_args += ["-DUSE_CUDA", f"-I{home / 'include'}"]
-        ext.library_dirs += [str(home / "lib64"), str(home / "lib")]
-        ext.libraries += ["cudart_static", "dl", "rt", "pthread"]
+        ext.extra_link_args += [f"-L{home}/lib64", f"-L{home}/lib", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+        ext.extra_link_args += ["-Wl,--no-as-needed", "-ltorch"]  # unused, but brings libtorch_cuda where there is one
 
 
 wanted = NVCC and KERNELS and os.environ.get("INFLECTION_CUDA", "1" if torch.version.cuda else "0") == "1"

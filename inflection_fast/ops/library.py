@@ -26,7 +26,8 @@ def load(stem: str) -> Path:
         torch.ops.load_library(str(found[0]))
     except OSError as error:
         raise ImportError(
-            f"inflection_fast: {found[0].name} cannot be loaded into torch {torch.__version__} ({error}); "
+            f"inflection_fast: {found[0].name} cannot be loaded into torch {torch.__version__} "
+            f"({error.__cause__ or error}); "  # torch names the file, the loader beneath it the reason
             f"it needs torch >= 2.10 on the platform it was built for; rebuild it with: {REBUILD}"
         ) from error
     return found[0]
