@@ -260,6 +260,14 @@ def test_keys_of_other_sequences_than_the_queries_are_refused_in_words():
         assert all(field.isfinite().all() for field in stats_of(call, None))
 
 
+def test_lengths_without_a_longest_one_are_not_looked_at():
+    query, lengths = torch.zeros(1, HEADS, 6, 4), torch.tensor([0, 3, 6])
+    settings = {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths}
+    assert _interface_call("other", torch.nn.Identity(), query, query, None, settings, Starts()).cu_seqlens is None
+    settings |= {"max_length_q": 3, "max_length_k": 3}
+    assert _interface_call("other", torch.nn.Identity(), query, query, None, settings, Starts()).cu_seqlens is lengths
+
+
 @pytest.mark.parametrize("positions", [[3], [[0, 1, 2, 0, 1, 2]] * 3])
 def test_positions_that_are_not_those_of_one_row_pack_nothing(positions):
     call = call_of(positions=positions)
