@@ -10,13 +10,13 @@ from tiny_models import (  # noqa: F401
     T,
     continue_text,
     entropy,
+    gpt_oss,
     head_means,
     in_float64,
     loss_of,
     model_and_batch,
     one_thread,
     probabilities,
-    sharpened,
     token_masks,
 )
 from torch import nn
@@ -38,15 +38,14 @@ def measured(model, batch, config=ALL_ROWS):
     return monitor.timeline
 
 
-def check_attention(timeline, truth, masks):
+OF_ROWS = {"entropy": entropy, "collision": lambda p: p.square().sum(-1), "sink": lambda p: p[..., 0]}
+
+
+def check_attention(timeline, truth, masks, signals=tuple(OF_ROWS)):
     """Entropy, collision and sink of all layers and heads; the truth must be worth comparing with."""
-    expected = head_means([entropy(p) for p in truth], masks)
-    assert expected.max() - expected.min() > 0.05
-    for name, values in {
-        "entropy": expected,
-        "collision": head_means([p.square().sum(-1) for p in truth], masks),
-        "sink": head_means([p[..., 0] for p in truth], masks),
-    }.items():
+    expected = {name: head_means([OF_ROWS[name](p) for p in truth], masks) for name in signals}
+    assert expected["entropy"].max() - expected["entropy"].min() > 0.05
+    for name, values in expected.items():
         actual = torch.from_numpy(getattr(timeline, name)[0])
         torch.testing.assert_close(actual, values, rtol=2e-5, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
     assert (timeline.entropy_se == 0).all()
@@ -110,13 +109,17 @@ def test_attention_through_a_flash_kernel(name, padded, flash):
 
 def test_without_a_mask_eager_attention_is_not_causal_and_others_are_what_the_module_says():
     from inflection_fast.measure.attention import _interface_call
+    from inflection_fast.measure.packing import Starts
 
     causal, q = nn.Identity(), torch.randn(1, HEADS, 6, 4)
     causal.is_causal = True
-    calls = {name: _interface_call(name, causal, q, q, None, {}).is_causal for name in ("eager", "sdpa", "other")}
-    assert calls == {"eager": False, "sdpa": True, "other": True}
-    assert not _interface_call("sdpa", causal, q, q, None, {"is_causal": False}).is_causal
-    assert not _interface_call("sdpa", causal, q, q, q[..., :1], {}).is_causal
+
+    def is_causal(name, mask=None, **settings):
+        return _interface_call(name, causal, q, q, mask, settings, Starts()).is_causal
+
+    assert [is_causal(name) for name in ("eager", "sdpa", "other")] == [False, True, True]
+    assert not is_causal("sdpa", is_causal=False)
+    assert not is_causal("sdpa", mask=q[..., :1])
 
 
 def test_flash_kernels_align_causal_masks_at_the_last_key():
@@ -127,11 +130,7 @@ def test_flash_kernels_align_causal_masks_at_the_last_key():
 
 
 def test_sinks_are_part_of_the_distribution():
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": HEADS, "intermediate_size": 24}
-    experts = {"num_local_experts": 2, "num_experts_per_tok": 1}
-    config = hf.GptOssConfig(**sizes, **experts, vocab_size=VOCAB, num_key_value_heads=2, head_dim=4)
-    model, batch = sharpened(hf.GptOssForCausalLM(config).train()), continue_text()
+    model, batch = gpt_oss(), continue_text()
     model.set_attn_implementation("eager")
     timeline, masks = measured(model, batch), token_masks(batch, 2)
     # The model drops the sink's column from the weights that it returns: what they lack of 1 is the sink.

@@ -259,6 +259,52 @@ def test_steps_between_measurements_hand_nothing_over(model, items, tmp_path, mo
     assert seen == [(i % 4 == 0, i % 4 == 0) for i in range(STEPS)]
 
 
+# ---- the rows that the Trainer logs ----------------------------------------------------------------------------------
+
+
+LOGGING = {"logging_strategy": "steps", "logging_steps": 1, "max_grad_norm": 1.0}
+TIMES = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
+
+
+def test_the_trainer_logs_the_rows_that_it_logs_without_the_callback(model, items, tmp_path):
+    class Reporter(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            self.rows.append(dict(logs))
+
+    histories = []
+    for callbacks in ([], [InflectionCallback(CONFIG)]):
+        reporter = Reporter()
+        reporter.rows = []
+        trainer = trainer_of(copy.deepcopy(model), items, tmp_path, [*callbacks, reporter], **LOGGING)
+        trainer.train()
+        histories.append([trainer.state.log_history, reporter.rows])
+    for row in (row for history in histories for rows in history for row in rows):
+        for name in TIMES:
+            row.pop(name, None)
+    assert histories[0] == histories[1]
+    assert [row["step"] for row in histories[0][0]] == [1, 2, 3, 4, 5, 6, 6]
+
+
+def test_rows_may_be_edited_before_they_are_logged(model, items, probe, tmp_path):
+    """What was measured can be added to them; what the Trainer wrote there can be changed, as nothing is read there."""
+    expected = plain_loop(copy.deepcopy(model), items, probe, CONFIG)
+    callback = InflectionCallback(CONFIG, probe=probe)
+    trainer = trainer_of(model, items, tmp_path, [callback], **LOGGING | {"max_grad_norm": 1e-3})
+    log = trainer.log
+
+    def edited(logs, *args, **kwargs):
+        logs["loss"] = logs["grad_norm"] = -1.0
+        logs["entropy"] = callback.timeline.entropy[-1].mean()  # of this step already, if it is a measured one
+        log(logs, *args, **kwargs)
+
+    trainer.log = edited
+    trainer.train()
+    assert_same(callback.timeline, expected)
+    rows = trainer.state.log_history[:STEPS]
+    assert {(row["loss"], row["grad_norm"]) for row in rows} == {(-1.0, -1.0)}
+    np.testing.assert_array_equal([row["entropy"] for row in rows], callback.timeline.entropy.mean((1, 2)).repeat(2))
+
+
 def test_the_scale_of_a_gradient_scaler_is_taken_out(model, items):
     class Optimizer:
         scaler = torch.amp.GradScaler("cpu", init_scale=8.0)

@@ -187,22 +187,13 @@ def test_attention_that_cannot_be_seen_is_refused_in_words():
     assert (measured(model, {"input_ids": ids, "labels": ids}, gradients).activation_grad > 0).all()
 
 
-def test_flex_masks_and_packed_sequences_are_refused_in_words():
-    from inflection_fast.measure.attention import _interface_call, stats_of
+def test_flex_masks_are_refused_in_words():
+    from inflection_fast.measure.attention import _interface_call
+    from inflection_fast.measure.packing import Starts
 
     q = torch.randn(1, HEADS, 6, 4)
     with pytest.raises(ValueError, match="'flex_attention' with a object, which cannot be read"):
-        _interface_call("flex_attention", nn.Identity(), q, q, object(), {})
-    packed = {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}
-    with pytest.raises(ValueError, match="packed sequences"):
-        _interface_call("tiled", nn.Identity(), q, q, None, {"cu_seq_lens_q": torch.tensor([0, 3, 6])})
-    call = _interface_call("tiled", nn.Identity(), q, q, None, packed)
-    with pytest.raises(ValueError, match="packed sequences"):
-        call.refuse_packed()
-    assert all(field.isnan().all() for field in stats_of(call, None))  # where nobody may wait to know
-    call = _interface_call("tiled", nn.Identity(), q, q, None, {"position_ids": torch.arange(6)[None]})
-    call.refuse_packed()
-    assert all(field.isfinite().all() for field in stats_of(call, None))
+        _interface_call("flex_attention", nn.Identity(), q, q, object(), {}, Starts())
 
 
 def test_blocks_that_share_weights_or_differ_in_heads_are_refused():

@@ -68,6 +68,15 @@ def gemma2():
     )
 
 
+def gpt_oss():
+    """Sharpened, because its sinks are to be seen; they are drawn when it is made."""
+    torch.manual_seed(0)
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1}
+    sizes = _SIZES | {"num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 4}
+    config = hf.GptOssConfig(**sizes, **experts, vocab_size=VOCAB)
+    return sharpened(hf.GptOssForCausalLM(config).train())
+
+
 def t5():
     sizes = {"d_model": WIDTH, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": HEADS, "vocab_size": VOCAB}
     return hf.T5ForConditionalGeneration(hf.T5Config(**sizes, dropout_rate=0.0, decoder_start_token_id=0))

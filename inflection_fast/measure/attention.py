@@ -20,12 +20,12 @@ from torch.overrides import TorchFunctionMode
 
 from .. import ops
 from .distributed import local_of
+from .packing import FOREIGN_KEYS, Starts, as_packed, takes_flash_masks
 
 __all__ = ["AttentionCall", "interfaces_of", "seeing_interfaces", "seeing_sdpa", "stats_of"]
 
 
 _HEADS = 1  # the dimension of queries [B, H, Tq, D]
-_NOT_PACKED = "which cannot be measured; pad the batch, or measure with model.set_attn_implementation('sdpa')"
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,13 @@ class AttentionCall:
     softcap: float | None = None
     sinks: Tensor | None = None  # [H]
     logits: Tensor | None = None  # [B, H, Tq, Tk], finished scores where the caller had them; key is then unused
-    packed: Tensor | None = None  # [] bool: several sequences stand in one row; None: they do not
+    cu_seqlens: Tensor | None = None  # [S + 1], where sequences begin that are packed into one row, without a mask
+    foreign_keys: Tensor | None = None  # [] bool: keys of packed sequences are not those of the queries; None: they are
 
-    def refuse_packed(self) -> None:
-        """`ValueError` for packed sequences. Waits for the device to know."""
-        if self.packed is not None and bool(self.packed):
-            raise ValueError(f"attention gets packed sequences (restarting position_ids), {_NOT_PACKED}")
+    def refuse_foreign_keys(self) -> None:
+        """`ValueError` for packed sequences that attend to others. Waits for the device to know."""
+        if self.foreign_keys is not None and bool(self.foreign_keys):
+            raise ValueError(FOREIGN_KEYS)
 
     def here(self) -> AttentionCall:
         """This rank's part of a call on DTensors, which may be sharded by heads. `ValueError` for others."""
@@ -92,6 +93,7 @@ def seeing_interfaces(interfaces: list, see: See) -> Iterator[None]:
     they are, so the masks it builds and its checks for "flash" do too; a name of our own, registered for attention and
     for masks, would change both and rebuild a flash model's 2-D mask as a full one.
     """
+    starts = Starts()
     with ExitStack() as stack:
         for interface in interfaces:
             original = interface.get_interface  # bound, or what somebody else has put there
@@ -101,7 +103,7 @@ def seeing_interfaces(interfaces: list, see: See) -> Iterator[None]:
 
                 def seen_attend(module, query, key, value, attention_mask, *args, **kwargs):
                     settings = _named_arguments(attend, args, kwargs)
-                    see(module, _interface_call(name, module, query, key, attention_mask, settings))
+                    see(module, _interface_call(name, module, query, key, attention_mask, settings, starts))
                     return attend(module, query, key, value, attention_mask, *args, **kwargs)
 
                 return seen_attend
@@ -129,7 +131,7 @@ def _named_arguments(function: Callable, args: tuple, kwargs: dict) -> dict:
 
 
 def _interface_call(
-    name: str, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, settings: dict
+    name: str, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, settings: dict, starts: Starts
 ) -> AttentionCall:
     """What the implementation `name` makes of its arguments: the same ones mean different things to different ones."""
     if mask is not None and not isinstance(mask, Tensor):
@@ -139,13 +141,14 @@ def _interface_call(
         )
     causal = settings.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    window = packed = None
+    window = cu_seqlens = foreign_keys = None
     if name == "eager":
         causal = False  # eager functions apply the mask that they are given, and nothing else
     elif name != "sdpa":
-        packed = _packing(name, query, settings)
         reach = settings.get("sliding_window")
         window = None if reach is None else (reach - 1, reach - 1)
+        if mask is None and takes_flash_masks(name):
+            query, key, cu_seqlens, foreign_keys = as_packed(query, key, settings, starts)
     if mask is not None and mask.dim() == 2:
         mask = mask[:, None, None, : key.shape[2]].bool()  # flash: 1 for keys that are not padding
     elif mask is not None:
@@ -167,7 +170,8 @@ def _interface_call(
         window,
         settings.get("softcap"),
         sinks if name != "sdpa" else None,  # torch's SDPA has none
-        packed=packed,
+        cu_seqlens=cu_seqlens,
+        foreign_keys=foreign_keys,
     )
 
 
@@ -175,17 +179,6 @@ def _last_aligned(queries: int, keys: int, causal: bool, window: tuple[int, int]
     distance = torch.arange(keys, device=device) - torch.arange(keys - queries, keys, device=device)[:, None]
     left, right = window if window is not None else (keys, keys)
     return (distance >= -left) & (distance <= (0 if causal else right))  # [Tq, Tk]
-
-
-def _packing(name: str, query: Tensor, settings: dict) -> Tensor | None:
-    """Whether several sequences stand in one row, [] bool on the device; None: they do not."""
-    if settings.get("cu_seq_lens_q") is not None:
-        raise ValueError(f"attention through {name!r} gets packed sequences (cu_seqlens), {_NOT_PACKED}")
-    positions = settings.get("position_ids")
-    # Flash kernels infer packing from positions that start again, in batches of one, as tested here.
-    if positions is None or query.shape[0] != 1 or positions.dim() != 2 or len(positions) != 1:
-        return None
-    return (positions.diff() != 1).any()
 
 
 # ---- any PyTorch model -----------------------------------------------------------------------------------------------
@@ -246,9 +239,39 @@ def _seen_multi_head(see: See, *args, **kwargs):
 
 
 def stats_of(call: AttentionCall, rows: Tensor | None) -> ops.AttentionStats:
-    """The statistics of the query rows `rows` (None: all) of a call, [B, H, R] each; NaN for packed sequences."""
+    """The statistics of the query rows `rows` (None: all) of a call, [B, H, R] each; NaN for `foreign_keys`.
+
+    `sink` of packed sequences is the probability of the first key of the row's own sequence.
+    """
     stats = _stats_of(call, rows)
-    return stats if call.packed is None else type(stats)(*(one.masked_fill(call.packed, torch.nan) for one in stats))
+    if call.cu_seqlens is not None and call.sinks is None:
+        stats = stats._replace(sink=_sink_of_sequence(call, rows, stats))
+    if call.foreign_keys is not None:
+        stats = type(stats)(*(field.masked_fill(call.foreign_keys, torch.nan) for field in stats))
+    return stats
+
+
+def _sink_of_sequence(call: AttentionCall, rows: Tensor | None, stats: ops.AttentionStats) -> Tensor:
+    """[1, H, R]: the probability of the first key of each row's sequence, where the operator has that of the tensor's.
+
+    The log-sum-exp of a row with one key is the score of that key.
+    """
+    cu_seqlens = call.cu_seqlens.long()
+    if rows is None:
+        rows = torch.arange(call.query.shape[2], device=call.query.device)
+    before = torch.searchsorted(cu_seqlens, rows, right=True) - 1  # the last start that is not after the row
+    first = cu_seqlens.index_select(0, before.clamp(min=0))
+    query, key = call.query.detach().index_select(2, rows), call.key.detach().index_select(2, first)
+    by_row = (x.permute(2, 1, 0, 3) for x in (query, key))  # [R, H, 1, D]: a batch of single rows with a single key
+    bias = None
+    if call.bias is not None:
+        every = call.bias.detach().expand(-1, -1, call.query.shape[2], call.query.shape[2])
+        bias = every[0, :, rows, first].mT[:, :, None, None]
+    score = ops.attention_stats_qk(*by_row, attn_mask=bias, scale=call.scale, softcap=call.softcap).lse.permute(2, 1, 0)
+    hidden = stats.keys == 0
+    if call.window is not None:
+        hidden = hidden | (rows - first > call.window[0])
+    return (score - stats.lse).exp().masked_fill(hidden, 0.0)
 
 
 def _stats_of(call: AttentionCall, rows: Tensor | None) -> ops.AttentionStats:
@@ -270,6 +293,7 @@ def _stats_of(call: AttentionCall, rows: Tensor | None) -> ops.AttentionStats:
         softcap=call.softcap,
         sinks=None if call.sinks is None else call.sinks.detach(),
         rows=rows,
+        cu_seqlens=call.cu_seqlens,
     )
 
 

@@ -99,10 +99,10 @@ class AttentionTaps:
                 f"{tuple(call.query.shape)}"
             )
         call = call.here()
-        if may_wait or call.query.is_cpu:
-            call.refuse_packed()
+        if may_wait:
+            call.refuse_foreign_keys()
         length = call.query.shape[2]
-        micro_batch.lengths[layer] = length
+        micro_batch.positions[layer] = len(call.query) * length
         if length not in micro_batch.strata:
             micro_batch.strata[length] = self._sampler.draw(length)
         strata = micro_batch.strata[length]

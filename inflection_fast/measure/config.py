@@ -22,7 +22,9 @@ class MonitorConfig:
     """Settings of a `Monitor`. `TypeError` or `ValueError` names the field, what came and what is accepted."""
 
     every: int = 10  # measure optimizer steps 0, every, 2 * every, ...
-    rows: int | None = 64  # query rows sampled per sequence, stratified over positions; None: all
+    # Query rows sampled per sequence of the batch, stratified over positions; None: all. Sequences that are packed into
+    # one row count as one, and share its rows by their lengths.
+    rows: int | None = 64
     signals: tuple[str, ...] = DEFAULT_SIGNALS  # which to measure, "probe_entropy" and "probe_activation_grad" too
     blocks: tuple[str, ...] | None = None  # module names of the blocks in forward order; None: found by structure
     probe_every: int | None = None  # delta-CKA on the probe every so many steps (a multiple of every)

@@ -21,7 +21,7 @@ class MicroBatch:
         self.waiting_bytes = 0
         self.added = False  # some of it is in the sums, and cannot be taken out any more
         self.strata: dict[int, object] = {}  # query length -> positions, shared by all layers
-        self.lengths: dict[int, int] = {}  # layer -> query length
+        self.positions: dict[int, int] = {}  # layer -> queries of a head, of all rows of the batch
         self.awaits_gradient: set[int] = set()  # layers whose output has a hook
         self.went_back = False  # a backward pass went through it
         self.reads_parameters = False  # an engine callback is on its way

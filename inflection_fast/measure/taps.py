@@ -265,7 +265,7 @@ class Taps:
     def _gradient_arrives(self, micro_batch: MicroBatch, layer: int, gradient: Tensor) -> None:
         if micro_batch.live:
             started = perf_counter()
-            if self._layout.tensor > 1 and self._is_part(gradient, micro_batch.lengths.get(layer)):
+            if self._layout.tensor > 1 and self._is_part(gradient, micro_batch.positions.get(layer)):
                 self.sharded_outputs.add(layer)
             with torch.no_grad():
                 self.activations.push(micro_batch.index, layer, local_of(gradient))
@@ -273,9 +273,10 @@ class Taps:
         self._backward_begins(micro_batch, gradient)  # for a loss that is computed from something else than the outputs
 
     @_forgiving
-    def _is_part(self, gradient: Tensor, length: int | None) -> bool:
-        """Whether the ranks of one batch have split the output of a block: its sequence is shorter than its queries."""
-        return is_sharded(gradient) or (gradient.dim() > 2 and gradient.shape[1] * self._layout.tensor == length)
+    def _is_part(self, gradient: Tensor, positions: int | None) -> bool:
+        """Whether the ranks of one batch have split the output of a block: it has fewer positions than queries."""
+        split = gradient.shape[:2].numel() * self._layout.tensor == positions
+        return is_sharded(gradient) or (gradient.dim() > 2 and split)
 
     def _backward_begins(self, micro_batch: MicroBatch, gradient: Tensor) -> None:
         # The outputs of the model are where its backward pass begins, also under checkpointing, whose blocks run

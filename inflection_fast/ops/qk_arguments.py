@@ -25,7 +25,6 @@ def qk_arguments(query, key, attn_mask, is_causal, scale, window, softcap, rows,
 def key_bounds(cu_seqlens: Tensor, length: int) -> Tensor:
     """int64 ``[length, 2]``: where the sequence of a position begins and ends, both 0 where it is in none."""
     position = torch.arange(length, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
-    after = torch.searchsorted(cu_seqlens, position, right=True)  # the first number beyond the position
-    inside = (after > 0) & (after < cu_seqlens.shape[0])
-    after = after.clamp(1, cu_seqlens.shape[0] - 1)
-    return torch.stack([cu_seqlens[after - 1], cu_seqlens[after]], -1).long().masked_fill(~inside[:, None], 0)
+    # By the number of starts up to a position. Few operators: each of them is a kernel launch.
+    bounds = torch.nn.functional.pad(torch.stack([cu_seqlens[:-1], cu_seqlens[1:]], -1).long(), (0, 0, 1, 1))
+    return bounds.index_select(0, torch.searchsorted(cu_seqlens, position, right=True))

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -119,7 +120,7 @@ class Stages:
             probe = self.batches.probe(data.probe, PROBE_BATCH) if len(data.probe) else None
             if step == 0:  # killed before the first checkpoint: what was measured then is measured again
                 (folder / "timeline.arrows").unlink(missing_ok=True)
-            callback = InflectionCallback(settings.monitor, folder, probe=probe)
+            callback = closing.enter_context(InflectionCallback(settings.monitor, folder, probe=probe))
             with user_errors(about="measure.monitor"):
                 callback.attach(model, step)
             attached.append(callback)
@@ -135,15 +136,16 @@ class Stages:
             self._save(model, path)
 
         attached: list[Any] = []
-        trained = self._train(
-            folder,
-            settings.train,
-            data,
-            build=build,
-            restore=lambda path: self._load(path, data.labels),
-            callbacks=callbacks,
-            save=save,
-        )
+        with ExitStack() as closing:  # training that raises detaches nothing, and nothing compiled runs until then
+            trained = self._train(
+                folder,
+                settings.train,
+                data,
+                build=build,
+                restore=lambda path: self._load(path, data.labels),
+                callbacks=callbacks,
+                save=save,
+            )
         what = "whole model" if settings.unfreeze is None else f"top {settings.unfreeze} blocks and head"
         label = f"shallow unfreezing ({what})" if settings.unfreeze is not None else "full fine-tuning, measured"
         record = self._record("measure", label, data, trained, folder, settings.train, layers=None)

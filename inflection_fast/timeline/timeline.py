@@ -26,7 +26,7 @@ class Timeline:
     entropy_se: np.ndarray  # [S, L, H] nats, standard error of that mean from sampling rows (0: all rows)
     max_logit: np.ndarray  # [S, L, H]
     collision: np.ndarray  # [S, L, H] mean sum of squared probabilities
-    sink: np.ndarray  # [S, L, H] mean probability of key 0
+    sink: np.ndarray  # [S, L, H] mean probability of the first key, or of the sink column where there is one
     probe_entropy: np.ndarray  # [S, L, H] nats, mean over the valid query rows of the probe set
     activation_grad: np.ndarray  # [S, L] l2 norm of dL/d(output of the block)
     parameter_grad: np.ndarray  # [S, L] l2 norm over the block's parameters
