@@ -73,10 +73,12 @@ struct RowPart {
   float max, square;
   int32_t tops, keys;
 };
-constexpr int64_t kFillBlocks = 132 * 3 * 2;  // blocks that a large device runs at once, twice over
-constexpr int64_t kFillWarps = 132 * 64;      // warps that it runs at once
-constexpr int64_t kLeastPart = 8192;          // columns that are worth a block
-constexpr int64_t kLeastSlice = 1024;         // columns that are worth a warp
+constexpr int64_t kMultiprocessors = 132;  // of a large device
+constexpr int kResidentBlocks = 2;         // that each has registers for, at least
+constexpr int64_t kFillBlocks = kMultiprocessors * kResidentBlocks * 2;  // blocks that it runs at once, twice over
+constexpr int64_t kFillWarps = kMultiprocessors * 64;                    // warps that it runs at once
+constexpr int64_t kLeastPart = 8192;   // columns that are worth a block
+constexpr int64_t kLeastSlice = 1024;  // columns that are worth a warp
 constexpr int64_t row_cuts(int64_t rows, int64_t cols, int64_t fill, int64_t least) {
   const int64_t wanted = rows > 0 ? (fill + rows - 1) / rows : 1, most = cols / least;
   const int64_t cuts = wanted < most ? wanted : most;

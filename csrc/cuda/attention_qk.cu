@@ -84,14 +84,14 @@ __device__ __forceinline__ void write_row(const AttentionStatsQkArgs& args, cons
     }
   }
   const bool broken = !row.inside || state.dot != state.dot || state.max == kInf;
-  const double sum = state.sum, log_sum = logf(state.sum), entropy = log_sum - kLn2Exact * state.dot / sum;
+  const double sum = state.sum, log_sum = logf(state.sum), entropy = log_sum - kLn2 * state.dot / sum;
   const auto write = [&](float* to, double value, float when_empty) {
     if (to != nullptr) to[row.out] = broken ? NAN : empty ? when_empty : static_cast<float>(value);
   };
   const float p =
       first == -kInf ? 0.f : exp2_approx(at_least(fmaf(first, form.exponent, -state.reference), kLeastExponent));
   write(args.out.entropy, entropy > 0.0 ? entropy : 0.0, 0.f);
-  write(args.out.lse, kLn2Exact * state.reference + log_sum, -kInf);
+  write(args.out.lse, kLn2 * state.reference + log_sum, -kInf);
   write(args.out.max_logit, max_logit, -kInf);
   write(args.out.collision, state.square / (sum * sum), 0.f);
   write(args.out.sink, p / sum, 0.f);

@@ -6,21 +6,12 @@
 // gets of each matrix row g, columns 2t and 2t + 1; transposed, rows 2t and 2t + 1 of column g.
 #pragma once
 
-#include "warp.cuh"
+#include "pairs.cuh"
 
 namespace inflection {
 
 #ifdef INFLECTION_EMULATION
 
-// Two floats side by side, a in front, rounded to the nearest, ties to even.
-template <class T>
-inline uint32_t pack(float a, float b) {
-  T both[2];
-  put(both, a), put(both + 1, b);
-  uint32_t bits;
-  memcpy(&bits, both, sizeof bits);
-  return bits;
-}
 template <class T>
 inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   emulator::mma(c, a, b0, b1, [](uint16_t bits) { return to_float(T{bits}); }, EMULATOR_PLACE("mma"));
@@ -47,20 +38,6 @@ inline void wait_for_copies() {
 
 #else
 
-template <class T>
-__device__ __forceinline__ uint32_t pack(float a, float b);
-template <>
-__device__ __forceinline__ uint32_t pack<BF16>(float a, float b) {
-  uint32_t bits;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(b), "f"(a));
-  return bits;
-}
-template <>
-__device__ __forceinline__ uint32_t pack<F16>(float a, float b) {
-  uint32_t bits;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(b), "f"(a));
-  return bits;
-}
 __device__ __forceinline__ unsigned shared_address(const void* p) {
   return static_cast<unsigned>(__cvta_generic_to_shared(p));
 }

@@ -20,7 +20,6 @@ constexpr int kDepthPart = 64;  // products summed in one piece: short sums roun
                                 // cores cut off what they do not keep
 constexpr int64_t kMostBlocks = 0x7fffffff, kMostKeys = 0x7fffff00;  // of one launch; keys are counted in 32 bits
 constexpr int kLanesPerRow = 4;                                      // lanes that hold a piece of the same left row
-constexpr double kLog2e = 1.4426950408889634, kLn2Exact = 0.693147180559945309;
 
 template <class T, int kSub_, int kWarps_, int kRightTiles_>
 struct Shape {

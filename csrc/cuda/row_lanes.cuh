@@ -3,6 +3,7 @@
 
 #include "exponential.cuh"
 #include "kernels.h"
+#include "pairs.cuh"
 
 namespace inflection {
 
@@ -13,6 +14,17 @@ __device__ __forceinline__ float lost_in_sum(float a, float b, float total) {
   const float from_b = total - a, from_a = total - from_b;
   return (a - from_a) + (b - from_b);
 }
+
+// Sums over the columns of a slice that are not at the maximum, of e^x / Exponential::kLower.
+struct SliceSums {
+  float below[2] = {}, dot[2] = {}, square = 0.f;
+
+  __device__ __forceinline__ void add(int i, float x, float e) {
+    below[i % 2] += e;
+    dot[i % 2] = fmaf(e, x, dot[i % 2]);
+    square = fmaf(e, e, square);
+  }
+};
 
 // The maximum is counted, not summed: what is beside it keeps its digits in rows that are almost one-hot. Slices are
 // added exactly, or thousands of equal terms would round the same way.
@@ -32,21 +44,48 @@ struct RowLane {
     for (int i = 0; i < N; ++i) highest = fmaxf(highest, value[i]);
     rebase(highest, exponential);
     const float m = fmaxf(highest, kLowest);  // finite, or -inf - -inf would be NaN
-    float sums[2] = {0.f, 0.f}, dots[2] = {0.f, 0.f};
+    SliceSums sums;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       float x = value[i] - m;
       if (kLow) x += low[i];
       x = at_least(x, exponential.floor);
-      const float e = exponential(x);
-      const float beside = x == 0.f ? 0.f : e;
       tops += x == 0.f;
-      sums[i % 2] += beside;
-      dots[i % 2] = fmaf(e, x, dots[i % 2]);
-      square = fmaf(beside, e, square);
+      sums.add(i, x, x == 0.f ? 0.f : exponential.raised(x));
     }
-    add_exactly(sums[0] + sums[1], below, below_low);
-    add_exactly(dots[0] + dots[1], dot, dot_low);
+    add(sums);
+  }
+
+  // The same for pairs of 16-bit numbers as they are stored; those at or below `floor` are masked. False, and nothing
+  // added, where `push` has to look at each of them: NaN or +inf is among them, or no maximum so far above `floor` that
+  // masked ones weigh nothing.
+  template <class T, int N>
+  __device__ __forceinline__ bool push_pairs(const uint32_t (&pair)[N], float floor, const Exponential& exponential) {
+    uint32_t top = pair[0];
+#pragma unroll
+    for (int i = 1; i < N; ++i) top = larger<T>(top, pair[i]);
+    top = larger<T>(top, swapped(top));
+    const float here = front<T>(top), highest = max > here ? max : here;  // NaN where `here` is
+    if (here <= floor) return true;
+    if (!(highest > floor - exponential.floor && highest < kInf)) return false;
+    rebase(highest, exponential);
+    if (here != highest) top = kNanPair;  // equal to nothing
+    uint32_t at_top = 0;
+    SliceSums sums;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const uint32_t is_top = equal(pair[i], top);
+      at_top -= is_top;
+      const uint32_t others = (pair[i] & ~is_top) | (Infinity<T>::kMinusPair & is_top);
+      const float x = fmaxf(front<T>(others) - highest, exponential.floor);
+      const float y = fmaxf(back<T>(others) - highest, exponential.floor);
+      sums.add(0, x, exponential.raised(x));
+      sums.add(1, y, exponential.raised(y));
+    }
+    // A mask is -1 in front and -2^16 in the back half: at_top = (fronts - 2^16 fronts) + 2^16 backs.
+    tops += (2 * (at_top & 0xffff) + (at_top >> 16)) & 0xffff;
+    add(sums);
+    return true;
   }
 
   __device__ __forceinline__ void rebase(float highest, const Exponential& exponential) {
@@ -62,6 +101,11 @@ struct RowLane {
   }
 
  private:
+  __device__ __forceinline__ void add(const SliceSums& sums) {
+    add_exactly((sums.below[0] + sums.below[1]) * Exponential::kLower, below, below_low);
+    add_exactly((sums.dot[0] + sums.dot[1]) * Exponential::kLower, dot, dot_low);
+    square += sums.square * (Exponential::kLower * Exponential::kLower);
+  }
   static __device__ __forceinline__ void add_exactly(float x, float& sum, float& low) {
     const float before = sum;
     sum += x;

@@ -33,26 +33,31 @@ struct F16 {
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(BF16 x) { return __uint_as_float(unsigned{x.bits} << 16); }
-// Exact: the exponent is rescaled by 2^112, which also makes subnormals right; infinities and NaNs are put back.
 __device__ __forceinline__ float to_float(F16 x) {
-  const float magnitude = __uint_as_float(unsigned(x.bits & 0x7fff) << 13) * 0x1p112f;
-  const unsigned special = (x.bits & 0x7c00) == 0x7c00 ? 0x7f800000u : 0u;
-  return __uint_as_float(__float_as_uint(magnitude) | special | unsigned(x.bits & 0x8000) << 16);
+#ifdef INFLECTION_EMULATION
+  return emulator::float_of_f16(x.bits);
+#else
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+#endif
 }
 
 // Stores a float; 16-bit numbers are rounded to the nearest, ties to even.
 __device__ __forceinline__ void put(float* out, float x) { *out = x; }
 __device__ __forceinline__ void put(BF16* out, float x) {
-  const unsigned bits = __float_as_uint(x), rounded = bits + 0x7fffu + (bits >> 16 & 1);
-  out->bits = static_cast<uint16_t>((x == x ? rounded : bits | 0x400000u) >> 16);
+#ifdef INFLECTION_EMULATION
+  out->bits = emulator::bf16_of_float(x);
+#else
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out->bits) : "f"(x));
+#endif
 }
 __device__ __forceinline__ void put(F16* out, float x) {
-  const unsigned bits = __float_as_uint(x), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
-  unsigned half = (magnitude + 0xfffu + (magnitude >> 13 & 1) - 0x38000000u) >> 13;
-  if (magnitude < 0x38800000u) half = __float_as_uint(__uint_as_float(magnitude) + 0.5f) - 0x3f000000u;  // subnormal
-  if (magnitude >= 0x477ff000u) half = 0x7c00u;
-  if (magnitude > 0x7f800000u) half = 0x7e00u;
-  out->bits = static_cast<uint16_t>(half | sign);
+#ifdef INFLECTION_EMULATION
+  out->bits = emulator::f16_of_float(x);
+#else
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out->bits) : "f"(x));
+#endif
 }
 
 }  // namespace inflection

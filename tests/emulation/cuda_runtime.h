@@ -181,6 +181,61 @@ inline float exp2_approx(float x) {
   return y < 0x1p-126f ? 0.f : y;
 }
 
+// Exact: the exponent is rescaled by 2^112, which also makes subnormals right; infinities and NaNs are put back.
+inline float float_of_f16(uint16_t bits) {
+  const float magnitude = __builtin_bit_cast(float, unsigned(bits & 0x7fff) << 13) * 0x1p112f;
+  const unsigned special = (bits & 0x7c00) == 0x7c00 ? 0x7f800000u : 0u;
+  return __builtin_bit_cast(float, __builtin_bit_cast(unsigned, magnitude) | special | unsigned(bits & 0x8000) << 16);
+}
+
+// cvt.rn: to the nearest, ties to even; every NaN becomes 0x7fff.
+inline uint16_t bf16_of_float(float x) {
+  const unsigned bits = __builtin_bit_cast(unsigned, x);
+  return x == x ? static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16) : 0x7fff;
+}
+inline uint16_t f16_of_float(float x) {
+  const unsigned bits = __builtin_bit_cast(unsigned, x), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+  if (x != x) return 0x7fff;
+  unsigned half = (magnitude + 0xfffu + (magnitude >> 13 & 1) - 0x38000000u) >> 13;
+  if (magnitude < 0x38800000u)  // subnormal
+    half = __builtin_bit_cast(unsigned, __builtin_bit_cast(float, magnitude) + 0.5f) - 0x3f000000u;
+  if (magnitude >= 0x477ff000u) half = 0x7c00u;
+  return static_cast<uint16_t>(half | sign);
+}
+
+// The same for both 16-bit numbers of two words.
+template <class Choose>
+uint32_t for_both(uint32_t a, uint32_t b, Choose choose) {
+  const uint16_t front = choose(static_cast<uint16_t>(a), static_cast<uint16_t>(b));
+  return front | uint32_t{choose(static_cast<uint16_t>(a >> 16), static_cast<uint16_t>(b >> 16))} << 16;
+}
+constexpr uint16_t kCanonicalNan = 0x7fff;
+
+// max.NaN.f16x2, max.NaN.bf16x2: the canonical NaN where one of the two is NaN; +0 is larger than -0.
+template <class Widen>
+uint32_t max_nan_pair(uint32_t a, uint32_t b, Widen widen) {
+  return for_both(a, b, [widen](uint16_t a, uint16_t b) {
+    const float x = widen(a), y = widen(b);
+    return x != x || y != y ? kCanonicalNan : x > y || (x == y && b >> 15) ? a : b;
+  });
+}
+
+// min.f16x2, min.bf16x2: the other one where one of the two is NaN; -0 is smaller than +0.
+template <class Widen>
+uint32_t min_pair(uint32_t a, uint32_t b, Widen widen) {
+  return for_both(a, b, [widen](uint16_t a, uint16_t b) {
+    const float x = widen(a), y = widen(b);
+    if (x != x) return y != y ? kCanonicalNan : b;
+    return y != y || x < y || (x == y && a >> 15) ? a : b;
+  });
+}
+
+// set.eq.u32.f16x2
+template <class Widen>
+uint32_t equal_pair(uint32_t a, uint32_t b, Widen widen) {
+  return for_both(a, b, [widen](uint16_t a, uint16_t b) -> uint16_t { return widen(a) == widen(b) ? 0xffff : 0; });
+}
+
 }  // namespace emulator
 
 template <class T>

@@ -1,0 +1,107 @@
+// Two 16-bit numbers in a word, and the instructions that take both at once; the emulator has its own of them.
+#pragma once
+
+#include "warp.cuh"
+
+namespace inflection {
+
+constexpr uint32_t kNanPair = 0x7fff7fffu;  // in both formats
+
+template <class T>
+struct Infinity;
+template <>
+struct Infinity<BF16> {
+  static constexpr uint32_t kMinusPair = 0xff80ff80u;
+};
+template <>
+struct Infinity<F16> {
+  static constexpr uint32_t kMinusPair = 0xfc00fc00u;
+};
+
+template <class T>
+__device__ __forceinline__ float front(uint32_t pair) {
+  return to_float(T{static_cast<uint16_t>(pair)});
+}
+template <class T>
+__device__ __forceinline__ float back(uint32_t pair) {
+  return to_float(T{static_cast<uint16_t>(pair >> 16)});
+}
+__device__ __forceinline__ uint32_t swapped(uint32_t pair) { return pair >> 16 | pair << 16; }
+
+#ifdef INFLECTION_EMULATION
+
+// Two floats side by side, a in front, rounded to the nearest, ties to even.
+template <class T>
+inline uint32_t pack(float a, float b) {
+  T both[2];
+  put(both, a), put(both + 1, b);
+  return both[0].bits | uint32_t{both[1].bits} << 16;
+}
+// Larger ones of two pairs; NaN where one of the two is.
+template <class T>
+inline uint32_t larger(uint32_t a, uint32_t b) {
+  return emulator::max_nan_pair(a, b, [](uint16_t bits) { return to_float(T{bits}); });
+}
+// Smaller ones; the other one where one of the two is NaN.
+template <class T>
+inline uint32_t smaller(uint32_t a, uint32_t b) {
+  return emulator::min_pair(a, b, [](uint16_t bits) { return to_float(T{bits}); });
+}
+// 0xffff where two float16 are equal: a NaN is equal to nothing, -0 to +0.
+inline uint32_t equal(uint32_t a, uint32_t b) {
+  return emulator::equal_pair(a, b, [](uint16_t bits) { return to_float(F16{bits}); });
+}
+
+#else
+
+template <class T>
+__device__ __forceinline__ uint32_t pack(float a, float b);
+template <>
+__device__ __forceinline__ uint32_t pack<BF16>(float a, float b) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(b), "f"(a));
+  return pair;
+}
+template <>
+__device__ __forceinline__ uint32_t pack<F16>(float a, float b) {
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(b), "f"(a));
+  return pair;
+}
+template <class T>
+__device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b);
+template <>
+__device__ __forceinline__ uint32_t larger<BF16>(uint32_t a, uint32_t b) {
+  uint32_t pair;
+  asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
+  return pair;
+}
+template <>
+__device__ __forceinline__ uint32_t larger<F16>(uint32_t a, uint32_t b) {
+  uint32_t pair;
+  asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
+  return pair;
+}
+template <class T>
+__device__ __forceinline__ uint32_t smaller(uint32_t a, uint32_t b);
+template <>
+__device__ __forceinline__ uint32_t smaller<BF16>(uint32_t a, uint32_t b) {
+  uint32_t pair;
+  asm("min.bf16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
+  return pair;
+}
+template <>
+__device__ __forceinline__ uint32_t smaller<F16>(uint32_t a, uint32_t b) {
+  uint32_t pair;
+  asm("min.f16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
+  return pair;
+}
+__device__ __forceinline__ uint32_t equal(uint32_t a, uint32_t b) {
+  uint32_t mask;
+  asm("set.eq.u32.f16x2 %0, %1, %2;" : "=r"(mask) : "r"(a), "r"(b));
+  return mask;
+}
+
+#endif
+
+}  // namespace inflection
