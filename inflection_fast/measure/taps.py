@@ -8,7 +8,7 @@ checkpointing, run without autograd or outside the model's forward.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
 from time import perf_counter
@@ -238,10 +238,10 @@ class Taps:
     # ---- attention ---------------------------------------------------------------------------------------------------
 
     @_forgiving
-    def _see(self, module: nn.Module | None, call: AttentionCall) -> None:
+    def _see(self, module: nn.Module | None, read: Callable[[], AttentionCall]) -> None:
         if self._current is not None:
             started = perf_counter()
-            self._attention.see(self._current, self._layer, module, call, may_wait=not self.forgives)
+            self._attention.see(self._current, self._layer, module, read(), may_wait=not self.forgives)
             self.seconds += perf_counter() - started
 
     def allocate(self, heads: int) -> None:
