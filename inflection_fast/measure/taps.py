@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 
 from ..blocks import Block
-from .accumulators import GradientNorms, HeadMeans
+from .accumulators import MOST_LISTS, GradientNorms, HeadMeans
 from .arguments import loss_of, named_inputs, requiring_grad, tensors_of
 from .attention import AttentionCall
 from .attention_taps import AttentionTaps
@@ -27,6 +27,7 @@ from .eagerly import eagerly
 from .gradients import gradients_of
 from .micro_batch import MicroBatch
 from .packet import Packet
+from .recent import Recent
 from .rows import ValidRows
 
 __all__ = ["Taps"]
@@ -61,7 +62,7 @@ class Taps:
         self._attention: AttentionTaps | None = None
         if "attention" in signals:
             self._attention = AttentionTaps(model, blocks, rows, seed, self.device, self.allocate)
-        self._marks: dict[frozenset[int], Tensor] = {}
+        self._marks: dict[frozenset[int], Tensor] = Recent(MOST_LISTS)
         self._attached = ExitStack()  # hooks, for the length of a step
         self._listening = ExitStack()  # attention, for the length of a forward
         self._current: MicroBatch | None = None  # inside a training forward
