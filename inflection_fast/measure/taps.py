@@ -106,6 +106,10 @@ class Taps:
         """Itself: a copy of a measured model (an average of its weights) carries hooks along, which then do nothing."""
         return self
 
+    def __reduce__(self) -> tuple:
+        """Nothing attached: so a model can be saved as a whole while it is measured."""
+        return _Nothing, ()
+
     def detach(self) -> None:
         """Remove the hooks. What was accumulated stays; graphs that are still alive write no more. Safe to repeat."""
         for micro_batch in self._micro_batches:
@@ -328,6 +332,15 @@ class Taps:
             marks = [float(layer in key) for layer in range(len(self._blocks))]
             self._marks[key] = torch.tensor(marks, dtype=torch.float64).to(self.device, non_blocking=True)
         return self._marks[key]
+
+
+class _Nothing:
+    """What taps are to a model that was read from a file: hooks that do nothing."""
+
+    def _do_nothing(self, *args) -> None:
+        pass
+
+    _forward_begins = _forward_ends = _block_begins = _block_ends = _do_nothing
 
 
 @contextmanager
