@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers as hf
 from transformers import modeling_flash_attention_utils as flash_utils
+from transformers import modeling_utils
 from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 
@@ -47,7 +48,8 @@ def flash(monkeypatch):
     """The name of an implementation that goes all the way of Transformers' flash attention, up to the kernels."""
     process = flash_utils._lazy_define_process_function(attend)
     functions = (attend_unpacked, attend, None, flash_utils._pad_input, flash_utils._unpad_input)
-    monkeypatch.setattr(flash_utils, "lazy_import_flash_attention", lambda *args, **kw: (functions, (process, dict)))
+    for module in (flash_utils, modeling_utils):
+        monkeypatch.setattr(module, "lazy_import_flash_attention", lambda *args, **kw: (functions, (process, dict)))
     monkeypatch.setitem(hf.AttentionInterface._global_mapping, FLASH, flash_attention_forward)
     monkeypatch.setitem(AttentionMaskInterface._global_mapping, FLASH, flash_attention_mask)
     monkeypatch.setattr(hf.GptOssPreTrainedModel, "_compatible_flash_implementations", None)  # else it takes another

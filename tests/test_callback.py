@@ -1,4 +1,5 @@
 import copy
+import pickle
 
 import numpy as np
 import pytest
@@ -242,6 +243,20 @@ def test_steps_between_measurements_find_no_hooks(model, items, tmp_path):
 
     trainer_of(model, items, tmp_path, [InflectionCallback(MonitorConfig(every=4)), Look()]).train()
     assert hooks == [i % 4 == 0 for i in range(STEPS)]
+
+
+def test_the_model_may_be_saved_as_a_whole_before_a_measured_step(model, items, tmp_path):
+    class Save(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            torch.save(model, tmp_path / "whole.pt")
+
+    heard = InflectionCallback(MonitorConfig(every=1), on_alert=lambda alerts: None)  # no file holds a lambda
+    trainer_of(model, items, tmp_path, [heard, Save()]).train()
+    assert heard.timeline.steps.tolist() == list(range(STEPS))
+    again = torch.load(tmp_path / "whole.pt", weights_only=False)
+    assert again._forward_hooks and again(**batch(items[:BATCH])).loss.isfinite()
+    unattached = pickle.loads(pickle.dumps(InflectionCallback(CONFIG)))
+    assert unattached.config == CONFIG
 
 
 def test_steps_between_measurements_hand_nothing_over(model, items, tmp_path, monkeypatch):

@@ -62,6 +62,20 @@ def test_a_monitor_that_is_thrown_away_detaches_and_finishes_its_file(tmp_path):
     assert not thread.is_alive()
 
 
+def test_a_model_that_is_saved_as_a_whole_takes_hooks_along_that_do_nothing(tmp_path):
+    model, batch = model_and_batch("bert")
+    with Monitor(model, EVERY_STEP) as monitor:
+        for _ in range(2):
+            expected = loss_of(model(**batch))
+            expected.backward()
+            monitor.step()
+            torch.save(model, tmp_path / "whole.pt")  # the next step is a measured one
+    again = torch.load(tmp_path / "whole.pt", weights_only=False)
+    assert again.bert.encoder.layer[0]._forward_hooks
+    assert torch.equal(loss_of(again(**batch)), expected)
+    assert monitor.timeline.steps.tolist() == [0, 1] and np.isfinite(monitor.timeline.entropy).all()
+
+
 def test_a_monitor_that_is_collected_while_another_one_attaches_does_not_hang():
     from inflection_fast.measure import eagerly
 

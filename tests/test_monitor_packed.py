@@ -260,6 +260,22 @@ def test_keys_of_other_sequences_than_the_queries_are_refused_in_words():
         assert all(field.isfinite().all() for field in stats_of(call, None))
 
 
+def test_a_call_that_cannot_be_read_is_an_error_at_first_and_costs_the_values_of_a_step_later(flash, caplog):  # noqa: F811
+    model, items = model_of("llama", flash), texts()
+    good = flattened(items, "both")
+    bad = good | {"cu_seq_lens_k": torch.cat([good["cu_seq_lens_k"], torch.tensor([T])])}
+    with Monitor(model, ALL_ROWS), pytest.raises(ValueError, match="packed sequences whose keys"):
+        model(**bad)
+    with Monitor(model, ALL_ROWS) as monitor:
+        for batch in (good, bad, good):
+            loss_of(model(**batch)).backward()
+            monitor.step()
+    assert monitor.timeline.entropy[:, 0, 0].tolist() == pytest.approx(
+        [monitor.timeline.entropy[0, 0, 0], float("nan"), monitor.timeline.entropy[0, 0, 0]], nan_ok=True
+    )
+    assert "measured step 1 failed" in caplog.text and "packed sequences whose keys" in caplog.text
+
+
 def test_lengths_without_a_longest_one_are_not_looked_at():
     query, lengths = torch.zeros(1, HEADS, 6, 4), torch.tensor([0, 3, 6])
     settings = {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths}

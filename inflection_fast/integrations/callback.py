@@ -115,6 +115,10 @@ class InflectionCallback(TrainerCallback):
         """Itself: a copy of the model (an average of its weights) carries the hook along, which then does nothing."""
         return self
 
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        """Nothing once it is attached: so the model can be saved as a whole, with its hooks."""
+        return super().__reduce_ex__(protocol) if self.monitor is None else (_Nothing, ())
+
     def __enter__(self) -> InflectionCallback:
         return self
 
@@ -190,6 +194,15 @@ class InflectionCallback(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         """Detaches."""
         self.close()
+
+
+class _Nothing:
+    """What a callback is to a model that was read from a file: hooks that do nothing."""
+
+    def _do_nothing(self, *args) -> None:
+        pass
+
+    _watch_items = _keep_loss = _do_nothing
 
 
 class _Watched(torch.Tensor):

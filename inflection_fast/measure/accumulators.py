@@ -9,19 +9,22 @@ import torch
 from torch import Tensor
 
 from .packet import ATTENTION_SUMS
+from .recent import Recent
 from .schedule import Strata
 
 if TYPE_CHECKING:
     from ..ops import AttentionStats
 
-__all__ = ["GradientNorms", "HeadMeans", "LayerIndices"]
+__all__ = ["MOST_LISTS", "GradientNorms", "HeadMeans", "LayerIndices"]
+
+MOST_LISTS = 512  # of layers, of which tensors are kept: where layers are dropped at random, every step has others
 
 
-class LayerIndices(dict):
+class LayerIndices(Recent):
     """Tuples of layers as int64 tensors on a device, each brought there once: a copy from the host takes its time."""
 
     def __init__(self, device: torch.device):
-        super().__init__()
+        super().__init__(MOST_LISTS)
         self._device = device
 
     def __missing__(self, layers: tuple[int, ...]) -> Tensor:

@@ -63,7 +63,8 @@ class AttentionCall:
         return AttentionCall(**{name: local_of(v) if isinstance(v, Tensor) else v for name, v in values.items()})
 
 
-See = Callable[[nn.Module | None, AttentionCall], None]  # the attention module, where it is known, and its call
+# Takes the attention module, where it is known, and what reads its call: reading may fail, and is for `see` to forgive.
+See = Callable[[nn.Module | None, Callable[[], AttentionCall]], None]
 
 
 # ---- Transformers ----------------------------------------------------------------------------------------------------
@@ -102,8 +103,11 @@ def seeing_interfaces(interfaces: list, see: See) -> Iterator[None]:
                 attend = original(name, default)
 
                 def seen_attend(module, query, key, value, attention_mask, *args, **kwargs):
-                    settings = _named_arguments(attend, args, kwargs)
-                    see(module, _interface_call(name, module, query, key, attention_mask, settings, starts))
+                    def read():
+                        settings = _named_arguments(attend, args, kwargs)
+                        return _interface_call(name, module, query, key, attention_mask, settings, starts)
+
+                    see(module, read)
                     return attend(module, query, key, value, attention_mask, *args, **kwargs)
 
                 return seen_attend
@@ -207,7 +211,7 @@ class _SdpaMode(TorchFunctionMode):
 
 def _seen_sdpa(see: See) -> Callable:
     def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **kwargs):
-        see(None, AttentionCall(query, key, attn_mask, scale=kwargs.get("scale"), is_causal=is_causal))
+        see(None, lambda: AttentionCall(query, key, attn_mask, scale=kwargs.get("scale"), is_causal=is_causal))
         return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **kwargs)
 
     return scaled_dot_product_attention
@@ -224,7 +228,7 @@ def _seen_multi_head(see: See, *args, **kwargs):
 
     def softmax(logits, dim):
         scores = logits.unflatten(0, (-1, heads))  # [B * H, Tq, Tk]
-        see(None, AttentionCall(scores, scores, logits=scores))
+        see(None, lambda: AttentionCall(scores, scores, logits=scores))
         return F.softmax(logits, dim=dim)
 
     original = F.multi_head_attention_forward

@@ -53,7 +53,8 @@ class Monitor:
     training raises. The model's attention implementation does the attending; outputs are equal to the bit. Only
     forwards of `model` itself under autograd count, so evaluations in between do not. Gradients are read at the end of
     each backward pass, before anybody clips them; several backward passes before one `step` are gradient accumulation.
-    Of a compiled model, measured steps run the code as it is written and the others the compiled one.
+    Of a compiled model, measured steps run the code as it is written and the others the compiled one. A measured step
+    begins where the one before ends: an evaluation between them runs as it is written, too.
 
     What fails before a first step was measured is an error. From then on it costs a warning and the values of the step.
 

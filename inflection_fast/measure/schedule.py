@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .recent import Recent
+
 __all__ = ["RowSampler", "Strata", "is_due"]
 
 
@@ -34,7 +36,8 @@ class RowSampler:
         self._rows, self._seed, self._device = rows, seed, device
         self.share = (0, 1)
         self._generator = torch.Generator()
-        self._shapes: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # what does not depend on the draw, by length
+        # What does not depend on the draw, (first positions, sizes, weights) by length.
+        self._shapes: dict[int, tuple[Tensor, Tensor, Tensor]] = Recent(MOST_LENGTHS)
 
     def begin(self, step: int) -> None:
         """Start the draws of one step, whatever was drawn before: a resumed run samples the same rows."""
@@ -54,8 +57,6 @@ class RowSampler:
 
     def _shape_of(self, length: int) -> tuple[Tensor, Tensor, Tensor]:
         if length not in self._shapes:
-            if len(self._shapes) == MOST_LENGTHS:
-                del self._shapes[next(iter(self._shapes))]  # the oldest
             starts, sizes = _strata(length, self._rows)
             self._shapes[length] = (starts, self._there(sizes), self._there(_difference_weights(sizes)))
         return self._shapes[length]

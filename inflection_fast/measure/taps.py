@@ -8,7 +8,7 @@ checkpointing, run without autograd or outside the model's forward.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
 from time import perf_counter
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 
 from ..blocks import Block
-from .accumulators import GradientNorms, HeadMeans
+from .accumulators import MOST_LISTS, GradientNorms, HeadMeans
 from .arguments import loss_of, named_inputs, requiring_grad, tensors_of
 from .attention import AttentionCall
 from .attention_taps import AttentionTaps
@@ -27,6 +27,7 @@ from .eagerly import eagerly
 from .gradients import gradients_of
 from .micro_batch import MicroBatch
 from .packet import Packet
+from .recent import Recent
 from .rows import ValidRows
 
 __all__ = ["Taps"]
@@ -61,7 +62,7 @@ class Taps:
         self._attention: AttentionTaps | None = None
         if "attention" in signals:
             self._attention = AttentionTaps(model, blocks, rows, seed, self.device, self.allocate)
-        self._marks: dict[frozenset[int], Tensor] = {}
+        self._marks: dict[frozenset[int], Tensor] = Recent(MOST_LISTS)
         self._attached = ExitStack()  # hooks, for the length of a step
         self._listening = ExitStack()  # attention, for the length of a forward
         self._current: MicroBatch | None = None  # inside a training forward
@@ -104,6 +105,10 @@ class Taps:
     def __deepcopy__(self, memo: dict) -> Taps:
         """Itself: a copy of a measured model (an average of its weights) carries hooks along, which then do nothing."""
         return self
+
+    def __reduce__(self) -> tuple:
+        """Nothing attached: so a model can be saved as a whole while it is measured."""
+        return _Nothing, ()
 
     def detach(self) -> None:
         """Remove the hooks. What was accumulated stays; graphs that are still alive write no more. Safe to repeat."""
@@ -238,10 +243,10 @@ class Taps:
     # ---- attention ---------------------------------------------------------------------------------------------------
 
     @_forgiving
-    def _see(self, module: nn.Module | None, call: AttentionCall) -> None:
+    def _see(self, module: nn.Module | None, read: Callable[[], AttentionCall]) -> None:
         if self._current is not None:
             started = perf_counter()
-            self._attention.see(self._current, self._layer, module, call, may_wait=not self.forgives)
+            self._attention.see(self._current, self._layer, module, read(), may_wait=not self.forgives)
             self.seconds += perf_counter() - started
 
     def allocate(self, heads: int) -> None:
@@ -327,6 +332,15 @@ class Taps:
             marks = [float(layer in key) for layer in range(len(self._blocks))]
             self._marks[key] = torch.tensor(marks, dtype=torch.float64).to(self.device, non_blocking=True)
         return self._marks[key]
+
+
+class _Nothing:
+    """What taps are to a model that was read from a file: hooks that do nothing."""
+
+    def _do_nothing(self, *args) -> None:
+        pass
+
+    _forward_begins = _forward_ends = _block_begins = _block_ends = _do_nothing
 
 
 @contextmanager

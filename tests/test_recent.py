@@ -1,0 +1,30 @@
+"""What a run of months keeps by key."""
+
+import torch
+from tiny_models import model_and_batch, one_thread  # noqa: F401
+
+from inflection_fast.blocks import find_blocks
+from inflection_fast.measure import accumulators, taps
+from inflection_fast.measure.recent import Recent
+
+
+def test_a_new_key_takes_the_place_of_the_oldest():
+    table = Recent(2)
+    for key in "abac":
+        table[key] = key.upper()
+    assert table == {"b": "B", "c": "C"}  # to set a key again makes it no younger
+    table["c"] = "again"
+    assert len(table) == 2 and table["c"] == "again"
+
+
+def test_layers_that_are_dropped_at_random_fill_no_memory(monkeypatch):
+    for module in (accumulators, taps):
+        monkeypatch.setattr(module, "MOST_LISTS", 4)
+    model, _ = model_and_batch("bert")
+    tapped = taps.Taps(model, find_blocks(model), ["activation_grad"], None, 0)
+    indices = accumulators.LayerIndices(torch.device("cpu"))
+    for seen in range(8):
+        layers = tuple(layer for layer in range(3) if seen >> layer & 1)
+        assert indices[layers].tolist() == list(layers)
+        assert tapped._marked(layers).tolist() == [float(layer in layers) for layer in range(3)]
+    assert len(indices) == len(tapped._marks) == 4
