@@ -101,6 +101,16 @@ def test_entropy_gradient_of_a_row_sums_to_zero(isa):
     assert grad.sum(-1).abs().max() < 1e-6 and grad.abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("keys", [1, 9, 1500])
+def test_sink_gradient_is_rounded_once_where_the_sink_takes_almost_all(isa, dtype, keys):
+    x = torch.randn(40, keys).to(dtype)
+    x[:, 0] += 12
+    truth = gradients(reference.attention_stats, x.double(), None, ("sink",))[0]
+    ours = gradients(attention_stats, x, None, ("sink",))[0]
+    assert ((ours.double() - truth).abs() <= torch.finfo(dtype).eps * truth.abs() + 1e-6).all()
+
+
 def test_maximum_and_keys_are_not_differentiable():
     stats = attention_stats(torch.randn(3, 4, requires_grad=True))
     assert [x.requires_grad for x in stats] == [True, True, False, False, True, True]
