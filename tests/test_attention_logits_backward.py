@@ -143,3 +143,10 @@ def test_compiled_in_one_graph_for_two_shapes():
         assert torch.allclose(ours, twin, atol=1e-5)
         for a, b in zip(torch.autograd.grad(ours, x), torch.autograd.grad(twin, x), strict=True):
             assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_compiled_in_one_graph_for_numbers_that_change():
+    compiled = torch.compile(lambda x, scale: attention_entropy(x, scale=scale), fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, 7)
+    for scale in (0.5, 0.25, 0.125):  # the second value compiles again, for any scale
+        assert torch.equal(compiled(x, scale), attention_entropy(x, scale=scale))
