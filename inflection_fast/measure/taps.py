@@ -105,6 +105,10 @@ class Taps:
         """Itself: a copy of a measured model (an average of its weights) carries hooks along, which then do nothing."""
         return self
 
+    def __reduce__(self) -> tuple:
+        """Taps of no model: what is pickled of a measured one carries hooks along as well."""
+        return _of_no_model, ()
+
     def detach(self) -> None:
         """Remove the hooks. What was accumulated stays; graphs that are still alive write no more. Safe to repeat."""
         for micro_batch in self._micro_batches:
@@ -191,8 +195,12 @@ class Taps:
         self._listening.close()
         self._layer = None
 
+    def _is_own(self, layer: int, block: nn.Module) -> bool:
+        """Whether `block` is of the model that is measured, not of a copy, which may outlive the measuring."""
+        return layer < len(self._blocks) and block is self._blocks[layer].module
+
     def _block_begins(self, layer: int, block: nn.Module, args: tuple, kwargs: dict):
-        if block is not self._blocks[layer].module:
+        if not self._is_own(layer, block):
             return None
         self._block_entered(layer)
         if "activation_grad" in self._signals and torch.is_grad_enabled():
@@ -213,7 +221,7 @@ class Taps:
 
     @_forgiving
     def _block_ends(self, layer: int, block: nn.Module, args: tuple, output: object) -> None:
-        if block is not self._blocks[layer].module:
+        if not self._is_own(layer, block):
             return
         self._layer = None
         if "activation_grad" not in self._signals or not torch.is_grad_enabled():
@@ -326,6 +334,12 @@ class Taps:
             marks = [float(layer in key) for layer in range(len(self._blocks))]
             self._marks[key] = torch.tensor(marks, dtype=torch.float64).to(self.device, non_blocking=True)
         return self._marks[key]
+
+
+def _of_no_model() -> Taps:
+    taps = Taps.__new__(Taps)
+    taps._model, taps._blocks, taps._current, taps.failure = None, [], None, None
+    return taps
 
 
 @contextmanager
