@@ -3,6 +3,7 @@
 import copy
 import errno
 import logging
+import pickle
 
 import numpy as np
 import pytest
@@ -263,17 +264,25 @@ def test_overhead_is_spread_over_the_steps_between(monkeypatch):
     assert (spread.ratio, spread.on_ms, spread.off_ms) == (pytest.approx(1.05), 15.0, 10.0)
 
 
-def test_a_copy_of_a_measured_model_trains_unmeasured():
+def pickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled], ids=["deepcopy", "pickled"])
+def test_a_copy_of_a_measured_model_trains_unmeasured(copied):
     model, batch = model_and_batch("bert")
     alone, _ = model_and_batch("bert")
     expected = train(alone, batch, 1).timeline
     with Monitor(model, EVERY_STEP) as monitor:
-        average = copy.deepcopy(model)
+        average = copied(model)
         loss = loss_of(model(**batch))
         loss.backward()
         loss_of(average(**batch)).backward()
         monitor.step(loss)
     assert_same(monitor.timeline, expected, rtol=1e-6)
+    again = loss_of(average(**batch))  # when nothing is measured any more
+    again.backward()
+    assert torch.equal(again, loss)
 
 
 def test_steps_off_the_schedule_install_nothing_and_call_no_operator():

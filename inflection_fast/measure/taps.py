@@ -196,8 +196,12 @@ class Taps:
         self._listening.close()
         self._layer = None
 
+    def _is_own(self, layer: int, block: nn.Module) -> bool:
+        """Whether `block` is of the model that is measured, not of a copy, which may outlive the measuring."""
+        return layer < len(self._blocks) and block is self._blocks[layer].module
+
     def _block_begins(self, layer: int, block: nn.Module, args: tuple, kwargs: dict):
-        if block is not self._blocks[layer].module:
+        if not self._is_own(layer, block):
             return None
         self._block_entered(layer)
         if "activation_grad" in self._signals and torch.is_grad_enabled():
@@ -218,7 +222,7 @@ class Taps:
 
     @_forgiving
     def _block_ends(self, layer: int, block: nn.Module, args: tuple, output: object) -> None:
-        if block is not self._blocks[layer].module:
+        if not self._is_own(layer, block):
             return
         self._layer = None
         if "activation_grad" not in self._signals or not torch.is_grad_enabled():

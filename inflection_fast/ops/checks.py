@@ -65,7 +65,7 @@ def finite(value: object, name: str) -> float:
     """`value` as a float, if it is a finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # a comparison, which Dynamo traces for a number that changes between calls
         raise ValueError(f"{name}: expected a finite number, got {value}")
     return float(value)
 
