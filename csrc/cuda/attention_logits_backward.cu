@@ -1,7 +1,11 @@
 // The gradient of statistics of softmax rows from logits: one read of the logits, one write of the gradient, a warp per
 // row or slice of a row; bound by memory.
 //
-// Where the log-sum-exp of a row is large its statistics are taken again: a float of 1e3 puts 6e-5 into every probability.
+// Where the log-sum-exp of a row is large its statistics are taken again: a float of 1e3 puts 6e-5 into every
+// probability. A gradient of 16 bits from logits of 16 bits is computed from pairs, in base 2 throughout, in rows where
+// all numbers are finite and masked columns get 0 without being looked for.
+#include <type_traits>
+
 #include "logit_rows.cuh"
 
 namespace inflection {
@@ -12,58 +16,119 @@ constexpr int kResidentBackward = kMask ? 1 : 2;
 
 __device__ __forceinline__ float at(const float* values, int64_t i) { return values == nullptr ? 0.f : values[i]; }
 
+constexpr float kNothing = -100.f;  // e^x is 0 from here on: below the smallest normal number
+
+// d(loss)/d(score) of a row as a function of its scores; see RowGradients.
+struct RowSlope {
+  float top, scale, log_sum;  // log p = (value - top) * scale - log_sum
+  float entropy, collision;   // what p log p and p^2 are multiplied by
+  float constant, sink;       // and p; what is added at key 0
+
+  __device__ __forceinline__ float at(float value, float low) const {
+    const float u = at_least(fmaf(value - top + low, scale, -log_sum), kNothing);
+    const float p = exp2_approx(u * static_cast<float>(kLog2e));
+    return value == -kInf ? 0.f : p * (fmaf(p, collision, constant) - entropy * u);  // 0 also where the row is NaN
+  }
+  // With `scale`, `log_sum` and `entropy` in base 2; for finite numbers, and good enough for 16 bits.
+  __device__ __forceinline__ float in_base_2(float value) const {
+    const float z = fmaxf(fmaf(value - top, scale, -log_sum), kNothing * static_cast<float>(kLog2e));
+    const float p = exp2_approx(z);
+    return p * fmaf(-entropy, z, fmaf(p, collision, constant));
+  }
+  __device__ __forceinline__ RowSlope to_base_2() const {
+    const float log2e = static_cast<float>(kLog2e), ln2 = static_cast<float>(kLn2);
+    return {top, scale * log2e, log_sum * log2e, entropy * ln2, collision, constant, sink};
+  }
+  // Columns at `floor` and below get 0, as everything is finite.
+  __device__ __forceinline__ bool is_plain(float floor) const {
+    const float all = log_sum + entropy + collision + constant + sink;
+    return all - all == 0.f && fmaf(floor - top, scale, -log_sum) < kNothing;
+  }
+};
+
+// Neighbours, the first of which lies on 16 bytes. By name, as nvcc takes an assignment of a uint4 apart here.
+template <class G, int N>
+__device__ __forceinline__ void store_run(G* out, const float (&x)[N]) {
+  uint4* const to = reinterpret_cast<uint4*>(out);
+  if constexpr (sizeof(G) == sizeof(float)) {
+    const auto bits = [&x](int i) { return __float_as_uint(x[i]); };
+#pragma unroll
+    for (int i = 0; i < N; i += 4) __stcg(to + i / 4, make_uint4(bits(i), bits(i + 1), bits(i + 2), bits(i + 3)));
+  } else {
+    static_assert(N == 8);
+    __stcg(to, make_uint4(pack<G>(x[0], x[1]), pack<G>(x[2], x[3]), pack<G>(x[4], x[5]), pack<G>(x[6], x[7])));
+  }
+}
+
 // One warp a row, or a slice of it. G is the dtype of the gradient: that of the logits, or float32 for the gradient of
-// the scores.
+// the scores. With `whole_runs` every 16 bytes of the gradient belong to one row.
 template <class T, class G, bool kVector, bool kMask>
 __global__ void __launch_bounds__(kThreads, kResidentBackward<kMask>)
-    backward_by_warp(AttentionStatsBackwardArgs args, Form form, Exponential unscaled, int64_t items, Cuts slices,
+    backward_by_warp(AttentionStatsBackwardArgs args, Form form, bool whole_runs, int64_t items, Cuts slices,
                      int64_t parts) {
   using Part = Slice<T, kVector, kMask, kOtherSlice>;
-  constexpr float kNothing = -80.f;  // e^-80 is 0 here
+  constexpr bool kPlain = kInPairs<T, kVector, kMask> && std::is_same_v<T, G>;
   const int64_t piece = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarpSize, item = piece / slices.count;
   if (item >= items) return;
   const int thread = threadIdx.x % kWarpSize;
   const Row row = row_of(args.forward, item);
-  const float lse = args.rows.lse[row.index], scale = static_cast<float>(form.scale);
-  float top = 0.f, log_sum = lse;  // log p = (value - top) * scale - log_sum
-  if (is_large(lse)) {
+  RowSlope slope;
+  slope.top = 0.f, slope.log_sum = args.rows.lse[row.index], slope.scale = static_cast<float>(form.scale);
+  if (is_large(slope.log_sum)) {
     int keys = 0;
     const RowTotal total =
         args.forward.parts != nullptr
             ? merge_parts(args.forward.parts + item * parts, parts, form.exponential, keys)
             : total_of<T, kVector, kMask, kOtherSlice>(args.forward, form, row, 0, thread, kWarpSize, keys);
-    top = total.max;
-    log_sum = static_cast<float>(log1p(total.below + (total.tops - 1)));
+    slope.top = total.max;
+    slope.log_sum = static_cast<float>(log1p(total.below + (total.tops - 1)));
   }
-  const float g = at(args.rows.grad_entropy, row.index) * args.out_scale;
-  const float c = 2.f * at(args.rows.grad_collision, row.index) * args.out_scale;
-  float sink = at(args.rows.grad_sink, row.index) * args.out_scale;
-  if (sink != 0.f) sink *= args.rows.sink[row.index];
-  float constant = at(args.rows.grad_lse, row.index) * args.out_scale - g * args.rows.entropy[row.index] - sink;
-  if (c != 0.f) constant -= c * args.rows.collision[row.index];
+  slope.entropy = at(args.rows.grad_entropy, row.index) * args.out_scale;
+  slope.collision = 2.f * at(args.rows.grad_collision, row.index) * args.out_scale;
+  slope.sink = at(args.rows.grad_sink, row.index) * args.out_scale;
+  if (slope.sink != 0.f) slope.sink *= args.rows.sink[row.index];
+  slope.constant = at(args.rows.grad_lse, row.index) * args.out_scale -
+                   slope.entropy * args.rows.entropy[row.index] - slope.sink;
+  if (slope.collision != 0.f) slope.constant -= slope.collision * args.rows.collision[row.index];
 
+  const bool plain = kPlain && form.factor == 1.f && slope.is_plain(args.forward.floor);
+  if (plain) slope = slope.to_base_2();
   G* out = static_cast<G*>(args.grad) + row.index * args.forward.cols;
   const int64_t first = (piece - item * slices.count) * slices.cols, last = first + slices.cols;
   for (int64_t begin = first; begin < last && begin < args.forward.cols; begin += int64_t{Part::N} * kWarpSize) {
+    const int64_t col = Part::column(begin, 0, thread, kWarpSize);
+    float slopes[Part::N];
     Part part;
     if constexpr (kInPairs<T, kVector, kMask>) {
       PairSlice<T, kOtherSlice> pairs;
       pairs.read(args.forward, row, begin, thread, kWarpSize);
-      part.take(pairs, args.forward, form);
+      if (plain) {
+#pragma unroll
+        for (int i = 0; i < Part::N / 2; ++i) {
+          slopes[2 * i] = slope.in_base_2(front<T>(pairs.pair[i]));
+          slopes[2 * i + 1] = slope.in_base_2(back<T>(pairs.pair[i]));
+        }
+      } else {
+        part.take(pairs, args.forward, form);
+      }
     } else {
       part.read(args.forward, form, row, begin, thread, kWarpSize);
     }
+    if (!plain) {
+#pragma unroll
+      for (int i = 0; i < Part::N; ++i) slopes[i] = slope.at(part.value[i], part.low[i]);
+    }
+    if (col == 0 && (plain || part.value[0] != -kInf)) slopes[0] += slope.sink;
+    if constexpr (kVector) {
+      if (whole_runs) {
+        if (col < args.forward.cols) store_run(out + col, slopes);
+        continue;
+      }
+    }
 #pragma unroll
     for (int i = 0; i < Part::N; ++i) {
-      float u = part.value[i] - top;
-      if (kMask && form.low) u += part.low[i];
-      u = at_least(fmaf(u, scale, -log_sum), kNothing);
-      const float p = u == kNothing ? 0.f : unscaled(u);
-      const int64_t col = Part::column(begin, i, thread, kWarpSize);
-      float slope = p * (fmaf(p, c, constant) - g * u);
-      if (col == 0) slope += sink;
-      if (part.value[i] == -kInf) slope = 0.f;  // also in a row without keys, or one that is NaN
-      if (col < args.forward.cols) put(out + col, slope);
+      const int64_t at = Part::column(begin, i, thread, kWarpSize);
+      if (at < args.forward.cols) put(out + at, slopes[i]);
     }
   }
 }
@@ -71,7 +136,6 @@ __global__ void __launch_bounds__(kThreads, kResidentBackward<kMask>)
 template <class T, class G, bool kVector, bool kMask>
 int run_backward(const AttentionStatsBackwardArgs& args, void* stream) {
   const Form form = form_of(args.forward);
-  const Exponential unscaled = Exponential::of(1.0);
   const int64_t items = args.forward.batch * args.forward.rows, cols = args.forward.cols;
   if (items == 0 || cols == 0) return cudaSuccess;
   const Cuts slices = Cuts::of(row_slices(items, cols), cols);
@@ -79,8 +143,10 @@ int run_backward(const AttentionStatsBackwardArgs& args, void* stream) {
     const int error = stats_of_large_rows_cuda(args.forward, args.rows.lse, stream);
     if (error != cudaSuccess) return error;
   }
+  const bool whole_runs = reinterpret_cast<uintptr_t>(args.grad) % kVectorBytes == 0 &&
+                          cols * static_cast<int64_t>(sizeof(G)) % kVectorBytes == 0;
   return launch(backward_by_warp<T, G, kVector, kMask>, grid_of_warps(items * slices.count), dim3(kThreads), 0, stream,
-                args, form, unscaled, items, slices, row_parts(items, cols));
+                args, form, whole_runs, items, slices, row_parts(items, cols));
 }
 
 template <class T, class G>

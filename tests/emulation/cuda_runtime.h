@@ -36,6 +36,7 @@ struct alignas(8) uint2 {
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 #define EMULATOR_PLACE(name) \
   ::emulator::Place { name, __FILE__, __LINE__ }
@@ -260,6 +261,10 @@ inline void __threadfence() {}
 template <class T>
 T __ldg(const T* address) {
   return *address;
+}
+inline void __stcg(uint4* address, uint4 value) {
+  if (reinterpret_cast<uintptr_t>(address) % sizeof value) emulator::fail("a store of 16 bytes is not aligned");
+  *address = value;
 }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __fmul_rn(float a, float b) { return a * b; }
