@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # On a machine with a GPU, without a network: install the prebuilt wheel, test it on the device, look for bad memory
-# accesses and races, measure, print a short table. Ends within eight minutes whatever happens.
+# accesses and races, measure, print a short table. Ends within eight minutes whatever happens, with 1 if a step failed.
 #
 #   benchmarks/gpu.sh [WHEEL]        the newest of dist/*.whl if none is named
 #
@@ -28,7 +28,7 @@ cd "$WORK" || exit 1
 # For `-p on_cuda`: as `tests.on_cuda` it would be looked for in any package "tests" that is installed.
 export PYTHONPATH=$WORK/tests${PYTHONPATH:+:$PYTHONPATH}
 
-# The limits of all steps but the last add up to 300 s; the last one gets what is left, at least 170.
+# The limits of all steps but the last add up to 320 s; the last one gets what is left, at least 150.
 DEADLINE=$((SECONDS + 470))
 step() {  # name, seconds, command...: a line with the outcome; the output goes to a log
   local name=$1 limit=$2 start=$SECONDS left=$((DEADLINE - SECONDS)) code
@@ -44,12 +44,18 @@ step() {  # name, seconds, command...: a line with the outcome; the output goes 
   printf '%-12s %4ds  %s  %s\n' "$name" $((SECONDS - start)) "$([ $code = 0 ] && echo ok || echo "FAILED ($code)")" \
     "$(grep -E 'passed|failed|ERROR SUMMARY|RACECHECK SUMMARY|Error' "$OUT/$name.log" | tail -n 1 | cut -c1-120)" \
     | tee -a "$OUT/summary.txt"
+  [ $code = 0 ] && return
+  FAILED=1
+  { grep -E '^(FAILED|ERROR)' "$OUT/$name.log" || tail -n 3 "$OUT/$name.log"; } | head -n 8 | cut -c1-160
   return $code
 }
+FAILED=0
 : > "$OUT/summary.txt"
 
-step install 20 "$PYTHON" -m pip install --quiet --no-index --no-deps --force-reinstall "$WHEEL" || exit 1
-step load 20 "$PYTHON" -c 'import torch, inflection_fast as f; i = f.build_info(); print(torch.__version__, i); assert i["cuda"]'
+LOAD='import torch, inflection_fast; info = inflection_fast.build_info(); print(torch.__version__, info)
+assert info["cuda"], "no CUDA library was loaded"'
+step install 60 bash -c '"$0" -m pip install --quiet --no-index --no-deps --force-reinstall "$1" && "$0" -c "$2"' \
+  "$PYTHON" "$WHEEL" "$LOAD" || exit 1
 step kernels 110 "$PYTHON" -m pytest -p on_cuda $KERNEL_TESTS --tb=short -v
 step device 70 "$PYTHON" -m pytest tests/test_cuda.py tests/test_monitor_cuda.py --tb=short -v
 for tool in memcheck racecheck; do
@@ -65,3 +71,4 @@ done
 echo "---- $(timeout 5 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | head -n 1)"
 cat "$OUT/summary.txt"
 grep -hE '^[a-zA-Z].* ms; ' "$OUT/benchmarks.log"
+exit $FAILED
