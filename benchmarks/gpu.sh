@@ -58,10 +58,14 @@ step install 60 bash -c '"$0" -m pip install --quiet --no-index --no-deps --forc
   "$PYTHON" "$WHEEL" "$LOAD" || exit 1
 step kernels 110 "$PYTHON" -m pytest -p on_cuda $KERNEL_TESTS --tb=short -v
 step device 70 "$PYTHON" -m pytest tests/test_cuda.py tests/test_monitor_cuda.py --tb=short -v
+# Our kernels only, and every tensor an allocation of its own: within a block of torch's cache nothing is out of bounds.
+# Errors of the CUDA API are not reported: torch expects some of its own, and ours raise.
+export PYTORCH_NO_CUDA_MEMORY_CACHING=1
 for tool in memcheck racecheck; do
-  step "$tool" 40 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-    "$PYTHON" -m pytest -p on_cuda $CHECKED -k "$SMALL" --tb=short -v -x
+  step "$tool" 40 compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 20 --kernel-name kns=inflection \
+    --report-api-errors no "$PYTHON" -m pytest -p on_cuda $CHECKED -k "$SMALL" --tb=short -v -x
 done
+unset PYTORCH_NO_CUDA_MEMORY_CACHING
 step benchmarks 470 \
   "$PYTHON" -m pytest benchmarks/bench_cuda.py benchmarks/bench_overhead.py -k "cuda or 1B" -s --tb=short -v
 for file in benchmarks/results/*.json; do
