@@ -29,7 +29,7 @@ def device(request):
 @pytest.fixture
 def cka_limit(pytestconfig) -> Callable:
     """Largest error of CKA by dtype: CUDA kernels multiply 16-bit rows on tensor cores, which cut their sums off."""
-    plugins = ("tests.emulation.plugin", "tests.emulation.sanitized", "tests.on_cuda")
+    plugins = ("tests.emulation.plugin", "tests.emulation.sanitized", "on_cuda")
     tensor_cores = any(pytestconfig.pluginmanager.has_plugin(name) for name in plugins)
     return lambda dtype: 1e-4 if tensor_cores and dtype.itemsize == 2 else 1e-6
 

@@ -1,6 +1,6 @@
 """Pytest plugin: every operator that has a CUDA kernel runs it on the GPU, though the tests hold CPU tensors.
 
-    python -m pytest -p tests.on_cuda tests/test_norms.py
+    PYTHONPATH=tests python -m pytest -p on_cuda tests/test_norms.py
 
 Each call moves its tensors to the device with their strides and their offset, runs the kernel there and moves the
 results back; so the cases are those of the CPU kernels. The session fails if nothing ran on the device.
@@ -55,7 +55,7 @@ def redirected(name, device):
 def pytest_configure(config):
     """Take the operators over; keep the registration alive as long as the session."""
     if not torch.cuda.is_available():
-        raise pytest.UsageError("tests.on_cuda: torch sees no CUDA device")
+        raise pytest.UsageError("on_cuda: torch sees no CUDA device")
     config.on_cuda = torch.library.Library("inflection_fast", "IMPL")
     for name in OPERATORS:
         config.on_cuda.impl(name, redirected(name, "cuda"), "CPU", allow_override=True)

@@ -1,6 +1,6 @@
 """What only a CUDA device can show: no synchronisation, streams, graphs, several devices, compiled code, large shapes.
 
-The values for small and odd shapes are those of the other test files, run with `-p tests.on_cuda`.
+The values for small and odd shapes are those of the other test files, run with `-p on_cuda`.
 """
 
 import pytest
