@@ -161,6 +161,91 @@ def test_poison_anywhere_in_a_long_row_spoils_that_row_only(isa):
     assert ours.entropy.isnan().tolist() == [True, False, False] and ours.keys.tolist() == [50003.0, 1.0, 0.0]
 
 
+SIXTEEN = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+
+
+@SIXTEEN
+def test_16_bit_rows_of_every_length_equal_the_truth(isa, dtype):
+    for cols in (1, 7, 8, 9, 255, 264, 1016, 1023, 1024, 1025, 1032, 2047, 2048, 2056):  # 1024: a slice of a warp
+        x = logits((3, cols + 8), "typical", dtype)
+        for row in (x[:, :cols], x[:, 1 : cols + 1]):  # on 16 bytes, and beside them
+            check(row)
+    check(logits((40, 1032), "typical", dtype), is_causal=True)
+
+
+@SIXTEEN
+def test_odd_values_anywhere_in_a_16_bit_row(isa, dtype):
+    least = torch.finfo(dtype).min
+    above = torch.nextafter(torch.tensor(least / 2, dtype=dtype), torch.zeros((), dtype=dtype)).item()
+    odd = [float("nan"), INF, -INF, least, least / 2, above, -least]
+    places = [0, 1, 1023, 1024, 1500, 2047, 2050]  # of three slices, the last one part of one
+    x = logits((len(odd), len(places), 2051), "typical", dtype)
+    for i, value in enumerate(odd):
+        for j, place in enumerate(places):
+            x[i, j, place] = value
+    check(x)
+    check(x[..., :2048])
+    ours = attention_stats(x)
+    assert ours.entropy.isnan().sum(-1).tolist() == [7, 7, 0, 0, 0, 0, 0]
+    assert ours.keys[:, 0].tolist() == [2051, 2051, 2050, 2050, 2050, 2051, 2051]
+
+
+@SIXTEEN
+@pytest.mark.parametrize("scale", [1.0, 0.088, 1e-3, 1e-5, 2.0, -1.0])
+def test_masked_columns_of_16_bit_rows_weigh_nothing_at_any_scale(isa, dtype, scale, on_cpu, request):
+    if dtype == torch.float16 and 0 < scale < 1e-2 and on_cpu:
+        request.applymarker(pytest.mark.xfail(strict=True, reason="masked float16 count on the CPU"))
+    least = torch.finfo(dtype).min
+    x = logits((8, 2048), "typical", dtype)
+    for row, masked in enumerate(
+        (slice(0, 1024), slice(1024, 2048), slice(0, 2048), slice(1, 2048), slice(0, 2048, 2))
+    ):
+        x[row, masked] = least
+    x[5] = least * torch.linspace(0.4, 0.6, 2048)  # from attended to masked
+    x[6, :1024], x[6, 1024:] = least * 0.49, least
+    x[7, ::3] = -INF
+    check(x, scale=scale)
+
+
+@SIXTEEN
+def test_equal_maxima_of_a_16_bit_row_are_counted_wherever_they_are(isa, dtype):
+    places = [(0, 1), (2, 4), (8, 48), (3, 1027), (5, 6, 7, 300, 1030, 2040), (*range(40),), (*range(2048),)]
+    x = torch.full((len(places) + 2, 2048), -20.0, dtype=dtype)
+    for row, tops in enumerate(places):
+        x[row, list(tops)] = 1.5
+    x[-2, :4], x[-2, 1024] = 1.5, 2.5  # overtaken in a later slice
+    x[-1, 5], x[-1, 1029] = -0.0, 0.0
+    truth = check(x)
+    assert (attention_stats(x).collision[:-2].double() - truth.collision[:-2]).abs().max() < 1e-7
+    check(x * 0.25)
+    if dtype == torch.bfloat16:  # as float16 the bits of these would be NaN
+        x[:-1] *= 1e38
+        check(x)
+        check(x, scale=1e-28)
+
+
+@SIXTEEN
+def test_nearly_one_hot_16_bit_rows_are_relatively_exact(isa, dtype):
+    x = torch.zeros(30, 1032, dtype=dtype)
+    for row, top in enumerate(torch.linspace(14, 32, 30)):
+        x[row, row * 36 % 1032] = top
+    for scale in (1.0, 0.9):
+        truth = reference.attention_entropy(x.double(), scale=scale)
+        assert truth.min() < 1e-8 and truth.max() > 1e-3
+        assert ((attention_entropy(x, scale=scale).double() - truth).abs() / truth).max() < 1e-4
+
+
+@SIXTEEN
+def test_subnormal_16_bit_values_count(isa, dtype):
+    least = torch.finfo(dtype).smallest_normal
+    x = logits((4, 2048), "typical", torch.float32) * least / 4
+    x[0, ::2], x[1, ::2], x[2, ::3] = -0.0, 0.0, 2.0
+    for scale in (1.0, 1e4, 1e28):
+        check(x.to(dtype), scale=scale)
+    if dtype == torch.float16:
+        assert attention_stats(x.to(dtype), scale=1e6).entropy.max() < 7.6  # log 2048 is 7.62
+
+
 def test_poison_stays_in_its_row(isa):
     x = logits((3, 9, 50), "typical")
     x[0, 1, 7], x[0, 2, 9], x[0, 3, 0] = float("nan"), INF, -INF
