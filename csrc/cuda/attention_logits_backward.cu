@@ -2,8 +2,7 @@
 // row or slice of a row; bound by memory.
 //
 // Where the log-sum-exp of a row is large its statistics are taken again: a float of 1e3 puts 6e-5 into every
-// probability. A gradient of 16 bits from logits of 16 bits is computed from pairs, in base 2 throughout, in rows where
-// all numbers are finite and masked columns get 0 without being looked for.
+// probability. In rows where all is finite and masked columns are far below, 16-bit logits are not looked at one by one.
 #include <type_traits>
 
 #include "logit_rows.cuh"
@@ -18,31 +17,21 @@ __device__ __forceinline__ float at(const float* values, int64_t i) { return val
 
 constexpr float kNothing = -100.f;  // e^x is 0 from here on: below the smallest normal number
 
-// d(loss)/d(score) of a row as a function of its scores; see RowGradients.
+// d(loss)/d(score) of a row as a function of log p; see RowGradients.
 struct RowSlope {
-  float top, scale, log_sum;  // log p = (value - top) * scale - log_sum
+  float top, scale, log_sum;  // log p = x * scale - log_sum, x = value - top
   float entropy, collision;   // what p log p and p^2 are multiplied by
   float constant, sink;       // and p; what is added at key 0
 
-  __device__ __forceinline__ float at(float value, float low) const {
-    const float u = at_least(fmaf(value - top + low, scale, -log_sum), kNothing);
-    const float p = exp2_approx(u * static_cast<float>(kLog2e));
-    return value == -kInf ? 0.f : p * (fmaf(p, collision, constant) - entropy * u);  // 0 also where the row is NaN
+  __device__ __forceinline__ float log_p(float x) const { return fmaf(x, scale, -log_sum); }
+  __device__ __forceinline__ float at(float log_p) const {
+    const float p = exp2_approx(log_p * static_cast<float>(kLog2e));
+    return p * (fmaf(p, collision, constant) - entropy * log_p);
   }
-  // With `scale`, `log_sum` and `entropy` in base 2; for finite numbers, and good enough for 16 bits.
-  __device__ __forceinline__ float in_base_2(float value) const {
-    const float z = fmaxf(fmaf(value - top, scale, -log_sum), kNothing * static_cast<float>(kLog2e));
-    const float p = exp2_approx(z);
-    return p * fmaf(-entropy, z, fmaf(p, collision, constant));
-  }
-  __device__ __forceinline__ RowSlope to_base_2() const {
-    const float log2e = static_cast<float>(kLog2e), ln2 = static_cast<float>(kLn2);
-    return {top, scale * log2e, log_sum * log2e, entropy * ln2, collision, constant, sink};
-  }
-  // Columns at `floor` and below get 0, as everything is finite.
+  // Columns at `floor` and below get 0 without being looked for, as everything is finite.
   __device__ __forceinline__ bool is_plain(float floor) const {
     const float all = log_sum + entropy + collision + constant + sink;
-    return all - all == 0.f && fmaf(floor - top, scale, -log_sum) < kNothing;
+    return all - all == 0.f && log_p(floor - top) < kNothing;
   }
 };
 
@@ -92,7 +81,6 @@ __global__ void __launch_bounds__(kThreads, kResidentBackward<kMask>)
   if (slope.collision != 0.f) slope.constant -= slope.collision * args.rows.collision[row.index];
 
   const bool plain = kPlain && form.factor == 1.f && slope.is_plain(args.forward.floor);
-  if (plain) slope = slope.to_base_2();
   G* out = static_cast<G*>(args.grad) + row.index * args.forward.cols;
   const int64_t first = (piece - item * slices.count) * slices.cols, last = first + slices.cols;
   for (int64_t begin = first; begin < last && begin < args.forward.cols; begin += int64_t{Part::N} * kWarpSize) {
@@ -105,8 +93,8 @@ __global__ void __launch_bounds__(kThreads, kResidentBackward<kMask>)
       if (plain) {
 #pragma unroll
         for (int i = 0; i < Part::N / 2; ++i) {
-          slopes[2 * i] = slope.in_base_2(front<T>(pairs.pair[i]));
-          slopes[2 * i + 1] = slope.in_base_2(back<T>(pairs.pair[i]));
+          slopes[2 * i] = slope.at(fmaxf(slope.log_p(front<T>(pairs.pair[i]) - slope.top), kNothing));
+          slopes[2 * i + 1] = slope.at(fmaxf(slope.log_p(back<T>(pairs.pair[i]) - slope.top), kNothing));
         }
       } else {
         part.take(pairs, args.forward, form);
@@ -116,7 +104,12 @@ __global__ void __launch_bounds__(kThreads, kResidentBackward<kMask>)
     }
     if (!plain) {
 #pragma unroll
-      for (int i = 0; i < Part::N; ++i) slopes[i] = slope.at(part.value[i], part.low[i]);
+      for (int i = 0; i < Part::N; ++i) {
+        float x = part.value[i] - slope.top;
+        if (kMask && form.low) x += part.low[i];
+        const float found = slope.at(at_least(slope.log_p(x), kNothing));
+        slopes[i] = part.value[i] == -kInf ? 0.f : found;  // also in a row without keys, or one that is NaN
+      }
     }
     if (col == 0 && (plain || part.value[0] != -kInf)) slopes[0] += slope.sink;
     if constexpr (kVector) {
