@@ -291,6 +291,40 @@ void cka_terms_merge_cpu(const CkaTermsArgs&, int64_t begin, int64_t end);  // l
 int cka_terms_cuda(const CkaTermsArgs&, void* stream);
 int cka_terms_merge_cuda(const CkaTermsArgs&, void* stream);
 
+// ---- cka_batches: minibatch CKA of layers with layers ---------------------------------------------------------------
+
+constexpr int64_t kCkaBatchDepth = 128;  // features in work at a time: of 256 rows they are 128 KiB, a share of L2
+constexpr int64_t kCkaPairRows = 3;      // layers in one item of the inner products
+// Of the largest tiles: columns, and what tiles take beside a triangle of n rows and columns, n times half of this.
+constexpr int64_t kCkaTriangleColumns = 32, kCkaTriangleEdge = 52;
+
+// Floats that hold the strictly upper triangle over so many rows as tiles of any instruction set.
+constexpr int64_t cka_triangle_floats(int64_t rows) {
+  const int64_t n = ceil_div(rows, kCkaTriangleColumns) * kCkaTriangleColumns;
+  return n * (n + kCkaTriangleEdge) / 2;
+}
+// Floats of the features in work of so many rows: whole tiles of any instruction set.
+constexpr int64_t cka_batch_floats(int64_t rows) { return ceil_div(rows, kCkaPanel) * kCkaPanel * kCkaBatchDepth; }
+
+// A batch is `tile` rows, the last one what is left. K is the Gram matrix over the rows of a batch less their mean,
+// without its diagonal.
+struct CkaBatchArgs {
+  CkaSide sides[kCkaSides];    // [layers, rows, dim]
+  int64_t layers[kCkaSides];   // 0 of the second: the first with itself
+  int64_t rows, tile;
+  int64_t first;               // number of the first batch in work
+  float* block;                // [cka_batch_floats(tile)], scratch of one thread
+  float* triangles;            // [batches in work, layers of both sides, cka_triangle_floats(tile)], scratch
+  // outputs
+  double* sums;                // [layers of both sides, rows] of the rows of K
+  double* own;                 // [batches, layers of both sides] |K|^2
+  double* cross;               // [batches, layers, layers of the other side] <K, L>
+};
+// Work items: batches in work * layers of both sides, which fill `triangles`; then batches in work * ceil_div(layers,
+// kCkaPairRows).
+void cka_batch_triangles_cpu(const CkaBatchArgs&, int64_t begin, int64_t end);
+void cka_batch_products_cpu(const CkaBatchArgs&, int64_t begin, int64_t end);
+
 // ---- instruction sets of the CPU kernels ----------------------------------------------------------------------------
 
 enum class Isa : int32_t { portable, avx2, avx512 };

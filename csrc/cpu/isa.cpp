@@ -62,6 +62,12 @@ void cka_pack_cpu(const CkaPushArgs& args, int64_t begin, int64_t end) { kernels
 void cka_long_rows_cpu(const CkaPushArgs& args, int64_t begin, int64_t end) { kernels().cka_long_rows(args, begin, end); }
 void cka_product_cpu(const CkaPushArgs& args, int64_t begin, int64_t end) { kernels().cka_product(args, begin, end); }
 void cka_project_cpu(const CkaProjectArgs& args, int64_t begin, int64_t end) { kernels().cka_project(args, begin, end); }
+void cka_batch_triangles_cpu(const CkaBatchArgs& args, int64_t begin, int64_t end) {
+  kernels().cka_batch_triangles(args, begin, end);
+}
+void cka_batch_products_cpu(const CkaBatchArgs& args, int64_t begin, int64_t end) {
+  kernels().cka_batch_products(args, begin, end);
+}
 void cka_terms_cpu(const CkaTermsArgs& args, int64_t begin, int64_t end) { kernels().cka_terms(args, begin, end); }
 void cka_terms_merge_cpu(const CkaTermsArgs& args, int64_t begin, int64_t end) { kernels().cka_terms_merge(args, begin, end); }
 

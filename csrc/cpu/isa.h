@@ -31,6 +31,8 @@ struct CpuKernels {
   void (*cka_long_rows)(const CkaPushArgs&, int64_t begin, int64_t end);
   void (*cka_product)(const CkaPushArgs&, int64_t begin, int64_t end);
   void (*cka_project)(const CkaProjectArgs&, int64_t begin, int64_t end);
+  void (*cka_batch_triangles)(const CkaBatchArgs&, int64_t begin, int64_t end);
+  void (*cka_batch_products)(const CkaBatchArgs&, int64_t begin, int64_t end);
   void (*cka_terms)(const CkaTermsArgs&, int64_t begin, int64_t end);
   void (*cka_terms_merge)(const CkaTermsArgs&, int64_t begin, int64_t end);
 };

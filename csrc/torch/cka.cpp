@@ -1,60 +1,16 @@
 // cka_push, cka_adopt, cka_gram_terms, cka_terms: the Gram matrix behind linear CKA, added to, read, or both without keeping it.
 // cka_project: rows in a frozen basis.
 #include <algorithm>
-#include <atomic>
 #include <tuple>
 #include <vector>
 
-#include "dispatch.h"
+#include "cka.h"
 
 namespace inflection {
 namespace {
 
 // Gram matrices in flight where they are not kept: a few layers per thread, or launches that fill a GPU.
 constexpr int64_t kGramBytes = kCuda ? 1 << 30 : 64 << 20;
-constexpr int64_t kSerialWork = 1 << 20;  // multiplications that one thread does sooner than it wakes another
-
-#ifdef INFLECTION_CPU_KERNELS
-// Work items of unequal cost: each thread takes the next one. Which thread does it changes nothing in its result.
-// `work` is called with the number of the item and that of the thread.
-template <class Work>
-void take_turns(int64_t items, int64_t threads, const Work& work) {
-  std::atomic<int64_t> next{0}, arrived{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    const int64_t thread = arrived++;
-    for (int64_t item = next++; item < items; item = next++) work(item, thread);
-  });
-}
-#endif
-
-int64_t layers_of(const Tensor& features) {
-  int64_t layers = 1;
-  for (int64_t d = 0; d + 2 < features.dim(); ++d) layers *= features.size(d);
-  return layers;
-}
-
-// Where every layer of features [..., N, D] begins; `offsets` keeps what the side points to.
-CkaSide side_of(const Tensor& features, const char* name, std::vector<int64_t>& offsets) {
-  check_device(features, name);
-  STD_TORCH_CHECK(features.dim() >= 2, name, ": expected [..., N, D]");
-  const int64_t last = features.dim() - 1;
-  for (int64_t layer = 0; layer < layers_of(features); ++layer) {
-    int64_t index = layer, offset = 0;
-    for (int64_t d = last - 2; d >= 0; --d) {
-      offset += index % features.size(d) * features.stride(d);
-      index /= features.size(d);
-    }
-    offsets.push_back(offset);
-  }
-  const DType dtype = dtype_of(features, name);
-  STD_TORCH_CHECK(dtype != DType::boolean, name, ": dtype must be float32, bfloat16 or float16");
-  return {features.const_data_ptr(), offsets.data(), features.size(last), features.stride(last - 1), features.stride(last), dtype};
-}
-
-Tensor scratch(const Tensor& like, int64_t numel, ScalarType dtype) {
-  const int64_t size[] = {std::max<int64_t>(numel, 1)};
-  return torch::stable::new_empty(like, {size, 1}, dtype);
-}
 
 #ifdef INFLECTION_CPU_KERNELS
 // One layer; `run` does the work items of a kernel, with one thread or several.

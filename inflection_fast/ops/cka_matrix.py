@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from . import checks
 from .cka import MIN_ROWS, SHIFT_ROWS
+from .cka_batches import RUN, Products, inner, parts, take_diagonal
 
 __all__ = ["cka_matrix"]
 
 METHODS = ("exact", "banded", "minibatch")
 BLOCK = 4  # tiles of rows that are held while the tiles after them pass by
-# Relative, of a float32 mean: 100 times its unit, which covers sums in blocks of any number of rows.
-MEAN_ROUNDING = 2**-16
-# Products that are summed in float32: equal ones all round the same way, and 1 << 15 of them erred by 4e-5.
-RUN = 1 << 9
 
 
 def cka_matrix(
@@ -49,6 +43,9 @@ def cka_matrix(
       work.
     * "minibatch": HSIC_1 of consecutive batches of `tile` rows, added up (Nguyen et al. 2021), which is what streaming
       packages compute. For independent rows only: where the rows of a batch belong to few texts it is another number.
+      ``N tile (D L + L^2) / 2`` multiplications. On the CPU the extra memory is ``2 tile (tile + 52)`` bytes for each
+      layer of the batches in work, which have 4 layers for each thread or fill 2 MiB, ``512 tile`` bytes for each
+      thread, and ``24 N L``.
 
     Args:
         x: ``[L, N, D]``, float32, bfloat16 or float16, any strides.
@@ -104,11 +101,15 @@ def check(value: object, name: str) -> Tensor:
 
 def bytes_needed(sides: list[Tensor], method: str, tile: int) -> int:
     """What `cka_matrix` takes beside its arguments: float32 rows, their Gram matrices, and |u|^2 of every row."""
-    count = sides[0].shape[1]
+    count, layers = sides[0].shape[1], sum(len(side) for side in sides)
+    if method == "minibatch" and sides[0].device.type == "cpu":  # the kernel, then sums of rows and products of batches
+        debiasing = 8 * (2 * layers * count + 4 * -(-count // tile) * len(sides[0]) * len(sides[-1]))
+        in_y = layers - len(sides[0])
+        return torch.ops.inflection_fast.cka_batches_bytes(len(sides[0]), in_y, count, tile) + debiasing
     tile, block = min(tile, count), min(BLOCK * tile, count) if method == "exact" else min(tile, count)
     rows = {"exact": block + tile, "banded": 3 * tile, "minibatch": 2 * tile}[method]
     rows = max(rows, 3 * min(SHIFT_ROWS, count))  # their mean takes them in float64
-    layers, wide = sum(len(side) for side in sides), sum(len(side) * side.shape[2] for side in sides)
+    wide = sum(len(side) * side.shape[2] for side in sides)
     grams = layers if len(sides) == 1 else layers + max(len(side) for side in sides)  # of two models also the squares
     sums = len(sides[0]) * len(sides[-1]) * (tile * block // RUN + 1)
     return 4 * wide * (rows + 4) + 4 * grams * tile * block + 8 * layers * count + 12 * sums  # 4: the mean
@@ -153,11 +154,6 @@ def mean_of(features: Tensor) -> Tensor:
     return features.mean(1, keepdim=True, dtype=torch.float64).float()
 
 
-def parts(count: int, size: int) -> Iterator[slice]:
-    """Slices of `size`, the last one of what is left."""
-    return (slice(first, min(first + size, count)) for first in range(0, count, size))
-
-
 def whole(sides: list[Tensor], tile: int, band: int | None, seed: int, debiased: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Cross and self terms of all rows at once: n (n - 3) HSIC_1, or the inner products of the centred Gram matrices.
 
@@ -179,28 +175,12 @@ def whole(sides: list[Tensor], tile: int, band: int | None, seed: int, debiased:
 
 
 def debias(cross: Tensor, own: list[Tensor], sums: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """n (n - 3) HSIC_1 (Song et al. 2012) of Gram matrices without their diagonals, whose rows sum to ``[L, n]``."""
-    n, totals = sums[0].shape[1], [side.sum(1) for side in sums]
+    """n (n - 3) HSIC_1 (Song et al. 2012) of Gram matrices without diagonals, whose rows sum to ``[..., L, n]``."""
+    n, totals = sums[0].shape[-1], [side.sum(-1) for side in sums]
     a, b = 2 / (n - 2), 1 / ((n - 1) * (n - 2))
-    cross = cross - a * (sums[0] @ sums[-1].mT) + b * torch.outer(totals[0], totals[-1])
-    own = [s - a * k.square().sum(1) + b * t.square() for s, k, t in zip(own, sums, totals, strict=True)]
+    cross = cross - a * (sums[0] @ sums[-1].mT) + b * (totals[0][..., :, None] * totals[-1][..., None, :])
+    own = [s - a * k.square().sum(-1) + b * t.square() for s, k, t in zip(own, sums, totals, strict=True)]
     return cross, own[0], own[-1]
-
-
-class Products:
-    """Gram matrices between rows, each written where the one before it was: fresh pages cost a third of a product."""
-
-    def __init__(self):
-        self._memory: Tensor | None = None
-
-    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
-        """``a @ b.mT`` of ``[L, m, D]`` and ``[L, n, D]``, until the next call."""
-        shape = (a.shape[0], a.shape[1], b.shape[1])
-        size = math.prod(shape)
-        if self._memory is None or self._memory.numel() < size:
-            self._memory = None  # before the larger one is there
-            self._memory = a.new_empty(size)
-        return torch.bmm(a, b.mT, out=self._memory[:size].view(shape))
 
 
 class Sums:
@@ -260,27 +240,6 @@ class Sums:
         self.own = [one + 2 * more for one, more in zip(self.own, own, strict=True)]
 
 
-def take_diagonal(gram: Tensor) -> Tensor:
-    """Of ``[L, n, n]``, as float64; zero in its place."""
-    diagonal = gram.diagonal(dim1=1, dim2=2)
-    taken = diagonal.double()
-    diagonal.zero_()
-    return taken
-
-
-def inner(grams: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """Inner products ``[L, L2]`` of the matrices of one model, or of two, and of each with itself; float64."""
-    sides = [gram.flatten(1) for gram in grams]
-    runs = sides[0].shape[1] // RUN * RUN
-    pieces = [[side[:, :runs].unflatten(1, (-1, RUN)).transpose(0, 1) for side in sides]] if runs else []
-    pieces += [[side[None, :, runs:] for side in sides]]  # what is left, less than a run
-    cross = sum((piece[0] @ piece[-1].mT).sum(0, dtype=torch.float64) for piece in pieces)
-    if len(sides) == 1:
-        return cross, [cross.diagonal()]
-    own = [sum(piece[i].square().sum(2).sum(0, dtype=torch.float64) for piece in pieces) for i in (0, 1)]
-    return cross, own
-
-
 def neighbours(i: int, count: int, band: int) -> list[int]:
     """Those after i on a ring of `count`, so that each pair at most `band` apart occurs once."""
     found = []
@@ -291,46 +250,16 @@ def neighbours(i: int, count: int, band: int) -> list[int]:
     return found
 
 
-def near_mean(rows: Tensor, out: Tensor) -> Tensor:
-    """Rows ``[L, n, D]`` less something near their mean, which is all that HSIC_1 needs: it centres them itself.
-
-    A float32 mean of equal numbers need not be that number; there the first row is taken, so that a constant leaves 0.
-    """
-    mean, first = rows.mean(1, keepdim=True), rows[:, :1]
-    return torch.sub(rows, torch.where((mean - first).abs() <= MEAN_ROUNDING * first.abs(), first, mean), out=out)
-
-
 def minibatches(sides: list[Tensor], tile: int) -> tuple[Tensor, Tensor, Tensor]:
     """Sums over batches of HSIC_1, each of a batch by itself."""
-    total, room = [0.0, 0.0, 0.0], []
-    products = [(Products(), Products()) for _ in sides]
-    for part in parts(sides[0].shape[1], tile):
-        n = part.stop - part.start
-        even = n + n % 2  # a row of zeros adds nothing
-        if not room or room[0].shape[1] != even:
-            room = [side.new_zeros((len(side), even, side.shape[2]), dtype=torch.float32) for side in sides]
-        for side, out in zip(sides, room, strict=True):
-            near_mean(side[:, part].float(), out[:, :n])
-        cross, own, sums = without_diagonal(room, products)
-        terms = debias(cross, own, [side[:, :n] for side in sums])
-        total = [one + term / (n * (n - 3)) for one, term in zip(total, terms, strict=True)]
+    x, y = sides[0], sides[1] if len(sides) == 2 else None
+    cross, own, sums = torch.ops.inflection_fast.cka_batches(x, y, tile)
+    layers, whole, left = [len(side) for side in sides], x.shape[1] // tile, x.shape[1] % tile
+    total = [0.0, 0.0, 0.0]
+    for first, last, n in ((0, whole, tile), (whole, len(cross), left)):
+        if first == last:
+            continue
+        rows = sums[:, first * tile : first * tile + (last - first) * n].unflatten(1, (-1, n)).transpose(0, 1)
+        terms = debias(cross[first:last], own[first:last].split(layers, 1), rows.split(layers, 1))
+        total = [one + term.sum(0) / (n * (n - 3)) for one, term in zip(total, terms, strict=True)]
     return tuple(total)
-
-
-def without_diagonal(batch: list[Tensor], products: list) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Of the Gram matrices of rows ``[L, n, D]``, n even: inner products, as `inner`, and sums of rows ``[L, n]``.
-
-    In halves of the rows: of the four products one is the mirror image of another and left out. `products`: of every
-    model two, for those that are at once.
-    """
-    half = batch[0].shape[1] // 2
-    own, beside, sums = [], [], []
-    for rows, (of_halves, across) in zip(batch, products, strict=True):
-        halves = rows.view(2 * len(rows), half, -1)
-        own.append(of_halves(halves, halves))
-        beside.append(across(rows[:, :half], rows[:, half:]))
-        diagonal = take_diagonal(own[-1]).view(len(rows), -1)
-        sums.append((rows @ rows.sum(1, keepdim=True).mT)[..., 0] - diagonal)
-    cross, squares = inner([gram.view(len(rows), -1) for gram, rows in zip(own, batch, strict=True)])
-    twice, more = inner(beside)
-    return cross + 2 * twice, [a + 2 * b for a, b in zip(squares, more, strict=True)], sums

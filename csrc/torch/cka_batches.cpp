@@ -1,0 +1,87 @@
+// cka_batches: what minibatch CKA takes of each batch of rows, on the CPU; other devices: see ops/cka_batches.py.
+#include <tuple>
+
+#include "cka.h"
+
+namespace inflection {
+namespace {
+
+// Batches in work at a time have so many layers for each thread at least, so that none waits long for the others, and
+// triangles of so many bytes, a share of the last cache: small batches are not worth a barrier each.
+constexpr int64_t kTurns = 4, kTriangleBytes = 2 << 20;
+
+// What is in work at a time, and what it takes.
+struct BatchPlan {
+  BatchPlan(int64_t layers_x, int64_t layers_y, int64_t rows, int64_t most_rows)
+      : layers(layers_x + layers_y), across(layers_y > 0 ? layers_y : layers_x), tile(std::min(most_rows, rows)) {
+    STD_TORCH_CHECK(layers_x > 0 && layers_y >= 0 && rows > 0 && most_rows > 0,
+                    "x, y, tile: expected layers, rows and a tile above 0");
+    batches = ceil_div(rows, tile);
+    threads = torch::stable::get_num_threads();
+    block = cka_batch_floats(tile);
+    triangles = layers * cka_triangle_floats(tile);
+    group = std::max(ceil_div(kTurns * threads, layers), kTriangleBytes / (4 * triangles));
+    group = std::clamp<int64_t>(group, 1, batches);
+    bytes = 4 * (threads * block + group * triangles) + 8 * (batches * (layers_x * across + layers) + layers * rows);
+  }
+
+  int64_t layers, across, tile, batches;
+  int64_t threads, block;    // floats of each thread
+  int64_t group, triangles;  // batches in work; floats of each
+  int64_t bytes;             // of these and of the results
+};
+
+Tensor new_double(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()),
+                                  ScalarType::Double);
+}
+
+std::tuple<Tensor, Tensor, Tensor> cka_batches(Tensor x, std::optional<Tensor> y, int64_t tile) {
+  std::vector<int64_t> offsets[kCkaSides];
+  CkaBatchArgs args{};
+  args.sides[0] = side_of(x, "x", offsets[0]);
+  if (y) args.sides[1] = side_of(*y, "y", offsets[1]);
+  STD_TORCH_CHECK(x.dim() == 3 && (!y || (y->dim() == 3 && y->size(1) == x.size(1))),
+                  "x, y: expected features [L, N, D] of as many rows");
+  const BatchPlan plan(x.size(0), y ? y->size(0) : 0, x.size(1), tile);
+  args.layers[0] = x.size(0);
+  args.layers[1] = plan.layers - args.layers[0];
+  args.rows = x.size(1);
+  args.tile = plan.tile;
+  Tensor cross = new_double(x, {plan.batches, args.layers[0], plan.across});
+  Tensor own = new_double(x, {plan.batches, plan.layers}), sums = new_double(x, {plan.layers, args.rows});
+  Tensor blocks = scratch(x, plan.threads * plan.block, ScalarType::Float);
+  Tensor triangles = scratch(x, plan.group * plan.triangles, ScalarType::Float);
+  args.cross = static_cast<double*>(cross.data_ptr());
+  args.own = static_cast<double*>(own.data_ptr());
+  args.sums = static_cast<double*>(sums.data_ptr());
+  args.triangles = static_cast<float*>(triangles.data_ptr());
+
+  const int64_t work = plan.layers * args.rows * plan.tile * std::max(args.sides[0].dim, args.sides[1].dim);
+  const int64_t threads = work <= kSerialWork ? 1 : plan.threads;
+  for (args.first = 0; args.first < plan.batches; args.first += plan.group) {
+    const int64_t now = std::min(plan.group, plan.batches - args.first);
+    take_turns(now * plan.layers, threads, [&](int64_t item, int64_t thread) {
+      CkaBatchArgs part = args;
+      part.block = static_cast<float*>(blocks.data_ptr()) + thread * plan.block;
+      cka_batch_triangles_cpu(part, item, item + 1);
+    });
+    take_turns(now * ceil_div(args.layers[0], kCkaPairRows), threads, [&](int64_t item, int64_t) {
+      cka_batch_products_cpu(args, item, item + 1);
+    });
+  }
+  return {cross, own, sums};
+}
+
+int64_t cka_batches_bytes(int64_t layers_x, int64_t layers_y, int64_t rows, int64_t tile) {
+  return BatchPlan(layers_x, layers_y, rows, tile).bytes;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(inflection_fast, INFLECTION_DEVICE_KEY, m) { m.impl("cka_batches", TORCH_BOX(&cka_batches)); }
+STABLE_TORCH_LIBRARY_IMPL(inflection_fast, CompositeExplicitAutograd, m) {
+  m.impl("cka_batches_bytes", TORCH_BOX(&cka_batches_bytes));
+}
+
+}  // namespace inflection
