@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.parse_args(argv)
         parser.print_help(sys.stderr)
         return USER_ERROR
-    from inflection_fast.run.errors import UserError, disk_full
+    from inflection_fast.run.errors import UserError, disk_full, refused_path
 
     try:
         return _DISPATCH[argv[0]](argv[1:])
@@ -57,6 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"the disk is full ({error}): free some space and give the same command again; it goes on from there",
                 USER_ERROR,
             )
+        refused = refused_path(error)
+        if refused is not None:
+            return _fail(refused, USER_ERROR)
         raise
 
 

@@ -232,7 +232,7 @@ X, Y = torch.zeros(2, 10, 6), torch.zeros(2, 10, 6)
 @pytest.mark.parametrize("x, y, options, kind, words", [
     (X[:, :3], Y[:, :3], {}, ValueError, "x: debiased CKA needs at least 4 rows, got 3"),
     (X[:, :1], Y[:, :1], {"debiased": False}, ValueError, "x: biased CKA needs at least 2 rows, got 1"),
-    (X, Y[:, :9], {}, ValueError, r"y: expected shape \[2, 10, 'D'\]"),
+    (X, Y[:, :9], {}, ValueError, r"y: expected shape \[2, 10, D\]"),
     (X[0, 0], Y, {}, ValueError, r"x: expected features \[..., N, D\]"),
     (X[..., :0], Y, {}, ValueError, "x: expected features of at least one dimension"),
     (X.double(), Y, {}, TypeError, "x: expected dtype float32, bfloat16 or float16, got torch.float64"),

@@ -201,7 +201,7 @@ ROWS = torch.zeros(2, 5, 4)
 @pytest.mark.parametrize("x, y, mask, kind, words", [
     (ROWS[..., :3], ROWS, None, ValueError, r"x: expected shape \[2, N, 4\], got \[2, 5, 3\]"),
     (ROWS[:1], ROWS[:1], None, ValueError, r"x: expected shape \[2, N, 4\], got \[1, 5, 4\]"),
-    (ROWS, ROWS[:, :4], None, ValueError, r"y: expected shape \[2, 5, 'D'\]"),
+    (ROWS, ROWS[:, :4], None, ValueError, r"y: expected shape \[2, 5, D\]"),
     (ROWS, ROWS.bfloat16(), None, TypeError, "y: expected dtype torch.float32 as x has"),
     (ROWS.double(), ROWS.double(), None, TypeError, "x: expected dtype"),
     (ROWS, ROWS, torch.ones(4, dtype=torch.bool), ValueError, r"mask: expected shape \[5\] or \[2, 5\], got \[4\]"),

@@ -205,6 +205,12 @@ def test_a_full_disk_is_one_sentence_and_costs_nothing_that_is_there(settings, t
     assert cli.main(["measure", *run[1:]]) == 0
 
 
+def test_a_folder_that_cannot_be_made_is_one_sentence(settings, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    said = failing(capsys, "run", "--config", str(settings), "--output", str(tmp_path / "file" / "run"))
+    assert said == f"inflection-fast: {tmp_path / 'file' / 'run'}: not a directory\n"
+
+
 def test_measured_steps_that_the_disk_refused_are_measured_again(settings, tmp_path, capsys, monkeypatch):
     from inflection_fast.timeline import Timeline
 

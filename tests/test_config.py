@@ -13,7 +13,7 @@ from inflection_fast.run.config import (
     TuneConfig,
     differences,
 )
-from inflection_fast.run.errors import disk_full
+from inflection_fast.run.errors import disk_full, refused_path
 
 
 def test_a_full_disk_is_recognised():
@@ -27,6 +27,19 @@ def test_a_full_disk_is_recognised():
     assert disk_full(RuntimeError("[enforce fail at inline_container.cc] PytorchStreamWriter failed writing file"))
     assert disk_full(Exception("Error while serializing: I/O error: No space left on device (os error 28)"))
     assert not disk_full(OSError(errno.EACCES, "Permission denied")) and not disk_full(None)
+
+
+def test_a_refused_path_is_named_with_the_reason():
+    try:
+        try:
+            raise PermissionError(errno.EACCES, "Permission denied", "a/b")
+        except OSError as error:
+            raise RuntimeError("reading failed") from error
+    except RuntimeError as error:
+        assert refused_path(error) == "a/b: permission denied"
+    assert refused_path(OSError(errno.EROFS, "Read-only file system", "c")) == "c: read-only file system"
+    assert refused_path(OSError(errno.ENOENT, "No such file or directory", "d")) is None
+    assert refused_path(PermissionError("no errno")) is None and refused_path(None) is None
 
 
 def test_differences_are_named_with_both_values():

@@ -181,6 +181,11 @@ def test_with_one_signal_the_plan_says_which_one_is_missing():
     assert no_gradient.layers == (5,) and "The activation gradient was not measured" in no_gradient.summary
 
 
+def test_what_is_no_timeline_is_refused():
+    with pytest.raises(TypeError, match=r"timeline: expected a Timeline \(Timeline.load reads a file\), got str"):
+        select("runs/a")
+
+
 def test_blocks_without_values_are_named():
     entropy = np.tile(np.where(np.arange(L) == 3, np.nan, 2 - DIP), (5, 1))
     assert "Blocks without values: 3." in select(timeline(entropy, np.tile(-STEP, (5, 1)))).summary

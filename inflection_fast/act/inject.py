@@ -69,7 +69,7 @@ def inject(
     """
     if not isinstance(plan, Plan):
         raise TypeError(f"plan: expected a Plan, got {type(plan).__name__}")
-    _check_numbers(r, lora_alpha, lora_dropout)
+    _check_options(r, lora_alpha, lora_dropout, target_modules, adapter_name)
     if not plan.layers:
         raise ValueError(f"plan: it is empty, there is nothing to inject. {plan.summary}")
     if isinstance(model, peft.PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
@@ -198,13 +198,24 @@ def _saved(model: nn.Module, wanted: Sequence[str] | None) -> list[str]:
 # ---- refusing --------------------------------------------------------------------------------------------------------
 
 
-def _check_numbers(r: int, lora_alpha: float | None, lora_dropout: float) -> None:
+def _check_options(
+    r: int, lora_alpha: float | None, lora_dropout: float, targets: str | Sequence[str] | None, adapter_name: str
+) -> None:
     if not isinstance(r, int) or isinstance(r, bool) or r < 1:
         raise ValueError(f"r: expected an integer >= 1, got {r!r}")
-    if lora_alpha is not None and not lora_alpha > 0:
+    if lora_alpha is not None and not (isinstance(lora_alpha, (int, float)) and lora_alpha > 0):
         raise ValueError(f"lora_alpha: expected a number > 0, got {lora_alpha!r}")
-    if not 0 <= lora_dropout < 1:
+    if not (isinstance(lora_dropout, (int, float)) and 0 <= lora_dropout < 1):
         raise ValueError(f"lora_dropout: expected a number in [0, 1), got {lora_dropout!r}")
+    if isinstance(targets, str):
+        try:
+            re.compile(targets)
+        except re.error as error:
+            raise ValueError(f"target_modules: {targets!r} is no regular expression: {error}") from error
+    elif targets is not None and not isinstance(targets, Sequence):
+        raise ValueError(f"target_modules: expected a string or a sequence of names, got {targets!r}")
+    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
+        raise ValueError(f"adapter_name: expected a name without dots, got {adapter_name!r}")
 
 
 @contextmanager

@@ -72,9 +72,12 @@ def select(timeline: Timeline, config: SelectConfig | None = None) -> Plan:
     """Choose layers from a timeline (`config` None: `SelectConfig()`).
 
     Deterministic. A minimum, a cliff or a maximum counts only where it exceeds what a flat profile of such values
-    would show: see `evidence.py`. Where nothing does, the plan is empty and its summary says so. `ValueError` where
-    `config` asks for more layers than there are, or for steps that were not measured.
+    would show: see `evidence.py`. Where nothing does, the plan is empty and its summary says so. `TypeError` if
+    `timeline` is none, `ValueError` where `config` asks for more layers than there are, or for steps that were not
+    measured.
     """
+    if not isinstance(timeline, Timeline):
+        raise TypeError(f"timeline: expected a Timeline (Timeline.load reads a file), got {type(timeline).__name__}")
     config = config or SelectConfig()
     layers = len(timeline.layers)
     k = _count(config.k, layers)

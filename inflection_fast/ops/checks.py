@@ -175,7 +175,8 @@ def paired_features(x: object, y: object, names: tuple[str, str]) -> None:
         raise TypeError(f"{names[1]}: expected dtype {x.dtype} as {names[0]} has, got {y.dtype}")
     same_device(y, names[1], x, names[0])
     if x.shape[:-1] != y.shape[:-1]:
-        raise ValueError(f"{names[1]}: expected shape {[*x.shape[:-1], 'D']} as {names[0]} has, got {list(y.shape)}")
+        shape = ", ".join(map(str, (*x.shape[:-1], "D")))
+        raise ValueError(f"{names[1]}: expected shape [{shape}] as {names[0]} has, got {list(y.shape)}")
 
 
 def row_mask(value: object, name: str, like: Tensor) -> Tensor:

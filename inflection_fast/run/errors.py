@@ -6,7 +6,9 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["UserError", "disk_full", "user_errors"]
+__all__ = ["UserError", "disk_full", "refused_path", "user_errors"]
+
+_REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
 class UserError(Exception):
@@ -44,3 +46,12 @@ def disk_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def refused_path(error: BaseException | None) -> str | None:
+    """The file or folder that this error, or one that it was raised from, says the system refused, and why."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _REFUSALS and error.filename is not None:
+            return f"{error.filename}: {error.strerror.lower()}"
+        error = error.__cause__ or error.__context__
+    return None

@@ -75,7 +75,10 @@ class TimelineWriter:
         path, rows = folder / FILE_NAME, []
         if path.exists():
             if resume_at is None:
-                raise ValueError(f"{path} exists already: choose another folder, or resume_at a step to continue it")
+                raise ValueError(
+                    f"{path} exists already: choose another folder, or give the step at which to continue it "
+                    "(start_step of a Monitor, resume_at of a writer)"
+                )
             rows, old, _ = read(path)
             self._accept(path, old)
             rows = [row for row in rows if row[0] < resume_at]
