@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers as hf
+from tiny_models import T, model_and_batch
 from transformers import modeling_flash_attention_utils as flash_utils
 from transformers import modeling_utils
 from transformers.integrations.flash_attention import flash_attention_forward
@@ -25,7 +26,8 @@ def attend(
         scores = torch.einsum("qhd,khd->hqk", q[rows], k[keys]) * (softmax_scale or q.shape[-1] ** -0.5)
         scores = softcap * torch.tanh(scores / softcap) if softcap else scores
         queries, length = scores.shape[1:]
-        distance = torch.arange(length) - torch.arange(length - queries, length)[:, None]  # aligned at the last key
+        of_keys = torch.arange(length, device=q.device)
+        distance = of_keys - of_keys[length - queries :, None]  # aligned at the last key
         left, right = (reach if reach >= 0 else length for reach in window_size)
         keep = (distance >= -left) & (distance <= (0 if causal else right))
         scores = scores.masked_fill(~keep, -torch.inf)
@@ -41,6 +43,14 @@ def attend_unpacked(q, k, v, *, causal=False, softmax_scale=None, window_size=(-
     options = {"causal": causal, "softmax_scale": softmax_scale, "window_size": window_size, "softcap": softcap}
     ends = ([0, q.shape[1]], [0, k.shape[1]])
     return torch.stack([attend(*one, *ends, **options, s_aux=s_aux) for one in zip(q, k, v, strict=True)])
+
+
+def packed_llama(implementation):
+    """A model in training mode with that attention, and three sequences of 12 tokens in one row."""
+    model, batch = model_and_batch("llama")
+    model.set_attn_implementation(implementation)
+    ids = batch["input_ids"].view(1, -1)
+    return model, {"input_ids": ids, "labels": ids, "position_ids": torch.arange(ids.numel()).remainder(T)[None]}
 
 
 @pytest.fixture

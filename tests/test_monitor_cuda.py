@@ -6,6 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from plain_flash import flash, packed_llama  # noqa: F401
 from tiny_models import loss_of, model_and_batch
 
 from inflection_fast.measure import Monitor, MonitorConfig
@@ -60,11 +61,11 @@ def test_a_measured_step_never_waits_for_the_device(forbidden, rows):
     assert timeline.steps.tolist() == list(range(STEPS)) and np.isfinite(timeline.activation_grad).all()
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "packed"])
 @pytest.mark.parametrize("probe", [False, True])
-def test_a_measured_step_waits_no_more_often_than_its_model(name, probe):
+def test_a_measured_step_waits_no_more_often_than_its_model(name, probe, flash):  # noqa: F811
     """Transformers look at their masks themselves, and a probe is a forward more."""
-    model, batch = on("cuda", *model_and_batch(name))
+    model, batch = on("cuda", *(packed_llama(flash) if name == "packed" else model_and_batch(name)))
 
     def waits(config, **options):
         counts = []
@@ -89,9 +90,9 @@ def test_a_measured_step_waits_no_more_often_than_its_model(name, probe):
     assert waits(ALL if probe else TRAINING, **options) <= alone + probe * forward
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5", "encoder", "hand-written"])
-def test_values_are_those_of_the_cpu(name, tmp_path):
-    model, batch = model_and_batch(name)
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "packed", "t5", "encoder", "hand-written"])
+def test_values_are_those_of_the_cpu(name, tmp_path, flash):  # noqa: F811
+    model, batch = packed_llama(flash) if name == "packed" else model_and_batch(name)
     expected = train(*on("cpu", model, batch), ALL, probe=[batch])
     there, there_batch = on("cuda", model, batch)
     train(there, there_batch, ALL, tmp_path, probe=[batch])

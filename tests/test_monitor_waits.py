@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from plain_flash import flash  # noqa: F401
+from plain_flash import flash, packed_llama  # noqa: F401
 from test_monitor import loss_of
 from tiny_models import CASES, model_and_batch, one_thread  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -68,10 +68,7 @@ def test_a_measured_step_reads_no_number_of_the_device_and_hands_none_over(name,
 @pytest.mark.parametrize("lengths", [False, True])
 def test_packed_sequences_are_measured_without_a_wait_either(lengths, flash, monkeypatch):  # noqa: F811
     monkeypatch.setattr(checks, "cu_seqlens", lambda value, query, key: value)  # looks at numbers on the CPU only
-    model, batch = model_and_batch("llama")
-    model.set_attn_implementation(flash)
-    ids = batch["input_ids"].view(1, -1)
-    packed = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(ids.numel()).remainder(12)[None]}
+    model, packed = packed_llama(flash)
     if lengths:
         names = ("cu_seq_lens_q", "cu_seq_lens_k")  # two tensors: whether they are equal has to be seen
         packed |= {name: torch.tensor([0, 12, 24, 36]) for name in names} | {"max_length_q": 12, "max_length_k": 12}

@@ -139,6 +139,7 @@ def test_a_row_that_cannot_be_finished_costs_that_row(tmp_path, packet, caplog, 
     recorder.close()
     assert Timeline.load(tmp_path).steps.tolist() == [0, 2]
     assert [r.getMessage() for r in caplog.records] == ["step 1 is missing from the timeline: ArithmeticError('no')"]
+    assert recorder.dropped == 1
 
 
 def test_a_disk_that_hangs_does_not_hang_the_end(tmp_path, packet, caplog, monkeypatch):

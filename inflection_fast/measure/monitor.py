@@ -310,6 +310,8 @@ class Monitor:
     ) -> Tensor:
         """`torch.nn.utils.clip_grad_norm_` by the l2 norm, which on a measured step does not sum the blocks again.
 
+        With several ranks it does, because their sums are joined only later.
+
         Call it between the backward pass and `step`, on gradients that nobody has changed since but `scaler.unscale_`.
 
         Args:
@@ -337,7 +339,7 @@ class Monitor:
 
     @property
     def dropped(self) -> int:
-        """How many measured steps are missing from the timeline because the disk did not take them, or not in time."""
+        """How many measured steps are missing from the timeline: the disk or a rank was too slow, or a row failed."""
         return self._record.dropped
 
     @property

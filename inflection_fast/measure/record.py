@@ -95,7 +95,7 @@ class Record:
 
     @property
     def dropped(self) -> int:
-        """Measured steps that are missing from the timeline: for want of a free slot, or of a disk that takes them."""
+        """Measured steps that are missing from the timeline: the disk or a rank was too slow, or a row failed."""
         given_up = 0 if self._writer is None else self._writer.given_up
         return given_up + (0 if self.recorder is None else self.recorder.dropped)
 

@@ -106,7 +106,7 @@ class Recorder:
             keeps: whether rows are appended at all.
             patience_s: how long reading and closing wait for the thread.
         """
-        self.dropped = 0  # packets for which no slot was free
+        self._without_slot = self._unfinished = 0  # packets that are missing; each is counted by one thread alone
         self._join, self._told, self._keeps, self._patience_s = join, told, keeps, patience_s
         self._writer, self._packet, self._warn = writer, packet, warn
         pinned = packet.data.device.type == "cuda"
@@ -128,7 +128,7 @@ class Recorder:
             self._warn("thread", "the thread that writes the timeline has died; measuring goes on in memory")
             self._finish_all(store=self._writer.keep)
         if not self._free:
-            self.dropped += 1
+            self._without_slot += 1
             self._warn("dropped", f"the timeline cannot be written fast enough: step {step} is missing from it")
             if self._join is not None:
                 self._filled.put((None, None, step, 0.0))
@@ -140,6 +140,11 @@ class Recorder:
     def before_overwriting(self) -> None:
         """Call it before the packet is written again."""
         self._copies.before_overwriting()
+
+    @property
+    def dropped(self) -> int:
+        """Packets that are in no row: no slot was free, here or in a process that is joined, or finishing failed."""
+        return self._without_slot + self._unfinished
 
     # ---- the other thread --------------------------------------------------------------------------------------------
 
@@ -163,6 +168,7 @@ class Recorder:
         except OSError as error:
             self._warn("disk", f"{self._writer.path}: {error}; measuring goes on in memory")
         except Exception as error:
+            self._unfinished += slot is not None  # else it was counted when it was dropped
             self._warn("row", f"step {step} is missing from the timeline: {error!r}")
         finally:
             if slot is not None:
