@@ -6,6 +6,8 @@ import subprocess
 import pytest
 from emulation.build import HERE, ROOT, SANITIZE
 
+pytestmark = pytest.mark.sources
+
 CAUGHT = {
     "barrier_that_some_never_reach": "a part of the block reached a barrier",
     "two_barriers_at_once": "the block waits at different barriers",

@@ -10,6 +10,7 @@ import torch
 import yaml
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+pytestmark = pytest.mark.sources
 
 
 def load(name):

@@ -10,6 +10,7 @@ import pybind11
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.sources
 
 
 @pytest.fixture(scope="module")

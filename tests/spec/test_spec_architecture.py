@@ -8,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "inflection_fast"
+pytestmark = pytest.mark.sources
 MEASURING, DECIDING = {"ops", "blocks", "timeline", "alerts", "measure"}, {"timeline", "decide"}
 ALL = MEASURING | DECIDING | {"act", "integrations", "report", "run"}
 TORCH = {"ops", "blocks", "measure", "act", "integrations", "run"}
