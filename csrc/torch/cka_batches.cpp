@@ -6,9 +6,9 @@
 namespace inflection {
 namespace {
 
-// Batches in work at a time have so many layers for each thread at least, so that none waits long for the others, and
-// triangles of so many bytes, a share of the last cache: small batches are not worth a barrier each.
-constexpr int64_t kTurns = 4, kTriangleBytes = 2 << 20;
+// Batches in work at a time have so many layers for each thread at least, so that none waits long for the others when
+// they end, and triangles of so many bytes, a share of the last cache: small batches are not worth a barrier each.
+constexpr int64_t kTurns = 16, kTriangleBytes = 2 << 20;
 
 // What is in work at a time, and what it takes.
 struct BatchPlan {

@@ -44,7 +44,7 @@ def cka_matrix(
     * "minibatch": HSIC_1 of consecutive batches of `tile` rows, added up (Nguyen et al. 2021), which is what streaming
       packages compute. For independent rows only: where the rows of a batch belong to few texts it is another number.
       ``N tile (D L + L^2) / 2`` multiplications. On the CPU the extra memory is ``2 tile (tile + 52)`` bytes for each
-      layer of the batches in work, which have 4 layers for each thread or fill 2 MiB, ``512 tile`` bytes for each
+      layer of the batches in work, which have 16 layers for each thread or fill 2 MiB, ``512 tile`` bytes for each
       thread, and ``24 N L``.
 
     Args:
