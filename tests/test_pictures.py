@@ -50,6 +50,16 @@ def figures(finished):
     return drawn
 
 
+def test_numbers_that_hardly_differ_are_labelled_with_themselves(coarse, tmp_path):
+    drawn = canvas.figure(4, 3)
+    left, right = drawn.subplots(1, 2)
+    left.plot([2.62137, 2.62141])
+    drawn.colorbar(right.pcolormesh(2.6 + 1e-6 * np.arange(4.0).reshape(2, 2)), ax=right)
+    canvas.save(drawn, tmp_path / "flat.png")
+    for ax in (left, drawn.axes[-1]):
+        assert [float(label.get_text()) for label in ax.get_yticklabels()] == pytest.approx(ax.get_yticks())
+
+
 def test_the_marked_layers_are_the_plans(finished, figures):
     layers = list(finished[1].layers)
     assert marked(figures["ski.png"].axes[0])[:, 0].tolist() == layers

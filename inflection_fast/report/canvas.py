@@ -73,5 +73,14 @@ def legend(ax: Axes, handles: Sequence[Any]) -> None:
 
 
 def save(drawn: Figure, path: Path) -> None:
-    """Writes a PNG that is the same to the byte for the same numbers: no date, no version inside."""
+    """Writes a PNG that is the same to the byte for the same numbers: no date, no version inside.
+
+    Axes are labelled with the numbers themselves, not with what is left of them after an offset in the corner.
+    """
+    from matplotlib.ticker import ScalarFormatter
+
+    for ax in drawn.axes:
+        for formatter in (ax.xaxis.get_major_formatter(), ax.yaxis.get_major_formatter()):
+            if isinstance(formatter, ScalarFormatter):
+                formatter.set_useOffset(False)
     drawn.savefig(path, format="png", metadata={"Software": None})

@@ -57,7 +57,8 @@ SIGNALS = {
         "Attention entropy",
         "nats, mean over heads",
         "How widely a layer's attention is spread: near 0 every token looks at a single other one (dark), high values "
-        "look everywhere (bright). A dark row is a layer that has settled on what to look at.",
+        "look everywhere (bright). A dark row is a layer that has settled on what to look at. A dark column is a "
+        "batch of short texts: the value is at most the logarithm of the number of tokens.",
         "attention",
         np.mean,
     ),
