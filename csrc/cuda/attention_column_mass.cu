@@ -2,7 +2,8 @@
 //
 // A block keeps a tile of 64 keys of one query head and goes over tiles of 64 rows, those only that can attend its
 // keys. Every lane sums for the two keys per 16 that it holds a piece of, tile by tile and without rounding loss
-// between tiles; four lanes are added once at the end. Every number has one writer, so the result is the same in every run.
+// between tiles; four lanes are added once at the end. Every number has one writer, so the result is the same in every
+// run.
 //
 // Shared memory, bf16, D = 128: keys and rows, 17 KiB each. Per score one multiply-add into the power, one 2^x, two
 // sums. By a static estimate (docs/kernels.md) issue slots bound it, 5.8 ms for B8 H32 T4096 D128 bf16, before shared
