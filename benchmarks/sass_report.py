@@ -1,9 +1,9 @@
 """Counts the machine instructions of CUDA kernels by class, block by block of their loops.
 
-    python benchmarks/sass_report.py STEM [--arch 90a] [--kernel PATTERN] [--least 8]
+    python benchmarks/sass_report.py STEM [--arch 90a] [--kernel PATTERN] [--least 8] [--loops 1]
 
-Needs nvcc and cuobjdump (of CUDA, or on the PATH by any other way), no GPU. A line is one basic block: address, loops
-around it, instructions, and how many of them go where:
+Needs nvcc, cuobjdump and nvdisasm (of CUDA, or on the PATH by any other way), no GPU. A line is one basic block:
+address, where its branch leads, loops around it, instructions, and how many of them go where:
 
     mma     tensor cores           mufu    2^x, log, 1/x: 16 lanes per SM and clock
     ldsm    ldmatrix               lds/sts other shared memory
@@ -50,20 +50,20 @@ def functions(listing: str) -> dict[str, list[tuple[int, str, int | None]]]:
     return found
 
 
-def blocks(instructions: list[tuple[int, str, int | None]]) -> list[tuple[int, int, Counter]]:
-    """(address, loops around it, instructions by class) of every basic block."""
+def blocks(instructions: list[tuple[int, str, int | None]]) -> list[tuple[int, int | None, int, Counter]]:
+    """(address, where it may branch to, loops around it, instructions by class) of every basic block."""
     targets = {target for _, _, target in instructions if target is not None}
     loops = [(target, address) for address, _, target in instructions if target is not None and target < address]
     found, start, counts = [], instructions[0][0], Counter()
-    for address, opcode, _ in instructions:
+    for address, opcode, target in instructions:
         if address in targets and counts:
-            found.append((start, counts))
+            found.append((start, None, counts))
             start, counts = address, Counter()
         counts[class_of(opcode)] += 1
         if opcode.startswith(("BRA", "EXIT", "RET")):
-            found.append((start, counts))
+            found.append((start, target, counts))
             start, counts = address + 16, Counter()
-    return [(at, sum(begin <= at <= end for begin, end in loops), counts) for at, counts in found]
+    return [(at, to, sum(begin <= at <= end for begin, end in loops), counts) for at, to, counts in found]
 
 
 def listing_of(stem: str, arch: str) -> str:
@@ -77,25 +77,29 @@ def listing_of(stem: str, arch: str) -> str:
 
 
 def main() -> None:
-    """Print the blocks inside loops of every kernel whose name matches."""
+    """Print the blocks of every kernel whose name matches."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stem", help="a file of csrc/cuda, without .cu")
     parser.add_argument("--arch", default="90a")
     parser.add_argument("--kernel", default="", help="regular expression on the demangled name")
     parser.add_argument("--least", type=int, default=8, help="leave out blocks of fewer instructions")
+    parser.add_argument("--loops", type=int, default=1, help="leave out blocks with fewer loops around them; 0: none")
     options = parser.parse_args()
-    if shutil.which("cuobjdump") is None:
-        raise SystemExit("cuobjdump is not on the PATH: it comes with CUDA, and as the package nvidia-cuda-cuobjdump")
+    for tool in ("cuobjdump", "nvdisasm"):
+        if shutil.which(tool) is None:
+            raise SystemExit(f"{tool} is not on the PATH: it comes with CUDA, and as the package nvidia-cuda-{tool}")
     for name, instructions in functions(listing_of(options.stem, options.arch)).items():
         short = re.sub(r"inflection::|\(anonymous namespace\)::|void ", "", name).split("(")[0]
         if not re.search(options.kernel, short):
             continue
         print(f"\n{short}: {len(instructions)} instructions")
-        print(f"{'address':>8} {'loops':>5} {'all':>5} " + " ".join(f"{column:>7}" for column in COLUMNS))
-        for address, depth, counts in blocks(instructions):
-            if depth and counts.total() >= options.least:
+        header = " ".join(f"{column:>7}" for column in COLUMNS)
+        print(f"{'address':>8} {'to':>8} {'loops':>5} {'all':>5} {header}")
+        for address, target, depth, counts in blocks(instructions):
+            if depth >= options.loops and counts.total() >= options.least:
                 row = " ".join(f"{counts[column] or '.':>7}" for column in COLUMNS)
-                print(f"{address:8x} {depth:5} {counts.total():5} {row}")
+                to = "." if target is None else f"{target:x}"
+                print(f"{address:8x} {to:>8} {depth:5} {counts.total():5} {row}")
 
 
 if __name__ == "__main__":

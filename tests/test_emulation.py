@@ -78,3 +78,13 @@ def test_an_asynchronous_copy_arrives_when_it_is_waited_for_and_not_before(progr
 def test_fragments_of_tensor_cores_lie_as_the_manual_says(program, case):
     done = run(program, case)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_numbers_in_pairs_are_compared_as_the_manual_says(program):
+    found = [int(x) for x in numbers(program, "pairs")]
+    assert found[::2] == found[1::2]  # front and back
+    nan, one, minus_zero, least, infinity = 0x7FFF, 0x3C00, 0x8000, 0x0001, 0x7C00
+    assert found[:16:2] == [nan, nan, 0, 0, least, infinity, one | 0x8000, one]  # max.NaN
+    assert found[16:32:2] == [one, one, minus_zero, minus_zero, least | 0x8000, one, infinity | 0x8000, one]  # min
+    assert found[32:48:2] == [0, 0, 0xFFFF, 0xFFFF, 0, 0, 0, 0xFFFF]  # set.eq
+    assert found[48::2] == [nan, nan, 0, 0, least, 0x7F80, 0xBF80, 0x3F80]  # max.NaN.bf16x2

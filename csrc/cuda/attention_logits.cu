@@ -1,12 +1,11 @@
-// Statistics of softmax rows from logits, and their gradient.
+// Statistics of softmax rows from logits.
 //
 // A row belongs to one warp, or to a whole block where rows are few and long, or to many blocks, whose states a second
 // kernel merges in a fixed order, where they would not fill the device. Every thread keeps a state of its own
 // over 16-byte slices that it holds in registers: the slice's maximum first, then the exponentials, so the running sums
 // are rebased once per slice; states are merged once per row. Rows of a causal mask are read up to the diagonal only,
-// the longest first. Each logit is read once: bound by memory for float32 (27 instructions an element, against the 39
-// that an H100 can issue while four bytes arrive), by issue slots for 16-bit logits (25, against 20): docs/kernels.md.
-// Backward: one read of the logits, one write of the gradient, a warp per row or slice of a row; bound by memory.
+// the longest first. Each logit is read once, and dense rows are bound by memory: at 4096 columns a 16-bit logit takes
+// 17 instructions, against the 20 that an H100 can issue while it arrives, a float32 one 32 against 39: docs/kernels.md.
 //
 // Odd rows and masked columns are as in csrc/cpu/attention_logits.inc.
 #include "logit_rows.cuh"
@@ -107,8 +106,9 @@ int run(const AttentionStatsArgs& args, const float* large, void* stream) {
   const int64_t parts = row_parts(items, args.cols);
   if (parts > 1 || large != nullptr) {
     if (args.parts == nullptr) return cudaErrorInvalidValue;
-    const int error = launch(stats_by_block<T, kVector, kMask>, dim3(static_cast<unsigned>(items * parts)),
-                             dim3(kThreads), sizeof(BlockMemory), stream, args, form, Cuts::of(parts, args.cols), large);
+    const dim3 grid(static_cast<unsigned>(items * parts));
+    const int error = launch(stats_by_block<T, kVector, kMask>, grid, dim3(kThreads), sizeof(BlockMemory), stream, args,
+                             form, Cuts::of(parts, args.cols), large);
     if (error != cudaSuccess || large != nullptr) return error;
     return launch(stats_of_parts<T>, grid_of_warps(items), dim3(kThreads), 0, stream, args, form, parts, items);
   }

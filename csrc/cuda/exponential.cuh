@@ -25,8 +25,8 @@ __device__ __forceinline__ float at_least(float x, float limit) { return x < lim
 
 // See Exponent in csrc/cpu/vec.h: k log2(e) as two floats, or the entropy of a long row would err by more than 1e-6.
 struct Exponential {
-  // Added to the exponent in the multiply-add that forms it: its rounding, not corrected for, is then least 8 nats below
-  // the maximum, where thousands of columns have the mass of one at the maximum and an error counts most.
+  // Added to the exponent in the multiply-add that forms it: its rounding, not corrected for, is then least 8 nats
+  // below the maximum, where thousands of columns have the mass of one at the maximum and an error counts most.
   static constexpr float kRaise = 12.f, kLower = 0x1p-12f;
 
   float high, low;

@@ -1,5 +1,5 @@
-// Rows of logits as threads read them, for the statistics and for their gradient: how scores are formed, where a row lies,
-// and the slices that a thread holds at once.
+// Rows of logits as threads read them, for the statistics and for their gradient: how scores are formed, where a row
+// lies, and the slices that a thread holds at once.
 #pragma once
 
 #include "row_lanes.cuh"

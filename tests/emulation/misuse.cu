@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <map>
 #include <string>
+#include <type_traits>
 
 #include "mma.cuh"
 
@@ -88,6 +89,23 @@ void matrix_at_a_crooked_address() {
 }
 
 // C = A B for A [16, 16] and B [16, 8]; with kTransposed B is stored by rows, otherwise by columns.
+// NaN with 1, zeros, subnormal numbers, infinities, 1 with itself; the odd threads have them in the back half.
+template <class T>
+uint32_t of_pairs(int which) {
+  constexpr bool kWide = std::is_same_v<T, BF16>;
+  constexpr uint16_t kOne = kWide ? 0x3f80 : 0x3c00, kInfinite = kWide ? 0x7f80 : 0x7c00, kSome = kInfinite + 1;
+  constexpr uint16_t a[] = {kSome, kOne, 0x8000, 0, 0x0001, kInfinite, kInfinite | 0x8000, kOne};
+  constexpr uint16_t b[] = {kOne, kSome, 0, 0x8000, 0x8001, kOne, kOne | 0x8000, kOne};
+  const int i = threadIdx.x / 2 % 8, half = threadIdx.x % 2 * 16;
+  const uint32_t x = uint32_t{a[i]} << half, y = uint32_t{b[i]} << half;
+  const uint32_t both = which == 0 ? larger<T>(x, y) : which == 1 ? smaller<T>(x, y) : equal(x, y);
+  return both >> half & 0xffff;
+}
+void pairs() {
+  const int which = threadIdx.x / 16;
+  result[threadIdx.x] = float(which == 3 ? of_pairs<BF16>(0) : of_pairs<F16>(which));
+}
+
 struct Matrices {
   alignas(16) BF16 a[16][16], b[2][16][16];
 };
@@ -155,6 +173,7 @@ int main(int count, char** arguments) {
                                                    CASE(copy_that_nobody_waits_for),
                                                    CASE(copy_to_a_crooked_address),
                                                    CASE(matrix_at_a_crooked_address),
+                                                   CASE(pairs),
                                                    {"too_many_threads", sum_of_block},
                                                    {"too_much_shared_memory", sum_of_block},
                                                    {"product_by_columns", product_of_matrices<false>},
