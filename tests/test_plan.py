@@ -73,7 +73,7 @@ def test_a_plan_that_json_cannot_hold_is_refused_before_a_file_is_touched(tmp_pa
     ("change", "words"),
     [
         ({"kind": "a recipe"}, 'lacks "kind"'),
-        ({"format": 9}, "format 9; this version reads format 1"),
+        ({"format": 9}, "format 9; this version reads format 2"),
         ({"layers": [True]}, "layers is not a list of integers"),
         ({"layers": [0, 7]}, r"integers from 0 to 2, got \[0, 7\]"),
         ({"layers": [2, 0]}, "sorted and distinct"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_attention import ALL_ROWS, PAIRS, measured
-from tiny_models import HEADS, VOCAB, HandWritten, bert, gpt2, loss_of, model_and_batch, one_thread  # noqa: F401
+from tiny_models import HEADS, VOCAB, HandWritten, bert, gpt2, in_float64, loss_of, model_and_batch, one_thread  # noqa: F401
 from torch import nn
 
 from inflection_fast.measure import Monitor, MonitorConfig
@@ -215,6 +215,14 @@ def test_attention_of_hand_written_heads_needs_a_head_axis():
         block.mixer.forward = lambda x: F.scaled_dot_product_attention(x, x, x)
     with pytest.raises(ValueError, match=r"expected queries \[B, H, T, D\], got shape \(1, 6, 16\)"):
         measured(model, {"input_ids": torch.arange(6)[None], "labels": torch.arange(6)[None]})
+
+
+def test_a_model_in_float64_is_refused_unless_only_its_gradients_are_measured():
+    model, batch = in_float64(*model_and_batch("llama"))
+    with pytest.raises(ValueError, match=r"block 'model.layers.0' is in float64.*leave 'attention' out"):
+        measured(model, batch)
+    norms = measured(model, batch, MonitorConfig(every=1, signals=("activation_grad",))).activation_grad
+    assert (norms > 0).all()
 
 
 def test_one_model_may_mix_interfaces_and_torch_calls():

@@ -11,7 +11,7 @@ import numpy as np
 
 __all__ = ["Plan"]
 
-FORMAT = 1
+FORMAT = 2
 _KIND = "inflection_fast plan"
 
 

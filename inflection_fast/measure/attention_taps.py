@@ -98,6 +98,11 @@ class AttentionTaps:
                 f"attention of block {self._blocks[layer].name!r}: expected queries [B, H, T, D], got shape "
                 f"{tuple(call.query.shape)}"
             )
+        if call.query.dtype == torch.float64:
+            raise ValueError(
+                f"attention of block {self._blocks[layer].name!r} is in float64, which the operators do not take: train "
+                "in float32 or 16 bits, or leave 'attention' out of MonitorConfig.signals"
+            )
         call = call.here()
         if may_wait:
             call.refuse_foreign_keys()

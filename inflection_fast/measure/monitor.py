@@ -52,7 +52,8 @@ class Monitor:
     Entering attaches hooks on the steps that measure and none on the others; leaving detaches everything, also when
     training raises. The model's attention implementation does the attending; outputs are equal to the bit. Only
     forwards of `model` itself under autograd count, so evaluations in between do not. Gradients are read at the end of
-    each backward pass, before anybody clips them; several backward passes before one `step` are gradient accumulation.
+    each backward pass, before anybody clips them; several forwards, each with its backward pass, before one `step` are
+    gradient accumulation. Of two backward passes through one forward, activation gradients are those of the last.
     Of a compiled model, measured steps run the code as it is written and the others the compiled one. A measured step
     begins where the one before ends: an evaluation between them runs as it is written, too.
 
