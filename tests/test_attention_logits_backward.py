@@ -132,6 +132,20 @@ def test_a_poisoned_row_poisons_its_own_gradient_only(isa):
     assert grad[1, 7].isnan() and grad[1, 6] == 0 and not grad[[0, 2, 3]].isnan().any()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_what_is_not_finite_reaches_attended_columns_of_its_16_bit_row_only(isa, dtype, on_cpu):
+    x = torch.randn(5, 1040).to(dtype)
+    x[1, 5], x[2, 7] = float("nan"), float("inf")
+    x[3], x[1, 6], x[4, 8] = -float("inf"), -float("inf"), -float("inf")
+    above = torch.tensor([1.0, 1.0, 1.0, 1.0, float("inf")])
+    (grad,) = torch.autograd.grad(attention_entropy(x.requires_grad_()), x, above)
+    assert grad[0].isfinite().all() and (grad[3] == 0).all()
+    assert grad[1, 7].isnan() and grad[2, 0].isnan() and not grad[4, 9].isfinite()
+    assert grad[1, 6] == 0
+    if not on_cpu:  # where an infinite gradient makes NaN of a probability of 0
+        assert grad[4, 8] == 0
+
+
 def test_entropy_gradient_of_a_row_sums_to_zero(isa):
     (grad,) = gradients(attention_stats, torch.randn(50, 200) * 3, None, ("entropy",))
     assert grad.sum(-1).abs().max() < 1e-6 and grad.abs().max() > 1e-2

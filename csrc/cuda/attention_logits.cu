@@ -4,8 +4,8 @@
 // kernel merges in a fixed order, where they would not fill the device. Every thread keeps a state of its own
 // over 16-byte slices that it holds in registers: the slice's maximum first, then the exponentials, so the running sums
 // are rebased once per slice; states are merged once per row. Rows of a causal mask are read up to the diagonal only,
-// the longest first. Each logit is read once, and dense rows are bound by memory: at 4096 columns a 16-bit logit takes
-// 17 instructions, against the 20 that an H100 can issue while it arrives, a float32 one 32 against 39: docs/kernels.md.
+// the longest first. Each logit is read once, and dense rows are bound by memory (docs/kernels.md): at 4096 columns a
+// 16-bit logit takes 17 instructions, against the 20 that an H100 can issue while it arrives, a float32 one 32 of 39.
 //
 // Odd rows and masked columns are as in csrc/cpu/attention_logits.inc.
 #include "logit_rows.cuh"

@@ -74,7 +74,7 @@ struct RowLane {
     SliceSums sums;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const uint32_t is_top = equal(pair[i], top);
+      const uint32_t is_top = equal(pair[i], top);  // false for bf16 above 2.6e36, which are summed like the others
       at_top -= is_top;
       const uint32_t others = (pair[i] & ~is_top) | (Infinity<T>::kMinusPair & is_top);
       const float x = fmaxf(front<T>(others) - highest, exponential.floor);
