@@ -85,13 +85,18 @@ bench: build
 	$(PY) -m pytest benchmarks
 	$(PY) benchmarks/table.py
 
+CXX_SOURCES = $(shell find csrc tests/core tests/emulation -name '*.h' -o -name '*.cpp' -o -name '*.inc' -o -name '*.cu*')
+CLANG_FORMAT = $$($(PY) -c 'import clang_format; print(clang_format.get_executable("clang-format"))')
+
 lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(CLANG_FORMAT) --dry-run -Werror $(CXX_SOURCES)
 
 format: $(READY)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+	$(CLANG_FORMAT) -i $(CXX_SOURCES)
 
 clean:
 	rm -rf build dist *.egg-info inflection_fast/_*.so runs

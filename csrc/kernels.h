@@ -26,25 +26,25 @@ struct Operand {
   int32_t group;
 };
 
-constexpr int64_t kSquaresChunk = 1 << 14;  // elements of one work item: large against its overhead, small against a core's share
+constexpr int64_t kSquaresChunk = 1 << 14;  // elements of one work item: small against a core's share
 
 struct SumOfSquaresArgs {
   const Operand* operands;     // [count]
   const int64_t* first_chunk;  // [count + 1], running number of kSquaresChunk-sized work items; the last is their total
   int64_t count;
   int64_t groups;
-  const float* inv_scale;      // the sums are multiplied by its square; null: by 1
-  double* partial;             // [chunks], scratch: one sum per work item, so that the result does not depend on threads
-  double* totals;              // [groups], scratch of the GPU
+  const float* inv_scale;  // the sums are multiplied by its square; null: by 1
+  double* partial;         // [chunks], scratch: one sum per work item, whatever the threads
+  double* totals;          // [groups], scratch of the GPU
   // outputs
-  float* out;                  // [groups]
+  float* out;  // [groups]
 };
 void sum_of_squares_cpu(const SumOfSquaresArgs&, int64_t begin, int64_t end);  // work items: chunks; fills `partial`
 void sum_of_squares_merge_cpu(const SumOfSquaresArgs&, int64_t begin, int64_t end);  // work items: groups; fills `out`
 int sum_of_squares_cuda(const SumOfSquaresArgs&, void* stream);
 int sum_of_squares_merge_cuda(const SumOfSquaresArgs&, void* stream);
 
-// ---- attention_stats: statistics of softmax rows, from logits --------------------------------------------------------
+// ---- attention_stats: statistics of softmax rows, from logits -------------------------------------------------------
 
 // Additive or boolean mask, broadcast by strides of 0. `data` null: no mask.
 struct Mask {
@@ -52,8 +52,8 @@ struct Mask {
   int64_t strides[kMaxDims];  // one per batch dimension of the operand
   int64_t row_stride;
   int64_t col_stride;
-  float floor;                // additive: values at or below are -inf (half of the dtype's lowest finite number)
-  DType dtype;                // boolean: true attends
+  float floor;  // additive: values at or below are -inf (half of the dtype's lowest finite number)
+  DType dtype;  // boolean: true attends
 };
 
 // What every row of a softmax can report; a null pointer is not wanted. All [batch * rows], row-major.
@@ -66,19 +66,19 @@ struct RowOutputs {
   float* sink;       // probability of key 0, or of the sink column where there is one
 };
 
-// The GPU cuts rows that are few and long: blocks take the statistics of parts, warps the gradient of slices. Where depends
-// on the shape alone, so that no result depends on the device.
+// The GPU cuts rows that are few and long: blocks take the statistics of parts, warps the gradient of slices. Where
+// depends on the shape alone, so that no result depends on the device.
 struct RowPart {
   double below, dot;
   float max, square;
   int32_t tops, keys;
 };
-constexpr int64_t kMultiprocessors = 132;  // of a large device
-constexpr int kResidentBlocks = 2;         // that each has registers for, at least
+constexpr int64_t kMultiprocessors = 132;                                // of a large device
+constexpr int kResidentBlocks = 2;                                       // that each has registers for, at least
 constexpr int64_t kFillBlocks = kMultiprocessors * kResidentBlocks * 2;  // blocks that it runs at once, twice over
 constexpr int64_t kFillWarps = kMultiprocessors * 64;                    // warps that it runs at once
-constexpr int64_t kLeastPart = 8192;   // columns that are worth a block
-constexpr int64_t kLeastSlice = 1024;  // columns that are worth a warp
+constexpr int64_t kLeastPart = 8192;                                     // columns that are worth a block
+constexpr int64_t kLeastSlice = 1024;                                    // columns that are worth a warp
 constexpr int64_t row_cuts(int64_t rows, int64_t cols, int64_t fill, int64_t least) {
   const int64_t wanted = rows > 0 ? (fill + rows - 1) / rows : 1, most = cols / least;
   const int64_t cuts = wanted < most ? wanted : most;
@@ -88,18 +88,18 @@ constexpr int64_t row_parts(int64_t rows, int64_t cols) { return row_cuts(rows, 
 constexpr int64_t row_slices(int64_t rows, int64_t cols) { return row_cuts(rows, cols, kFillWarps, kLeastSlice); }
 
 struct AttentionStatsArgs {
-  const void* logits;            // [batch..., rows, cols]
-  int64_t sizes[kMaxDims];       // batch dimensions, outermost first
+  const void* logits;       // [batch..., rows, cols]
+  int64_t sizes[kMaxDims];  // batch dimensions, outermost first
   int64_t strides[kMaxDims];
   int64_t batch, rows, cols, row_stride, col_stride;
   int32_t dims;
   DType dtype;
-  float floor;                   // logits at or below are -inf: masks added beforehand
-  double scale;                  // not rounded to float: 20 nats^2 of variance would make 1e-6 of that
-  bool causal;                   // row i attends columns j <= i
+  float floor;   // logits at or below are -inf: masks added beforehand
+  double scale;  // not rounded to float: 20 nats^2 of variance would make 1e-6 of that
+  bool causal;   // row i attends columns j <= i
   Mask mask;
-  RowPart* parts;                // [batch * rows, row_parts] scratch of the GPU where row_parts is above 1; in the backward
-                                 // pass where row_slices is
+  RowPart* parts;  // [batch * rows, row_parts] scratch of the GPU where row_parts is above 1; in the backward
+                   // pass where row_slices is
   // outputs
   RowOutputs out;
 };
@@ -109,11 +109,11 @@ int attention_stats_cuda(const AttentionStatsArgs&, void* stream);
 // d(loss)/d(score) of a row is p * (g_lse - g_entropy * (s - lse + H) + 2 g_collision * (p - C) - g_sink * P)
 // plus g_sink * P at key 0, with P its probability. Masked columns get 0.
 struct RowGradients {
-  const float* entropy;         // [batch * rows], saved by the forward pass
+  const float* entropy;  // [batch * rows], saved by the forward pass
   const float* lse;
   const float* collision;
   const float* sink;
-  const float* grad_entropy;    // [batch * rows]; null: zero
+  const float* grad_entropy;  // [batch * rows]; null: zero
   const float* grad_lse;
   const float* grad_collision;
   const float* grad_sink;
@@ -122,9 +122,9 @@ struct RowGradients {
 struct AttentionStatsBackwardArgs {
   AttentionStatsArgs forward;
   RowGradients rows;
-  float out_scale;              // factor on the result: `scale` for the gradient of the logits, 1 for that of the scores
+  float out_scale;  // factor on the result: `scale` for the gradient of the logits, 1 for that of the scores
   // outputs
-  void* grad;                   // [batch..., rows, cols] contiguous, dtype `grad_dtype`
+  void* grad;  // [batch..., rows, cols] contiguous, dtype `grad_dtype`
   DType grad_dtype;
 };
 void attention_stats_backward_cpu(const AttentionStatsBackwardArgs&, int64_t begin, int64_t end);
@@ -135,27 +135,28 @@ int attention_stats_backward_cuda(const AttentionStatsBackwardArgs&, void* strea
 constexpr int64_t kMaxHeadDim = 512;
 
 struct AttentionStatsQkArgs {
-  const void* query;             // [B, H, Tq, D], D at most kMaxHeadDim
-  const void* key;               // [B, Hkv, Tk, D], H a multiple of Hkv
+  const void* query;  // [B, H, Tq, D], D at most kMaxHeadDim
+  const void* key;    // [B, Hkv, Tk, D], H a multiple of Hkv
   int64_t query_strides[4];
   int64_t key_strides[4];
   int64_t batch, heads, kv_heads, queries, keys, head_dim;
-  DType dtype;                   // of both
+  DType dtype;  // of both
   float scale;
-  float softcap;                 // c > 0: scores become c * tanh(s / c), before the mask; 0: none
-  int64_t window_left;           // attends j >= i - window_left; -1: no bound
-  int64_t window_right;          // attends j <= i + window_right; -1: no bound
-  bool causal;                   // top-left aligned: row i attends j <= i
-  Mask mask;                     // batch dimensions B, H; rows are positions in [0, Tq)
-  const float* sinks;            // [H] scores of a virtual column without value, already in softmax units; null: none
-  bool has_sinks;                // the backward pass needs no more than this: a sink's own gradient is O(rows)
-  const int64_t* rows;           // [num_rows] query positions; null: all of them, num_rows = Tq. Positions outside
-                                 // [0, Tq) read nothing and give NaN
+  float softcap;         // c > 0: scores become c * tanh(s / c), before the mask; 0: none
+  int64_t window_left;   // attends j >= i - window_left; -1: no bound
+  int64_t window_right;  // attends j <= i + window_right; -1: no bound
+  bool causal;           // top-left aligned: row i attends j <= i
+  Mask mask;             // batch dimensions B, H; rows are positions in [0, Tq)
+  const float* sinks;    // [H] scores of a virtual column without value, already in softmax units; null: none
+  bool has_sinks;        // the backward pass needs no more than this: a sink's own gradient is O(rows)
+  const int64_t* rows;   // [num_rows] query positions; null: all of them, num_rows = Tq. Positions outside
+                         // [0, Tq) read nothing and give NaN
   int64_t num_rows;
-  const int64_t* key_bounds;     // [Tq, 2] the sequence [begin, end) that a position is in, of Tq = Tk packed ones: its row
-                                 // attends no other keys. Any values: nothing outside [0, Tk) is read. Null: one sequence
+  // [Tq, 2] the sequence [begin, end) that a position is in, of Tq = Tk packed ones: its row attends no other keys. Any
+  // values: nothing outside [0, Tk) is read. Null: one sequence.
+  const int64_t* key_bounds;
   // outputs
-  RowOutputs out;                // [B, H, num_rows]
+  RowOutputs out;  // [B, H, num_rows]
 };
 int64_t attention_stats_qk_items(const AttentionStatsQkArgs&);  // number of work items on the CPU
 void attention_stats_qk_cpu(const AttentionStatsQkArgs&, int64_t begin, int64_t end);
@@ -163,10 +164,10 @@ int attention_stats_qk_cuda(const AttentionStatsQkArgs&, void* stream);
 
 struct AttentionStatsQkBackwardArgs {
   AttentionStatsQkArgs forward;
-  RowGradients rows;             // [B, H, num_rows]
+  RowGradients rows;  // [B, H, num_rows]
   // outputs
-  float* grad_query;             // [B, H, num_rows, D] contiguous
-  float* grad_key;               // [B, Hkv, Tk, D] contiguous
+  float* grad_query;  // [B, H, num_rows, D] contiguous
+  float* grad_key;    // [B, Hkv, Tk, D] contiguous
 };
 // Two passes, each deterministic for any number of threads: row blocks fill grad_query, blocks of keys fill grad_key.
 int64_t attention_stats_qk_grad_query_items(const AttentionStatsQkBackwardArgs&);
@@ -176,21 +177,21 @@ void attention_stats_qk_grad_key_cpu(const AttentionStatsQkBackwardArgs&, int64_
 int attention_stats_qk_grad_query_cuda(const AttentionStatsQkBackwardArgs&, void* stream);
 int attention_stats_qk_grad_key_cuda(const AttentionStatsQkBackwardArgs&, void* stream);
 
-// ---- attention_column_mass: what every key receives, given the log-sum-exp of the rows --------------------------------
+// ---- attention_column_mass: what every key receives, given the log-sum-exp of the rows ------------------------------
 
 struct AttentionColumnMassArgs {
   AttentionStatsQkArgs forward;  // its outputs and sinks are not used: a sink is in `lse`
   const float* lse;              // [B, H, num_rows]; a row at -inf counts nothing
   // outputs
-  float* mass;                   // [B, H, Tk] sum of e^(s - lse) over the rows
-  float* squares;                // [B, H, Tk] sum of their squares
+  float* mass;     // [B, H, Tk] sum of e^(s - lse) over the rows
+  float* squares;  // [B, H, Tk] sum of their squares
 };
 // Every number has one writer, which adds the rows in a fixed order.
 int64_t attention_column_mass_items(const AttentionColumnMassArgs&);  // number of work items on the CPU
 void attention_column_mass_cpu(const AttentionColumnMassArgs&, int64_t begin, int64_t end);
 int attention_column_mass_cuda(const AttentionColumnMassArgs&, void* stream);
 
-// ---- cka: the sums over rows behind linear CKA -----------------------------------------------------------------------
+// ---- cka: the sums over rows behind linear CKA ----------------------------------------------------------------------
 
 // With a shift c subtracted from every row, u = x - c_x, v = y - c_y, p = |u|^2, q = |v|^2, everything that biased and
 // debiased CKA need is the Gram matrix of z = (1, p, q, u, v): one symmetric matrix of K = 3 + Dx + Dy rows per layer.
@@ -199,10 +200,10 @@ constexpr int64_t kCkaHead = 3;  // 1, p, q
 // Upper triangle, row by row: element (i, j), j >= i, is number i * K - i * (i - 1) / 2 + j - i.
 constexpr int64_t cka_packed(int64_t k) { return k * (k + 1) / 2; }
 
-constexpr int64_t kCkaDepth = 256;      // rows per block: float32 sums no longer than that, and 16 columns of it fill half of L1
+constexpr int64_t kCkaDepth = 256;      // rows of a block: float32 sums no longer; 16 columns of it fill half of L1
 constexpr int64_t kCkaExactRows = 32;   // so few rows are multiplied in float64: adding the Gram matrix costs as much
-constexpr int64_t kCkaRowChunk = 16;    // rows of one packing item: their columns of a panel are a run of whole cache lines
-constexpr int64_t kCkaBlockRows = 192;   // rows of the Gram matrix in one product item, packed 192 KiB: a share of L2
+constexpr int64_t kCkaRowChunk = 16;    // rows of a packing item: their columns of a panel are whole cache lines
+constexpr int64_t kCkaBlockRows = 192;  // rows of the Gram matrix in one product item, packed 192 KiB: a share of L2
 constexpr int64_t kCkaBlockCols = 256;  // columns of one product item
 constexpr int64_t kCkaPanel = 96;       // packed widths are padded to a multiple of every tile's rows and columns
 constexpr int64_t kCkaSides = 2;        // shift items of a layer
@@ -212,79 +213,81 @@ constexpr int64_t kCkaTermSums = 6;
 
 struct CkaSide {
   const void* data;
-  const int64_t* offsets;      // [layers] elements from `data` to the first row of a layer
+  const int64_t* offsets;  // [layers] elements from `data` to the first row of a layer
   int64_t dim, row_stride, col_stride;
   DType dtype;
 };
 
 struct CkaPushArgs {
-  CkaSide x, y;                // [layers, rows, dim]
-  const bool* mask;            // [layers, rows], true counts; null: every row does
+  CkaSide x, y;      // [layers, rows, dim]
+  const bool* mask;  // [layers, rows], true counts; null: every row does
   int64_t mask_layer_stride, mask_row_stride;
   int64_t layers, rows;
-  bool adopt;                  // a layer without rows yet takes as shift the mean of the first kCkaDepth rows that count
-  const double* seen;          // [layers] rows so far, seen_stride apart; read if `adopt`
+  bool adopt;          // a layer without rows yet takes as shift the mean of the first kCkaDepth rows that count
+  const double* seen;  // [layers] rows so far, seen_stride apart; read if `adopt`
   int64_t seen_stride;
-  int64_t first;               // CPU: the block in work begins at this one of the rows that count
+  int64_t first;  // CPU: the block in work begins at this one of the rows that count
   // scratch of the CPU
-  int64_t* kept;               // [layers, rows] indices of the rows that count
-  int64_t* counts;             // [layers]
-  float* chunks;               // [layers, kCkaDepth, padded K] shifted rows
-  float* left;                 // [layers, padded K, kCkaDepth] in panels of kTileRows columns
-  float* right;                // [layers, padded K, kCkaDepth] in panels of kTileCols columns
-  double* norms;               // [layers, kCkaDepth, 2] p, q
-  int64_t* exact;              // [layers, kCkaDepth] rows of the block that are multiplied in float64
-  int64_t* exact_counts;       // [layers]
+  int64_t* kept;          // [layers, rows] indices of the rows that count
+  int64_t* counts;        // [layers]
+  float* chunks;          // [layers, kCkaDepth, padded K] shifted rows
+  float* left;            // [layers, padded K, kCkaDepth] in panels of kTileRows columns
+  float* right;           // [layers, padded K, kCkaDepth] in panels of kTileCols columns
+  double* norms;          // [layers, kCkaDepth, 2] p, q
+  int64_t* exact;         // [layers, kCkaDepth] rows of the block that are multiplied in float64
+  int64_t* exact_counts;  // [layers]
   // scratch of the GPU
-  bool fresh;                  // no layer has rows yet, whatever `gram` and `seen` hold
-  double* row_norms;           // [layers, rows, 2] p, q
-  uint8_t* row_kinds;          // [layers, rows] whether and how a row is multiplied
-  int32_t* block_exact;        // [layers, ceil(rows / kCkaDepth)] rows of a block that are multiplied in float64
-  double* float_rows;          // [layers] rows that are not
-  double* column_sums;         // [layers, Dx + Dy] of u over those
-  uint16_t* column_shifts;     // [layers, cka_gpu_columns] what 16-bit products subtract, in the dtype of the rows
+  bool fresh;               // no layer has rows yet, whatever `gram` and `seen` hold
+  double* row_norms;        // [layers, rows, 2] p, q
+  uint8_t* row_kinds;       // [layers, rows] whether and how a row is multiplied
+  int32_t* block_exact;     // [layers, ceil(rows / kCkaDepth)] rows of a block that are multiplied in float64
+  double* float_rows;       // [layers] rows that are not
+  double* column_sums;      // [layers, Dx + Dy] of u over those
+  uint16_t* column_shifts;  // [layers, cka_gpu_columns] what 16-bit products subtract, in the dtype of the rows
   // outputs
-  float* shift;                // [layers, Dx + Dy]
-  double* gram;                // [layers, cka_packed(K)], added to
+  float* shift;  // [layers, Dx + Dy]
+  double* gram;  // [layers, cka_packed(K)], added to
 };
 // The rows that count, the shifts; then, for every block of kCkaDepth rows, packing, its long rows, and products.
-void cka_rows_cpu(const CkaPushArgs&, int64_t begin, int64_t end);     // work items: layers
-void cka_shift_cpu(const CkaPushArgs&, int64_t begin, int64_t end);    // layers * kCkaSides
-void cka_pack_cpu(const CkaPushArgs&, int64_t begin, int64_t end);     // layers * kCkaDepth / kCkaRowChunk
+void cka_rows_cpu(const CkaPushArgs&, int64_t begin, int64_t end);       // work items: layers
+void cka_shift_cpu(const CkaPushArgs&, int64_t begin, int64_t end);      // layers * kCkaSides
+void cka_pack_cpu(const CkaPushArgs&, int64_t begin, int64_t end);       // layers * kCkaDepth / kCkaRowChunk
 void cka_long_rows_cpu(const CkaPushArgs&, int64_t begin, int64_t end);  // layers
-void cka_product_cpu(const CkaPushArgs&, int64_t begin, int64_t end);  // layers * cka_product_items
-int cka_push_cuda(const CkaPushArgs&, void* stream);                   // all of it
-int cka_adopt_cuda(const CkaPushArgs&, void* stream);                  // the shifts alone: rows, seen and shift are used
+void cka_product_cpu(const CkaPushArgs&, int64_t begin, int64_t end);    // layers * cka_product_items
+int cka_push_cuda(const CkaPushArgs&, void* stream);                     // all of it
+int cka_adopt_cuda(const CkaPushArgs&, void* stream);  // the shifts alone: rows, seen and shift are used
 
 // Rows in a frozen basis, and what tells how much of their variance it keeps; on the GPU torch's products do this.
 struct CkaProjectArgs {
-  CkaSide sides[kCkaSides];    // [layers, rows, dim]
-  const bool* mask;            // [layers, rows], true counts; null: every row does
+  CkaSide sides[kCkaSides];  // [layers, rows, dim]
+  const bool* mask;          // [layers, rows], true counts; null: every row does
   int64_t mask_layer_stride, mask_row_stride;
   int64_t layers, rows;
-  const float* shift;          // [layers, 2 dim]
-  const float* basis;          // [layers, dim, rank]
+  const float* shift;  // [layers, 2 dim]
+  const float* basis;  // [layers, dim, rank]
   int64_t rank, basis_layer_stride, basis_row_stride, basis_col_stride;
   // outputs
-  float* out[kCkaSides];       // [layers, rows, rank] (x - c) P; rows that do not count are 0
-  double* sums;                // [layers, 2 dim + 2] u, v, |u|^2, |v|^2, added to
+  float* out[kCkaSides];  // [layers, rows, rank] (x - c) P; rows that do not count are 0
+  double* sums;           // [layers, 2 dim + 2] u, v, |u|^2, |v|^2, added to
 };
 void cka_project_cpu(const CkaProjectArgs&, int64_t begin, int64_t end);  // work items: layers * kCkaSides
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t cka_gpu_panels(int64_t dx, int64_t dy) { return ceil_div(dx, kCkaGpuPanel) + ceil_div(dy, kCkaGpuPanel); }
+constexpr int64_t cka_gpu_panels(int64_t dx, int64_t dy) {
+  return ceil_div(dx, kCkaGpuPanel) + ceil_div(dy, kCkaGpuPanel);
+}
 constexpr int64_t cka_gpu_columns(int64_t dx, int64_t dy) { return cka_gpu_panels(dx, dy) * kCkaGpuPanel; }
 constexpr int64_t cka_product_items(int64_t k) { return ceil_div(k, kCkaBlockRows) * ceil_div(k, kCkaBlockCols); }
 constexpr int64_t cka_term_items(int64_t dx, int64_t dy) { return ceil_div(dx + dy, kCkaTermRows); }
 
 // Numerator and both self terms of CKA: squared Frobenius norms of the centred products, or n (n - 3) HSIC_1.
 struct CkaTermsArgs {
-  const double* gram;          // [layers, cka_packed(3 + dim_x + dim_y)]
+  const double* gram;  // [layers, cka_packed(3 + dim_x + dim_y)]
   int64_t layers, dim_x, dim_y;
   bool debiased;
-  double* partial;             // [layers, cka_term_items, kCkaTermSums], scratch
+  double* partial;  // [layers, cka_term_items, kCkaTermSums], scratch
   // outputs
-  double* terms;               // [layers, 3]: xy, xx, yy; a self term that rounding could have made is 0
+  double* terms;  // [layers, 3]: xy, xx, yy; a self term that rounding could have made is 0
 };
 void cka_terms_cpu(const CkaTermsArgs&, int64_t begin, int64_t end);        // work items: layers * cka_term_items
 void cka_terms_merge_cpu(const CkaTermsArgs&, int64_t begin, int64_t end);  // layers
@@ -309,16 +312,16 @@ constexpr int64_t cka_batch_floats(int64_t rows) { return ceil_div(rows, kCkaPan
 // A batch is `tile` rows, the last one what is left. K is the Gram matrix over the rows of a batch less their mean,
 // without its diagonal.
 struct CkaBatchArgs {
-  CkaSide sides[kCkaSides];    // [layers, rows, dim]
-  int64_t layers[kCkaSides];   // 0 of the second: the first with itself
+  CkaSide sides[kCkaSides];   // [layers, rows, dim]
+  int64_t layers[kCkaSides];  // 0 of the second: the first with itself
   int64_t rows, tile;
-  int64_t first;               // number of the first batch in work
-  float* block;                // [cka_batch_floats(tile)], scratch of one thread
-  float* triangles;            // [batches in work, layers of both sides, cka_triangle_floats(tile)], scratch
+  int64_t first;     // number of the first batch in work
+  float* block;      // [cka_batch_floats(tile)], scratch of one thread
+  float* triangles;  // [batches in work, layers of both sides, cka_triangle_floats(tile)], scratch
   // outputs
-  double* sums;                // [layers of both sides, rows] of the rows of K
-  double* own;                 // [batches, layers of both sides] |K|^2
-  double* cross;               // [batches, layers, layers of the other side] <K, L>
+  double* sums;   // [layers of both sides, rows] of the rows of K
+  double* own;    // [batches, layers of both sides] |K|^2
+  double* cross;  // [batches, layers, layers of the other side] <K, L>
 };
 // Work items: batches in work * layers of both sides, which fill `triangles`; then batches in work * ceil_div(layers,
 // kCkaPairRows).

@@ -3,7 +3,8 @@
 //   m = max s,  x = s - m,  l = sum e^x,  t = sum e^x x,  c = sum e^2x,  n = number of keys
 //   entropy = log l - t / l,  log-sum-exp = m + log l,  collision = c / l^2
 //
-// x stays centred: both terms of the entropy are then >= 0 and nothing cancels, so peaked rows are as exact as flat ones.
+// x stays centred: both terms of the entropy are then >= 0 and nothing cancels, so peaked rows are as exact as flat
+// ones.
 #pragma once
 
 #include <math.h>

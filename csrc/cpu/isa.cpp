@@ -59,9 +59,13 @@ void attention_stats_backward_cpu(const AttentionStatsBackwardArgs& args, int64_
 void cka_rows_cpu(const CkaPushArgs& args, int64_t begin, int64_t end) { kernels().cka_rows(args, begin, end); }
 void cka_shift_cpu(const CkaPushArgs& args, int64_t begin, int64_t end) { kernels().cka_shift(args, begin, end); }
 void cka_pack_cpu(const CkaPushArgs& args, int64_t begin, int64_t end) { kernels().cka_pack(args, begin, end); }
-void cka_long_rows_cpu(const CkaPushArgs& args, int64_t begin, int64_t end) { kernels().cka_long_rows(args, begin, end); }
+void cka_long_rows_cpu(const CkaPushArgs& args, int64_t begin, int64_t end) {
+  kernels().cka_long_rows(args, begin, end);
+}
 void cka_product_cpu(const CkaPushArgs& args, int64_t begin, int64_t end) { kernels().cka_product(args, begin, end); }
-void cka_project_cpu(const CkaProjectArgs& args, int64_t begin, int64_t end) { kernels().cka_project(args, begin, end); }
+void cka_project_cpu(const CkaProjectArgs& args, int64_t begin, int64_t end) {
+  kernels().cka_project(args, begin, end);
+}
 void cka_batch_triangles_cpu(const CkaBatchArgs& args, int64_t begin, int64_t end) {
   kernels().cka_batch_triangles(args, begin, end);
 }
@@ -69,7 +73,9 @@ void cka_batch_products_cpu(const CkaBatchArgs& args, int64_t begin, int64_t end
   kernels().cka_batch_products(args, begin, end);
 }
 void cka_terms_cpu(const CkaTermsArgs& args, int64_t begin, int64_t end) { kernels().cka_terms(args, begin, end); }
-void cka_terms_merge_cpu(const CkaTermsArgs& args, int64_t begin, int64_t end) { kernels().cka_terms_merge(args, begin, end); }
+void cka_terms_merge_cpu(const CkaTermsArgs& args, int64_t begin, int64_t end) {
+  kernels().cka_terms_merge(args, begin, end);
+}
 
 int64_t attention_stats_qk_items(const AttentionStatsQkArgs& args) { return kernels().attention_stats_qk_items(args); }
 void attention_stats_qk_cpu(const AttentionStatsQkArgs& args, int64_t begin, int64_t end) {

@@ -22,7 +22,8 @@ IF_INLINE vu splat_u(uint32_t x) { return x + vu{}; }
 IF_INLINE vf bits_to_float(vi x) { return (vf)x; }
 IF_INLINE vi float_to_bits(vf x) { return (vi)x; }
 IF_INLINE vf select(vi mask, vf a, vf b) { return mask ? a : b; }
-// One instruction each on x86. Where either is NaN the result is b: max(limit, x) keeps a NaN in x, max(x, limit) drops it.
+// One instruction each on x86. Where either is NaN the result is b: max(limit, x) keeps a NaN in x, max(x, limit) drops
+// it.
 IF_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
 IF_INLINE vf min(vf a, vf b) { return a < b ? a : b; }
 
@@ -35,8 +36,12 @@ IF_INLINE float f16_to_float(uint16_t x) {
   return std::bit_cast<float>(std::bit_cast<uint32_t>(magnitude) | special | uint32_t(x & 0x8000) << 16);
 }
 
-struct BF16 { uint16_t bits; };
-struct F16 { uint16_t bits; };
+struct BF16 {
+  uint16_t bits;
+};
+struct F16 {
+  uint16_t bits;
+};
 
 IF_INLINE float to_float(float x) { return x; }
 IF_INLINE float to_float(BF16 x) { return bf16_to_float(x.bits); }
@@ -177,8 +182,8 @@ IF_INLINE vd log1p_nonnegative(vd x) {
   return series + ((vd)(k | kExponent) - 0x1p52) * 0.6931471805599453;
 }
 
-// 2^(n + f) for |f| <= 1/2, a minimax polynomial with relative error 9.3e-8; `shifted` is n + kRound, whose low bits of the
-// mantissa are n. N vectors step by step: one alone is a chain too long for a scheduler to find work beside it.
+// 2^(n + f) for |f| <= 1/2, a minimax polynomial with relative error 9.3e-8; `shifted` is n + kRound, whose low bits of
+// the mantissa are n. N vectors step by step: one alone is a chain too long for a scheduler to find work beside it.
 constexpr float kRound = 0x1.8p23f;
 constexpr float kExp2Series[] = {0x1.5bda36p-10f, 0x1.3ce8aap-7f, 0x1.c6b6d8p-5f, 0x1.ebf9c2p-3f, 0x1.62e42ap-1f, 1.0f};
 template <int N>
@@ -205,8 +210,8 @@ IF_INLINE vf exp2_clamped(vf x) {
 // 2^x for x <= 0, relative error below 2e-7; 0 below -126, so never a subnormal. NaN stays NaN.
 IF_INLINE vf exp2_nonpositive(vf x) { return select(x < -126.0f, vf{}, exp2_clamped(x)); }
 
-// A factor k > 0 of an exponent, as the two floats that k log2(e) needs: rounded to one, an entropy of 8192 keys would err
-// by up to 6e-8 times the variance of its log-probabilities, which can be 20.
+// A factor k > 0 of an exponent, as the two floats that k log2(e) needs: rounded to one, an entropy of 8192 keys would
+// err by up to 6e-8 times the variance of its log-probabilities, which can be 20.
 struct Exponent {
   vf high, low;
   vf floor;    // the arguments at which e^(k x) is 2^-60, far below half an ulp of any sum that holds a 1

@@ -44,8 +44,8 @@ __global__ void __launch_bounds__(S::kThreads)
   struct Shared {
     RowBounds<S::kRight> rows;
     RowSpan span;
-    float powers[S::kRight];  // lse * log2(e) of the rows; +inf where they count nothing
-    int odd;                  // one of them has no finite log-sum-exp, or does not exist
+    float powers[S::kRight];         // lse * log2(e) of the rows; +inf where they count nothing
+    int odd;                         // one of them has no finite log-sum-exp, or does not exist
     alignas(kCopyBytes) T tiles[1];  // keys, then rows
   };
   const AttentionStatsQkArgs& forward = args.forward;

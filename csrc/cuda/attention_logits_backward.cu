@@ -76,8 +76,8 @@ __global__ void __launch_bounds__(kThreads, kResidentBackward<kMask>)
   slope.collision = 2.f * at(args.rows.grad_collision, row.index) * args.out_scale;
   slope.sink = at(args.rows.grad_sink, row.index) * args.out_scale;
   if (slope.sink != 0.f) slope.sink *= args.rows.sink[row.index];
-  slope.constant = at(args.rows.grad_lse, row.index) * args.out_scale -
-                   slope.entropy * args.rows.entropy[row.index] - slope.sink;
+  slope.constant =
+      at(args.rows.grad_lse, row.index) * args.out_scale - slope.entropy * args.rows.entropy[row.index] - slope.sink;
   if (slope.collision != 0.f) slope.constant -= slope.collision * args.rows.collision[row.index];
 
   const bool plain = kPlain && form.factor == 1.f && slope.is_plain(args.forward.floor);

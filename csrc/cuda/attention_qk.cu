@@ -7,8 +7,8 @@
 // hidden by a padding mask, are not computed; blocks with the longest rows start first. No score is ever stored.
 //
 // Shared memory, bf16, D = 128: 128 query rows (34 KiB) and two tiles of keys (34 KiB), so three blocks of four warps
-// fit on an H100. By a static estimate (docs/kernels.md) issue slots bound it, 2.3 ms for B8 H32 T4096 D128 bf16, before
-// shared memory (2.0), mma.sync (1.8) and exponentials (1.2); at D = 256 shared memory does.
+// fit on an H100. By a static estimate (docs/kernels.md) issue slots bound it, 2.3 ms for B8 H32 T4096 D128 bf16,
+// before shared memory (2.0), mma.sync (1.8) and exponentials (1.2); at D = 256 shared memory does.
 //
 // float32 inputs are multiplied in float32 with fused multiply-adds. Odd rows are as in csrc/cpu/attention_qk.inc.
 #include "qk_tiles.cuh"

@@ -237,8 +237,8 @@ __global__ void __launch_bounds__(S::kThreads)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int left_at = left_row + i / 2 * 8, right_at = r + i % 2;
-          value[i] = forward.scale * of_product(kOfKeys ? right_at : left_at,
-                                                first_key + (kOfKeys ? left_at : right_at), c[0][n][i]);
+          value[i] = forward.scale *
+                     of_product(kOfKeys ? right_at : left_at, first_key + (kOfKeys ? left_at : right_at), c[0][n][i]);
         }
 #pragma unroll
         for (int h = 0; h < 2; ++h)

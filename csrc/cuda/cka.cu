@@ -267,8 +267,8 @@ struct ExactMemory {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kCkaThreads) add_exact_rows(CkaPushArgs args, Layers layers, int64_t panels,
-                                                              int64_t tiles, int64_t blocks) {
+__global__ void __launch_bounds__(kCkaThreads)
+    add_exact_rows(CkaPushArgs args, Layers layers, int64_t panels, int64_t tiles, int64_t blocks) {
   constexpr int kCount = kVectorBytes / sizeof(T), kChunks = kPanel / kCount;
   ExactMemory& memory = shared<ExactMemory>();
   const Layer layer = Layer::of(args, layers, blockIdx.x / tiles);

@@ -138,13 +138,13 @@ __global__ void __launch_bounds__(kCkaThreads, kFloatBlocks)
 
 constexpr int kLeftPanels = 2;
 constexpr int kTilePanels = kLeftPanels + 1;
-constexpr int kSlab = 32;                // rows of a stage
-constexpr int kStages = 3;               // two on their way: 1600 cycles ahead
-constexpr int kHalfPitch = kPanel + 8;   // elements: eight rows of 16 bytes lie in different banks
-constexpr int kWarpTile = 64;            // rows and columns of the tile that a warp owns
+constexpr int kSlab = 32;               // rows of a stage
+constexpr int kStages = 3;              // two on their way: 1600 cycles ahead
+constexpr int kHalfPitch = kPanel + 8;  // elements: eight rows of 16 bytes lie in different banks
+constexpr int kWarpTile = 64;           // rows and columns of the tile that a warp owns
 constexpr int kSubs = kWarpTile / 16, kRights = kWarpTile / 8;
-constexpr int kTogether = 2;             // pairs of old sums that a thread waits for at a time
-constexpr int kChunk = 8;                // elements of one copy
+constexpr int kTogether = 2;  // pairs of old sums that a thread waits for at a time
+constexpr int kChunk = 8;     // elements of one copy
 constexpr int kChunksOfRow = kPanel / kChunk;
 constexpr int kCopyRows = kCkaThreads / kChunksOfRow;  // rows that the block copies in one go
 constexpr int kSlabsOfRun = 128;  // of 32 rows summed in float32: tensor cores cut off 2^-24 per 16 rows on average
@@ -191,8 +191,8 @@ __device__ __forceinline__ void multiply_slab(const T (&left)[kSlab][kHalfPitch]
 }
 
 template <class T>
-__global__ void __launch_bounds__(kCkaThreads, 1) add_half_products(CkaPushArgs args, Layers layers, int64_t panels,
-                                                                    int64_t tiles) {
+__global__ void __launch_bounds__(kCkaThreads, 1)
+    add_half_products(CkaPushArgs args, Layers layers, int64_t panels, int64_t tiles) {
   HalfMemory<T>& memory = shared<HalfMemory<T>>();
   const Layer layer = Layer::of(args, layers, blockIdx.x / tiles);
   int64_t left = 0, right = 0;

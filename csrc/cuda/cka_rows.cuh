@@ -42,8 +42,13 @@ struct Layer {
   static __device__ __forceinline__ Layer of(const CkaPushArgs& args, const Layers& layers, int64_t number) {
     const int64_t index = layers.first + number, dims = args.x.dim + args.y.dim, k = kCkaHead + dims;
     double* const gram = args.gram + index * (k * (k + 1) / 2);
-    return {index, k, {layers.x[number], layers.y[number]}, gram, args.shift + index * dims,
-            args.row_norms + index * args.rows * 2, args.row_kinds + index * args.rows};
+    return {index,
+            k,
+            {layers.x[number], layers.y[number]},
+            gram,
+            args.shift + index * dims,
+            args.row_norms + index * args.rows * 2,
+            args.row_kinds + index * args.rows};
   }
   // Row i of the Gram matrix: element j, j >= i, is number j of it.
   __device__ __forceinline__ double* row(int64_t i) const { return gram + i * k - i * (i - 1) / 2 - i; }

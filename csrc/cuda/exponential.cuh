@@ -38,7 +38,7 @@ struct Exponential {
     return {high, static_cast<float>(exact - high), static_cast<float>(-60.0 / exact)};
   }
   __device__ __forceinline__ float operator()(float x) const { return raised(x) * kLower; }  // x in [floor, 0]
-  __device__ __forceinline__ float raised(float x) const {  // e^(k x) / kLower
+  __device__ __forceinline__ float raised(float x) const {                                   // e^(k x) / kLower
     return exp2_approx(fmaf(x, low, fmaf(x, high, kRaise)));
   }
 };

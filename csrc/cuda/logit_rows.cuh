@@ -247,9 +247,7 @@ inline bool vectors_fit(const AttentionStatsArgs& args, size_t size) {
   return fits;
 }
 
-inline dim3 grid_of_warps(int64_t items) {
-  return dim3(static_cast<unsigned>((items + kWarps - 1) / kWarps));
-}
+inline dim3 grid_of_warps(int64_t items) { return dim3(static_cast<unsigned>((items + kWarps - 1) / kWarps)); }
 
 // The states of the parts of those rows whose log-sum-exp is large, in args.parts.
 int stats_of_large_rows_cuda(const AttentionStatsArgs& args, const float* lse, void* stream);

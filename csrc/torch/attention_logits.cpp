@@ -10,7 +10,8 @@ namespace {
 
 constexpr int64_t kColumnsPerTask = 1 << 15;  // some 10 us: large against handing a range to a thread
 
-AttentionStatsArgs arguments(const Tensor& logits, const std::optional<Tensor>& attn_mask, bool is_causal, double scale) {
+AttentionStatsArgs arguments(const Tensor& logits, const std::optional<Tensor>& attn_mask, bool is_causal,
+                             double scale) {
   check_device(logits, "logits");
   const int64_t dims = logits.dim();
   STD_TORCH_CHECK(dims >= 2, "logits: expected [..., queries, keys], got ", dims, " dimensions");
@@ -48,7 +49,9 @@ AttentionStatsArgs arguments(const Tensor& logits, const std::optional<Tensor>& 
   return args;
 }
 
-[[maybe_unused]] int64_t grain(const AttentionStatsArgs& args) { return std::max<int64_t>(1, kColumnsPerTask / std::max<int64_t>(1, args.cols)); }
+[[maybe_unused]] int64_t grain(const AttentionStatsArgs& args) {
+  return std::max<int64_t>(1, kColumnsPerTask / std::max<int64_t>(1, args.cols));
+}
 
 Tensor new_rows(const Tensor& logits, bool wanted) {
   std::vector<int64_t> sizes{0};
@@ -96,16 +99,16 @@ Six attention_stats(Tensor logits, std::optional<Tensor> attn_mask, bool is_caus
 // `of_scores`: float32 gradient of logits * scale + mask, rather than that of the logits in their dtype.
 Tensor attention_stats_backward(std::optional<Tensor> grad_entropy, std::optional<Tensor> grad_lse,
                                 std::optional<Tensor> grad_collision, std::optional<Tensor> grad_sink, Tensor entropy,
-                                Tensor lse, Tensor collision, Tensor sink, Tensor logits, std::optional<Tensor> attn_mask,
-                                bool is_causal, double scale, bool of_scores) {
+                                Tensor lse, Tensor collision, Tensor sink, Tensor logits,
+                                std::optional<Tensor> attn_mask, bool is_causal, double scale, bool of_scores) {
   AttentionStatsBackwardArgs args{};
   args.forward = arguments(logits, attn_mask, is_causal, scale);
   const int64_t count = args.forward.batch * args.forward.rows;
   const auto rows_of = [&](const std::optional<Tensor>& tensor, const char* name) -> const float* {
     if (!tensor) return nullptr;
     check_device(*tensor, name);
-    STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::Float && tensor->is_contiguous() && tensor->numel() == count, name,
-                    ": expected one contiguous float32 value for each of the ", count, " rows");
+    STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::Float && tensor->is_contiguous() && tensor->numel() == count,
+                    name, ": expected one contiguous float32 value for each of the ", count, " rows");
     return static_cast<const float*>(tensor->const_data_ptr());
   };
   args.rows = {.entropy = rows_of(entropy, "entropy"),

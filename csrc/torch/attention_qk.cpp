@@ -37,11 +37,13 @@ SixTensors attention_stats_qk(Tensor query, Tensor key, MaybeTensor attn_mask, b
   return {entropy, lse, max_logit, keys, collision, sink};
 }
 
-std::tuple<Tensor, Tensor> attention_stats_qk_backward(
-    MaybeTensor grad_entropy, MaybeTensor grad_lse, MaybeTensor grad_collision, MaybeTensor grad_sink, Tensor entropy,
-    Tensor lse, Tensor collision, Tensor sink, Tensor query, Tensor key, MaybeTensor attn_mask, bool is_causal,
-    double scale, int64_t window_left, int64_t window_right, double softcap, bool has_sinks, MaybeTensor rows,
-    MaybeTensor key_bounds) {
+std::tuple<Tensor, Tensor> attention_stats_qk_backward(MaybeTensor grad_entropy, MaybeTensor grad_lse,
+                                                       MaybeTensor grad_collision, MaybeTensor grad_sink,
+                                                       Tensor entropy, Tensor lse, Tensor collision, Tensor sink,
+                                                       Tensor query, Tensor key, MaybeTensor attn_mask, bool is_causal,
+                                                       double scale, int64_t window_left, int64_t window_right,
+                                                       double softcap, bool has_sinks, MaybeTensor rows,
+                                                       MaybeTensor key_bounds) {
   AttentionStatsQkBackwardArgs args{};
   args.forward =
       qk_arguments(query, key, attn_mask, is_causal, scale, window_left, window_right, softcap, rows, key_bounds);
@@ -51,8 +53,8 @@ std::tuple<Tensor, Tensor> attention_stats_qk_backward(
   const auto rows_of = [&](const MaybeTensor& tensor, const char* name) -> const float* {
     if (!tensor) return nullptr;
     check_device(*tensor, name);
-    STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::Float && tensor->is_contiguous() && tensor->numel() == count, name,
-                    ": expected one contiguous float32 value for each of the ", count, " rows");
+    STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::Float && tensor->is_contiguous() && tensor->numel() == count,
+                    name, ": expected one contiguous float32 value for each of the ", count, " rows");
     return static_cast<const float*>(tensor->const_data_ptr());
   };
   args.rows = {.entropy = rows_of(entropy, "entropy"),

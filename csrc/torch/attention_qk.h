@@ -9,9 +9,9 @@ namespace inflection {
 
 using MaybeTensor = std::optional<Tensor>;
 
-inline AttentionStatsQkArgs qk_arguments(const Tensor& query, const Tensor& key, const MaybeTensor& attn_mask, bool is_causal,
-                                         double scale, int64_t window_left, int64_t window_right, double softcap,
-                                         const MaybeTensor& rows, const MaybeTensor& key_bounds) {
+inline AttentionStatsQkArgs qk_arguments(const Tensor& query, const Tensor& key, const MaybeTensor& attn_mask,
+                                         bool is_causal, double scale, int64_t window_left, int64_t window_right,
+                                         double softcap, const MaybeTensor& rows, const MaybeTensor& key_bounds) {
   check_device(query, "query");
   check_device(key, "key");
   STD_TORCH_CHECK(query.get_device() == key.get_device(), "key: must be on the device of query");
@@ -30,11 +30,13 @@ inline AttentionStatsQkArgs qk_arguments(const Tensor& query, const Tensor& key,
   args.keys = key.size(2);
   args.head_dim = query.size(3);
   args.dtype = dtype_of(query, "query");
-  STD_TORCH_CHECK(args.dtype != DType::boolean && dtype_of(key, "key") == args.dtype, "query, key: need one float dtype");
-  STD_TORCH_CHECK(key.size(0) == args.batch && key.size(3) == args.head_dim && args.kv_heads > 0 &&
-                      args.heads % args.kv_heads == 0,
-                  "query, key: shapes do not match");
-  STD_TORCH_CHECK(args.head_dim >= 1 && args.head_dim <= kMaxHeadDim, "query: head dimension outside [1, ", kMaxHeadDim, "]");
+  STD_TORCH_CHECK(args.dtype != DType::boolean && dtype_of(key, "key") == args.dtype,
+                  "query, key: need one float dtype");
+  STD_TORCH_CHECK(
+      key.size(0) == args.batch && key.size(3) == args.head_dim && args.kv_heads > 0 && args.heads % args.kv_heads == 0,
+      "query, key: shapes do not match");
+  STD_TORCH_CHECK(args.head_dim >= 1 && args.head_dim <= kMaxHeadDim, "query: head dimension outside [1, ", kMaxHeadDim,
+                  "]");
   args.scale = static_cast<float>(scale);
   args.softcap = static_cast<float>(softcap);
   args.window_left = window_left;

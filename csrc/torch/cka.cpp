@@ -1,5 +1,5 @@
-// cka_push, cka_adopt, cka_gram_terms, cka_terms: the Gram matrix behind linear CKA, added to, read, or both without keeping it.
-// cka_project: rows in a frozen basis.
+// cka_push, cka_adopt, cka_gram_terms, cka_terms: the Gram matrix behind linear CKA, added to, read, or both without
+// keeping it. cka_project: rows in a frozen basis.
 #include <algorithm>
 #include <tuple>
 #include <vector>
@@ -113,9 +113,7 @@ void push(CkaPushArgs args, const Tensor& like) {
   INFLECTION_RUN(cka_push, args, like, 0, 0);
 }
 
-void adopt(const CkaPushArgs& args, const Tensor& like) {
-  INFLECTION_RUN(cka_adopt, args, like, 0, 0);
-}
+void adopt(const CkaPushArgs& args, const Tensor& like) { INFLECTION_RUN(cka_adopt, args, like, 0, 0); }
 #endif
 
 void read_terms(const CkaTermsArgs& args, const Tensor& on) {
@@ -130,8 +128,8 @@ void check_pair(const Tensor& x, const Tensor& y) {
 }
 
 // Points a pair of features and their mask out to the kernels; the offsets are kept by the caller.
-CkaPushArgs rows_of(const Tensor& x, const Tensor& y, const std::optional<Tensor>& mask, std::vector<int64_t>& x_offsets,
-                    std::vector<int64_t>& y_offsets) {
+CkaPushArgs rows_of(const Tensor& x, const Tensor& y, const std::optional<Tensor>& mask,
+                    std::vector<int64_t>& x_offsets, std::vector<int64_t>& y_offsets) {
   CkaPushArgs args{};
   args.x = side_of(x, "x", x_offsets);
   args.y = side_of(y, "y", y_offsets);
@@ -141,7 +139,8 @@ CkaPushArgs rows_of(const Tensor& x, const Tensor& y, const std::optional<Tensor
   if (mask.has_value()) {
     check_device(*mask, "mask");
     STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && mask->dim() == 2 && mask->size(0) == args.layers &&
-                        mask->size(1) == args.rows, "mask: expected bool [layers, rows]");
+                        mask->size(1) == args.rows,
+                    "mask: expected bool [layers, rows]");
     args.mask = static_cast<const bool*>(mask->const_data_ptr());
     args.mask_layer_stride = mask->stride(0);
     args.mask_row_stride = mask->stride(1);
@@ -152,8 +151,9 @@ CkaPushArgs rows_of(const Tensor& x, const Tensor& y, const std::optional<Tensor
 float* shift_of(const Tensor& shift, const CkaPushArgs& args) {
   const int64_t dims = args.x.dim + args.y.dim;
   check_device(shift, "shift");
-  STD_TORCH_CHECK(shift.scalar_type() == ScalarType::Float && shift.is_contiguous() && shift.numel() == args.layers * dims,
-                  "shift: expected contiguous float32 [layers, ", dims, "]");
+  STD_TORCH_CHECK(
+      shift.scalar_type() == ScalarType::Float && shift.is_contiguous() && shift.numel() == args.layers * dims,
+      "shift: expected contiguous float32 [layers, ", dims, "]");
   return static_cast<float*>(shift.data_ptr());
 }
 
@@ -162,8 +162,9 @@ void cka_push(Tensor gram, Tensor shift, Tensor x, Tensor y, std::optional<Tenso
   CkaPushArgs args = rows_of(x, y, mask, x_offsets, y_offsets);
   const int64_t packed = cka_packed(kCkaHead + args.x.dim + args.y.dim);
   check_device(gram, "gram");
-  STD_TORCH_CHECK(gram.scalar_type() == ScalarType::Double && gram.is_contiguous() && gram.numel() == args.layers * packed,
-                  "gram: expected contiguous float64 [layers, ", packed, "]");
+  STD_TORCH_CHECK(
+      gram.scalar_type() == ScalarType::Double && gram.is_contiguous() && gram.numel() == args.layers * packed,
+      "gram: expected contiguous float64 [layers, ", packed, "]");
   args.shift = shift_of(shift, args);
   args.gram = static_cast<double*>(gram.data_ptr());
   args.adopt = adopt;
@@ -187,21 +188,33 @@ void cka_adopt(Tensor seen, Tensor shift, Tensor x, Tensor y, std::optional<Tens
 }
 
 #ifdef INFLECTION_CPU_KERNELS  // other devices project by torch's products, see ops/cka_basis.py
-std::tuple<Tensor, Tensor> cka_project(Tensor sums, Tensor x, Tensor y, Tensor shift, Tensor basis, std::optional<Tensor> mask) {
+std::tuple<Tensor, Tensor> cka_project(Tensor sums, Tensor x, Tensor y, Tensor shift, Tensor basis,
+                                       std::optional<Tensor> mask) {
   std::vector<int64_t> x_offsets, y_offsets;
   const CkaPushArgs rows = rows_of(x, y, mask, x_offsets, y_offsets);
   const int64_t dim = rows.x.dim, layers = rows.layers;
   check_device(basis, "basis");
   check_device(sums, "sums");
   STD_TORCH_CHECK(basis.scalar_type() == ScalarType::Float && basis.dim() == 3 && basis.size(0) == layers &&
-                      basis.size(1) == dim && rows.y.dim == dim, "basis: expected float32 [layers, ", dim, ", rank], x and y as wide");
-  STD_TORCH_CHECK(sums.scalar_type() == ScalarType::Double && sums.is_contiguous() && sums.numel() == layers * (2 * dim + 2),
-                  "sums: expected contiguous float64 [layers, ", 2 * dim + 2, "]");
+                      basis.size(1) == dim && rows.y.dim == dim,
+                  "basis: expected float32 [layers, ", dim, ", rank], x and y as wide");
+  STD_TORCH_CHECK(
+      sums.scalar_type() == ScalarType::Double && sums.is_contiguous() && sums.numel() == layers * (2 * dim + 2),
+      "sums: expected contiguous float64 [layers, ", 2 * dim + 2, "]");
   const int64_t rank = basis.size(2);
   Tensor on_x = new_float(x, {layers, rows.rows, rank}), on_y = new_float(x, {layers, rows.rows, rank});
-  const CkaProjectArgs args{{rows.x, rows.y}, rows.mask, rows.mask_layer_stride, rows.mask_row_stride, layers, rows.rows,
-                            shift_of(shift, rows), static_cast<const float*>(basis.const_data_ptr()), rank,
-                            basis.stride(0), basis.stride(1), basis.stride(2),
+  const CkaProjectArgs args{{rows.x, rows.y},
+                            rows.mask,
+                            rows.mask_layer_stride,
+                            rows.mask_row_stride,
+                            layers,
+                            rows.rows,
+                            shift_of(shift, rows),
+                            static_cast<const float*>(basis.const_data_ptr()),
+                            rank,
+                            basis.stride(0),
+                            basis.stride(1),
+                            basis.stride(2),
                             {static_cast<float*>(on_x.data_ptr()), static_cast<float*>(on_y.data_ptr())},
                             static_cast<double*>(sums.data_ptr())};
   const int64_t work = std::max<int64_t>(rows.rows * dim * rank, 1);
@@ -224,7 +237,8 @@ Tensor cka_gram_terms(Tensor gram, int64_t dim_x, int64_t dim_y, bool debiased) 
   Tensor terms = new_terms(gram, {layers});
   Tensor partial = scratch(gram, layers * cka_term_items(dim_x, dim_y) * kCkaTermSums, ScalarType::Double);
   read_terms({static_cast<const double*>(gram.const_data_ptr()), layers, dim_x, dim_y, debiased,
-              static_cast<double*>(partial.data_ptr()), static_cast<double*>(terms.data_ptr())}, gram);
+              static_cast<double*>(partial.data_ptr()), static_cast<double*>(terms.data_ptr())},
+             gram);
   return terms;
 }
 
@@ -258,7 +272,8 @@ Tensor cka_terms(Tensor x, Tensor y, bool debiased) {
     args.y.offsets = y_offsets.data() + layer;
     push(args, x);
     read_terms({args.gram, args.layers, args.x.dim, args.y.dim, debiased, static_cast<double*>(partial.data_ptr()),
-                static_cast<double*>(terms.data_ptr()) + layer * 3}, x);
+                static_cast<double*>(terms.data_ptr()) + layer * 3},
+               x);
   }
   return terms;
 }

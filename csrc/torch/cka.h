@@ -43,8 +43,8 @@ inline CkaSide side_of(const Tensor& features, const char* name, std::vector<int
   }
   const DType dtype = dtype_of(features, name);
   STD_TORCH_CHECK(dtype != DType::boolean, name, ": dtype must be float32, bfloat16 or float16");
-  return {features.const_data_ptr(), offsets.data(), features.size(last), features.stride(last - 1),
-          features.stride(last), dtype};
+  return {features.const_data_ptr(), offsets.data(),        features.size(last),
+          features.stride(last - 1), features.stride(last), dtype};
 }
 
 inline Tensor scratch(const Tensor& like, int64_t numel, ScalarType dtype) {

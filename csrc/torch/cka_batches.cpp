@@ -66,9 +66,8 @@ std::tuple<Tensor, Tensor, Tensor> cka_batches(Tensor x, std::optional<Tensor> y
       part.block = static_cast<float*>(blocks.data_ptr()) + thread * plan.block;
       cka_batch_triangles_cpu(part, item, item + 1);
     });
-    take_turns(now * ceil_div(args.layers[0], kCkaPairRows), threads, [&](int64_t item, int64_t) {
-      cka_batch_products_cpu(args, item, item + 1);
-    });
+    take_turns(now * ceil_div(args.layers[0], kCkaPairRows), threads,
+               [&](int64_t item, int64_t) { cka_batch_products_cpu(args, item, item + 1); });
   }
   return {cross, own, sums};
 }

@@ -41,13 +41,15 @@ const float* scale_of(const std::optional<Tensor>& inv_scale, const Tensor& like
 
 Tensor sum_of_squares(std::vector<Tensor> tensors, std::vector<int64_t> groups, int64_t num_groups,
                       std::optional<Tensor> inv_scale) {
-  STD_TORCH_CHECK(tensors.size() == groups.size() && !tensors.empty(), "tensors and groups: need equally many, at least one");
+  STD_TORCH_CHECK(tensors.size() == groups.size() && !tensors.empty(),
+                  "tensors and groups: need equally many, at least one");
   std::vector<Operand> operands;
   std::vector<int64_t> first_chunk{0};
   for (size_t i = 0; i < tensors.size(); ++i) {
     check_device(tensors[i], "tensors");
     STD_TORCH_CHECK(tensors[i].get_device() == tensors[0].get_device(), "tensors: all must be on one device");
-    STD_TORCH_CHECK(groups[i] >= 0 && groups[i] < num_groups, "groups: ", groups[i], " is outside [0, ", num_groups, ")");
+    STD_TORCH_CHECK(groups[i] >= 0 && groups[i] < num_groups, "groups: ", groups[i], " is outside [0, ", num_groups,
+                    ")");
     operands.push_back(operand_of(tensors[i], static_cast<int32_t>(groups[i])));
     first_chunk.push_back(first_chunk.back() + (operands.back().numel + kSquaresChunk - 1) / kSquaresChunk);
   }
@@ -55,9 +57,14 @@ Tensor sum_of_squares(std::vector<Tensor> tensors, std::vector<int64_t> groups, 
   const int64_t partial_size[] = {chunks + num_groups};
   Tensor partial = torch::stable::new_empty(tensors[0], {partial_size, 1}, ScalarType::Double);
   Tensor out = new_float(tensors[0], {num_groups});
-  const SumOfSquaresArgs args{operands.data(), first_chunk.data(), static_cast<int64_t>(operands.size()), num_groups,
-                              scale_of(inv_scale, tensors[0]), static_cast<double*>(partial.data_ptr()),
-                              static_cast<double*>(partial.data_ptr()) + chunks, static_cast<float*>(out.data_ptr())};
+  const SumOfSquaresArgs args{operands.data(),
+                              first_chunk.data(),
+                              static_cast<int64_t>(operands.size()),
+                              num_groups,
+                              scale_of(inv_scale, tensors[0]),
+                              static_cast<double*>(partial.data_ptr()),
+                              static_cast<double*>(partial.data_ptr()) + chunks,
+                              static_cast<float*>(out.data_ptr())};
   INFLECTION_RUN(sum_of_squares, args, tensors[0], chunks, 4);
   INFLECTION_RUN(sum_of_squares_merge, args, tensors[0], num_groups, 64);
   return out;

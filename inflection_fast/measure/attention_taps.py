@@ -100,7 +100,7 @@ class AttentionTaps:
             )
         if call.query.dtype == torch.float64:
             raise ValueError(
-                f"attention of block {self._blocks[layer].name!r} is in float64, which the operators do not take: train "
+                f"attention of block {self._blocks[layer].name!r} is in float64, which no operator takes: train "
                 "in float32 or 16 bits, or leave 'attention' out of MonitorConfig.signals"
             )
         call = call.here()

@@ -10,7 +10,10 @@ using inflection::RowState;
 PYBIND11_MODULE(row_state, m) {
   py::class_<RowState>(m, "RowState")
       .def(py::init<>())
-      .def("push", [](RowState& s, py::array_t<float> x) { for (py::ssize_t i = 0; i < x.size(); ++i) s.push(x.at(i)); })
+      .def("push",
+           [](RowState& s, py::array_t<float> x) {
+    for (py::ssize_t i = 0; i < x.size(); ++i) s.push(x.at(i));
+  })
       .def("merge", &RowState::merge)
       .def("see_first", [](RowState& s, float x) { s.first = x; })
       .def_readonly("max", &RowState::max)

@@ -45,14 +45,12 @@ inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return
 #define __syncwarp(...) ::emulator::sync_warp(EMULATOR_PLACE("__syncwarp") __VA_OPT__(, ) __VA_ARGS__)
 #define __shfl_xor_sync(mask, value, lanes) \
   ::emulator::shuffle(mask, value, [](int lane, int by) { return lane ^ by; }, lanes, EMULATOR_PLACE("__shfl_xor_sync"))
-#define __shfl_down_sync(mask, value, lanes)                                                  \
-  ::emulator::shuffle(                                                                        \
-      mask, value, [](int lane, int by) { return lane + by < 32 ? lane + by : lane; }, lanes, \
-      EMULATOR_PLACE("__shfl_down_sync"))
-#define __shfl_up_sync(mask, value, lanes)                                                \
-  ::emulator::shuffle(                                                                    \
-      mask, value, [](int lane, int by) { return lane >= by ? lane - by : lane; }, lanes, \
-      EMULATOR_PLACE("__shfl_up_sync"))
+#define __shfl_down_sync(mask, value, lanes)                                                                  \
+  ::emulator::shuffle(mask, value, [](int lane, int by) { return lane + by < 32 ? lane + by : lane; }, lanes, \
+                      EMULATOR_PLACE("__shfl_down_sync"))
+#define __shfl_up_sync(mask, value, lanes)                                                                \
+  ::emulator::shuffle(mask, value, [](int lane, int by) { return lane >= by ? lane - by : lane; }, lanes, \
+                      EMULATOR_PLACE("__shfl_up_sync"))
 #define __shfl_sync(mask, value, from) \
   ::emulator::shuffle(mask, value, [](int, int by) { return by & 31; }, from, EMULATOR_PLACE("__shfl_sync"))
 #define __ballot_sync(mask, predicate) ::emulator::ballot(mask, predicate, EMULATOR_PLACE("__ballot_sync"))
@@ -76,37 +74,31 @@ T shuffle(unsigned mask, T value, Source source, int by, const Place& place) {
   } payload{value, source(thread().linear % kWarp, by)};
   static thread_local Place at;
   at = place;
-  warp_operation(
-      mask, &payload, sizeof payload,
-      [](void* const* payloads, unsigned mask, const void*) {
-        T values[kWarp];
-        for (int lane = 0; lane < kWarp; ++lane)
-          if (mask >> lane & 1) values[lane] = static_cast<Payload*>(payloads[lane])->value;
-        for (int lane = 0; lane < kWarp; ++lane) {
-          if (!(mask >> lane & 1)) continue;
-          auto& mine = *static_cast<Payload*>(payloads[lane]);
-          if (!(mask >> mine.from & 1))
-            fail("%s (%s:%d): lane %d reads lane %d outside the mask %08x", at.what, at.file, at.line, lane, mine.from,
-                 mask);
-          mine.value = values[mine.from];
-        }
-      },
-      nullptr, place);
+  warp_operation(mask, &payload, sizeof payload, [](void* const* payloads, unsigned mask, const void*) {
+    T values[kWarp];
+    for (int lane = 0; lane < kWarp; ++lane)
+      if (mask >> lane & 1) values[lane] = static_cast<Payload*>(payloads[lane])->value;
+    for (int lane = 0; lane < kWarp; ++lane) {
+      if (!(mask >> lane & 1)) continue;
+      auto& mine = *static_cast<Payload*>(payloads[lane]);
+      if (!(mask >> mine.from & 1))
+        fail("%s (%s:%d): lane %d reads lane %d outside the mask %08x", at.what, at.file, at.line, lane, mine.from,
+             mask);
+      mine.value = values[mine.from];
+    }
+  }, nullptr, place);
   return payload.value;
 }
 
 inline unsigned ballot(unsigned mask, bool predicate, const Place& place) {
   unsigned payload = predicate;
-  warp_operation(
-      mask, &payload, sizeof payload,
-      [](void* const* payloads, unsigned mask, const void*) {
-        unsigned votes = 0;
-        for (int lane = 0; lane < kWarp; ++lane)
-          if (mask >> lane & 1) votes |= *static_cast<unsigned*>(payloads[lane]) << lane;
-        for (int lane = 0; lane < kWarp; ++lane)
-          if (mask >> lane & 1) *static_cast<unsigned*>(payloads[lane]) = votes;
-      },
-      nullptr, place);
+  warp_operation(mask, &payload, sizeof payload, [](void* const* payloads, unsigned mask, const void*) {
+    unsigned votes = 0;
+    for (int lane = 0; lane < kWarp; ++lane)
+      if (mask >> lane & 1) votes |= *static_cast<unsigned*>(payloads[lane]) << lane;
+    for (int lane = 0; lane < kWarp; ++lane)
+      if (mask >> lane & 1) *static_cast<unsigned*>(payloads[lane]) = votes;
+  }, nullptr, place);
   return payload;
 }
 
@@ -118,32 +110,27 @@ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Widen,
     float c[4];
     uint32_t a[4], b[2];
   } payload{{c[0], c[1], c[2], c[3]}, {a[0], a[1], a[2], a[3]}, {b0, b1}};
-  warp_operation(
-      0xffffffffu, &payload, sizeof payload,
-      [](void* const* payloads, unsigned, const void*) {
-        const auto half = [](uint32_t word, int which) { return Widen{}(static_cast<uint16_t>(word >> 16 * which)); };
-        float left[16][16], right[16][8];
-        for (int lane = 0; lane < kWarp; ++lane) {
-          const auto& mine = *static_cast<Payload*>(payloads[lane]);
-          const int g = lane / 4, t = lane % 4;
-          for (int i = 0; i < 4; ++i)
-            for (int e = 0; e < 2; ++e) left[g + i % 2 * 8][2 * t + e + i / 2 * 8] = half(mine.a[i], e);
-          for (int i = 0; i < 2; ++i)
-            for (int e = 0; e < 2; ++e) right[2 * t + e + i * 8][g] = half(mine.b[i], e);
-        }
-        for (int lane = 0; lane < kWarp; ++lane) {
-          auto& mine = *static_cast<Payload*>(payloads[lane]);
-          for (int i = 0; i < 4; ++i) {
-            double sum = mine.c[i];
-            for (int k = 0; k < 16; ++k)
-              sum += double(left[lane / 4 + i / 2 * 8][k]) * right[k][2 * (lane % 4) + i % 2];
-            const float near = static_cast<float>(sum);
-            mine.c[i] =
-                std::fabs(double(near)) > std::fabs(sum) && !std::isinf(near) ? std::nextafter(near, 0.f) : near;
-          }
-        }
-      },
-      nullptr, place);
+  warp_operation(0xffffffffu, &payload, sizeof payload, [](void* const* payloads, unsigned, const void*) {
+    const auto half = [](uint32_t word, int which) { return Widen{}(static_cast<uint16_t>(word >> 16 * which)); };
+    float left[16][16], right[16][8];
+    for (int lane = 0; lane < kWarp; ++lane) {
+      const auto& mine = *static_cast<Payload*>(payloads[lane]);
+      const int g = lane / 4, t = lane % 4;
+      for (int i = 0; i < 4; ++i)
+        for (int e = 0; e < 2; ++e) left[g + i % 2 * 8][2 * t + e + i / 2 * 8] = half(mine.a[i], e);
+      for (int i = 0; i < 2; ++i)
+        for (int e = 0; e < 2; ++e) right[2 * t + e + i * 8][g] = half(mine.b[i], e);
+    }
+    for (int lane = 0; lane < kWarp; ++lane) {
+      auto& mine = *static_cast<Payload*>(payloads[lane]);
+      for (int i = 0; i < 4; ++i) {
+        double sum = mine.c[i];
+        for (int k = 0; k < 16; ++k) sum += double(left[lane / 4 + i / 2 * 8][k]) * right[k][2 * (lane % 4) + i % 2];
+        const float near = static_cast<float>(sum);
+        mine.c[i] = std::fabs(double(near)) > std::fabs(sum) && !std::isinf(near) ? std::nextafter(near, 0.f) : near;
+      }
+    }
+  }, nullptr, place);
   for (int i = 0; i < 4; ++i) c[i] = payload.c[i];
 }
 
@@ -155,22 +142,19 @@ inline void ldmatrix(uint32_t (&r)[4], const void* row, bool transposed, const P
   } payload{row, {}, transposed};
   if (reinterpret_cast<uintptr_t>(row) % 16)
     fail("%s (%s:%d): a row is not aligned to 16 bytes", place.what, place.file, place.line);
-  warp_operation(
-      0xffffffffu, &payload, sizeof payload,
-      [](void* const* payloads, unsigned, const void*) {
-        const auto element = [&](int matrix, int row, int col) {
-          return uint32_t{static_cast<const uint16_t*>(static_cast<Payload*>(payloads[matrix * 8 + row])->row)[col]};
-        };
-        for (int lane = 0; lane < kWarp; ++lane) {
-          auto& mine = *static_cast<Payload*>(payloads[lane]);
-          const int g = lane / 4, t = lane % 4;
-          for (int i = 0; i < 4; ++i) {
-            mine.r[i] = mine.transposed ? element(i, 2 * t, g) | element(i, 2 * t + 1, g) << 16
-                                        : element(i, g, 2 * t) | element(i, g, 2 * t + 1) << 16;
-          }
-        }
-      },
-      nullptr, place);
+  warp_operation(0xffffffffu, &payload, sizeof payload, [](void* const* payloads, unsigned, const void*) {
+    const auto element = [&](int matrix, int row, int col) {
+      return uint32_t{static_cast<const uint16_t*>(static_cast<Payload*>(payloads[matrix * 8 + row])->row)[col]};
+    };
+    for (int lane = 0; lane < kWarp; ++lane) {
+      auto& mine = *static_cast<Payload*>(payloads[lane]);
+      const int g = lane / 4, t = lane % 4;
+      for (int i = 0; i < 4; ++i) {
+        mine.r[i] = mine.transposed ? element(i, 2 * t, g) | element(i, 2 * t + 1, g) << 16
+                                    : element(i, g, 2 * t) | element(i, g, 2 * t + 1) << 16;
+      }
+    }
+  }, nullptr, place);
   for (int i = 0; i < 4; ++i) r[i] = payload.r[i];
 }
 

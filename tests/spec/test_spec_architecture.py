@@ -146,7 +146,7 @@ def tracked():
     return [
         p
         for p in files
-        if p.suffix in {".py", ".h", ".cuh", ".cpp", ".cu", ".sh", ".inl"} and "__pycache__" not in p.parts
+        if p.suffix in {".py", ".h", ".cuh", ".cpp", ".cu", ".inc", ".sh"} and "__pycache__" not in p.parts
     ]
 
 
