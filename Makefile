@@ -62,6 +62,7 @@ test-wide: build
 		$(addprefix $(CURDIR)/tests/,$(KERNEL_TESTS)) -k avx512
 
 # The CUDA kernels in their own source, compiled as C++ for an emulator: no GPU needed. `-sanitized` adds ASan and UBSan.
+# ASan holds back what was freed, so memory is measured without it.
 # Of the tests of CKA those that reach every kernel in every mode; all of them take four minutes.
 EMULATED_CKA = definition or longer or masked_rows or broken or unlike_means or long_rows or tiles or infinite
 test-emulated: build
@@ -70,7 +71,7 @@ test-emulated: build
 test-emulated-sanitized: build
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 		$(PY) -m pytest -p tests.emulation.sanitized $(addprefix tests/,$(KERNEL_TESTS)) \
-		-k "not cka or tiles or long_rows or infinite or strides"
+		-k "(not cka or tiles or long_rows or infinite or strides) and not memory_beyond"
 
 # Every CUDA kernel for every architecture: registers, shared memory; a spill fails.
 kernels:

@@ -81,13 +81,17 @@ def _cpu_features() -> list[str]:
 
 def _kernels() -> list[Finding]:
     try:
+        import torch
+
         from inflection_fast.ops import build_info
 
         info = build_info()
     except ImportError as error:
         text = " ".join(str(error).split())
         return [Finding("CPU kernels", text, "pip install --no-build-isolation inflection_fast", broken=True)]
-    findings = [Finding("CPU kernels", f"{info['cpu']['isa']}, from {info['cpu']['path']}")]
+    # A package's version does not always name the CUDA that torch was built with; torch itself does.
+    where = f"from {info['cpu']['path']}, in torch {torch.__version__}"
+    findings = [Finding("CPU kernels", f"{info['cpu']['isa']}, {where}")]
     if info["cuda"]:
         findings.append(Finding("CUDA kernels", ", ".join(f"{key} {value}" for key, value in info["cuda"].items())))
     else:
