@@ -231,12 +231,6 @@ def test_models_that_cannot_be_measured_are_refused_with_a_way_out():
         Monitor(bert(), start_step=-1)
 
 
-def test_models_in_float64_are_refused_by_the_operators():
-    model, batch = model_and_batch("bert")
-    with pytest.raises(TypeError, match="expected dtype float32, bfloat16 or float16"):
-        train(model.double(), batch, 1)
-
-
 # ---- cost ------------------------------------------------------------------------------------------------------------
 
 

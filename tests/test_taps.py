@@ -219,7 +219,7 @@ def test_attention_of_hand_written_heads_needs_a_head_axis():
 
 def test_a_model_in_float64_is_refused_unless_only_its_gradients_are_measured():
     model, batch = in_float64(*model_and_batch("llama"))
-    with pytest.raises(ValueError, match=r"block 'model.layers.0' is in float64.*leave 'attention' out"):
+    with pytest.raises(TypeError, match=r"block 'model.layers.0' is in float64.*leave 'attention' out"):
         measured(model, batch)
     norms = measured(model, batch, MonitorConfig(every=1, signals=("activation_grad",))).activation_grad
     assert (norms > 0).all()

@@ -99,7 +99,7 @@ class AttentionTaps:
                 f"{tuple(call.query.shape)}"
             )
         if call.query.dtype == torch.float64:
-            raise ValueError(
+            raise TypeError(
                 f"attention of block {self._blocks[layer].name!r} is in float64, which no operator takes: train "
                 "in float32 or 16 bits, or leave 'attention' out of MonitorConfig.signals"
             )
