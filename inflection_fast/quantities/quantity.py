@@ -1,10 +1,10 @@
 """One diagnostic, declared once: what it listens to, what it sums, and what the sums mean.
 
-A quantity is a subclass of `Quantity`. It overrides the taps that it listens to, and nothing is attached for the others.
-Its accumulators are views of one piece of memory on the device that holds the sums of all quantities of a measured step.
-A tap writes to them in place; the monitor joins what micro-batches and ranks have written, brings it to the host in one
-copy, and hands it to `values`, in a thread on which the training does not wait. Everything else follows from the
-declaration: memory, joining, timeline, alerts, report.
+A quantity is a subclass of `Quantity`. It overrides the taps that it listens to; nothing is attached for the others.
+Its accumulators are views of one piece of memory on the device, which holds the sums of all quantities of a measured
+step. A tap writes to them in place; the monitor joins what micro-batches and ranks have written, brings it to the host
+in one copy, and hands it to `values`, in a thread on which the training does not wait. Everything else follows from
+the declaration: memory, joining, timeline, alerts, report.
 
 Rules for taps, which run in the middle of the training:
 
@@ -13,14 +13,14 @@ Rules for taps, which run in the middle of the training:
 * They get detached tensors under `torch.no_grad()`, this rank's part of those that ranks have divided, and change none.
 * A tap that raises costs the values of its quantity in this step, and is told once. The others go on.
 * **Pieces.** A micro-batch is a forward of the model under autograd and the backward pass that follows. Each has
-  accumulators of its own, which begin at 0 (sum) or -inf (max), and is left out if no backward pass goes through it. So
-  a tap adds up (or takes the maximum over) what it is called with during one micro-batch, and never looks at the others.
-* **Once.** `on_attention`, `on_attention_call`, `on_block`, `on_submodule` and `on_model_output` are called in the forward
-  alone, once for each call, also where activation checkpointing runs a block again. `on_output_gradient` and
+  accumulators of its own, which begin at 0 (sum) or -inf (max), and is left out if no backward pass goes through it.
+  So a tap adds up, or takes the maximum over, what it is called with during one micro-batch, and sees no other.
+* **Once.** `on_attention`, `on_attention_call`, `on_block`, `on_submodule` and `on_model_output` are called in the
+  forward alone, once for each call, also where activation checkpointing runs a block again. `on_output_gradient` and
   `on_parameter_gradient` may come again for the same place, where two backward passes go through one graph: they write
   (`sums["squares"][layer] = ...`), they do not add, and the last one counts.
-* `on_backward_end`, `before_update`, `after_update` and `on_probe` see the whole step, not a piece. `on_backward_end` is
-  called after every backward pass, and gradients add up over them: it writes, and the last call counts.
+* `on_backward_end`, `before_update`, `after_update` and `on_probe` see the whole step, not a piece. `on_backward_end`
+  is called after every backward pass, and gradients add up over them: it writes, and the last call counts.
 """
 
 from __future__ import annotations
@@ -222,7 +222,7 @@ class Parameters:
     def squares(self, tensors: Sequence[Tensor], layers: Sequence[int]) -> Tensor:
         """[L] float64: this rank's part (held="part") of the summed squares of `tensors`, by layer, DTensors or not.
 
-        Over all ranks these add up to the squares of the whole tensors: shards add, what several ranks hold counts once.
+        Over all ranks they add up to the squares of the whole tensors: shards add, what several hold counts once.
         """
         raise NotImplementedError  # by what the monitor hands over
 
@@ -272,7 +272,7 @@ class Quantity:
 
     name: ClassVar[str] = ""  # [a-z][a-z0-9_]*
     # What the taps listen to: "training", the batches that the model trains on; or "probe", the fixed probe set of the
-    # Monitor, whenever it is run: on the evaluating model, gradients only as far as blocks' outputs, same rows each time.
+    # Monitor, whenever it is run: in evaluation mode, gradients only as far as blocks' outputs, the same rows each time.
     data: ClassVar[str] = "training"
     # Its cadence in optimizer steps where MonitorConfig.every is one number; None: that number.
     every: int | None = None
@@ -340,7 +340,7 @@ class Quantity:
     # ---- slow work on parameters, in a thread of its own -------------------------------------------------------------
 
     def wants(self, layer: int, name: str, parameter: nn.Parameter) -> bool:
-        """Whether `in_background` looks at a parameter of a block. Each counts once, for the first layer that has it."""
+        """Whether `in_background` looks at a parameter of a block; each counts once, for the first layer with it."""
         return False
 
     def in_background(self, layer: int, name: str, weight: Tensor) -> Mapping[str, np.ndarray]:
