@@ -124,6 +124,87 @@ def test_empty_texts_are_dropped_and_counted(tmp_path, rows):
     assert read(config(path), CLASSES).dropped == {"empty": 2}
 
 
+def test_copies_that_contradict_each_other_are_counted_apart(tmp_path, rows):
+    other = {"pos": "neg", "neg": "pos"}
+    copies = [{**row, "text": row["text"] + "!"} for row in rows[:7]]
+    contradicting = [{**row, "label": other[row["label"]]} for row in rows[5:15]]
+    path = tiny.write_csv(tmp_path / "a.csv", rows + copies + contradicting)
+    data = read(config(path), CLASSES)
+    assert data.dropped == {"duplicates": 5, "copies with contradicting labels": 22}
+    gone = {row["text"] for row in rows[5:15]}
+    assert not gone & set(texts(data.train, data.test, data.probe))
+    data = read(config(path, contradicting="first"), CLASSES)
+    assert data.dropped == {"duplicates": 5, "copies with contradicting labels after the first": 12}
+    truth = {row["text"]: data.labels.index(row["label"]) for row in rows}
+    assert all(truth[row["text"]] == row["label"] for part in (data.train, data.test, data.probe) for row in part)
+    assert not read(config(tiny.write_csv(tmp_path / "b.csv", rows)), CLASSES).dropped
+    spaced = [*rows, {**rows[0], "label": rows[0]["label"] + " "}]
+    assert read(config(tiny.write_csv(tmp_path / "c.csv", spaced)), CLASSES).dropped == {"duplicates": 1}
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "parquet"])
+def test_rows_without_a_label_are_never_a_class(tmp_path, rows, suffix):
+    import pandas
+
+    frame = pandas.DataFrame([*rows, {"text": "one more", "label": None, "film": "a"}, {**rows[0], "label": None}])
+    path = tmp_path / f"data.{suffix}"
+    if suffix == "jsonl":
+        frame.to_json(path, orient="records", lines=True)
+    elif suffix == "parquet":
+        frame.to_parquet(path)
+    else:
+        frame.to_csv(path, index=False, sep="\t" if suffix == "tsv" else ",")
+    places = {"parquet": "rows 101, 102", "jsonl": "lines 101, 102"}.get(suffix, "lines 102, 103")
+    with pytest.raises(UserError, match=rf"2 of 102 rows have no label in column 'label' \({places}\)"):
+        read(config(path), CLASSES)
+    data = read(config(path, drop_missing=True), CLASSES)
+    assert data.labels == ("neg", "pos") and data.dropped == {"without a label": 2}
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_numbers_are_text_too(tmp_path, suffix):
+    import pandas
+
+    frame = pandas.DataFrame({"text": range(1000, 1100), "label": ["a", "b"] * 50})
+    path = tmp_path / f"data.{suffix}"
+    if suffix == "jsonl":
+        frame.to_json(path, orient="records", lines=True)
+    else:
+        (frame.to_parquet if suffix == "parquet" else frame.to_csv)(path, index=False)
+    data = read(config(path), CLASSES)
+    assert sorted(texts(data.train, data.test, data.probe)) == [str(i) for i in range(1000, 1100)]
+    lists = tmp_path / "lists.jsonl"
+    lists.write_text('{"text": ["a"], "label": 1}\n{"text": true, "label": 0}\n')
+    with pytest.raises(UserError, match="column 'text' holds bool, list, not text"):
+        read(config(lists), CLASSES)
+
+
+@pytest.mark.parametrize(("count", "probe"), [(70, 6), (400, 32), (1000, 64)])
+def test_the_probe_is_a_tenth_of_few_texts(tmp_path, count, probe):
+    data = read(config(tiny.write_csv(tmp_path / "a.csv", tiny.reviews(count)), probe=None), CLASSES)
+    assert len(data.probe) == probe and len(data.test) == round(0.2 * count)
+    assert len(data.train) == count - probe - len(data.test)
+
+
+def test_lines_of_a_text_file_are_texts_for_a_language_model(tmp_path, rows):
+    path = tmp_path / "a.txt"
+    path.write_text("\n\n".join(row["text"] for row in rows) + "\n")
+    data = read(config(path), "causal-lm")
+    assert sorted(texts(data.train, data.test, data.probe)) == sorted(row["text"] for row in rows)
+    assert data.dropped == {"empty": 99}
+    with pytest.raises(UserError, match="it has no column 'label'"):
+        read(config(path), CLASSES)
+
+
+def test_a_folder_is_read_as_a_data_set_of_the_hub(tmp_path, rows):
+    (tmp_path / "set").mkdir()
+    tiny.write_csv(tmp_path / "set" / "train.csv", rows)
+    data = read(config(tmp_path / "set"), CLASSES)
+    assert len(texts(data.train, data.test, data.probe)) == 100 and data.labels == ("neg", "pos")
+    with pytest.raises(UserError, match="no column 'body'"):
+        read(config(tmp_path / "set", text="body"), CLASSES)
+
+
 def test_the_word_null_is_text(tmp_path, rows):
     data = read(config(tiny.write_csv(tmp_path / "a.csv", [*rows, {**rows[0], "text": "null"}])), CLASSES)
     assert "null" in texts(data.train, data.test, data.probe)
@@ -163,13 +244,16 @@ def test_labels_follow_the_order_that_is_given(tmp_path, rows):
         ({}, {"text": "body"}, r"no column 'body'; it has text, label, film"),
         ({}, {"group": "year", "label": "stars"}, r"no column 'year', 'stars'"),
         ({}, {"labels": ("pos", "neutral")}, r"rows have labels outside \['pos', 'neutral'\]: 'neg'"),
-        ({"label": 7}, {"labels": ("a", "b")}, r"100 rows have labels outside \['a', 'b'\]: 7"),
-        ({"label": 0.5}, {}, "real numbers"),
-        ({"label": -1}, {}, "negative labels"),
+        (
+            {"label": 7},
+            {"labels": ("a", "b")},
+            r"100 rows have labels outside \['a', 'b'\]: '7' \(lines 2, 3, .* 95 more",
+        ),
+        ({"label": 0.5}, {}, "real numbers; labels are names or integers$"),
         ({"label": "only"}, {}, "fewer than two different labels"),
         ({"film": "one"}, {"group": "film"}, "one value only"),
         ({"text": "same"}, {"labels": ("neg", "pos")}, "nothing is left to train on"),
-        ({"text": 3}, {}, "holds int, not text"),
+        ({}, {"probe": 80}, "data.probe is 80, and 80 texts are left"),
     ],
 )
 def test_bad_columns_are_one_clear_sentence(tmp_path, rows, change, settings, message):
@@ -191,10 +275,13 @@ def test_a_test_label_that_training_lacks_is_refused(tmp_path, rows):
     [
         ("missing.csv", None, "no such file"),
         ("/nowhere/at/all", None, "no such file or folder"),
-        ("data.txt", "a,b\n1,2\n", "must end in one of"),
-        ("data.parquet", "not a parquet file", "could not be read"),
-        ("data.jsonl", "{broken", "could not be read"),
-        ("data.csv", "", "could not be read"),
+        ("data.doc", "a,b\n1,2\n", "must end in one of"),
+        ("data.txt", "a,b\n1,2\n", "holds texts only, one per line; it has no column 'label'"),
+        ("data.parquet", "not a parquet file", "no Parquet file, or is damaged$"),
+        ("data.jsonl", "{broken", "line 1: not JSON"),
+        ("data.csv", "", "the first line must hold the names of the columns"),
+        ("data.csv", "text,label\n", "there is no row in it, only the names of the columns"),
+        ("data.jsonl", "", "there is no row in it"),
     ],
 )
 def test_bad_files_are_one_clear_sentence(tmp_path, name, content, message):

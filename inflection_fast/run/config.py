@@ -25,11 +25,20 @@ __all__ = [
 ]
 
 BASELINES = ("last", "first", "random", "all")
+_ENCODINGS = "null or a text encoding that Python knows, such as utf-16, latin-1 or cp1252"
 
 
 def _check(condition: bool, name: str, value: Any, accepted: str) -> None:
     if not condition:
         raise ValueError(f"{name} must be {accepted}, got {value!r}")
+
+
+def _is_encoding(name: str) -> bool:
+    try:
+        "".encode(name)
+    except LookupError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -68,9 +77,15 @@ class DataConfig:
     given, or a random share.
 
     Args:
-        path: a .csv, .tsv, .jsonl, .json or .parquet file, or the name of a data set on the hub
+        path: a .csv, .tsv, .jsonl, .json, .parquet or .txt file (one text per line), also compressed (.gz, .bz2, .xz,
+            .zst, .zip), or the name of a data set on the hub
         name: configuration of the hub data set
         split: split of the hub data set to train on
+        encoding: character encoding of a text file; null: UTF-8
+        delimiter: character between the fields of a .csv or .tsv file; null: a comma or a tab
+        quoting: standard: a field in quotation marks may hold delimiters and line ends; none: quotation marks are text;
+            null: standard, and a .tsv file in which quotation marks join lines is refused
+        field: key under which a .json file keeps its list of rows; null: the only key with such a list
         text: column of the text
         text_pair: column of a second text, for pairs of sentences
         label: column of the label (names or integers); not used by causal-lm
@@ -78,16 +93,24 @@ class DataConfig:
         test: a file, or a split of the hub data set, to test on
         test_share: share of the rows to test on where `test` is null
         group: column whose values never stand on both sides of the split, such as the film of a review
-        probe: so many texts are kept out of training, for comparing representations over time
+        drop_missing: leave out rows without a label, and count them; false: refuse them
+        probe: so many texts are kept out of training, for comparing representations over time; null: 64, or a tenth of
+            the texts where that is fewer
         train_limit: train on at most so many texts, drawn at random
         test_limit: test on at most so many texts, drawn at random
         deduplicate: keep texts once (see above)
+        contradicting: what becomes of a text that occurs with different labels: drop all of its copies, or keep the
+            first; both are counted
         split_seed: seed of the split and the draws; separate from the seed of training, so that seeds share a test set
     """
 
     path: str
     name: str | None = None
     split: str = "train"
+    encoding: str | None = None
+    delimiter: str | None = None
+    quoting: Literal["standard", "none"] | None = None
+    field: str | None = None
     text: str = "text"
     text_pair: str | None = None
     label: str = "label"
@@ -95,16 +118,21 @@ class DataConfig:
     test: str | None = None
     test_share: float = 0.2
     group: str | None = None
-    probe: int = 64
+    drop_missing: bool = False
+    probe: int | None = None
     train_limit: int | None = None
     test_limit: int | None = None
     deduplicate: bool = True
+    contradicting: Literal["drop", "first"] = "drop"
     split_seed: int = 0
 
     def __post_init__(self) -> None:
         _check(bool(self.path), "data.path", self.path, "a file or a hub name")
         _check(0 < self.test_share < 1, "data.test_share", self.test_share, "above 0 and below 1")
-        _check(self.probe >= 0, "data.probe", self.probe, "at least 0")
+        _check(self.probe is None or self.probe >= 0, "data.probe", self.probe, "null or at least 0")
+        single = self.delimiter is None or len(self.delimiter) == 1
+        _check(single, "data.delimiter", self.delimiter, 'null or one character (a tab is "\\t")')
+        _check(self.encoding is None or _is_encoding(self.encoding), "data.encoding", self.encoding, _ENCODINGS)
         for name in ("train_limit", "test_limit"):
             value = getattr(self, name)
             _check(value is None or value >= 1, f"data.{name}", value, "null or at least 1")
@@ -113,6 +141,8 @@ class DataConfig:
         if self.labels is not None:
             _check(len(self.labels) >= 2, "data.labels", self.labels, "at least two names")
             _check(len(set(self.labels)) == len(self.labels), "data.labels", self.labels, "distinct names")
+            stripped = all(name == name.strip() and name for name in self.labels)
+            _check(stripped, "data.labels", self.labels, "names without spaces around them")
 
 
 @dataclass(frozen=True)

@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from inflection_fast.run.config import DataConfig
 from inflection_fast.run.errors import UserError
+from inflection_fast.run.files import Rows, load_rows
+from inflection_fast.run.labels import clean_labels, label_names, numbered
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 __all__ = ["TextData", "normalised", "read", "without"]
 
-FORMATS = {
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".json": "json",
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".parquet": "parquet",
-}
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
+PROBE = 64  # texts of the probe where the settings name no number
+PROBE_SHARE = 0.1  # of the texts, at most, then
 
 
 @dataclass(frozen=True)
@@ -62,27 +57,34 @@ def normalised(text: str) -> str:
 def read(config: DataConfig, task: str) -> TextData:
     """Reads, checks and splits a data set. UserError for a missing file or column, or labels that make no sense."""
     dropped: dict[str, int] = {}
-    rows = _tidy(_load(config, None), config, task, dropped, config.path)
+    found = _rows(config, task, None, dropped)
     labels: tuple[str, ...] = ()
     if task == "sequence-classification":
-        labels = config.labels or _label_names(rows, config)
-        rows = _numbered(rows, labels, config.path)
+        labels = config.labels or label_names(found, config)
+    rows = _data_set(found, labels)
     if config.test is not None:
-        test = _tidy(_load(config, config.test), config, task, dropped, config.test)
-        if labels:
-            test = _numbered(test, labels, config.test)
+        test = _data_set(_rows(config, task, config.test, dropped), labels)
         if config.deduplicate:
             rows = _drop(rows, set(_keys(test)), dropped, "also in the test file")
     else:
         rows, test = _split(rows, config)
     rng = np.random.default_rng(config.split_seed)
     order = rng.permutation(len(rows))
-    probe, rows = rows.select(order[: config.probe]), rows.select(order[config.probe :][: config.train_limit])
+    size = min(PROBE, math.ceil(PROBE_SHARE * len(rows))) if config.probe is None else config.probe
+    if len(test) and config.probe and size >= len(rows) > 0:
+        raise UserError(
+            f"{config.path}: data.probe is {size}, and {len(rows)} texts are left after splitting and dropping"
+            f"{_in_words(dropped)}: give a smaller probe, or more texts"
+        )
+    probe, rows = rows.select(order[:size]), rows.select(order[size:][: config.train_limit])
     if config.test_limit is not None:
         test = test.select(np.sort(rng.permutation(len(test))[: config.test_limit]))
     for name, part in (("train", rows), ("test", test)):
         if not len(part):
-            raise UserError(f"{config.path}: nothing is left to {name} on after splitting and dropping ({dropped})")
+            raise UserError(
+                f"{config.path}: of {len(found)} texts nothing is left to {name} on after splitting and dropping"
+                f"{_in_words(dropped)}"
+            )
     return TextData(rows, test, probe, labels, dropped)
 
 
@@ -96,83 +98,87 @@ def without(data: TextData, other: TextData, why: str) -> TextData:
     return replace(data, train=train, dropped=dropped)
 
 
-def _load(config: DataConfig, test: str | None) -> Dataset:
-    """The rows of the file or hub split; `test` None: those to train on."""
-    import datasets
-
-    source = test if test is not None else config.path
-    kind = _format(source)
-    try:
-        if kind is not None:
-            if not Path(source).is_file():
-                raise UserError(f"{source}: there is no such file")
-            options = {"sep": "\t"} if ".tsv" in Path(source).suffixes else {}
-            if kind == "csv":
-                options["keep_default_na"] = False  # the words "null" and "NA" are text
-            return datasets.load_dataset(kind, data_files=source, split="train", **options)
-        split = test if test is not None else config.split
-        return datasets.load_dataset(config.path, config.name, split=split)
-    except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        reason = " ".join(str(error.__cause__ or error).split())
-        raise UserError(f"{source}: the data set could not be read: {reason}") from error
+def _in_words(dropped: dict[str, int]) -> str:
+    return f" ({', '.join(f'{count} {why}' for why, count in dropped.items())})" if dropped else ""
 
 
-def _format(path: str) -> str | None:
-    """The reader for a local file; None for a name on the hub."""
-    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
-    if suffixes and suffixes[-1] in COMPRESSED:
-        suffixes.pop()
-    if suffixes and suffixes[-1] in FORMATS:
-        return FORMATS[suffixes[-1]]
-    if Path(path).is_file():
-        raise UserError(f"{path}: the name must end in one of {', '.join(FORMATS)}")
-    if path.startswith((".", "/", "~")) and not Path(path).is_dir():
-        raise UserError(f"{path}: there is no such file or folder")
-    return None
-
-
-def _tidy(rows: Dataset, config: DataConfig, task: str, dropped: dict[str, int], source: str) -> Dataset:
-    """Only the named columns under our own names, without empty texts and duplicates."""
+def _rows(config: DataConfig, task: str, test: str | None, dropped: dict[str, int]) -> Rows:
+    """The named columns under our own names, without empty texts and duplicates, labels cleaned."""
     wanted = {"text": config.text, "text_pair": config.text_pair, "group": config.group}
     if task == "sequence-classification":
         wanted["label"] = config.label
     elif config.text_pair is not None:
         raise UserError("causal-lm learns single texts: data.text_pair must be null")
     wanted = {ours: theirs for ours, theirs in wanted.items() if theirs is not None}
-    missing = [theirs for theirs in wanted.values() if theirs not in rows.column_names]
-    if missing:
-        raise UserError(
-            f"{source}: there is no column {', '.join(map(repr, missing))}; it has {', '.join(rows.column_names)}"
-        )
     if len(set(wanted.values())) < len(wanted):
-        raise UserError(f"{source}: one column cannot be used for two things: {wanted}")
-    rows = rows.select_columns(list(wanted.values())).rename_columns(
-        {theirs: ours for ours, theirs in wanted.items() if ours != theirs}
-    )
-    for column in ("text", "text_pair"):
-        if column in wanted:
-            kinds = {type(value).__name__ for value in rows[column]} - {"str", "NoneType"}
-            if kinds:
-                raise UserError(f"{source}: column {wanted[column]!r} holds {', '.join(sorted(kinds))}, not text")
-    texts = rows["text"]
-    kept = [i for i, text in enumerate(texts) if text is not None and text.strip()]
+        raise UserError(f"{test or config.path}: one column cannot be used for two things: {wanted}")
+    rows = load_rows(config, list(wanted.values()), test)
+    columns = {ours: rows.columns[theirs] for ours, theirs in wanted.items()}
+    for ours in ("text", "text_pair"):
+        if ours in columns:
+            columns[ours] = _as_text(columns[ours], f"{rows.source}: column {wanted[ours]!r}")
+    names = {ours: rows.names[theirs] for ours, theirs in wanted.items() if theirs in rows.names}
+    rows = Rows(rows.source, columns, rows.unit, rows.places, names)
+    kept = [i for i, text in enumerate(columns["text"]) if text is not None and text.strip()]
     _count(dropped, "empty", len(rows) - len(kept))
     rows = rows.select(kept)
-    if config.deduplicate:
-        first: dict[str, int] = {}
-        for i, key in enumerate(_keys(rows)):
-            first.setdefault(key, i)
-        _count(dropped, "duplicates", len(rows) - len(first))
-        rows = rows.select(list(first.values()))
-    return rows
+    if "label" in wanted:
+        rows = clean_labels(rows, config, dropped)
+        if config.labels is None and test is None:
+            label_names(rows, config)  # says what is wrong with the labels before any row is dropped for its own
+    return _once(rows, config, dropped) if config.deduplicate else rows
 
 
-def _keys(rows: Dataset) -> list[str]:
+def _as_text(values: list[Any], column: str) -> list[str | None]:
+    """Numbers are text too, as Python writes them; anything else that is no text is refused."""
+    strange = {type(value).__name__ for value in values if not isinstance(value, (str, int, float, type(None)))}
+    strange |= {"bool" for value in values if isinstance(value, bool)}
+    if strange:
+        raise UserError(f"{column} holds {', '.join(sorted(strange))}, not text")
+    return [
+        value
+        if isinstance(value, str)
+        else (None if value is None or (isinstance(value, float) and math.isnan(value)) else str(value))
+        for value in values
+    ]
+
+
+def _once(rows: Rows, config: DataConfig, dropped: dict[str, int]) -> Rows:
+    """Every text once. Copies that contradict each other in their label are no duplicates, and counted apart."""
+    copies: dict[str, list[int]] = {}
+    for i, key in enumerate(_keys(rows.columns)):
+        copies.setdefault(key, []).append(i)
+    labels = rows.columns.get("label")
+    kept, duplicates, contradicting = [], 0, 0
+    for alike in copies.values():
+        if labels is None or len({str(labels[i]) for i in alike}) == 1:
+            kept.append(alike[0])
+            duplicates += len(alike) - 1
+        elif config.contradicting == "first":
+            kept.append(alike[0])
+            contradicting += len(alike) - 1
+        else:
+            contradicting += len(alike)
+    _count(dropped, "duplicates", duplicates)
+    first = " after the first" if config.contradicting == "first" else ""
+    _count(dropped, f"copies with contradicting labels{first}", contradicting)
+    return rows.select(kept)
+
+
+def _data_set(rows: Rows, labels: tuple[str, ...]) -> Dataset:
+    """The rows as they are split and trained on, every label as its integer."""
+    from datasets import Dataset
+
+    columns = dict(rows.columns)
+    if labels:
+        columns["label"] = numbered(rows, labels)
+    return Dataset.from_dict(columns)
+
+
+def _keys(rows: Dataset | dict[str, list[Any]]) -> list[str]:
     """What tells one text from another, row by row."""
     texts = [normalised(text) for text in rows["text"]]
-    if "text_pair" not in rows.column_names:
+    if "text_pair" not in (rows if isinstance(rows, dict) else rows.column_names):
         return texts
     return [f"{text}\n{normalised(pair or '')}" for text, pair in zip(texts, rows["text_pair"], strict=True)]
 
@@ -208,36 +214,3 @@ def _split(rows: Dataset, config: DataConfig) -> tuple[Dataset, Dataset]:
         count += sizes[names[i]]
     sides = [group in chosen for group in groups]
     return tuple(rows.select([i for i, side in enumerate(sides) if side is which]) for which in (False, True))
-
-
-def _label_names(rows: Dataset, config: DataConfig) -> tuple[str, ...]:
-    """The label names: those of the file format where it has any, else the sorted values."""
-    declared = getattr(rows.features["label"], "names", None)
-    if declared:
-        return tuple(declared)
-    found = {value for value in rows["label"] if value is not None}
-    if any(isinstance(value, float) for value in found):
-        raise UserError(f"{config.path}: column {config.label!r} holds real numbers; labels are names or integers")
-    if any(isinstance(value, int) and value < 0 for value in found):
-        raise UserError(f"{config.path}: column {config.label!r} holds negative labels, such as {min(found)}")
-    if len(found) < 2:
-        raise UserError(f"{config.path}: column {config.label!r} has fewer than two different labels: {sorted(found)}")
-    return tuple(str(value) for value in sorted(found))
-
-
-def _numbered(rows: Dataset, names: tuple[str, ...], source: str) -> Dataset:
-    """The rows with every label as its integer."""
-    values = rows["label"][:]
-    numbers: dict[Any, int] = {name: i for i, name in enumerate(names)}
-    spelt = [None if value is None else str(value) for value in values]
-    if not numbers.keys() >= set(spelt) and all(isinstance(value, int) for value in values):
-        # Integers that are not names themselves are positions in the list of names.
-        numbers, spelt = {i: i for i in range(len(names))}, values
-    outside = Counter(value for value in spelt if value not in numbers)
-    if outside:
-        some = ", ".join(repr(value) for value, _ in outside.most_common(5))
-        raise UserError(
-            f"{source}: {sum(outside.values())} rows have labels outside {list(names)}: {some}"
-            " (leave such rows out, or name them in data.labels)"
-        )
-    return rows.remove_columns("label").add_column("label", [numbers[value] for value in spelt])
