@@ -11,7 +11,7 @@ PIP = $(PY) -m pip --disable-pip-version-check install --quiet --constraint cons
 SOURCES = setup.py pyproject.toml $(shell find csrc -type f)
 KERNEL_TESTS = test_attention_logits.py test_attention_logits_backward.py test_attention_qk.py \
 	test_attention_qk_gradients.py test_packed_sequences.py test_column_mass.py test_cka.py test_cka_16bit.py \
-	test_cka_basis.py test_cka_batches.py test_cka_state.py test_norms.py
+	test_cka_basis.py test_cka_batches.py test_cka_state.py test_norms.py test_activation_moments.py
 LIBRARY = inflection_fast/_cpu.abi3.so
 
 .PHONY: demo test test-wide test-emulated test-emulated-sanitized kernels wheel bench lint format build clean help

@@ -328,6 +328,58 @@ struct CkaBatchArgs {
 void cka_batch_triangles_cpu(const CkaBatchArgs&, int64_t begin, int64_t end);
 void cka_batch_products_cpu(const CkaBatchArgs&, int64_t begin, int64_t end);
 
+// ---- activation_moments: one pass over what a block takes in and gives out ------------------------------------------
+
+// Sums over the rows that count, in this order; every one of them adds up over batches and ranks.
+enum MomentSum : int32_t {
+  kMomentRows,      // rows that count
+  kMomentElements,  // their elements
+  kMomentFirst,     // sum of y, and of its powers
+  kMomentSecond,
+  kMomentThird,
+  kMomentFourth,
+  kMomentMassive,  // massive activations
+  kMomentInput,    // sum of x^2
+  kMomentPairs,    // rows with |x| > 0
+  kMomentRatio,    // sum of |y - x| / |x| over those
+  kMomentCosines,  // rows with |x| > 0 and |y| > 0
+  kMomentCosine,   // sum of x.y / (|x| |y|) over those
+  kMomentSums
+};
+
+// An activation is massive above both, the second in units of the median magnitude of its row (arXiv 2402.17762).
+constexpr double kMassiveMagnitude = 100.0, kMassiveOfMedian = 1000.0;
+constexpr int64_t kMomentParts = 8192;  // most work items: warps that a large device runs at once
+
+constexpr int64_t moment_part_rows(int64_t rows) {
+  return rows > kMomentParts ? (rows + kMomentParts - 1) / kMomentParts : 1;
+}
+constexpr int64_t moment_parts(int64_t rows) { return (rows + moment_part_rows(rows) - 1) / moment_part_rows(rows); }
+
+struct MomentRows {  // [batch..., dim], broadcast by strides of 0
+  const void* data;
+  int64_t strides[kMaxDims];  // of the batch dimensions, outermost first
+  int64_t col_stride;
+  DType dtype;
+};
+
+struct ActivationMomentsArgs {
+  MomentRows y, x, mask;  // `data` null: no x, no mask; the mask is boolean, true counts, and has no columns
+  int64_t sizes[kMaxDims];
+  int32_t dims;
+  int64_t rows, dim;
+  int64_t part_rows, parts;  // moment_part_rows(rows), moment_parts(rows)
+  double* partial;           // [kMomentSums, parts], scratch
+  float* partial_largest;    // [parts], scratch
+  // outputs
+  double* sums;    // [kMomentSums]
+  float* largest;  // [1] largest magnitude of y
+};
+void activation_moments_cpu(const ActivationMomentsArgs&, int64_t begin, int64_t end);        // moment_parts(rows)
+void activation_moments_merge_cpu(const ActivationMomentsArgs&, int64_t begin, int64_t end);  // kMomentSums + 1
+int activation_moments_cuda(const ActivationMomentsArgs&, void* stream);
+int activation_moments_merge_cuda(const ActivationMomentsArgs&, void* stream);
+
 // ---- instruction sets of the CPU kernels ----------------------------------------------------------------------------
 
 enum class Isa : int32_t { portable, avx2, avx512 };

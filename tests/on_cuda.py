@@ -12,6 +12,7 @@ import torch
 from inflection_fast import ops  # noqa: F401  (defines the operators)
 
 OPERATORS = (
+    "activation_moments",
     "sum_of_squares",
     "attention_stats",
     "attention_stats_backward",

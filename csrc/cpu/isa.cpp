@@ -50,6 +50,12 @@ void sum_of_squares_cpu(const SumOfSquaresArgs& args, int64_t begin, int64_t end
 void sum_of_squares_merge_cpu(const SumOfSquaresArgs& args, int64_t begin, int64_t end) {
   kernels().sum_of_squares_merge(args, begin, end);
 }
+void activation_moments_cpu(const ActivationMomentsArgs& args, int64_t begin, int64_t end) {
+  kernels().activation_moments(args, begin, end);
+}
+void activation_moments_merge_cpu(const ActivationMomentsArgs& args, int64_t begin, int64_t end) {
+  kernels().activation_moments_merge(args, begin, end);
+}
 void attention_stats_cpu(const AttentionStatsArgs& args, int64_t begin, int64_t end) {
   kernels().attention_stats(args, begin, end);
 }

@@ -15,6 +15,8 @@ namespace inflection {
 struct CpuKernels {
   void (*sum_of_squares)(const SumOfSquaresArgs&, int64_t begin, int64_t end);
   void (*sum_of_squares_merge)(const SumOfSquaresArgs&, int64_t begin, int64_t end);
+  void (*activation_moments)(const ActivationMomentsArgs&, int64_t begin, int64_t end);
+  void (*activation_moments_merge)(const ActivationMomentsArgs&, int64_t begin, int64_t end);
   void (*attention_stats)(const AttentionStatsArgs&, int64_t begin, int64_t end);
   void (*attention_stats_backward)(const AttentionStatsBackwardArgs&, int64_t begin, int64_t end);
   int64_t (*attention_stats_qk_items)(const AttentionStatsQkArgs&);

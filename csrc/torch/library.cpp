@@ -5,6 +5,7 @@
 // clang-format off
 STABLE_TORCH_LIBRARY(inflection_fast, m) {
   m.def("sum_of_squares(Tensor[] tensors, int[] groups, int num_groups, Tensor? inv_scale=None) -> Tensor");
+  m.def("activation_moments(Tensor output, Tensor? input, Tensor? mask) -> (Tensor sums, Tensor largest)");
   m.def("attention_stats(Tensor logits, Tensor? attn_mask, bool is_causal, float scale, bool entropy_only) -> (Tensor entropy, Tensor lse, Tensor max_logit, Tensor keys, Tensor collision, Tensor sink)");
   m.def("attention_stats_backward(Tensor? grad_entropy, Tensor? grad_lse, Tensor? grad_collision, Tensor? grad_sink, Tensor entropy, Tensor lse, Tensor collision, Tensor sink, Tensor logits, Tensor? attn_mask, bool is_causal, float scale, bool of_scores) -> Tensor");
   m.def("attention_stats_qk(Tensor query, Tensor key, Tensor? attn_mask, bool is_causal, float scale, int window_left, int window_right, float softcap, Tensor? sinks, Tensor? rows, Tensor? key_bounds, bool entropy_only) -> (Tensor entropy, Tensor lse, Tensor max_logit, Tensor keys, Tensor collision, Tensor sink)");

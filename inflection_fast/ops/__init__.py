@@ -3,6 +3,7 @@
 Shape letters: B batch, H heads, Q queries, K keys, L layers, N samples, D features, R basis rank.
 """
 
+from .activation_moments import MOMENT_SUMS, ActivationMoments, activation_moments
 from .checks import memory_bytes
 from .cka import delta_cka, linear_cka
 from .cka_basis import CkaBasis
@@ -19,12 +20,15 @@ from .norms import sum_of_squares
 from .stats import AttentionColumns, AttentionStats
 
 __all__ = [
+    "MOMENT_SUMS",
+    "ActivationMoments",
     "AttentionColumns",
     "AttentionStats",
     "CkaBasis",
     "CkaResult",
     "CkaState",
     "RowSample",
+    "activation_moments",
     "attention_column_mass",
     "attention_entropy",
     "attention_entropy_qk",

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .activation_moments import MASSIVE_MAGNITUDE, MASSIVE_OF_MEDIAN, ActivationMoments
 from .stats import AttentionColumns, AttentionStats
 
 INF = float("inf")
@@ -159,6 +160,29 @@ def sum_of_squares(tensors: Sequence[Tensor], groups: Sequence[int], *, inv_scal
     for tensor, group in zip(tensors, groups, strict=True):
         total[group] += tensor.double().square().sum()
     return (total if inv_scale is None else total * inv_scale.double().square()).float()
+
+
+def activation_moments(output: Tensor, input: Tensor | None = None, *, mask: Tensor | None = None) -> ActivationMoments:
+    """Sums over the rows of `output` ``[..., D]``, and how far they are from those of `input`, in float64."""
+    rows = torch.ones(output.shape[:-1], dtype=torch.bool, device=output.device)
+    rows = rows if mask is None else rows & mask
+    y = output.double()[rows]
+    size = y.abs()
+    median = size.median(-1, keepdim=True).values if size.shape[-1] else size
+    massive = ((size > MASSIVE_MAGNITUDE) & (size >= MASSIVE_OF_MEDIAN * median)).sum()
+    massive = torch.where(y.isnan().any(), torch.nan, massive)
+    sums = [y.shape[0], y.numel(), *(y.pow(k).sum() for k in (1, 2, 3, 4)), massive]
+    if input is None:
+        sums += [0.0] * 5
+    else:
+        x = input.double()[rows]
+        norm_x, norm_y = x.norm(dim=-1), y.norm(dim=-1)
+        ratio, cosine = (y - x).norm(dim=-1) / norm_x, (x * y).sum(-1) / norm_x / norm_y
+        pairs = norm_x != 0
+        both = pairs & (norm_y != 0)
+        sums += [x.square().sum(), pairs.sum(), ratio[pairs].sum(), both.sum(), cosine[both].sum()]
+    largest = size.amax() if size.numel() else size.new_zeros(())
+    return ActivationMoments(torch.stack([torch.as_tensor(s, dtype=torch.float64) for s in sums]), largest.float())
 
 
 def row_stats(scores: Tensor, attend: Tensor, sinks: Tensor | None = None) -> AttentionStats:

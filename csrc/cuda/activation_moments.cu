@@ -1,0 +1,200 @@
+// Moments of what a block gives out, and how far it moved what it took in.
+//
+// A warp takes a part of the rows, one row after the other, 16 bytes a lane where the layout allows; sums are float64.
+// A second launch adds the parts in an order that their number alone fixes, so the result is the same in every run.
+// Bound by memory: each element is read once from it. Only a row with a massive activation is read again, from the
+// cache, to find its median bit by bit.
+#include "kernels.h"
+#include "warp.cuh"
+
+namespace inflection {
+namespace {
+
+constexpr int kWarps = 8;   // of a block, each on its own
+constexpr int kBlocks = 2;  // at least, on a multiprocessor: the compiler may use 128 registers
+constexpr int kMergeThreads = 256;
+constexpr int kVectorBytes = 16;
+
+template <class T>
+struct MomentRow {
+  const T* data;
+  int64_t stride, dim;
+};
+
+// Calls `use(y, x)` for every element of this lane. Vectors where both rows lie in one piece at the same alignment.
+template <class Y, class X, class Use>
+__device__ __forceinline__ void each(const MomentRow<Y>& y, const MomentRow<X>& x, Use use) {
+  const int lane = threadIdx.x % kWarpSize;
+  constexpr int kPerVector = kVectorBytes / (sizeof(Y) > sizeof(X) ? sizeof(Y) : sizeof(X));
+  const bool whole = y.stride == 1 && reinterpret_cast<uintptr_t>(y.data) % kVectorBytes == 0 &&
+                     (!x.data || (x.stride == 1 && reinterpret_cast<uintptr_t>(x.data) % kVectorBytes == 0));
+  const int64_t vectors = whole ? y.dim / kPerVector : 0;
+  for (int64_t i = lane; i < vectors; i += kWarpSize) {
+    struct alignas(kPerVector * sizeof(Y)) Ys {
+      Y values[kPerVector];
+    };
+    struct alignas(kPerVector * sizeof(X)) Xs {
+      X values[kPerVector];
+    };
+    const Ys ys = *reinterpret_cast<const Ys*>(y.data + i * kPerVector);
+    Xs xs{};
+    if (x.data) xs = *reinterpret_cast<const Xs*>(x.data + i * kPerVector);
+#pragma unroll
+    for (int j = 0; j < kPerVector; ++j) use(to_float(ys.values[j]), to_float(xs.values[j]));
+  }
+  for (int64_t i = vectors * kPerVector + lane; i < y.dim; i += kWarpSize) {
+    use(to_float(y.data[i * y.stride]), x.data ? to_float(x.data[i * x.stride]) : 0.f);
+  }
+}
+
+template <class T>
+__device__ int64_t at_most(const MomentRow<T>& row, float limit) {  // how many magnitudes are; the same in every lane
+  int64_t count = 0;
+  each(row, MomentRow<T>{nullptr, 1, 0}, [&](float y, float) { count += fabsf(y) <= limit; });
+  return warp_sum(count);
+}
+
+// As on the CPU: the lower median is the least number that half of the row reaches.
+template <class T>
+__device__ double massive_of_row(const MomentRow<T>& row, float largest) {
+  const int64_t half = (row.dim + 1) / 2;
+  if (at_most(row, static_cast<float>(largest / kMassiveOfMedian)) < half) return 0.0;
+  unsigned low = 0, high = __float_as_uint(largest);  // magnitudes are ordered like their bits
+  while (low < high) {
+    const unsigned middle = low + (high - low) / 2;
+    if (at_most(row, __uint_as_float(middle)) >= half) high = middle;
+    else low = middle + 1;
+  }
+  const double limit = __uint_as_float(low) * kMassiveOfMedian;
+  double count = 0.0;
+  each(row, MomentRow<T>{nullptr, 1, 0}, [&](float y, float) {
+    const double x = fabsf(y);
+    count += x > kMassiveMagnitude && x >= limit;
+  });
+  return warp_sum(count);
+}
+
+// The larger one; NaN where one of the two is.
+__device__ __forceinline__ float larger_or_nan(float a, float b) { return a != a || a > b ? a : b; }
+
+template <class Y, class X>
+__global__ void __launch_bounds__(kWarps* kWarpSize, kBlocks) moments_of_parts(ActivationMomentsArgs args) {
+  const int64_t parts = args.parts, rows = args.part_rows;
+  const int64_t part = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarpSize;
+  if (part >= parts) return;
+  const int64_t end = (part + 1) * rows < args.rows ? (part + 1) * rows : args.rows;
+  const int lane = threadIdx.x % kWarpSize;
+  double sum = 0.0;  // lane k keeps the k-th: twelve of them in every lane would not fit into the registers
+  const auto add = [&](int k, double x) { sum += lane == k ? x : 0.0; };
+  float largest = 0.f;
+  for (int64_t row = part * rows; row < end; ++row) {
+    int64_t index = row, of_y = 0, of_x = 0, of_mask = 0;
+    for (int d = args.dims - 1; d >= 0; --d) {
+      const int64_t i = index % args.sizes[d];
+      index /= args.sizes[d];
+      of_y += i * args.y.strides[d];
+      of_x += i * args.x.strides[d];
+      of_mask += i * args.mask.strides[d];
+    }
+    if (args.mask.data && !static_cast<const bool*>(args.mask.data)[of_mask]) continue;
+    const MomentRow<Y> y{static_cast<const Y*>(args.y.data) + of_y, args.y.col_stride, args.dim};
+    const bool both = args.x.data != nullptr;
+    const MomentRow<X> x{both ? static_cast<const X*>(args.x.data) + of_x : nullptr, args.x.col_stride, args.dim};
+    double first = 0.0, second = 0.0, third = 0.0, fourth = 0.0, input = 0.0, product = 0.0, change = 0.0;
+    float top = 0.f;
+    each(y, x, [&](float ys, float xs) {
+      const double b = ys, a = xs, square = b * b, moved = b - a;
+      top = larger_or_nan(fabsf(ys), top);
+      first += b;
+      second += square;
+      third += square * b;
+      fourth += square * square;
+      input += a * a;
+      product += a * b;
+      change += moved * moved;
+    });
+    const double squares = warp_sum(second);
+    for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2)
+      top = larger_or_nan(top, __shfl_xor_sync(kAllLanes, top, lanes));
+    if (squares != squares) top = NAN;
+    add(kMomentRows, 1.0);
+    add(kMomentElements, static_cast<double>(args.dim));
+    add(kMomentFirst, warp_sum(first));
+    add(kMomentSecond, squares);
+    add(kMomentThird, warp_sum(third));
+    add(kMomentFourth, warp_sum(fourth));
+    if (top != top) add(kMomentMassive, top);
+    else if (top > kMassiveMagnitude) add(kMomentMassive, massive_of_row(y, top));
+    largest = larger_or_nan(top, largest);
+    if (!both) continue;
+    const double length = warp_sum(input), products = warp_sum(product), changes = warp_sum(change);
+    add(kMomentInput, length);
+    if (length == 0.0) continue;  // an input of zeros has neither a length to compare with nor a direction
+    add(kMomentPairs, 1.0);
+    add(kMomentRatio, sqrt(changes / length));
+    if (squares == 0.0) continue;
+    add(kMomentCosines, 1.0);
+    add(kMomentCosine, products / sqrt(length) / sqrt(squares));
+  }
+  if (lane < kMomentSums) args.partial[lane * parts + part] = sum;
+  if (lane == 0) args.partial_largest[part] = largest;
+}
+
+// One block per sum, the last one for the maximum.
+__global__ void __launch_bounds__(kMergeThreads) merge_parts(ActivationMomentsArgs args) {
+  const int64_t parts = args.parts;
+  double* scratch = &shared<double>();
+  if (blockIdx.x < kMomentSums) {
+    double total = 0.0;
+    for (int64_t part = threadIdx.x; part < parts; part += kMergeThreads)
+      total += args.partial[blockIdx.x * parts + part];
+    total = block_sum<kMergeThreads>(total, scratch);
+    if (threadIdx.x == 0) args.sums[blockIdx.x] = total;
+    return;
+  }
+  float top = 0.f;
+  for (int64_t part = threadIdx.x; part < parts; part += kMergeThreads)
+    top = larger_or_nan(args.partial_largest[part], top);
+  for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2)
+    top = larger_or_nan(top, __shfl_xor_sync(kAllLanes, top, lanes));
+  if (threadIdx.x % kWarpSize == 0) scratch[threadIdx.x / kWarpSize] = top;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  for (int warp = 0; warp < kMergeThreads / kWarpSize; ++warp)
+    top = larger_or_nan(static_cast<float>(scratch[warp]), top);
+  *args.largest = top;
+}
+
+template <class Y, class X>
+int run(const ActivationMomentsArgs& args, void* stream) {
+  const int64_t parts = args.parts;
+  if (parts == 0) return cudaSuccess;
+  return launch(moments_of_parts<Y, X>, dim3(static_cast<unsigned>((parts + kWarps - 1) / kWarps)),
+                dim3(kWarps * kWarpSize), 0, stream, args);
+}
+
+template <class Y>
+int run(const ActivationMomentsArgs& args, void* stream) {
+  switch (args.x.dtype) {
+    case DType::f32: return run<Y, float>(args, stream);
+    case DType::bf16: return run<Y, BF16>(args, stream);
+    default: return run<Y, F16>(args, stream);
+  }
+}
+
+}  // namespace
+
+int activation_moments_cuda(const ActivationMomentsArgs& args, void* stream) {
+  switch (args.y.dtype) {
+    case DType::f32: return run<float>(args, stream);
+    case DType::bf16: return run<BF16>(args, stream);
+    default: return run<F16>(args, stream);
+  }
+}
+
+int activation_moments_merge_cuda(const ActivationMomentsArgs& args, void* stream) {
+  return launch(merge_parts, dim3(kMomentSums + 1), dim3(kMergeThreads), sizeof(double) * kMergeThreads / kWarpSize,
+                stream, args);
+}
+
+}  // namespace inflection
