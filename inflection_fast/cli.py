@@ -1,4 +1,4 @@
-"""The command line: `inflection-fast measure | plan | tune | report | run | doctor`.
+"""The command line: `inflection-fast measure | plan | tune | report | run | study | doctor`.
 
 Each command builds its own parser when it is asked for, because the settings of a run are defined beside the code that
 they steer, and `inflection-fast --help` should not have to load it.
@@ -27,6 +27,7 @@ COMMANDS = {
     "tune": "put LoRA on the planned layers, train, and compare with other layers",
     "report": "write the report of a run",
     "run": "all of these in order, continuing where an interrupted run stopped",
+    "study": "compare many ways to place adapters over transfers and seeds, and report what they say",
     "doctor": "say what is installed, what is loaded, and what is missing",
 }
 
@@ -236,11 +237,18 @@ def _doctor(argv: list[str]) -> int:
     return show(examine(), _console())
 
 
+def _study(argv: list[str]) -> int:
+    from inflection_fast.study.command import study
+
+    return study(argv)
+
+
 _DISPATCH: dict[str, Callable[[list[str]], int]] = {
     "measure": _measure,
     "plan": _plan,
     "tune": _tune,
     "report": _report,
     "run": _run,
+    "study": _study,
     "doctor": _doctor,
 }

@@ -11,28 +11,32 @@ PACKAGE = ROOT / "inflection_fast"
 pytestmark = pytest.mark.sources
 MEASURING, DECIDING = {"ops", "blocks", "timeline", "alerts", "quantities", "measure"}, {"timeline", "decide"}
 ALL = MEASURING | DECIDING | {"act", "integrations", "report", "run"}
-TORCH = {"ops", "blocks", "quantities", "measure", "act", "integrations", "run"}
+TORCH = {"ops", "blocks", "quantities", "measure", "act", "integrations", "run", "study"}
 OWN = {  # part -> parts of ours that it may import; the table of docs/design.md
     "ops": set(), "blocks": set(), "timeline": set(), "alerts": {"timeline"},
     "quantities": {"ops", "blocks", "timeline"}, "measure": MEASURING - {"measure"}, "decide": {"timeline"},
     "act": {"blocks", "decide"}, "integrations": {"measure", "timeline", "alerts"}, "report": DECIDING,
-    "run": ALL - {"run"}, "cli": {"run", "report", "decide"},
+    "run": ALL - {"run"}, "study": ALL, "cli": {"run", "report", "decide", "study"},
     "__main__": {"cli"}, "__init__": ALL,
 }  # fmt: skip
 GUARDED = {  # third party -> parts that may name it at all, and those among them that may do so at import time
     "torch": (
-        {"ops", "blocks", "quantities", "measure", "act", "integrations", "run"},
-        {"ops", "blocks", "quantities", "measure", "act", "integrations", "run"},
+        {"ops", "blocks", "quantities", "measure", "act", "integrations", "run", "study"},
+        {"ops", "blocks", "quantities", "measure", "act", "integrations", "run", "study"},
     ),
-    "numpy": (ALL | {"cli"}, ALL),
+    "numpy": (ALL | {"cli", "study"}, ALL | {"study"}),
     "pyarrow": ({"timeline", "run"}, set()),
-    "transformers": ({"measure", "act", "integrations", "run"}, {"act", "integrations", "run"}),
+    "transformers": ({"measure", "act", "integrations", "run", "study"}, {"act", "integrations", "run"}),
     "peft": ({"act"}, {"act"}),
-    "matplotlib": ({"report"}, set()),
-    "rich": ({"report", "run", "cli"}, set()),
+    "matplotlib": ({"report", "study"}, set()),
+    "rich": ({"report", "run", "cli", "study"}, set()),
+    "scipy": ({"study"}, set()),
+    "statsmodels": ({"study"}, set()),
+    "datasketch": ({"study"}, set()),
+    "ray": ({"study"}, set()),
     "datasets": ({"run"}, {"run"}),
     "pickle": (set(), set()),
-    "pandas": (set(), set()),
+    "pandas": ({"study"}, set()),
 }
 
 

@@ -1,0 +1,138 @@
+"""Adapters of every kind on named modules, with a rank for each, and training parts of a model without adapters."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+import peft
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..blocks import Block, find_blocks
+from .inject import _refuse_mismatch, _restored_on_error, _saved, _targets, _task
+
+__all__ = ["KINDS", "adapt", "adapter_parameters", "default_modules", "train_only"]
+
+KINDS = ("lora", "dora", "adalora", "ia3", "vera", "prefix")
+
+
+def default_modules(model: nn.Module, layers: Sequence[int] | None = None) -> dict[int, list[str]]:
+    """The full names of the modules that LoRA adapts by default, for each of `layers` (None: all blocks).
+
+    ValueError where peft has no default for the architecture.
+    """
+    blocks = find_blocks(model)
+    wanted = range(len(blocks)) if layers is None else layers
+    return {layer: _targets(model, [blocks[layer]], None) for layer in wanted}
+
+
+def adapt(
+    model: nn.Module,
+    kind: str,
+    ranks: Mapping[str, int],
+    *,
+    scale: float = 2.0,
+    steps: int | None = None,
+) -> nn.Module:
+    """`model` with adapters of `kind` on the modules named in `ranks`, the rest frozen but the head.
+
+    Args:
+        model: without adapters.
+        kind: one of `KINDS`.
+        ranks: full module name -> rank, at least 1. IA3 has no rank and takes the names only; VeRA has one rank for
+            all, the largest; prefix tuning takes no modules, and its number of virtual tokens is the largest.
+        scale: of the update of LoRA and its kin: `lora_alpha / r`, the same for every rank.
+        steps: of the training; AdaLoRA plans its ranks by it.
+
+    Raises:
+        ValueError: an unknown kind, no modules, a rank below 1, or peft cannot adapt a module. The model is then as it
+            was.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind: expected one of {list(KINDS)}, got {kind!r}")
+    if not ranks:
+        raise ValueError("ranks: expected at least one module, got none")
+    small = {name: rank for name, rank in ranks.items() if rank < 1}
+    if small:
+        raise ValueError(f"ranks: expected at least 1, got {small}")
+    common = {"task_type": _task(model), "modules_to_save": _saved(model, None) or None}
+    names = list(ranks)
+    first = max(ranks.values())
+    kin = {"target_modules": names, "fan_in_fan_out": any(isinstance(model.get_submodule(n), Conv1D) for n in names)}
+    patterns = {
+        "r": first,
+        "lora_alpha": scale * first,
+        "rank_pattern": {f"^{re.escape(name)}$": rank for name, rank in ranks.items()},
+        "alpha_pattern": {f"^{re.escape(name)}$": scale * rank for name, rank in ranks.items()},
+    }
+    if kind in ("lora", "dora"):
+        config = peft.LoraConfig(**common, **kin, **patterns, use_dora=kind == "dora")
+    elif kind == "adalora":
+        config = _adalora(names, ranks, scale, steps, {**common, **kin})
+    elif kind == "ia3":
+        config = peft.IA3Config(**common, **kin, feedforward_modules=[])
+    elif kind == "vera":
+        config = peft.VeraConfig(**common, **kin, r=first)
+    else:
+        config = peft.PrefixTuningConfig(task_type=common["task_type"], num_virtual_tokens=first)
+    with _restored_on_error(model):
+        adapted = peft.get_peft_model(model, config)
+        if kind != "prefix":
+            _refuse_mismatch(names, adapted.base_model.targeted_module_names)
+    return adapted
+
+
+def _adalora(names: list[str], ranks: Mapping[str, int], scale: float, steps: int | None, common: dict) -> object:
+    """AdaLoRA begins with half as much again as it may keep, and has pruned to that at three quarters of the steps."""
+    if steps is None or steps < 8:
+        raise ValueError(f"steps: AdaLoRA plans its ranks over a training of at least 8 steps, got {steps}")
+    target = max(1, round(sum(ranks.values()) / len(names)))
+    first = max(target + 1, math.ceil(1.5 * target))
+    return peft.AdaLoraConfig(
+        **common,
+        init_r=first,
+        target_r=target,
+        lora_alpha=scale * first,
+        tinit=max(1, steps // 10),
+        tfinal=max(1, steps // 4),
+        deltaT=1,
+        total_step=steps,
+    )
+
+
+def adapter_parameters(model: nn.Module) -> int:
+    """How many trainable parameters a model adapted by peft has outside of its head."""
+    return sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and "modules_to_save" not in name)
+
+
+def train_only(model: nn.Module, part: str, top: int = 0) -> None:
+    """Leaves a part of a model without adapters trainable.
+
+    Args:
+        model: without adapters.
+        part: "head": what lies outside of the backbone; "top": that, and the last `top` blocks with what the model
+            registers after them; "bias": the head and every bias; "all": everything.
+        top: number of blocks.
+    """
+    if part not in ("head", "top", "bias", "all"):
+        raise ValueError(f"part: expected head, top, bias or all, got {part!r}")
+    backbone = getattr(model, "base_model_prefix", "")
+    named = list(model.named_parameters())
+    blocks: list[Block] = find_blocks(model)
+    if top > len(blocks):
+        raise ValueError(f"top: the model has {len(blocks)} blocks, got {top}")
+    last = max(i for i, (name, _) in enumerate(named) if name.startswith(f"{blocks[-1].path}."))
+    inside = tuple(f"{block.path}." for block in blocks[len(blocks) - top :])
+    head = [name for name, _ in named if not name.startswith(f"{backbone}.")] if backbone else []
+    if part == "head" and not head:
+        raise ValueError(f"part: {type(model).__name__} has no head outside of its backbone")
+    for i, (name, parameter) in enumerate(named):
+        if part == "all":
+            train = True
+        elif part == "bias":
+            train = name in head or name.endswith("bias")
+        else:
+            train = name in head or (part == "top" and (name.startswith(inside) or i > last))
+        parameter.requires_grad_(train)

@@ -1,0 +1,95 @@
+"""The grid: which cells a study has, and in which order they are computed."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+
+from inflection_fast.study.arms import arm_of
+from inflection_fast.study.config import StudyConfig, WaveConfig
+
+__all__ = ["Cell", "Job", "cells_of", "jobs_of"]
+
+SHALLOW = "shallow"  # the arm whose training is the measured one
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training of the grid."""
+
+    transfer: str
+    regime: str
+    arm: str
+    seed: int
+    draw: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Its name in the folder of the study."""
+        draw = "" if self.draw is None else f"-{self.draw}"
+        return f"{self.transfer}/{self.regime}/{self.arm}{draw}/{self.seed}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A piece of work: a `source` or `measured` training that cells share, one training of a search, or a cell."""
+
+    what: str  # source, tune, cell, gradients
+    transfer: str
+    regime: str
+    arm: str = ""
+    rate: float | None = None
+    cell: Cell | None = None
+
+    @property
+    def name(self) -> str:
+        """What a person reads."""
+        if self.cell is not None:
+            return self.cell.name
+        rate = "" if self.rate is None else f"/{self.rate:g}"
+        return "/".join(part for part in (self.what, self.transfer, self.regime, self.arm) if part) + rate
+
+
+def cells_of(config: StudyConfig, only: str | None = None) -> list[Cell]:
+    """All cells in the order of computing: by wave, seed, transfer and regime.
+
+    The cells of one seed, transfer and regime stand together, so that a study that is stopped holds whole comparisons.
+    `only` is a pattern as of a shell, over names such as `tweets_reviews/over/greedy/1`.
+    """
+    cells = [cell for wave in config.waves for cell in _of_wave(config, wave)]
+    return [cell for cell in dict.fromkeys(cells) if only is None or fnmatch.fnmatchcase(cell.name, only)]
+
+
+def _of_wave(config: StudyConfig, wave: WaveConfig) -> Iterator[Cell]:
+    for seed, transfer, regime, arm in product(wave.seeds or config.seeds, config.transfers, config.regimes, wave.arms):
+        draws = range(config.draws) if arm_of(arm).draws else [None]
+        yield from (Cell(transfer, regime, arm, seed, draw) for draw in draws)
+
+
+def jobs_of(config: StudyConfig, only: str | None = None) -> list[Job]:
+    """The work behind the cells, in the order of computing: what they share stands before the first that needs it."""
+    tuning = [tuple(cell.split("/")) for cell in config.tuning.cells]
+    cells = cells_of(config, only)
+    jobs = [Job("source", *place) for place in tuning]
+    jobs += [Job("tune", *place, SHALLOW, rate) for place in tuning for rate in rates_of(config, SHALLOW)]
+    for wave in config.waves:
+        for arm in wave.arms:
+            if any(cell.arm == arm for cell in cells):
+                jobs += [Job("tune", *place, arm, rate) for place in tuning for rate in rates_of(config, arm)]
+        mine = set(_of_wave(config, wave))
+        for cell in cells:
+            if cell in mine:
+                jobs += [
+                    Job("source", cell.transfer, cell.regime),
+                    Job("cell", cell.transfer, cell.regime, cell.arm, cell=cell),
+                ]
+    if only is None:
+        jobs += [Job("gradients", *cell.split("/")) for cell in config.gradients]
+    return list(dict.fromkeys(jobs))
+
+
+def rates_of(config: StudyConfig, arm: str) -> tuple[float, ...]:
+    """The learning rates that are tried for an arm."""
+    return config.rates[getattr(arm_of(arm), "kind", "lora")]

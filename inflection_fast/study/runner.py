@@ -1,0 +1,195 @@
+"""Running a study: worker processes that share a folder, on one machine or on a Ray cluster."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from inflection_fast.run.errors import UserError, disk_full
+from inflection_fast.study.cells import Job, cells_of, jobs_of
+from inflection_fast.study.config import StudyConfig
+from inflection_fast.study.shelf import Busy, Shelf
+
+__all__ = ["Progress", "progress_of", "retry", "run", "work_through"]
+
+PAUSE_S = 0.5  # between two looks for work that others hold
+LOOK_S = 2.0  # between two looks at the progress
+DEATHS = 20  # workers that may die before the study gives up
+FULL = 28  # exit code of a worker that met a full disk, after ENOSPC
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a study is."""
+
+    cells: int
+    done: int
+    failed: int
+
+    @property
+    def left(self) -> int:
+        """Cells that are not computed."""
+        return self.cells - self.done
+
+
+def progress_of(config: StudyConfig, shelf: Shelf, only: str | None = None) -> Progress:
+    """How many cells there are, are done, and failed."""
+    states = Counter()
+    for cell in cells_of(config, only):
+        path = shelf.path(f"cells/{cell.name}.json")
+        if path.is_file():
+            found = shelf.find(f"cells/{cell.name}.json")
+            states["failed" if found["run_info"]["error_msg"] else "good"] += 1
+        states["all"] += 1
+    return Progress(states["all"], states["good"] + states["failed"], states["failed"])
+
+
+def retry(config: StudyConfig, shelf: Shelf, only: str | None = None) -> int:
+    """Removes the cells that failed, so that they are computed again, and says how many there were."""
+    removed = 0
+    for cell in cells_of(config, only):
+        found = shelf.find(f"cells/{cell.name}.json")
+        if found is not None and found["run_info"]["error_msg"]:
+            shelf.path(f"cells/{cell.name}.json").unlink()
+            removed += 1
+    return removed
+
+
+def work_through(config: StudyConfig, only: str | None = None, begun: Callable[[Job], None] = lambda job: None) -> None:
+    """One worker: does every job that nobody else has, until none is left.
+
+    A job that another process holds is left for later; where only such jobs are left, it waits for them, because the
+    other process may die.
+    """
+    from inflection_fast.study.work import Work
+
+    work = Work(config, Shelf.of(config))
+    left = jobs_of(config, only)
+    while left:
+        waiting = []
+        did = False
+        for place, job in enumerate(left):
+            begun(job)
+            try:
+                did |= work.do(job)
+            except Busy:
+                waiting.append(job)
+                continue
+            if did and waiting:
+                # Back to the first job that was held: the order is that of their worth.
+                waiting += left[place + 1 :]
+                break
+        if waiting and not did:
+            time.sleep(PAUSE_S)
+        left = waiting
+
+
+def run(
+    config: StudyConfig,
+    *,
+    jobs: int,
+    executor: str,
+    only: str | None,
+    show: Callable[[Progress], None],
+) -> Progress:
+    """Computes what is missing with so many workers, and returns how far it came.
+
+    UserError where the disk is full, or workers keep dying: what is finished stays, and the same call goes on.
+    """
+    shelf = Shelf.of(config)
+    for cell in cells_of(config, only):  # an unknown arm is told before anything is computed
+        del cell
+    (_with_ray if executor == "ray" else _with_processes)(
+        config, jobs, only, lambda: show(progress_of(config, shelf, only))
+    )
+    return progress_of(config, shelf, only)
+
+
+def _worker(config: StudyConfig, only: str | None) -> None:
+    from inflection_fast.run.chatter import quiet_libraries
+
+    quiet_libraries()
+    try:
+        work_through(config, only)
+    except UserError as error:
+        print(f"inflection-fast study: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if disk_full(error):
+            sys.exit(FULL)
+        raise
+
+
+def _with_processes(config: StudyConfig, jobs: int, only: str | None, show: Callable[[], None]) -> None:
+    context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+
+    def start() -> Any:
+        process = context.Process(target=_worker, args=(config, only), daemon=False)
+        process.start()
+        return process
+
+    workers = [start() for _ in range(jobs)]
+    deaths = 0
+    try:
+        while workers:
+            time.sleep(LOOK_S)
+            show()
+            for worker in list(workers):
+                if worker.is_alive():
+                    continue
+                workers.remove(worker)
+                if worker.exitcode == FULL:
+                    raise UserError(
+                        "the disk is full: free some space and give the same command again; it goes on from there"
+                    )
+                if worker.exitcode == 2:
+                    raise UserError("a worker stopped, for the reason above")
+                if worker.exitcode:
+                    deaths += 1
+                    if deaths > DEATHS:
+                        raise UserError(f"{deaths} workers died, the last with exit code {worker.exitcode}")
+                    workers.append(start())  # the cell it was at is free again, and is given up after two deaths
+    finally:
+        for worker in workers:
+            worker.terminate()
+        for worker in workers:
+            worker.join()
+
+
+def _with_ray(config: StudyConfig, jobs: int, only: str | None, show: Callable[[], None]) -> None:
+    """So many tasks on a Ray cluster whose machines share the folder; Ray restarts a task whose machine is lost."""
+    try:
+        import ray
+    except ModuleNotFoundError as error:
+        raise UserError("--executor ray needs the package ray: pip install ray") from error
+
+    if not ray.is_initialized():
+        ray.init(address="auto" if "RAY_ADDRESS" in os.environ else None, log_to_driver=False)
+    device = config.train.device
+    remote = ray.remote(num_cpus=max(1, config.train.threads), num_gpus=0 if device == "cpu" else 1, max_retries=DEATHS)
+    tasks = [remote(work_through).remote(config, only) for _ in range(jobs)]
+    try:
+        while tasks:
+            done, tasks = ray.wait(tasks, timeout=LOOK_S)
+            show()
+            for task in done:
+                try:
+                    ray.get(task)
+                except ray.exceptions.RayTaskError as error:
+                    cause = error.cause
+                    if disk_full(cause):
+                        raise UserError("the disk is full: free some space and give the same command again") from error
+                    if isinstance(cause, UserError):
+                        raise UserError(str(cause)) from error
+                    raise
+    finally:
+        for task in tasks:
+            ray.cancel(task, force=True)

@@ -1,0 +1,389 @@
+"""The trainings of a study: sources, searches for learning rates, measured runs and cells, each computed once."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import time
+import traceback
+from datetime import datetime, timezone
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+import torch
+from torch import nn
+
+from inflection_fast.measure import Monitor, MonitorConfig
+from inflection_fast.run.errors import UserError, disk_full
+from inflection_fast.run.folder import write_json
+from inflection_fast.study.adaptation import Adaptation, NoArm
+from inflection_fast.study.arms import Seen, arm_of
+from inflection_fast.study.cells import SHALLOW, Cell, Job, rates_of
+from inflection_fast.study.config import StudyConfig
+from inflection_fast.study.loop import Clock, Trained, evaluate, logits_of, train
+from inflection_fast.study.record import failed, record
+from inflection_fast.study.shelf import Busy, Shelf
+from inflection_fast.study.texts import TASK, Texts, Tokens, texts_of
+from inflection_fast.timeline import Timeline
+
+__all__ = ["Work", "saturation"]
+
+SURE = 0.99  # a largest probability above this counts as saturated
+
+
+class Work:
+    """One process's hands on a study. Every result is looked for in the folder before it is computed."""
+
+    def __init__(self, config: StudyConfig, shelf: Shelf):
+        self.config = config
+        self.shelf = shelf
+        self._failed: dict[str, str] = {}  # shared work that failed: not tried again by this process
+        self._texts = lru_cache(maxsize=16)(lambda name: texts_of(config, name, shelf))
+        if config.train.threads:
+            torch.set_num_threads(config.train.threads)
+
+    def do(self, job: Job) -> bool:
+        """Does a job, and says whether there was anything to do. Busy where another process has it, or what it needs.
+
+        What goes wrong in a cell is recorded in it; a full disk, and what is no cell's fault, is raised.
+        """
+        if job.what == "cell":
+            return self._cell(job.cell)
+        try:
+            if job.what == "source":
+                return self._new(f"{self._source_name(job.transfer, job.regime)}.json", self.source, job)
+            if job.what == "gradients":
+                from inflection_fast.study.gradients import gradients
+
+                name = f"gradients/{job.transfer}-{job.regime}-{job.arm}.json"
+                return self._new(name, lambda *place: gradients(self, *place, job.arm, name), job)
+            return self._tune(job)
+        except (UserError, NoArm):
+            return False  # the cells that need it say so
+
+    def _new(self, name: str, compute: Any, job: Job) -> bool:
+        if self.shelf.find(name) is not None or name in self._failed:
+            return False
+        compute(job.transfer, job.regime)
+        return True
+
+    # ---- what cells share ----------------------------------------------------------------------------------------
+
+    def texts(self, transfer: str) -> Texts:
+        """The texts of a transfer."""
+        return self._once(f"data/{transfer}", lambda: self._texts(transfer))
+
+    def _once(self, name: str, compute: Any) -> Any:
+        """Shared work, which is not tried again after it failed for a reason that stays."""
+        if name in self._failed:
+            raise UserError(self._failed[name])
+        try:
+            return compute()
+        except UserError as error:
+            self._failed[name] = str(error)
+            raise
+
+    def _source_name(self, transfer: str, regime: str) -> str:
+        return f"sources/{transfer}-{regime}"
+
+    def source(self, transfer: str, regime: str) -> dict[str, Any]:
+        """The source training of a transfer and regime: its facts; the weights lie beside them."""
+        name = self._source_name(transfer, regime)
+        return self._once(name, lambda: self.shelf.get(f"{name}.json", lambda: self._train_source(transfer, regime)))
+
+    def _train_source(self, transfer: str, regime: str) -> dict[str, Any]:
+        texts, settings = self.texts(transfer), self.config.source
+        tokens, test = texts.source_parts
+        length = self.config.regimes[regime]
+        per_epoch = max(1, len(tokens) // self.config.train.batch_size)
+        steps = length.steps if length.steps is not None else length.epochs * per_epoch
+        model = self._load(settings.seed, tuple(texts.facts["source"]["labels"]), None)
+        trained = train(
+            model, tokens, self.config.train, learning_rate=settings.learning_rate, seed=settings.seed, steps=steps
+        )
+        facts = {
+            "transfer": transfer,
+            "regime": regime,
+            "texts": len(tokens),
+            "epochs": round(steps / per_epoch, 3),
+            **_training(trained, settings.learning_rate),
+            "test": _without_bits(evaluate(model, test, self.config.train)),
+            "saturation": {
+                "test": saturation(logits_of(model, test, self.config.train)),
+                "train": saturation(logits_of(model, tokens.take(np.arange(min(400, len(tokens)))), self.config.train)),
+            },
+        }
+        folder = self.shelf.path(f"{self._source_name(transfer, regime)}/model")
+        partial = folder.with_name(f"{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        model.save_pretrained(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+        return facts
+
+    def _load(self, seed: int, labels: tuple[str, ...], folder: Path | None) -> nn.Module:
+        from inflection_fast.run.models import load_model, load_tokenizer
+
+        torch.manual_seed(seed)  # a new head is the same in every arm
+        tokenizer = load_tokenizer(self.config.model)
+        return load_model(self.config.model, TASK, tokenizer, labels=labels, folder=folder)
+
+    def start(self, transfer: str, regime: str, seed: int) -> nn.Module:
+        """The model of a cell before it has seen the target."""
+        self.source(transfer, regime)
+        facts = self.texts(transfer).facts
+        folder = self.shelf.path(f"{self._source_name(transfer, regime)}/model")
+        labels = tuple(facts["target"]["labels"])
+        model = self._load(seed, labels, folder)
+        if self.config.transfers[transfer].head == "new" and len(labels) == len(facts["source"]["labels"]):
+            torch.manual_seed(seed)
+            for name, module in model.named_modules():
+                if hasattr(module, "reset_parameters") and not name.startswith(f"{model.base_model_prefix}."):
+                    module.reset_parameters()
+        return model
+
+    def measured(self, transfer: str, regime: str, seed: int) -> tuple[Timeline, dict[str, Any]]:
+        """The timeline of the measured training, which is that of the arm `shallow`, and what it took."""
+        name = f"measured/{transfer}-{regime}-{seed}"
+        facts = self.shelf.get(f"{name}.json", lambda: self._measure(transfer, regime, seed, name))
+        return Timeline.load(self.shelf.path(name)), facts
+
+    def _measure(self, transfer: str, regime: str, seed: int, name: str) -> dict[str, Any]:
+        rate, settings = self.rate(SHALLOW), self.config.measured
+        folder = self.shelf.path(name)
+        shutil.rmtree(folder, ignore_errors=True)
+        signals = ("attention", "activation_grad", "parameter_grad")
+        config = MonitorConfig(every=settings.every, rows=settings.rows, signals=signals)
+
+        def watched(model: nn.Module, tokens: Tokens) -> Trained:
+            with Monitor(model, config, folder, alerts=None) as monitor:
+                return train(
+                    model,
+                    tokens,
+                    self.config.train,
+                    learning_rate=rate,
+                    seed=seed,
+                    after_backward=lambda step: monitor.step(),
+                )
+
+        adaptation = arm_of(SHALLOW).choose(self.seen(transfer, regime, SHALLOW, seed))
+        # One training for the measurement and for the arm: the key is the same, and so is what is trained.
+        clock = Clock()
+        with clock.running():
+            self.training(transfer, regime, seed, adaptation, rate, "test", watched)
+            if not folder.is_dir():  # the arm was computed before, without the monitor
+                model = adaptation.apply(self.start(transfer, regime, seed), self.config.train.steps)
+                watched(model, self.texts(transfer).split(seed).train)
+        return {**clock.facts(), "steps": self.config.train.steps}
+
+    # ---- learning rates --------------------------------------------------------------------------------------------
+
+    def _tune(self, job: Job) -> bool:
+        name = self._tuning_name(job.arm, job.transfer, job.regime, job.rate)
+        if self.shelf.find(name) is not None:
+            return False
+        self._tried(job.arm, job.transfer, job.regime, job.rate)
+        return True
+
+    def _tuning_name(self, arm: str, transfer: str, regime: str, rate: float) -> str:
+        return f"tuning/{arm}/{transfer}-{regime}-{rate:g}.json"
+
+    def _tried(self, arm: str, transfer: str, regime: str, rate: float) -> dict[str, Any]:
+        """Accuracy on the validation texts after a training at one learning rate."""
+
+        def compute() -> dict[str, Any]:
+            seed = self.config.tuning.seed
+            seen = self.seen(transfer, regime, arm, seed)
+            adaptation = self.chosen(arm, seen)
+            result = self.training(transfer, regime, seed, adaptation, rate, "validation")
+            facts = {"learning_rate": rate, "layers": list(adaptation.layers), "training": result["key"]}
+            return {**facts, **{k: result["metrics"][k] for k in ("accuracy", "loss", "n")}}
+
+        return self.shelf.get(self._tuning_name(arm, transfer, regime, rate), compute)
+
+    def rate(self, arm: str) -> float:
+        """The learning rate of an arm: that of the lowest validation loss, on average over the searched cells.
+
+        The loss and not the accuracy, because that of a few hundred texts moves by more than rates differ.
+        """
+
+        def compute() -> dict[str, Any]:
+            rows = []
+            for rate in rates_of(self.config, arm):
+                tried = [self._tried(arm, *cell.split("/"), rate) for cell in self.config.tuning.cells]
+                accuracy, loss = (float(np.mean([one[key] for one in tried])) for key in ("accuracy", "loss"))
+                rows.append({"learning_rate": rate, "accuracy": accuracy, "loss": loss})
+            best = min(rows, key=lambda row: row["loss"])
+            tried_rates = [row["learning_rate"] for row in rows]
+            edge = best["learning_rate"] in (min(tried_rates), max(tried_rates))
+            return {"arm": arm, "learning_rate": best["learning_rate"], "at_the_edge": edge, "tried": rows}
+
+        return self.shelf.get(f"rates/{arm}.json", compute)["learning_rate"]
+
+    # ---- cells -----------------------------------------------------------------------------------------------------
+
+    def seen(self, transfer: str, regime: str, arm: str, seed: int, draw: int = 0) -> Seen:
+        """What an arm may look at."""
+        return Seen(
+            self.config,
+            lambda: self.start(transfer, regime, seed),
+            self.texts(transfer).split(seed),
+            lambda: self.measured(transfer, regime, seed),
+            seed,
+            draw,
+            (crc32(transfer.encode()), crc32(regime.encode())),
+        )
+
+    def chosen(self, arm: str, seen: Seen) -> Adaptation:
+        """What the arm chooses, with its time counted. The random state is the cell's own."""
+        torch.manual_seed(seen.seed)
+        with seen.clock.running():
+            return arm_of(arm).choose(seen)
+
+    def training(
+        self,
+        transfer: str,
+        regime: str,
+        seed: int,
+        adaptation: Adaptation,
+        rate: float,
+        on: str,
+        how: Any = None,
+    ) -> dict[str, Any]:
+        """A training with its evaluation on the `test` or `validation` texts; arms that choose alike share it."""
+        key = adaptation.key(transfer=transfer, regime=regime, seed=seed, rate=rate, on=on)
+
+        def compute() -> dict[str, Any]:
+            split, texts = self.texts(transfer).split(seed), self.texts(transfer)
+            model = self.start(transfer, regime, seed)
+            torch.manual_seed(seed)
+            adapted = adaptation.apply(model, self.config.train.steps)
+            parameters = adaptation.parameters(adapted)
+            trained = (how or self._plain(adaptation, rate, seed))(adapted, split.train)
+            clock = Clock()
+            with clock.running():
+                metrics = evaluate(adapted, getattr(split, on), self.config.train)
+            result = {
+                "key": key,
+                "metrics": metrics,
+                **_training(trained, rate),
+                "adapter_parameters": parameters,
+                "total": sum(p.numel() for p in adapted.parameters()),
+                "evaluation": clock.facts(),
+            }
+            if on == "test":
+                result["source_after"] = self._remembered(texts, regime, adapted)
+            return result
+
+        return self.shelf.get(f"trainings/{key}.json", compute)
+
+    def _plain(self, adaptation: Adaptation, rate: float, seed: int) -> Any:
+        from inflection_fast.study.manners import manners
+
+        def how(model: nn.Module, tokens: Tokens) -> Trained:
+            more = manners(adaptation, model, self.config.train.steps, seed)
+            return train(model, tokens, self.config.train, learning_rate=rate, seed=seed, **more)
+
+        return how
+
+    def _remembered(self, texts: Texts, regime: str, model: nn.Module) -> dict[str, Any]:
+        """Accuracy on the source's test texts afterwards, by the source's own head where the target had a new one."""
+        _, test = texts.source_parts
+        if self.config.transfers[texts.name].head == "keep":
+            return {**_without_bits(evaluate(model, test, self.config.train)), "head": "the target's"}
+        before = self._load(0, tuple(texts.facts["source"]["labels"]), self._source_folder(texts.name, regime))
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        prefix = before.base_model_prefix
+        for name, child in before.named_children():
+            if name != prefix:
+                setattr(inner, name, child)
+        inner.num_labels = inner.config.num_labels = before.num_labels
+        return {**_without_bits(evaluate(model, test, self.config.train)), "head": "the source's"}
+
+    def _source_folder(self, transfer: str, regime: str) -> Path:
+        return self.shelf.path(f"{self._source_name(transfer, regime)}/model")
+
+    def _cell(self, cell: Cell) -> bool:
+        name = f"cells/{cell.name}.json"
+        if self.shelf.path(name).is_file():
+            return False
+        with self.shelf.claim(name):
+            if self.shelf.path(name).is_file():
+                return False
+            deaths = self._begin(cell)
+            begin = time.perf_counter()
+            try:
+                if deaths >= 2:
+                    raise NoArm(f"{deaths} workers died while computing this cell: too little memory, most often")
+                found = self._compute(cell)
+            except Busy:
+                self._end(cell)
+                raise
+            except KeyboardInterrupt:
+                self._end(cell)
+                raise
+            except Exception as error:
+                if disk_full(error) or (isinstance(error, OSError) and error.errno == errno.EROFS):
+                    self._end(cell)
+                    raise
+                text = "" if isinstance(error, (UserError, NoArm)) else traceback.format_exc()
+                found = failed(self.config, cell, error, text)
+            found["run_info"]["created_at"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+            found["run_info"]["total_time"] = round(time.perf_counter() - begin, 3)
+            write_json(self.shelf.path(name), found)
+            self._end(cell)
+            return True
+
+    def _compute(self, cell: Cell) -> dict[str, Any]:
+        seen = self.seen(cell.transfer, cell.regime, cell.arm, cell.seed, cell.draw or 0)
+        rate = self.rate(cell.arm)
+        seen.learning_rate = rate
+        adaptation = self.chosen(cell.arm, seen)
+        if cell.arm == SHALLOW:
+            self.measured(cell.transfer, cell.regime, cell.seed)
+        result = self.training(cell.transfer, cell.regime, cell.seed, adaptation, rate, "test")
+        source = self.source(cell.transfer, cell.regime)
+        return record(self.config, cell, adaptation, result, seen, source, self.texts(cell.transfer).facts)
+
+    # A note of each cell begun: one that is found again belongs to a worker that died.
+
+    def _begin(self, cell: Cell) -> int:
+        path = f"claims/{cell.name.replace('/', '__')}.begun.json"
+        begun = (self.shelf.find(path) or {"times": 0})["times"]
+        write_json(self.shelf.path(path), {"times": begun + 1})
+        return begun
+
+    def _end(self, cell: Cell) -> None:
+        self.shelf.path(f"claims/{cell.name.replace('/', '__')}.begun.json").unlink(missing_ok=True)
+
+
+def saturation(logits: np.ndarray) -> dict[str, float]:
+    """How sure a classifier is: mean largest probability, mean entropy in nats, share of texts above 0.99."""
+    logits = np.asarray(logits, np.float64)
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    largest = np.exp(log_p.max(axis=1))
+    return {
+        "largest_probability": round(float(largest.mean()), 5),
+        "entropy_nats": round(float(-(np.exp(log_p) * log_p).sum(axis=1).mean()), 5),
+        "share_above_099": round(float((largest > SURE).mean()), 5),
+        "n": len(logits),
+    }
+
+
+def _training(trained: Trained, rate: float) -> dict[str, Any]:
+    return {
+        "learning_rate": rate,
+        "steps": trained.steps,
+        "training": trained.clock.facts(),
+        "trainable": trained.trainable,
+        "step_bytes": trained.step_bytes,
+        "losses": trained.losses,
+    }
+
+
+def _without_bits(metrics: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in metrics.items() if name != "right"}

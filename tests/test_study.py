@@ -1,0 +1,206 @@
+"""A whole study: every cell computed once, alike when computed twice, and nothing lost when it is killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tiny_study import tiny_study
+
+from inflection_fast.run.errors import UserError
+from inflection_fast.study.cells import cells_of
+from inflection_fast.study.runner import progress_of, retry, work_through
+from inflection_fast.study.shelf import Busy, Shelf
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A finished study: its settings and its cells by name."""
+    config = tiny_study(tmp_path_factory.mktemp("study"))
+    work_through(config)
+    return config, read_cells(config)
+
+
+def read_cells(config):
+    found = {}
+    for cell in cells_of(config):
+        found[cell.name] = json.loads((config.folder / "cells" / f"{cell.name}.json").read_text())
+    return found
+
+
+def outcome(cell):
+    """What must be the same when a cell is computed again."""
+    metrics = cell["train_info"]["metrics"][0]
+    return metrics, cell["run_info"]["peft_config"], cell["train_info"]["num_trainable_params"]
+
+
+def test_every_cell_is_computed_without_an_error(done):
+    config, cells = done
+    assert len(cells) == 1 * 2 * (3 + 2) * 2
+    assert {cell["run_info"]["error_msg"] for cell in cells.values()} == {""}
+    for cell in cells.values():
+        test = cell["train_info"]["metrics"][0]["test"]
+        bits = bin(int(test["right"], 16)).count("1")
+        assert test["n"] == config.target.test and test["correct"] == bits == round(test["accuracy"] * test["n"])
+
+
+def test_a_cell_computed_again_is_right_about_the_same_texts(done, tmp_path):
+    config, cells = done
+    again = replace(config, output=str(tmp_path / "again"))
+    work_through(again, only="one/over/*/1")
+    for name in (cell.name for cell in cells_of(again, "one/over/*/1")):
+        found = json.loads((again.folder / "cells" / f"{name}.json").read_text())
+        assert outcome(found) == outcome(cells[name]), name
+
+
+def test_lora_arms_spend_equal_parameters_and_everywhere_more(done):
+    _, cells = done
+    spent = {name: cell["train_info"]["num_adapter_params"] for name, cell in cells.items()}
+    equal = {spent[name] for name in spent if "/greedy/" in name or "/random-" in name}
+    assert len(equal) == 1
+    # query and value of three blocks at rank 4, against a budget of 2 blocks at rank 3
+    assert {n for name, n in spent.items() if "/all/" in name} == {3 * 2 * 4 * 32} and equal == {2 * 3 * 2 * 32}
+    assert {n for name, n in spent.items() if "/head/" in name} == {0}
+
+
+def test_random_blocks_differ_between_draws_and_places(done):
+    _, cells = done
+    drawn = {tuple(cell["run_info"]["peft_config"]["layers"]) for name, cell in cells.items() if "/random-" in name}
+    assert len(drawn) > 1
+
+
+def test_a_finished_study_trains_nothing(done, monkeypatch):
+    config, _ = done
+    monkeypatch.setattr("inflection_fast.study.work.train", None)
+    work_through(config)
+
+
+def test_the_reported_seeds_and_the_search_use_other_texts(done):
+    from inflection_fast.study.texts import texts_of
+
+    config, _ = done
+    texts = texts_of(config, "one", Shelf.of(config))
+    for seed in config.seeds:
+        split = texts.split(seed)
+        parts = [{tuple(row) for row in part.ids.tolist()} for part in (split.train, split.test, split.validation)]
+        assert not parts[0] & parts[1] and not parts[0] & parts[2] and not parts[1] & parts[2]
+    first, second = (texts.split(seed) for seed in (1, 2))
+    assert (first.validation.ids == second.validation.ids).all()
+    assert not (first.test.ids == second.test.ids).all()
+
+
+def test_the_search_tries_every_rate_and_takes_the_lowest_loss(done):
+    config, _ = done
+    rates = json.loads((config.folder / "rates" / "greedy.json").read_text())
+    assert [row["learning_rate"] for row in rates["tried"]] == list(config.rates["lora"])
+    assert rates["learning_rate"] == min(rates["tried"], key=lambda row: row["loss"])["learning_rate"]
+
+
+WORKER = """
+import sys; from pathlib import Path; sys.path.insert(0, sys.argv[2])
+from tiny_study import tiny_study
+from inflection_fast.study.runner import work_through
+work_through(tiny_study(Path(sys.argv[1])))
+"""
+
+
+def test_a_killed_study_goes_on_without_loss_and_two_workers_share_it(done, tmp_path):
+    _, cells = done
+    tiny_study(tmp_path)  # the data
+    here = str(Path(__file__).parent)
+    arguments = [sys.executable, "-c", WORKER, str(tmp_path), here]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    first = subprocess.Popen(arguments, env=environment)
+    mine = tiny_study(tmp_path)
+    deadline = time.monotonic() + 120
+    while len(list((mine.folder / "cells").rglob("*.json"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    before = {path: path.read_bytes() for path in (mine.folder / "cells").rglob("*.json")}
+    assert 2 <= len(before) < len(cells)
+    second = subprocess.Popen(arguments, env=environment)
+    work_through(mine)
+    assert second.wait(timeout=120) == 0
+    assert all(path.read_bytes() == content for path, content in before.items())
+    after = read_cells(mine)
+    assert {name: outcome(cell) for name, cell in after.items()} == {
+        name: outcome(cell) for name, cell in cells.items()
+    }
+
+
+def test_work_that_another_process_holds_is_busy_and_free_again_when_it_lets_go(tmp_path):
+    shelf, other = Shelf(tmp_path), Shelf(tmp_path)
+    with shelf.claim("cells/a.json"), pytest.raises(Busy):
+        other.get("cells/a.json", lambda: 1)
+    assert other.get("cells/a.json", lambda: 1) == 1
+
+
+# ---- bad input -----------------------------------------------------------------------------------------------------
+
+
+def test_an_arm_that_cannot_be_had_is_recorded_and_the_others_are_computed(tmp_path):
+    config = tiny_study(tmp_path, blocks=4, rank=1)
+    work_through(config, only="one/under/*/1")
+    progress = progress_of(config, Shelf.of(config), "one/under/*/1")
+    assert progress.left == 0 and progress.failed == 2
+    cell = json.loads((config.folder / "cells/one/under/random-0/1.json").read_text())
+    assert "4 blocks were asked for, the model has 3" in cell["run_info"]["error_msg"]
+    assert retry(config, Shelf.of(config), "one/under/*/1") == 2
+
+
+def test_another_study_s_folder_is_refused_and_more_seeds_are_not(done):
+    config, _ = done
+    Shelf.of(replace(config, seeds=(1, 2, 3)))
+    Shelf.of(config)
+    with pytest.raises(UserError, match="other settings: rank was 3 and is 5"):
+        Shelf.of(replace(config, rank=5))
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    (tmp_path / "letter.txt").write_text("dear")
+    with pytest.raises(UserError, match="is not empty and holds no study"):
+        Shelf.of(tiny_study(tmp_path, output=str(tmp_path)))
+
+
+def test_an_unknown_arm_is_named(tmp_path):
+    from inflection_fast.study.config import WaveConfig
+
+    with pytest.raises(UserError, match="there is no arm 'gready'"):
+        cells_of(tiny_study(tmp_path, waves=(WaveConfig(("gready",)),)))
+
+
+def test_a_disk_that_fills_stops_the_study_and_loses_nothing(tmp_path, monkeypatch):
+    config = tiny_study(tmp_path)
+    from inflection_fast.study import work
+
+    real, full = work.write_json, {"is": False}
+
+    def refusing(path, content):
+        if full["is"] and path.parent.name == "head":
+            raise OSError(28, "No space left on device", str(path))
+        real(path, content)
+
+    monkeypatch.setattr(work, "write_json", refusing)
+    full["is"] = True
+    with pytest.raises(OSError, match="No space left"):
+        work_through(config, only="one/under/head/1")
+    assert not list((config.folder / "cells").rglob("*.json"))
+    full["is"] = False
+    work_through(config, only="one/under/head/1")
+    assert progress_of(config, Shelf.of(config), "one/under/head/1").failed == 0
+
+
+def test_a_cell_that_killed_two_workers_is_given_up(tmp_path):
+    config = tiny_study(tmp_path)
+    shelf = Shelf.of(config)
+    begun = shelf.path("claims/one__under__head__1.begun.json")
+    begun.parent.mkdir(parents=True)
+    begun.write_text('{"times": 2}')
+    work_through(config, only="one/under/head/1")
+    assert "2 workers died" in shelf.find("cells/one/under/head/1.json")["run_info"]["error_msg"]
