@@ -143,9 +143,16 @@ def _stages(config: Any, console: Console) -> Any:
     return Stages(config, say=lambda line: console.print(line, markup=False), quiet=not sys.stderr.isatty())
 
 
+def _rehearse(stages: Any, *, measure: bool = False, tune: bool = False, report: bool = False) -> None:
+    from inflection_fast.run.rehearsal import rehearse
+
+    rehearse(stages, measure=measure, tune=tune, report=report)
+
+
 def _measure(argv: list[str]) -> int:
     parser = _settings_parser("measure")
     stages = _stages(_config(parser, _parse(parser, argv)), _console())
+    _rehearse(stages, measure=True)
     stages.source()
     stages.measure()
     return 0
@@ -161,7 +168,9 @@ def _tune(argv: list[str]) -> int:
     parsed = _parse(parser, argv)
     stages = _stages(_config(parser, parsed), _console())
     if parsed.plan is not None:
-        adopt_plan(stages.folder.path, Path(parsed.plan))
+        adopt_plan(stages.folder.path, Path(parsed.plan).expanduser())
+    stages.plan()  # says so where there is nothing to make one of
+    _rehearse(stages, tune=True)
     stages.tune()
     for name in stages.config.baselines:
         stages.baseline(name)
@@ -172,6 +181,7 @@ def _run(argv: list[str]) -> int:
     parser = _settings_parser("run")
     console = _console()
     stages = _stages(_config(parser, _parse(parser, argv)), console)
+    _rehearse(stages, measure=True, tune=True, report=True)
     stages.source()
     stages.measure()
     stages.plan()
@@ -221,7 +231,9 @@ def _plan(argv: list[str]) -> int:
     if defaults:
         parser.set_defaults({f"select.{name}": value for name, value in defaults.items()})
     parsed = _parse(parser, argv)
-    plan, path = make_plan(Path(parsed.folder), parsed.select, None if parsed.out is None else Path(parsed.out))
+    plan, path = make_plan(
+        Path(parsed.folder).expanduser(), parsed.select, None if parsed.out is None else Path(parsed.out).expanduser()
+    )
     console = _console()
     for layer in plan.layers:
         console.print(f"layer {layer}: {plan.reasons[layer]}", markup=False)

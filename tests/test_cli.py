@@ -185,10 +185,11 @@ def test_what_is_no_run_no_timeline_and_no_plan_is_named(settings, tmp_path, cap
 
 
 def test_a_full_disk_is_one_sentence_and_costs_nothing_that_is_there(settings, tmp_path, capsys, monkeypatch):
-    from inflection_fast.run import stages, training
+    from inflection_fast import records
+    from inflection_fast.run import training
 
     run = ["run", "--config", str(settings), "--output", str(tmp_path / "run")]
-    write = training.write_json
+    write = records.write_json
 
     def full(path, content):
         if path.name == "stage.json":
@@ -196,7 +197,7 @@ def test_a_full_disk_is_one_sentence_and_costs_nothing_that_is_there(settings, t
         write(path, content)
 
     with monkeypatch.context() as patched:
-        patched.setattr(stages, "write_json", full)
+        patched.setattr(records, "write_json", full)
         assert cli.main(run) == 2
     said = capsys.readouterr().err
     assert "the disk is full" in said and said.count("\n") == 1

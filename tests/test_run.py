@@ -29,7 +29,6 @@ from inflection_fast.run.config import (
 )
 from inflection_fast.run.errors import UserError
 from inflection_fast.run.models import load_model, load_tokenizer
-from inflection_fast.run.plans import baseline_plan
 from inflection_fast.run.stages import Stages
 from inflection_fast.timeline import Timeline
 
@@ -107,7 +106,7 @@ def finished(files, tmp_path_factory):
 def test_a_run_leaves_every_file_of_the_contract(finished):
     config, folder, said = finished
     facts = json.loads((folder / "run.json").read_text())
-    assert facts["format"] == 1 and facts["finished"] == STAGES and facts["seed"] == 42
+    assert facts["format"] == 2 and facts["finished"] == STAGES and facts["seed"] == 42
     assert {"inflection_fast", "torch", "transformers", "peft"} <= set(facts["versions"])
     assert yaml.safe_load((folder / "config.yaml").read_text()) == to_dict(config)
     assert (folder / "report" / "index.md").is_file()
@@ -135,6 +134,9 @@ def test_stages_record_what_they_did(finished):
     rank, width, head = 4, 16, 2 * 16 + 2
     assert tune["trainable_parameters"] == 2 * 2 * (2 * rank * width) + head  # layers, query and value, A and B
     assert source["on_target"]["n"] == tune["metrics"]["n"]
+    drawn = stage(folder, "baseline-random")
+    assert drawn["draws"] >= 1 and ("draw " in drawn["label"]) == (drawn["draws"] > 1) and "draws" not in last
+    assert drawn["layers"] != tune["layers"]
     assert set(measure["overhead"]) == {"off_ms", "on_ms", "noise", "ratio"}
 
 
@@ -345,7 +347,7 @@ def test_a_source_with_other_labels_gives_its_body_only(files, tmp_path):
     ("change", "message"),
     [
         ({"measure": MeasureConfig(unfreeze=4)}, "measure.unfreeze is 4, and .* has 3 blocks"),
-        ({"tune": TuneConfig(top=4)}, "tune.top is 4"),
+        ({"tune": TuneConfig(when_empty="top", top=4)}, "tune.top is 4"),
         ({"select": SelectConfig(method="top", k=4)}, "select.k is 4"),
         ({"model": ModelConfig("/nowhere")}, "there is no folder /nowhere"),
         ({"measure": MeasureConfig(monitor=MonitorConfig(blocks=("bert.encoder.layer.9",)))}, "no module"),
@@ -377,18 +379,3 @@ def test_weights_in_pickles_are_refused(files, tmp_path):
     config = config_of(files, tmp_path / "run", model=ModelConfig(str(model), max_length=12), source=None)
     with pytest.raises(UserError, match="could not be loaded"):
         Stages(config, say=lambda line: None, quiet=True).measure()
-
-
-@pytest.mark.parametrize("name", ["last", "first", "random", "all"])
-def test_baselines_take_as_many_layers_without_looking(finished, name):
-    config, folder, _ = finished
-    timeline = Timeline.load(folder / "measure")
-    for chosen in [(0,), (1,), (0, 2)]:
-        plan = baseline_plan(timeline, config.select, name, chosen, seed=1)
-        wanted = {"last": range(3)[-len(chosen) :], "first": range(len(chosen)), "all": range(3)}
-        if name == "random":
-            assert len(plan.layers) == len(chosen) and plan.layers != chosen
-            assert plan.layers == baseline_plan(timeline, config.select, name, chosen, seed=1).layers
-        else:
-            assert plan.layers == tuple(wanted[name])
-    assert baseline_plan(timeline, config.select, "random", (0, 1, 2), seed=1).layers == (0, 1, 2)

@@ -65,8 +65,9 @@ def write_timeline(folder, signals=ASKED, **options):
 
 
 def write_stage(run, name, accuracy, *, n=2500, trainable=61442, layers=None, label=None, steps=60, **more):
-    metrics = {} if accuracy is None else {"accuracy": accuracy, "loss": 0.5, "n": n, "correct": round(accuracy * n)}
+    metrics = None if accuracy is None else {"accuracy": accuracy, "loss": 0.5, "n": n, "correct": round(accuracy * n)}
     record = {
+        "format": 2,
         "stage": name,
         "label": label or name,
         "task": "sequence-classification",
@@ -90,7 +91,7 @@ def write_run(run, *, tune=0.80, shallow=0.75, random=0.755, last=0.75, **option
     """A finished run, as the stages write it."""
     run.mkdir()
     finished = ["source", "measure", "plan", "tune", "baseline-last", "baseline-random"]
-    facts = {"format": 1, "finished": finished, "versions": {"torch": "2.13.0", "numpy": "2.4.6"}, "seed": 42}
+    facts = {"format": 2, "finished": finished, "versions": {"torch": "2.13.0", "numpy": "2.4.6"}, "seed": 42}
     (run / "run.json").write_text(json.dumps(facts))
     (run / "config.yaml").write_text(CONFIG)
     on_target = {"accuracy": 0.65, "loss": 0.7, "n": 2500, "correct": 1625}

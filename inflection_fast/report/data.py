@@ -22,13 +22,13 @@ def described(run: Run) -> list[str]:
 
 
 def _data_set(settings: dict[str, Any], stage: Stage | None) -> str:
-    data = (stage.data if stage is not None else None) or {}
+    data = stage.data if stage is not None else None
     sentences = [f"`{settings['path']}`" if settings.get("path") else f"where it came from is {MISSING}"]
-    if data:
-        probe = f" and {count(data['probe'])} only to follow the representations" if data.get("probe") else ""
-        sentences[0] += f", {count(data.get('train'))} texts to train on, {count(data.get('test'))} to test on{probe}."
-        if data.get("labels"):
-            labels = listed([f"`{label}`" for label in data["labels"]])
+    if data is not None:
+        probe = f" and {count(data.probe)} only to follow the representations" if data.probe else ""
+        sentences[0] += f", {count(data.train)} texts to train on, {count(data.test)} to test on{probe}."
+        if data.labels:
+            labels = listed([f"`{label}`" for label in data.labels])
             majority = f"; the most frequent is {percent(stage.majority)} of the test texts" if stage.majority else ""
             sentences.append(f"Labels: {labels}{majority}.")
     else:
@@ -38,10 +38,9 @@ def _data_set(settings: dict[str, Any], stage: Stage | None) -> str:
         sentences += _limits(settings)
         if not settings.get("deduplicate"):
             sentences.append("Duplicates were not looked for, so texts may stand on both sides of the split.")
-    dropped = data.get("dropped")
-    if dropped:
-        sentences.append(f"Left out: {listed([f'{count(number)} {why}' for why, number in dropped.items()])}.")
-    elif data and settings.get("deduplicate"):
+    if data is not None and data.dropped:
+        sentences.append(f"Left out: {listed([f'{count(number)} {why}' for why, number in data.dropped.items()])}.")
+    elif data is not None and settings.get("deduplicate"):
         sentences.append("Duplicates were looked for, and there were none.")
     return " ".join(sentences)
 

@@ -6,50 +6,20 @@ file that is there and cannot be understood is an error, because a report withou
 
 from __future__ import annotations
 
-import json
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from inflection_fast.decide import Plan
+from inflection_fast.records import RUN, STAGE, RunRecord
+from inflection_fast.records import StageRecord as Stage
 from inflection_fast.timeline import Timeline
 
 __all__ = ["Run", "Stage", "read"]
 
-FORMAT = 1
 FIXED_STAGES = ("source", "measure", "tune")
 BASELINE = "baseline-"
 UNTRAINED = "source-on-target"  # no folder of its own: the source stage's model, scored on the target's test texts
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One `stage.json`. None stands for what the file does not say."""
-
-    name: str
-    label: str
-    accuracy: float | None
-    loss: float | None
-    perplexity: float | None
-    n: int | None
-    majority: float | None
-    trainable: int | None
-    total: int | None
-    layers: tuple[int, ...] | None
-    steps: int | None
-    train_seconds: float | None
-    evaluate_seconds: float | None
-    overhead: dict[str, float] | None
-    data: dict[str, Any] | None
-    right: str | None = None  # a "1" per example that was right, else "0"
-
-    @property
-    def standard_error(self) -> float | None:
-        """Binomial standard error of the accuracy."""
-        if self.accuracy is None or not self.n:
-            return None
-        return math.sqrt(self.accuracy * (1 - self.accuracy) / self.n)
 
 
 @dataclass(frozen=True)
@@ -105,42 +75,28 @@ def read(folder: str | Path) -> Run:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a run folder: there is no such folder.")
-    if not (folder / "run.json").is_file():
+    if not (folder / RUN).is_file():
         raise ValueError(f"{folder} is not a run folder: it holds no run.json.")
-    facts = _json(folder / "run.json")
-    if facts.get("format") != FORMAT:
-        raise ValueError(
-            f"{folder / 'run.json'} has format {facts.get('format')!r}; this version reads format {FORMAT}."
-        )
-    names = [name for name in FIXED_STAGES if (folder / name / "stage.json").is_file()]
-    names += sorted(path.parent.name for path in folder.glob(f"{BASELINE}*/stage.json"))
+    facts = RunRecord.load(folder / RUN)
+    names = [name for name in FIXED_STAGES if (folder / name / STAGE).is_file()]
+    names += sorted(path.parent.name for path in folder.glob(f"{BASELINE}*/{STAGE}"))
     plan, timeline = folder / "plan.json", folder / "measure" / "timeline.arrows"
     config, settings = _settings(folder / "config.yaml")
-    stages = {name: _stage(_json(folder / name / "stage.json"), folder / name / "stage.json", name) for name in names}
-    if "source" in stages:
+    stages = {name: Stage.load(folder / name / STAGE) for name in names}
+    if "source" in stages and stages["source"].on_target is not None:
         target = next((stage for name, stage in stages.items() if name != "source"), None)
-        stages |= _untrained(folder / "source" / "stage.json", target.majority if target else None)
+        stages[UNTRAINED] = _untrained(stages["source"], target.majority if target else None)
     return Run(
         folder=folder,
-        finished=tuple(facts.get("finished") or ()),
-        versions=dict(facts.get("versions") or {}),
-        seed=facts.get("seed"),
+        finished=facts.finished,
+        versions=facts.versions,
+        seed=facts.seed,
         config=config,
         settings=settings,
         stages=stages,
         plan=Plan.load(plan) if plan.is_file() else None,
         timeline=Timeline.load(timeline) if timeline.is_file() else None,
     )
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object; it holds a {type(content).__name__}.")
-    return content
 
 
 def _settings(path: Path) -> tuple[str | None, dict[str, Any]]:
@@ -159,50 +115,20 @@ def _settings(path: Path) -> tuple[str | None, dict[str, Any]]:
     return text, content
 
 
-def _untrained(path: Path, majority: float | None) -> dict[str, Stage]:
+def _untrained(source: Stage, majority: float | None) -> Stage:
     """The source model as it is, on the target: what every training on the target has to improve upon."""
-    content = _json(path)
-    if not content.get("on_target"):
-        return {}
-    known = {"label": "source model, not trained further", "metrics": content["on_target"]}
-    known |= {"majority": majority, "trainable_parameters": 0, "layers": [], "steps": 0}
-    return {UNTRAINED: _stage(known, path, UNTRAINED)}
-
-
-def _stage(content: dict[str, Any], path: Path, name: str) -> Stage:
-    metrics = content.get("metrics") or {}
-    layers = content.get("layers")
-    return Stage(
-        name=name,
-        label=str(content.get("label") or name),
-        accuracy=_number(path, metrics, "accuracy"),
-        loss=_number(path, metrics, "loss"),
-        perplexity=_number(path, metrics, "perplexity"),
-        n=_number(path, metrics, "n"),
-        majority=_number(path, content, "majority"),
-        trainable=_number(path, content, "trainable_parameters"),
-        total=_number(path, content, "total_parameters"),
-        layers=None if layers is None else tuple(layers),
-        steps=_number(path, content, "steps"),
-        train_seconds=_number(path, content, "train_seconds"),
-        evaluate_seconds=_number(path, content, "evaluate_seconds"),
-        overhead=content.get("overhead"),
-        data=content.get("data"),
-        right=_right(path, metrics),
+    return replace(
+        source,
+        stage=UNTRAINED,
+        label="source model, not trained further",
+        data=None,
+        majority=majority,
+        metrics=source.on_target,
+        trainable_parameters=0,
+        total_parameters=None,
+        layers=(),
+        steps=0,
+        train_seconds=None,
+        evaluate_seconds=None,
+        on_target=None,
     )
-
-
-def _right(path: Path, metrics: dict[str, Any]) -> str | None:
-    right = metrics.get("right")
-    if right is not None and not (
-        isinstance(right, str) and set(right) <= set("01") and len(right) == metrics.get("n")
-    ):
-        raise ValueError(f"{path}: right must be a text of one 0 or 1 per example.")
-    return right
-
-
-def _number(path: Path, content: dict[str, Any], key: str) -> Any:
-    value = content.get(key)
-    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-        raise ValueError(f"{path}: {key} must be a number; it is {value!r}.")
-    return value if value is None or math.isfinite(value) else None

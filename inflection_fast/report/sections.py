@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from inflection_fast.records import OverheadRecord
 from inflection_fast.report.data import described
 from inflection_fast.report.folder import Run, Stage
 from inflection_fast.report.pictures import SIGNALS, Pictures
@@ -267,8 +268,8 @@ def overhead(run: Run) -> list[str]:
         said.append("Steps with and without measuring were not timed against each other in this run.")
     else:
         said.append(
-            f"A step that is measured takes {significant(timed['on_ms'])} ms, one that is not "
-            f"{significant(timed['off_ms'])} ms (medians of interleaved forward and backward passes, without the fixed "
+            f"A step that is measured takes {significant(timed.on_ms)} ms, one that is not "
+            f"{significant(timed.off_ms)} ms (medians of interleaved forward and backward passes, without the fixed "
             "probe texts). Spread over the steps that are not measured, that is "
             f"{overhead_share(timed)} of the training."
         )
@@ -284,9 +285,9 @@ def overhead(run: Run) -> list[str]:
     return said
 
 
-def overhead_share(timed: dict[str, float]) -> str:
+def overhead_share(timed: OverheadRecord) -> str:
     """The cost of measuring as a share of training, with its standard error, and whether it stands out from that."""
-    share, error = timed["ratio"] - 1, timed["noise"]
+    share, error = timed.ratio - 1, timed.noise
     within = ", which is within the noise" if abs(share) <= NOISE * error else ""
     return f"{100 * share:+.2f} ± {100 * error:.2f} %{within}"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from inflection_fast.records import OverheadRecord
 from inflection_fast.report.folder import Run, read
 from inflection_fast.report.profile import by_name, log_gradient
 from inflection_fast.report.sections import missing_parts, model_name, overhead, overhead_share
@@ -109,7 +110,7 @@ def _layers(run: Run) -> Table:
     return table
 
 
-def _overhead(timed: dict[str, float]) -> Table:
+def _overhead(timed: OverheadRecord) -> Table:
     table = _table(("unmeasured step, ms", "right"), ("measured step, ms", "right"), ("share of training", "right"))
-    table.add_row(significant(timed["off_ms"]), significant(timed["on_ms"]), overhead_share(timed))
+    table.add_row(significant(timed.off_ms), significant(timed.on_ms), overhead_share(timed))
     return table

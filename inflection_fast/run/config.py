@@ -311,7 +311,7 @@ class RunConfig:
     @property
     def folder(self) -> Path:
         """The output folder."""
-        return Path(self.output)
+        return Path(self.output).expanduser()
 
 
 def to_dict(config: Any) -> Any:

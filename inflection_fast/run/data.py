@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from inflection_fast.records import DataRecord
 from inflection_fast.run.config import DataConfig
 from inflection_fast.run.errors import UserError
 from inflection_fast.run.files import Rows, load_rows
@@ -42,10 +43,9 @@ class TextData:
             return None
         return max(Counter(self.test["label"]).values()) / len(self.test)
 
-    def summary(self) -> dict[str, Any]:
+    def record(self) -> DataRecord:
         """Sizes and what was dropped, for stage.json."""
-        sizes = {"train": len(self.train), "test": len(self.test), "probe": len(self.probe)}
-        return {**sizes, "labels": list(self.labels), "dropped": dict(self.dropped)}
+        return DataRecord(len(self.train), len(self.test), len(self.probe), self.labels, dict(self.dropped))
 
 
 def normalised(text: str) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from inflection_fast.records import Metrics
 from inflection_fast.run.batches import IGNORED
 
 __all__ = ["class_logits", "classification_metrics", "in_words", "language_metrics", "token_losses"]
@@ -19,7 +20,7 @@ def class_logits(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
     return (outputs[0] if isinstance(outputs, tuple) else outputs).float()
 
 
-def classification_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+def classification_metrics(logits: np.ndarray, labels: np.ndarray) -> Metrics:
     """Accuracy and mean cross-entropy, with the counts they come from, and a "1" for every text that was right.
 
     With the last, two models on the same texts can be compared text by text.
@@ -30,13 +31,13 @@ def classification_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, 
     losses = log_sum - logits[np.arange(len(labels)), labels]
     right = logits.argmax(axis=-1) == labels
     correct = int(right.sum())
-    return {
-        "accuracy": correct / len(labels),
-        "loss": float(losses.mean()),
-        "n": len(labels),
-        "correct": correct,
-        "right": "".join("01"[one] for one in right.tolist()),
-    }
+    return Metrics(
+        n=len(labels),
+        loss=float(losses.mean()),
+        accuracy=correct / len(labels),
+        correct=correct,
+        right="".join("01"[one] for one in right.tolist()),
+    )
 
 
 def token_losses(logits: Any, labels: torch.Tensor) -> torch.Tensor:
@@ -50,18 +51,18 @@ def token_losses(logits: Any, labels: torch.Tensor) -> torch.Tensor:
     return torch.stack([losses.sum(dim=1), (targets != IGNORED).sum(dim=1).float()], dim=1)
 
 
-def language_metrics(sums: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+def language_metrics(sums: np.ndarray, labels: np.ndarray) -> Metrics:
     """Token-weighted loss in nats and its exponential, the perplexity, from the rows of `token_losses`."""
     total, tokens = np.asarray(sums, dtype=np.float64).sum(axis=0)
     loss = float(total / tokens)
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "n": int(tokens)}
+    return Metrics(n=int(tokens), loss=loss, perplexity=math.exp(min(loss, 700.0)))
 
 
-def in_words(metrics: dict[str, float]) -> str:
+def in_words(metrics: Metrics | None) -> str:
     """The metrics as a person reads them, with the binomial standard error of an accuracy."""
-    if "accuracy" in metrics:
-        error = (metrics["accuracy"] * (1 - metrics["accuracy"]) / metrics["n"]) ** 0.5
-        return f"accuracy {100 * metrics['accuracy']:.1f} ± {100 * error:.1f} % on {metrics['n']} texts"
-    if "perplexity" in metrics:
-        return f"perplexity {metrics['perplexity']:.2f} on {metrics['n']} tokens"
-    return "not evaluated"
+    if metrics is None:
+        return "not evaluated"
+    if metrics.accuracy is not None:
+        error = (metrics.accuracy * (1 - metrics.accuracy) / metrics.n) ** 0.5
+        return f"accuracy {100 * metrics.accuracy:.1f} ± {100 * error:.1f} % on {metrics.n} texts"
+    return f"perplexity {metrics.perplexity:.2f} on {metrics.n} tokens"

@@ -1,41 +1,28 @@
-"""The output folder of a run: whose it is, what is finished, and files that are either whole or not there."""
+"""The output folder of a run: whose it is, which stages are begun or finished, and with which settings."""
 
 from __future__ import annotations
 
-import json
-import os
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from inflection_fast.atomic import write_json, write_text
+from inflection_fast.decide import Plan
+from inflection_fast.records import RUN, STAGE, RunRecord, StageRecord
 from inflection_fast.run.config import RunConfig, differences, to_dict
-from inflection_fast.run.errors import UserError
+from inflection_fast.run.errors import UserError, user_errors
 
 __all__ = ["RunFolder", "load_settings", "package_versions", "write_json", "write_text"]
 
-FORMAT = 1
-OWN_FILES = ("config.yaml", "run.json")  # what the folder of a run holds before its first stage
+OWN_FILES = ("config.yaml", RUN)  # what the folder of a run holds before its first stage
 PACKAGES = ("inflection_fast", "torch", "transformers", "peft", "datasets", "accelerate", "pyarrow", "numpy")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file that appears whole or not at all, also when the machine goes down meanwhile."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(fresh, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(fresh, path)
-    except OSError:
-        fresh.unlink(missing_ok=True)
-        raise
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON with `write_text`."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+ORDER = ("source", "measure", "plan", "tune", "baseline-")  # every stage rests on those before it
+STEERS = {
+    "measure": "measure",
+    "select": "plan",
+    "tune": "tune",
+}  # setting -> first stage that it steers; else the first
+FREE = ("output", "baselines")  # settings that no stage rests on
 
 
 def package_versions() -> dict[str, str]:
@@ -50,67 +37,90 @@ def package_versions() -> dict[str, str]:
 
 
 class RunFolder:
-    """A run's output folder; opening it refuses the folder of another run."""
+    """A run's output folder.
+
+    Opening it refuses the folder of another run. A setting may change as long as no stage has begun that rests on it.
+    """
 
     def __init__(self, config: RunConfig):
         self.path = config.folder
-        settings = to_dict(config)
+        self._settings = to_dict(config)
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"output {self.path} is a file, not a folder")
         saved = self.path / "config.yaml"
-        begun = self.path.is_dir() and any(_matters(item.name) for item in self.path.iterdir())
-        if saved.is_file() and begun:
-            old = load_settings(saved)
-            # The name of the folder is not a setting of the run: a folder that was moved is still its own.
-            changed = differences({**old, "output": None}, {**settings, "output": None})
-            if changed:
-                raise UserError(
-                    f"output {self.path} holds a run with other settings: {'; '.join(changed)}."
-                    " Choose another output folder, or the same settings to continue that run"
-                )
-        elif begun:
+        used = self.path.is_dir() and any(_matters(item.name) for item in self.path.iterdir())
+        if saved.is_file() and used:
+            self._change(load_settings(saved))
+        elif used:
             raise UserError(f"output {self.path} is not empty and holds no run: choose another folder")
-        else:
+        if not used or not (self.path / RUN).is_file():
+            RunRecord((), package_versions(), config.seed).save(self.path / RUN)
+        elif (record := self._record()).seed != config.seed:
+            RunRecord(record.finished, record.versions, config.seed).save(self.path / RUN)
+        if not saved.is_file() or load_settings(saved) != self._settings:
             import yaml
 
-            write_text(saved, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
-            self._write([], config.seed)
-        if not self._facts.is_file():
-            self._write([], config.seed)
+            write_text(saved, yaml.safe_dump(self._settings, sort_keys=False, allow_unicode=True))
 
-    @property
-    def _facts(self) -> Path:
-        return self.path / "run.json"
+    def _change(self, old: dict[str, Any]) -> None:
+        """Goes on with the settings as they are now, or says which stage was begun with other ones."""
+        changed: dict[str, list[str]] = {}
+        for key in dict.fromkeys([*old, *self._settings]):
+            found = differences({key: old.get(key)}, {key: self._settings.get(key)})
+            if found and key not in FREE:
+                changed[key] = found
+        stages = {stage for key in changed for stage in ORDER[ORDER.index(STEERS.get(key, ORDER[0])) :]}
+        begun = [path for path in self._stages(tuple(stages)) if _begun(path)]
+        if begun:
+            names = "; ".join(name for found in changed.values() for name in found)
+            folders = ", ".join(str(path) for path in begun)
+            raise UserError(
+                f"output {self.path} holds stages with other settings: {names}. Choose another output folder, give the"
+                f" same settings to continue, or delete what rests on them ({folders})"
+            )
+        if "select" in changed:
+            self._forget_plan(old.get("select") or {})
 
-    def _write(self, finished: list[str], seed: int) -> None:
-        write_json(
-            self._facts,
-            {"format": FORMAT, "finished": finished, "versions": package_versions(), "seed": seed},
-        )
+    def _stages(self, stages: tuple[str, ...]) -> list[Path]:
+        return [path for path in sorted(self.path.iterdir()) if path.is_dir() and path.name.startswith(stages)]
 
-    def _read(self) -> dict[str, Any]:
-        try:
-            facts = json.loads(self._facts.read_text(encoding="utf-8"))
-            facts["finished"], facts["seed"], facts["format"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self._facts} is damaged: choose another output folder") from error
-        if facts["format"] != FORMAT:
-            raise UserError(f"{self._facts} has format {facts['format']!r}; this version writes format {FORMAT}")
-        return facts
+    def _forget_plan(self, old: dict[str, Any]) -> None:
+        """Removes the plan that was made with the old settings; one that came from elsewhere stays."""
+        path = self.path / "plan.json"
+        if path.is_file() and self.finished("plan"):
+            with user_errors():
+                made_with = to_dict(Plan.load(path).config)
+            if all(made_with.get(name) == value for name, value in old.items()):
+                path.unlink()
 
     def finished(self, stage: str) -> bool:
         """Whether a stage is finished."""
-        return stage in self._read()["finished"]
+        return stage in self._record().finished
 
     def finish(self, stage: str) -> None:
         """Notes a stage as finished; last of all, when its files are written."""
-        facts = self._read()
-        if stage not in facts["finished"]:
-            self._write([*facts["finished"], stage], facts["seed"])
+        record = self._record()
+        if stage not in record.finished:
+            RunRecord((*record.finished, stage), package_versions(), record.seed).save(self.path / RUN)
 
     def stage(self, name: str) -> Path:
         """The folder of a stage."""
         return self.path / name
+
+    def record(self, stage: str) -> StageRecord:
+        """What a finished stage left behind."""
+        with user_errors():
+            return StageRecord.load(self.stage(stage) / STAGE)
+
+    def _record(self) -> RunRecord:
+        with user_errors():
+            return RunRecord.load(self.path / RUN)
+
+
+def _begun(path: Path) -> bool:
+    """Whether a stage has results, or a checkpoint that it would go on from."""
+    results = [path / STAGE, path / "training.json"]
+    return any(file.is_file() for file in results) or any(path.glob("checkpoints/checkpoint-*/clock.json"))
 
 
 def _matters(name: str) -> bool:

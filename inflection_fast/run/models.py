@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     with _loading(config):
-        tokenizer = AutoTokenizer.from_pretrained(config.path, **_options(config))
+        tokenizer = AutoTokenizer.from_pretrained(expanduser(config.path), **_options(config))
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise UserError(f"model {config.path}: its tokenizer has neither a padding nor an end token")
@@ -59,14 +60,33 @@ def check_model(config: ModelConfig, task: str, names: tuple[str, ...] | None) -
     if path.is_dir() and config.gguf_file is None and not (path / "config.json").is_file():
         raise UserError(f"model.path: {config.path} holds no model (it has no config.json)")
     with _loading(config):
-        settings = AutoConfig.from_pretrained(config.path, **_options(config))
-    longest = getattr(settings, "max_position_embeddings", None)
-    if longest is not None and config.max_length > longest:
-        raise UserError(f"model.max_length is {config.max_length}, and {config.path} takes at most {longest} tokens")
+        settings = AutoConfig.from_pretrained(expanduser(config.path), **_options(config))
     with _loading(config), torch.device("meta"):
         model = _class_of(task).from_config(settings, trust_remote_code=config.trust_remote_code)
+    longest = _most_tokens(model)
+    if longest is not None and config.max_length > longest:
+        raise UserError(f"model.max_length is {config.max_length}, and {config.path} takes at most {longest} tokens")
     with user_errors(about=f"model {config.path}"):
         return len(find_blocks(model, names))
+
+
+def _most_tokens(model: PreTrainedModel) -> int | None:
+    """The longest text that the model takes, where its configuration says.
+
+    A table of positions with a padding index (RoBERTa's kind) counts from the position after that.
+    """
+    from torch import nn
+
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is None:
+        return None
+    tables = [module for name, module in model.named_modules() if name.rsplit(".", 1)[-1] == "position_embeddings"]
+    unused = [
+        table.padding_idx + 1
+        for table in tables
+        if isinstance(table, nn.Embedding) and table.num_embeddings == longest and table.padding_idx is not None
+    ]
+    return longest - max(unused, default=0)
 
 
 def load_model(
@@ -97,7 +117,7 @@ def load_model(
             ignore_mismatched_sizes=True,
         )
     with _loading(config):
-        model = _class_of(task).from_pretrained(str(folder or config.path), **options)
+        model = _class_of(task).from_pretrained(str(folder or expanduser(config.path)), **options)
     model.config.pad_token_id = tokenizer.pad_token_id
     if task == "sequence-classification":
         # Many heads take the number of items in a whole accumulated batch and do not divide by it, and the Trainer

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
+import math
 from pathlib import Path
 from typing import Any
 
 from inflection_fast.decide import Plan, SelectConfig, select
+from inflection_fast.decide.baselines import baseline
 from inflection_fast.run.errors import UserError, user_errors
 from inflection_fast.run.folder import load_settings
 from inflection_fast.timeline import Timeline
@@ -44,8 +45,7 @@ def adopt_plan(run: Path, path: Path) -> None:
     if own.is_file() and path.samefile(own):
         return
     _not_in_use(run, plan.layers, "choose another output folder")
-    shutil.copyfile(path, fresh := own.with_name(".plan.json.tmp"))
-    fresh.replace(own)
+    plan.save(own)
 
 
 def _not_in_use(run: Path, layers: tuple[int, ...], instead: str) -> None:
@@ -55,16 +55,21 @@ def _not_in_use(run: Path, layers: tuple[int, ...], instead: str) -> None:
         raise UserError(f"{run} holds a model trained on layers {list(Plan.load(own).layers)}: {instead}")
 
 
-def baseline_plan(timeline: Timeline, config: SelectConfig, name: str, chosen: tuple[int, ...], seed: int) -> Plan:
-    """A plan of as many layers as were chosen (or all of them) that does not look at what was measured.
+def baseline_plan(plan: Plan, name: str, count: int, others: set[tuple[int, ...]], seed: int) -> tuple[Plan, int]:
+    """A plan of `count` layers (or all of them) for the model of `plan`, and how many draws it took.
 
-    Random layers are drawn again where the draw hits the chosen ones, unless there are no others.
+    It does not look at what was measured. Random layers are drawn again where they are those of `others`, with which
+    they are to be compared, unless there are no more choices than that.
     """
-    every = name == "all" or len(chosen) == len(timeline.layers)
+    layers = len(plan.scores)
+    draws, avoid = 1, others if name == "random" and math.comb(layers, count) > len(others) else set()
     while True:
-        plan = select(
-            timeline, dataclasses.replace(config, method=name, k=None if name == "all" else len(chosen), seed=seed)
-        )
-        if name != "random" or every or plan.layers != chosen:
-            return plan
-        seed += 1
+        (found,) = baseline(name, count, layers, seed + draws - 1)
+        if tuple(found.picks) not in avoid:
+            break
+        draws += 1
+    config = {**plan.config, "method": name, "k": None if name == "all" else count, "seed": seed + draws - 1}
+    chosen = dataclasses.replace(
+        plan, layers=tuple(found.picks), reasons=found.picks, summary=found.words, config=config, found={}
+    )
+    return chosen, draws

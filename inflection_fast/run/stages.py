@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -11,18 +10,22 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from inflection_fast.decide import Plan, select
+from inflection_fast.records import STAGE, Metrics, OverheadRecord, StageRecord
 from inflection_fast.run.batches import Batches
 from inflection_fast.run.config import RunConfig, TrainConfig
 from inflection_fast.run.data import TextData, read, without
 from inflection_fast.run.errors import UserError, user_errors
 from inflection_fast.run.evaluation import in_words
-from inflection_fast.run.folder import RunFolder, write_json
+from inflection_fast.run.folder import RunFolder
 from inflection_fast.run.models import check_model, load_model, load_tokenizer, unfreeze
 from inflection_fast.run.plans import baseline_plan
 from inflection_fast.timeline import Timeline
+
+if TYPE_CHECKING:
+    from inflection_fast.run.training import Job, Trained
 
 __all__ = ["Stages"]
 
@@ -46,7 +49,8 @@ class Stages:
     def __post_init__(self) -> None:
         config = self.config
         blocks = check_model(config.model, config.task, config.measure.monitor.blocks)
-        counts = {"measure.unfreeze": config.measure.unfreeze, "tune.top": config.tune.top, "select.k": config.select.k}
+        top = config.tune.top if config.tune.when_empty == "top" else None
+        counts = {"measure.unfreeze": config.measure.unfreeze, "tune.top": top, "select.k": config.select.k}
         for name, count in counts.items():
             if count is not None and count > blocks:
                 raise UserError(f"{name} is {count}, and {config.model.path} has {blocks} blocks")
@@ -84,35 +88,31 @@ class Stages:
         """Full fine-tuning on the source data set, where there is one."""
         if self.config.source is None or self._done("source"):
             return
+        from inflection_fast.run.training import Job
+
         data, train = self.source_data, self.config.source.train
         folder = self.folder.stage("source")
-        trained = self._train(
-            folder,
-            train,
-            data,
-            build=lambda: self._load(None, data.labels),
-            restore=lambda path: self._load(path, data.labels),
+        job = Job(
+            build=lambda: self.load(None, data.labels),
+            save=self._save,
+            result=folder / "model",
+            restore=lambda path: self.load(path, data.labels),
         )
-        record = self._record("source", "source, full fine-tuning", data, trained, folder, train, layers=None)
+        trained = self._train(folder, train, data, job)
+        record = self._record("source", "source, full fine-tuning", data, trained, train)
         if len(data.labels) == len(self.target.labels):
             # How far the source alone carries: what any training on the target has to improve upon.
-            record["on_target"], _ = self._evaluate(trained.model, train, self.target, folder)
-        self._finish("source", record)
+            on_target, _ = self._evaluate(trained.model, train, self.target, folder)
+            record = dataclasses.replace(record, on_target=on_target)
+        self._finish(record)
 
     def measure(self) -> None:
         """The measured training: top blocks and head on the target."""
         if self._done("measure"):
             return
-        from inflection_fast.blocks import find_blocks
+        from inflection_fast.run.training import Job
 
         settings, data, folder = self.config.measure, self.target, self.folder.stage("measure")
-
-        def build() -> Any:
-            model = self._start()
-            with user_errors(about=f"model {self.config.model.path}"):
-                blocks = find_blocks(model, settings.monitor.blocks)
-            unfreeze(model, blocks, settings.unfreeze, settings.head)
-            return model
 
         def callbacks(model: Any, step: int) -> list[Any]:
             from inflection_fast.integrations import InflectionCallback
@@ -136,21 +136,20 @@ class Stages:
             self._save(model, path)
 
         attached: list[Any] = []
+        job = Job(
+            build=lambda: self.shallow(self.start()),
+            save=save,
+            result=folder / "model",
+            restore=lambda path: self.load(path, data.labels),
+            callbacks=callbacks,
+        )
         with ExitStack() as closing:  # training that raises detaches nothing, and nothing compiled runs until then
-            trained = self._train(
-                folder,
-                settings.train,
-                data,
-                build=build,
-                restore=lambda path: self._load(path, data.labels),
-                callbacks=callbacks,
-                save=save,
-            )
-        what = "whole model" if settings.unfreeze is None else f"top {settings.unfreeze} blocks and head"
-        label = f"shallow unfreezing ({what})" if settings.unfreeze is not None else "full fine-tuning, measured"
-        record = self._record("measure", label, data, trained, folder, settings.train, layers=None)
-        record["overhead"] = self._overhead()
-        self._finish("measure", record)
+            trained = self._train(folder, settings.train, data, job)
+        label = "full fine-tuning, measured"
+        if settings.unfreeze is not None:
+            label = f"shallow unfreezing (top {settings.unfreeze} blocks and head)"
+        record = self._record("measure", label, data, trained, settings.train)
+        self._finish(dataclasses.replace(record, overhead=self._overhead()))
 
     def plan(self) -> Plan:
         """Chooses layers from the timeline, unless plan.json is there."""
@@ -183,28 +182,27 @@ class Stages:
             self._adapt("tune", label, plan)
             return
         self.say("tune: the plan is empty, so nothing is injected and the starting model is evaluated as it is")
-        data, train = self.target, settings.train
-        folder = self.folder.stage("tune")
-        metrics, seconds = {}, None
-        total = None
+        metrics = seconds = total = None
         # Without a source the head of a classifier is random, and its accuracy would mean nothing.
         if self.config.source is not None or self.config.task == "causal-lm":
-            model = self._start()
+            model = self.start()
             total = sum(p.numel() for p in model.parameters())
-            metrics, seconds = self._evaluate(model, train, data, folder)
+            metrics, seconds = self._evaluate(model, settings.train, self.target, self.folder.stage("tune"))
         self._finish(
-            "tune",
-            {
-                **self._facts("tune", "nothing injected: the plan is empty", data),
-                "metrics": metrics,
-                "trainable_parameters": 0,
-                "total_parameters": total,
-                "layers": [],
-                "steps": 0,
-                "train_seconds": 0.0,
-                "evaluate_seconds": seconds,
-                "overhead": None,
-            },
+            StageRecord(
+                stage="tune",
+                label="nothing injected: the plan is empty",
+                task=self.config.task,
+                data=self.target.record(),
+                majority=self.target.majority,
+                metrics=metrics,
+                trainable_parameters=0,
+                total_parameters=total,
+                layers=(),
+                steps=0,
+                train_seconds=0.0,
+                evaluate_seconds=seconds,
+            )
         )
 
     def baseline(self, name: str) -> None:
@@ -212,19 +210,23 @@ class Stages:
         stage = f"baseline-{name}"
         if self._done(stage):
             return
-        record = json.loads((self.folder.stage("tune") / "stage.json").read_text(encoding="utf-8"))
-        chosen = tuple(record["layers"])
+        chosen = self.folder.record("tune").layers or ()
         if not chosen and name != "all":
             self.say(f"{stage}: left out, because no layer was injected that it could be compared with")
             return
-        timeline = Timeline.load(self.folder.stage("measure"))
-        plan = baseline_plan(timeline, self.config.select, name, chosen, self.config.seed)
+        planned, seed = self.plan(), self.config.seed
+        others = {chosen}
+        for other in {"first", "last"} & set(self.config.baselines):
+            others.add(baseline_plan(planned, other, len(chosen), set(), seed)[0].layers)
+        plan, draws = baseline_plan(planned, name, len(chosen), others, seed)
         if plan.layers == chosen:
             self.say(f"{stage}: left out, because its layers {list(chosen)} are the injected ones")
             return
         count = len(plan.layers)
         which = {"all": "all", "random": f"{count} random"}.get(name, f"the {name} {count}")
-        self._adapt(stage, f"LoRA on {which} layers", plan)
+        again = f" (draw {draws}: the ones before it were layers of the plan or of another baseline)"
+        label = f"LoRA on {which} layers{again if draws > 1 else ''}"
+        self._adapt(stage, label, plan, draws=draws if name == "random" else None)
 
     def report(self) -> Path:
         """The Markdown page and its pictures."""
@@ -234,100 +236,103 @@ class Stages:
         self.folder.finish("report")
         return path
 
+    def done(self, stage: str) -> bool:
+        """Whether a stage is finished and its results are there."""
+        return self.folder.finished(stage) and (self.folder.stage(stage) / STAGE).is_file()
+
     def _done(self, stage: str) -> bool:
-        if self.folder.finished(stage) and (self.folder.stage(stage) / "stage.json").is_file():
+        if self.done(stage):
             self.say(f"{stage}: finished already")
             return True
         self.say(f"{stage}: begins")
         return False
 
-    def _load(self, folder: Path | None, labels: tuple[str, ...]) -> Any:
+    def load(self, folder: Path | None, labels: tuple[str, ...]) -> Any:
+        """The model for the task: from a folder of an earlier stage, or as it was pretrained."""
         import transformers
 
         transformers.set_seed(self.config.seed)  # a new head is the same in every stage
         return load_model(self.config.model, self.config.task, self.batches.tokenizer, labels=labels, folder=folder)
 
-    def _start(self) -> Any:
+    def start(self) -> Any:
         """The model before it has seen the target: the source stage's, or the pretrained one."""
         if self.config.source is None:
-            return self._load(None, self.target.labels)
-        folder = self.folder.stage("source") / "model"
+            return self.load(None, self.target.labels)
         if not self.folder.finished("source"):
             raise UserError("the source stage is not finished: run `inflection-fast measure` with these settings first")
-        if len(self.source_labels) != len(self.target.labels):
+        known = self.folder.record("source").data.labels
+        if len(known) != len(self.target.labels):
             self.say(
-                f"the source has {len(self.source_labels)} labels and the target {len(self.target.labels)}:"
+                f"the source has {len(known)} labels and the target {len(self.target.labels)}:"
                 " the head of the model begins anew"
             )
-        return self._load(folder, self.target.labels)
+        return self.load(self.folder.stage("source") / "model", self.target.labels)
 
-    @cached_property
-    def source_labels(self) -> list[str]:
-        """The label names of the finished source stage."""
-        record = json.loads((self.folder.stage("source") / "stage.json").read_text(encoding="utf-8"))
-        return record["data"]["labels"]
+    def shallow(self, model: Any) -> Any:
+        """The model with its top blocks and head trainable, as the measured stage trains it."""
+        from inflection_fast.blocks import find_blocks
 
-    def _train(self, folder: Path, config: TrainConfig, data: TextData, **how: Any) -> Any:
+        settings = self.config.measure
+        with user_errors(about=f"model {self.config.model.path}"):
+            blocks = find_blocks(model, settings.monitor.blocks)
+        unfreeze(model, blocks, settings.unfreeze, settings.head)
+        return model
+
+    def injected(self, model: Any, plan: Plan) -> Any:
+        """The model with LoRA on the layers of a plan."""
+        import transformers
+
+        from inflection_fast.act import inject
+
+        lora = self.config.tune.lora
+        transformers.set_seed(self.config.seed)
+        return inject(
+            model,
+            plan,
+            lora.r,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=lora.target_modules and list(lora.target_modules),
+            modules_to_save=lora.modules_to_save and list(lora.modules_to_save),
+            task_type="CAUSAL_LM" if self.config.task == "causal-lm" else "SEQ_CLS",
+        )
+
+    def _train(self, folder: Path, config: TrainConfig, data: TextData, job: Job) -> Trained:
         from inflection_fast.run.training import train
 
-        return train(
-            folder,
-            config,
-            self.batches,
-            self.batches.items(data.train),
-            seed=self.config.seed,
-            quiet=self.quiet,
-            **{"save": self._save, "result": folder / "model", **how},
-        )
+        items = self.batches.items(data.train)
+        return train(folder, config, self.batches, items, job, seed=self.config.seed, quiet=self.quiet)
 
     def _save(self, model: Any, path: Path) -> None:
         model.save_pretrained(path)
         self.batches.tokenizer.save_pretrained(path)
 
-    def _evaluate(self, model: Any, config: TrainConfig, data: TextData, folder: Path) -> tuple[dict, float]:
+    def _evaluate(self, model: Any, config: TrainConfig, data: TextData, folder: Path) -> tuple[Metrics, float]:
         from inflection_fast.run.training import evaluate
 
         items = self.batches.items(data.test, by_length=True)
         return evaluate(model, config, self.batches, items, folder, quiet=self.quiet)
 
-    def _adapt(self, stage: str, label: str, plan: Plan) -> None:
+    def _adapt(self, stage: str, label: str, plan: Plan, *, draws: int | None = None) -> None:
         """Injects, trains and evaluates."""
-        from inflection_fast.act import inject, restore_adapter
-
-        settings, folder = self.config.tune, self.folder.stage(stage)
-        lora = settings.lora
+        from inflection_fast.act import restore_adapter
+        from inflection_fast.run.training import Job
 
         def build() -> Any:
-            import transformers
-
-            model = self._start()
-            transformers.set_seed(self.config.seed)
+            model = self.start()
             with user_errors(about="the plan does not fit the model"):
-                return inject(
-                    model,
-                    plan,
-                    lora.r,
-                    lora_alpha=lora.alpha,
-                    lora_dropout=lora.dropout,
-                    target_modules=lora.target_modules and list(lora.target_modules),
-                    modules_to_save=lora.modules_to_save and list(lora.modules_to_save),
-                    task_type="CAUSAL_LM" if self.config.task == "causal-lm" else "SEQ_CLS",
-                )
+                return self.injected(model, plan)
 
-        def restore(path: Path) -> Any:
-            return restore_adapter(self._start(), path)
-
-        trained = self._train(
-            folder,
-            settings.train,
-            self.target,
+        folder, train = self.folder.stage(stage), self.config.tune.train
+        job = Job(
             build=build,
-            restore=restore,
             save=lambda model, path: model.save_pretrained(path),
             result=folder / "adapter",
+            restore=lambda path: restore_adapter(self.start(), path),
         )
-        layers = list(plan.layers)
-        self._finish(stage, self._record(stage, label, self.target, trained, folder, settings.train, layers=layers))
+        trained = self._train(folder, train, self.target, job)
+        record = self._record(stage, label, self.target, trained, train)
+        self._finish(dataclasses.replace(record, layers=plan.layers, draws=draws))
 
     def _top_plan(self) -> Plan:
         timeline = Timeline.load(self.folder.stage("measure"))
@@ -336,63 +341,47 @@ class Stages:
             settings = dataclasses.replace(self.config.select, method="top", k=self.config.tune.top, significance=None)
             return select(timeline, settings)
 
-    def _overhead(self) -> dict[str, float] | None:
+    def _overhead(self) -> OverheadRecord | None:
         pairs = self.config.measure.overhead_pairs
         if not pairs:
             return None
+        import torch
+
         from inflection_fast.measure import measure_overhead
 
         self.say(f"measure: timing {pairs} steps with and without measuring")
-        model = self._load(self.folder.stage("measure") / "model", self.target.labels)
-        from inflection_fast.blocks import find_blocks
-
         settings = self.config.measure
-        unfreeze(model, find_blocks(model, settings.monitor.blocks), settings.unfreeze, settings.head)
-        import torch
-
+        model = self.shallow(self.load(self.folder.stage("measure") / "model", self.target.labels))
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        size = min(settings.train.batch_size, len(self.target.train))
-        items = self.batches.items(self.target.train.select(range(size)))
-        batch = {key: value.to(device) for key, value in self.batches.collate(items).items()}
+        batch = {key: value.to(device) for key, value in self.few(settings.train.batch_size).items()}
         found = measure_overhead(model.to(device), batch, settings.monitor, pairs=pairs)
-        return {name: float(getattr(found, name)) for name in ("off_ms", "on_ms", "noise", "ratio")}
+        return OverheadRecord(float(found.off_ms), float(found.on_ms), float(found.noise), float(found.ratio))
 
-    def _facts(self, stage: str, label: str, data: TextData) -> dict[str, Any]:
-        return {
-            "stage": stage,
-            "label": label,
-            "task": self.config.task,
-            "majority": data.majority,
-            "data": data.summary(),
-        }
+    def few(self, count: int) -> dict[str, Any]:
+        """A batch of the first training texts of the target."""
+        rows = self.target.train.select(range(min(count, len(self.target.train))))
+        return self.batches.collate(self.batches.items(rows)[:count])
 
-    def _record(
-        self,
-        stage: str,
-        label: str,
-        data: TextData,
-        trained: Any,
-        folder: Path,
-        config: TrainConfig,
-        *,
-        layers: list[int] | None,
-    ) -> dict[str, Any]:
-        metrics, seconds = self._evaluate(trained.model, config, data, folder)
-        return {
-            **self._facts(stage, label, data),
-            "metrics": metrics,
-            "trainable_parameters": trained.trainable,
-            "total_parameters": trained.total,
-            "layers": layers,
-            "steps": trained.steps,
-            "train_seconds": trained.seconds,
-            "evaluate_seconds": seconds,
-            "overhead": None,
-        }
+    def _record(self, stage: str, label: str, data: TextData, trained: Trained, config: TrainConfig) -> StageRecord:
+        metrics, seconds = self._evaluate(trained.model, config, data, self.folder.stage(stage))
+        return StageRecord(
+            stage=stage,
+            label=label,
+            task=self.config.task,
+            data=data.record(),
+            majority=data.majority,
+            metrics=metrics,
+            trainable_parameters=trained.trainable,
+            total_parameters=trained.total,
+            layers=None,
+            steps=trained.steps,
+            train_seconds=trained.seconds,
+            evaluate_seconds=seconds,
+        )
 
-    def _finish(self, stage: str, record: dict[str, Any]) -> None:
-        folder = self.folder.stage(stage)
-        write_json(folder / "stage.json", record)
-        self.folder.finish(stage)
+    def _finish(self, record: StageRecord) -> None:
+        folder = self.folder.stage(record.stage)
+        record.save(folder / STAGE)
+        self.folder.finish(record.stage)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        self.say(f"{stage}: {in_words(record['metrics'])}")
+        self.say(f"{record.stage}: {in_words(record.metrics)}")

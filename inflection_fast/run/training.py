@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from inflection_fast.atomic import write_json
+from inflection_fast.records import Metrics
 from inflection_fast.run.batches import Batches
 from inflection_fast.run.config import TrainConfig
 from inflection_fast.run.evaluation import class_logits, classification_metrics, language_metrics, token_losses
-from inflection_fast.run.folder import write_json
 
-__all__ = ["Trained", "evaluate", "last_checkpoint", "train"]
+__all__ = ["Job", "Trained", "check_arguments", "evaluate", "last_checkpoint", "train"]
 
 CHECKPOINTS = "checkpoints"
 CLOCK = "clock.json"
@@ -41,6 +42,25 @@ class Trained:
     seconds: float
     trainable: int
     total: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """The model of one training: where it comes from and where it goes.
+
+    Args:
+        build: gives the model as it is before training
+        save: writes the trained model to a folder
+        result: what that folder is called in the end
+        restore: reads the model back from `result`, where training had finished
+        callbacks: asked with the model and the step at which training begins, 0 or that of a checkpoint
+    """
+
+    build: Callable[[], Any]
+    save: Callable[[Any, Path], None]
+    result: Path
+    restore: Callable[[Path], Any]
+    callbacks: Callable[[Any, int], Sequence[TrainerCallback]] = lambda model, step: ()
 
 
 class _OneDevice(TrainingArguments):
@@ -85,28 +105,20 @@ def train(
     config: TrainConfig,
     batches: Batches,
     items: Sequence[Any],
+    job: Job,
     *,
     seed: int,
     quiet: bool,
-    build: Callable[[], Any],
-    save: Callable[[Any, Path], None],
-    result: Path,
-    restore: Callable[[Path], Any],
-    callbacks: Callable[[Any, int], Sequence[TrainerCallback]] = lambda model, step: (),
 ) -> Trained:
-    """Trains a model in `folder`, or continues where an earlier call was stopped.
-
-    `build()` gives the model as it is before training, `save(model, path)` writes the trained one, which is then
-    renamed to `result`, and `restore(result)` reads it back where training had finished. `callbacks(model, step)` is
-    asked before training begins, or goes on at the `step` of a checkpoint.
-    """
+    """Trains a model in `folder`, or continues where an earlier call was stopped."""
     record = folder / TRAINING
+    result = job.result
     if result.is_dir() and record.is_file():
         facts = json.loads(record.read_text(encoding="utf-8"))
-        return Trained(model=restore(result), **facts)
+        return Trained(model=job.restore(result), **facts)
     checkpoints = folder / CHECKPOINTS
     checkpoint = last_checkpoint(checkpoints)
-    model = build()
+    model = job.build()
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     clock = _Clock()
@@ -114,7 +126,7 @@ def train(
         clock.before = json.loads((checkpoint / CLOCK).read_text(encoding="utf-8"))["seconds"]
     trainer = _trainer(model, config, batches, checkpoints, seed=seed, quiet=quiet, items=items)
     step = 0 if checkpoint is None else int(checkpoint.name.rsplit("-", 1)[1])
-    for callback in [*callbacks(model, step), clock]:
+    for callback in [*job.callbacks(model, step), clock]:
         trainer.add_callback(callback)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     facts = {
@@ -126,7 +138,7 @@ def train(
     write_json(folder / "log.json", trainer.state.log_history)
     partial = result.with_name(f"{result.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    save(model, partial)
+    job.save(model, partial)
     write_json(record, facts)
     shutil.rmtree(result, ignore_errors=True)
     partial.rename(result)
@@ -136,7 +148,7 @@ def train(
 
 def evaluate(
     model: Any, config: TrainConfig, batches: Batches, items: Sequence[Any], folder: Path, *, quiet: bool
-) -> tuple[dict[str, float], float]:
+) -> tuple[Metrics, float]:
     """Metrics on the test items, and the seconds it took."""
     trainer = _trainer(model, config, batches, folder / CHECKPOINTS, seed=0, quiet=quiet)
     begin = time.perf_counter()
@@ -145,17 +157,13 @@ def evaluate(
     return metrics(output.predictions, output.label_ids), round(time.perf_counter() - begin, 3)
 
 
-def _trainer(
-    model: Any,
-    config: TrainConfig,
-    batches: Batches,
-    checkpoints: Path,
-    *,
-    seed: int,
-    quiet: bool,
-    items: Sequence[Any] | None = None,
-) -> Trainer:
-    arguments = _OneDevice(
+def check_arguments(config: TrainConfig) -> None:
+    """ValueError where this machine cannot train like that, as in 16-bit floats on a CPU that has none."""
+    _arguments(config, Path("unused"), seed=0, quiet=True)
+
+
+def _arguments(config: TrainConfig, checkpoints: Path, *, seed: int, quiet: bool) -> TrainingArguments:
+    return _OneDevice(
         output_dir=str(checkpoints),
         max_steps=config.steps if config.steps is not None else -1,
         num_train_epochs=config.epochs,
@@ -182,9 +190,21 @@ def _trainer(
         label_names=["labels"],
         **({ACTIVATION_CHECKPOINTING: True} if config.activation_checkpointing else {}),
     )
+
+
+def _trainer(
+    model: Any,
+    config: TrainConfig,
+    batches: Batches,
+    checkpoints: Path,
+    *,
+    seed: int,
+    quiet: bool,
+    items: Sequence[Any] | None = None,
+) -> Trainer:
     trainer = Trainer(
         model=model,
-        args=arguments,
+        args=_arguments(config, checkpoints, seed=seed, quiet=quiet),
         data_collator=batches.collate,
         train_dataset=items,
         preprocess_logits_for_metrics=token_losses if batches.task == "causal-lm" else class_logits,

@@ -13,10 +13,11 @@ MEASURING, DECIDING = {"ops", "blocks", "timeline", "alerts", "quantities", "mea
 ALL = MEASURING | DECIDING | {"act", "integrations", "report", "run"}
 TORCH = {"ops", "blocks", "quantities", "measure", "act", "integrations", "run", "study"}
 OWN = {  # part -> parts of ours that it may import; the table of docs/design.md
-    "ops": set(), "blocks": set(), "timeline": set(), "alerts": {"timeline"},
-    "quantities": {"ops", "blocks", "timeline"}, "measure": MEASURING - {"measure"}, "decide": {"timeline"},
-    "act": {"blocks", "decide"}, "integrations": {"measure", "timeline", "alerts"}, "report": DECIDING,
-    "run": ALL - {"run"}, "study": ALL, "cli": {"run", "report", "decide", "study"},
+    "atomic": set(), "records": {"atomic"},
+    "ops": set(), "blocks": set(), "timeline": {"atomic"}, "alerts": {"timeline"},
+    "quantities": {"ops", "blocks", "timeline"}, "measure": MEASURING - {"measure"}, "decide": {"timeline", "atomic"},
+    "act": {"blocks", "decide"}, "integrations": {"measure", "timeline", "alerts"}, "report": DECIDING | {"records"},
+    "run": (ALL - {"run"}) | {"atomic", "records"}, "study": ALL, "cli": {"run", "report", "decide", "study"},
     "__main__": {"cli"}, "__init__": ALL,
 }  # fmt: skip
 GUARDED = {  # third party -> parts that may name it at all, and those among them that may do so at import time

@@ -1,0 +1,251 @@
+"""What a run folder holds, stage by stage: one schema for the stages that write it and the report that reads it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from inflection_fast.atomic import write_json
+
+__all__ = ["FORMAT", "DataRecord", "Metrics", "OverheadRecord", "RunRecord", "StageRecord", "load_json"]
+
+FORMAT = 2
+RUN, STAGE = "run.json", "stage.json"
+Record = TypeVar("Record", bound="_Record")
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """How good a model is on the test texts.
+
+    Args:
+        n: texts (of a language model: tokens) that it was evaluated on
+        loss: mean cross-entropy in nats, per text (per token)
+        accuracy: share of the texts with the right label; None for a language model
+        correct: how many those are
+        right: a "1" for every text with the right label, else "0", so that two models are compared text by text
+        perplexity: exponential of the loss, of a language model
+    """
+
+    n: int
+    loss: float
+    accuracy: float | None = None
+    correct: int | None = None
+    right: str | None = None
+    perplexity: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.right is not None and not (set(self.right) <= set("01") and len(self.right) == self.n):
+            raise ValueError("right must be a text of one 0 or 1 per example")
+
+
+@dataclass(frozen=True)
+class DataRecord:
+    """Sizes of a data set after splitting, the label names, and why how many rows were left out."""
+
+    train: int
+    test: int
+    probe: int
+    labels: tuple[str, ...] = ()
+    dropped: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class OverheadRecord:
+    """Medians of a step without and with measuring in ms; cost as a ratio of whole trainings, and its error."""
+
+    off_ms: float
+    on_ms: float
+    noise: float
+    ratio: float
+
+
+class _Record:
+    """A dataclass that is a JSON file with a format number."""
+
+    def save(self, path: Path) -> None:
+        """Writes the file, whole or not at all."""
+        write_json(path, {"format": FORMAT, **_plain(self)})
+
+    @classmethod
+    def load(cls: type[Record], path: Path) -> Record:
+        """Reads the file. ValueError where it is not one of this kind and format, naming the field."""
+        content = load_json(path)
+        found = content.pop("format", None)
+        if found != FORMAT:
+            raise ValueError(f"{path} has format {found!r}; this version reads format {FORMAT}.")
+        try:
+            return _decoded(cls, content, "")
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}.") from error
+
+
+@dataclass(frozen=True)
+class StageRecord(_Record):
+    """`stage.json`: what a stage did and how good its model is.
+
+    Args:
+        stage: its name, which is that of its folder
+        label: what it is in words
+        task: what the model is trained for
+        data: the data set of the stage
+        majority: share of the test texts that have the most frequent label; None for a language model
+        metrics: of the model on the test texts; None where it was not evaluated
+        trainable_parameters: how many parameters were trained
+        total_parameters: how many there are
+        layers: blocks that carry LoRA; None where the stage injects nothing
+        steps: optimizer steps
+        train_seconds: duration of the training over all its interruptions
+        evaluate_seconds: duration of the evaluation
+        overhead: what measuring cost, where it was timed
+        on_target: of a source stage, its model on the test texts of the target before any training there
+        draws: of random layers, how many draws it took until they were not those of the plan or of another baseline
+    """
+
+    stage: str
+    label: str
+    task: str
+    data: DataRecord | None
+    majority: float | None
+    metrics: Metrics | None
+    trainable_parameters: int
+    total_parameters: int | None
+    layers: tuple[int, ...] | None
+    steps: int
+    train_seconds: float | None
+    evaluate_seconds: float | None
+    overhead: OverheadRecord | None = None
+    on_target: Metrics | None = None
+    draws: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of the stage."""
+        return self.stage
+
+    @property
+    def trainable(self) -> int:
+        """The number of trained parameters."""
+        return self.trainable_parameters
+
+    @property
+    def total(self) -> int | None:
+        """The number of parameters."""
+        return self.total_parameters
+
+    @property
+    def accuracy(self) -> float | None:
+        """Accuracy on the test texts."""
+        return self.metrics.accuracy if self.metrics else None
+
+    @property
+    def loss(self) -> float | None:
+        """Mean cross-entropy on the test texts."""
+        return self.metrics.loss if self.metrics else None
+
+    @property
+    def perplexity(self) -> float | None:
+        """Perplexity on the test texts."""
+        return self.metrics.perplexity if self.metrics else None
+
+    @property
+    def n(self) -> int | None:
+        """How many texts (tokens) the metrics are of."""
+        return self.metrics.n if self.metrics else None
+
+    @property
+    def right(self) -> str | None:
+        """Which test texts were right."""
+        return self.metrics.right if self.metrics else None
+
+    @property
+    def standard_error(self) -> float | None:
+        """Binomial standard error of the accuracy."""
+        if self.accuracy is None or not self.n:
+            return None
+        return math.sqrt(self.accuracy * (1 - self.accuracy) / self.n)
+
+
+@dataclass(frozen=True)
+class RunRecord(_Record):
+    """`run.json`: which stages are finished, with which versions of which packages, and the seed."""
+
+    finished: tuple[str, ...] = ()
+    versions: dict[str, str] = field(default_factory=dict)
+    seed: int | None = None
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; ValueError where it holds none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object; it holds a {type(content).__name__}.")
+    return content
+
+
+def _plain(record: Any) -> dict[str, Any]:
+    """The fields by name, without those that are None by default."""
+    plain = {}
+    for item in dataclasses.fields(record):
+        value = getattr(record, item.name)
+        if value is not None or item.default is not None:
+            plain[item.name] = _plain(value) if dataclasses.is_dataclass(value) else value
+    return plain
+
+
+# ---- from JSON to dataclasses ----------------------------------------------------------------------------------------
+
+
+def _decoded(kind: Any, value: Any, name: str) -> Any:
+    """`value` as the annotation `kind` says; ValueError that names the field."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in arguments:
+            return None
+        (kind,) = (one for one in arguments if one is not type(None))
+        return _decoded(kind, value, name)
+    if dataclasses.is_dataclass(kind):
+        return _decoded_dataclass(kind, value, name)
+    if origin is tuple:
+        _check(isinstance(value, list), name, "a list", value)
+        return tuple(_decoded(arguments[0], item, f"{name}[{i}]") for i, item in enumerate(value))
+    if origin is dict:
+        _check(isinstance(value, dict), name, "an object", value)
+        return {key: _decoded(arguments[1], item, f"{name}.{key}") for key, item in value.items()}
+    if kind is float:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        _check(number, name, "a number", value)
+        return float(value)
+    if kind is int:
+        _check(isinstance(value, int) and not isinstance(value, bool), name, "a whole number", value)
+        return value
+    _check(isinstance(value, str), name, "a text", value)
+    return value
+
+
+def _decoded_dataclass(kind: Any, value: Any, name: str) -> Any:
+    _check(isinstance(value, dict), name or "the file", "an object", value)
+    fields, hints = dataclasses.fields(kind), typing.get_type_hints(kind)
+    lead = f"{name}." if name else ""
+    unknown = sorted(value.keys() - {item.name for item in fields})
+    if unknown:
+        raise ValueError(f"{lead}{unknown[0]} is not known")
+    required = [item.name for item in fields if item.default is item.default_factory is dataclasses.MISSING]
+    missing = [one for one in required if one not in value]
+    if missing:
+        raise ValueError(f"{lead}{missing[0]} is missing")
+    return kind(**{key: _decoded(hints[key], item, f"{lead}{key}") for key, item in value.items()})
+
+
+def _check(condition: bool, name: str, accepted: str, value: Any) -> None:
+    if not condition:
+        raise ValueError(f"{name} must be {accepted}; it is {value!r}")
