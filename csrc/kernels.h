@@ -60,6 +60,7 @@ struct Mask {
 struct RowOutputs {
   float* entropy;    // nats
   float* lse;        // log-sum-exp of the scores; -inf without keys
+  float* lse_low;    // what it lost when it was rounded; from Q and K only
   float* max_logit;  // largest attendable score; -inf without keys
   float* keys;       // attendable keys
   float* collision;  // sum of squared probabilities
@@ -111,6 +112,7 @@ int attention_stats_cuda(const AttentionStatsArgs&, void* stream);
 struct RowGradients {
   const float* entropy;  // [batch * rows], saved by the forward pass
   const float* lse;
+  const float* lse_low;  // from Q and K only
   const float* collision;
   const float* sink;
   const float* grad_entropy;  // [batch * rows]; null: zero
@@ -183,7 +185,7 @@ struct AttentionColumnMassArgs {
   AttentionStatsQkArgs forward;  // its outputs and sinks are not used: a sink is in `lse`
   const float* lse;              // [B, H, num_rows]; a row at -inf counts nothing
   // outputs
-  float* mass;     // [B, H, Tk] sum of e^(s - lse) over the rows
+  float* mass;     // [B, H, Tk] sum of min(1, e^(s - lse)) over the rows
   float* squares;  // [B, H, Tk] sum of their squares
 };
 // Every number has one writer, which adds the rows in a fixed order.

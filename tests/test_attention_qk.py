@@ -86,6 +86,72 @@ def test_the_tempers_span_what_they_claim():
     assert entropy["nearly one-hot"].median() < 0.05
 
 
+def assert_probabilities(stats):
+    """What holds of every row, whatever its scores are, to the last bit."""
+    assert all(x.isfinite().all() for x in stats)
+    assert (stats.entropy >= 0).all() and (stats.entropy <= stats.keys.add(1).log() + 1e-5).all()
+    for name in ("collision", "sink"):
+        assert (getattr(stats, name) >= 0).all() and (getattr(stats, name) <= 1).all()
+
+
+SCALES = [1e-30, 1e-3, 1e2, 1e4, 1e5, 1e6, 1e8, 1e20, 1e36]
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True, "sinks": True}, {"softcap": 30.0}], ids=str)
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scores_of_any_size_give_the_truth_and_probabilities(isa, dtype, scale, options):
+    query, key = pair(1, 2, 1, 37, 150, 32, sharp=1.0, dtype=dtype)
+    if "sinks" in options:
+        options = {**options, "sinks": torch.tensor([scale, -3 * scale])}
+    assert_probabilities(check(query, key, scale=scale * 32**-0.5, **options))
+
+
+def integers(dtype, offset):
+    """Scores that are small integers and an offset that all have in common: exact in every dtype."""
+    query, key = (torch.randint(-2, 3, (1, 2, length, 9)).to(dtype) for length in (30, 150))
+    query[..., 8] = key[..., 8] = offset**0.5
+    return query, key
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_offset_near_the_resolution_of_a_float_changes_nothing(isa, dtype):
+    plain, offset = 2.0**6, 2.0**22
+    query, key = integers(dtype, plain)
+    expected = attention_stats_qk(query, key, scale=1.0)
+    query[..., 8] = key[..., 8] = offset**0.5
+    actual = check(query, key, scale=1.0)
+    for name in ("entropy", "collision", "sink"):
+        torch.testing.assert_close(getattr(actual, name), getattr(expected, name), rtol=1e-5, atol=1e-6)
+    assert torch.equal(actual.max_logit - offset, expected.max_logit - plain)
+
+
+@pytest.mark.parametrize("largest", [2.0**126, torch.finfo(torch.float32).max])
+def test_the_largest_floats_are_scores(isa, largest):
+    query, key = torch.ones(1, 1, 3, 1), torch.full((1, 1, 70, 1), -largest)
+    query[0, 0, 2] = -1.0
+    key[0, 0, 40] = largest
+    stats = attention_stats_qk(query, key, scale=1.0)
+    assert_probabilities(stats)
+    assert stats.max_logit.tolist() == [[[largest] * 3]] and stats.lse.tolist() == [[[largest] * 3]]
+    torch.testing.assert_close(stats.entropy[0, 0], torch.tensor([0.0, 0.0, math.log(69)]))
+    assert attention_stats_qk(query, key, scale=1.0, sinks=torch.tensor([-largest])).entropy[0, 0, 0] == 0
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_key_has_probability_one_and_entropy_zero(isa, dtype, scale):
+    query, key = pair(2, 2, 1, 50, 1, 24, sharp=1.0, dtype=dtype)
+    stats = attention_stats_qk(query, key, scale=scale)
+    assert [x.unique().tolist() for x in (stats.entropy, stats.keys, stats.collision, stats.sink)] == [
+        [0],
+        [1],
+        [1],
+        [1],
+    ]
+    assert torch.equal(stats.lse, stats.max_logit)
+
+
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"window": (9, 4)}, {"window": (None, 0)}], ids=str)
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("shape", [(2, 6, 2, 49, 131, 24), (1, 2, 2, 60, 300, 512)], ids=str)

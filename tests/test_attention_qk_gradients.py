@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_attention_qk import MASKS, pair, seeded, widened  # noqa: F401  (seeded is used by every test)
+from test_attention_qk import MASKS, integers, pair, seeded, widened  # noqa: F401  (seeded is used by every test)
 
 from inflection_fast import attention_entropy_qk, attention_stats_qk
 from inflection_fast.ops import reference
@@ -40,6 +40,37 @@ def check(inputs, **options):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients_equal_autograd_in_float64(isa, dtype, shape):
     check(pair(*shape, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_do_not_depend_on_an_offset_near_the_resolution_of_a_float(isa, dtype):
+    plain, offset = 2.0**6, 2.0**22
+    query, key = integers(dtype, plain)
+    weights = torch.randn(4, 1, 2, 30)
+    weights[1] = 0.0  # lse grows with the offset
+    few = gradients(attention_stats_qk, [query, key], {"scale": 1.0}, weights)
+    query[..., 8] = key[..., 8] = offset**0.5
+    far = gradients(attention_stats_qk, [query, key], {"scale": 1.0}, weights)
+    for ours, expected in zip(far, few, strict=True):
+        size = expected[..., :8].abs().max()
+        assert (
+            size > 0.1 and (ours - expected)[..., :8].abs().max() <= (1e-5 if dtype == torch.float32 else 1e-2) * size
+        )
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e2, 1e5, 1e8, 1e20])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_of_one_hot_rows_are_finite_and_vanish(isa, dtype, scale):
+    query, key = pair(1, 2, 1, 37, 150, 32, sharp=1.0, dtype=dtype)
+    ours = gradients(
+        attention_stats_qk,
+        [query, key],
+        {"scale": scale},
+        torch.randn(4, 1, 2, 37).index_fill_(0, torch.tensor(1), 0.0),
+    )
+    assert all(x.isfinite().all() for x in ours)
+    if scale > 1e5:
+        assert all((x == 0).all() for x in ours)
 
 
 @pytest.mark.parametrize("sinks", [False, True])

@@ -87,6 +87,18 @@ def test_sinks_take_their_share_of_the_mass(isa):
     torch.testing.assert_close(mass + taken, torch.full_like(mass, 60.0), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("scale", [1e-20, 1e3, 1e6, 1e8, 1e20, 1e36])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_probabilities_stay_probabilities_where_scores_are_large(isa, dtype, scale):
+    query, key = pair(1, 2, 1, 90, 131, 32)
+    query, key = query.to(dtype), key.to(dtype)
+    stats = attention_stats_qk(query, key, scale=scale)
+    mass, squares = attention_column_mass(query, key, stats.lse, scale=scale)
+    assert (mass >= 0).all() and (mass <= 90).all() and (squares >= 0).all() and (squares <= mass * (1 + 1e-5)).all()
+    if scale >= 1e8:  # every row is one-hot, and says so
+        assert (mass.sum(-1) == 90).all() and (squares.sum(-1) == 90).all()
+
+
 def test_uniform_attention_and_a_pure_sink_are_told_apart():
     query, key = torch.ones(1, 2, 64, 8), torch.zeros(1, 2, 64, 8)
     key[0, 1, 5] = 40.0

@@ -133,7 +133,7 @@ def test_the_operator_reads_nothing_outside_whatever_the_bounds_are(isa):
         stats = torch.ops.inflection_fast.attention_stats_qk(*arguments, False)
         ones = torch.ones(1, 2, 200)
         grads = torch.ops.inflection_fast.attention_stats_qk_backward(
-            ones, None, None, None, *(stats[i] for i in (0, 1, 4, 5)), *arguments[:8], False, None, bounds
+            ones, None, None, None, *(stats[i] for i in (0, 1, 4, 5, 6)), *arguments[:8], False, None, bounds
         )
         results.append([*stats, grads[0]])
     assert results[0][3][0, 0, :5].tolist() == [200.0, 0.0, 7.0, 10.0, 0.0]

@@ -9,7 +9,7 @@
 // sums. By a static estimate (docs/kernels.md) issue slots bound it, 5.8 ms for B8 H32 T4096 D128 bf16, before shared
 // memory (3.5) and mma.sync (1.8); only one tile is in flight, so the latency of loading it comes on top.
 //
-// A row at lse = -inf counts nothing, a score of -inf has no probability, NaN stays NaN in the columns that its row
+// A probability is e^(s - lse), at most 1. A row at lse = -inf counts nothing, a score of -inf has no probability, NaN stays NaN in the columns that its row
 // attends.
 #include "qk_tiles.cuh"
 #include "row_lanes.cuh"
@@ -17,7 +17,8 @@
 namespace inflection {
 namespace {
 
-constexpr float kLeastPower = -127.f, kLargestPower = 127.f;  // 2^x is 0 below; beyond, lse is not that of the row
+constexpr float kLeastPower = -127.f;  // 2^x is 0 below
+constexpr float kMostLse = 0x1p10f;    // up to which lse * log2(e) may be rounded: by 2^-14 at most
 
 // A sum and what its roundings lost.
 struct Sum {
@@ -44,8 +45,9 @@ __global__ void __launch_bounds__(S::kThreads)
   struct Shared {
     RowBounds<S::kRight> rows;
     RowSpan span;
-    float powers[S::kRight];         // lse * log2(e) of the rows; +inf where they count nothing
-    int odd;                         // one of them has no finite log-sum-exp, or does not exist
+    float lse[S::kRight];            // +inf where a row counts nothing
+    float powers[S::kRight];         // lse * log2(e)
+    int odd;                         // one of them has no finite log-sum-exp, a large one, or does not exist
     alignas(kCopyBytes) T tiles[1];  // keys, then rows
   };
   const AttentionStatsQkArgs& forward = args.forward;
@@ -71,8 +73,9 @@ __global__ void __launch_bounds__(S::kThreads)
     for (int r = threadIdx.x; r < S::kRight; r += S::kThreads) {
       const RowPlace row = RowPlace::of(forward, form, head, i + r);
       const float lse = row.inside ? args.lse[row.out] : -kInf;
-      memory.powers[r] = lse == -kInf ? kInf : lse * static_cast<float>(kLog2e);
-      if (lse - lse != 0.f) atomicMax(&memory.odd, 1);
+      memory.lse[r] = lse == -kInf ? kInf : lse;
+      memory.powers[r] = memory.lse[r] * static_cast<float>(kLog2e);
+      if (!(fabsf(lse) <= kMostLse)) atomicMax(&memory.odd, 1);
     }
     load_queries<T, S::kRight, S::kThreads>(queries, forward, form, head, i);
     commit_copies();
@@ -95,9 +98,12 @@ __global__ void __launch_bounds__(S::kThreads)
           score_of(forward, form, memory.rows.mask[r], memory.rows.low[r], memory.rows.high[r],
                    own + h * 8 + lane / kLanesPerRow, product, score, slope);
         }
-        float p = at_least(fmaf(score, form.exponent, -memory.powers[r]), kLeastPower);
-        p = exp2_approx(p > kLargestPower ? kLargestPower : p);
-        if (!whole && (score == -kInf || memory.powers[r] == kInf)) p = 0.f;
+        // Where they are large the score is rounded as the log-sum-exp was, or the maximum would not be at it.
+        const float power = whole ? fmaf(score, form.exponent, -memory.powers[r])
+                                  : (__fmul_rn(score, form.scale) - memory.lse[r]) * static_cast<float>(kLog2e);
+        const float least = at_least(power, kLeastPower);
+        float p = exp2_approx(least > 0.f ? 0.f : least);
+        if (!whole && (score == -kInf || memory.lse[r] == kInf)) p = 0.f;
         part += p;
         part_squares = fmaf(p, p, part_squares);
       }
@@ -122,13 +128,13 @@ template <class S>
 int run(const AttentionColumnMassArgs& args, void* stream) {
   using T = typename S::Type;
   const AttentionStatsQkArgs& forward = args.forward;
-  QkForm form = QkForm::of(forward, false);
+  QkForm form = QkForm::of(forward);
   form.group = 1;
   const int64_t key_tiles = (forward.keys + S::kLeft - 1) / S::kLeft;
   const int64_t blocks = forward.batch * forward.heads * key_tiles;
   if (blocks == 0) return cudaSuccess;
   if (blocks > kMostBlocks || forward.keys > kMostKeys || forward.queries > kMostKeys) return cudaErrorInvalidValue;
-  const size_t bytes = sizeof(RowBounds<S::kRight>) + 2 * kCopyBytes + sizeof(float) * S::kRight +
+  const size_t bytes = sizeof(RowBounds<S::kRight>) + 2 * kCopyBytes + 2 * sizeof(float) * S::kRight +
                        sizeof(T) * form.pitch * static_cast<size_t>(S::kLeft + S::kRight);
   return launch(columns_of_tile<S>, dim3(static_cast<unsigned>(blocks)), dim3(S::kThreads), bytes, stream, args, form,
                 key_tiles);

@@ -16,28 +16,48 @@
 namespace inflection {
 namespace {
 
-constexpr float kLeastExponent = -127.f;  // 2^x is 0 below
+constexpr float kLeastExponent = -127.f;   // 2^x is 0 below
+constexpr float kMostReference = 0x1p20f;  // up to which a rounded reference is within 2^-5 of the maximum
 
-// One row as one lane sees it. In base 2: x = score * exponent - reference; whatever the reference is, the sums are
-// exact with respect to it.
+// What the sums of a row are centred on, in base 2: x = (score - base) * exponent - reference. A rounded product is as
+// good as the maximum where it is small: the sums are exact with respect to it, and x takes one instruction. Where it is
+// large x could be anything above 0, so the maximum is subtracted first.
+struct Centre {
+  float base, reference;
+
+  static __device__ __forceinline__ bool is_large(float max, float exponent) {
+    return !(fabsf(max * exponent) <= kMostReference);
+  }
+  static __device__ __forceinline__ Centre of(float max, float exponent) {
+    if (max == -kInf) return {0.f, 0.f};
+    return is_large(max, exponent) ? Centre{max, 0.f} : Centre{0.f, max * exponent};
+  }
+  __device__ __forceinline__ float distance(float score, float exponent) const {
+    return at_least(fmaf(score - base, exponent, -reference), kLeastExponent);
+  }
+};
+
+// One row as one lane sees it.
 struct QkLane {
   float max = -kInf;  // of unscaled scores
   float reference = 0.f, sum = 0.f, dot = 0.f, square = 0.f;
 
   __device__ __forceinline__ void rebase(float highest, float exponent) {
     if (highest == max) return;
-    const float next = highest * exponent;
-    const float d = max == -kInf ? kLeastExponent : at_least(reference - next, kLeastExponent);
+    const Centre now = Centre::of(max, exponent), next = Centre::of(highest, exponent);
+    float d = at_least(fmaf(now.base - next.base, exponent, now.reference - next.reference), kLeastExponent);
+    if (max == -kInf) d = kLeastExponent;
     const float f = exp2_approx(d);
     dot = f * (dot + d * sum);
     sum *= f;
     square *= f * f;
     max = highest;
-    reference = next;
+    reference = next.reference;
   }
-  template <bool kAll>
+  template <bool kAll, bool kLarge>
   __device__ __forceinline__ void add(float score, float exponent) {
-    const float x = at_least(fmaf(score, exponent, -reference), kLeastExponent);
+    const float x = kLarge ? Centre{max, 0.f}.distance(score, exponent)
+                           : at_least(fmaf(score, exponent, -reference), kLeastExponent);
     const float e = exp2_approx(x);
     sum += e;
     dot = fmaf(e, x, dot);
@@ -51,8 +71,13 @@ struct QkLane {
     for (int i = 0; i < N; ++i) highest = fmaxf(highest, score[i]);
     rebase(highest, exponent);
     QkLane part{max, reference};  // from zero: a block of terms rounds less than the whole row
+    if (max > -kInf && Centre::is_large(max, exponent)) {
 #pragma unroll
-    for (int i = 0; i < N; ++i) part.template add<kAll>(score[i], exponent);
+      for (int i = 0; i < N; ++i) part.template add<kAll, true>(score[i], exponent);
+    } else {
+#pragma unroll
+      for (int i = 0; i < N; ++i) part.template add<kAll, false>(score[i], exponent);
+    }
     sum += part.sum;
     dot += part.dot;
     if (kAll) square += part.square;
@@ -79,22 +104,29 @@ __device__ __forceinline__ void write_row(const AttentionStatsQkArgs& args, cons
     first = args.sinks[row.head];
     if (first != -kInf) {
       state.rebase(fmaxf(state.max, first), form.exponent);
-      state.template add<true>(first, form.exponent);
+      if (Centre::is_large(state.max, form.exponent)) state.template add<true, true>(first, form.exponent);
+      else state.template add<true, false>(first, form.exponent);
       empty = false;
     }
   }
   const bool broken = !row.inside || state.dot != state.dot || state.max == kInf;
-  const double sum = state.sum, log_sum = logf(state.sum), entropy = log_sum - kLn2 * state.dot / sum;
+  const bool single = keys == 1 && args.sinks == nullptr;  // exactly one-hot, as 2^x of a rounded reference is not
+  const Centre centre = Centre::of(state.max, form.exponent);
+  const double sum = state.sum, log_sum = logf(state.sum), entropy = single ? 0.0 : log_sum - kLn2 * state.dot / sum;
+  const double above = single ? 0.0 : log_sum - kLn2 * centre.distance(state.max, form.exponent);
+  const double lse = double(state.max) * form.scale + above;
+  const double collision = single ? 1.0 : state.square / (sum * sum);
+  const double p = first == -kInf ? 0.0 : exp2_approx(centre.distance(first, form.exponent)) / sum;
   const auto write = [&](float* to, double value, float when_empty) {
     if (to != nullptr) to[row.out] = broken ? NAN : empty ? when_empty : static_cast<float>(value);
   };
-  const float p =
-      first == -kInf ? 0.f : exp2_approx(at_least(fmaf(first, form.exponent, -state.reference), kLeastExponent));
   write(args.out.entropy, entropy > 0.0 ? entropy : 0.0, 0.f);
-  write(args.out.lse, kLn2 * state.reference + log_sum, -kInf);
+  write(args.out.lse, lse, -kInf);
+  if (args.out.lse_low != nullptr)
+    args.out.lse_low[row.out] = broken || empty ? 0.f : static_cast<float>(lse - static_cast<float>(lse));
   write(args.out.max_logit, max_logit, -kInf);
-  write(args.out.collision, state.square / (sum * sum), 0.f);
-  write(args.out.sink, p / sum, 0.f);
+  write(args.out.collision, collision < 1.0 ? collision : 1.0, 0.f);
+  write(args.out.sink, p < 1.0 ? p : 1.0, 0.f);
   if (args.out.keys != nullptr) args.out.keys[row.out] = row.inside ? static_cast<float>(keys) : NAN;
 }
 
@@ -191,7 +223,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kSub > 1 ? 3 : 4)
 
 template <class S, bool kAll = true>
 int run(const AttentionStatsQkArgs& args, int stages, void* stream) {
-  const QkForm form = QkForm::of(args, false);
+  const QkForm form = QkForm::of(args);
   const int64_t row_tiles = (args.num_rows * form.group + S::kLeft - 1) / S::kLeft;
   const int64_t blocks = args.batch * args.kv_heads * row_tiles;
   if (blocks == 0 || args.heads == 0) return cudaSuccess;
@@ -205,7 +237,7 @@ int run(const AttentionStatsQkArgs& args, int stages, void* stream) {
 // The largest tiles that leave room for a second block on a multiprocessor, or fit at all.
 template <class T>
 int run_16_bit(const AttentionStatsQkArgs& args, void* stream) {
-  if (args.head_dim <= 128) {
+  if (args.head_dim <= kWholeDepth) {
     return args.out.collision ? run<Shape<T, 2, 4, 8>, true>(args, 2, stream)
                               : run<Shape<T, 2, 4, 8>, false>(args, 2, stream);
   }

@@ -2,7 +2,7 @@
 // row.
 //
 // As csrc/cpu/attention_qk_backward.inc: dS = p (a + b log p + c p), and + g P at key 0; dQ = scale dS K, dK = scale
-// dS^T Q, in two kernels over the same tiles of scores. One keeps a tile of rows and goes over the keys, the other
+// dS^T Q, of the same products as the forward pass sums, in the same form; in two kernels over the same tiles of scores. One keeps a tile of rows and goes over the keys, the other
 // keeps a tile of keys and goes over the rows; every number has one writer, so the result is the same in every run.
 // Nothing of size Tq x Tk is stored. dS of 16-bit inputs goes to the tensor cores as two numbers of their dtype, value
 // and remainder; sums are float32.
@@ -19,10 +19,10 @@ namespace {
 
 constexpr int kOutTiles = 16;  // of 8 columns: 64 registers of sums
 constexpr int kOutColumns = 8 * kOutTiles;
-constexpr float kLeastLogP = -88.f;  // far below anything that a sum of float32 could notice; keeps 0 * -inf out
+constexpr float kLeastLogP = -100.f;  // finite, or 0 * -inf would be NaN; e^x is 0
 
 struct Coefficients {
-  float a, b, c, lse, first;
+  float a, b, c, lse, lse_low, first;
 
   static __device__ __forceinline__ Coefficients of(const AttentionStatsQkBackwardArgs& args, const RowPlace& row) {
     Coefficients k{};
@@ -30,7 +30,7 @@ struct Coefficients {
     const RowGradients& g = args.rows;
     const auto get = [&](const float* from) { return from == nullptr ? 0.f : from[row.out]; };
     if (g.lse[row.out] == -kInf) return k;  // no keys: nothing depends on anything
-    k.lse = g.lse[row.out];
+    k.lse = g.lse[row.out], k.lse_low = g.lse_low[row.out];
     k.a = get(g.grad_lse);
     if (g.grad_entropy != nullptr) {
       k.b = -get(g.grad_entropy);
@@ -48,15 +48,16 @@ struct Coefficients {
     return k;
   }
 
-  // d(loss) / d(score) of a key that is attended and not the first.
-  __device__ __forceinline__ float gradient(float score) const {
-    const float log_p = at_least(score - lse, kLeastLogP);
+  // d(loss) / d(score) of a key that is attended and not the first; the score is in units of 1 / `scale`.
+  __device__ __forceinline__ float gradient(float score, float scale) const {
+    float log_p = at_least(fmaf(score, scale, -lse) - lse_low, kLeastLogP);
+    log_p = log_p > 0.f ? 0.f : log_p;
     const float p = exp2_approx(log_p * static_cast<float>(kLog2e));
     return p * fmaf(c, p, fmaf(b, log_p, a));
   }
   // d(loss) / d(product), where `score` and `slope` are those of score_of.
-  __device__ __forceinline__ float gradient(float score, float slope, bool is_first) const {
-    return score == -kInf ? 0.f : (gradient(score) + (is_first ? first : 0.f)) * slope;
+  __device__ __forceinline__ float gradient(float score, float scale, float slope, bool is_first) const {
+    return score == -kInf ? 0.f : (gradient(score, scale) + (is_first ? first : 0.f)) * slope;
   }
 };
 
@@ -246,13 +247,15 @@ __global__ void __launch_bounds__(S::kThreads)
       }
     };
     if (meets && whole) {
-      put_tile([&](int row, int, float product) { return memory.coefficients[row].gradient(product * form.factor); });
+      put_tile([&](int row, int, float product) {
+        return memory.coefficients[row].gradient(product * form.factor, form.scale);
+      });
     } else if (meets) {
       put_tile([&](int row, int key, float product) {
         float score, slope;
         score_of(forward, form, memory.rows.mask[row], memory.rows.low[row], memory.rows.high[row], key, product, score,
                  slope);
-        return memory.coefficients[row].gradient(score, slope, key == 0);
+        return memory.coefficients[row].gradient(score, form.scale, slope, key == 0);
       });
     }
     __syncthreads();
@@ -291,7 +294,7 @@ template <class S, bool kOfKeys>
 int run(const AttentionStatsQkBackwardArgs& args, void* stream) {
   using T = typename S::Type;
   const AttentionStatsQkArgs& forward = args.forward;
-  const QkForm form = QkForm::of(forward, true);
+  const QkForm form = QkForm::of(forward);
   const int64_t left = kOfKeys ? forward.keys : forward.num_rows * form.group;
   const int64_t left_tiles = (left + S::kLeft - 1) / S::kLeft,
                 parts = (forward.head_dim + kOutColumns - 1) / kOutColumns;

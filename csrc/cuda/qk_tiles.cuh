@@ -18,6 +18,9 @@ constexpr int kTileAlign = 16;  // elements that the depth is padded to, with ze
 constexpr int kCopyBytes = 16;  // of one asynchronous copy
 constexpr int kDepthPart = 64;  // products summed in one piece: short sums round less than one long one, and tensor
                                 // cores cut off what they do not keep
+constexpr int kWholeDepth =
+    128;  // 16-bit rows up to here are summed in one piece by every kernel, as that with kSub > 1
+          // has no registers for two sums: large scores have to be the same ones everywhere
 constexpr int64_t kMostBlocks = 0x7fffffff, kMostKeys = 0x7fffff00;  // of one launch; keys are counted in 32 bits
 constexpr int kLanesPerRow = 4;                                      // lanes that hold a piece of the same left row
 
@@ -43,12 +46,12 @@ struct QkForm {
   int depth;       // head dimension, padded to kTileAlign
   int group;       // query heads whose rows are packed: all that share a key head, or one
 
-  static QkForm of(const AttentionStatsQkArgs& args, bool scaled) {
+  static QkForm of(const AttentionStatsQkArgs& args) {
     constexpr float kSmallest = 1e-28f, kLargest = 1e28f;  // beyond, unscaled scores could leave the range of a float
     const float magnitude = args.scale < 0.f ? -args.scale : args.scale;
     const bool additive = args.mask.data != nullptr && args.mask.dtype != DType::boolean;
-    const bool keep = !scaled && !additive && args.softcap == 0.f && !args.has_sinks && !args.sinks &&
-                      magnitude >= kSmallest && magnitude <= kLargest;
+    const bool keep = !additive && args.softcap == 0.f && !args.has_sinks && !args.sinks && magnitude >= kSmallest &&
+                      magnitude <= kLargest;
     QkForm form{};
     form.factor = keep ? (args.scale < 0.f ? -1.f : 1.f) : args.scale;
     form.scale = keep ? magnitude : 1.f;
@@ -284,12 +287,13 @@ __device__ __forceinline__ void multiply(const typename S::Type* left, const typ
         }
       }
     };
-    if constexpr (S::kSub > 1) {  // no registers for two sums; the depth is at most 128
+    if constexpr (S::kSub > 1) {  // the depth is at most kWholeDepth
       multiply_part(0, form.depth, c);
     } else {
-      for (int begin = 0; begin < form.depth; begin += kDepthPart) {
+      const int step = form.depth <= kWholeDepth ? form.depth : kDepthPart;
+      for (int begin = 0; begin < form.depth; begin += step) {
         float part[1][S::kRightTiles][4] = {};
-        multiply_part(begin, begin + kDepthPart < form.depth ? begin + kDepthPart : form.depth, part);
+        multiply_part(begin, begin + step < form.depth ? begin + step : form.depth, part);
 #pragma unroll
         for (int n = 0; n < S::kRightTiles; ++n)
 #pragma unroll

@@ -6,9 +6,9 @@
 namespace inflection {
 namespace {
 
-using SixTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using RowTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-SixTensors attention_stats_qk(Tensor query, Tensor key, MaybeTensor attn_mask, bool is_causal, double scale,
+RowTensors attention_stats_qk(Tensor query, Tensor key, MaybeTensor attn_mask, bool is_causal, double scale,
                               int64_t window_left, int64_t window_right, double softcap, MaybeTensor sinks,
                               MaybeTensor rows, MaybeTensor key_bounds, bool entropy_only) {
   AttentionStatsQkArgs args =
@@ -22,10 +22,12 @@ SixTensors attention_stats_qk(Tensor query, Tensor key, MaybeTensor attn_mask, b
   }
   const auto full = [&] { return new_float(query, {args.batch, args.heads, args.num_rows}); };
   const auto wanted = [&] { return entropy_only ? new_float(query, {0}) : full(); };
-  Tensor entropy = full(), lse = full(), max_logit = wanted(), keys = wanted(), collision = wanted(), sink = wanted();
+  Tensor entropy = full(), lse = full(), lse_low = full(), max_logit = wanted(), keys = wanted(), collision = wanted(),
+         sink = wanted();
   const auto data = [](Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); };
   args.out.entropy = data(entropy);
   args.out.lse = data(lse);
+  args.out.lse_low = data(lse_low);
   if (!entropy_only) {
     args.out.max_logit = data(max_logit);
     args.out.keys = data(keys);
@@ -34,16 +36,16 @@ SixTensors attention_stats_qk(Tensor query, Tensor key, MaybeTensor attn_mask, b
   }
   INFLECTION_RUN(attention_stats_qk, args, query, attention_stats_qk_items(args),
                  grain_of(args, attention_stats_qk_items(args)));
-  return {entropy, lse, max_logit, keys, collision, sink};
+  return {entropy, lse, max_logit, keys, collision, sink, lse_low};
 }
 
 std::tuple<Tensor, Tensor> attention_stats_qk_backward(MaybeTensor grad_entropy, MaybeTensor grad_lse,
                                                        MaybeTensor grad_collision, MaybeTensor grad_sink,
                                                        Tensor entropy, Tensor lse, Tensor collision, Tensor sink,
-                                                       Tensor query, Tensor key, MaybeTensor attn_mask, bool is_causal,
-                                                       double scale, int64_t window_left, int64_t window_right,
-                                                       double softcap, bool has_sinks, MaybeTensor rows,
-                                                       MaybeTensor key_bounds) {
+                                                       Tensor lse_low, Tensor query, Tensor key, MaybeTensor attn_mask,
+                                                       bool is_causal, double scale, int64_t window_left,
+                                                       int64_t window_right, double softcap, bool has_sinks,
+                                                       MaybeTensor rows, MaybeTensor key_bounds) {
   AttentionStatsQkBackwardArgs args{};
   args.forward =
       qk_arguments(query, key, attn_mask, is_causal, scale, window_left, window_right, softcap, rows, key_bounds);
@@ -59,6 +61,7 @@ std::tuple<Tensor, Tensor> attention_stats_qk_backward(MaybeTensor grad_entropy,
   };
   args.rows = {.entropy = rows_of(entropy, "entropy"),
                .lse = rows_of(lse, "lse"),
+               .lse_low = rows_of(lse_low, "lse_low"),
                .collision = grad_collision ? rows_of(collision, "collision") : nullptr,
                .sink = grad_sink ? rows_of(sink, "sink") : nullptr,
                .grad_entropy = rows_of(grad_entropy, "grad_entropy"),

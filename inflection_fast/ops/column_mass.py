@@ -27,12 +27,13 @@ def attention_column_mass(
 ) -> AttentionColumns:
     """How much attention every key receives, and how concentrated it is.
 
-    Equivalent to: ``p = (scale * query @ key.mT + mask - lse[..., None]).exp(); p.sum(-2), p.square().sum(-2)``
+    Equivalent to: ``s = scale * query @ key.mT + mask; p = (s - lse[..., None]).exp().clamp(max=1); p.sum(-2),
+    p.square().sum(-2)``
 
     No matrix of scores is stored. Every number is summed by one writer in a fixed order, so the result is the same in
     every run and for every number of threads; there is no other mode. `lse` carries the normalisation: with that of
     ``attention_stats_qk(..., sinks=...)`` the sinks take their share and the mass adds up to less than the rows.
-    Probabilities err by the rounding of a float32 `lse`, 6e-8 of its size.
+    Probabilities are at most 1 and err by the rounding of a float32 `lse`, 6e-8 of its size.
 
     Not differentiable: inputs that require grad are read as values.
 

@@ -90,21 +90,22 @@ def _call(query, key, attn_mask, is_causal, scale, window, softcap, sinks, rows,
     if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
         raise ValueError("attn_mask: requires grad, but no gradient is computed for masks; pass attn_mask.detach()")
     sinks = None if sinks is None else checks.sinks(sinks, query).float().contiguous()  # one number per head
-    return torch.ops.inflection_fast.attention_stats_qk(
+    *stats, _lse_low = torch.ops.inflection_fast.attention_stats_qk(
         query, key, attn_mask, *numbers, sinks, rows, key_bounds, entropy_only
     )
+    return stats
 
 
 @torch.library.register_fake("inflection_fast::attention_stats_qk")
 def _(query, key, attn_mask, is_causal, scale, left, right, softcap, sinks, rows, key_bounds, entropy_only):
     shape = (*query.shape[:2], query.shape[2] if rows is None else rows.shape[0])
-    full = [query.new_empty(shape, dtype=torch.float32) for _ in range(2 if entropy_only else 6)]
-    return (*full, *(query.new_empty(0, dtype=torch.float32) for _ in range(6 - len(full))))
+    rest = (0,) if entropy_only else shape  # all but entropy, lse and what that lost when it was rounded
+    return tuple(query.new_empty(size, dtype=torch.float32) for size in (shape, shape, rest, rest, rest, rest, shape))
 
 
 @torch.library.register_fake("inflection_fast::attention_stats_qk_backward")
 def _(
-    grad_entropy, grad_lse, grad_collision, grad_sink, entropy, lse, collision, sink,
+    grad_entropy, grad_lse, grad_collision, grad_sink, entropy, lse, collision, sink, lse_low,
     query, key, attn_mask, is_causal, scale, left, right, softcap, has_sinks, rows, key_bounds,
 ):  # fmt: skip
     shape = (*entropy.shape, query.shape[3])
@@ -113,13 +114,13 @@ def _(
 
 def setup_context(ctx, inputs, output):
     query, key, attn_mask, *ctx.numbers, sinks, rows, key_bounds, ctx.entropy_only = inputs
-    entropy, lse, max_logit, keys, collision, sink = output
-    ctx.mark_non_differentiable(max_logit, keys)
+    entropy, lse, max_logit, keys, collision, sink, lse_low = output
+    ctx.mark_non_differentiable(max_logit, keys, lse_low)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(query, key, attn_mask, sinks, rows, key_bounds, entropy, lse, collision, sink)
+    ctx.save_for_backward(query, key, attn_mask, sinks, rows, key_bounds, entropy, lse, collision, sink, lse_low)
 
 
-def backward(ctx, grad_entropy, grad_lse, _grad_max_logit, _grad_keys, grad_collision, grad_sink):
+def backward(ctx, grad_entropy, grad_lse, _grad_max_logit, _grad_keys, grad_collision, grad_sink, _grad_lse_low):
     query, key, attn_mask, sinks, rows, key_bounds, *stats = ctx.saved_tensors
     grads = [grad_entropy, grad_lse, grad_collision, grad_sink]
     if ctx.entropy_only:
@@ -139,10 +140,10 @@ def backward(ctx, grad_entropy, grad_lse, _grad_max_logit, _grad_keys, grad_coll
     return grad_query, grad_key, *[None] * 6, grad_sinks, None, None, None
 
 
-def sink_gradient(sinks, grad_entropy, grad_lse, grad_collision, grad_sink, entropy, lse, collision, sink):
+def sink_gradient(sinks, grad_entropy, grad_lse, grad_collision, grad_sink, entropy, lse, collision, sink, lse_low):
     """The derivative with respect to the scores of one more column, which is the column that `sink` reports."""
     empty = lse == -torch.inf
-    log_p = (sinks[:, None] - lse).masked_fill(empty, 0.0).clamp(min=-88.0)
+    log_p = (sinks[:, None] - lse - lse_low).masked_fill(empty, 0.0).clamp(min=-88.0, max=0.0)
     p = log_p.exp().masked_fill(empty, 0.0)
     grad = torch.zeros_like(lse)
     if grad_lse is not None:

@@ -92,7 +92,7 @@ def attention_column_mass(
     """Sums over the rows of the probabilities ``[B, H, Q, K]`` that `lse` ``[B, H, Q]`` makes of the scores."""
     scores, attend = qk_scores(query, key, attn_mask, is_causal, scale, window, softcap, rows, cu_seqlens)
     counts = attend & (scores != -INF) & (lse != -INF)[..., None]
-    p = (scores - lse[..., None]).exp().masked_fill(~counts, 0.0)
+    p = (scores - lse[..., None]).exp().clamp(max=1.0).masked_fill(~counts, 0.0)
     return AttentionColumns(p.sum(-2), p.square().sum(-2))
 
 
