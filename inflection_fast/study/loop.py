@@ -181,5 +181,10 @@ def logits_of(model: nn.Module, tokens: Tokens, config: LoopConfig) -> np.ndarra
 def evaluate(model: nn.Module, tokens: Tokens, config: LoopConfig) -> dict[str, Any]:
     """Accuracy, loss and a hexadecimal word in which a set bit says that the model was right about a text."""
     metrics = classification_metrics(logits_of(model, tokens, config), tokens.labels)
-    bits = metrics.pop("right")
-    return {**metrics, "loss": round(metrics["loss"], 6), "right": f"{int(bits, 2):0{-(-len(bits) // 4)}x}"}
+    return {
+        "n": metrics.n,
+        "accuracy": metrics.accuracy,
+        "correct": metrics.correct,
+        "loss": round(metrics.loss, 6),
+        "right": f"{int(metrics.right, 2):0{-(-metrics.n // 4)}x}",
+    }
