@@ -86,8 +86,8 @@ def adapt(
 
 def _adalora(names: list[str], ranks: Mapping[str, int], scale: float, steps: int | None, common: dict) -> object:
     """AdaLoRA begins with half as much again as it may keep, and has pruned to that at three quarters of the steps."""
-    if steps is None or steps < 8:
-        raise ValueError(f"steps: AdaLoRA plans its ranks over a training of at least 8 steps, got {steps}")
+    if steps is None or steps < 4:
+        raise ValueError(f"steps: AdaLoRA plans its ranks over a training of at least 4 steps, got {steps}")
     target = max(1, round(sum(ranks.values()) / len(names)))
     first = max(target + 1, math.ceil(1.5 * target))
     return peft.AdaLoraConfig(

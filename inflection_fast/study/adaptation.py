@@ -14,7 +14,7 @@ from inflection_fast.act.adapters import KINDS, adapt, adapter_parameters, defau
 from inflection_fast.act.bottleneck import bottleneck
 from inflection_fast.blocks import find_blocks
 
-__all__ = ["Adaptation", "NoArm", "Spending", "on_layers"]
+__all__ = ["Adaptation", "NoArm", "Spending", "on_layers", "on_modules"]
 
 PARTS = {"head": "head", "unfreeze": "top", "bitfit": "bias", "full": "all", "lisa": "all"}
 
@@ -114,3 +114,12 @@ def on_layers(
         note=note,
         scores=scores or {},
     )
+
+
+def on_modules(
+    model: nn.Module, ranks: Mapping[str, int], *, note: str = "", scores: Mapping[str, float] | None = None
+) -> Adaptation:
+    """LoRA on single modules, each with a rank of its own."""
+    blocks = find_blocks(model)
+    layers = {block.index for block in blocks for name in ranks if name.startswith(f"{block.path}.")}
+    return Adaptation("lora", dict(ranks), tuple(sorted(layers)), note=note, scores=scores or {})

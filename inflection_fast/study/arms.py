@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch import nn
 
+from inflection_fast.act.adapters import default_modules
 from inflection_fast.blocks import find_blocks
 from inflection_fast.decide import SelectConfig, select
 from inflection_fast.run.errors import UserError
@@ -74,6 +75,24 @@ class Seen:
         """A generator of the cell's own."""
         return np.random.default_rng([self.seed, self.draw, *self.place])
 
+    @cached_property
+    def modules(self) -> dict[int, list[str]]:
+        """The full names of the modules that LoRA adapts by default, by block. NoArm where peft knows none."""
+        try:
+            return default_modules(self.model)
+        except ValueError as error:
+            raise NoArm(" ".join(str(error).split())) from error
+
+    def best(self, scores: dict[int, float], **more: Any) -> Adaptation:
+        """LoRA on the blocks of the highest scores. NoArm where a score is no number."""
+        k = self.config.blocks
+        odd = [layer for layer, score in scores.items() if np.isnan(score)]
+        if odd or len(scores) < k:
+            raise NoArm(f"{k} blocks were asked for, and of {self.blocks} these have no score: {odd or 'too many'}")
+        order = sorted(scores, key=lambda layer: (-scores[layer], layer))
+        known = {str(layer): float(score) for layer, score in sorted(scores.items()) if np.isfinite(score)}
+        return self.lora(order[:k], scores=known, **more)
+
     def lora(self, layers: Any, **more: Any) -> Adaptation:
         """LoRA on some blocks, at the rank that every LoRA arm has to spend."""
         return on_layers(self.model, layers, Spending(self.config.budget).over, **more)
@@ -103,6 +122,7 @@ class Fixed:
     draws: bool = False
 
     def choose(self, seen: Seen) -> Adaptation:
+        """See `Arm`."""
         top = seen.config.measured.top
         if self.kind == "unfreeze":
             layers = range(seen.blocks - top, seen.blocks)
@@ -120,6 +140,7 @@ class Everywhere:
     draws: bool = False
 
     def choose(self, seen: Seen) -> Adaptation:
+        """See `Arm`."""
         rank = seen.config.everywhere_rank
         spread = (lambda layers: dict.fromkeys(layers, rank)) if self.own_rank else Spending(seen.config.budget).over
         return on_layers(seen.model, range(seen.blocks), spread, kind=self.kind)
@@ -133,6 +154,7 @@ class Places:
     draws: bool = False
 
     def choose(self, seen: Seen) -> Adaptation:
+        """See `Arm`."""
         count, k = seen.blocks, seen.config.blocks
         if k > count:
             raise NoArm(f"{k} blocks were asked for, the model has {count}")
@@ -160,6 +182,7 @@ class Planned:
     draws: bool = False
 
     def choose(self, seen: Seen) -> Adaptation:
+        """See `Arm`."""
         config = dataclasses.replace(self.select, k=seen.config.blocks) if self.count else self.select
         try:
             plan = select(seen.timeline, config)
@@ -175,7 +198,30 @@ class Planned:
 
 def _own() -> dict[str, Arm]:
     placed = {which: Places(which) for which in ("first", "last", "even")}
+    from inflection_fast.study.arms_data import BlockSimilarity, Breakpoints, Eva, FirstOrderGain, GradientRule
+    from inflection_fast.study.arms_other import Other
+    from inflection_fast.study.arms_trial import AdaLora, Lisa, SuccessiveHalving, TrialShare
+    from inflection_fast.study.arms_weights import Kappa, Spectrum
+
+    greedy = Planned(SelectConfig(method="greedy"))
+    other = {kind: Other(kind, Everywhere()) for kind in ("ia3", "dora", "vera", "prefix", "bottleneck")}
+    other |= {f"{kind}_planned": Other(kind, greedy) for kind in ("ia3", "dora", "vera", "bottleneck")}
     return {
+        "kappa": Kappa(),
+        "spectrum": Spectrum(),
+        "eva": Eva(),
+        "gradient_high": GradientRule("high"),
+        "gradient_low": GradientRule("low"),
+        "auto_rgn": GradientRule("relative"),
+        "block_cka": BlockSimilarity(),
+        "breakpoints": Breakpoints(),
+        "first_order": FirstOrderGain(),
+        "trial_norm": TrialShare("norm"),
+        "trial_sensitivity": TrialShare("sensitivity"),
+        "halving": SuccessiveHalving(),
+        "adalora": AdaLora(),
+        "lisa": Lisa(),
+        **other,
         "head": Fixed("head"),
         "shallow": Fixed("unfreeze"),
         "full": Fixed("full"),
@@ -184,7 +230,7 @@ def _own() -> dict[str, Arm]:
         "all_equal": Everywhere(),
         "random": Places("random", draws=True),
         **placed,
-        "greedy": Planned(SelectConfig(method="greedy")),
+        "greedy": greedy,
         "maxima": Planned(SelectConfig(method="maxima")),
         "top": Planned(SelectConfig(method="top", k=1, significance=None), count=True),
     }

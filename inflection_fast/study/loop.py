@@ -99,12 +99,12 @@ def train(
     steps: int | None = None,
     after_backward: Callable[[int], None] = lambda step: None,
     before_step: Callable[[int], None] = lambda step: None,
-    penalty: Callable[[], Tensor | None] = lambda: None,
+    after_step: Callable[[int], None] = lambda step: None,
 ) -> Trained:
     """Trains what requires gradients.
 
-    `before_step` may change which parameters do; `after_backward` is called with gradients unclipped; `penalty` gives
-    a term that is added to the loss.
+    `before_step` may change which parameters do; `after_backward` is called with gradients unclipped, and
+    `after_step` before they are cleared.
     """
     steps = config.steps if steps is None else steps
     clock = Clock()
@@ -128,8 +128,7 @@ def train(
             batch = batch_of(tokens, rows, config.device)
             with _counting(step == 0, model) as kept:
                 loss = forward(model, batch, config).loss
-            extra = penalty()
-            (loss if extra is None else loss + extra).backward()
+            loss.backward()
             after_backward(step)
             torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
             optimizer.step()
@@ -137,6 +136,7 @@ def train(
                 grown = sum(p.grad.nbytes for p in parameters if p.grad is not None)
                 grown += sum(v.nbytes for state in optimizer.state.values() for v in state.values())
                 step_bytes = kept() + grown
+            after_step(step)
             optimizer.zero_grad(set_to_none=True)
             losses.append(loss.detach())
     values = torch.stack(losses).float().cpu().numpy()

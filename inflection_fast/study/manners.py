@@ -24,26 +24,8 @@ def manners(adaptation: Adaptation, model: nn.Module, steps: int, seed: int) -> 
 
 
 def _adalora(model: nn.Module) -> dict[str, Callable[..., Any]]:
-    """AdaLoRA prunes its ranks by the gradients of every step, and adds a penalty that keeps its factors orthogonal."""
-    tuner = model.base_model
-
-    def penalty() -> Any:
-        weight = tuner.peft_config[tuner.trainable_adapter_name].orth_reg_weight
-        terms = [
-            ((p @ p.T if "lora_A" in name else p.T @ p) - _eye(p, "lora_A" in name)).norm()
-            for name, p in model.named_parameters()
-            if ("lora_A" in name or "lora_B" in name) and p.requires_grad
-        ]
-        return weight * sum(terms) / len(terms)
-
-    # peft reads the gradients of this step before the optimizer moves the weights; it must not see the step again.
-    return {"after_backward": lambda step: tuner.update_and_allocate(step), "penalty": penalty}
-
-
-def _eye(parameter: Any, rows: bool) -> Any:
-    import torch
-
-    return torch.eye(parameter.shape[0 if rows else 1], device=parameter.device)
+    """AdaLoRA prunes by the gradients of every step. peft adds the penalty for its factors to the loss by itself."""
+    return {"after_step": model.base_model.update_and_allocate}
 
 
 def _lisa(model: nn.Module, seed: int, blocks: int, every: int) -> dict[str, Callable[..., Any]]:

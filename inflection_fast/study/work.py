@@ -197,6 +197,7 @@ class Work:
         def compute() -> dict[str, Any]:
             seed = self.config.tuning.seed
             seen = self.seen(transfer, regime, arm, seed)
+            seen.learning_rate = rate
             adaptation = self.chosen(arm, seen)
             result = self.training(transfer, regime, seed, adaptation, rate, "validation")
             facts = {"learning_rate": rate, "layers": list(adaptation.layers), "training": result["key"]}

@@ -1,0 +1,173 @@
+"""Arms: what each chooses, what it spends, and that it leaves the model as it was."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from tiny_study import tiny_study
+
+from inflection_fast.run.errors import UserError
+from inflection_fast.study.adaptation import NoArm, Spending
+from inflection_fast.study.arms import arm_of, arms
+from inflection_fast.study.arms_data import breakpoints
+from inflection_fast.study.arms_weights import marchenko_pastur_median, signal_ratio
+from inflection_fast.study.shelf import Shelf
+from inflection_fast.study.work import Work
+
+LORA_ARMS = ("kappa", "spectrum", "eva", "gradient_high", "gradient_low", "auto_rgn", "block_cka", "breakpoints",
+             "first_order", "trial_norm", "trial_sensitivity", "halving", "random", "first", "last", "even", "greedy",
+             "maxima", "top", "all_equal")  # fmt: skip
+OTHERS = ("ia3", "dora", "vera", "prefix", "bottleneck", "ia3_planned", "dora_planned", "vera_planned",
+          "bottleneck_planned", "adalora", "lisa", "head", "shallow", "full", "bitfit", "all")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    config = tiny_study(tmp_path_factory.mktemp("study"))
+    return Work(config, Shelf.of(config))
+
+
+def chosen(work, name):
+    seen = work.seen("one", "under", name, seed=1)
+    seen.learning_rate = 1e-3
+    return work.chosen(name, seen), seen
+
+
+def test_every_arm_has_a_test():
+    assert {*LORA_ARMS, *OTHERS} == set(arms())
+
+
+@pytest.mark.parametrize("name", LORA_ARMS)
+def test_a_lora_arm_spends_the_budget(work, name):
+    adaptation, _ = chosen(work, name)
+    assert adaptation.kind == "lora"
+    # query and value of a block: the budget is spent twice
+    assert sum(adaptation.ranks.values()) == 2 * work.config.budget
+    model = adaptation.apply(work.start("one", "under", 1), 4)
+    assert adaptation.parameters(model) == 2 * work.config.budget * 32
+
+
+@pytest.mark.parametrize("name", [*LORA_ARMS, *OTHERS])
+def test_an_arm_leaves_the_model_as_it_was_and_chooses_the_same_again(work, name):
+    seen = work.seen("one", "under", name, seed=1)
+    seen.learning_rate = 1e-3
+    before = copy.deepcopy(seen.model.state_dict())
+    flags = [p.requires_grad for p in seen.model.parameters()]
+    adaptation = work.chosen(name, seen)
+    after = seen.model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+    assert flags == [p.requires_grad for p in seen.model.parameters()]
+    again, _ = chosen(work, name)
+    assert again.key() == adaptation.key() and again.layers == adaptation.layers
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_adapter_trains(work, name):
+    adaptation, _ = chosen(work, name)
+    result = work.training("one", "under", 1, adaptation, 1e-3, "test")
+    assert result["trainable"] > 0 and result["metrics"]["n"] == work.config.target.test
+    assert np.isfinite(result["losses"]).all()
+
+
+def test_parameters_of_dora_and_bottleneck_are_close_to_those_of_lora(work):
+    spent = {}
+    for name in ("all_equal", "dora", "bottleneck"):
+        adaptation, _ = chosen(work, name)
+        spent[name] = adaptation.parameters(adaptation.apply(work.start("one", "under", 1), 4))
+    assert spent["dora"] == spent["all_equal"] + 3 * 2 * 16  # and a magnitude for each output
+
+
+def test_full_training_trains_everything_and_the_head_nothing_else(work):
+    parts = {}
+    for name in ("head", "shallow", "bitfit", "full"):
+        adaptation, _ = chosen(work, name)
+        model = adaptation.apply(work.start("one", "under", 1), 4)
+        parts[name] = {n for n, p in model.named_parameters() if p.requires_grad}
+    everything = {n for n, _ in model.named_parameters()}
+    assert parts["full"] == everything
+    assert parts["head"] == {"classifier.weight", "classifier.bias"}
+    assert parts["bitfit"] == {n for n in everything if n.endswith("bias")} | parts["head"]
+    assert parts["shallow"] == {n for n in everything if ".layer.2." in n or "pooler" in n} | parts["head"]
+
+
+def test_trials_are_part_of_the_cost(work):
+    _, seen = chosen(work, "trial_norm")
+    assert seen.cost()["steps"] == 4 and seen.cost()["wall_s"] > 0
+    _, seen = chosen(work, "greedy")
+    assert seen.cost()["steps"] == work.config.train.steps
+
+
+def test_ranks_are_as_even_as_whole_numbers_allow():
+    assert Spending(12).over([4, 1, 2, 0, 3]) == {0: 3, 1: 3, 2: 2, 3: 2, 4: 2}
+    with pytest.raises(NoArm, match="cannot share"):
+        Spending(2).over([0, 1, 2])
+
+
+def test_lisa_trains_few_blocks_at_a_time(work):
+    from inflection_fast.blocks import find_blocks
+    from inflection_fast.study.manners import manners
+
+    adaptation, _ = chosen(work, "lisa")
+    model = adaptation.apply(work.start("one", "under", 1), 4)
+    manners(adaptation, model, 4, seed=1)["before_step"](0)
+    on = [all(p.requires_grad for p in block.module.parameters()) for block in find_blocks(model)]
+    assert sum(on) == 2 and len(on) == 3
+
+
+# ---- the rules themselves --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(256, 256), (256, 1024), (37, 911)])
+def test_pure_noise_has_no_signal_and_a_planted_one_is_found(shape):
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(shape, generator=generator) * 0.02
+    # The largest singular value of noise passes the edge by about its fluctuation, of order n^(-2/3).
+    values = torch.linalg.svdvals(noise)
+    assert signal_ratio(noise) <= 3 * float(values[0] / values.sum())
+    u, v = torch.randn(shape[0], 3, generator=generator), torch.randn(shape[1], 3, generator=generator)
+    assert signal_ratio(noise + u @ v.T) > 10 * max(signal_ratio(noise), 0.01)
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5, 1.0])
+def test_the_median_of_marchenko_and_pastur_is_that_of_noise(beta):
+    n = 1500
+    x = np.random.default_rng(0).standard_normal((round(beta * n), n))
+    eigenvalues = np.linalg.svd(x, compute_uv=False) ** 2 / n
+    assert marchenko_pastur_median(beta) == pytest.approx(np.median(eigenvalues), rel=0.02)
+
+
+def test_breakpoints_are_kept_in_the_order_of_the_tolerance():
+    way = np.array([[0, 0], [1, 0.1], [2, 3], [3, 0.2], [4, 0], [5, 0]], float)
+    kept = breakpoints(way)
+    assert kept[0] == kept[5] == np.inf
+    assert max((1, 2, 3, 4), key=kept.get) == 2 and kept[2] == 3
+    # Points on a line are of no use, and never kept before one that is off it.
+    assert min((1, 2, 3, 4), key=kept.get) == 4
+    # No point is kept before the one that its side was split at.
+    assert all(kept[point] <= kept[2] for point in (1, 3, 4))
+
+
+def test_an_unknown_arm_is_named_and_a_user_s_arm_is_found(monkeypatch, work):
+    class Middle:
+        draws = False
+
+        def choose(self, seen):
+            return seen.lora([1])
+
+    class Point:
+        name, value = "middle", "mine:Middle"
+        load = staticmethod(lambda: Middle)
+
+    monkeypatch.setattr("inflection_fast.study.arms.entry_points", lambda group: [Point])
+    assert arm_of("middle").choose(work.seen("one", "under", "middle", 1)).layers == (1,)
+    Point.name = "first"
+    with pytest.raises(UserError, match="has the name of another arm"):
+        arms()
+
+
+def test_a_model_that_peft_knows_no_modules_of_is_named(work):
+    seen = work.seen("one", "under", "all", 1)
+    seen.model.config.model_type = "made_up"
+    with pytest.raises(NoArm, match="no default for models of type made_up"):
+        arm_of("all").choose(seen)
