@@ -76,7 +76,9 @@ def _run(config: Any, parsed: Any, console: Any) -> int:
             jobs=parsed.jobs,
             executor=parsed.executor,
             only=parsed.only,
-            show=lambda now: bar.update(task, completed=now.done),
+            show=(lambda: None)
+            if bar.disable
+            else lambda: bar.update(task, completed=progress_of(config, shelf, parsed.only).done),
         )
     failed = f", {end.failed} of them failed (their files say why)" if end.failed else ""
     console.print(f"{end.done} of {end.cells} cells{failed}: {config.folder / 'cells'}", markup=False)

@@ -96,18 +96,15 @@ def run(
     jobs: int,
     executor: str,
     only: str | None,
-    show: Callable[[Progress], None],
+    show: Callable[[], None] = lambda: None,
 ) -> Progress:
-    """Computes what is missing with so many workers, and returns how far it came.
+    """Computes what is missing with so many workers, and returns how far it came. `show` is called now and then.
 
     UserError where the disk is full, or workers keep dying: what is finished stays, and the same call goes on.
     """
     shelf = Shelf.of(config)
-    for cell in cells_of(config, only):  # an unknown arm is told before anything is computed
-        del cell
-    (_with_ray if executor == "ray" else _with_processes)(
-        config, jobs, only, lambda: show(progress_of(config, shelf, only))
-    )
+    cells_of(config, only)  # an unknown arm is told before anything is computed
+    (_with_ray if executor == "ray" else _with_processes)(config, jobs, only, show)
     return progress_of(config, shelf, only)
 
 
