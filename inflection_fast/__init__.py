@@ -24,6 +24,8 @@ _HOMES = {
     "SelectConfig": "decide",
     "select": "decide",
     "ski": "decide",
+    "dead_adapters": "act",
+    "find_inflection_target_modules": "act",
     "inject": "act",
     "find_blocks": "blocks",
     "ActivationMoments": "ops",

@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from inflection_fast import Plan, find_blocks, inject
+from inflection_fast.act import restore_adapter
 
 BERT = "bert.encoder.layer.{}.attention.self"
 
@@ -209,7 +210,7 @@ def refused(model, plan, words, **options):
 
 def test_an_empty_plan_is_refused_with_its_own_words():
     model = tiny.bert()
-    refused(model, plan_for(model), "nothing to inject. Nothing was worth picking")
+    refused(model, plan_for(model), "nothing to act on. Nothing was worth picking")
 
 
 def test_a_plan_for_another_model_is_refused():
@@ -227,12 +228,12 @@ def test_a_plan_for_another_model_is_refused():
         ({"target_modules": ["c_attn"]}, r"\['c_attn'\] matches nothing in bert.encoder.layer.1, which has .*query"),
         ({"target_modules": ["query", "valeu"]}, r"\['valeu'\] match nothing in the planned blocks"),
         ({"modules_to_save": ["clasifier"]}, r"has no modules \['clasifier'\]"),
-        ({"modules_to_save": "pooler"}, "single string 'pooler'"),
+        ({"modules_to_save": "pooler"}, "got the string 'pooler'"),
         ({"r": 0}, "r: expected an integer >= 1, got 0"),
         ({"lora_alpha": 0}, "lora_alpha"),
         ({"lora_alpha": "8"}, "lora_alpha: expected a number > 0, got '8'"),
         ({"lora_dropout": 1.0}, "lora_dropout"),
-        ({"lora_dropout": None}, "lora_dropout"),
+        ({"lora_dropout": "0"}, "lora_dropout"),
         ({"target_modules": "*.query"}, r"'\*.query' is no regular expression: nothing to repeat"),
         ({"target_modules": 3}, "target_modules: expected a string or a sequence of names, got 3"),
         ({"adapter_name": "a.b"}, "adapter_name: expected a name without dots, got 'a.b'"),
@@ -261,12 +262,7 @@ def test_a_failure_after_everything_was_frozen_leaves_the_model_as_it_was(monkey
     refused(model, plan_for(model, 1), "too late")
 
 
-def test_an_architecture_that_peft_has_no_targets_for_asks_for_them():
-    model = tiny.distilbert()
-    refused(model, plan_for(model, 0), r"no default for models of type distilbert; name modules.*attention\.q_lin")
-
-
-def test_names_that_end_alike_elsewhere_are_refused():
+def test_names_that_end_alike_elsewhere_are_not_hit():
     class Twice(nn.Module):
         def __init__(self):
             super().__init__()
@@ -276,16 +272,105 @@ def test_names_that_end_alike_elsewhere_are_refused():
             self.extra.blocks["1"].mixer.out = nn.Linear(2, 2)
 
     model = Twice()
-    names = [f"blocks.{i}" for i in range(3)]
-    refused(model, plan_for(model, 1, named=True, layers=names), r"beyond them \['extra\.blocks\.1\.mixer\.out'\]",
-            target_modules=["mixer.out"])  # fmt: skip
+    plan = plan_for(model, 1, named=True, layers=[f"blocks.{i}" for i in range(3)])
+    assert plan.target_modules(model, ["mixer.out"]) == ["blocks.1.mixer.out"]
+    assert adapted_names(inject(model, plan, target_modules=["mixer.out"])) == ["blocks.1.mixer.out"]
 
 
-def test_a_model_with_adapters_or_in_a_wrapper_is_refused():
+# ---- models that are wrapped, or have adapters -----------------------------------------------------------------------
+
+
+def compiled(model):
+    return torch.compile(model)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "words"),
+    [
+        (nn.DataParallel, "wrapped by DataParallel; pass the model inside .model.module."),
+        (compiled, "it is compiled; pass the model that was compiled"),
+        (lambda model: peft.get_peft_model(model, peft.LoraConfig()).base_model, "carries adapters already"),
+        (
+            lambda model: peft.get_peft_model(model, peft.LoraConfig()),
+            "adapters already, one of them 'default'",
+        ),
+    ],
+)
+def test_a_wrapped_model_is_refused_with_what_to_do(wrap, words):
     model = tiny.bert()
     plan = plan_for(model, 0)
-    refused(nn.DataParallel(model), Plan((0,), "", {0: "x"}, np.zeros(3), {}, {}, plan.model | {"model_type": None}),
-            "inject before wrapping it", target_modules=["query"])  # fmt: skip
+    refused(wrap(model), plan, words)
+
+
+def test_a_second_adapter_is_added_by_name_and_the_first_one_stays(tmp_path):
+    model, batch = tiny.model_and_batch("llama")
+    first, second = plan_for(model, 0), plan_for(model, 2)
+    adapted = inject(model, first)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.normal_()
+        expected = adapted.eval()(**batch).logits
+    assert inject(adapted, second, 3, adapter_name="late") is adapted
+    assert adapted.active_adapters == ["late"]
+    trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
+    assert trained and all("layers.2." in name and ".late." in name for name in trained)
+    adapted.set_adapter("default")
+    with torch.no_grad():
+        assert torch.equal(adapted.eval()(**batch).logits, expected)
+    adapted.save_pretrained(tmp_path)
+    assert Plan.from_pretrained(tmp_path).layers == (0,)
+    assert Plan.from_pretrained(tmp_path / "late").layers == (2,)
+    refused(adapted, second, "one of them 'late'", adapter_name="late")
+
+
+def test_a_second_adapter_that_fails_leaves_the_first_one_active():
+    model = tiny.llama()
+    plan = plan_for(model, 1)
     adapted = inject(model, plan)
-    refused(adapted, plan, "carries adapters already")
-    refused(adapted.base_model.model, plan, "carries adapters already")
+    refused(adapted, plan, "Cannot combine adapters", config=peft.IA3Config(), adapter_name="late")
+    refused(adapted, plan, "not supported", target_modules=["q_proj", "input_layernorm"], adapter_name="late")
+    assert list(adapted.peft_config) == adapted.active_adapters == ["default"]
+
+
+# ---- the plan beside the adapter -------------------------------------------------------------------------------------
+
+
+def test_the_plan_and_its_rule_are_saved_beside_the_adapter(tmp_path, caplog):
+    model = tiny.bert()
+    caplog.set_level("INFO", logger="inflection_fast")
+    adapted = inject(model, plan_for(model, 0, 2))
+    assert "LORA on 4 modules of 2 blocks by the rule 'peft'" in caplog.text
+    for holder in (adapted, copy.deepcopy(adapted)):
+        holder.save_pretrained(tmp_path)
+        plan = Plan.from_pretrained(tmp_path)
+        (tmp_path / Plan.FILE).unlink()
+    (action,) = plan.actions
+    assert (action["method"], action["r"], action["lora_alpha"]) == ("LORA", 4, 8)
+    assert action["rules"] == {f"bert.encoder.layer.{i}": "peft" for i in (0, 2)}
+    assert action["modules"] == adapted_names(adapted)
+    with pytest.raises(FileNotFoundError, match=r"holds no inflection_plan\.json"):
+        Plan.from_pretrained(tmp_path)
+
+
+def test_a_restored_adapter_has_its_plan(tmp_path):
+    model = tiny.bert()
+    inject(model, plan_for(model, 1)).save_pretrained(tmp_path)
+    again = restore_adapter(tiny.bert(), tmp_path)
+    again.save_pretrained(tmp_path / "again")
+    assert Plan.from_pretrained(tmp_path / "again").layers == (1,)
+
+
+def test_evaluation_of_an_encoder_layer_of_torch_does_not_pass_by_the_adapters(tmp_path):
+    model, batch = tiny.model_and_batch("encoder")
+    adapted = inject(model, plan_for(model, 0))
+    assert adapted_names(adapted)[0] == "encoder.layers.0.self_attn"
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.normal_()
+    adapted.eval()
+    trained = adapted(**batch)["logits"].detach()
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(**batch)["logits"], trained)
+        assert not torch.allclose(model.eval()(**batch)["logits"], adapted.base_model.unload()(**batch)["logits"])

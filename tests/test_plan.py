@@ -38,6 +38,8 @@ def test_the_file_is_plain_json_in_a_stable_order(tmp_path):
         "config",
         "model",
         "found",
+        "ranks",
+        "actions",
     ]
     assert document["scores"] == [1.0, None, 0.25] and document["profile"] == {"entropy": [1.0, None, None]}
     assert document["reasons"] == {"0": "first", "2": "last"} and "Größer" in text

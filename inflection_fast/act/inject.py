@@ -1,4 +1,4 @@
-"""LoRA on exactly the blocks of a plan, by the full names of their modules.
+"""Adapters of any peft method on exactly the blocks of a plan, by the full names of their modules.
 
 peft can restrict adapters to layers by index (`layers_to_transform`), but it reads the index out of the module name:
 one list hits the encoder and the decoder alike, a bare backbone does not match at all, and "dense" in BERT means the
@@ -8,225 +8,241 @@ beforehand.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+import dataclasses
+import functools
+import logging
+import os
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 
 import peft
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as USUAL_TARGETS
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers.models.auto import modeling_auto as auto
-from transformers.pytorch_utils import Conv1D
 
-from ..blocks import Block, find_blocks
 from ..decide import Plan
+from .configs import DEFAULT_RANK, check_rank, check_wanted, complete, refuse_mismatch
+from .planned import planned_blocks, unwrapped
+from .targets import Targets
 
-__all__ = ["inject"]
+__all__ = ["attach_plan", "dead_adapters", "inject"]
 
-_TASKS = {
-    "SEQ_CLS": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-    "TOKEN_CLS": auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
-    "QUESTION_ANS": auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
-    "SEQ_2_SEQ_LM": auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-    "CAUSAL_LM": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-}
-_NEW_HEAD = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice)$")  # heads that start untrained
+logger = logging.getLogger(__name__)
+
+PLANS = "inflection_plans"  # attribute of the adapted model: {adapter name: Plan}
 
 
 def inject(
     model: nn.Module,
     plan: Plan,
-    r: int = 4,
+    r: int | None = None,
     *,
+    config: peft.PeftConfig | None = None,
     lora_alpha: float | None = None,
-    lora_dropout: float = 0.0,
+    lora_dropout: float | None = None,
     target_modules: str | Sequence[str] | None = None,
+    target_parameters: str | Sequence[str] | None = None,
     modules_to_save: Sequence[str] | None = None,
     task_type: str | None = None,
     adapter_name: str = "default",
+    ranks: Mapping[int, int] | None = None,
 ) -> peft.PeftModel:
-    """Put LoRA of rank `r` on the planned blocks of `model`, freeze the rest, and return the model wrapped by peft.
+    """Put adapters on the planned blocks of `model`, freeze the rest, and return the model wrapped by peft.
+
+    LoRA of rank `r`, or the method of `config`. `save_pretrained` of the returned model writes `inflection_plan.json`
+    beside the adapter, with what was injected and by which rule (`Plan.from_pretrained` reads it).
 
     Args:
-        model: any model peft can wrap, without adapters and not wrapped itself (DDP, `torch.compile`).
+        model: any model peft can wrap, not wrapped otherwise (DDP, `torch.compile`). A PeftModel gets one more adapter
+            under another name; the ones it has stay, and the new one becomes the active one.
         plan: made for this model: of the same `model_type`, with as many blocks, named alike. A head may have been
             added or taken away in between: `encoder.layer.3` is `bert.encoder.layer.3`.
-        r: rank, at least 1.
+        r: rank, at least 1; None: 4.
+        config: any peft configuration with `target_modules` (DoRA, IA3, AdaLoRA, VeRA, LoHa, OFT, ...): modules, head
+            and task are filled in where it leaves them open. It then holds the numbers, and `r`, `lora_alpha` and
+            `lora_dropout` are left out.
         lora_alpha: scale of the update; None: `2 * r`.
-        lora_dropout: in [0, 1).
+        lora_dropout: in [0, 1); None: 0.
         target_modules: names of modules within the blocks, as peft takes them: ends of names, one regular expression
-            over full names, or "all-linear". None: those that peft chooses for the architecture.
+            over full names, or "all-linear". None: by the first of these rules that finds something in a block: the
+            modules that peft chooses for the architecture, all linear layers of its attention, all its linear layers
+            (never embeddings, norms, routers or output layers). The rule is logged and stored in the plan.
+        target_parameters: "experts": also the three-dimensional parameters of experts, which no module name reaches;
+            or ends of names of parameters. LoRA without dropout only.
         modules_to_save: modules that are trained and saved whole. The head of a model for classification, question
             answering or multiple choice is always among them.
         task_type: peft's; None: that of the model's class.
         adapter_name: peft's.
+        ranks: {layer: rank} for planned layers with a rank of their own; None: those of the plan, if it has any.
 
     Raises:
-        TypeError: `plan` is no plan.
-        ValueError: the plan is empty or made for another model; the targets are unknown, missing from a planned block,
-            or match outside of the planned blocks; a number or a name is out of range. The model is then as it was.
+        TypeError: `plan` is no plan, `config` no peft configuration.
+        ValueError: the plan is empty or made for another model; the method is not one of layers; the targets are
+            unknown, missing from a planned block, or shared with blocks outside of the plan; a number or a name is out
+            of range. The model is then as it was.
     """
     if not isinstance(plan, Plan):
         raise TypeError(f"plan: expected a Plan, got {type(plan).__name__}")
-    _check_options(r, lora_alpha, lora_dropout, target_modules, adapter_name)
-    if not plan.layers:
-        raise ValueError(f"plan: it is empty, there is nothing to inject. {plan.summary}")
-    if isinstance(model, peft.PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise ValueError("model: it carries adapters already; merge or unload them first")
-    blocks = _planned(model, plan)
-    targets = _targets(model, blocks, target_modules)
-    config = peft.LoraConfig(
-        r=r,
-        lora_alpha=2 * r if lora_alpha is None else lora_alpha,
-        lora_dropout=lora_dropout,
-        target_modules=targets,
-        modules_to_save=_saved(model, modules_to_save) or None,
-        task_type=task_type or _task(model),
-        fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in targets),
-    )
-    _refuse_mismatch(
-        targets, [name for name, _ in model.named_modules() if check_target_module_exists(config, name) is True]
-    )
-    with _restored_on_error(model):
-        adapted = peft.get_peft_model(model, config, adapter_name=adapter_name)
-        _refuse_mismatch(targets, adapted.base_model.targeted_module_names)
+    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
+        raise ValueError(f"adapter_name: expected a name without dots, got {adapter_name!r}")
+    settings = {
+        "r": r,
+        "lora_alpha": lora_alpha,
+        "lora_dropout": lora_dropout,
+        "target_modules": target_modules,
+        "modules_to_save": modules_to_save,
+        "task_type": task_type,
+    }
+    config = _lora(**settings) if config is None else _filled(config, **settings)
+    if isinstance(model, peft.PeftModel) and adapter_name in model.peft_config:
+        raise ValueError(
+            f"adapter_name: the model carries adapters already, one of them {adapter_name!r}; give the new one another "
+            "name, or merge or unload that one first"
+        )
+    config, targets = complete(model, plan, config, parameters=target_parameters, ranks=ranks)
+    with _restored_on_error(model, adapter_name):
+        if isinstance(model, peft.PeftModel):
+            adapted = model
+            adapted.add_adapter(adapter_name, config)
+            adapted.set_adapter(adapter_name)
+        else:
+            adapted = peft.get_peft_model(model, config, adapter_name=adapter_name)
+        refuse_mismatch(targets.modules, _carrying(adapted, adapter_name, targets))
+        attach_plan(adapted, _with_record(plan, config, targets, adapter_name), adapter_name)
+    logger.info("inject: %s on %s", config.peft_type.value, targets.words)
     return adapted
 
 
-# ---- the blocks of the plan in this model ----------------------------------------------------------------------------
+def dead_adapters(model: nn.Module) -> list[str]:
+    """Adapted modules of which, after a backward pass, no trainable parameter has a gradient other than zero.
+
+    Such an adapter does not take part in the forward pass (its module's weight is read without calling it, or the
+    batch does not reach it, as an expert that no token chose). Reads every gradient: for checks, not for each step.
+    """
+    dead = []
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            own = [p for n, p in module.named_parameters() if p.requires_grad and not n.startswith("base_layer.")]
+            if own and not any(p.grad is not None and bool(p.grad.any()) for p in own):
+                dead.append(name)
+    return dead
 
 
-def _planned(model: nn.Module, plan: Plan) -> list[Block]:
-    made_for, given = plan.model.get("model_type"), _model_type(model)
-    if made_for is not None and made_for != given:
-        raise ValueError(f"plan: it was made for a model of type {made_for}, this one is {given}")
-    names = plan.model["layers"]
-    blocks = find_blocks(model, names if plan.model.get("named") else None)
-    if len(blocks) != len(names):
-        raise ValueError(f"plan: it was made for a model of {len(names)} blocks, this one has {len(blocks)}")
-    for block, name in zip(blocks, names, strict=True):
-        if not (f".{block.name}".endswith(f".{name}") or f".{name}".endswith(f".{block.name}")):
-            raise ValueError(
-                f"plan: it was made for a model whose block {block.index} is {name}, here it is {block.name}"
-            )
-        if block.path != block.name:
-            raise ValueError(f"model: it is wrapped ({block.path}); inject before wrapping it")
-    return [blocks[layer] for layer in plan.layers]
+# ---- the plan beside the adapter -------------------------------------------------------------------------------------
 
 
-def _model_type(model: nn.Module) -> str | None:
-    return getattr(getattr(model, "config", None), "model_type", None)
+def attach_plan(adapted: peft.PeftModel, plan: Plan, adapter_name: str) -> None:
+    """Keep a plan on an adapted model, so that `save_pretrained` writes it beside that adapter."""
+    setattr(adapted, PLANS, {**getattr(adapted, PLANS, {}), adapter_name: plan})
+    adapted.save_pretrained = functools.partial(_save_with_plans, adapted)
+    for block in planned_blocks(unwrapped(adapted), plan):
+        # Its fast path for evaluation computes from the weights alone, past every adapter, unless it has a hook.
+        if isinstance(block.module, nn.TransformerEncoderLayer) and not block.module._forward_hooks:
+            block.module.register_forward_hook(_keep_off_the_fast_path)
 
 
-# ---- their modules ---------------------------------------------------------------------------------------------------
+def _keep_off_the_fast_path(module: nn.Module, args: tuple, output: object) -> None:
+    pass
 
 
-def _targets(model: nn.Module, blocks: list[Block], wanted: str | Sequence[str] | None) -> list[str]:
-    usual = USUAL_TARGETS.get(_model_type(model))
-    if wanted is None and usual is None:
-        raise ValueError(
-            f"target_modules: peft has no default for models of type {_model_type(model)}; name modules of a block, "
-            f"which has {_linears(blocks[0])}"
-        )
-    patterns = usual if wanted is None else wanted
+def _save_with_plans(adapted: peft.PeftModel, save_directory: str | os.PathLike, *args, **kwargs):
+    saved = type(adapted).save_pretrained(adapted, save_directory, *args, **kwargs)
+    writes = kwargs.get("is_main_process", True)
+    chosen = kwargs.get("selected_adapters") or list(adapted.peft_config)
+    for name, plan in getattr(adapted, PLANS, {}).items():
+        if writes and name in chosen and name in adapted.peft_config:
+            folder = save_directory if name == "default" else os.path.join(save_directory, name)  # as peft does
+            plan.save(os.path.join(folder, Plan.FILE))
+    return saved
+
+
+def _with_record(plan: Plan, config: peft.PeftConfig, targets: Targets, adapter_name: str) -> Plan:
+    method = config.peft_type.value
+    record = {
+        "intervention": "adapter",
+        "method": method,
+        "adapter_name": adapter_name,
+        "words": f"{method} on {targets.words}.",
+        "rules": targets.rules,
+        "modules": list(targets.modules),
+        "parameters": list(targets.parameters),
+        **{name: getattr(config, name) for name in ("r", "lora_alpha") if hasattr(config, name)},
+    }
+    return dataclasses.replace(plan, actions=(*plan.actions, record))
+
+
+# ---- settings --------------------------------------------------------------------------------------------------------
+
+
+def _lora(r, lora_alpha, lora_dropout, target_modules, modules_to_save, task_type) -> peft.LoraConfig:
+    r = DEFAULT_RANK if r is None else r
+    check_rank("r", r)
+    if lora_alpha is not None and not (isinstance(lora_alpha, (int, float)) and lora_alpha > 0):
+        raise ValueError(f"lora_alpha: expected a number > 0, got {lora_alpha!r}")
+    lora_dropout = 0.0 if lora_dropout is None else lora_dropout
+    if not (isinstance(lora_dropout, (int, float)) and 0 <= lora_dropout < 1):
+        raise ValueError(f"lora_dropout: expected a number in [0, 1), got {lora_dropout!r}")
+    check_wanted(target_modules)
+    if isinstance(modules_to_save, str):
+        raise ValueError(f"modules_to_save: expected a sequence of module names, got the string {modules_to_save!r}")
+    return peft.LoraConfig(
+        r=r,
+        lora_alpha=2 * r if lora_alpha is None else lora_alpha,
+        lora_dropout=lora_dropout,
+        target_modules=target_modules,
+        modules_to_save=modules_to_save,
+        task_type=task_type,
+    )
+
+
+def _filled(config, *, r, lora_alpha, lora_dropout, **places) -> peft.PeftConfig:
+    for name, value in {"r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}.items():
+        if value is not None:
+            raise ValueError(f"{name}: belongs into config, which holds the numbers of its method")
+    if not isinstance(config, peft.PeftConfig):
+        raise TypeError(f"config: expected a PeftConfig, got {type(config).__name__}")
+    given = {name: value for name, value in places.items() if value is not None}
+    for name in given:
+        if getattr(config, name, None) is not None:
+            raise ValueError(f"{name}: it is given twice, here and in config")
+    check_wanted(places["target_modules"])
+    return dataclasses.replace(config, **given) if given else config
+
+
+def _carrying(adapted: peft.PeftModel, adapter_name: str, targets: Targets) -> list[str]:
+    """Names of the modules that carry the adapter, less the holders of adapted parameters."""
+    holders = {name.rpartition(".")[0] for name in targets.parameters}
     found = []
-    for block in blocks:
-        here = [name for name in _names(block) if _matches(model, patterns, name)]
-        if not here:
-            raise ValueError(f"target_modules: {patterns} matches nothing in {block.name}, which has {_linears(block)}")
-        found += here
-    if wanted is not None and not isinstance(wanted, str):
-        idle = [pattern for pattern in wanted if not any(_matches(model, [pattern], name) for name in found)]
-        if idle:
-            raise ValueError(
-                f"target_modules: {idle} match nothing in the planned blocks, which have {_linears(blocks[0])}"
-            )
+    for name, module in adapted.get_base_model().named_modules():
+        if isinstance(module, BaseTunerLayer) and adapter_name in _adapters_of(module):
+            plain = name.replace(".base_layer", "")
+            nested = any(plain.startswith(f"{target}.") for target in targets.modules)  # out_proj in an attention
+            if plain not in holders and not nested:
+                found.append(plain)
     return found
 
 
-def _matches(model: nn.Module, patterns: str | Sequence[str], name: str) -> bool:
-    if patterns == "all-linear":
-        return isinstance(model.get_submodule(name), (nn.Linear, Conv1D))
-    if isinstance(patterns, str):
-        return re.fullmatch(patterns, name) is not None
-    return any(f".{name}".endswith(f".{pattern}") for pattern in patterns)
-
-
-def _names(block: Block) -> list[str]:
-    return [f"{block.path}.{name}" for name, _ in block.module.named_modules() if name]
-
-
-def _linears(block: Block) -> list[str]:
-    return [name for name, module in block.module.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
-
-
-def _refuse_mismatch(planned: list[str], matched: list[str]) -> None:
-    if set(planned) != set(matched):
-        beyond, missed = sorted(set(matched) - set(planned)), sorted(set(planned) - set(matched))
-        raise ValueError(
-            f"target_modules: peft would not match the planned modules: beyond them {beyond}, missed {missed}"
-        )
-
-
-# ---- what else is trained --------------------------------------------------------------------------------------------
-
-
-def _task(model: nn.Module) -> str | None:
-    name = type(model).__name__
-    for task, classes in _TASKS.items():
-        if any(name == entry or (isinstance(entry, tuple) and name in entry) for entry in classes.values()):
-            return task
-    return None
-
-
-def _saved(model: nn.Module, wanted: Sequence[str] | None) -> list[str]:
-    if isinstance(wanted, str):
-        raise ValueError(f"modules_to_save: expected a sequence of module names, got the single string {wanted!r}")
-    head = []
-    if _NEW_HEAD.search(type(model).__name__):
-        backbone = getattr(model, "base_model_prefix", "")
-        children = [(name, child) for name, child in model.named_children() if name != backbone]
-        head = [name for name, child in children if next(child.parameters(), None) is not None]
-    names = [name for name, _ in model.named_modules()]
-    absent = [want for want in wanted or () if not any(f".{name}".endswith(f".{want}") for name in names)]
-    if absent:
-        raise ValueError(f"modules_to_save: {type(model).__name__} has no modules {absent}")
-    return [*head, *(want for want in wanted or () if want not in head)]
-
-
-# ---- refusing --------------------------------------------------------------------------------------------------------
-
-
-def _check_options(
-    r: int, lora_alpha: float | None, lora_dropout: float, targets: str | Sequence[str] | None, adapter_name: str
-) -> None:
-    if not isinstance(r, int) or isinstance(r, bool) or r < 1:
-        raise ValueError(f"r: expected an integer >= 1, got {r!r}")
-    if lora_alpha is not None and not (isinstance(lora_alpha, (int, float)) and lora_alpha > 0):
-        raise ValueError(f"lora_alpha: expected a number > 0, got {lora_alpha!r}")
-    if not (isinstance(lora_dropout, (int, float)) and 0 <= lora_dropout < 1):
-        raise ValueError(f"lora_dropout: expected a number in [0, 1), got {lora_dropout!r}")
-    if isinstance(targets, str):
-        try:
-            re.compile(targets)
-        except re.error as error:
-            raise ValueError(f"target_modules: {targets!r} is no regular expression: {error}") from error
-    elif targets is not None and not isinstance(targets, Sequence):
-        raise ValueError(f"target_modules: expected a string or a sequence of names, got {targets!r}")
-    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
-        raise ValueError(f"adapter_name: expected a name without dots, got {adapter_name!r}")
+def _adapters_of(module: BaseTunerLayer) -> set[str]:
+    names = set()
+    for attribute in (*module.adapter_layer_names, *module.other_param_names):
+        held = getattr(module, attribute, None)
+        names |= set(held.keys()) if hasattr(held, "keys") else set()
+    return names
 
 
 @contextmanager
-def _restored_on_error(model: nn.Module):
+def _restored_on_error(model: nn.Module, adapter_name: str):
     """Put every module and `requires_grad` back if peft stops half-way (a module type it cannot adapt)."""
     children = [(module, dict(module._modules)) for module in model.modules()]
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     attributes = set(vars(model))
+    active = list(model.active_adapters) if isinstance(model, peft.PeftModel) else None
     try:
         yield
-    except BaseException:
+    except BaseException as error:
+        if active is not None:
+            if adapter_name in model.peft_config:
+                model.delete_adapter(adapter_name)
+            model.base_model.set_adapter(active)
         for module, before in children:
             module._modules.clear()
             module._modules.update(before)
@@ -234,4 +250,9 @@ def _restored_on_error(model: nn.Module):
             parameter.requires_grad_(before)
         for name in set(vars(model)) - attributes:
             delattr(model, name)
+        if isinstance(error, NotImplementedError) and "get_input_embeddings" in str(error):
+            raise ValueError(
+                f"model: peft asks {type(model).__name__} for its input embeddings, which it has not or does not name; "
+                "give its class a get_input_embeddings that returns one (nn.Module() where it has none)"
+            ) from error
         raise

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import peft
 from torch import nn
+
+from ..decide import Plan
+from .inject import attach_plan
 
 __all__ = ["restore_adapter"]
 
@@ -13,6 +17,9 @@ __all__ = ["restore_adapter"]
 def restore_adapter(model: nn.Module, folder: str | os.PathLike) -> peft.PeftModel:
     """`model` with the adapter that `PeftModel.save_pretrained` wrote to `folder`, frozen: for evaluation.
 
-    `ValueError` where peft finds no adapter there.
+    A plan that was saved beside it is kept on the model. `ValueError` where peft finds no adapter there.
     """
-    return peft.PeftModel.from_pretrained(model, os.fspath(folder))
+    adapted = peft.PeftModel.from_pretrained(model, os.fspath(folder))
+    if (Path(folder) / Plan.FILE).is_file():
+        attach_plan(adapted, Plan.from_pretrained(folder), "default")
+    return adapted

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import peft
+    from torch import nn
 
 __all__ = ["Plan"]
 
@@ -31,10 +37,15 @@ class Plan:
     config: dict  # the SelectConfig
     model: dict  # model_type, class, named (blocks given by name?), layers: the names of the L blocks
     found: dict[str, list[int]] = field(default_factory=dict)  # what was looked for -> the blocks that it is, if any
+    ranks: dict[int, int] = field(default_factory=dict)  # layer -> rank of its adapters, where it has one of its own
+    actions: tuple[dict, ...] = ()  # what was done by this plan: "intervention", "words", and its settings
+
+    FILE: ClassVar[str] = "inflection_plan.json"  # its name beside an adapter or a model
 
     def __post_init__(self):
         object.__setattr__(self, "layers", tuple(self.layers))
         object.__setattr__(self, "scores", np.array(self.scores, np.float64))
+        object.__setattr__(self, "actions", tuple(self.actions))
         names = self.model.get("layers")
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"model: expected the names of the blocks under 'layers', got {names!r}")
@@ -50,6 +61,8 @@ class Plan:
         for name, blocks in self.found.items():
             if not set(blocks) <= set(self.layers):
                 raise ValueError(f"found: expected blocks of {list(self.layers)} as {name}, got {list(blocks)}")
+        if not set(self.ranks) <= set(self.layers) or not all(_is_rank(rank) for rank in self.ranks.values()):
+            raise ValueError(f"ranks: expected integers >= 1 for layers of {list(self.layers)}, got {self.ranks}")
         for name, values in self.profile.items():
             if len(values) != count:
                 raise ValueError(f"profile: expected {count} values of {name}, got {len(values)}")
@@ -68,6 +81,8 @@ class Plan:
             "config": self.config,
             "model": self.model,
             "found": {name: list(blocks) for name, blocks in self.found.items()},
+            "ranks": {str(layer): self.ranks[layer] for layer in sorted(self.ranks)},
+            "actions": list(self.actions),
         }
         text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,17 +110,75 @@ class Plan:
             raise ValueError(f'{path} is not a plan: it lacks "kind": "{_KIND}"')
         if document.get("format") != FORMAT:
             raise ValueError(f"{path} is a plan of format {document.get('format')}; this version reads format {FORMAT}")
+        document = _LATER | document
         for key, (accepts, words) in _FIELDS.items():
             if not accepts(document.get(key)):
                 raise ValueError(f"{path} is not a plan: {key} is not {words}")
         fields = {key: document[key] for key in _FIELDS}
         fields["reasons"] = {int(layer): reason for layer, reason in fields["reasons"].items()}
+        fields["ranks"] = {int(layer): rank for layer, rank in fields["ranks"].items()}
         fields["scores"] = _numbers(fields["scores"])
         fields["profile"] = {name: _numbers(values) for name, values in fields["profile"].items()}
         try:
             return cls(**fields)
         except ValueError as error:
             raise ValueError(f"{path} is not a plan: {error}") from error
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike) -> Plan:
+        """The plan that was saved beside an adapter or a model in `folder` (`inflection_plan.json`).
+
+        `FileNotFoundError` where there is none, `ValueError` where the file is not a plan.
+        """
+        path = Path(folder) / cls.FILE
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{folder} holds no {cls.FILE}: it is written by save_pretrained of a model that inject returned"
+            )
+        return cls.load(path)
+
+    # ---- for a model: these need torch, transformers and peft, which the rest of this file does not ----
+
+    def target_modules(self, model: nn.Module, wanted: str | Sequence[str] | None = None) -> list[str]:
+        """Full names of the modules of the planned blocks that `inject` would adapt, for any tool that takes names.
+
+        `wanted` as `target_modules` of `inject`. `ValueError` where the plan does not fit the model.
+        """
+        from ..act import configs
+
+        return configs.target_modules(model, self, wanted)
+
+    def lora_config(self, model: nn.Module, r: int = 4, **options) -> peft.LoraConfig:
+        """A `peft.LoraConfig` of rank `r` on the planned blocks; `options` are those of LoraConfig (`use_dora=True`).
+
+        `lora_alpha` is `2 * r` unless given. Where other modules of the model end like a planned one, `target_modules`
+        is one regular expression over full names. `ValueError` where the plan does not fit the model.
+        """
+        from ..act import configs
+
+        return configs.lora_config(model, self, r, **options)
+
+    def peft_config(self, model: nn.Module, config: peft.PeftConfig | str, **options) -> peft.PeftConfig:
+        """A copy of `config` with the modules of the planned blocks, for any peft method that adapts modules.
+
+        `config` is a configuration of peft, or the name of a method ("dora", "ia3", "adalora", "vera", "loha", "oft",
+        ...) whose settings are `options`. `ValueError` for a method that is not of layers (prefix and prompt tuning),
+        or where the plan does not fit the model.
+        """
+        from ..act import configs
+
+        return configs.peft_config(model, self, config, **options)
+
+    def to_yaml(self, tool: str, model: nn.Module | None = None, *, r: int = 4, **options) -> str:
+        """The plan as settings of "axolotl", "llama-factory", "ms-swift" or "trl", to be put into a file of theirs.
+
+        Without `model` the names are those of the adapter that was injected by this plan, as
+        `Plan.from_pretrained` reads them. `options`: `lora_alpha` (2 * r unless given), `lora_dropout`,
+        `target_modules`, `modules_to_save`. `ValueError` for an unknown tool, or where the names are not known.
+        """
+        from ..act import export
+
+        return export.to_yaml(self, tool, model, r=r, **options)
 
 
 def _finite(values) -> list[float | None]:
@@ -122,6 +195,14 @@ def _refuse(constant: str):
 
 def _is_integer(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_rank(value) -> bool:
+    return _is_integer(value) and value >= 1
+
+
+def _are_ranks(value) -> bool:
+    return isinstance(value, dict) and all(key.isdecimal() and _is_rank(rank) for key, rank in value.items())
 
 
 def _is_number(value) -> bool:
@@ -153,4 +234,7 @@ _FIELDS = {
     "config": (lambda value: isinstance(value, dict), "a table of options"),
     "model": (lambda value: isinstance(value, dict), "a table"),
     "found": (_is_found, "a list of integers for each thing that was looked for"),
+    "ranks": (_are_ranks, "an integer >= 1 for each layer"),
+    "actions": (_list_of(lambda value: isinstance(value, dict)), "a list of tables"),
 }
+_LATER = {"ranks": {}, "actions": []}  # plans that were written before these existed lack them

@@ -237,7 +237,7 @@ class LoraConfig:
         r: rank
         alpha: scale of the update; null: twice the rank
         dropout: dropout before the adapter
-        target_modules: names of the linear modules inside a block; null: those peft chooses for the architecture
+        target_modules: names of the linear modules inside a block; null: by inject's rules
         modules_to_save: modules trained in full beside the adapters; null: the task's head
     """
 

@@ -1,0 +1,98 @@
+"""The blocks of a plan in a model: the same ones that were measured, or a refusal that says what differs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import peft
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ..blocks import Block, find_blocks
+from ..decide import Plan
+
+__all__ = ["blocks_of", "every_block", "model_type_of", "planned_blocks", "unwrapped"]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model under peft's wrapper, if there is one. `ValueError` for other wrappers, which come after an adapter."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, peft.PeftModel):
+        return model.get_base_model()
+    owner = type(model).__module__
+    if owner.startswith("torch.nn.parallel.") or owner.startswith("torch.distributed."):
+        raise ValueError(
+            f"model: it is wrapped by {type(model).__name__}; pass the model inside (model.module), and wrap the result"
+        )
+    if hasattr(model, "_orig_mod"):
+        raise ValueError(
+            "model: it is compiled; pass the model that was compiled (model._orig_mod), and compile the result"
+        )
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError(
+            "model: it carries adapters already, in a place that peft's wrapper does not show; pass the PeftModel "
+            "itself, or merge or unload the adapters first"
+        )
+    return model
+
+
+def planned_blocks(model: nn.Module, plan: Plan) -> list[Block]:
+    """The blocks `plan.layers` of `model` (unwrapped). `ValueError` where the plan was made for another model."""
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan: expected a Plan, got {type(plan).__name__}")
+    if not plan.layers:
+        raise ValueError(f"plan: it is empty, there is nothing to act on. {plan.summary}")
+    blocks = every_block(model, plan)
+    return [blocks[layer] for layer in plan.layers]
+
+
+def every_block(model: nn.Module, plan: Plan) -> list[Block]:
+    """All blocks of `model` (unwrapped) that `plan` was made from. `ValueError` where that was another model."""
+    made_for, given = plan.model.get("model_type"), model_type_of(model)
+    if made_for is not None and made_for != given:
+        raise ValueError(f"plan: it was made for a model of type {made_for}, this one is {given}")
+    names = plan.model["layers"]
+    blocks = find_blocks(model, [_module(name) for name in names] if plan.model.get("named") else None)
+    if len(blocks) != len(names):
+        raise ValueError(f"plan: it was made for a model of {len(names)} blocks, this one has {len(blocks)}")
+    for block, name in zip(blocks, names, strict=True):
+        here, there = f".{_module(block.name)}", f".{_module(name)}"
+        if not (here.endswith(there) or there.endswith(here)):
+            raise ValueError(
+                f"plan: it was made for a model whose block {block.index} is {name}, here it is {block.name}"
+            )
+        if block.path != _module(block.name):
+            raise ValueError(
+                f"model: a part of it is wrapped ({block.path}); act on it before wrapping, compiling or sharding"
+            )
+    return blocks
+
+
+def blocks_of(model: nn.Module, layers: Plan | Sequence[int] | int | None) -> list[Block]:
+    """The blocks that a plan or indices name; None: all. `ValueError` for an index outside, or one that repeats."""
+    if isinstance(layers, Plan):
+        return planned_blocks(model, layers)
+    blocks = find_blocks(model)
+    if layers is None:
+        return blocks
+    layers = [layers] if isinstance(layers, int) and not isinstance(layers, bool) else layers
+    if isinstance(layers, (str, bytes)) or not all(isinstance(i, int) and not isinstance(i, bool) for i in layers):
+        raise TypeError(f"layers: expected a Plan or indices of blocks, got {layers!r}")
+    layers = list(layers)
+    if not layers:
+        raise ValueError("layers: none is named; leave the argument out for all blocks")
+    wrong = [layer for layer in layers if not 0 <= layer < len(blocks)]
+    if wrong or len(set(layers)) != len(layers):
+        raise ValueError(f"layers: expected distinct indices from 0 to {len(blocks) - 1}, got {layers}")
+    return [blocks[layer] for layer in sorted(layers)]
+
+
+def model_type_of(model: nn.Module) -> str | None:
+    """`config.model_type`, None where there is none."""
+    return getattr(getattr(model, "config", None), "model_type", None)
+
+
+def _module(name: str) -> str:
+    """The module's name of a block that runs several times in one forward pass (`layers.0@1`)."""
+    return name.partition("@")[0]

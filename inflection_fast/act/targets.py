@@ -1,0 +1,397 @@
+"""Which modules of the planned blocks carry adapters.
+
+Block by block, the first of these rules that finds something:
+
+1. "peft": the modules that peft chooses for the architecture of the stack (of the nearest model around the block whose
+   type peft knows, so that the language model inside a multimodal one has its own);
+2. "attention": all linear layers of the block's attention;
+3. "linear": all linear layers of the block, as QLoRA does it;
+4. "experts": the linear layers inside experts, where a block has no others.
+
+Left out by structure: what is no linear layer (embeddings, norms), output layers and what shares its weight with an
+embedding, routers (a layer beside the experts with one output for each, or one in all; a subclass of `nn.Linear` that
+returns something else), indexers of sparse attention, layers whose weight is read without calling them (an adapter
+there would never run), layers that a block outside of the plan runs, too, and names that peft rewrites into the fused
+experts of every block.
+"""
+
+from __future__ import annotations
+
+import dis
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import peft
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as USUAL_TARGETS
+from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..blocks import Block, is_named_attention
+from .planned import model_type_of
+
+__all__ = ["Targets", "is_conv1d", "is_linear", "modules_of", "targets_of"]
+
+logger = logging.getLogger(__name__)
+
+_SHOWN = 12  # names in a message
+_HARMLESS = {"dtype", "device", "shape", "ndim", "is_cuda"}  # what may be asked of a weight without using it
+_EXPERT = re.compile(r"expert", re.IGNORECASE)
+_INDEXER = re.compile(r"indexer", re.IGNORECASE)
+_ROUTER = re.compile(r"router", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What is adapted, by full names, and the rule that chose it."""
+
+    modules: tuple[str, ...]
+    parameters: tuple[str, ...]  # three-dimensional parameters of experts
+    rules: dict[str, str]  # block -> "peft" | "attention" | "linear" | "experts" | "given"
+    words: str
+    feedforward: tuple[str, ...] = ()  # those of `modules` that are outside attention
+
+
+def targets_of(
+    model: nn.Module,
+    blocks: Sequence[Block],
+    every: Sequence[Block],
+    *,
+    wanted: str | Sequence[str] | None = None,
+    parameters: str | Sequence[str] | None = None,
+    method: str = "LORA",
+) -> Targets:
+    """The modules of `blocks`, which are those of `every` that a plan names, for the peft method `method`.
+
+    `wanted` names modules as peft does (ends of names, one regular expression over full names, "all-linear"); None: by
+    the rules of this file. `parameters`: "experts", or ends of names of parameters. `ValueError` where a block has
+    nothing that fits.
+    """
+    if method == "LN_TUNING" and wanted is None:
+        return _norms(blocks)
+    search = _Search(model, blocks, every, method)
+    experts = _parameters(blocks, parameters)
+    if wanted is not None:
+        modules = search.given(wanted)
+        rules = {block.name: "given" for block in blocks if any(_inside(block, name) for name in modules)}
+        words = f"{len(modules)} modules as named"
+    else:
+        chosen = {block: search.default(block) for block in blocks}
+        empty = [block for block, (names, _) in chosen.items() if not names]
+        if empty and not (experts and all(any(_inside(b, name) for name in experts) for b in empty)):
+            raise ValueError(search.nothing_in(empty[0]))
+        modules = list(dict.fromkeys(name for names, _ in chosen.values() for name in names))
+        rules = {block.name: rule for block, (names, rule) in chosen.items() if names}
+        counts = Counter(rules.values())
+        words = f"{len(modules)} modules of {len(blocks)} blocks by the rule " + ", ".join(
+            f"{rule!r} ({count} blocks)" if len(counts) > 1 else f"{rule!r}" for rule, count in counts.items()
+        )
+        if search.left_out:
+            words += "; left out: " + "; ".join(f"{_shown(names)} ({why})" for why, names in search.left_out.items())
+    if experts:
+        words += f", and {len(experts)} parameters of experts"
+    outside = [name for block in every for name in modules if _inside(block, name) and not search.attends(block, name)]
+    return Targets(tuple(modules), tuple(experts), rules, words, tuple(dict.fromkeys(outside)))
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module, or what an adapter wraps, is a linear layer: `nn.Linear`, Transformers' `Conv1D`, or quantised.
+
+    Linear classes of quantisation libraries that do not derive from `nn.Linear` are known by their two sizes.
+    """
+    module = _base(module)
+    if isinstance(module, (nn.Linear, Conv1D)):
+        return True
+    sizes = [getattr(module, name, None) for name in ("in_features", "out_features")]
+    sizes = sizes if None not in sizes else [getattr(module, name, None) for name in ("infeatures", "outfeatures")]
+    return all(isinstance(size, int) for size in sizes) and not any(
+        isinstance(child, nn.Linear) for child in module.children()
+    )
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module, or what an adapter wraps, is Transformers' `Conv1D`, whose weight is [in, out]."""
+    return isinstance(_base(module), Conv1D)
+
+
+def modules_of(block: Block) -> Iterator[tuple[str, nn.Module]]:
+    """(full name, module) of everything in a block, with adapters seen as the modules they wrap."""
+
+    def walk(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        for name, child in module.named_children():
+            here = f"{path}.{name}"
+            yield here, child
+            if not isinstance(child, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+                yield from walk(here, child)
+
+    return walk(block.path, block.module)
+
+
+class _Search:
+    def __init__(self, model: nn.Module, blocks: Sequence[Block], every: Sequence[Block], method: str):
+        self._model, self._method = model, method
+        self._named = dict(model.named_modules(remove_duplicate=False))
+        self._first = {id(module): name for name, module in model.named_modules()}  # of shared ones peft sees this name
+        planned = {block.module for block in blocks}
+        self._foreign = {id(m) for b in every if b.module not in planned for _, m in modules_of(b)}
+        self._tied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        output = getattr(model, "get_output_embeddings", None)
+        try:
+            self._output = output() if callable(output) else None
+        except (AttributeError, NotImplementedError):  # of a backbone that has none
+            self._output = None
+        self._rewritten: dict[str, bool] = {}
+        self.left_out: dict[str, list[str]] = {}
+        self._blocks = blocks
+
+    # ---- by rule -----------------------------------------------------------------------------------------------------
+
+    def default(self, block: Block) -> tuple[list[str], str]:
+        """The names in a block, and the rule that found them."""
+        kept, left = self._adaptable(block)
+        usual = self._usual(block)
+        rules = {
+            "peft": [name for name in kept if usual is not None and _matches(usual, name)],
+            "attention": [name for name in kept if self.attends(block, name)],
+            "linear": [name for name in kept if not _in_experts(block, name)],
+            "experts": list(kept),
+        }
+        rule = next((rule for rule, names in rules.items() if names), "linear")
+        for name, why in left.items():
+            wanted = {"peft": usual is not None and _matches(usual, name), "attention": self.attends(block, name)}
+            if wanted.get(rule, True):
+                self.left_out.setdefault(why, []).append(name)
+        return [self._first[id(self._named[name])] for name in rules[rule]], rule
+
+    def nothing_in(self, block: Block) -> str:
+        """Why a block has nothing to adapt."""
+        left = self._adaptable(block)[1]
+        if left:
+            listed = "; ".join(f"{name}: {why}" for name, why in list(left.items())[:_SHOWN])
+            return (
+                f"plan: {block.name} has no linear layer that can be adapted ({listed}); name target_modules yourself"
+            )
+        return f"plan: {block.name} has no linear layer, so there is nothing to adapt in it"
+
+    def attends(self, block: Block, name: str) -> bool:
+        """Whether a module of a block is (in) its attention."""
+        path = block.path
+        for part in name[len(block.path) + 1 :].split("."):
+            path = f"{path}.{part}"
+            module = _base(self._named[path])
+            if isinstance(module, nn.MultiheadAttention) or is_named_attention(module, part):
+                return True
+            if isinstance(self._named[path], BaseTunerLayer):
+                return False
+        return False
+
+    def _usual(self, block: Block) -> str | Sequence[str] | None:
+        parts = block.path.split(".")
+        for length in range(len(parts) - 1, -1, -1):
+            kind = model_type_of(self._named[".".join(parts[:length])])
+            if kind in USUAL_TARGETS:
+                return USUAL_TARGETS[kind]
+        return None
+
+    def _adaptable(self, block: Block) -> tuple[list[str], dict[str, str]]:
+        kept, left, whole = [], {}, None
+        for name, module in modules_of(block):
+            if whole is not None and name.startswith(whole):
+                continue
+            if isinstance(_base(module), nn.MultiheadAttention) and self._method == "LORA":
+                whole = f"{name}."  # its projections are read without being called: peft adapts it as one
+            elif not is_linear(module):
+                continue
+            why = self._why_not(block, name, module)
+            if why is None:
+                kept.append(name)
+            else:
+                left[name] = why
+        return kept, left
+
+    def _why_not(self, block: Block, name: str, module: nn.Module) -> str | None:
+        base, (parent, _, leaf) = _base(module), name.rpartition(".")
+        holder = self._named[parent]
+        weight = getattr(base, "weight", None)
+        if isinstance(base, nn.MultiheadAttention):
+            return None if base._qkv_same_embed_dim else "keys or values of another width, which peft does not adapt"
+        if base is self._output or id(weight) in self._tied:
+            return "an output layer or tied to an embedding"
+        if _is_router(holder, leaf, base) or _ROUTER.search(name[len(block.path) :]):
+            return "a router"
+        if _is_foreign_linear(base, block):
+            return f"{type(base).__name__} does not apply its weight as a linear layer does"
+        if _INDEXER.search(name[len(block.path) :]):
+            return "an indexer, which chooses keys and gets no gradient from the choice"
+        if leaf in _read_directly(type(holder)):
+            return f"{type(holder).__name__} reads its weight without calling it"
+        if id(module) in self._foreign:
+            return "shared with a block outside of the plan"
+        if self._method == "LORA" and self._is_rewritten(leaf):
+            return "peft would put it on the fused experts of every block"
+        return None
+
+    def _is_rewritten(self, leaf: str) -> bool:
+        if leaf not in self._rewritten:
+            probe = peft.LoraConfig(target_modules=[f"x.{leaf}"])
+            try:
+                convert_peft_config_for_transformers(probe, self._model, None)
+                self._rewritten[leaf] = not probe.target_modules
+            except ValueError:  # it asks for the other half of a fused pair
+                self._rewritten[leaf] = True
+        return self._rewritten[leaf]
+
+    # ---- by wish -----------------------------------------------------------------------------------------------------
+
+    def given(self, wanted: str | Sequence[str]) -> list[str]:
+        """The modules that `wanted` matches. `ValueError` where a block has none, or a pattern is idle."""
+        found = []
+        for block in self._blocks:
+            names = [name for name, module in modules_of(block) if self._wanted(wanted, name, module)]
+            if not names:
+                raise ValueError(
+                    f"target_modules: {wanted} matches nothing in {block.name}, which has {_linears(block)}"
+                )
+            found += names
+        if not isinstance(wanted, str):
+            idle = [pattern for pattern in wanted if not any(_matches([pattern], name) for name in found)]
+            if idle:
+                have = f"which have {_linears(self._blocks[0])}"
+                raise ValueError(f"target_modules: {idle} match nothing in the planned blocks, {have}")
+        found = list(dict.fromkeys(self._first[id(self._named[name])] for name in found))
+        shared = [name for name in found if id(self._named[name]) in self._foreign]
+        if shared:
+            raise ValueError(
+                f"target_modules: {_shown(shared)} belong to blocks outside of the plan, too; plan those blocks with "
+                "them, or name other modules"
+            )
+        rewritten = [name for name in found if self._method == "LORA" and self._is_rewritten(name.rpartition(".")[2])]
+        if rewritten:
+            raise ValueError(
+                f"target_modules: peft takes {_shown(rewritten)} of a model of type {model_type_of(self._model)} for "
+                "the fused experts of every block; leave them out, and name the experts by target_parameters='experts'"
+            )
+        return found
+
+    def _wanted(self, wanted: str | Sequence[str], name: str, module: nn.Module) -> bool:
+        return is_linear(module) if wanted == "all-linear" else _matches(wanted, name)
+
+
+# ---- parts of the rules ----------------------------------------------------------------------------------------------
+
+
+def _parameters(blocks: Sequence[Block], wanted: str | Sequence[str] | None) -> list[str]:
+    if wanted is None:
+        return []
+    if isinstance(wanted, str) and wanted != "experts":
+        raise ValueError(f"target_parameters: expected 'experts' or a sequence of names, got {wanted!r}")
+    found = []
+    for block in blocks:
+        for name, parameter in block.module.named_parameters():
+            full = f"{block.path}.{name}".replace(".base_layer", "")
+            if wanted == "experts":
+                if parameter.dim() == 3 and _EXPERT.search(name) and ".lora_" not in name:
+                    found.append(full)
+            elif any(f".{full}".endswith(f".{pattern}") for pattern in wanted):
+                found.append(full)
+    if not found:
+        threes = [name for name, p in blocks[0].module.named_parameters() if p.dim() == 3]
+        has = (
+            f"which have the three-dimensional parameters {threes[:_SHOWN]}"
+            if threes
+            else "which have none in one tensor"
+        )
+        raise ValueError(f"target_parameters: {wanted!r} matches nothing in the planned blocks, {has}")
+    return list(dict.fromkeys(found))
+
+
+def _norms(blocks: Sequence[Block]) -> Targets:
+    names = [n for b in blocks for n, m in modules_of(b) if "norm" in type(_base(m)).__name__.lower()]
+    if not names:
+        raise ValueError(f"plan: {blocks[0].name} has no normalisation, which is what LNTuning trains")
+    return Targets(tuple(names), (), {b.name: "norms" for b in blocks}, f"{len(names)} normalisations")
+
+
+def _is_router(holder: nn.Module, leaf: str, module: nn.Module) -> bool:
+    """A linear layer that stands beside experts and has an output for each of them, or a single one."""
+    counts = set()
+    for name, child in holder.named_children():
+        if name != leaf and _EXPERT.search(name):
+            counts |= {len(child)} if isinstance(child, (nn.ModuleList, nn.ModuleDict)) else set()
+            counts |= {p.shape[0] for p in child.parameters(recurse=False) if p.dim() == 3} | {1}
+    counts |= {
+        p.shape[0] for name, p in holder.named_parameters(recurse=False) if _EXPERT.search(name) and p.dim() == 3
+    }
+    return getattr(module, "out_features", None) in counts and not _EXPERT.fullmatch(leaf)
+
+
+def _is_foreign_linear(module: nn.Module, block: Block) -> bool:
+    """Whether a subclass of `nn.Linear` from the model's own code returns something else than one row of outputs."""
+    cls = type(module)
+    if not issubclass(cls, nn.Linear) or cls.forward is nn.Linear.forward:
+        return False
+    own = cls.__module__.split(".")[:2], type(block.module).__module__.split(".")[:2]
+    if own[0] != own[1]:  # of a quantisation library, or Transformers' integration of one
+        return False
+    try:
+        with torch.no_grad():
+            output = module(module.weight.new_zeros(1, module.in_features))
+    except Exception:  # whatever it needs, it is not called as a linear layer is
+        return True
+    return not isinstance(output, torch.Tensor) or output.shape != (1, module.out_features)
+
+
+@lru_cache(maxsize=4096)
+def _read_directly(cls: type) -> frozenset[str]:
+    """Attributes of a class whose `weight` or `bias` some method of it uses, as in `self.out_proj.weight`."""
+    found = set()
+    for owner in cls.__mro__:
+        if owner.__module__.startswith("torch.nn.modules.module"):
+            continue
+        for name, function in vars(owner).items():
+            code = getattr(function, "__code__", None)
+            if code is None or name.startswith(("_init", "init", "reset", "tie", "_tie", "extra_repr", "__init__")):
+                continue
+            before = [None, None]
+            ops = [op for op in dis.get_instructions(code) if op.opname not in ("CACHE", "RESUME", "NOP")]
+            for op, after in zip(ops, [*ops[1:], None], strict=True):
+                reads = op.opname == "LOAD_ATTR" and op.argval in ("weight", "bias")
+                asks = after is not None and after.opname == "LOAD_ATTR" and after.argval in _HARMLESS
+                if reads and not asks and before[1] is not None and before[1].opname == "LOAD_ATTR":
+                    found.add(before[1].argval)
+                before = [before[1], op]
+    return frozenset(found)
+
+
+def _matches(patterns: str | Sequence[str], name: str) -> bool:
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(f".{name}".endswith(f".{pattern}") for pattern in patterns)
+
+
+def _in_experts(block: Block, name: str) -> bool:
+    return any(_EXPERT.search(part) and "shared" not in part for part in name[len(block.path) :].split("."))
+
+
+def _inside(block: Block, name: str) -> bool:
+    return name.startswith(f"{block.path}.")
+
+
+def _base(module: nn.Module) -> nn.Module:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def _linears(block: Block) -> list[str]:
+    names = [name[len(block.path) + 1 :] for name, module in modules_of(block) if is_linear(module)]
+    return names[:_SHOWN] + (["..."] if len(names) > _SHOWN else [])
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
