@@ -272,7 +272,7 @@ class Quantity:
 
     name: ClassVar[str] = ""  # [a-z][a-z0-9_]*
     # What the taps listen to: "training", the batches that the model trains on; or "probe", the fixed probe set of the
-    # Monitor, whenever it is run: in evaluation mode, gradients only as far as blocks' outputs, the same rows each time.
+    # Monitor, whenever it is run: in evaluation mode, gradients only as far as blocks' outputs, always the same rows.
     data: ClassVar[str] = "training"
     # Its cadence in optimizer steps where MonitorConfig.every is one number; None: that number.
     every: int | None = None
