@@ -1,20 +1,26 @@
-"""Which modules of a model are its transformer blocks, found by structure."""
+"""Which modules of a model are its blocks, found by structure."""
 
 from __future__ import annotations
 
 import difflib
+import dis
+import inspect
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import CodeType
 
 from torch import nn
 
-__all__ = ["Block", "find_blocks", "is_named_attention"]
+__all__ = ["Block", "find_blocks", "is_linear_attention", "is_named_attention"]
 
 _ATTENTION_NAME = re.compile(r"attention|attn", re.IGNORECASE)
-_ATTENTION_CALLS = {"scaled_dot_product_attention", "multi_head_attention_forward"}
+# Without a softmax over keys there is no distribution to measure: Qwen3-Next, Kimi-Linear, MiniMax.
+_LINEAR_NAME = re.compile(r"linear_?att|lightning_?att|delta_?(net|att)", re.IGNORECASE)
+_ATTENTION_CALLS = {"scaled_dot_product_attention", "multi_head_attention_forward", "flex_attention"}
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+_NEVER_CALLED = (nn.ModuleList, nn.ModuleDict)
 _ALWAYS_WRAPPED_AS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 _NAMES_SHOWN = 5  # in error messages
 
@@ -27,14 +33,21 @@ class Block:
     name: str  # qualified name without the prefixes of wrappers (DDP, torch.compile, peft)
     path: str  # qualified name as model.get_submodule() takes it
     module: nn.Module | None  # None: of a monitor that was closed
+    stack: str = ""  # which stack of the model it is in: "encoder", "decoder", "vision_tower", ...
 
 
 def find_blocks(model: nn.Module, names: Sequence[str] | None = None) -> list[Block]:
-    """The transformer blocks of `model`, in forward order; of an encoder-decoder the encoder's first.
+    """The blocks of `model`, stack by stack, in the order in which their code runs.
 
-    A stack of blocks is a container (`ModuleList`, `ModuleDict`, `Sequential`) whose children hold attention and share
-    a class, or that has one such child only; of nested stacks the innermost counts. Attention is recognised by the
-    name of a class or an attribute, or by a `forward` that calls `scaled_dot_product_attention`.
+    A stack of blocks is a container (`ModuleList`, `ModuleDict`, `Sequential`) with attention in its children; of
+    nested containers the innermost counts. Children without attention (Mamba, convolutions) are blocks like the others.
+    Attention is recognised by the name of a class or an attribute, or by a `forward` that calls
+    `scaled_dot_product_attention`. Where the children are bare lists, which nobody calls, or where attentions and
+    feed-forwards lie in lists of their own (XLM), the attention modules are the blocks. A model without any attention
+    has the containers of repeated children with linear layers for stacks.
+
+    Which stack runs first is read from the code of the `forward` that holds them: the one that it names first. Stacks
+    that take turns within one loop are listed one after the other.
 
     Args:
         model: any module, also inside DDP, `torch.compile` or peft.
@@ -42,71 +55,208 @@ def find_blocks(model: nn.Module, names: Sequence[str] | None = None) -> list[Bl
 
     Raises:
         TypeError: `model` is no module, or `names` is one string.
-        ValueError: there are no blocks with attention, or a name does not exist or stands twice.
+        ValueError: there are no blocks, or a name does not exist or stands twice.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    paths = _stacked(model) if names is None else _named(model, names)
+    stacks = _stack_names(_stacked(model))
+    paths = [path for blocks in stacks.values() for path in blocks] if names is None else _named(model, names)
     if not paths:
         raise ValueError(
-            f"model: {type(model).__name__} has no stack of blocks with attention; "
+            f"model: {type(model).__name__} has no stack of blocks with attention or linear layers in them; "
             "give the module names of its blocks (names=..., or MonitorConfig(blocks=...))"
         )
-    return [Block(i, _unwrapped_name(model, path), path, model.get_submodule(path)) for i, path in enumerate(paths)]
+    stack_of = {path: stack for stack, blocks in stacks.items() for path in blocks}
+    return [
+        Block(i, _unwrapped_name(model, path), path, model.get_submodule(path), stack_of.get(path, ""))
+        for i, path in enumerate(paths)
+    ]
 
 
 # ---- by structure ----------------------------------------------------------------------------------------------------
 
 
-def _stacked(model: nn.Module) -> list[str]:
-    holders = _attention_holders(model)
-    stacks = list(_stacks(model, "", holders))
-    if any(_has_part(paths[0], "encoder") for paths in stacks):
-        # Some models register their decoder first; Python's sort keeps every other order as registered.
-        stacks.sort(key=lambda paths: _has_part(paths[0], "decoder"))
-    return [path for paths in stacks for path in paths]
+Stacks = dict[tuple[str, ...], list[str]]  # parts of a container's name without indices -> paths of its blocks
 
 
-def _stacks(module: nn.Module, path: str, holders: set[nn.Module]) -> Iterator[list[str]]:
-    inner = [stack for name, child in module.named_children() for stack in _stacks(child, _join(path, name), holders)]
+def _stacked(model: nn.Module) -> Stacks:
+    holders, attentions = _attention_holders(model)
+    for find in (_containers_with, _lists_of_attention, _repeated_linear):
+        stacks: Stacks = {}
+        for container, blocks in find(model, "", holders, attentions):
+            parts = _unwrapped_name(model, container).split(".")
+            stacks.setdefault(tuple(part for part in parts if not part.isdigit()), []).extend(blocks)
+        if stacks:
+            break
+    return stacks
+
+
+def _containers_with(
+    module: nn.Module, path: str, holders: set[nn.Module], attentions: set[nn.Module]
+) -> Iterator[tuple[str, list[str]]]:
+    """Innermost containers with attention, and the blocks in them."""
+    inner = []
+    for name, child in _in_order(module):
+        if child in holders:
+            inner += _containers_with(child, _join(path, name), holders, attentions)
     if inner:
         yield from inner
     elif isinstance(module, _CONTAINERS):
-        blocks = [(_join(path, name), child) for name, child in module.named_children() if child in holders]
-        classes = Counter(type(child) for _, child in blocks)
-        # A block may keep its parts in a list of its own (T5: attention, cross-attention, feed-forward): those differ
-        # in class, the blocks of a stack do not. A stack may be one block deep.
-        repeated = [cls for cls, count in classes.items() if count > 1 or len(module) == 1]
-        if repeated:
-            yield [name for name, child in blocks if type(child) in repeated]
+        blocks = _blocks_in(module, path, holders, attentions)
+        if blocks:
+            yield path, blocks
 
 
-def _attention_holders(model: nn.Module) -> set[nn.Module]:
-    """Modules with attention strictly inside them, or that call it in their own forward next to other modules."""
-    holders = set()
+def _is_element(path: str) -> bool:
+    return path.rpartition(".")[2].isdigit()
+
+
+def _blocks_in(module: nn.Module, path: str, holders: set[nn.Module], attentions: set[nn.Module]) -> list[str]:
+    children = [(_join(path, name), child) for name, child in module.named_children()]
+    held = [child for _, child in children if child in holders]
+    classes = Counter(map(type, held))
+    if isinstance(module, _NEVER_CALLED) and _is_element(path) and all(child in attentions for child in held):
+        return []  # a list in a list, with attention and feed-forward of one block
+    if not any(count > 1 for count in classes.values()) and len(children) > 1:
+        # Parts of one block in a list of its own (T5: attention, cross-attention, feed-forward) differ in class, and
+        # so does what a Sequential runs before and after its blocks.
+        if isinstance(module, nn.Sequential) or _is_element(path.rpartition(".")[0]):
+            return []
+    found = []
+    for name, child in children:
+        if isinstance(child, _NEVER_CALLED):
+            found += _callable_in(child, name, attentions)
+        elif type(child) in classes or (not isinstance(module, nn.Sequential) and _has_children(child)):
+            found.append(name)
+    return found
+
+
+def _callable_in(module: nn.Module, path: str, attentions: set[nn.Module]) -> list[str]:
+    """The attention modules in a list that nobody calls, the outermost of those that lie in each other."""
+    found = []
+    for name, child in module.named_children():
+        if child in attentions:
+            found.append(_join(path, name))
+        else:
+            found += _callable_in(child, _join(path, name), attentions)
+    return found
+
+
+def _lists_of_attention(
+    module: nn.Module, path: str, holders: set[nn.Module], attentions: set[nn.Module]
+) -> Iterator[tuple[str, list[str]]]:
+    """Lists whose elements are attention modules (XLM, Flaubert), beside lists of what follows them."""
+    children = dict(module.named_children())
+    if isinstance(module, nn.ModuleList) and children and all(child in attentions for child in children.values()):
+        yield path, [_join(path, name) for name in children]
+    else:
+        for name, child in _in_order(module):
+            yield from _lists_of_attention(child, _join(path, name), holders, attentions)
+
+
+def _repeated_linear(
+    module: nn.Module, path: str, holders: set[nn.Module], attentions: set[nn.Module]
+) -> Iterator[tuple[str, list[str]]]:
+    """Innermost containers of several children of one class with linear layers in them, experts not counted."""
+    inner = []
+    for name, child in _in_order(module):
+        if "expert" not in name.lower():
+            inner += _repeated_linear(child, _join(path, name), holders, attentions)
+    if inner:
+        yield from inner
+    elif isinstance(module, _CONTAINERS):
+        children = [(_join(path, name), child) for name, child in module.named_children() if _has_linear(child)]
+        if children and len({type(child) for _, child in children}) == 1:
+            yield path, [name for name, _ in children]
+
+
+def _has_linear(module: nn.Module) -> bool:
+    return any(isinstance(inner, nn.Linear) for inner in module.modules() if inner is not module)
+
+
+def _has_children(module: nn.Module) -> bool:
+    return next(module.children(), None) is not None
+
+
+def _attention_holders(model: nn.Module) -> tuple[set[nn.Module], set[nn.Module]]:
+    """Modules with attention strictly inside them, or that call it in their own forward; and the attention modules."""
+    holders, attentions = set(), set()
 
     def visit(module: nn.Module, attribute: str) -> bool:
         inside = [visit(child, name) for name, child in module.named_children()]
-        calls = _calls_attention(module)
-        if any(inside) or (calls and len(inside) > 1 and not is_named_attention(module, attribute)):
+        calls, named = _calls_attention(module), is_named_attention(module, attribute)
+        if any(inside) or (calls and len(inside) > 1 and not named):
             holders.add(module)
-        return any(inside) or calls or is_named_attention(module, attribute)
+        if named:
+            attentions.add(module)
+        return any(inside) or calls or named
 
     visit(model, "")
-    return holders
+    return holders, attentions
 
 
 def is_named_attention(module: nn.Module, attribute: str) -> bool:
-    """Whether a module is an attention going by the name of its class, or of the attribute that holds it."""
-    if _ATTENTION_NAME.search(type(module).__name__) and not isinstance(module, _CONTAINERS):
-        return True
+    """Whether a module is a softmax attention going by the name of its class, or of the attribute that holds it."""
+    return not is_linear_attention(module, attribute) and _is_called(_ATTENTION_NAME, module, attribute)
+
+
+def is_linear_attention(module: nn.Module, attribute: str) -> bool:
+    """Whether a module is an attention without a softmax over keys, going by the same names."""
+    return _is_called(_LINEAR_NAME, module, attribute)
+
+
+def _is_called(pattern: re.Pattern, module: nn.Module, attribute: str) -> bool:
+    if isinstance(module, _CONTAINERS):
+        return False
     # A bare leaf of that name is a normalisation or a projection beside the attention (`attention_norm`).
-    return bool(_ATTENTION_NAME.search(attribute)) and next(module.children(), None) is not None
+    return bool(pattern.search(type(module).__name__) or (pattern.search(attribute) and _has_children(module)))
 
 
 def _calls_attention(module: nn.Module) -> bool:
-    code = getattr(type(module).forward, "__code__", None)
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     return code is not None and not _ATTENTION_CALLS.isdisjoint(code.co_names)
+
+
+# ---- the order of running --------------------------------------------------------------------------------------------
+
+
+def _in_order(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The children in the order in which the code of `forward` runs them, as far as its names tell.
+
+    First those that it calls, hands on or loops over, then those of which it only looks something up, then the others.
+    """
+    children = dict(module.named_children())
+    if len(children) < 2 or isinstance(module, _CONTAINERS):
+        return list(children.items())
+    uses = [(name, looked_into) for name, looked_into in _uses_in(type(module), "forward", set()) if name in children]
+    order = dict.fromkeys(name for name, _ in sorted(uses, key=lambda use: use[1])) | dict.fromkeys(children)
+    if "encoder" in order and "decoder" in order:  # whatever the code says first: embeddings may be the decoder's
+        order = {name: None for name in order if name != "decoder"} | {"decoder": None}
+    return [(name, children[name]) for name in order]
+
+
+def _uses_in(cls: type, method: str, visited: set[str]) -> Iterator[tuple[str, bool]]:
+    """Attributes that a method loads and whether it only looks into them, in order, with those of methods it calls."""
+    visited.add(method)
+    function = getattr(cls, method, None)
+    code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
+    for name, looked_into in [] if code is None else _uses_of(code):
+        yield name, looked_into
+        if name not in visited and inspect.isfunction(getattr(cls, name, None)):
+            yield from _uses_in(cls, name, visited)
+
+
+def _uses_of(code: CodeType) -> Iterator[tuple[str, bool]]:
+    instructions = [one for one in dis.get_instructions(code) if one.opname not in ("CACHE", "EXTENDED_ARG")]
+    for one, following in zip(instructions, [*instructions[1:], None], strict=True):
+        if one.opname in _LOADS:
+            yield one.argval, following is not None and following.opname in _LOADS
+    for const in code.co_consts:
+        if isinstance(const, CodeType):  # of comprehensions and inner functions
+            yield from _uses_of(const)
+
+
+_LOADS = ("LOAD_ATTR", "LOAD_METHOD")
 
 
 # ---- by name ---------------------------------------------------------------------------------------------------------
@@ -131,9 +281,32 @@ def _named(model: nn.Module, names: Sequence[str]) -> list[str]:
 # ---- names -----------------------------------------------------------------------------------------------------------
 
 
+def _stack_names(stacks: Stacks) -> dict[str, list[str]]:
+    """The stacks by names that are as short as tells them apart: the parts of their paths where these begin to differ.
+
+    A single one is called after the encoder or decoder that it is in, else "blocks".
+    """
+    keys = list(stacks)
+    if len(keys) == 1:
+        names = [next((part for part in keys[0][:-1] if part in ("encoder", "decoder")), "blocks")]
+    else:
+        shared = 0
+        while len({key[shared : shared + 1] for key in keys}) == 1:
+            shared += 1
+        names = [_shortest(key, [other for other in keys if other != key], shared + 1) for key in keys]
+    return {name: stacks[key] for name, key in zip(names, keys, strict=True)}
+
+
+def _shortest(key: tuple[str, ...], others: list[tuple[str, ...]], length: int) -> str:
+    first = length - 1
+    while length < len(key) and any(other[:length] == key[:length] for other in others):
+        length += 1
+    return ".".join(key[first:length] or key[-1:])
+
+
 def _unwrapped_name(model: nn.Module, path: str) -> str:
     kept, parent = [], model
-    for part in path.split("."):
+    for part in filter(None, path.split(".")):
         if not _is_wrapper_part(parent, part):
             kept.append(part)
         parent = getattr(parent, part)
@@ -152,7 +325,3 @@ def _is_wrapper_part(parent: nn.Module, part: str) -> bool:
 
 def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
-
-
-def _has_part(path: str, part: str) -> bool:
-    return part in path.split(".")

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from ..blocks import Block
 from .accumulators import HeadMeans, LayerIndices
-from .attention import AttentionCall, See, interfaces_of, seeing_interfaces, seeing_sdpa, stats_of
+from .attention import AttentionCall, AttentionSight, See, stats_of
 from .distributed import Layout
 from .micro_batch import MicroBatch
 from .rows import decoder_layers
 from .schedule import RowSampler
 
 __all__ = ["AttentionTaps"]
+
+logger = logging.getLogger(__name__)
 
 WAITING_BYTES = 2**18  # of statistics of rows that wait to be added up: more layers at once are fewer operators
 
@@ -36,13 +39,12 @@ class AttentionTaps:
         self._blocks, self._allocate = blocks, allocate
         self._owner = {module: block.index for block in blocks for module in block.module.modules()}
         self._decoders = decoder_layers(model, blocks)
-        seen = [interfaces_of(block.module) for block in blocks]
-        self._interfaces = list({id(one): one for found in seen for one in found}.values())
-        self._needs_sdpa = not all(seen)
+        self._sight: AttentionSight | None = AttentionSight(blocks)
         self._sampler = RowSampler(rows, seed, device)
         self._indices = LayerIndices(device)
         self._layout = Layout()
         self._heads: int | None = None
+        self._told = False  # which blocks have no attention
         self._means: dict[bool, HeadMeans] = {}  # by whether the heads of the layer are divided among ranks
 
     def share(self, layout: Layout) -> None:
@@ -56,7 +58,7 @@ class AttentionTaps:
 
     def forget_model(self) -> None:
         """Hold nothing of the model any more."""
-        self._blocks, self._owner, self._interfaces = [], {}, []
+        self._blocks, self._owner, self._sight = [], {}, None
 
     def write_into(self, heads: int, means_of: Callable[[slice], HeadMeans]) -> None:
         """Add up in `means_of(part)`, views of the heads `part` out of `heads` on all ranks together."""
@@ -68,11 +70,7 @@ class AttentionTaps:
     @contextmanager
     def seeing(self, see: See) -> Iterator[None]:
         """Hand every attention call of the model to `see`."""
-        with ExitStack() as stack:
-            if self._interfaces:
-                stack.enter_context(seeing_interfaces(self._interfaces, see))
-            if self._needs_sdpa:
-                stack.enter_context(seeing_sdpa(see))
+        with self._sight.seeing(see):
             yield
 
     def see(
@@ -88,10 +86,8 @@ class AttentionTaps:
 
         `may_wait`: a call that cannot be measured is an error even if only the device knows; else its values are NaN.
         """
-        layer = running if module is None else self._owner.get(module)
-        # The first attention of a block is its self-attention; what follows is cross-attention, or torch's SDPA under
-        # an attention that was seen above it.
-        if layer is None or layer in micro_batch.attended:
+        layer = self._owner.get(module) if running is None else running
+        if layer is None or call.kind != "self":
             return
         if call.query.dim() != 4:
             raise ValueError(
@@ -107,7 +103,7 @@ class AttentionTaps:
         if may_wait:
             call.refuse_foreign_keys()
         length = call.query.shape[2]
-        micro_batch.positions[layer] = len(call.query) * length
+        micro_batch.positions[layer] = micro_batch.positions.get(layer, 0) + len(call.query) * length
         if length not in micro_batch.strata:
             micro_batch.strata[length] = self._sampler.draw(length)
         strata = micro_batch.strata[length]
@@ -117,33 +113,43 @@ class AttentionTaps:
             stats = stats_of(call, rows)._replace(lse=None)  # which no sum needs
             valid = micro_batch.valid.of(call, rows, layer in self._decoders)
         micro_batch.attended.add(layer)
-        micro_batch.waiting[layer] = (stats, valid, strata)
+        micro_batch.waiting.setdefault(layer, []).append((stats, valid, strata))
         micro_batch.waiting_bytes += sum(field.nbytes for field in stats if field is not None)
         if micro_batch.waiting_bytes > WAITING_BYTES:
             self.add_up(micro_batch)
 
     def refuse_unseen(self, micro_batch: MicroBatch) -> None:
-        """`ValueError` if blocks ran whose attention went by unseen."""
-        unseen = [self._blocks[layer].name for layer in sorted(micro_batch.entered - micro_batch.attended)]
-        if unseen or not micro_batch.entered:
-            where = f"in the blocks {unseen}" if unseen else "in any block (none of them ran)"
+        """`ValueError` if no block ran. Blocks that ran and whose attention went by unseen are named, once."""
+        if not micro_batch.entered:
             raise ValueError(
-                f"no attention was seen {where}: it goes neither through Transformers' attention interface nor through "
-                "torch's scaled_dot_product_attention. Choose an attention implementation that does, name other blocks "
-                "(MonitorConfig.blocks), or leave 'attention' out of MonitorConfig.signals"
+                f"none of the blocks {[block.name for block in self._blocks]} ran: the model does not call them as "
+                "modules; name modules that it calls (MonitorConfig.blocks)"
+            )
+        unseen = [self._blocks[layer].name for layer in sorted(micro_batch.entered - micro_batch.attended)]
+        if unseen and not self._told:
+            self._told = True
+            logger.warning(
+                "no softmax attention was seen in the blocks %s, so their entropy is NaN: they have none (Mamba, "
+                "linear attention), or compute it otherwise than by a softmax",
+                unseen,
             )
 
     def add_up(self, micro_batch: MicroBatch) -> None:
         """Add what waits to the sums."""
-        groups: dict[tuple, list[int]] = {}
-        for layer, (stats, valid, strata) in micro_batch.waiting.items():
+        # Layers of a group are distinct: of several calls by one layer, the first ones go together, then the second.
+        groups: dict[tuple, list[tuple[int, tuple]]] = {}
+        for layer, calls in micro_batch.waiting.items():
             sharded = layer in self._layout.sharded_heads
-            groups.setdefault((stats.entropy.shape, sharded, id(valid), id(strata)), []).append(layer)
+            for number, call in enumerate(calls):
+                stats, valid, strata = call
+                key = (stats.entropy.shape, sharded, id(valid), id(strata), number)
+                groups.setdefault(key, []).append((layer, call))
         with torch.no_grad():
-            for (shape, sharded, _, _), layers in groups.items():
+            for (shape, sharded, *_), members in groups.items():
+                layers = [layer for layer, _ in members]
                 self._check_heads(layers, shape[1] * (self._layout.tensor if sharded else 1))
-                _, valid, strata = micro_batch.waiting[layers[0]]
-                stats = [micro_batch.waiting[layer][0] for layer in layers]
+                _, valid, strata = members[0][1]
+                stats = [call[0] for _, call in members]
                 self._means[sharded].push(self._indices[tuple(layers)], stats, valid, strata)
         micro_batch.added = True
         micro_batch.waiting.clear()

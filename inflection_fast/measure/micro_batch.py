@@ -16,8 +16,8 @@ class MicroBatch:
         self.live = True  # False once its step is over: hooks of a graph that lives longer must not write
         self.entered: set[int] = set()  # layers whose block ran
         self.attended: set[int] = set()  # those whose attention was seen
-        # layer -> (statistics [B, H, R], valid rows [B, R], strata), to be added up
-        self.waiting: dict[int, tuple] = {}
+        # layer -> of every call (statistics [B, H, R], valid rows [B, R], strata), to be added up
+        self.waiting: dict[int, list[tuple]] = {}
         self.waiting_bytes = 0
         self.added = False  # some of it is in the sums, and cannot be taken out any more
         self.strata: dict[int, object] = {}  # query length -> positions, shared by all layers

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks import Block
-from .attention import AttentionCall
+from .attention_call import AttentionCall
 
 __all__ = ["ValidRows", "decoder_layers", "token_mask"]
 

@@ -1,0 +1,167 @@
+"""One call of attention, and the statistics of its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from .distributed import local_of
+from .packing import FOREIGN_KEYS
+
+__all__ = ["AttentionCall", "stats_of"]
+
+_HEADS = 1  # the dimension of queries [B, H, Tq, D]
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One call of attention, as the model's implementation will apply it."""
+
+    query: Tensor  # [B, H, Tq, D]
+    key: Tensor  # [B, Hkv, Tk, D]
+    mask: Tensor | None = None  # bool (True: attend) or additive, broadcastable to [B, H, Tq, Tk]
+    bias: Tensor | None = None  # additive, broadcastable to [B, H, Tq, Tk], on top of the mask
+    scale: float | None = None  # None: D ** -0.5
+    is_causal: bool = False
+    window: tuple[int, int] | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None  # [H], or [B, H, Tq, 1] where every query has one of its own
+    logits: Tensor | None = None  # [B, H, Tq, Tk], finished scores where the caller had them; key is then unused
+    cu_seqlens: Tensor | None = None  # [S + 1], where sequences begin that are packed into one row, without a mask
+    # What FlexAttention makes of (scores, b, h, q, k) and whether (b, h, q, k) attends, for tensors that broadcast.
+    score_mod: Callable | None = None
+    mask_mod: Callable | None = None
+    kind: str = "self"  # or "cross"
+    foreign_keys: Tensor | None = None  # [] bool: keys of packed sequences are not those of the queries; None: they are
+
+    def refuse_foreign_keys(self) -> None:
+        """`ValueError` for packed sequences that attend to others. Waits for the device to know."""
+        if self.foreign_keys is not None and bool(self.foreign_keys):
+            raise ValueError(FOREIGN_KEYS)
+
+    def here(self) -> AttentionCall:
+        """This rank's part of a call on DTensors, which may be sharded by heads. `ValueError` for others."""
+        if type(self.query) is Tensor or not hasattr(self.query, "placements"):
+            return self
+        if any(place.is_partial() or (place.is_shard() and place.dim != _HEADS) for place in self.query.placements):
+            raise ValueError(
+                f"attention on queries placed as {self.query.placements} over ranks cannot be measured: heads may be "
+                "sharded, batch and sequence may not"
+            )
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return AttentionCall(**{name: local_of(v) if isinstance(v, Tensor) else v for name, v in values.items()})
+
+
+def stats_of(call: AttentionCall, rows: Tensor | None) -> ops.AttentionStats:
+    """The statistics of the query rows `rows` (None: all) of a call, [B, H, R] each; NaN for `foreign_keys`.
+
+    `sink` of packed sequences is the probability of the first key of the row's own sequence.
+    """
+    stats = _stats_of(call, rows)
+    if call.cu_seqlens is not None and call.sinks is None:
+        stats = stats._replace(sink=_sink_of_sequence(call, rows, stats))
+    if call.foreign_keys is not None:
+        stats = type(stats)(*(field.masked_fill(call.foreign_keys, torch.nan) for field in stats))
+    return stats
+
+
+def _sink_of_sequence(call: AttentionCall, rows: Tensor | None, stats: ops.AttentionStats) -> Tensor:
+    """[1, H, R]: the probability of the first key of each row's sequence, where the operator has that of the tensor's.
+
+    The log-sum-exp of a row with one key is the score of that key.
+    """
+    cu_seqlens = call.cu_seqlens.long()
+    if rows is None:
+        rows = torch.arange(call.query.shape[2], device=call.query.device)
+    before = torch.searchsorted(cu_seqlens, rows, right=True) - 1  # the last start that is not after the row
+    first = cu_seqlens.index_select(0, before.clamp(min=0))
+    query, key = call.query.detach().index_select(2, rows), call.key.detach().index_select(2, first)
+    by_row = (x.permute(2, 1, 0, 3) for x in (query, key))  # [R, H, 1, D]: a batch of single rows with a single key
+    bias = None
+    if call.bias is not None:
+        every = call.bias.detach().expand(-1, -1, call.query.shape[2], call.query.shape[2])
+        bias = every[0, :, rows, first].mT[:, :, None, None]
+    score = ops.attention_stats_qk(*by_row, attn_mask=bias, scale=call.scale, softcap=call.softcap).lse.permute(2, 1, 0)
+    hidden = stats.keys == 0
+    if call.window is not None:
+        hidden = hidden | (rows - first > call.window[0])
+    return (score - stats.lse).exp().masked_fill(hidden, 0.0)
+
+
+def _stats_of(call: AttentionCall, rows: Tensor | None) -> ops.AttentionStats:
+    if call.logits is not None:
+        return ops.attention_stats(_at(call.logits, rows).detach())
+    if call.mask_mod is not None or call.score_mod is not None:
+        return _flex_stats(call, rows)
+    if call.sinks is not None and call.sinks.dim() > 1:
+        return _stats_with_sinks(call, rows)
+    query, mask = call.query.detach(), call.mask if call.bias is None else call.bias.detach()
+    if call.bias is not None and call.mask is not None:
+        if not call.is_causal and call.window is None:  # nothing else depends on where a row stands
+            query, mask, rows = _at(query, rows), _biased(_at(call.bias.detach(), rows), _at(call.mask, rows)), None
+        else:
+            mask = _biased(mask, call.mask)
+    return ops.attention_stats_qk(
+        query,
+        call.key.detach(),
+        attn_mask=mask,
+        is_causal=call.is_causal,
+        scale=call.scale,
+        window=call.window,
+        softcap=call.softcap,
+        sinks=None if call.sinks is None else call.sinks.detach(),
+        rows=rows,
+        cu_seqlens=call.cu_seqlens,
+    )
+
+
+def _stats_with_sinks(call: AttentionCall, rows: Tensor | None) -> ops.AttentionStats:
+    """With a sink for every query, which stands before its scores as one more column."""
+    scores = _scores(call, rows)
+    for added in (call.bias, call.mask):
+        if added is not None:
+            scores = _biased(scores, _at(added.detach(), rows))
+    if call.is_causal or call.window is not None:
+        queries = torch.arange(call.query.shape[2], device=scores.device)
+        ahead = torch.arange(scores.shape[-1], device=scores.device) - _at(queries[:, None], rows)
+        left, right = call.window or (len(queries), scores.shape[-1])
+        scores = scores.masked_fill((ahead < -left) | (ahead > (0 if call.is_causal else right)), -torch.inf)
+    stats = ops.attention_stats(torch.cat([_at(call.sinks.detach(), rows).to(scores), scores], -1))
+    return stats._replace(keys=stats.keys - 1)
+
+
+def _flex_stats(call: AttentionCall, rows: Tensor | None) -> ops.AttentionStats:
+    """By the functions of FlexAttention, which are evaluated for the rows that are asked for and for no others."""
+    here = call.query.device
+    queries = torch.arange(call.query.shape[2], device=here) if rows is None else rows
+    batch, heads, keys = (torch.arange(n, device=here) for n in (*call.query.shape[:2], call.key.shape[2]))
+    index = batch[:, None, None, None], heads[:, None, None], queries[:, None], keys
+    mask = None if call.mask_mod is None else call.mask_mod(*index)
+    if call.bias is not None:
+        mask = _at(call.bias.detach(), rows) if mask is None else _biased(_at(call.bias.detach(), rows), mask)
+    if call.score_mod is not None:
+        return ops.attention_stats(call.score_mod(_scores(call, rows), *index), attn_mask=mask)
+    query, sinks = _at(call.query.detach(), rows), None if call.sinks is None else call.sinks.detach()
+    return ops.attention_stats_qk(
+        query, call.key.detach(), attn_mask=mask, scale=call.scale, softcap=call.softcap, sinks=sinks
+    )
+
+
+def _scores(call: AttentionCall, rows: Tensor | None) -> Tensor:
+    """[B, H, R, Tk] float32: scaled scores of the rows, without masks."""
+    query, key = _at(call.query.detach(), rows).float(), call.key.detach().float()
+    grouped = query.unflatten(1, (key.shape[1], -1)) @ key.mT[:, :, None]  # [B, Hkv, H / Hkv, R, Tk]
+    scores = grouped.flatten(1, 2) * (query.shape[-1] ** -0.5 if call.scale is None else call.scale)
+    return scores if call.softcap is None else call.softcap * torch.tanh(scores / call.softcap)
+
+
+def _at(tensor: Tensor, rows: Tensor | None) -> Tensor:
+    return tensor if rows is None or tensor.shape[-2] == 1 else tensor.index_select(-2, rows)
+
+
+def _biased(bias: Tensor, mask: Tensor) -> Tensor:
+    return bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
