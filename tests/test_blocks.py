@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from tiny_models import HandWritten, bert, distilbert, gpt2, llama, one_thread, t5, vit  # noqa: F401
 from torch import nn
 
-from inflection_fast.blocks import find_blocks
+from inflection_fast.blocks import find_blocks, is_named_attention
+from inflection_fast.measure.attention_places import AttentionPlaces
 
 hf = pytest.importorskip("transformers")
 
@@ -83,8 +84,109 @@ def test_a_normalisation_named_after_attention_is_not_attention():
             super().__init__()
             self.attention_norm, self.mix = nn.LayerNorm(8), nn.Linear(8, 8)
 
-    with pytest.raises(ValueError, match="no stack of blocks with attention"):
-        find_blocks(nn.ModuleList([Mixer(), Mixer()]))
+    assert is_named_attention(Mixer().attention_norm, "attention_norm") is False
+    assert not AttentionPlaces(find_blocks(nn.ModuleList([Mixer(), Mixer()]))).innermost
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k = nn.Linear(8, 8), nn.Linear(8, 8)
+
+
+class Attending(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn, self.mlp = Attention(), nn.Linear(8, 8)
+
+
+class Mixing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mixer = nn.Sequential(nn.Linear(8, 8))
+
+
+def held(**children):
+    """A module whose forward names nothing."""
+    module = nn.Module()
+    for name, child in children.items():
+        module.add_module(name, child)
+    return module
+
+
+def stacks(model):
+    return {block.stack: [other.name for other in find_blocks(model) if other.stack == block.stack]
+            for block in find_blocks(model)}  # fmt: skip
+
+
+def test_layers_without_attention_are_blocks_too():
+    hybrid = held(layers=nn.ModuleList([Mixing(), Mixing(), Attending(), Mixing()]))
+    assert names(hybrid) == [f"layers.{i}" for i in range(4)]
+    assert names(held(layers=nn.ModuleList([Mixing(), Attending()]))) == ["layers.0", "layers.1"]  # each class once
+
+
+def test_a_model_without_attention_has_blocks():
+    assert names(held(layers=nn.ModuleList([Mixing(), Mixing()]))) == ["layers.0", "layers.1"]
+    experts = held(experts=nn.ModuleList([Mixing(), Mixing()]))
+    assert names(held(layers=nn.ModuleList([experts, experts]), head=nn.Linear(8, 8))) == ["layers.0"]
+
+
+def test_linear_attention_is_not_attention():
+    class GatedDeltaNet(Attention):
+        pass
+
+    assert not is_named_attention(GatedDeltaNet(), "linear_attn") and not is_named_attention(Attention(), "linear_attn")
+    assert is_named_attention(Attention(), "self_attn")
+
+
+def test_bare_lists_are_no_blocks_and_the_attention_in_them_is():
+    pair = lambda: nn.ModuleList([nn.ModuleList([nn.LayerNorm(8)]), Attention(), Mixing()])  # noqa: E731
+    assert names(held(layers=nn.ModuleList([pair(), pair()]))) == ["layers.0.1", "layers.1.1"]
+    parallel = held(attentions=nn.ModuleList([Attention(), Attention()]), ffns=nn.ModuleList([Mixing(), Mixing()]))
+    assert names(parallel) == ["attentions.0", "attentions.1"]
+    stages = held(stages=nn.ModuleList([nn.ModuleList([Attending(), Attending()]), nn.ModuleList([Attending()])]))
+    assert names(stages) == ["stages.0.0", "stages.0.1", "stages.1.0"]
+
+
+def test_stacks_are_named_by_where_their_paths_differ():
+    layers = lambda: nn.ModuleList([Attending(), Attending()])  # noqa: E731
+    tower = held(vision_model=held(encoder=held(layers=layers())))
+    model = held(model=held(vision_tower=tower, language_model=held(layers=layers())))
+    assert {name: len(paths) for name, paths in stacks(model).items()} == {"vision_tower": 2, "language_model": 2}
+    twice = held(pixel=held(encoder=held(layers=layers()), decoder=held(layers=layers())), head=held(layers=layers()))
+    assert list(stacks(twice)) == ["pixel.encoder", "pixel.decoder", "head"]
+    assert list(stacks(held(encoder=held(layers=layers())))) == ["encoder"]
+    assert list(stacks(held(model=held(layers=layers())))) == ["blocks"]
+    named = find_blocks(model, ["model.language_model.layers.1"])
+    assert [block.stack for block in named] == ["language_model"]
+
+
+def test_stacks_come_in_the_order_in_which_the_code_runs_them():
+    class Vision(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([Attending(), Attending()])
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.text, self.late, self.vision = Vision(), Vision(), Vision()
+
+        def forward(self, x):
+            width = self.text.width  # looked up, not run
+            x = self.seen(x)
+            x = self.text(x)
+            return self.late(x) + width
+
+        def seen(self, x):
+            return self.vision(x)
+
+    assert list(stacks(Two())) == ["vision", "text", "late"]
+    clip = hf.CLIPModel(hf.CLIPConfig(text_config=SMALL, vision_config=SMALL | {"image_size": 8, "patch_size": 4}))
+    assert list(stacks(clip)) == ["vision_model", "text_model"]
+
+
+SMALL = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
 
 
 def test_names_lack_the_prefixes_of_wrappers_and_paths_have_them():
@@ -133,7 +235,7 @@ def test_a_name_that_does_not_exist_is_refused_with_near_matches():
         find_blocks(gpt2(), "transformer.h.1")
 
 
-def test_models_without_attention_are_refused():
+def test_models_without_blocks_are_refused():
     for model in (nn.Linear(2, 2), nn.Sequential(nn.Conv2d(1, 1, 1), nn.Conv2d(1, 1, 1))):
         with pytest.raises(ValueError, match="no stack of blocks with attention"):
             find_blocks(model)

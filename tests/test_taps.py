@@ -1,5 +1,8 @@
 """Taps leave a model as it is, count only what is part of training, and refuse what they cannot see."""
 
+import logging
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -174,17 +177,26 @@ def test_a_second_model_inside_the_first_does_not_count():
 # ---- what cannot be measured -----------------------------------------------------------------------------------------
 
 
-def test_attention_that_cannot_be_seen_is_refused_in_words():
-    config = hf.BloomConfig(hidden_size=16, n_layer=2, n_head=4, vocab_size=VOCAB)
-    model, ids = hf.BloomForCausalLM(config).train(), torch.arange(6)[None]
+def test_blocks_whose_attention_is_not_seen_are_nan_and_named_once(caplog):
+    config = hf.MambaConfig(hidden_size=16, num_hidden_layers=2, vocab_size=VOCAB, state_size=4, use_cache=False)
+    model, ids = hf.MambaForCausalLM(config).train(), torch.arange(6)[None]
+    with caplog.at_level(logging.WARNING, "inflection_fast"):
+        config = MonitorConfig(every=1, signals=("attention", "activation_grad"))
+        timeline = measured(model, {"input_ids": ids, "labels": ids}, config)
+    assert np.isnan(timeline.entropy).all() and (timeline.activation_grad > 0).all()
+    assert [
+        "no softmax attention was seen in the blocks ['backbone.layers.0'" in r.getMessage() for r in caplog.records
+    ]
+
+
+def test_blocks_that_nobody_calls_are_refused_in_words():
+    config = hf.SqueezeBertConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=4, vocab_size=VOCAB)
+    config.intermediate_size = config.embedding_size = 16
+    model, ids = hf.SqueezeBertModel(config).train(), torch.arange(6)[None]
     clean = everything_attached(model)
-    with pytest.raises(
-        ValueError, match=r"no attention was seen in the blocks \['transformer.h.0', 'transformer.h.1'\]"
-    ):
-        measured(model, {"input_ids": ids, "labels": ids})
+    with pytest.raises(ValueError, match=r"none of the blocks \['encoder.layers.0', 'encoder.layers.1'\] ran"):
+        measured(model, {"input_ids": ids})
     assert everything_attached(model) == clean
-    gradients = MonitorConfig(every=1, signals=("activation_grad", "parameter_grad"))
-    assert (measured(model, {"input_ids": ids, "labels": ids}, gradients).activation_grad > 0).all()
 
 
 def test_flex_masks_are_refused_in_words():

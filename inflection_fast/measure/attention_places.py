@@ -41,10 +41,10 @@ class Place:
 class AttentionPlaces:
     """The places of attention in the blocks of a model.
 
-    The attention of a block is what lies in modules called attention; in a block without any, the block itself. Cross
-    attention is told by its name or by `is_cross_attention`. Of several others the block's own is the one called
-    "self" something, else the one without a further name ("attention" beside "temporal_attention"); several of equal
-    standing count together.
+    The attention of a block is what lies in modules called attention; in a block without any, whose modules state a
+    number of heads, the block itself. Cross attention is told by its name or by `is_cross_attention`. Of several others
+    the block's own is the one called "self" something, else the one without a further name ("attention" beside
+    "temporal_attention"); several of equal standing count together.
     """
 
     def __init__(self, blocks: Sequence[Block]):
@@ -128,7 +128,8 @@ class AttentionPlaces:
         best = min(standing.values(), default=0)
         self.innermost += inner.values()
         # Outer ones first: the same module may be in two blocks, and the last word is that of the innermost.
-        self._places[block.module] = Place("self" if own or not inner else None, _heads_of(block.module))
+        heads = next((count for one in block.module.modules() if (count := _heads_of(one))), None)
+        self._places[block.module] = Place("self" if own or (heads and not named) else None, heads)
         self.unnamed |= not inner
         for path, module in named.items():
             if path in cross:

@@ -86,9 +86,11 @@ class AttentionTaps:
 
         `may_wait`: a call that cannot be measured is an error even if only the device knows; else its values are NaN.
         """
-        layer = self._owner.get(module) if running is None else running
+        layer = self._owner.get(module)
         if layer is None or call.kind != "self":
             return
+        if running is not None:  # which of the blocks that share the module
+            layer = running
         if call.query.dim() != 4:
             raise ValueError(
                 f"attention of block {self._blocks[layer].name!r}: expected queries [B, H, T, D], got shape "
