@@ -70,8 +70,11 @@ class Run:
         return [self.stages[name] for name in names if name in self.stages]
 
 
-def read(folder: str | Path) -> Run:
-    """Reads a run folder; ValueError if it is not one or if a file in it cannot be understood."""
+def read(folder: str | Path, *, timeline: bool = True) -> Run:
+    """Reads a run folder, without its timeline if so asked.
+
+    ValueError if it is not one or if a file in it cannot be understood.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a run folder: there is no such folder.")
@@ -80,7 +83,7 @@ def read(folder: str | Path) -> Run:
     facts = RunRecord.load(folder / RUN)
     names = [name for name in FIXED_STAGES if (folder / name / STAGE).is_file()]
     names += sorted(path.parent.name for path in folder.glob(f"{BASELINE}*/{STAGE}"))
-    plan, timeline = folder / "plan.json", folder / "measure" / "timeline.arrows"
+    plan, measured = folder / "plan.json", folder / "measure" / "timeline.arrows"
     config, settings = _settings(folder / "config.yaml")
     stages = {name: Stage.load(folder / name / STAGE) for name in names}
     if "source" in stages and stages["source"].on_target is not None:
@@ -95,7 +98,7 @@ def read(folder: str | Path) -> Run:
         settings=settings,
         stages=stages,
         plan=Plan.load(plan) if plan.is_file() else None,
-        timeline=Timeline.load(timeline) if timeline.is_file() else None,
+        timeline=Timeline.load(measured) if timeline and measured.is_file() else None,
     )
 
 

@@ -17,7 +17,7 @@ OWN = {  # part -> parts of ours that it may import; the table of docs/design.md
     "ops": set(), "blocks": set(), "timeline": {"atomic"}, "alerts": {"timeline"},
     "quantities": {"ops", "blocks", "timeline"}, "measure": MEASURING - {"measure"}, "decide": {"timeline", "atomic"},
     "act": {"blocks", "decide", "ops", "quantities", "measure", "timeline"},
-    "integrations": {"measure", "timeline", "alerts"}, "report": DECIDING | {"records"},
+    "integrations": {"measure", "timeline", "alerts"}, "report": DECIDING | {"records", "alerts"},
     "run": (ALL - {"run"}) | {"atomic", "records"}, "study": ALL, "cli": {"run", "report", "decide", "study"},
     "__main__": {"cli"}, "__init__": ALL,
 }  # fmt: skip

@@ -1,0 +1,106 @@
+"""Many measured steps in a few columns of a chart, with the extremes kept, in memory that does not grow with the run."""
+
+from __future__ import annotations
+
+import numpy as np
+
+__all__ = ["Buckets"]
+
+
+class Buckets:
+    """Mean, least and largest value of runs of consecutive measured steps; at most `limit` runs of equal length.
+
+    A bucket takes one step at first. When `limit` buckets are full, neighbours are joined in pairs and the length
+    doubles, so every number is the exact extreme of the values that went in, and the mean of them. What is not finite
+    counts as no value; a step without any value is left out, so that a quantity measured more seldom has its own steps.
+    """
+
+    def __init__(self, shape: tuple[int, ...], limit: int):
+        if limit < 2 or limit % 2:
+            raise ValueError(f"limit: expected an even number of buckets, at least 2, got {limit}")
+        self.shape, self.limit = shape, limit
+        self.length = 1  # measured steps in a full bucket
+        self._used = self._filled = 0  # buckets begun, and steps in the last of them
+        self._first, self._last = np.zeros(limit, np.int64), np.zeros(limit, np.int64)
+        self._allocated = 0
+        self._grow(min(limit, 16))
+
+    def _grow(self, size: int) -> None:
+        """Memory follows the buckets that are used: most runs are short."""
+        for name, start, dtype in _PARTS:
+            fresh = np.full((size, *self.shape), start, dtype)
+            if self._allocated:
+                fresh[: self._allocated] = getattr(self, name)
+            setattr(self, name, fresh)
+        self._allocated = size
+
+    def push(self, step: int, values: np.ndarray, count: np.ndarray | None = None, low=None, high=None) -> None:
+        """Adds one measured step.
+
+        `values` [shape]; where they stand for several numbers each, `count` is how many of those were finite, and
+        `low` and `high` are their extremes.
+        """
+        values = np.asarray(values, np.float64)
+        finite = np.isfinite(values)
+        if not finite.any():
+            return
+        number = finite.astype(np.int64) if count is None else np.where(finite, count, 0)
+        low = np.where(finite, values if low is None else low, np.inf)
+        high = np.where(finite, values if high is None else high, -np.inf)
+        if self._filled == self.length or not self._used:
+            if self._used == self.limit:
+                self._join()
+            self._used, self._filled = self._used + 1, 0
+            if self._used > self._allocated:
+                self._grow(min(self.limit, 2 * self._allocated))
+            self._first[self._used - 1] = step
+        i = self._used - 1
+        self._filled += 1
+        self._last[i] = step
+        self._count[i] += number
+        self._sum[i] += np.where(finite, values, 0) * number
+        self._low[i] = np.minimum(self._low[i], low)
+        self._high[i] = np.maximum(self._high[i], high)
+
+    def _join(self) -> None:
+        half = self.limit // 2
+        for name, join in (("_count", np.add), ("_sum", np.add), ("_low", np.minimum), ("_high", np.maximum)):
+            array = getattr(self, name)
+            joined = join(array[0::2], array[1::2])
+            start = next(start for part, start, _ in _PARTS if part == name)
+            array[:half], array[half:] = joined, start
+        self._first[:half], self._last[:half] = self._first[0::2].copy(), self._last[1::2].copy()
+        self.length *= 2
+        self._used, self._filled = half, self.length
+
+    @property
+    def steps(self) -> np.ndarray:
+        """[B, 2] the first and the last step of every bucket."""
+        return np.stack([self._first[: self._used], self._last[: self._used]], axis=1)
+
+    def over_places(self) -> np.ndarray:
+        """[B, 3] mean, least and largest value of everything in a bucket, NaN where there is none."""
+        rows = (self._used, -1)
+        count = self._count[: self._used].reshape(rows).sum(1)
+        mean = self._sum[: self._used].reshape(rows).sum(1) / np.maximum(count, 1)
+        low, high = (self._low[: self._used].reshape(rows).min(1), self._high[: self._used].reshape(rows).max(1))
+        return np.where(count[:, None] > 0, np.stack([mean, low, high], axis=1), np.nan)
+
+    @property
+    def mean(self) -> np.ndarray:
+        """[B, shape], NaN where there is no value."""
+        count = self._count[: self._used]
+        return np.where(count > 0, self._sum[: self._used] / np.maximum(count, 1), np.nan)
+
+    @property
+    def low(self) -> np.ndarray:
+        """[B, shape] the least value, NaN where there is none."""
+        return np.where(self._count[: self._used] > 0, self._low[: self._used], np.nan)
+
+    @property
+    def high(self) -> np.ndarray:
+        """[B, shape] the largest value, NaN where there is none."""
+        return np.where(self._count[: self._used] > 0, self._high[: self._used], np.nan)
+
+
+_PARTS = (("_count", 0, np.int64), ("_sum", 0.0, np.float64), ("_low", np.inf, np.float64), ("_high", -np.inf, np.float64))

@@ -1,0 +1,178 @@
+"""The page as one file: words, numbers, drawing code and look together, so that it opens anywhere without a network."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from functools import cache
+from html import escape
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from inflection_fast.report.content import Content, Series
+from inflection_fast.report.fragments import fragments, title
+from inflection_fast.report.packing import pack, pack_text
+from inflection_fast.report.profile import by_name, components, log_gradient
+
+__all__ = ["State", "html", "state", "write_html"]
+
+
+class State:
+    """What the page draws at one moment: `manifest`, of JSON, and the arrays that it names by their number."""
+
+    def __init__(self) -> None:
+        self.manifest: dict[str, Any] = {}
+        self.arrays: list[np.ndarray] = []
+
+    def add(self, array: np.ndarray) -> dict[str, Any]:
+        """Keeps an array and returns how the manifest names it."""
+        self.arrays.append(array)
+        return {"id": len(self.arrays) - 1, "shape": list(array.shape)}
+
+
+def state(content: Content) -> State:
+    """Everything that the page shows of a run."""
+    made, run, measured = State(), content.run, content.measured
+    columns = [
+        entry for name, series in content.series.items() if (entry := _column(made, name, series, content.series))
+    ]
+    made.manifest = {
+        "version": content.version,
+        "title": title(run),
+        "layers": [] if measured is None else list(measured.layers),
+        "steps": 0 if measured is None else len(measured.steps),
+        "columns": columns,
+        "alerts": [
+            {"step": a.step, "kind": a.kind, "signal": a.signal, "layer": a.layer, "head": a.head, "message": a.message}
+            for a in content.alerts
+        ],
+        "plan": _plan(run.plan),
+        "fragments": fragments(content),
+    }
+    return made
+
+
+def _column(made: State, name: str, series: Series, every: dict[str, Series]) -> dict[str, Any] | None:
+    """None for a column without any value."""
+    places, column = series.places, series.column
+    if not len(places.steps):
+        return None
+    error = every.get(f"{name}_se")
+    entry = {
+        "name": name,
+        "label": column.label[:1].upper() + column.label[1:],
+        "unit": "" if column.unit == "1" else column.unit,
+        "axes": list(column.axes) if column.axes[:1] == ("layer",) else [],
+        "log": column.scale == "log",
+        "quantity": column.quantity,
+        "explanation": column.explanation,
+        "error": f"{name}_se" if error is not None and len(error.places.steps) else None,
+        "of": name.removesuffix("_se") if name.endswith("_se") and name.removesuffix("_se") in every else None,
+        "length": places.length,
+        "steps": places.steps.tolist(),
+        "overall": made.add(np.moveaxis(places.over_places(), -1, 0)),  # [3, B] mean, least, largest
+    }
+    if entry["axes"]:
+        entry["map"] = made.add(_statistics(places))  # [1 | 3, L, B]
+    if series.parts is not None:
+        parts = series.parts
+        by_part = _statistics(parts)
+        entry["parts"] = {
+            **made.add(by_part.reshape(*by_part.shape[:2], -1, by_part.shape[-1])),  # [1 | 3, L, H, B]
+            "axis": " x ".join(column.axes[1:]),
+            "steps": parts.steps.tolist(),
+            "length": parts.length,
+        }
+    return entry
+
+
+def _statistics(buckets: Any) -> np.ndarray:
+    """Mean, least and largest value, steps last; the mean alone where all three are the same."""
+    three = np.stack([np.moveaxis(part, 0, -1) for part in (buckets.mean, buckets.low, buckets.high)])
+    same = np.array_equal(three[1], three[2], equal_nan=True)
+    return three[:1] if same else three
+
+
+def _plan(plan: Any) -> dict[str, Any] | None:
+    if plan is None:
+        return None
+    return {
+        "layers": list(plan.layers),
+        "reasons": {str(layer): reason for layer, reason in plan.reasons.items()},
+        "found": {name: list(layers) for name, layers in plan.found.items()},
+        "scores": _numbers(plan.scores),
+        "components": {name: _numbers(values) for name, values in components(plan).items()},
+        "profile": [
+            {"label": "Attention entropy", "unit": "nats", "values": _numbers(by_name(plan, "entropy")),
+             "error": _numbers(by_name(plan, "entropy_se"))},
+            {"label": "Gradient norm", "unit": "natural log", "values": _numbers(log_gradient(plan)),
+             "error": _numbers(by_name(plan, "log_activation_grad_se"))},
+        ],
+    }  # fmt: skip
+
+
+def _numbers(values: Any) -> list[float | None]:
+    return [float(value) if np.isfinite(value) else None for value in np.asarray(values, float)]
+
+
+# ---- the file --------------------------------------------------------------------------------------------------------
+
+
+def write_html(content: Content, path: Path) -> None:
+    """Writes the page of a run as it is now."""
+    path.write_text(html(state(content)), encoding="utf-8")
+
+
+def html(made: State, *, live: bool = False) -> str:
+    """The page. A live one holds no arrays: it fetches them from where it came, and asks for newer ones."""
+    scripts, styles = [_file("uplot/uPlot.iife.min.js"), _file("page.js")], [_file("uplot/uPlot.min.css"), _file("page.css")]
+    reaches = "'self'" if live else "'none'"
+    policy = (
+        "default-src 'none'; base-uri 'none'; form-action 'none'; img-src data: blob:; "
+        f"connect-src {reaches}; script-src {_hashes(scripts)}; style-src {_hashes(styles)}"
+    )
+    manifest = made.manifest | {"live": live}
+    data = [_data("manifest", "application/json", _json(manifest))]
+    if not live:
+        data += [_data(f"array-{i}", "text/plain", pack_text(array)) for i, array in enumerate(made.arrays)]
+    page = _file("page.html")
+    for name, part in {
+        "policy": policy,
+        "title": escape(made.manifest["title"]),
+        "styles": "\n".join(f"<style>{style}</style>" for style in styles),
+        **{f"fragment:{name}": text for name, text in made.manifest["fragments"].items()},
+        "data": "\n".join(data),
+        "scripts": "\n".join(f"<script>{script}</script>" for script in scripts),
+    }.items():
+        page = page.replace(f"<!--{name}-->", part, 1)
+    return page
+
+
+def binary(made: State, number: int) -> bytes:
+    """One array as a live page fetches it."""
+    return pack(made.arrays[number])
+
+
+@cache
+def _file(name: str) -> str:
+    return (resources.files("inflection_fast.report") / "web" / name).read_text(encoding="utf-8")
+
+
+def _hashes(texts: list[str]) -> str:
+    """The browser runs these scripts and no other, whatever stands in the data."""
+    digests = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts)
+    return " ".join(f"'sha256-{digest}'" for digest in digests)
+
+
+def _data(name: str, kind: str, text: str) -> str:
+    return f'<script type="{kind}" id="{name}">{text}</script>'
+
+
+def _json(value: Any) -> str:
+    """JSON that cannot end the script element that holds it."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
