@@ -25,7 +25,8 @@ COMMANDS = {
     "measure": "train on a source data set, if there is one, and measure a shallow training on the target",
     "plan": "choose layers from what was measured",
     "tune": "put LoRA on the planned layers, train, and compare with other layers",
-    "report": "write the report of a run",
+    "report": "write the report of a run, or of several side by side",
+    "watch": "serve the page of a run on this machine, following it while it trains",
     "run": "all of these in order, continuing where an interrupted run stopped",
     "study": "compare many ways to place adapters over transfers and seeds, and report what they say",
     "doctor": "say what is installed, what is loaded, and what is missing",
@@ -202,6 +203,14 @@ def _report(argv: list[str]) -> int:
         return _show(folder, report.write(folder), _console())
 
 
+def _watch(argv: list[str]) -> int:
+    from inflection_fast.report.watch import command
+    from inflection_fast.run.errors import user_errors
+
+    with user_errors(ValueError, FileNotFoundError):
+        return command(argv)
+
+
 def _show(folder: str | os.PathLike, page: str | os.PathLike, console: Console) -> int:
     from inflection_fast import report
 
@@ -260,6 +269,7 @@ _DISPATCH: dict[str, Callable[[list[str]], int]] = {
     "plan": _plan,
     "tune": _tune,
     "report": _report,
+    "watch": _watch,
     "run": _run,
     "study": _study,
     "doctor": _doctor,

@@ -172,7 +172,7 @@ def test_the_page_answers_first_and_repeats_the_plan_in_its_own_words(finished):
 def test_every_picture_is_shown_once_and_nothing_else_lies_in_the_folder(finished):
     _, _, path = finished
     text = path.read_text(encoding="utf-8")
-    there = {file.name for file in path.parent.iterdir()} - {"index.md"}
+    there = {file.name for file in path.parent.iterdir()} - {"index.md", "index.html"}
     assert there == set(pictures.FILES.values())
     for name in there:
         assert text.count(f"]({name})") == 1
@@ -321,7 +321,7 @@ def test_an_older_report_is_replaced_and_a_readers_notes_are_kept(tmp_path):
     for name in ("index.md", "sink.png", "notes.txt"):
         (run / "report" / name).write_text("old")
     report.write(run)
-    assert {path.name for path in (run / "report").iterdir()} == {"index.md", "notes.txt"}
+    assert {path.name for path in (run / "report").iterdir()} == {"index.md", "index.html", "notes.txt"}
     assert (run / "report" / "index.md").read_text() != "old" and (run / "report" / "notes.txt").read_text() == "old"
     assert not list(run.glob(".report*"))
 

@@ -103,4 +103,9 @@ class Buckets:
         return np.where(self._count[: self._used] > 0, self._high[: self._used], np.nan)
 
 
-_PARTS = (("_count", 0, np.int64), ("_sum", 0.0, np.float64), ("_low", np.inf, np.float64), ("_high", -np.inf, np.float64))
+_PARTS = (
+    ("_count", 0, np.int64),
+    ("_sum", 0.0, np.float64),
+    ("_low", np.inf, np.float64),
+    ("_high", -np.inf, np.float64),
+)

@@ -152,7 +152,9 @@ class Content:
         meta = self._tail.meta
         numbers = {name: np.array(kept, np.float64) for name, kept in self._raw.items()}
         steps = np.array(self._steps, np.int64)
-        return Measured(steps, **numbers, layers=meta["layers"], heads=meta["heads"], meta=meta, truncated=self._tail.torn)
+        return Measured(
+            steps, **numbers, layers=meta["layers"], heads=meta["heads"], meta=meta, truncated=self._tail.torn
+        )
 
 
 def timeline_of(folder: Path) -> Path:

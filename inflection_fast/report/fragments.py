@@ -106,7 +106,12 @@ def _choice(run: Run) -> str:
     rows = []
     for layer in range(len(plan.scores)):
         spread = f" ± {significant(error[layer], 2)}" if np.isfinite(error[layer]) else ""
-        cells = (str(layer), f"{significant(entropy[layer])}{spread}", significant(gradient[layer]), score(plan.scores[layer]))
+        cells = (
+            str(layer),
+            f"{significant(entropy[layer])}{spread}",
+            significant(gradient[layer]),
+            score(plan.scores[layer]),
+        )
         rows.append((*cells, "chosen" if layer in plan.layers else ""))
     numbers = table(("Layer", "Entropy, nats", "log gradient norm", "SKI", ""), rows, numbers=(0, 1, 2, 3))
     options = ", ".join(f"{escape(str(name))} = {escape(str(value))}" for name, value in plan.config.items())
@@ -136,7 +141,9 @@ def _stages(run: Run) -> str:
         )  # fmt: skip
     kind = "Loss, nats per token" if language else "Accuracy"
     head = ("Stage", kind, _axis(span, language), "Injected better by", "Trained parameters", "Steps", "Cost")
-    notes = [f"± and bars are one standard error; differences up to {NOISE:g} of them are called noise."] * (not language)
+    notes = [f"± and bars are one standard error; differences up to {NOISE:g} of them are called noise."] * (
+        not language
+    )
     if run.source is not None:
         notes.append("The source stage is another task, and not to be compared with the others.")
     bullets = "".join(f"<li>{escape(sentence)}</li>" for sentence in verdict(run)[1:])
@@ -179,9 +186,13 @@ def _interval(stage: Stage, span: tuple[float, float] | None, language: bool, ou
     middle = height / 2
     parts = [f'<line class=base x1="0" x2="{width:g}" y1="{middle:g}" y2="{middle:g}"/>']
     if stage.majority is not None and not language:
-        parts.append(f'<line class=majority x1="{x(stage.majority)}" x2="{x(stage.majority)}" y1="4" y2="{height - 4:g}"/>')
+        parts.append(
+            f'<line class=majority x1="{x(stage.majority)}" x2="{x(stage.majority)}" y1="4" y2="{height - 4:g}"/>'
+        )
     if error:
-        parts.append(f'<line class=bar x1="{x(value - error)}" x2="{x(value + error)}" y1="{middle:g}" y2="{middle:g}"/>')
+        parts.append(
+            f'<line class=bar x1="{x(value - error)}" x2="{x(value + error)}" y1="{middle:g}" y2="{middle:g}"/>'
+        )
     parts.append(f'<circle cx="{x(value)}" cy="{middle:g}" r="4.5"/>')
     kind = " ours" if ours else " other" if stage.name == "source" else ""
     return (
@@ -201,8 +212,12 @@ def _settings(content: Content) -> str:
         config = measured.meta.get("config") or {}
         rows = [(escape(str(name)), escape(str(value))) for name, value in config.items()]
         if rows:
-            blocks.append(f"<details><summary>Settings of the monitor</summary>{table(('Setting', 'Value'), rows)}</details>")
-        layers = table(("Layer", "Name"), [(str(i), escape(name)) for i, name in enumerate(measured.layers)], numbers=(0,))
+            blocks.append(
+                f"<details><summary>Settings of the monitor</summary>{table(('Setting', 'Value'), rows)}</details>"
+            )
+        layers = table(
+            ("Layer", "Name"), [(str(i), escape(name)) for i, name in enumerate(measured.layers)], numbers=(0,)
+        )
         blocks.append(f"<details><summary>Names of the layers</summary>{layers}</details>")
     versions = run.versions or (measured.meta.get("versions") if measured else None) or {}
     if versions:
@@ -220,9 +235,7 @@ def _missing(content: Content) -> str:
         ]  # fmt: skip
     else:
         said = missing_parts(run)
-    never = [
-        series.column.label for series in content.series.values() if not len(series.places.steps)
-    ]
+    never = [series.column.label for series in content.series.values() if not len(series.places.steps)]
     if never:
         said.append(f"Without any value in this run: {', '.join(never)}.")
     if not said:

@@ -1,4 +1,4 @@
-"""The Markdown page and the folder around it, replaced as a whole or not at all."""
+"""Both pages, Markdown and HTML, and the folder around them, replaced as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -8,32 +8,39 @@ from pathlib import Path
 
 from inflection_fast.report import folder as run_folder_files
 from inflection_fast.report import pictures, sections
+from inflection_fast.report.content import Content, timeline_of
+from inflection_fast.report.single_page import write_html
 
 __all__ = ["write"]
 
-FOLDER, PAGE = "report", "index.md"
+FOLDER, PAGE, HTML, FIGURES = "report", "index.md", "index.html", "figures"
 
 
 def write(run_folder: str | Path) -> Path:
-    """Writes `report/index.md` and its pictures into a run folder and returns the page's path.
+    """Writes `report/index.html` and `report/index.md` with its pictures into a run folder; the path of the latter.
 
-    An earlier report is replaced once the new one is complete; if anything fails before, it stays as it was. Files in
+    A folder with nothing but a timeline, which a Monitor has written, gets `index.html` alone. An earlier report is replaced once the new one is complete; if anything fails before, it stays as it was. Files in
     the report folder that are not a report's own are kept. ValueError if the folder is not a run or a file in it is
     damaged.
     """
-    run = run_folder_files.read(run_folder)
-    target = run.folder / FOLDER
+    content = Content(Path(run_folder))
+    bare = not (content.folder / "run.json").is_file() and timeline_of(content.folder).is_file()
+    run = None if bare else run_folder_files.read(run_folder)
+    content.update()
+    target = content.folder / FOLDER
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} must be a folder for the report, and is a file.")
-    fresh = Path(tempfile.mkdtemp(prefix=f".{FOLDER}-", dir=run.folder))
+    fresh = Path(tempfile.mkdtemp(prefix=f".{FOLDER}-", dir=content.folder))
     try:
         fresh.chmod(0o755)  # mkdtemp makes it private; a report is to be read
-        drawn = pictures.draw(run, fresh)
-        (fresh / PAGE).write_text(sections.page(run, drawn), encoding="utf-8")
+        if run is not None:
+            drawn = pictures.draw(run, fresh)
+            (fresh / PAGE).write_text(sections.page(run, drawn), encoding="utf-8")
+        write_html(content, fresh / HTML)
         _swap(fresh, target)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
-    return target / PAGE
+    return target / (HTML if bare else PAGE)
 
 
 def _swap(fresh: Path, target: Path) -> None:
@@ -49,6 +56,6 @@ def _swap(fresh: Path, target: Path) -> None:
         aside.rename(target)
         raise
     for path in aside.iterdir():
-        if path.name != PAGE and path.name not in pictures.FILES.values():
+        if path.name not in (PAGE, HTML, *pictures.FILES.values()):
             path.rename(target / path.name)
     shutil.rmtree(aside.parent)

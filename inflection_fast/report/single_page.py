@@ -129,7 +129,10 @@ def write_html(content: Content, path: Path) -> None:
 
 def html(made: State, *, live: bool = False) -> str:
     """The page. A live one holds no arrays: it fetches them from where it came, and asks for newer ones."""
-    scripts, styles = [_file("uplot/uPlot.iife.min.js"), _file("page.js")], [_file("uplot/uPlot.min.css"), _file("page.css")]
+    scripts, styles = (
+        [_file("uplot/uPlot.iife.min.js"), _file("page.js")],
+        [_file("uplot/uPlot.min.css"), _file("page.css")],
+    )
     reaches = "'self'" if live else "'none'"
     policy = (
         "default-src 'none'; base-uri 'none'; form-action 'none'; img-src data: blob:; "

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from inflection_fast.records import OverheadRecord
+from inflection_fast.report.answer import answer
+from inflection_fast.report.content import Content, timeline_of
 from inflection_fast.report.folder import Run, read
 from inflection_fast.report.profile import by_name, log_gradient
 from inflection_fast.report.sections import missing_parts, model_name, overhead, overhead_share
@@ -22,12 +24,23 @@ LONG = 32  # with more layers than this only the chosen ones and their neighbour
 
 
 def summary(run_folder: str | Path, console: Console) -> None:
-    """Shows on `console` what a run found. ValueError if the folder is not a run or a file in it is damaged."""
+    """Shows on `console` what a run found; of a folder with nothing but a timeline, in three lines.
+
+    ValueError if the folder is not a run or a file in it is damaged.
+    """
     from rich.text import Text
 
     def show(what: str | Table, style: str = "") -> None:
         console.print(Text(what, style) if isinstance(what, str) else what, soft_wrap=False)
 
+    folder = Path(run_folder)
+    if not (folder / "run.json").is_file() and timeline_of(folder).is_file():
+        content = Content(folder)
+        content.update()
+        said = answer(content)
+        for line in (said.verdict, said.why, " ".join(part for part in (said.next, said.command) if part)):
+            show(line)
+        return
     run = read(run_folder)
     first, *rest = verdict(run)
     show(f"Inflection layers of {model_name(run)}", "bold")

@@ -459,7 +459,7 @@ class HeatMap {
     this.at = cell;
     this.frame?.remove();
     this.frame = null;
-    if (cell && cell.column >= 0 && plot.cursor.event !== null) this.outline(plot, cell);
+    if (cell && cell.column >= 0) this.outline(plot, cell);
     this.readout?.(cell);
   }
 
@@ -481,7 +481,8 @@ class HeatMap {
       this.group === "steps" ? zoomSteps([middle - half, middle + half]) : plot.setScale("x", { min: middle - half, max: middle + half });
     }
     if (row < y.min || row > y.max) plot.setScale("y", { min: row - (y.max - y.min) / 2, max: row + (y.max - y.min) / 2 });
-    plot.setCursor({ left: plot.valToPos(middle, "x"), top: plot.valToPos(row, "y") }, true, true);
+    // After the change of scales, which uPlot makes in a microtask of its own.
+    queueMicrotask(() => plot.setCursor({ left: plot.valToPos(middle, "x"), top: plot.valToPos(row, "y") }, true, true));
   }
 
   zoom(factor) {
@@ -489,7 +490,7 @@ class HeatMap {
     const middle = at.column >= 0 ? (this.left[at.column] + this.right[at.column]) / 2 : (plot.scales.x.min + plot.scales.x.max) / 2;
     const half = ((plot.scales.x.max - plot.scales.x.min) / 2) * factor;
     this.group === "steps" ? zoomSteps([middle - half, middle + half]) : plot.setScale("x", { min: middle - half, max: middle + half });
-    if (at.column >= 0) this.goTo(at.row, at.column);
+    if (at.column >= 0) queueMicrotask(() => this.goTo(at.row, at.column));
   }
 
   listen() {
