@@ -75,8 +75,8 @@ def colours_of(driver, selector):
     """How many colours the canvas of a chart has."""
     return driver.execute_script(
         """const canvas = document.querySelector(arguments[0] + " canvas");
-        const pixels = new Uint32Array(canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data.buffer);
-        return new Set(pixels).size;""",
+        const image = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+        return new Set(new Uint32Array(image.data.buffer)).size;""",
         selector,
     )
 
@@ -115,7 +115,8 @@ def test_the_keyboard_reaches_every_value(driver, run_page):
     opened(driver, run_page)
     order = driver.execute_script(
         """return [...document.querySelectorAll("a, button, summary, input, [tabindex]")]
-        .filter((e) => e.tabIndex >= 0 && e.closest("#cards .card")).map((e) => e.closest(".card").id + " " + e.className)"""
+        .filter((e) => e.tabIndex >= 0 && e.closest("#cards .card"))
+        .map((e) => e.closest(".card").id + " " + e.className)"""
     )
     assert {entry.split()[0] for entry in order if entry.endswith(" plot")} == {
         f"map-{name}"

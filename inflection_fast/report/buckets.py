@@ -1,4 +1,4 @@
-"""Many measured steps in a few columns of a chart, with the extremes kept, in memory that does not grow with the run."""
+"""Many measured steps in a few columns of a chart, extremes kept, in memory that does not grow with the run."""
 
 from __future__ import annotations
 

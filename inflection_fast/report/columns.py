@@ -11,7 +11,7 @@ _LOG = ("activation_grad", "parameter_grad", "probe_activation_grad")
 
 _KNOWN = {
     "entropy": ("nats", "attention entropy", "attention",
-                "How widely attention is spread: 0 is a single token, the logarithm of their number all of them alike."),
+                "How widely attention is spread: 0 is a single token, the log of their number all of them alike."),
     "entropy_se": ("nats", "standard error of the entropy", "attention",
                    "What the sampling of query rows leaves open; 0 where every row was measured."),
     "max_logit": ("logit", "largest attention logit", "attention",

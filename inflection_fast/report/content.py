@@ -1,4 +1,4 @@
-"""Everything that the page shows of one run, gathered row by row, so that a run may still be growing or be very long."""
+"""Everything that the page shows of a run, gathered row by row, so that it may still be growing or be very long."""
 
 from __future__ import annotations
 

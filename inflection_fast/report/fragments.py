@@ -19,6 +19,7 @@ from inflection_fast.report.words import MISSING, accuracy, count, percent, scor
 __all__ = ["answer_block", "fragments", "table", "title"]
 
 PLOT = (220.0, 22.0)  # width and height of the small interval plots in a table
+SHOWN_ALERTS = 12  # more than this are folded away
 
 
 def title(run: Run) -> str:
@@ -57,7 +58,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[
 
     body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
     said = f"<caption>{caption}</caption>" if caption else ""
-    return f'<div class="scroll"><table>{said}<thead><tr>{cells(head, "th")}</tr></thead><tbody>{body}</tbody></table></div>'
+    top = f"<thead><tr>{cells(head, 'th')}</tr></thead>"
+    return f'<div class="scroll"><table>{said}{top}<tbody>{body}</tbody></table></div>'
 
 
 def _heading(content: Content) -> str:
@@ -92,7 +94,8 @@ def _alerts(content: Content) -> str:
     left_out = content.alerts_in_all - len(alerts)
     note = f"<p>{count(left_out)} more in the middle of the run are left out here.</p>" if left_out else ""
     listed = table(("Step", "Kind", "Layer", "Head", "What"), rows, numbers=(0, 2, 3))
-    return f"<details{' open' if len(rows) <= 12 else ''}><summary>{count(len(rows))} alerts in words</summary>{listed}</details>{note}"
+    opened = " open" if len(rows) <= SHOWN_ALERTS else ""
+    return f"<details{opened}><summary>{count(len(rows))} alerts in words</summary>{listed}</details>{note}"
 
 
 def _choice(run: Run) -> str:
@@ -117,7 +120,8 @@ def _choice(run: Run) -> str:
     options = ", ".join(f"{escape(str(name))} = {escape(str(value))}" for name, value in plan.config.items())
     return (
         f"<p>{escape(plan.summary)}</p><ul class=reasons>{reasons}</ul>"
-        f"<details><summary>Numbers by layer</summary>{numbers}</details><p class=note>Options of the choice: {options}.</p>"
+        f"<details><summary>Numbers by layer</summary>{numbers}</details>"
+        f"<p class=note>Options of the choice: {options}.</p>"
     )
 
 
@@ -137,7 +141,8 @@ def _stages(run: Run) -> str:
         name = f"<b>{escape(stage.label)}</b>" if stage is run.tune else escape(stage.label)
         rows.append(
             (name, escape(result), _interval(stage, span, language, stage is run.tune), escape(against),
-             f"{count(stage.trainable)}{share}", count(stage.steps), escape(training_note(stage)) if stage.trainable else "")
+             f"{count(stage.trainable)}{share}", count(stage.steps),
+             escape(training_note(stage)) if stage.trainable else "")
         )  # fmt: skip
     kind = "Loss, nats per token" if language else "Accuracy"
     head = ("Stage", kind, _axis(span, language), "Injected better by", "Trained parameters", "Steps", "Cost")

@@ -19,9 +19,9 @@ FOLDER, PAGE, HTML, FIGURES = "report", "index.md", "index.html", "figures"
 def write(run_folder: str | Path) -> Path:
     """Writes `report/index.html` and `report/index.md` with its pictures into a run folder; the path of the latter.
 
-    A folder with nothing but a timeline, which a Monitor has written, gets `index.html` alone. An earlier report is replaced once the new one is complete; if anything fails before, it stays as it was. Files in
-    the report folder that are not a report's own are kept. ValueError if the folder is not a run or a file in it is
-    damaged.
+    A folder with nothing but a timeline, which a Monitor has written, gets `index.html` alone. An earlier
+    report is replaced once the new one is complete; if anything fails before, it stays as it was. Files in the report
+    folder that are not a report's own are kept. ValueError if the folder is not a run or a file in it is damaged.
     """
     content = Content(Path(run_folder))
     bare = not (content.folder / "run.json").is_file() and timeline_of(content.folder).is_file()

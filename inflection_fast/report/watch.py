@@ -1,7 +1,7 @@
 """The page of a run that trains, served to this machine alone, and following the files as they grow.
 
-Only files are read, those of the run folder, so the training neither knows nor waits; it may run on another machine that
-writes to a shared disk. What has changed is looked for when a page asks, at most once a second however many pages ask.
+Only files are read, those of the run folder, so the training neither knows nor waits; it may run on another machine
+that writes to a shared disk. What has changed is looked for when a page asks, at most once a second however many ask.
 """
 
 from __future__ import annotations

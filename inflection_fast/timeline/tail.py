@@ -41,7 +41,7 @@ class TimelineTail:
         No file is no rows. `ValueError` if the file is not a timeline.
         """
         try:
-            file = open(self.path, "rb")  # noqa: SIM115 closed by the with below
+            file = open(self.path, "rb")
         except FileNotFoundError:
             return
         with file:
@@ -80,7 +80,7 @@ class TimelineTail:
         self._identity = (found.st_dev, found.st_ino)
 
     def _read_schema(self, data: bytes) -> bool:
-        """Keeps the bytes of the schema, with which every piece of the file can be parsed; False if they are not whole."""
+        """Keeps the bytes of the schema, with which any piece of the file can be parsed; False if not whole yet."""
         import pyarrow as pa
 
         if not data.startswith(b"\xff\xff\xff\xff"[: len(data)]):
