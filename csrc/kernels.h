@@ -37,7 +37,7 @@ struct SumOfSquaresArgs {
   double* partial;         // [chunks], scratch: one sum per work item, whatever the threads
   double* totals;          // [groups], scratch of the GPU
   // outputs
-  float* out;  // [groups]
+  double* out;  // [groups]: the square of a float is no float
 };
 void sum_of_squares_cpu(const SumOfSquaresArgs&, int64_t begin, int64_t end);  // work items: chunks; fills `partial`
 void sum_of_squares_merge_cpu(const SumOfSquaresArgs&, int64_t begin, int64_t end);  // work items: groups; fills `out`

@@ -155,6 +155,16 @@ def test_stratified_positions_are_better_than_random_ones():
 # ---- gradients -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("size", [1e-25, 1e-21, 1e25])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_norms_of_gradients_whose_squares_leave_float32(dtype, size):
+    norms, gradient = GradientNorms(L, CPU), torch.full((5, 20), size, dtype=dtype)
+    norms.push(0, 1, gradient)
+    norms.push(1, 1, gradient)
+    exact = gradient.double().square().sum() * 2
+    torch.testing.assert_close(norms.squares()[1], exact, rtol=1e-12, atol=0)
+
+
 def test_gradient_norms_join_micro_batches_and_overwrite_repetitions():
     gradients = torch.randn(20, 2, 5, 4)
     norms = GradientNorms(L, CPU)

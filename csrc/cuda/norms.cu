@@ -106,10 +106,10 @@ struct Groups {
 };
 
 // One warp per group: its chunks, added in an order that depends on nothing but their number, to those of the launches
-// before; the last one scales and rounds.
+// before; the last one scales.
 __global__ void __launch_bounds__(kMergeThreads)
     merge_groups(Groups groups, const double* partial, double* totals /* [groups] */, bool first, bool last,
-                 const float* inv_scale, float* out /* [groups] */) {
+                 const float* inv_scale, double* out /* [groups] */) {
   double total = 0.0;
   for (int i = 0; i < groups.count; ++i) {
     if (groups.group[i] != static_cast<int>(blockIdx.x)) continue;
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kMergeThreads)
   if (!first) total += totals[blockIdx.x];
   totals[blockIdx.x] = total;
   const double inverse = inv_scale ? *inv_scale : 1.0;
-  if (last) out[blockIdx.x] = static_cast<float>(total * (inverse * inverse));
+  if (last) out[blockIdx.x] = total * (inverse * inverse);
 }
 
 bool in_one_piece(const Operand& op) { return op.dims == 1 && op.strides[0] == 1; }

@@ -1,4 +1,4 @@
-// sum_of_squares: many tensors of any size and layout, one float32 per group.
+// sum_of_squares: many tensors of any size and layout, one float64 per group.
 #include <algorithm>
 #include <vector>
 
@@ -54,9 +54,9 @@ Tensor sum_of_squares(std::vector<Tensor> tensors, std::vector<int64_t> groups, 
     first_chunk.push_back(first_chunk.back() + (operands.back().numel + kSquaresChunk - 1) / kSquaresChunk);
   }
   const int64_t chunks = first_chunk.back();
-  const int64_t partial_size[] = {chunks + num_groups};
+  const int64_t partial_size[] = {chunks + num_groups}, out_size[] = {num_groups};
   Tensor partial = torch::stable::new_empty(tensors[0], {partial_size, 1}, ScalarType::Double);
-  Tensor out = new_float(tensors[0], {num_groups});
+  Tensor out = torch::stable::new_empty(tensors[0], {out_size, 1}, ScalarType::Double);
   const SumOfSquaresArgs args{operands.data(),
                               first_chunk.data(),
                               static_cast<int64_t>(operands.size()),
@@ -64,7 +64,7 @@ Tensor sum_of_squares(std::vector<Tensor> tensors, std::vector<int64_t> groups, 
                               scale_of(inv_scale, tensors[0]),
                               static_cast<double*>(partial.data_ptr()),
                               static_cast<double*>(partial.data_ptr()) + chunks,
-                              static_cast<float*>(out.data_ptr())};
+                              static_cast<double*>(out.data_ptr())};
   INFLECTION_RUN(sum_of_squares, args, tensors[0], chunks, 4);
   INFLECTION_RUN(sum_of_squares_merge, args, tensors[0], num_groups, 64);
   return out;

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..ops import sum_of_squares
 from .packet import ATTENTION_SUMS
 from .recent import Recent
 from .schedule import Strata
@@ -93,20 +94,24 @@ class GradientNorms:
     """
 
     def __init__(self, layers: int, device: torch.device):
-        self._norms = torch.zeros(1, layers, device=device)  # [M, L], doubled when a step has more micro-batches
+        # [M, L], doubled when a step has more micro-batches
+        self._norms = torch.zeros(1, layers, dtype=torch.float64, device=device)
         self._seen: set[int] = set()
 
     def push(self, micro_batch: int, layer: int, gradient: Tensor) -> None:
         """Write the norm of `gradient`, of any shape."""
         while micro_batch >= len(self._norms):
             self._norms = torch.cat([self._norms, torch.zeros_like(self._norms)])
-        norm = torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
+        if gradient.dtype == torch.float64:
+            norm = torch.linalg.vector_norm(gradient)
+        else:  # in float64: the squares of a float32 of 1e-25 or 1e25 are none
+            norm = sum_of_squares([gradient], [0])[0].sqrt()
         self._norms[micro_batch, layer] = norm
         self._seen.add(layer)
 
     def squares(self) -> Tensor:
         """[L] float64: squared norms, 0 where no gradient has arrived."""
-        return self._norms.double().square().sum(0)
+        return self._norms.square().sum(0)
 
     @property
     def seen(self) -> frozenset[int]:

@@ -64,7 +64,7 @@ class Layout:
         weights = [_sharded_over(gradient) / self.world for gradient in gradients]
         distinct = sorted(set(weights))
         groups = [layer * len(distinct) + distinct.index(weight) for layer, weight in zip(layers, weights, strict=True)]
-        squares = ops.sum_of_squares([local_of(gradient) for gradient in gradients], groups).double()
+        squares = ops.sum_of_squares([local_of(gradient) for gradient in gradients], groups)
         missing = -len(squares) % len(distinct)  # the last layer may have no gradient of the last weight
         squares = torch.cat([squares, squares.new_zeros(missing)]).view(-1, len(distinct))
         # Numbers of Python's own: a tensor of weights would be a copy from the host.

@@ -35,7 +35,7 @@ def squares_of_all(
     rest = [local_of(gradient) for gradient in gradients_of(p for p in dict.fromkeys(parameters) if p not in distinct)]
     total = 0.0 if known is None else known.double().sum() / loss_scale**2
     if rest:
-        total = total + ops.sum_of_squares(rest, [0] * len(rest))[0].double()
+        total = total + ops.sum_of_squares(rest, [0] * len(rest))[0]
     device = parameters[0].device if parameters else None
     return total if isinstance(total, Tensor) else torch.zeros((), dtype=torch.float64, device=device)
 

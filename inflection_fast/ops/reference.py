@@ -159,7 +159,7 @@ def sum_of_squares(tensors: Sequence[Tensor], groups: Sequence[int], *, inv_scal
     total = torch.zeros(max(groups) + 1, dtype=torch.float64, device=tensors[0].device)
     for tensor, group in zip(tensors, groups, strict=True):
         total[group] += tensor.double().square().sum()
-    return (total if inv_scale is None else total * inv_scale.double().square()).float()
+    return total if inv_scale is None else total * inv_scale.double().square()
 
 
 def activation_moments(output: Tensor, input: Tensor | None = None, *, mask: Tensor | None = None) -> ActivationMoments:

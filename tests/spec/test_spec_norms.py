@@ -1,4 +1,4 @@
-"""sum_of_squares: many tensors, one float32 per group."""
+"""sum_of_squares: many tensors, one float64 per group."""
 
 import pytest
 import torch
@@ -17,8 +17,8 @@ def truth(tensors, groups):
 
 def assert_close(tensors, groups):
     got, exact = sum_of_squares(tensors, groups), truth(tensors, groups)
-    assert got.dtype == torch.float32 and got.shape == exact.shape
-    assert torch.allclose(got.double(), exact, rtol=1e-6, atol=0), (got, exact)
+    assert got.dtype == torch.float64 and got.shape == exact.shape
+    assert torch.allclose(got, exact, rtol=1e-6, atol=0), (got, exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
