@@ -7,6 +7,7 @@ from inflection_fast import attention_entropy, attention_stats
 from inflection_fast.ops import reference
 
 FIELDS = ("entropy", "lse", "collision", "sink")
+INF = float("inf")
 
 
 @pytest.fixture(autouse=True)
@@ -131,7 +132,7 @@ def test_a_poisoned_row_poisons_its_own_gradient_only(isa):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_what_is_not_finite_reaches_attended_columns_of_its_16_bit_row_only(isa, dtype, on_cpu):
+def test_what_is_not_finite_reaches_attended_columns_of_its_16_bit_row_only(isa, dtype):
     x = torch.randn(5, 1040).to(dtype)
     x[1, 5], x[2, 7] = float("nan"), float("inf")
     x[3], x[1, 6], x[4, 8] = -float("inf"), -float("inf"), -float("inf")
@@ -139,9 +140,7 @@ def test_what_is_not_finite_reaches_attended_columns_of_its_16_bit_row_only(isa,
     (grad,) = torch.autograd.grad(attention_entropy(x.requires_grad_()), x, above)
     assert grad[0].isfinite().all() and (grad[3] == 0).all()
     assert grad[1, 7].isnan() and grad[2, 0].isnan() and not grad[4, 9].isfinite()
-    assert grad[1, 6] == 0
-    if not on_cpu:  # where an infinite gradient makes NaN of a probability of 0
-        assert grad[4, 8] == 0
+    assert grad[1, 6] == grad[4, 8] == 0
 
 
 def test_entropy_gradient_of_a_row_sums_to_zero(isa):
@@ -157,6 +156,30 @@ def test_sink_gradient_is_rounded_once_where_the_sink_takes_almost_all(isa, dtyp
     truth = gradients(reference.attention_stats, x.double(), None, ("sink",))[0]
     ours = gradients(attention_stats, x, None, ("sink",))[0]
     assert ((ours.double() - truth).abs() <= torch.finfo(dtype).eps * truth.abs() + 1e-6).all()
+
+
+@pytest.mark.parametrize("masked", ["bool", "added", "lowest"])
+@pytest.mark.parametrize("field", FIELDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_an_infinite_gradient_makes_attended_columns_nan_and_no_others(isa, dtype, field, masked):
+    x = torch.randn(3, 40).to(dtype)
+    x[:, 7] = -90.0  # a probability of 0
+    attended = torch.rand(3, 40) > 0.5
+    attended[:, :8] = True
+    options = {"bool": {"attn_mask": attended}, "added": {"attn_mask": torch.zeros(3, 40).masked_fill(~attended, -INF)}}
+    x = x.masked_fill(~attended, torch.finfo(dtype).min) if masked == "lowest" else x
+    x.requires_grad_()
+    stats = attention_stats(x, **options.get(masked, {}))
+    (grad,) = torch.autograd.grad((getattr(stats, field) * torch.tensor([1.0, INF, 1.0])).sum(), x)
+    assert torch.equal(grad[1].isnan(), attended[1]) and (grad[1][~attended[1]] == 0).all()
+    assert grad[0].isfinite().all() and grad[2].isfinite().all()
+
+
+def test_forward_mode_is_refused_with_what_to_do():
+    x = torch.randn(3, 5)
+    for function in (lambda x: attention_entropy(x), lambda x: attention_stats(torch.zeros(3, 5), attn_mask=x).lse):
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            torch.func.jvp(function, (x,), (torch.ones_like(x),))
 
 
 def test_maximum_and_keys_are_not_differentiable():

@@ -8,6 +8,7 @@ from inflection_fast import attention_entropy_qk, attention_stats_qk
 from inflection_fast.ops import reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+INF = float("inf")
 FIELDS = ("entropy", "lse", "collision", "sink")
 
 
@@ -121,6 +122,31 @@ def test_a_poisoned_row_spoils_its_own_gradient_and_those_of_the_keys_it_attends
     grad_query, grad_key = torch.autograd.grad(loss, (query, key))
     assert grad_query[0, 0].isnan().any(-1).nonzero().flatten().tolist() == [20]
     assert grad_key[0, 0].isnan().any(-1).nonzero().flatten().tolist() == list(range(21))
+
+
+@pytest.mark.parametrize("field", FIELDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_infinite_gradient_makes_attended_keys_nan_and_no_others(isa, dtype, field):
+    query, key = pair(1, 1, 1, 30, 50, 8, dtype=dtype)
+    query.requires_grad_(), key.requires_grad_()
+    mask = torch.rand(30, 50) > 0.5
+    mask[20, :5] = True
+    weights = torch.ones(1, 1, 30)
+    weights[0, 0, 20] = INF
+    loss = (getattr(attention_stats_qk(query, key, attn_mask=mask), field) * weights).sum()
+    grad_query, grad_key = torch.autograd.grad(loss, (query, key))
+    assert torch.equal(grad_query[0, 0].isnan().all(-1), torch.arange(30) == 20)
+    assert torch.equal(grad_key[0, 0].isnan().all(-1), mask[20])
+    assert grad_query[0, 0][torch.arange(30) != 20].isfinite().all() and grad_key[0, 0][~mask[20]].isfinite().all()
+
+
+def test_forward_mode_is_refused_with_what_to_do():
+    query, key = pair(1, 2, 1, 5, 7, 8)
+    for number in range(3):
+        inputs = [query, key, torch.randn(2)]
+        with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+            inputs[number] = torch.autograd.forward_ad.make_dual(inputs[number], torch.ones_like(inputs[number]))
+            attention_stats_qk(*inputs[:2], sinks=inputs[2])
 
 
 def test_the_gradient_of_max_logit_and_keys_is_refused_and_so_is_the_second_derivative():

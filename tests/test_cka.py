@@ -187,6 +187,13 @@ def test_gradient_of_one_side_in_16_bits():
     assert got.dtype == torch.bfloat16 and (got - exact).abs().max() <= 2**-8 * exact.abs().max()
 
 
+def test_forward_mode_is_refused_with_what_to_do():
+    x = torch.randn(9, 4)
+    for function in (lambda x: linear_cka(x, x.detach()), lambda x: delta_cka(x.detach(), x, rank=2)):
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            torch.func.jvp(function, (x,), (torch.ones_like(x),))
+
+
 @pytest.mark.parametrize("rank", [None, 3])
 def test_second_derivatives_are_refused(rank):
     x, y = features(20, 6)

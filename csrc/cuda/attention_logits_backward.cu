@@ -28,6 +28,11 @@ struct RowSlope {
     const float p = exp2_approx(log_p * static_cast<float>(kLog2e));
     return p * (fmaf(p, collision, constant) - entropy * log_p);
   }
+  // What comes in may be infinite: then every attended column is NaN.
+  __device__ __forceinline__ void spread_infinity() {
+    const float all = entropy + collision + constant + sink;
+    if (all - all != 0.f) constant = NAN;
+  }
   // Columns at `floor` and below get 0 without being looked for, as everything is finite.
   __device__ __forceinline__ bool is_plain(float floor) const {
     const float all = log_sum + entropy + collision + constant + sink;
@@ -79,6 +84,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBackward<kMask>)
   slope.constant =
       at(args.rows.grad_lse, row.index) * args.out_scale - slope.entropy * args.rows.entropy[row.index] - slope.sink;
   if (slope.collision != 0.f) slope.constant -= slope.collision * args.rows.collision[row.index];
+  slope.spread_infinity();
 
   const bool plain = kPlain && form.factor == 1.f && slope.is_plain(args.forward.floor);
   G* out = static_cast<G*>(args.grad) + row.index * args.forward.cols;

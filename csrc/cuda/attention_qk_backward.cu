@@ -45,6 +45,8 @@ struct Coefficients {
       k.a -= share;
       k.first = args.forward.has_sinks ? 0.f : share;
     }
+    const float all = k.a + k.b + k.c + k.first;
+    if (all - all != 0.f) k.a = NAN;  // an infinite gradient comes in: every attended key is NaN
     return k;
   }
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 FLOAT_NAMES = "float32, bfloat16 or float16"
@@ -27,6 +28,15 @@ def float_tensor(value: object, name: str) -> Tensor:
     if tensor(value, name).dtype not in FLOATS:
         raise TypeError(f"{name}: expected dtype {FLOAT_NAMES}, got {value.dtype}")
     return value
+
+
+def no_tangent(operator: str, *values: Tensor | None) -> None:
+    """Refuse what carries a tangent of forward-mode differentiation: `operator` would answer with a tangent of 0."""
+    for value in values:
+        if value is not None and unpack_dual(value).tangent is not None:
+            raise NotImplementedError(
+                f"{operator}: forward-mode derivatives are not implemented; use backward(), or pass x.detach()"
+            )
 
 
 def same_device(value: Tensor, name: str, like: Tensor, like_name: str) -> None:

@@ -61,6 +61,7 @@ def delta_cka(before: Tensor, after: Tensor, *, rank: int | None = None, debiase
 
 def ratio(x, y, rank, debiased, names) -> Tensor:
     check_rows(x, y, rank, debiased, names)
+    checks.no_tangent("linear_cka", x, y)
     if rank is not None:
         basis = pooled_basis(x, y, rank)
         x, y = project(x, basis), project(y, basis)

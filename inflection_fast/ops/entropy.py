@@ -58,6 +58,7 @@ def forward(logits, attn_mask, is_causal, scale, *, entropy_only) -> AttentionSt
     checks.attn_mask(attn_mask, logits.shape, logits, "logits")
     checks.flag(is_causal, "is_causal")
     scale = checks.finite(scale, "scale")
+    checks.no_tangent("attention_stats", logits, attn_mask)
     return AttentionStats(*torch.ops.inflection_fast.attention_stats(logits, attn_mask, is_causal, scale, entropy_only))
 
 

@@ -90,6 +90,7 @@ def _call(query, key, attn_mask, is_causal, scale, window, softcap, sinks, rows,
     if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
         raise ValueError("attn_mask: requires grad, but no gradient is computed for masks; pass attn_mask.detach()")
     sinks = None if sinks is None else checks.sinks(sinks, query).float().contiguous()  # one number per head
+    checks.no_tangent("attention_stats_qk", query, key, attn_mask, sinks)
     *stats, _lse_low = torch.ops.inflection_fast.attention_stats_qk(
         query, key, attn_mask, *numbers, sinks, rows, key_bounds, entropy_only
     )
