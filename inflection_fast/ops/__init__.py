@@ -17,21 +17,27 @@ from .entropy import attention_entropy, attention_stats
 from .entropy_qk import attention_entropy_qk, attention_stats_qk
 from .library import build_info
 from .norms import sum_of_squares
+from .rank import AttentionRank, attention_rank
+from .spectrum import PowerLaw, Spectrum, power_law, singular_values, weight_spectrum
 from .stats import AttentionColumns, AttentionStats
 
 __all__ = [
     "MOMENT_SUMS",
     "ActivationMoments",
     "AttentionColumns",
+    "AttentionRank",
     "AttentionStats",
     "CkaBasis",
     "CkaResult",
     "CkaState",
+    "PowerLaw",
     "RowSample",
+    "Spectrum",
     "activation_moments",
     "attention_column_mass",
     "attention_entropy",
     "attention_entropy_qk",
+    "attention_rank",
     "attention_stats",
     "attention_stats_qk",
     "build_info",
@@ -41,5 +47,8 @@ __all__ = [
     "feature_rows",
     "linear_cka",
     "memory_bytes",
+    "power_law",
+    "singular_values",
     "sum_of_squares",
+    "weight_spectrum",
 ]

@@ -1,0 +1,166 @@
+"""Singular values of weight matrices, and what they say: ranks, a power law, and what stands out of noise."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import checks
+
+__all__ = ["PowerLaw", "Spectrum", "marchenko_pastur_median", "power_law", "singular_values", "weight_spectrum"]
+
+TRACY_WIDOM = 3.27  # the 99.9 % quantile of the distribution of order 1
+MP_POINTS = 20_001  # of the integral of the Marchenko-Pastur density
+LEAST_TAIL = 10  # eigenvalues that a power law is fitted to
+
+
+class PowerLaw(NamedTuple):
+    """A power law p(x) ~ x^-alpha for x >= xmin."""
+
+    alpha: float
+    """The exponent."""
+    error: float
+    """Its standard error, (alpha - 1) / sqrt(tail)."""
+    distance: float
+    """Largest distance between the distribution functions of the fit and of the tail (Kolmogorov-Smirnov)."""
+    xmin: float
+    """Where the tail begins."""
+    tail: int
+    """How many values are in it."""
+
+
+class Spectrum(NamedTuple):
+    """What the singular values s of a matrix say."""
+
+    stable_rank: float
+    """||W||_F^2 / s_1^2."""
+    effective_rank: float
+    """exp of the entropy of s / sum s (Roy & Vetterli 2007)."""
+    alpha: float
+    """Exponent of the power law of the tail of s^2."""
+    alpha_error: float
+    """Its standard error."""
+    alpha_distance: float
+    """Kolmogorov-Smirnov distance of the fit."""
+    outliers: int
+    """How many s stand out of noise of the matrix's size and scale."""
+    norm: float
+    """s_1."""
+
+
+def singular_values(weight: Tensor) -> np.ndarray:
+    """Singular values of a matrix, float64, falling, from the eigenvalues of W W^T or W^T W, whichever is smaller.
+
+    The product is summed in float64, so a singular value s errs by about 1e-16 s_1^2 / s: by 1e-9 of s_1 where it is
+    1e-7 of s_1, and what is below 1e-8 s_1 is noise. Memory: the matrix and its smaller Gram matrix in float64.
+
+    Raises:
+        TypeError: `weight` is no floating-point tensor.
+        ValueError: it is no matrix, or holds NaN or infinity.
+    """
+    if not checks.tensor(weight, "weight").is_floating_point():
+        raise TypeError(f"weight: expected a floating-point dtype, got {weight.dtype}")
+    if weight.ndim != 2 or 0 in weight.shape:
+        raise ValueError(f"weight: expected a matrix, got shape {list(weight.shape)}")
+    with torch.no_grad():
+        matrix = weight.double() if weight.shape[0] <= weight.shape[1] else weight.mT.double()
+        largest = matrix.abs().max()
+        if not torch.isfinite(largest):
+            raise ValueError("weight: holds NaN or infinity, so it has no singular values")
+        if largest == 0:
+            return np.zeros(matrix.shape[0])
+        matrix = matrix / largest  # squares of 1e-200 or 1e200 are no numbers
+        values = torch.linalg.eigvalsh(matrix @ matrix.mT).flip(0).clamp(min=0.0)
+        return (values.sqrt() * largest).cpu().numpy()
+
+
+def weight_spectrum(weight: Tensor) -> Spectrum:
+    """Ranks, power law and outliers of a weight matrix; see `singular_values`, `power_law` and `outliers`.
+
+    A matrix of zeros has NaN everywhere, and 0 outliers. Runs where `weight` is; the statistics on the host.
+    """
+    s = singular_values(weight)
+    if s[0] == 0:
+        return Spectrum(*[math.nan] * 5, 0, 0.0)
+    p = s / s.sum()
+    p = p[p > 0]
+    squares = (s / s[0]) ** 2
+    fit = power_law(squares[squares > 1e-14])  # below it there is rounding
+    return Spectrum(
+        stable_rank=float(squares.sum()),
+        effective_rank=float(np.exp(-(p * np.log(p)).sum())),
+        alpha=fit.alpha,
+        alpha_error=fit.error,
+        alpha_distance=fit.distance,
+        outliers=outliers(s, *weight.shape),
+        norm=float(s[0]),
+    )
+
+
+def power_law(values: np.ndarray) -> PowerLaw:
+    """Fit of p(x) ~ x^-alpha, x >= xmin, to positive values (Clauset, Shalizi & Newman 2009, arXiv 0706.1062).
+
+    For every xmin among the values that leaves at least 10 in the tail, alpha = 1 + n / sum log(x / xmin) maximises the
+    likelihood; the xmin with the smallest Kolmogorov-Smirnov distance wins. NaN for fewer than 10 values.
+    """
+    x = np.sort(np.asarray(values, np.float64))
+    best = PowerLaw(math.nan, math.nan, math.nan, math.nan, 0)
+    logs = np.log(x)
+    above = np.cumsum(logs[::-1])[::-1]  # sums of the logarithms from each value on
+    for first in range(len(x) - LEAST_TAIL + 1):
+        if first and x[first] == x[first - 1]:
+            continue
+        n = len(x) - first
+        excess = above[first] - n * logs[first]
+        if excess <= 0:
+            continue
+        alpha = 1 + n / excess
+        fitted = 1 - np.exp((1 - alpha) * (logs[first:] - logs[first]))
+        steps = np.arange(n + 1) / n
+        distance = max(np.abs(steps[1:] - fitted).max(), np.abs(steps[:-1] - fitted).max())
+        if not distance >= best.distance:
+            best = PowerLaw(float(alpha), float((alpha - 1) / math.sqrt(n)), float(distance), float(x[first]), n)
+    return best
+
+
+def outliers(s: np.ndarray, rows: int, columns: int) -> int:
+    """How many singular values `s` of a `rows` x `columns` matrix are above the edge of noise of its size and scale.
+
+    Noise is a matrix of independent numbers with mean 0 and one variance. Its scale is taken from the median singular
+    value and the median of the Marchenko-Pastur law of this shape (Gavish & Donoho 2014, arXiv 1305.5870), which a
+    signal of less than half of the rank hardly moves. The edge of s^2, in units of the variance, with n >= m the sides:
+    (sqrt(n - 1) + sqrt(m))^2, and above it q (sqrt(n - 1) + sqrt(m)) (1 / sqrt(n - 1) + 1 / sqrt(m))^(1/3), where the
+    largest value of noise fluctuates (Johnstone 2001), q the 99.9 % quantile of the Tracy-Widom law: of 1000 matrices
+    of pure noise one has an outlier.
+    """
+    n, m = max(rows, columns), min(rows, columns)
+    if n < 2:
+        return 0
+    scale = np.median(s) / math.sqrt(n * marchenko_pastur_median(m / n))
+    width = math.sqrt(n - 1) + math.sqrt(m)
+    edge = width**2 + TRACY_WIDOM * width * (1 / math.sqrt(n - 1) + 1 / math.sqrt(m)) ** (1 / 3)
+    return int((s > scale * math.sqrt(edge)).sum())
+
+
+@functools.lru_cache(maxsize=256)
+def marchenko_pastur_median(ratio: float) -> float:
+    """Median of the eigenvalues of X X^T / n, X m x n of independent numbers with variance 1, `ratio` m / n in (0, 1].
+
+    The density sqrt((b - x)(x - a)) / (2 pi ratio x) on [a, b], a, b = (1 -+ sqrt(ratio))^2 (Marchenko & Pastur 1967),
+    is integrated over an angle, in which it has no edges: x = 1 + ratio - 2 sqrt(ratio) cos t. To 1e-7.
+    """
+    if not 0 < ratio <= 1:
+        raise ValueError(f"ratio: expected a number above 0 and at most 1, got {ratio}")
+    t = np.linspace(0.0, math.pi, MP_POINTS)
+    x = 1 + ratio - 2 * math.sqrt(ratio) * np.cos(t)
+    density = np.zeros_like(t)
+    np.divide(2 * np.sin(t) ** 2, math.pi * x, out=density, where=x > 0)
+    if ratio == 1:
+        density = (1 + np.cos(t)) / math.pi  # the same, with the 0 / 0 at t = 0 cancelled
+    below = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2 * np.diff(t))])
+    return float(np.interp(below[-1] / 2, below, x))
