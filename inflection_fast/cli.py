@@ -194,13 +194,14 @@ def _run(argv: list[str]) -> int:
 
 def _report(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="inflection-fast report", description="Write the report of a run.")
-    parser.add_argument("folder", help="the output folder of a run")
+    parser.add_argument("folder", help="the output folder of a run, or of a Monitor")
+    parser.add_argument("--figures", action="store_true", help="also write every chart as SVG and PDF")
     from inflection_fast import report
     from inflection_fast.run.errors import user_errors
 
-    folder = parser.parse_args(argv).folder
+    asked = parser.parse_args(argv)
     with user_errors(ValueError, FileNotFoundError):
-        return _show(folder, report.write(folder), _console())
+        return _show(asked.folder, report.write(asked.folder, figures=asked.figures), _console())
 
 
 def _watch(argv: list[str]) -> int:

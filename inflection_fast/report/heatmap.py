@@ -10,9 +10,10 @@ import numpy as np
 from inflection_fast.report import canvas
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["heat_map"]
+__all__ = ["draw_heat_map", "edges", "heat_map"]
 
 
 def heat_map(
@@ -25,7 +26,32 @@ def heat_map(
     chosen: Sequence[int] = (),
     log: bool = False,
 ) -> Figure:
-    """Draws `values`; with `log`, colours follow the logarithm and values at or below zero count as none."""
+    """A figure of its own with what `draw_heat_map` draws."""
+    drawn = canvas.figure(7.0, min(5.2, max(2.2, 1.5 + 0.2 * values.shape[0])))
+    draw_heat_map(drawn.add_subplot(), values, edges(columns), title=title, unit=unit, x=x, chosen=chosen, log=log)
+    _column_ticks(drawn.axes[0], columns)
+    return drawn
+
+
+def draw_heat_map(
+    ax: Axes,
+    values: np.ndarray,  # [rows, columns]
+    borders: np.ndarray,  # [columns + 1] borders of the columns, increasing
+    *,
+    title: str = "",
+    unit: str = "",
+    x: str = "",
+    y: str = "layer",
+    chosen: Sequence[int] = (),
+    log: bool = False,
+    limits: tuple[float, float] | None = None,
+    colours: str = canvas.MAP,
+) -> None:
+    """Draws `values` on an axis, row 0 at the bottom, with a bar of colours beside it.
+
+    With `log`, colours follow the logarithm and values at or below zero count as none. NaN is hatched. `limits` are the
+    ends of the colours (None: of the values), `colours` the name of a colour map of matplotlib.
+    """
     from matplotlib.colors import LogNorm, Normalize
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch, Rectangle
@@ -34,20 +60,14 @@ def heat_map(
     layers = values.shape[0]
     there = np.isfinite(values) & ((values > 0) if log else True)
     shown = np.ma.masked_where(~there, values)
-    low, high = _limits(values[there], log)
-
-    drawn = canvas.figure(7.0, min(5.2, max(2.2, 1.5 + 0.2 * layers)))
-    ax = drawn.add_subplot()
+    low, high = limits or _limits(values[there], log)
     ax.add_patch(Rectangle((0, 0), 1, 1, transform=ax.transAxes, zorder=0, **canvas.NO_VALUE))
     norm = LogNorm(low, high) if log else Normalize(low, high)
-    mesh = ax.pcolormesh(_edges(columns), np.arange(layers + 1) - 0.5, shown, cmap=canvas.MAP, norm=norm, zorder=1)
+    mesh = ax.pcolormesh(borders, np.arange(layers + 1) - 0.5, shown, cmap=colours, norm=norm, zorder=1)
     mesh.set_rasterized(True)
-    canvas.dress(ax, title, x, "layer")
+    canvas.dress(ax, title, x, y)
     canvas.layer_axis(ax.yaxis, layers)
-    if len(columns) <= canvas.MAX_LABELS and len(set(np.diff(columns))) <= 1:
-        ax.set_xticks(columns)
-    else:
-        ax.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True))
 
     handles = []
     if chosen:
@@ -58,7 +78,7 @@ def heat_map(
         handles.append(Patch(label="no value", **canvas.NO_VALUE))
     canvas.legend(ax, handles)
     if there.any():
-        bar = drawn.colorbar(mesh, ax=ax, pad=0.035, fraction=0.05)
+        bar = ax.figure.colorbar(mesh, ax=ax, pad=0.035, fraction=0.05)
         bar.set_label(unit, fontsize=canvas.NORMAL, color=canvas.INK)
         bar.ax.tick_params(labelsize=canvas.SMALL, width=0.6, length=3)
         if log:
@@ -68,7 +88,12 @@ def heat_map(
         bar.outline.set_visible(False)
     else:
         ax.text(0.5, 0.5, "no values", transform=ax.transAxes, ha="center", va="center", bbox=canvas.PLATE)
-    return drawn
+
+
+def _column_ticks(ax: Axes, columns: np.ndarray) -> None:
+    """Every column named while there is room."""
+    if len(columns) <= canvas.MAX_LABELS and len(set(np.diff(columns))) <= 1:
+        ax.set_xticks(columns)
 
 
 def _limits(values: np.ndarray, log: bool) -> tuple[float, float]:
@@ -87,7 +112,7 @@ def _log_ticks(low: float, high: float) -> Any:
     return LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 1e3 else (1.0,))
 
 
-def _edges(centres: np.ndarray) -> np.ndarray:
+def edges(centres: np.ndarray) -> np.ndarray:
     """Borders halfway between the columns, so that steps measured at uneven distances keep their places."""
     centres = np.asarray(centres, float)
     if len(centres) == 1:

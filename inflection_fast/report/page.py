@@ -9,6 +9,7 @@ from pathlib import Path
 from inflection_fast.report import folder as run_folder_files
 from inflection_fast.report import pictures, sections
 from inflection_fast.report.content import Content, timeline_of
+from inflection_fast.report.figures import write_figures
 from inflection_fast.report.single_page import write_html
 
 __all__ = ["write"]
@@ -16,10 +17,11 @@ __all__ = ["write"]
 FOLDER, PAGE, HTML, FIGURES = "report", "index.md", "index.html", "figures"
 
 
-def write(run_folder: str | Path) -> Path:
+def write(run_folder: str | Path, *, figures: bool = False) -> Path:
     """Writes `report/index.html` and `report/index.md` with its pictures into a run folder; the path of the latter.
 
-    A folder with nothing but a timeline, which a Monitor has written, gets `index.html` alone. An earlier
+    A folder with nothing but a timeline, which a Monitor has written, gets `index.html` alone. With
+    `figures`, every chart goes to `report/figures` as SVG and PDF. An earlier
     report is replaced once the new one is complete; if anything fails before, it stays as it was. Files in the report
     folder that are not a report's own are kept. ValueError if the folder is not a run or a file in it is damaged.
     """
@@ -37,6 +39,8 @@ def write(run_folder: str | Path) -> Path:
             drawn = pictures.draw(run, fresh)
             (fresh / PAGE).write_text(sections.page(run, drawn), encoding="utf-8")
         write_html(content, fresh / HTML)
+        if figures:
+            write_figures(content, run, fresh / FIGURES)
         _swap(fresh, target)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -56,6 +60,6 @@ def _swap(fresh: Path, target: Path) -> None:
         aside.rename(target)
         raise
     for path in aside.iterdir():
-        if path.name not in (PAGE, HTML, *pictures.FILES.values()):
+        if path.name not in (PAGE, HTML, FIGURES, *pictures.FILES.values()):
             path.rename(target / path.name)
     shutil.rmtree(aside.parent)

@@ -20,7 +20,7 @@ from inflection_fast.timeline import Timeline
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["FILES", "SIGNALS", "Picture", "Pictures", "Signal", "draw"]
+__all__ = ["FILES", "SIGNALS", "Picture", "Pictures", "Signal", "charts", "draw", "over_finite"]
 
 
 @dataclass(frozen=True)
@@ -121,17 +121,22 @@ FILES = {
 
 def draw(run: Run, folder: Path) -> Pictures:
     """Draws every picture that the run has numbers for into `folder`."""
-    drawn, missing = Pictures({}, {}), {}
+    drawn = {}
 
     def add(key: str, title: str, caption: str, figure: Figure) -> None:
         canvas.save(figure, folder / FILES[key])
-        drawn.drawn[key] = Picture(FILES[key], title, caption)
+        drawn[key] = Picture(FILES[key], title, caption)
 
+    return Pictures(drawn, charts(run, add))
+
+
+def charts(run: Run, add: Callable[[str, str, str, Figure], None]) -> dict[str, str]:
+    """Hands every chart to `add`, with its key in `FILES`, title and caption; what is missing, with the reason."""
+    missing: dict[str, str] = {}
     _stages(run, add)
     _choice(run, add, missing)
     _measured(run, add, missing)
-    drawn.missing.update(missing)
-    return drawn
+    return missing
 
 
 def _stages(run: Run, add: Callable[..., None]) -> None:
@@ -208,7 +213,7 @@ def _measured(run: Run, add: Callable[..., None], missing: dict[str, str]) -> No
         add(name, signal.title, signal.caption, figure)
     _drift(timeline, chosen, add)
     part = last_part(len(timeline.steps))
-    values = _over(np.mean, timeline.entropy[part], axis=0)  # [L, H]
+    values = over_finite(np.mean, timeline.entropy[part], axis=0)  # [L, H]
     if not np.isfinite(values).any():
         missing["Entropy by head"] = _why_missing(timeline, "entropy")
         return
@@ -246,7 +251,7 @@ def by_layer(timeline: Timeline, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps [S] and values [S, L] of a signal, reduced over the heads that have a value."""
     signal, values, steps = SIGNALS[name], getattr(timeline, name), timeline.steps
     if signal.over_heads is not None:
-        values = _over(signal.over_heads, values, axis=-1)
+        values = over_finite(signal.over_heads, values, axis=-1)
     every = (timeline.meta.get("config") or {}).get("probe_every") if name == "delta_cka" else None
     if every and np.isfinite(values).any():
         # measured on purpose at these steps only: the columns between are not missing
@@ -255,8 +260,8 @@ def by_layer(timeline: Timeline, name: str) -> tuple[np.ndarray, np.ndarray]:
     return steps, values
 
 
-def _over(reduce: Callable[..., Any], values: np.ndarray, axis: int) -> np.ndarray:
-    """Reduces over the finite values; NaN where there is none."""
+def over_finite(reduce: Callable[..., Any], values: np.ndarray, axis: int) -> np.ndarray:
+    """Reduces over the finite values of an axis; NaN where there is none."""
     there = np.isfinite(values)
     empty = ~there.any(axis=axis)
     fill = np.where(np.expand_dims(empty, axis), 0.0, values)
