@@ -63,7 +63,8 @@ def cells_of(config: StudyConfig, only: str | None = None) -> list[Cell]:
 
 
 def _of_wave(config: StudyConfig, wave: WaveConfig) -> Iterator[Cell]:
-    for seed, transfer, regime, arm in product(wave.seeds or config.seeds, config.transfers, config.regimes, wave.arms):
+    transfers = wave.transfers or [name for name, transfer in config.transfers.items() if not transfer.leaking]
+    for seed, transfer, regime, arm in product(wave.seeds or config.seeds, transfers, config.regimes, wave.arms):
         draws = range(config.draws) if arm_of(arm).draws else [None]
         yield from (Cell(transfer, regime, arm, seed, draw) for draw in draws)
 
@@ -74,7 +75,8 @@ def jobs_of(config: StudyConfig, only: str | None = None) -> list[Job]:
     cells = cells_of(config, only)
     jobs = [Job("source", *place) for place in tuning]
     jobs += [Job("tune", *place, SHALLOW, rate) for place in tuning for rate in rates_of(config, SHALLOW)]
-    for wave in config.waves:
+    measured = [Job("gradients", *cell.split("/")) for cell in config.gradients if only is None]
+    for number, wave in enumerate(config.waves):
         for arm in wave.arms:
             if any(cell.arm == arm for cell in cells):
                 jobs += [Job("tune", *place, arm, rate) for place in tuning for rate in rates_of(config, arm)]
@@ -85,8 +87,8 @@ def jobs_of(config: StudyConfig, only: str | None = None) -> list[Job]:
                     Job("source", cell.transfer, cell.regime),
                     Job("cell", cell.transfer, cell.regime, cell.arm, cell=cell),
                 ]
-    if only is None:
-        jobs += [Job("gradients", *cell.split("/")) for cell in config.gradients]
+        if number == min(1, len(config.waves) - 1):
+            jobs += measured
     return list(dict.fromkeys(jobs))
 
 

@@ -191,10 +191,12 @@ class WaveConfig:
     Args:
         arms: names of arms
         seeds: seeds that are reported; null: all seeds of the study
+        transfers: names of transfers; null: all that do not leak
     """
 
     arms: tuple[str, ...]
     seeds: tuple[int, ...] | None = None
+    transfers: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -256,6 +258,8 @@ class StudyConfig:
             _check(
                 name.replace("_", "").isalnum(), "a name of a transfer, regime or arm", name, "letters, digits and _"
             )
+        unknown = [name for wave in self.waves for name in wave.transfers or () if name not in self.transfers]
+        _check(not unknown, "transfers of a wave", unknown, f"among the transfers {list(self.transfers)}")
         if self.tuning.seed in self.seeds:
             raise ValueError(f"tuning.seed {self.tuning.seed} is among the reported seeds {list(self.seeds)}")
         for cell in self.tuning.cells:

@@ -1,0 +1,315 @@
+"""The statistics of the study, on cells whose truth is known."""
+
+import json
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from inflection_fast.study.advice import score_rule
+from inflection_fast.study.analysis import (
+    block_effects,
+    compare,
+    costs,
+    expected_jaccard,
+    holm,
+    jaccard,
+    means,
+    stability,
+)
+from inflection_fast.study.page import write
+from inflection_fast.study.results import read_results
+
+COSTS = {"wall_s": 2.0, "cpu_s": 1.0, "steps": 5}
+
+
+def cell(transfer, regime, arm, seed, right, *, draw=None, layers=(0,), leaking=False, adapter=100, error=""):
+    """A published cell with these right and wrong answers."""
+    right = np.asarray(right, bool)
+    bits = "".join("01"[int(one)] for one in right)
+    test = {"accuracy": float(right.mean()), "loss": 0.5, "n": len(right), "correct": int(right.sum()),
+            "right": f"{int(bits, 2):0{-(-len(bits) // 4)}x}"}  # fmt: skip
+    name = f"{transfer}/{regime}/{arm}{'' if draw is None else f'-{draw}'}/{seed}"
+    return name, {
+        "format": 1,
+        "run_info": {
+            "experiment_name": name, "transfer": transfer, "regime": regime, "arm": arm, "draw": draw, "seed": seed,
+            "leaking": leaking, "error_msg": error,
+            "peft_config": {"kind": "lora", "layers": list(layers), "modules": 2, "ranks": {}},
+            "train_config": {"learning_rate": 1e-3, "steps": 5, "batch_size": 4, "max_length": 8,
+                             "precision": "float32", "training": "x"},
+            "selection": {"note": "", "scores": {}, "cost": COSTS},
+        },
+        "train_info": {
+            "status": "success", "train_time": 1.0, "train_cpu_time": 3.0, "eval_time": 1.0, "step_bytes": 1000,
+            "num_trainable_params": adapter + 10, "num_adapter_params": adapter, "num_total_params": 1000,
+            "train_losses": [], "metrics": [{"step": 5, "test": test, "source_after": {"accuracy": 0.7, "n": 10}}],
+        },
+        "meta_info": {
+            "model_info": {"path": "tiny"},
+            "dataset_info": {
+                "source": {"texts": 5, "labels": ["a", "b"]}, "target": {"texts": 9, "labels": ["a", "b"]},
+                "dropped": {"source texts that stand in the target": 2}, "near_duplicates": 0.8,
+                "source_training": {
+                    "texts": 5, "epochs": 1, "steps": 5, "test": {"accuracy": 0.9, "n": 10},
+                    "saturation": {"test": {"largest_probability": 0.9, "entropy_nats": 0.3, "share_above_099": 0.2}},
+                },
+            },
+            "package_info": {}, "system_info": {"machine": "m", "processor": "p", "system": "s"},
+        },
+    }  # fmt: skip
+
+
+def study(folder, cells):
+    for name, content in cells:
+        path = folder / "cells" / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content))
+    return read_results(folder)
+
+
+def planted(folder, gain, *, transfers=4, seeds=6, n=400, spread=0.0, seed=0):
+    """Cells of `greedy` and three draws of `random`, `gain` apart in the probability of a right answer."""
+    rng = np.random.default_rng(seed)
+    cells = []
+    for transfer in range(transfers):
+        for number in range(seeds):
+            shift = rng.normal(0, spread)
+            hard = rng.uniform(0.4, 0.9, n)  # the same texts are hard for both
+            cells.append(cell(f"t{transfer}", "over", "greedy", number, rng.random(n) < hard + gain + shift))
+            for draw in range(3):
+                cells.append(cell(f"t{transfer}", "over", "random", number, rng.random(n) < hard, draw=draw))
+    return study(folder, cells)
+
+
+def test_a_planted_difference_is_found_and_none_is_not(tmp_path):
+    effect = compare(planted(tmp_path / "a", 0.05).cells, "greedy", "random")
+    assert effect.low < 5 < effect.high and effect.p < 1e-4 and effect.clusters == 24
+    effect = compare(planted(tmp_path / "b", 0.0).cells, "greedy", "random")
+    assert effect.low < 0 < effect.high
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says(tmp_path):
+    covered = 0
+    for seed in range(60):
+        results = planted(tmp_path / str(seed), 0.0, transfers=3, seeds=4, n=60, spread=0.05, seed=seed)
+        effect = compare(results.cells, "greedy", "random")
+        covered += effect.low <= 0 <= effect.high
+    # 57 are expected; fewer than 50 of 60 would have a chance below 1 %.
+    assert covered >= 50
+
+
+def test_with_equal_cells_the_interval_is_that_of_a_t_test_over_clusters(tmp_path):
+    results = planted(tmp_path, 0.02, n=97)
+    effect = compare(results.cells, "greedy", "random")
+    right = {}
+    for one in results.cells:
+        right.setdefault((one.transfer, one.seed, one.arm), []).append(one.right.mean())
+    places = sorted({key[:2] for key in right})
+    means_ = np.array([np.mean(right[(*p, "greedy")]) - np.mean(right[(*p, "random")]) for p in places])
+    # The clustered errors of a mean divide by G - 1 as a t test does, with statsmodels' factor (N - 1) / (N - 1).
+    low, high = stats.t.interval(0.95, len(means_) - 1, means_.mean(), means_.std(ddof=1) / np.sqrt(len(means_)))
+    assert effect.difference == pytest.approx(100 * means_.mean())
+    assert (effect.low, effect.high) == pytest.approx((100 * low, 100 * high), rel=1e-3)
+    assert effect.p == pytest.approx(stats.ttest_1samp(means_, 0).pvalue, rel=1e-2)
+
+
+def test_every_transfer_has_the_same_weight_whatever_its_texts(tmp_path):
+    cells = []
+    for seed in (1, 2):
+        for transfer, n, gain in (("big", 1000, 0), ("small", 50, 1)):
+            cells.append(cell(transfer, "over", "greedy", seed, np.full(n, gain)))
+            cells.append(cell(transfer, "over", "random", seed, np.zeros(n), draw=0))
+    effect = compare(study(tmp_path, cells).cells, "greedy", "random")
+    assert effect.difference == pytest.approx(50)
+
+
+def test_the_smallest_difference_is_found_four_times_in_five(tmp_path):
+    effect = compare(planted(tmp_path, 0.0).cells, "greedy", "random")
+    error = (effect.high - effect.low) / 2 / stats.t.ppf(0.975, effect.clusters - 1) / 100
+    power = stats.nct.sf(stats.t.ppf(0.975, effect.clusters - 1), effect.clusters - 1, effect.smallest / 100 / error)
+    assert power == pytest.approx(0.8, abs=0.02)
+
+
+def test_alike_trainings_have_no_difference_and_no_error(tmp_path):
+    cells = [cell("t", "over", arm, seed, [1, 0, 1]) for arm in ("greedy", "random") for seed in (1, 2)]
+    effect = compare(study(tmp_path, cells).cells, "greedy", "random")
+    assert (effect.difference, effect.low, effect.high, effect.p) == (0, 0, 0, 1)
+
+
+def test_one_cluster_gives_no_interval(tmp_path):
+    cells = [cell("t", "over", arm, 1, [1, 0, 1]) for arm in ("greedy", "random")]
+    assert compare(study(tmp_path, cells).cells, "greedy", "random") is None
+
+
+def test_holm_multiplies_the_smallest_p_by_the_number_of_tests(tmp_path):
+    results = planted(tmp_path, 0.01)
+    effect = compare(results.cells, "greedy", "random")
+    corrected = holm({"a": effect, "b": effect, "c": None})
+    assert corrected == {"a": pytest.approx(min(1, 2 * effect.p)), "b": pytest.approx(min(1, 2 * effect.p))}
+
+
+def test_the_worth_of_blocks_is_found_from_random_draws(tmp_path):
+    rng = np.random.default_rng(0)
+    worth = np.array([-0.06, -0.02, 0.0, 0.01, 0.02, 0.05])
+    cells = []
+    for transfer in range(4):
+        for seed in range(6):
+            base = rng.uniform(0.6, 0.7)
+            for draw in range(5):
+                layers = sorted(rng.choice(6, 3, replace=False).tolist())
+                right = rng.random(1500) < base + worth[layers].sum()
+                cells.append(cell(f"t{transfer}", "over", "random", seed, right, draw=draw, layers=layers))
+    found = block_effects(study(tmp_path, cells).cells)
+    estimate = np.array([value for _, value, _, _ in found])
+    truth = 100 * (worth - worth.mean())
+    assert estimate.sum() == pytest.approx(0, abs=1e-8)
+    assert estimate == pytest.approx(truth, abs=1.0)
+    assert all(low < true < high for (_, _, low, high), true in zip(found, truth, strict=True))
+
+
+def test_jaccard_of_random_draws_is_the_expected_one():
+    rng = np.random.default_rng(0)
+    draws = [rng.choice(6, 3, replace=False).tolist() for _ in range(300)]
+    assert jaccard(draws) == pytest.approx(expected_jaccard(3, 6), abs=0.02)
+    assert jaccard([[0, 1], [0, 1]]) == 1 and jaccard([[0], [1]]) == 0 and np.isnan(jaccard([[0]]))
+
+
+def test_stability_compares_seeds_of_one_place_only(tmp_path):
+    cells = [cell(t, "over", "greedy", s, [1, 0], layers=(i,)) for i, t in enumerate("ab") for s in (1, 2)]
+    assert stability(study(tmp_path, cells).cells, "greedy") == 1
+
+
+def test_costs_and_means_are_read_from_the_cells(tmp_path):
+    results = study(tmp_path, [cell("t", "over", "greedy", s, [1, 1, 0, 0]) for s in (1, 2)])
+    spent = costs(results.cells, "greedy")
+    assert spent["train_cpu_s"] == 3 and spent["choose_steps"] == 5 and spent["forgotten"] == pytest.approx(20)
+    assert means(results.cells) == {"greedy": 50}
+
+
+# ---- the page --------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_says_which_selectors_beat_random_layers_and_keeps_leaking_cells_apart(tmp_path):
+    planted(tmp_path, 0.08)
+    results = study(tmp_path, [cell("leaky", "over", "greedy", s, np.ones(50), leaking=True) for s in (1, 2)])
+    before = [r for r in results.cells if not r.leaking]
+    page = write(tmp_path).read_text()
+    effect = compare(before, "greedy", "random")
+    assert f"{effect.smallest:.2f} points" in page and f"+{effect.difference:.2f} [" in page
+    assert page.index("smallest difference") < page.index("Planned minus random")
+    assert "Better than random layers at p < 0.01 after Holm: `greedy`" in page
+    assert "These cells are in no number above." in page and "leaky" in page
+    assert (tmp_path / "study_images" / "against_random.png").is_file()
+
+
+def test_arms_of_other_sizes_are_marked(tmp_path):
+    cells = []
+    for seed in (1, 2, 3):
+        for arm, adapter in (("random", 100), ("first", 102), ("last", 104)):
+            cells.append(cell("t", "over", arm, seed, np.arange(9) % (seed + 1) == 0, draw=0, adapter=adapter))
+    study(tmp_path, cells)
+    page = write(tmp_path).read_text()
+    lines = {line.split("|")[1].strip(): line for line in page.splitlines() if line.startswith("| `")}
+    rows = [line for line in page.splitlines() if line.startswith("| `last`") and "equal" in line]
+    assert "not equal: 4 % apart" in rows[0] and lines
+    assert [line for line in page.splitlines() if line.startswith("| `first`") and line.endswith("| equal |")]
+
+
+def test_the_page_is_the_same_when_it_is_written_again(tmp_path):
+    planted(tmp_path, 0.02)
+    first = write(tmp_path).read_bytes()
+    assert write(tmp_path).read_bytes() == first
+
+
+def test_failed_cells_are_listed(tmp_path):
+    planted(tmp_path, 0.0)
+    name, content = cell("t9", "over", "greedy", 1, [1], error="NoArm: no such modules")
+    study(tmp_path, [(name, content)])
+    assert "NoArm: no such modules" in write(tmp_path).read_text()
+
+
+def test_a_damaged_cell_is_named(tmp_path):
+    results = planted(tmp_path, 0.0)
+    path = tmp_path / "cells" / f"{results.cells[0].name}.json"
+    content = json.loads(path.read_text())
+    content["train_info"]["metrics"][0]["test"]["correct"] += 1
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"0\.json is not a cell of a study: .* contradict"):
+        read_results(tmp_path)
+    with pytest.raises(FileNotFoundError, match="there are no cells"):
+        read_results(tmp_path / "empty")
+
+
+# ---- claims and advice -----------------------------------------------------------------------------------------------
+
+
+def sources(share):
+    """Sources of four transfers whose saturation is `share` UNDER and OVER."""
+    return {
+        f"t{i}-{regime}": {"transfer": f"t{i}", "regime": regime,
+                           "saturation": {"test": {"share_above_099": value + 0.01 * i}}}
+        for i in range(4) for regime, value in zip(("under", "over"), share, strict=True)
+    }  # fmt: skip
+
+
+def choices(lower):
+    """Measurements whose lower gradients are those factors of the last block's."""
+    found = {}
+    for i in range(4):
+        for regime, factor in zip(("under", "over"), lower, strict=True):
+            norms = [factor * (1 + 0.01 * i), factor, factor, 1, 1, 1]
+            found[f"t{i}-{regime}-1"] = {
+                "activation_grad": norms,
+                "top": {"0.5": [0]},
+                "greedy": {"1": [0]},
+                "found": {},
+            }
+    return found
+
+
+def test_claims_hold_where_they_are_true_and_not_where_they_are_not(tmp_path):
+    def page(share, lower):
+        planted(tmp_path, 0.0)
+        (tmp_path / "sources.json").write_text(json.dumps(sources(share)))
+        (tmp_path / "choices.json").write_text(json.dumps(choices(lower)))
+        rows = write(tmp_path).read_text().splitlines()
+        return {
+            row.split("|")[1].strip()[:2]: row.split("|")[2].strip() for row in rows if row.startswith(("| 1a", "| 1b"))
+        }
+
+    assert page((0.1, 0.8), (1.0, 0.5)) == {"1a": "held", "1b": "held"}
+    assert page((0.8, 0.1), (0.5, 1.0)) == {"1a": "the opposite held", "1b": "the opposite held"}
+    assert page((0.5, 0.5), (1.0, 1.0)) == {"1a": "did not hold here", "1b": "did not hold here"}
+
+
+def advised(folder, gain_above):
+    """Cells in which `all` wins below a sureness of 0.8 and the family of that gain above."""
+    cells = []
+    for transfer in range(4):
+        for regime, sure in (("under", 0.7 + transfer / 100), ("over", 0.9 + transfer / 100)):
+            for arm in ("greedy", "all", "shallow"):
+                gain = {"greedy": 0, "all": 4, "shallow": 0}[arm] if sure < 0.8 else gain_above[arm]
+                right = np.arange(100) < 60 + gain
+                name, content = cell(f"t{transfer}", regime, arm, 1, right)
+                saturation = content["meta_info"]["dataset_info"]["source_training"]["saturation"]
+                saturation["test"]["largest_probability"] = sure
+                cells.append((name, content))
+    return study(folder, cells)
+
+
+def test_a_rule_that_is_there_is_found_on_transfers_that_are_left_out(tmp_path):
+    score = score_rule(advised(tmp_path, {"greedy": 0, "all": 0, "shallow": 8}).cells)
+    assert score.means == pytest.approx((66, 64, 66))
+    assert score.advice.startswith("unfreezing above 0.8") and "LoRA everywhere below" in score.advice
+
+
+def test_without_a_rule_the_advice_is_one_family(tmp_path):
+    score = score_rule(advised(tmp_path, {"greedy": 0, "all": 4, "shallow": 0}).cells)
+    assert score.means == pytest.approx((64, 64, 64))
+    assert score.advice == "LoRA everywhere, whatever the state of the source."
+
+
+def test_too_few_transfers_give_no_rule(tmp_path):
+    results = advised(tmp_path, {"greedy": 0, "all": 0, "shallow": 8})
+    assert score_rule([c for c in results.cells if c.transfer in ("t0", "t1")]) is None
