@@ -145,8 +145,8 @@ def gradients(results: Results) -> str:
         [
             "## Gradients and features under every strategy",
             "One seed. Lower over last: the log of the activation gradient of the lower half of the blocks over that of"
-            " the last, before, in the middle and at the end of training. Delta-CKA of every block at the end, against the"
-            " features before training. Probe: accuracy of ridge regression on the mean output of every block,"
+            " the last, before, in the middle and at the end of training. Delta-CKA of every block at the end, against"
+            " the features before training. Probe: accuracy of ridge regression on the mean output of every block,"
             " cross-validated on the validation texts, before and after training, in percent.",
             table(
                 ["transfer", "regime", "arm and blocks", "lower over last", "delta-CKA", "probe before", "probe after"],
@@ -173,9 +173,9 @@ def regimes(results: Results, cells: Sequence[Result]) -> str:
         [
             "## Does the state of the source say what pays?",
             f"Families: {names}. The rule: a source whose mean largest probability on its own test texts lies above a"
-            " threshold gets one family, the others another; threshold and families are those that are best on"
-            " four transfers and are scored on the fifth, by mean accuracy, beside the family that is best on the"
-            " four without any rule, and the best choice in hindsight.",
+            " threshold gets one family, the others another; threshold and families are those that are best on all"
+            " transfers but one and are scored on that one, by mean accuracy, beside the family that is best on the"
+            " others without any rule, and the best choice in hindsight.",
             table(["left out", "rule from the others", "rule, %", "always one, %", "hindsight, %"], rows),
             f"{verdict} In short: {score.advice}",
         ]
