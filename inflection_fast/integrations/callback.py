@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,7 +40,7 @@ class InflectionCallback(TrainerCallback):
     the model, and multiplies the losses of several processes by their number. A model that does not divide (sequence
     classification, mostly) is so trained with a multiple of that gradient; whether it does is seen on the way, and
     the multiple is taken out of norms and loss. With a loss of its own (`compute_loss_func`, label smoothing) the
-    Trainer is taken to divide.
+    Trainer is taken to divide. The loss in the timeline is the one that the Trainer takes, whoever computes it.
 
     What goes wrong in the training is logged as warnings, and handed to `on_alert`::
 
@@ -71,8 +73,10 @@ class InflectionCallback(TrainerCallback):
         self.monitor: Monitor | None = None
         self._model: nn.Module | None = None
         self._hooks = ExitStack()
+        self._watching = ExitStack()  # of the Trainer, for the length of the training
         self._start_step = 0
         self._losses: list[torch.Tensor] = []
+        self._taken: list[torch.Tensor] = []  # as the Trainer takes them, divided as it divides
         self._items: torch.Tensor | int | None = None  # in the whole batch, if the model is told
         self._sums_ranks = False  # losses of ranks add up, too
 
@@ -107,9 +111,10 @@ class InflectionCallback(TrainerCallback):
     def close(self) -> None:
         """Detaches; safe to call twice."""
         self._hooks.close()
+        self._watching.close()
         if self.monitor is not None:
             self.monitor.close()
-        self._losses, self._model = [], None
+        self._losses, self._taken, self._model = [], [], None
 
     def __deepcopy__(self, memo: dict) -> InflectionCallback:
         """Itself: a copy of the model (an average of its weights) carries the hook along, which then does nothing."""
@@ -128,7 +133,7 @@ class InflectionCallback(TrainerCallback):
     def _arm(self) -> None:
         """Hooks on the model for the length of a step that is measured."""
         self._hooks.close()
-        self._losses, self._items = [], None
+        self._losses, self._taken, self._items = [], [], None
         if self.monitor.measuring:
             for handle in (
                 self._model.register_forward_pre_hook(self._watch_items, with_kwargs=True),
@@ -152,8 +157,32 @@ class InflectionCallback(TrainerCallback):
         if loss is not None:
             self._losses.append(loss.detach())
 
+    def _watch(self, trainer: Any) -> None:
+        """Note the losses that a Trainer takes, which need not be those that the model returns, if it returns any.
+
+        It tells callbacks everything but itself and the loss, so its `training_step` is shadowed while it trains.
+        """
+        training_step = trainer.training_step
+
+        def noting(*args: Any, **kwargs: Any) -> torch.Tensor:
+            loss = training_step(*args, **kwargs)
+            if self.monitor is not None and self.monitor.measuring and isinstance(loss, torch.Tensor):
+                self._taken.append(loss.detach())
+            return loss
+
+        shadowed = vars(trainer).get("training_step")
+        trainer.training_step = noting
+        restore = partial(setattr, trainer, "training_step", shadowed)
+        self._watching.callback(restore if shadowed is not None else partial(delattr, trainer, "training_step"))
+
     def _loss_and_scale(self) -> tuple[torch.Tensor | None, float]:
         """The mean loss over this rank's share of the batch, and what the Trainer has multiplied it by."""
+        loss, scale = self._loss_of_model()
+        if self._taken:
+            loss = torch.stack([one.float().mean() for one in self._taken]).sum() / scale
+        return loss, scale
+
+    def _loss_of_model(self) -> tuple[torch.Tensor | None, float]:
         if not self._losses:
             return None, 1.0
         total = torch.stack([loss.float().mean() for loss in self._losses]).sum()
@@ -174,6 +203,9 @@ class InflectionCallback(TrainerCallback):
                 " show it one GPU with CUDA_VISIBLE_DEVICES, or start one process per GPU with torchrun"
             )
         self._sums_ranks = args.average_tokens_across_devices
+        trainer = _calling_trainer()
+        if trainer is not None:
+            self._watch(trainer)
         if self.monitor is None:
             self.attach(model, state.global_step)
         elif self._start_step != state.global_step:
@@ -194,6 +226,17 @@ class InflectionCallback(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         """Detaches."""
         self.close()
+
+
+def _calling_trainer() -> Any:
+    """The Trainer that is calling its callbacks; None if somebody else does."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if hasattr(caller, "training_step") and hasattr(caller, "callback_handler"):
+            return caller
+        frame = frame.f_back
+    return None
 
 
 class _Nothing:
