@@ -8,6 +8,7 @@ import torch
 from cases import extra_bytes, race
 
 from inflection_fast import Monitor, MonitorConfig, find_blocks
+from inflection_fast.quantities import QUANTITIES
 
 ROUNDS = 60
 # What a measured step costs, spread over so many: steps between have no hooks, which "attached, not measuring" and the
@@ -80,9 +81,9 @@ def added(median, label):
 
 
 @contextmanager
-def measuring(training, rows=64):
+def measuring(training, rows=64, quantities=SIGNALS, **options):
     """A function that trains one measured step and stops before the next one is armed, so that others find no hooks."""
-    with Monitor(training.model, MonitorConfig(every=2, rows=rows, signals=SIGNALS)) as monitor:
+    with Monitor(training.model, _config(quantities, rows), **options) as monitor:
 
         def measured():
             monitor.step()  # ends a step that is not measured: whoever trained since then found the model without hooks
@@ -95,10 +96,15 @@ def measuring(training, rows=64):
         yield measured
 
 
+def _config(quantities, rows=64):
+    """Every second step, also of what has a slower cadence of its own, and without a bound on the probe."""
+    return MonitorConfig(every=dict.fromkeys(quantities, 2), rows=rows, quantities=quantities, probe_share=None)
+
+
 @contextmanager
 def not_measuring(training):
     """A function that trains a step under a monitor whose next measured step never comes."""
-    with Monitor(training.model, MonitorConfig(every=10**9, signals=SIGNALS)) as monitor:
+    with Monitor(training.model, MonitorConfig(every=10**9, quantities=SIGNALS)) as monitor:
         training.step()
         monitor.step()
         training.update()
@@ -146,6 +152,27 @@ def bench_training_step(benchmark, shape):
         )
 
 
+@pytest.mark.parametrize("quantity", QUANTITIES)
+@pytest.mark.parametrize("shape", SHAPES)
+def bench_quantity(benchmark, shape, quantity):
+    """What one quantity alone costs a step in which it is measured; a probe has the texts of the batch."""
+    training = SHAPES[shape]()
+
+    def percent(median):
+        shares = {f"% at every {n} steps": added(median, "measured") / n for n in EVERY}
+        return shares | {"% of noise": added(median, "unmonitored, again")}
+
+    with measuring(training, quantities=(quantity,), probe=[training.batch]) as measured:
+        race(
+            benchmark,
+            f"{quantity} on a training step of {shape}",
+            {"measured": measured, "unmonitored": training.unmonitored, "unmonitored, again": training.unmonitored},
+            extra=percent,
+            rounds=FEWER_ROUNDS.get(shape, ROUNDS) // 2,
+            device=training.device,
+        )
+
+
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape not in FEWER_ROUNDS])
 def bench_ten_training_steps(benchmark, shape):
     """What `every=10` costs, measured and not worked out."""
@@ -155,7 +182,7 @@ def bench_ten_training_steps(benchmark, shape):
         for _ in range(10):
             training.unmonitored()
 
-    with Monitor(training.model, MonitorConfig(every=10, signals=SIGNALS)) as monitor:
+    with Monitor(training.model, MonitorConfig(every=10, quantities=SIGNALS)) as monitor:
 
         def nine_steps():
             for _ in range(9):
@@ -297,7 +324,7 @@ def bench_graphs_of_a_compiled_step(benchmark):
         model = torch.compile(training.model, backend=backend)
         with ExitStack() as stack:
             if monitored:
-                monitor = stack.enter_context(Monitor(model, MonitorConfig(every=2, signals=SIGNALS)))
+                monitor = stack.enter_context(Monitor(model, MonitorConfig(every=2, quantities=SIGNALS)))
             for _ in range(4):
                 model(**training.batch).loss.backward()
                 if monitored:
