@@ -1,9 +1,11 @@
 """What goes wrong in a training run, seen in its timeline: collapsed heads, huge logits, dead gradients, lost ranks.
 
-An alert is raised once, at the measured step that completes it, and again only after it has cleared. Gradient norms are
-held against the run's own history, because they scale with the loss, the batch and the model: a norm is odd when it
-leaves the median of its last measurements by a factor *and* by several of its own deviations, so neither a quiet layer
-that moves a little nor a noisy one that always moves raises an alert.
+Which values are alarming is said by the rules of each column (`AlertRule`), which its quantity declares and which a
+timeline carries along; `AlertConfig.rules` puts others in their place. An alert is raised once, at the measured step
+that completes it, and again only after it has cleared. Gradient norms are held against the run's own history, because
+they scale with the loss, the batch and the model: a norm is odd when it leaves the median of its last measurements by a
+factor *and* by several of its own deviations, so neither a quiet layer that moves a little nor a noisy one that always
+moves raises an alert.
 """
 
 from __future__ import annotations
@@ -13,21 +15,23 @@ import math
 import operator
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from .timeline import Timeline
+from .timeline import AlertRule, Column, Timeline
+from .timeline.older import STANDARD
 
 __all__ = ["ALERT_KINDS", "Alert", "AlertConfig", "AlertWatch", "alert_lines", "find_alerts", "log_alerts"]
 
 logger = logging.getLogger(__name__)
 
 ALERT_KINDS = ("entropy_collapse", "max_logit", "exploding_gradient", "dead_gradient", "not_finite", "rank_lost")
-_GRADIENTS = ("activation_grad", "parameter_grad")
-_FINITE = ("loss", "entropy", *_GRADIENTS)  # the other signals of a head are NaN where its entropy is
-_AT_ONCE = ("not_finite", "rank_lost")
+_OF_HISTORY = ("exploding", "dead")
 _MAD_TO_DEVIATION = 1.4826  # of a normal distribution
+
+
+_LIMITS = ("entropy", "max_logit", "exploding", "dead")  # fields below that a rule may name
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class AlertConfig:
     history: int = 50  # measurements that a gradient norm is held against
     history_least: int = 10  # no judgement on gradients from fewer
     deviations: float = 6.0  # of the log norm in that history, estimated from its median absolute deviation
+    # Rules by column, in place of those that its quantity has declared; () switches them off.
+    rules: Mapping[str, tuple[AlertRule, ...]] = field(default_factory=dict)
 
     def __post_init__(self):
         for name in ("entropy", "max_logit", "exploding", "dead", "deviations"):
@@ -70,6 +76,36 @@ class AlertConfig:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
         if self.history_least > self.history:
             raise ValueError(f"history_least: expected at most history ({self.history}), got {self.history_least}")
+        self._check_rules()
+
+    def _check_rules(self) -> None:
+        if not isinstance(self.rules, Mapping):
+            raise TypeError(f"rules: expected a mapping from columns to rules, got {self.rules!r}")
+        for column, rules in self.rules.items():
+            rules = (rules,) if isinstance(rules, AlertRule) else rules
+            if not isinstance(rules, (tuple, list)) or not all(isinstance(rule, AlertRule) for rule in rules):
+                raise TypeError(f"rules: expected AlertRules for {column!r}, got {rules!r}")
+            for rule in rules:
+                self.limit_of(rule)
+        fresh = {
+            column: (rules,) if isinstance(rules, AlertRule) else tuple(rules) for column, rules in self.rules.items()
+        }
+        object.__setattr__(self, "rules", fresh)
+
+    def limit_of(self, rule: AlertRule) -> float | None:
+        """The limit of a rule, and NaN if it needs none; None where it is switched off.
+
+        `ValueError` if the rule names a field that there is not.
+        """
+        if rule.test == "not_finite":
+            return math.nan if self.not_finite else None
+        if (rule.kind or rule.test) == "rank_lost" and not self.rank_lost:
+            return None
+        if not isinstance(rule.limit, str):
+            return float(rule.limit)
+        if rule.limit not in _LIMITS:
+            raise ValueError(f"limit: a rule names {rule.limit!r}; expected a number or one of {_LIMITS}")
+        return getattr(self, rule.limit)
 
 
 @dataclass(frozen=True)
@@ -77,12 +113,12 @@ class Alert:
     """One thing that went wrong, at one place, at the measured step that completed it."""
 
     step: int  # optimizer step
-    kind: str  # one of ALERT_KINDS
+    kind: str  # one of ALERT_KINDS, or what a rule of another column is called
     signal: str  # column of the timeline
     layer: int | None  # None: of the whole step
-    head: int | None  # None: of the whole block
+    head: int | None  # or place on the second axis of the column; None: of the whole block
     value: float
-    limit: float  # what the value went beyond; NaN for not_finite and rank_lost
+    limit: float  # what the value went beyond; NaN for not_finite
     message: str  # one sentence
 
 
@@ -90,86 +126,123 @@ class AlertWatch:
     """Raises the alerts of a run measurement by measurement, in memory that does not grow.
 
     ``find_alerts(timeline)`` is every `push` of its measurements in order.
+
+    Args:
+        config: limits, and rules of its own.
+        columns: whose rules count; None: the standard ones.
     """
 
-    def __init__(self, config: AlertConfig = AlertConfig()):
+    def __init__(self, config: AlertConfig = AlertConfig(), columns: Mapping[str, Column] | None = None):
         if not isinstance(config, AlertConfig):
             raise TypeError(f"config: expected an AlertConfig, got {type(config).__name__}")
         self._config = config
+        columns = STANDARD if columns is None else columns
+        unknown = sorted(set(config.rules) - set(columns))
+        if unknown:
+            raise ValueError(f"rules: there are no columns {unknown}; expected some of {sorted(columns)}")
+        self._axes = {name: column.axes for name, column in columns.items()}
+        self._rules = {name: config.rules.get(name, column.alerts) for name, column in columns.items()}
+        self._rules = {name: rules for name, rules in self._rules.items() if rules}
         self._conditions: dict[tuple[str, str], _Condition] = {}
-        self._logs = {name: deque(maxlen=config.history) for name in _GRADIENTS}  # log norms [L], oldest first
+        of_history = [n for n, rules in self._rules.items() if any(rule.test in _OF_HISTORY for rule in rules)]
+        self._logs = {name: deque(maxlen=config.history) for name in of_history}  # log values, oldest first
         self._had_value: dict[str, np.ndarray] = {}
-        self._was_higher: np.ndarray | bool = False  # [L, H], heads that have been above the limit of entropy
+        self._was_higher: dict[str, np.ndarray] = {}  # places that have been at or above the limit
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Of the alerts that may come."""
+        own = (rule.kind or rule.test for rules in self._rules.values() for rule in rules)
+        return tuple(dict.fromkeys((*ALERT_KINDS, *own)))
 
     def push(self, step: int, signals: Mapping[str, np.ndarray]) -> list[Alert]:
-        """Look at one measurement: arrays [L, H], [L] or scalars by the names of the timeline, missing ones ignored."""
-        signals = {name: np.asarray(value, np.float64) for name, value in signals.items()}
-        if signals.get("skipped", 0) == 1:  # by a gradient scaler that tries its scale out
-            signals = {name: value for name, value in signals.items() if name not in _GRADIENTS}
+        """Look at one measurement: arrays or scalars by the names of columns, missing ones ignored.
+
+        A masked array says where nobody measured anything. In a plain one NaN does so until there was a number.
+        """
+        skipped = float(np.ma.filled(signals.get("skipped", 0.0), 0.0)) == 1  # by a scaler that tries its scale out
         found = []
-        for kind, signal, holds, limit in self._judged(signals):
-            n = 1 if kind in _AT_ONCE else self._config.measurements
-            key = (kind, signal)
-            if key not in self._conditions:
-                self._conditions[key] = _Condition(holds.shape, n, self._config.measurements)
-            for place in self._conditions[key].push(holds):
-                value = float(signals[signal][place])
-                found.append(
-                    _alert(step, kind, signal, place, value, float(np.broadcast_to(limit, holds.shape)[place]))
-                )
+        for name, rules in self._rules.items():
+            value = signals.get(name)
+            if value is None or np.ma.getmaskarray(value).all() or (skipped and name in self._logs):
+                continue
+            values, known = np.asarray(np.ma.getdata(value), np.float64), isinstance(value, np.ma.MaskedArray)
+            measured = ~np.ma.getmaskarray(value)
+            with np.errstate(invalid="ignore"):
+                for rule, holds, limit in self._judged(name, rules, values, measured, known):
+                    found += self._raised(step, name, rule, values, holds & measured, limit)
         return found
+
+    def _raised(self, step: int, name: str, rule: AlertRule, values, holds: np.ndarray, limit) -> list[Alert]:
+        config, kind = self._config, rule.kind or rule.test
+        at_once = 1 if rule.test == "not_finite" else config.measurements
+        key = kind, name
+        if key not in self._conditions:
+            self._conditions[key] = _Condition(holds.shape, rule.measurements or at_once, config.measurements)
+        limits = np.broadcast_to(limit, holds.shape)
+        return [
+            _alert(step, kind, name, self._axes[name], place, float(values[place]), float(limits[place]), rule)
+            for place in self._conditions[key].push(holds)
+        ]
 
     def resume(self, timeline: Timeline) -> None:
         """Look at the last measurements of a run that goes on, whose alerts were told before."""
-        for step, signals in _measurements_of(timeline, last=self._config.history):
+        for step, signals in _measurements_of(timeline, self._rules, last=self._config.history):
             self.push(step, signals)
 
-    def _judged(self, signals: dict[str, np.ndarray]) -> Iterable[tuple[str, str, np.ndarray, np.ndarray | float]]:
-        """(kind, signal, where it holds, limit) for every condition on this measurement."""
-        config = self._config
-        if config.entropy is not None and "entropy" in signals:
-            yield "entropy_collapse", "entropy", self._collapsed(signals["entropy"]), config.entropy
-        if config.max_logit is not None and "max_logit" in signals:
-            yield "max_logit", "max_logit", signals["max_logit"] > config.max_logit, config.max_logit
-        for name in _GRADIENTS:
-            if name in signals:
-                yield from self._judged_gradient(name, signals[name])
-        for name in _FINITE if config.not_finite else ():
-            if name in signals:
-                yield "not_finite", name, self._lost(name, signals[name]), math.nan
-        if config.rank_lost and "missing_ranks" in signals:
-            yield "rank_lost", "missing_ranks", signals["missing_ranks"] > 0, math.nan
+    def _judged(self, name: str, rules, values: np.ndarray, measured: np.ndarray, known: bool):
+        """(rule, where it holds, limit) for every rule of a column that is not switched off."""
+        limits = [(rule, self._config.limit_of(rule)) for rule in rules]
+        history = [(rule, limit) for rule, limit in limits if rule.test in _OF_HISTORY]
+        if history:
+            yield from self._judged_by_history(name, values, measured, history)
+        for rule, limit in limits:
+            if limit is None:
+                continue
+            if rule.test == "above":
+                yield rule, values > limit, limit if (rule.kind or rule.test) != "rank_lost" else math.nan
+            elif rule.test == "below":
+                yield rule, values < limit, limit
+            elif rule.test == "falls_below":
+                yield rule, self._fallen(name, values, limit), limit
+            elif rule.test == "not_finite":
+                yield rule, self._lost(name, values, measured, known), math.nan
 
-    def _collapsed(self, entropy: np.ndarray) -> np.ndarray:
-        low = entropy < self._config.entropy
+    def _fallen(self, name: str, values: np.ndarray, limit: float) -> np.ndarray:
+        low = values < limit
         if self._config.entropy_from_start:
             return low
-        self._was_higher = (entropy >= self._config.entropy) | self._was_higher
-        return low & self._was_higher
+        before = self._was_higher.get(name, np.zeros(values.shape, bool))
+        self._was_higher[name] = (values >= limit) | before
+        return low & self._was_higher[name]
 
-    def _judged_gradient(self, name: str, norms: np.ndarray):
-        config, history = self._config, np.array(self._logs[name]).reshape(-1, len(norms))
+    def _judged_by_history(self, name: str, norms: np.ndarray, measured: np.ndarray, rules):
+        config, history = self._config, np.array(self._logs[name]).reshape(-1, *norms.shape)
         with np.errstate(divide="ignore", invalid="ignore"):
             logs = np.log(norms)  # NaN: no value; -inf: a norm of 0
         middle = _median(history)
         middle[np.isfinite(history).sum(0) < config.history_least] = np.nan
-        up = math.inf if config.exploding is None else math.log(config.exploding)
-        down = -math.inf if config.dead is None else math.log(config.dead)
-        apart = logs - middle
-        margin = 0.0
-        if ((apart > up) | (apart < down)).any():  # seldom, and deviations cost as much as all the rest
-            margin = config.deviations * _MAD_TO_DEVIATION * _median(np.abs(history - middle))
-        self._logs[name].append(np.where(np.isfinite(logs), logs, np.nan))
-        if config.exploding is not None:
-            up = np.maximum(up, margin)
-            yield "exploding_gradient", name, (apart > up) & np.isfinite(logs), np.exp(middle + up)
-        if config.dead is not None:
-            down = np.minimum(down, -margin)
-            limit = np.nan_to_num(np.exp(middle + down), nan=0.0)  # without a history, 0 alone is dead
-            yield "dead_gradient", name, (apart < down) | (norms == 0), limit
+        apart, margins = logs - middle, None
+        self._logs[name].append(np.where(np.isfinite(logs) & measured, logs, np.nan))
+        for rule, limit in rules:
+            if limit is None:
+                continue
+            up = rule.test == "exploding"
+            distance = math.log(limit) if up else -math.log(limit)
+            beyond = apart > distance if up else -apart > distance
+            if beyond.any() and margins is None:  # seldom, and deviations cost as much as all the rest
+                margins = config.deviations * _MAD_TO_DEVIATION * _median(np.abs(history - middle))
+            distance = np.maximum(distance, 0.0 if margins is None else margins)
+            if up:
+                yield rule, (apart > distance) & np.isfinite(logs), np.exp(middle + distance)
+            else:
+                least = np.nan_to_num(np.exp(middle - distance), nan=0.0)  # without a history, 0 alone is dead
+                yield rule, (-apart > distance) | (norms == 0), least
 
-    def _lost(self, name: str, values: np.ndarray) -> np.ndarray:
+    def _lost(self, name: str, values: np.ndarray, measured: np.ndarray, known: bool) -> np.ndarray:
         finite = np.isfinite(values)
+        if known:
+            return measured & ~finite
         before = self._had_value.get(name, np.zeros_like(finite))
         self._had_value[name] = before | finite
         return np.isinf(values) | (before & ~finite)
@@ -210,42 +283,56 @@ def find_alerts(
     timeline: Timeline,
     config: AlertConfig = AlertConfig(),
     *,
-    kinds: Iterable[str] = ALERT_KINDS,
+    kinds: Iterable[str] | None = None,
 ) -> list[Alert]:
     """All alerts of a timeline, in the order of their steps. `ValueError` for a kind that does not exist."""
-    kinds = tuple(kinds)
-    unknown = sorted(set(kinds) - set(ALERT_KINDS))
+    watch = AlertWatch(config, timeline.columns if len(timeline.columns) else None)
+    kinds = watch.kinds if kinds is None else tuple(kinds)
+    unknown = sorted(set(kinds) - set(watch.kinds))
     if unknown:
-        raise ValueError(f"kinds: expected some of {ALERT_KINDS}, got {unknown}")
-    watch = AlertWatch(config)
-    found = [alert for step, signals in _measurements_of(timeline) for alert in watch.push(step, signals)]
+        raise ValueError(f"kinds: expected some of {watch.kinds}, got {unknown}")
+    found = [a for step, signals in _measurements_of(timeline, watch._rules) for a in watch.push(step, signals)]
     return [alert for alert in found if alert.kind in kinds]
 
 
-def _measurements_of(timeline: Timeline, last: int | None = None) -> Iterable[tuple[int, dict[str, np.ndarray]]]:
-    """(step, signals by name) of every measurement, or of the `last` ones only."""
-    names = {"max_logit", "skipped", "missing_ranks", *_FINITE}
+def _measurements_of(
+    timeline: Timeline, names: Iterable[str], last: int | None = None
+) -> Iterable[tuple[int, dict[str, np.ndarray]]]:
+    """(step, columns by name) of every measurement, or of the `last` ones only."""
+    columns = {name: timeline.masked(name) for name in {"skipped", *names} & {"skipped", *timeline.columns}}
     first = 0 if last is None else max(0, len(timeline.steps) - last)
     for i in range(first, len(timeline.steps)):
-        yield int(timeline.steps[i]), {name: getattr(timeline, name)[i] for name in names}
+        yield int(timeline.steps[i]), {name: values[i : i + 1][0] for name, values in columns.items()}
 
 
 # ---- words -----------------------------------------------------------------------------------------------------------
 
 _WORDS = {
-    "entropy_collapse": ("attention entropy of {place} is {value:.3g} nats, below {limit:.3g}", min),
-    "max_logit": ("largest attention logit of {place} is {value:.4g}, above {limit:.4g}", max),
-    "exploding_gradient": ("{signal} of {place} is {value:.3g}, above {limit:.3g}, out of its own history", max),
-    "dead_gradient": ("{signal} of {place} is {value:.3g}, below {limit:.3g}, out of its own history", min),
-    "not_finite": ("{signal} of {place} is {value}", max),
-    "rank_lost": ("the values of {place} are those of one rank alone, {value:.0f} missing", max),
+    "above": "{signal} of {place} is {value:.3g}, above {limit:.3g}",
+    "below": "{signal} of {place} is {value:.3g}, below {limit:.3g}",
+    "falls_below": "{signal} of {place} is {value:.3g}, below {limit:.3g}",
+    "exploding": "{signal} of {place} is {value:.3g}, above {limit:.3g}, out of its own history",
+    "dead": "{signal} of {place} is {value:.3g}, below {limit:.3g}, out of its own history",
+    "not_finite": "{signal} of {place} is {value}",
 }
+_LOW = ("entropy_collapse", "dead_gradient", "below", "falls_below", "dead")  # the least value of these is the worst
 
 
-def _alert(step: int, kind: str, signal: str, place: tuple[int, ...], value: float, limit: float) -> Alert:
-    layer, head = (*place, None, None)[:2]
-    where = "the step" if layer is None else f"block {layer}" if head is None else f"block {layer} head {head}"
-    words = _WORDS[kind][0].format(signal=signal, place=where, value=value, limit=limit)
+def _alert(
+    step: int,
+    kind: str,
+    signal: str,
+    axes: tuple[str, ...],
+    place: tuple[int, ...],
+    value: float,
+    limit: float,
+    rule: AlertRule,
+) -> Alert:
+    places = dict(zip(axes, place, strict=True))
+    layer, head = places.get("layer"), next((places[axis] for axis in axes if axis != "layer"), None)
+    names = [f"{'block' if axis == 'layer' else axis} {at}" for axis, at in places.items()]
+    where = " ".join(names) if names else "the step"
+    words = (rule.words or _WORDS[rule.test]).format(signal=signal, place=where, value=value, limit=limit)
     return Alert(step, kind, signal, layer, head, value, limit, f"Step {step}: {words}.")
 
 
@@ -256,7 +343,7 @@ def alert_lines(alerts: Iterable[Alert]) -> list[str]:
         groups.setdefault((alert.step, alert.kind, alert.signal), []).append(alert)
     lines = []
     for (_, kind, _), group in groups.items():
-        worst = _WORDS[kind][1](group, key=lambda alert: alert.value)
+        worst = (min if kind in _LOW else max)(group, key=lambda alert: alert.value)
         others = len(group) - 1
         likewise = f"; {others} other place{'s' * (others > 1)} likewise." if others else "."
         lines.append(worst.message.removesuffix(".") + likewise)

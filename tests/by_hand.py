@@ -69,6 +69,10 @@ class HandParameters:
             total[layer] += tensor.double().square().sum()
         return total
 
+    def marked(self, layers):
+        """1 at those layers."""
+        return torch.tensor([float(layer in set(layers)) for layer in range(self._count)], dtype=torch.float64)
+
 
 def stack_of_linears(layers=2, width=6):
     """A model whose blocks are linear layers, and the blocks."""

@@ -16,6 +16,7 @@ import traceback
 from pathlib import Path
 
 import torch
+from packets import ALL
 from rank_training import (
     BATCH,
     CONFIG,
@@ -34,7 +35,6 @@ from torch import distributed as dist
 from torch import nn
 
 from inflection_fast.measure import Monitor, MonitorConfig
-from inflection_fast.measure.config import SIGNALS as ALL
 
 # ---- what is measured right ------------------------------------------------------------------------------------------
 

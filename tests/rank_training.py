@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
+from packets import ALL
 from torch import distributed as dist
 
 from inflection_fast.measure import Monitor, MonitorConfig
-from inflection_fast.measure.config import SIGNALS as ALL
 from inflection_fast.timeline import HEAD_SIGNALS, LAYER_SIGNALS
 
 BATCH, LENGTH, STEPS = 4, 12, 4

@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 
 from inflection_fast.alerts import ALERT_KINDS, AlertConfig, AlertWatch, alert_lines, find_alerts, log_alerts
-from inflection_fast.timeline import HEAD_SIGNALS, LAYER_SIGNALS, STEP_SIGNALS, Timeline
+from inflection_fast.timeline import (
+    HEAD_SIGNALS,
+    LAYER_SIGNALS,
+    STEP_SIGNALS,
+    AlertRule,
+    Column,
+    Timeline,
+    TimelineWriter,
+)
 
 L, H = 6, 4
 
@@ -257,3 +265,62 @@ def test_memory_does_not_grow_with_the_run():
     for step in range(100):
         watch.push(step, {"activation_grad": norms * (1 + step % 3)})
     assert [len(logs) for logs in watch._logs.values()] == [10, 0]
+
+
+# ---- what nobody measured, and rules by column -----------------------------------------------------------------------
+
+
+def test_no_number_at_the_very_first_measurement_is_told_where_somebody_measured():
+    measured = {"loss": np.ma.array(np.nan, mask=False), "activation_grad": np.ma.array([1.0, np.nan], mask=False)}
+    assert told(AlertWatch().push(0, measured)) == [
+        (0, "not_finite", "activation_grad", 1, None),
+        (0, "not_finite", "loss", None, None),
+    ]
+    assert AlertWatch().push(0, {name: value.data for name, value in measured.items()}) == []  # perhaps nobody did
+
+
+def test_layers_that_are_dropped_at_random_raise_no_alert():
+    rng, watch = np.random.default_rng(0), AlertWatch()
+    for step in range(60):
+        gone = rng.random(L) < 0.2
+        norms = np.ma.array(np.where(gone, np.nan, np.exp(0.1 * rng.normal(size=L))), mask=gone)
+        entropy = np.ma.array(np.where(gone[:, None], np.nan, np.ones((L, H))), mask=np.repeat(gone[:, None], H, 1))
+        assert watch.push(step, {"activation_grad": norms, "entropy": entropy}) == []
+    norms = np.ma.array(np.full(L, 100.0), mask=False)
+    norms[2] = np.ma.masked
+    found = [alert for step in range(3) for alert in watch.push(step, {"activation_grad": norms})]
+    assert [alert.layer for alert in found] == [0, 1, 3, 4, 5]
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_a_column_brings_its_rules_along_into_the_file(tmp_path, written):
+    rules = (AlertRule("below", 0.5, kind="starved", measurements=1), AlertRule("not_finite"))
+    columns = {"share": Column("1", ("layer", "expert"), "load", "Share of tokens.", "router", alerts=rules)}
+    values = np.array([[0.6, 0.4], [0.9, np.nan], [1.0, np.inf]])
+    settings = {"layers": ["a", "b", "c"], "heads": 1, "meta": {}, "columns": columns, "axes": {"expert": 2}}
+    with TimelineWriter(tmp_path if written else None, **settings) as out:
+        out.append(0, share=values)
+    timeline = Timeline.load(tmp_path) if written else out.timeline
+    found = find_alerts(timeline)
+    assert [(a.kind, a.layer, a.head) for a in found] == [("starved", 0, 1), ("not_finite", 2, 1)]
+    assert found[0].message == "Step 0: share of block 0 expert 1 is 0.4, below 0.5." and found[0].limit == 0.5
+    assert find_alerts(timeline, kinds=["starved"]) == found[:1]
+    assert find_alerts(timeline, AlertConfig(not_finite=False, rules={"share": AlertRule("above", 0.95)})) == []
+    assert len(find_alerts(timeline, AlertConfig(measurements=1, rules={"share": AlertRule("above", 0.95)}))) == 2
+
+
+@pytest.mark.parametrize(
+    "make, error, says",
+    [
+        (lambda: AlertRule("over", 1.0), ValueError, "test: expected one of"),
+        (lambda: AlertRule("above"), ValueError, "limit: a rule 'above' needs one"),
+        (lambda: AlertRule("above", 1.0, measurements=0), ValueError, "measurements: expected at least 1, got 0"),
+        (lambda: AlertConfig(rules=[1]), TypeError, "rules: expected a mapping from columns to rules"),
+        (lambda: AlertConfig(rules={"loss": 3.0}), TypeError, "rules: expected AlertRules for 'loss', got 3.0"),
+        (lambda: AlertConfig(rules={"loss": AlertRule("above", "hot")}), ValueError, "a rule names 'hot'; expected a"),
+        (lambda: AlertWatch(AlertConfig(rules={"losss": ()})), ValueError, "rules: there are no columns"),
+    ],
+)
+def test_rules_that_cannot_be_are_refused_in_a_sentence(make, error, says):
+    with pytest.raises(error, match=says):
+        make()

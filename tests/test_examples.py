@@ -32,6 +32,13 @@ def test_the_plain_loop_measures_and_learns(capsys, tmp_path):
     assert (tmp_path / "out" / "timeline.arrows").is_file() and "blocks.3" in capsys.readouterr().out
 
 
+def test_a_quantity_of_ones_own_is_measured_beside_ours(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))  # as for a script that is run there
+    share = load("own_quantity").main()
+    assert share.shape == (12, 4) and (share > 1 / 32).all() and (share < 1).all()
+    assert "share of the largest feature" in capsys.readouterr().out
+
+
 def test_the_demo_names_only_settings_that_exist():
     pytest.importorskip("jsonargparse")
     from inflection_fast.cli import _config, _parse, _settings_parser

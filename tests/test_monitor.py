@@ -139,9 +139,9 @@ def test_a_full_disk_costs_the_file_and_not_the_training(tmp_path, monkeypatch, 
 
 
 def test_a_disk_that_takes_no_file_at_all_costs_memory_up_to_a_bound(tmp_path, monkeypatch, caplog):
-    from inflection_fast.measure import record
+    from inflection_fast.measure import recorder
 
-    monkeypatch.setattr(record, "KEPT_BYTES", 20_000)
+    monkeypatch.setattr(recorder, "KEPT_BYTES", 20_000)
     (tmp_path / "file").write_text("in the place of the folder")
     model, batch = model_and_batch("hand-written")  # opens its file in the first measured step
     steps = 30

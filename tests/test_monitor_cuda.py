@@ -6,11 +6,11 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from packets import ALL as SIGNALS
 from plain_flash import flash, packed_llama  # noqa: F401
 from tiny_models import loss_of, model_and_batch
 
 from inflection_fast.measure import Monitor, MonitorConfig
-from inflection_fast.measure.config import SIGNALS
 from inflection_fast.ops import build_info
 from inflection_fast.timeline import HEAD_SIGNALS, LAYER_SIGNALS, Timeline
 

@@ -4,13 +4,13 @@ from collections import Counter
 
 import pytest
 import torch
+from packets import ALL as SIGNALS
 from plain_flash import flash, packed_llama  # noqa: F401
 from test_monitor import loss_of
 from tiny_models import CASES, model_and_batch, one_thread  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from inflection_fast.measure import Monitor, MonitorConfig
-from inflection_fast.measure.config import SIGNALS
 from inflection_fast.ops import checks
 
 WAITING = ("_local_scalar_dense", "item", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim")

@@ -162,7 +162,7 @@ def test_a_signal_that_was_not_asked_for_says_so(tmp_path):
     write_run(run, drop=("delta_cka",), signals=["attention", "activation_grad"], steps=3)
     missing = {}
     pictures._measured(run_files.read(run), lambda *_: None, missing)
-    assert "`delta_cka` is not among the monitor's signals" in missing["Representation drift (1 - CKA)"]
+    assert "`delta_cka` is not among the monitor's quantities" in missing["Representation drift (1 - CKA)"]
 
 
 def test_a_plan_for_another_model_marks_nothing(finished, tmp_path):

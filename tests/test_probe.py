@@ -1,6 +1,7 @@
 """delta-CKA of every block on a fixed probe set, against the start of the run or against switched-off adapters."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,10 +13,23 @@ from torch import nn
 from inflection_fast import ops
 from inflection_fast.blocks import find_blocks
 from inflection_fast.measure import Monitor, MonitorConfig
-from inflection_fast.measure.packet import Packet
+from inflection_fast.measure.packet import StepSums
+from inflection_fast.measure.panel import Panel
 from inflection_fast.measure.probe import Probe
+from inflection_fast.quantities.quantity import MeasuredModel
 
 CKA = MonitorConfig(every=1, signals=("delta_cka",), cka_debiased=False)
+
+
+def probe_of(model, batches, config):
+    blocks, panel = find_blocks(model, config.blocks), Panel(config.instances())
+    panel.prepare(MeasuredModel(model, tuple(blocks), torch.device("cpu"), config))
+    panel.begin(config.names)
+    return Probe(model, blocks, batches, config, panel)
+
+
+def sums_of(probe, layers, heads):
+    return StepSums(probe._panel.fields(layers, heads), (), (), torch.device("cpu"))
 
 
 def features(model, batches, pool=None):
@@ -149,19 +163,19 @@ def test_the_standard_error_comes_from_leaving_out_sequences(pooling):
 def test_a_budget_keeps_a_reproducible_part_of_the_rows():
     torch.manual_seed(0)
     model, probe = bert(), [classify(), classify(), classify()]
-    kept = [Probe(model, find_blocks(model), probe, MonitorConfig(cka_rows=n))._features() for n in (20, 20, 50, 2048)]
+    kept = [probe_of(model, probe, MonitorConfig(cka_rows=n))._features() for n in (20, 20, 50, 2048)]
     tokens = sum(int(batch["attention_mask"].sum()) for batch in probe)
     assert [len(layers[0]) for layers in kept] == [20, 20, 50, tokens]
     assert all(torch.equal(a, b) for a, b in zip(kept[0], kept[1], strict=True))
     everything = {tuple(row) for row in kept[3][1].tolist()}
     assert len({tuple(row) for row in kept[0][1].tolist()} & everything) == 20  # each once, none of padding
-    other = Probe(model, find_blocks(model), probe, MonitorConfig(cka_rows=20, seed=1))._features()
+    other = probe_of(model, probe, MonitorConfig(cka_rows=20, seed=1))._features()
     assert not torch.equal(other[0], kept[0][0])
 
 
 def test_encoder_and_decoder_have_rows_of_their_own():
     model, batch = model_and_batch("t5")
-    rows = Probe(model, find_blocks(model), [batch], MonitorConfig())._features()
+    rows = probe_of(model, [batch], MonitorConfig())._features()
     expected = [int(batch["attention_mask"].sum())] * 2 + [int(batch["decoder_attention_mask"].sum())] * 2
     assert [len(layer) for layer in rows] == expected
     delta = train(model, translate(), 2, CKA, probe=[batch]).timeline.delta_cka
@@ -171,7 +185,7 @@ def test_encoder_and_decoder_have_rows_of_their_own():
 def test_the_probe_runs_in_evaluation_mode():
     torch.manual_seed(0)
     model = sharpened(bert(dropout=0.3).train())
-    probe = Probe(model, find_blocks(model), [classify()], CKA)
+    probe = probe_of(model, [classify()], CKA)
     probe.remember()
     torch.rand(1)  # the next run would draw another dropout
     torch.testing.assert_close(probe.delta_cka(), torch.zeros(3), rtol=0, atol=1e-6)
@@ -188,10 +202,10 @@ def test_the_probe_leaves_no_trace():
     gradients = [parameter.grad.clone() for parameter in model.parameters()]
     buffers = [buffer.clone() for buffer in model.buffers()]
     random = torch.get_rng_state()
-    one = Probe(model, find_blocks(model), probe, CKA)
+    one = probe_of(model, probe, CKA)
     one.remember()
     one.delta_cka()
-    broken = Probe(model, find_blocks(model), [{"input_ids": torch.tensor([[10**6]])}], CKA)
+    broken = probe_of(model, [{"input_ids": torch.tensor([[10**6]])}], CKA)
     with pytest.raises(IndexError):
         broken.remember()
     assert flags == [module.training for module in model.modules()]
@@ -271,7 +285,7 @@ def test_a_peft_model_is_measured_like_its_base():
 
 def test_probes_that_cannot_be_used_are_refused():
     model, batch = model_and_batch("bert")
-    for probe in (batch, [], [torch.ones(2)]):
+    for probe in ([], [torch.ones(2)], torch.ones(2), "text", 3):
         with pytest.raises(TypeError, match="probe: expected a list of model inputs"):
             Monitor(model, CKA, probe=probe)
     with pytest.raises(ValueError, match="'adapters_off' needs a peft model, got BertForSequenceClassification"):
@@ -288,7 +302,7 @@ def test_probes_that_cannot_be_used_are_refused():
     assert not any(module._forward_hooks for module in model.modules())
     with pytest.raises(ValueError, match=r"expected block outputs \[B, T, D\]"):
         flat = nn.Sequential(nn.Linear(2, 2))
-        Probe(flat, find_blocks(flat, ["0"]), [{"input": torch.ones(5, 2)}], CKA)._features()
+        probe_of(flat, [{"input": torch.ones(5, 2)}], replace(CKA, blocks=("0",)))._features()
 
 
 # ---- the second source -----------------------------------------------------------------------------------------------
@@ -332,11 +346,11 @@ def test_gradients_of_the_probe_reach_no_parameter():
     for parameter in model.parameters():  # as DistributedDataParallel listens
         parameter.register_post_accumulate_grad_hook(lambda parameter: arrived.append(parameter))
         parameter.register_hook(lambda gradient: arrived.append(gradient))
-    probe = Probe(model, find_blocks(model), [classify()], BOTH)
+    probe = probe_of(model, [classify()], BOTH)
     probe.remember()
-    packet = Packet(3, 4, "cpu", probe=True)
-    probe.measure(packet)
-    assert not arrived and (packet["probe_activation_squares"] > 0).all()
+    sums = sums_of(probe, 3, 4)
+    probe.measure(sums, BOTH.names)
+    assert not arrived and (sums.packet["probe_activation_grad"]["squares"] > 0).all()
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
     assert all(module.training for module in model.modules())
     assert not any(module._forward_hooks for module in model.modules())
@@ -366,8 +380,9 @@ def test_the_probe_does_not_enter_a_wrapper():
     wrapped = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
     nn.Module.__init__(wrapped)
     wrapped.module = model
-    probe = Probe(wrapped, find_blocks(wrapped), [batch], BOTH)  # its forward would fail, it was never set up
+    probe = probe_of(wrapped, [batch], BOTH)  # its forward would fail, it was never set up
     probe.remember()
-    packet = Packet(3, 4, "cpu", probe=True)
-    probe.measure(packet)
-    assert (packet["probe_attention"] > 0).all() and (packet["probe_activation_squares"] > 0).all()
+    sums = sums_of(probe, 3, 4)
+    probe.measure(sums, BOTH.names)
+    assert (sums.packet["probe_entropy"]["rows"] > 0).all()
+    assert (sums.packet["probe_activation_grad"]["squares"] > 0).all()

@@ -9,10 +9,10 @@ import threading
 
 import pytest
 import torch
+from packets import TRAINING, packet_of, panel_of
 
 from inflection_fast.measure import recorder as module
-from inflection_fast.measure.packet import Packet
-from inflection_fast.measure.recorder import Recorder, WarnOnce
+from inflection_fast.measure.recorder import Measured, Recorder, WarnOnce
 from inflection_fast.timeline import Timeline, TimelineWriter
 
 L, H = 2, 3
@@ -20,21 +20,26 @@ L, H = 2, 3
 
 @pytest.fixture
 def packet():
-    return Packet(L, H, "cpu")
+    return packet_of(L, H, TRAINING)
 
 
 def writer(folder):
-    return TimelineWriter(folder, layers=["a", "b"], heads=H, meta={})
+    return TimelineWriter(folder, layers=["a", "b"], heads=H, meta={}, columns=panel_of(TRAINING).columns)
 
 
 def recorder_of(folder, packet, **settings):
-    return Recorder(writer(folder), packet, WarnOnce(logging.getLogger("inflection_fast")), **settings)
+    row = panel_of(TRAINING).row
+    return Recorder(writer(folder), packet, row, WarnOnce(logging.getLogger("inflection_fast")), **settings)
 
 
 def record(recorder, packet, step):
-    packet["loss"].fill_(float(step))
-    packet["loss_count"].fill_(1)
-    recorder.record(step, 0.0)
+    packet["step"]["loss"].fill_(float(step))
+    packet["step"]["losses"].fill_(1)
+    recorder.record(of_step(step), packet)
+
+
+def of_step(step):
+    return Measured(step, frozenset({"step", *TRAINING}), frozenset(), False, 0.0)
 
 
 class SlowDevice:
@@ -95,11 +100,11 @@ def test_a_full_ring_drops_and_counts_and_says_so_once(tmp_path, packet, caplog,
 def test_a_slot_that_is_used_again_does_not_change_rows(packet, monkeypatch):
     monkeypatch.setattr(module, "RING_BYTES", 0)
     recorder = recorder_of(None, packet)
-    packet["attention"].fill_(1.0)
+    packet["attention"]["rows"].fill_(1.0)
     for step in range(3 * module.MIN_SLOTS):
-        packet["max_logit"].fill_(step)
-        packet["activation_squares"].fill_(step**2)
-        packet["activation_count"].fill_(1)
+        packet["attention"]["max_logit"].fill_(step)
+        packet["activation_grad"]["squares"].fill_(step**2)
+        packet["activation_grad"]["count"].fill_(1)
         record(recorder, packet, step)
         recorder.drain()
     timeline = recorder._writer.timeline
@@ -200,7 +205,7 @@ def test_a_forked_child_touches_neither_the_file_nor_the_thread(tmp_path, packet
     child = os.fork()
     if child == 0:  # a worker of a data loader, which leaves through every door that there is
         try:
-            recorder.record(1, 0.0)
+            recorder.record(of_step(1), packet)
             recorder.drain()
             recorder.close()
         finally:
@@ -213,7 +218,7 @@ def test_a_forked_child_touches_neither_the_file_nor_the_thread(tmp_path, packet
 
 
 def test_pieces_of_the_ring_are_as_many_as_fit(packet):
-    large = Packet(126, 128, "cpu")  # 405B
+    large = packet_of(126, 128, TRAINING)  # 405B
     for one, slots in ((packet, module.MAX_SLOTS), (large, module.MIN_SLOTS)):
         recorder = recorder_of(None, one)
         assert len(recorder._free) == slots
@@ -225,13 +230,16 @@ def test_a_process_that_ends_without_closing_keeps_what_it_measured(tmp_path):
     """Ctrl-C ends the interpreter in order, a kill does not: rows that were drained are there in both cases."""
     code = (
         "import os, sys, logging\n"
-        "from inflection_fast.measure.packet import Packet\n"
-        "from inflection_fast.measure.recorder import Recorder, WarnOnce\n"
+        "from inflection_fast.measure import MonitorConfig\n"
         "from inflection_fast.timeline import TimelineWriter\n"
-        "packet = Packet(1, 1, 'cpu')\n"
-        "out = TimelineWriter(sys.argv[1], layers=['a'], heads=1, meta={})\n"
-        "recorder = Recorder(out, packet, WarnOnce(logging.getLogger()))\n"
-        "for step in range(4): recorder.record(step, 0.0)\n"
+        "from inflection_fast.measure.packet import Packet\n"
+        "from inflection_fast.measure.panel import Panel\n"
+        "from inflection_fast.measure.recorder import Measured, Recorder, WarnOnce\n"
+        "panel = Panel(MonitorConfig().instances())\n"
+        "packet = Packet(panel.fields(1, 1))\n"
+        "out = TimelineWriter(sys.argv[1], layers=['a'], heads=1, meta={}, columns=panel.columns)\n"
+        "recorder = Recorder(out, packet, panel.row, WarnOnce(logging.getLogger()))\n"
+        "for step in range(4): recorder.record(Measured(step, frozenset(), frozenset(), False, 0.0), packet)\n"
         "recorder.drain()\n"
         "os.kill(os.getpid(), int(sys.argv[2]))\n"
     )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from inflection_fast.measure import MonitorConfig
-from inflection_fast.measure.schedule import RowSampler, is_due
+from inflection_fast.measure.schedule import ProbeBudget, RowSampler, is_due
 
 CPU = torch.device("cpu")
 
@@ -88,6 +88,53 @@ def test_nonsense_is_refused_by_name_and_value(field, value, error):
 
 def test_configurations_are_frozen_and_take_lists():
     config = MonitorConfig(signals=["attention"], blocks=["a", "b"], probe_every=30)
-    assert config.signals == ("attention",) and config.blocks == ("a", "b")
+    assert config.quantities == config.signals == ("attention",) and config.blocks == ("a", "b")
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.every = 3
+
+
+# ---- the probe's share of the time -----------------------------------------------------------------------------------
+
+
+def steps_with_a_run(budget, steps, probe_ms, step_ms):
+    found = {}
+    for step in range(budget.first_step, steps):
+        if due := budget.due(step):
+            found[step] = sorted(due)
+            budget.run(step, due, probe_ms, step_ms)
+    return found
+
+
+def budget_of(every, share, first_step=0):
+    return ProbeBudget(every, share, first_step, joined=False, patience_s=0.0)
+
+
+def test_a_probe_without_a_bound_is_run_as_its_quantities_say():
+    found = steps_with_a_run(budget_of({"a": 2, "b": 6}, None), 13, 1e9, 1.0)
+    assert found == {0: ["a", "b"], 2: ["a"], 4: ["a"], 6: ["a", "b"], 8: ["a"], 10: ["a"], 12: ["a", "b"]}
+    assert list(steps_with_a_run(budget_of({"a": 2}, None, first_step=5), 10, 1.0, 1.0)) == [6, 8]
+
+
+def test_the_first_second_is_free_and_then_a_run_takes_its_share_of_the_steps_to_the_next():
+    every = {"a": 10, "b": 50}
+    # Three runs of 400 ms are more than a second; then 400 ms are 1 % of 40 steps of 1000 ms, and 50 is the next of 10.
+    found = steps_with_a_run(budget_of(every, 0.01), 200, 400.0, 1000.0)
+    assert found == {0: ["a", "b"], 10: ["a"], 20: ["a"], 60: ["a", "b"], 100: ["a", "b"], 140: ["a"], 180: ["a", "b"]}
+    assert sum(400.0 for step in found if step >= 20) <= 0.01 * 1000.0 * 200
+
+
+def test_ranks_decide_by_what_all_of_them_took():
+    one, other = (ProbeBudget({"a": 1}, 0.1, 0, joined=True, patience_s=10.0) for _ in range(2))
+    for budget in (one, other):
+        assert budget.due(0) == {"a"} and budget.run(0, {"a"}, 5000.0, 1.0) is None  # its own times do not count
+        assert budget.decide(2000.0, 1000.0) == 20
+        assert not budget.due(19) and budget.due(20)
+        budget.run(20, {"a"}, 1.0, 1.0)
+        assert budget.decide(None, None) == 1  # a rank is lost: nobody knows
+        assert budget.due(21)
+
+
+def test_a_decision_that_does_not_come_is_waited_for_a_while_only():
+    budget = ProbeBudget({"a": 1}, 0.1, 0, joined=True, patience_s=0.01)
+    budget.run(0, budget.due(0), 1.0, 1.0)
+    assert budget.due(1) == {"a"}

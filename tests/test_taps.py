@@ -122,18 +122,17 @@ def test_values_do_not_depend_on_the_portions_in_which_they_are_added_up(request
         torch.testing.assert_close(getattr(actual, name), getattr(expected, name), rtol=1e-6, atol=0)
 
 
-def test_a_forward_that_raises_after_a_part_was_added_up_costs_the_values_of_its_step(in_small_portions, caplog):
+def test_a_forward_that_raises_after_a_part_was_added_up_is_forgotten_too(in_small_portions):
     model, batch = model_and_batch("bert")
+    expected = measured(model, batch)
     wrong = batch | {"labels": torch.tensor([0, 1, 7])}  # no such class: raises after the last block
     with Monitor(model, ALL_ROWS) as monitor:
-        for step in range(2):
-            if step == 0:
-                with pytest.raises(IndexError):
-                    model(**wrong)
-            loss_of(model(**batch)).backward()
-            monitor.step()
-    assert torch.from_numpy(monitor.timeline.entropy).isnan().all((1, 2)).tolist() == [True, False]
-    assert "a forward pass raised when a part of it had been added up" in caplog.text
+        with pytest.raises(IndexError):
+            model(**wrong)
+        loss_of(model(**batch)).backward()
+        monitor.step()
+    for name in ("entropy", "max_logit", "loss"):
+        np.testing.assert_array_equal(getattr(monitor.timeline, name), getattr(expected, name))
 
 
 # ---- what does not count ---------------------------------------------------------------------------------------------
@@ -208,17 +207,11 @@ def test_flex_masks_are_refused_in_words():
         _interface_call("flex_attention", nn.Identity(), q, q, object(), {}, Starts())
 
 
-def test_blocks_that_share_weights_or_differ_in_heads_are_refused():
+def test_blocks_that_share_weights_are_refused():
     sizes = {"hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 24, "embedding_size": 8}
     model = hf.AlbertModel(hf.AlbertConfig(**sizes, num_hidden_layers=2, vocab_size=VOCAB)).train()
     with pytest.raises(ValueError, match="runs more than once"):
         measured(model, {"input_ids": torch.arange(6)[None]})
-
-    model = hf.SwinModel(
-        hf.SwinConfig(image_size=32, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[1, 2], window_size=4)
-    ).train()
-    with pytest.raises(ValueError, match="attends with 2 heads, others with 1"):
-        measured(model, {"pixel_values": torch.randn(1, 3, 32, 32)})
 
 
 def test_attention_of_hand_written_heads_needs_a_head_axis():

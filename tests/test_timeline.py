@@ -192,33 +192,9 @@ def test_resuming_never_writes_into_the_file_that_others_read(tmp_path):
 
 def test_another_format_is_named(tmp_path):
     path = written(tmp_path)
-    path.write_bytes(path.read_bytes().replace(b'"format": 3', b'"format": 7'))
-    with pytest.raises(ValueError, match="format 7; this version reads format 3"):
+    path.write_bytes(path.read_bytes().replace(b'"format": 4', b'"format": 7'))
+    with pytest.raises(ValueError, match="format 7; this version reads format 4"):
         Timeline.load(path)
-
-
-def test_a_timeline_from_before_lost_ranks_were_noted_loads_and_is_continued(tmp_path):
-    pa = pytest.importorskip("pyarrow")
-    path = written(tmp_path)
-    now, stream = Timeline.load(path), pa.ipc.open_stream(path.read_bytes())
-    at = stream.schema.get_field_index("missing_ranks")
-    meta = {key: value.replace(b'"format": 3', b'"format": 2') for key, value in stream.schema.metadata.items()}
-    schema = stream.schema.remove(at).with_metadata(meta)
-    with pa.ipc.new_stream(path, schema) as old:
-        for batch in stream:
-            columns = [column for i, column in enumerate(batch.columns) if i != at]
-            old.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
-    for steps in ([0, 10, 20], [0, 10, 20, 30]):
-        loaded = Timeline.load(path)
-        assert loaded.steps.tolist() == steps
-        assert np.isnan(loaded.missing_ranks[:3]).all()
-        for name in (*HEAD_SIGNALS, *LAYER_SIGNALS, "loss", "skipped", "measure_ms", "probe_ms"):
-            np.testing.assert_array_equal(getattr(loaded, name)[:3], getattr(now, name), err_msg=name)
-        if len(steps) == 3:
-            assert loaded.meta["format"] == 2
-            with writer(tmp_path, resume_at=30) as out:
-                out.append(30, **signals_of(30))
-    assert loaded.meta["format"] == 3 and loaded.missing_ranks[3] == signals_of(30)["missing_ranks"]
 
 
 def test_a_missing_file_is_not_found(tmp_path):

@@ -7,7 +7,15 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-__all__ = ["loss_of", "named_inputs", "requiring_grad", "tensors_of"]
+__all__ = ["hidden_of", "loss_of", "named_inputs", "requiring_grad", "tensors_of"]
+
+
+def hidden_of(args: tuple, kwargs: dict) -> Tensor | None:
+    """The hidden state that a block is given: its first floating-point tensor."""
+    for value in (*args, kwargs.get("hidden_states"), *kwargs.values()):
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value
+    return None
 
 
 def requiring_grad(args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:

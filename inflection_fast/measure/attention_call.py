@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .distributed import local_of
 from .packing import FOREIGN_KEYS
+from .placements import local_of
 
 __all__ = ["AttentionCall", "stats_of"]
 

@@ -1,51 +1,55 @@
-"""What the attention of the blocks adds up to, from the calls that are seen during training forwards."""
+"""Attention calls of training forwards, on their way to the quantities that listen to them.
+
+A call is owned by a layer, gets its statistics once, whoever listens, and waits for others of its shape: more layers at
+once are fewer operators. Several calls of self-attention by one layer in one forward add up.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..blocks import Block
-from .accumulators import HeadMeans, LayerIndices
+from ..ops import AttentionStats
+from ..quantities.quantity import AttentionRows, AttentionSeen
 from .attention import AttentionCall, AttentionSight, See, stats_of
-from .distributed import Layout
 from .micro_batch import MicroBatch
+from .packet import StepSums
+from .panel import Panel
+from .ranks import Layout
 from .rows import decoder_layers
-from .schedule import RowSampler
+from .schedule import LayerIndices, RowSampler, Strata
 
-__all__ = ["AttentionTaps"]
+__all__ = ["AttentionTaps", "rows_of"]
 
 logger = logging.getLogger(__name__)
 
-WAITING_BYTES = 2**18  # of statistics of rows that wait to be added up: more layers at once are fewer operators
+WAITING_BYTES = 2**18  # of statistics of rows that wait to be added up
 
 
 class AttentionTaps:
-    """Sees attention calls and adds their statistics up, for the layers and heads of one model."""
+    """Sees the attention calls of one model, and tells them to the quantities of a panel."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        blocks: Sequence[Block],
-        rows: int | None,
-        seed: int,
-        device: torch.device,
-        allocate: Callable[[int], None],  # makes memory for that many heads, and calls `write_into`
+        self, model: nn.Module, blocks: Sequence[Block], panel: Panel, rows: int | None, seed: int, device: torch.device
     ):
-        self._blocks, self._allocate = blocks, allocate
-        self._owner = {module: block.index for block in blocks for module in block.module.modules()}
+        self._blocks, self._panel = blocks, panel
+        # Of a module that several blocks share, the first: which of them runs is known when it runs.
+        self._owner: dict[nn.Module, int] = {}
+        for block in blocks:
+            for module in block.module.modules():
+                self._owner.setdefault(module, block.index)
         self._decoders = decoder_layers(model, blocks)
         self._sight: AttentionSight | None = AttentionSight(blocks)
         self._sampler = RowSampler(rows, seed, device)
         self._indices = LayerIndices(device)
         self._layout = Layout()
-        self._heads: int | None = None
         self._told = False  # which blocks have no attention
-        self._means: dict[bool, HeadMeans] = {}  # by whether the heads of the layer are divided among ranks
+        self.widest = 0  # heads of any call so far, on all ranks together
 
     def share(self, layout: Layout) -> None:
         """Measure as one of several ranks."""
@@ -60,13 +64,6 @@ class AttentionTaps:
         """Hold nothing of the model any more."""
         self._blocks, self._owner, self._sight = [], {}, None
 
-    def write_into(self, heads: int, means_of: Callable[[slice], HeadMeans]) -> None:
-        """Add up in `means_of(part)`, views of the heads `part` out of `heads` on all ranks together."""
-        self._heads = heads
-        here = heads // self._layout.tensor
-        first = here * self._layout.tensor_rank
-        self._means = {False: means_of(slice(None)), True: means_of(slice(first, first + here))}
-
     @contextmanager
     def seeing(self, see: See) -> Iterator[None]:
         """Hand every attention call of the model to `see`."""
@@ -76,49 +73,66 @@ class AttentionTaps:
     def see(
         self,
         micro_batch: MicroBatch,
+        sums: StepSums,
         running: int | None,
-        module: nn.Module | None,
+        module: nn.Module,
         call: AttentionCall,
         *,
         may_wait: bool,
     ) -> None:
-        """Take the statistics of a call by `module`, or where that is not known by the block that is `running`.
+        """Take the statistics of a call by `module`, which is of the block `running` or, where none is, of its owner.
 
         `may_wait`: a call that cannot be measured is an error even if only the device knows; else its values are NaN.
         """
         layer = self._owner.get(module)
         if layer is None or call.kind != "self":
             return
-        if running is not None:  # which of the blocks that share the module
-            layer = running
-        if call.query.dim() != 4:
-            raise ValueError(
-                f"attention of block {self._blocks[layer].name!r}: expected queries [B, H, T, D], got shape "
-                f"{tuple(call.query.shape)}"
-            )
-        if call.query.dtype == torch.float64:
-            raise TypeError(
-                f"attention of block {self._blocks[layer].name!r} is in float64, which no operator takes: train "
-                "in float32 or 16 bits, or leave 'attention' out of MonitorConfig.signals"
-            )
+        if running is not None and self._blocks[running].module is self._blocks[layer].module:
+            layer = running  # which of the runs of a module that runs repeatedly
+        self._refuse(layer, call)
         call = call.here()
         if may_wait:
             call.refuse_foreign_keys()
-        length = call.query.shape[2]
-        micro_batch.positions[layer] = micro_batch.positions.get(layer, 0) + len(call.query) * length
-        if length not in micro_batch.strata:
-            micro_batch.strata[length] = self._sampler.draw(length)
-        strata = micro_batch.strata[length]
+        batch, heads, length, _ = call.query.shape
+        number = micro_batch.attended[layer]  # how many calls of this layer were before
+        micro_batch.attended[layer] += 1
+        micro_batch.positions[layer] += batch * length
+        if (length, number) not in micro_batch.strata:
+            micro_batch.strata[length, number] = self._sampler.draw(length)
+        strata = micro_batch.strata[length, number]
+        if call.cu_seqlens is not None:
+            # Kept together with the starts: an id is unique only as long as its object lives.
+            key = length, number, id(call.cu_seqlens)
+            if key not in micro_batch.strata:
+                micro_batch.strata[key] = strata.within(call.cu_seqlens.to(strata.weights.device)), call.cu_seqlens
+            strata = micro_batch.strata[key][0]
         rows = None if strata.rows is None else strata.rows.to(call.query.device)
         # Not only without gradients: what autograd adds to the call of an operator is a fifth of its time.
         with torch.inference_mode():
-            stats = stats_of(call, rows)._replace(lse=None)  # which no sum needs
+            stats = stats_of(call, rows)
             valid = micro_batch.valid.of(call, rows, layer in self._decoders)
-        micro_batch.attended.add(layer)
-        micro_batch.waiting.setdefault(layer, []).append((stats, valid, strata))
+        listening = self._panel.listening("on_attention_call")
+        if listening:
+            place = self._place(layer, heads, sums)
+            seen = AttentionSeen(layer, place, call, rows, stats, valid, strata.weights)
+            self._panel.tell("on_attention_call", listening, micro_batch.piece, seen)
+        stats = stats._replace(lse=None)  # which no sum needs
+        micro_batch.waiting.append((layer, stats, valid, strata, number))
         micro_batch.waiting_bytes += sum(field.nbytes for field in stats if field is not None)
         if micro_batch.waiting_bytes > WAITING_BYTES:
-            self.add_up(micro_batch)
+            self.add_up(micro_batch, sums)
+
+    def _refuse(self, layer: int, call: AttentionCall) -> None:
+        name = self._blocks[layer].name
+        if call.query.dim() != 4:
+            raise ValueError(
+                f"attention of block {name!r}: expected queries [B, H, T, D], got shape {tuple(call.query.shape)}"
+            )
+        if call.query.dtype == torch.float64:
+            raise TypeError(
+                f"attention of block {name!r} is in float64, which no operator takes: train in float32 or 16 bits, or "
+                "leave 'attention' out of MonitorConfig.quantities"
+            )
 
     def refuse_unseen(self, micro_batch: MicroBatch) -> None:
         """`ValueError` if no block ran. Blocks that ran and whose attention went by unseen are named, once."""
@@ -127,7 +141,7 @@ class AttentionTaps:
                 f"none of the blocks {[block.name for block in self._blocks]} ran: the model does not call them as "
                 "modules; name modules that it calls (MonitorConfig.blocks)"
             )
-        unseen = [self._blocks[layer].name for layer in sorted(micro_batch.entered - micro_batch.attended)]
+        unseen = [self._blocks[layer].name for layer in sorted(micro_batch.entered - set(micro_batch.attended))]
         if unseen and not self._told:
             self._told = True
             logger.warning(
@@ -136,32 +150,51 @@ class AttentionTaps:
                 unseen,
             )
 
-    def add_up(self, micro_batch: MicroBatch) -> None:
-        """Add what waits to the sums."""
-        # Layers of a group are distinct: of several calls by one layer, the first ones go together, then the second.
-        groups: dict[tuple, list[tuple[int, tuple]]] = {}
-        for layer, calls in micro_batch.waiting.items():
+    def add_up(self, micro_batch: MicroBatch, sums: StepSums) -> None:
+        """Tell what waits."""
+        groups: dict[tuple, list[tuple]] = {}
+        for entry in micro_batch.waiting:
+            layer, stats, valid, strata, number = entry
             sharded = layer in self._layout.sharded_heads
-            for number, call in enumerate(calls):
-                stats, valid, strata = call
-                key = (stats.entropy.shape, sharded, id(valid), id(strata), number)
-                groups.setdefault(key, []).append((layer, call))
-        with torch.no_grad():
-            for (shape, sharded, *_), members in groups.items():
-                layers = [layer for layer, _ in members]
-                self._check_heads(layers, shape[1] * (self._layout.tensor if sharded else 1))
-                _, valid, strata = members[0][1]
-                stats = [call[0] for _, call in members]
-                self._means[sharded].push(self._indices[tuple(layers)], stats, valid, strata)
-        micro_batch.added = True
+            groups.setdefault((stats.entropy.shape, sharded, id(valid), id(strata), number), []).append(entry)
+        for (shape, *_), entries in groups.items():
+            layers, stats, (valid, *_), (strata, *_), _ = zip(*entries, strict=True)
+            heads = self._place(layers[0], shape[1], sums)
+            with torch.no_grad():
+                rows = rows_of(layers, self._indices[layers], heads, stats, valid, strata)
+            listening = self._panel.listening("on_attention")
+            self._panel.tell("on_attention", listening, micro_batch.piece, rows)
         micro_batch.waiting.clear()
         micro_batch.waiting_bytes = 0
 
-    def _check_heads(self, layers: list[int], heads: int) -> None:
-        if self._heads is None:
-            self._allocate(heads)
-        if heads != self._heads:
-            raise ValueError(
-                f"block {self._blocks[layers[0]].name!r} attends with {heads} heads, others with "
-                f"{self._heads}; measure blocks with equally many heads (MonitorConfig.blocks)"
-            )
+    def _place(self, layer: int, heads: int, sums: StepSums) -> slice:
+        """Where `heads` heads of a layer on this rank stand among those of all."""
+        sharded = layer in self._layout.sharded_heads
+        first = heads * self._layout.tensor_rank if sharded else 0
+        everywhere = heads * (self._layout.tensor if sharded else 1)
+        self.widest = max(self.widest, everywhere)
+        if everywhere > sums.heads:
+            if sums.fixed:
+                raise ValueError(
+                    f"block {self._blocks[layer].name!r} attends with {everywhere} heads; the first measured step "
+                    f"saw at most {sums.heads} in any block"
+                )
+            sums.resize(everywhere)
+        return slice(first, first + heads)
+
+
+def rows_of(
+    layers: tuple[int, ...],
+    index: Tensor,
+    heads: slice,
+    stats: Sequence[AttentionStats],
+    valid: Tensor | None,
+    strata: Strata,
+) -> AttentionRows:
+    """The statistics of some layers as taps get them; see `AttentionRows`."""
+    rows = AttentionRows(layers, index, heads, stats, valid, None, strata.weights, strata.difference_weights)
+    ignored = rows.stacked("keys")[0] == 0  # [G, B, H, R]
+    if valid is not None:
+        ignored |= ~valid[:, None, :].to(index.device)
+    object.__setattr__(rows, "ignored", ignored)  # made with the help of the rest
+    return rows

@@ -3,31 +3,48 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import InitVar, asdict, dataclass, replace
 
+from .. import quantities as registry
 from ..ops.cka_rows import POOLINGS
+from ..quantities import Quantity
+from .schedule import ProbeBudget
 
-__all__ = ["SIGNALS", "MonitorConfig"]
+__all__ = ["MonitorConfig"]
 
-DEFAULT_SIGNALS = ("attention", "activation_grad", "parameter_grad", "delta_cka")
-SIGNALS = (*DEFAULT_SIGNALS, "probe_entropy", "probe_activation_grad")
+EVERY = 10
+_FORWARDS = ("trained", "all")
 _REFERENCES = ("start", "previous", "adapters_off")
 _MIN_SAMPLED_ROWS = 2  # the standard error comes from differences between neighbouring sampled rows
 _MIN_CKA_ROWS = 4  # debiased CKA is undefined below
 _MAX_SEED = 2**32 - 1  # torch's generator on the CPU takes no more bits of a seed
 
 
+class _Names(tuple):
+    """What `signals` reads as. `dataclasses.replace` hands it back, which then means nothing new."""
+
+
 @dataclass(frozen=True)
 class MonitorConfig:
     """Settings of a `Monitor`. `TypeError` or `ValueError` names the field, what came and what is accepted."""
 
-    every: int = 10  # measure optimizer steps 0, every, 2 * every, ...
+    # Measure optimizer steps 0, every, 2 * every, ...; or a mapping from quantities to such numbers. A quantity with a
+    # cadence of its own (Quantity.every) keeps it unless the mapping names it; one that nobody says anything of has 10.
+    every: int | Mapping[str, int] = EVERY
     # Query rows sampled per sequence of the batch, stratified over positions; None: all. Sequences that are packed into
     # one row count as one, and share its rows by their lengths.
     rows: int | None = 64
-    signals: tuple[str, ...] = DEFAULT_SIGNALS  # which to measure, "probe_entropy" and "probe_activation_grad" too
+    # What to measure: names (ours: `inflection_fast.quantities.QUANTITIES`; others by entry points) and instances.
+    quantities: tuple[str | Quantity, ...] = registry.DEFAULT
     blocks: tuple[str, ...] | None = None  # module names of the blocks in forward order; None: found by structure
-    probe_every: int | None = None  # delta-CKA on the probe every so many steps (a multiple of every)
+    # Run the probe every so many steps (a multiple of every). None: as `every`, but once its runs have taken a second
+    # in all, so seldom that a run takes at most `probe_share` of the time of the steps until the next. What was chosen
+    # is in the timeline's column `probe_every`.
+    probe_every: int | None = None
+    probe_share: float | None = 0.01  # None: no bound
+    # Which forwards under autograd count: "trained", those that a backward pass has gone through; "all".
+    forwards: str = "trained"
     cka_rank: int | None = None  # shared PCA basis of this rank; None: full space
     cka_debiased: bool = True  # debiased (may leave [0, 1]) or biased CKA
     cka_pooling: str = "tokens"  # "tokens": every valid token is a row; "mean", "first", "last": a row per sequence
@@ -37,21 +54,29 @@ class MonitorConfig:
     # device, because the lengths of the sequences are read on the host.
     cka_se: bool = False
     seed: int = 0  # of the sampled query rows and of the probe's feature rows
+    signals: InitVar[tuple[str, ...] | None] = None  # the earlier name of `quantities`
 
-    def __post_init__(self):
-        _integer(self, "every", at_least=1)
+    def __post_init__(self, signals: tuple[str, ...] | None):
+        renamed = signals is not None and not isinstance(signals, _Names)
+        if renamed:
+            object.__setattr__(self, "quantities", signals)
+        self._check_quantities("signals" if renamed else "quantities")
+        object.__setattr__(self, "signals", _Names(self.names))
+        self._check_every()
         _integer(self, "rows", at_least=_MIN_SAMPLED_ROWS, optional=True)
-        _names(self, "signals")
-        unknown = [name for name in self.signals if name not in SIGNALS]
-        if unknown or not self.signals or len(set(self.signals)) < len(self.signals):
-            raise ValueError(f"signals: expected distinct names out of {SIGNALS}, at least one, got {self.signals}")
         if self.blocks is not None:
             _names(self, "blocks")
             if not self.blocks:
                 raise ValueError("blocks: expected module names, or None to find the blocks by structure; got none")
         _integer(self, "probe_every", at_least=1, optional=True)
-        if self.probe_every is not None and self.probe_every % self.every:
+        if self.probe_every is not None and isinstance(self.every, int) and self.probe_every % self.every:
             raise ValueError(f"probe_every: expected a multiple of every ({self.every}), got {self.probe_every}")
+        if self.probe_share is not None:
+            if isinstance(self.probe_share, bool) or not isinstance(self.probe_share, (int, float)):
+                raise TypeError(f"probe_share: expected a number or None, got {self.probe_share!r}")
+            if not 0 < self.probe_share <= 1:
+                raise ValueError(f"probe_share: expected a share above 0 and up to 1, got {self.probe_share}")
+        _choice(self, "forwards", _FORWARDS)
         _integer(self, "cka_rank", at_least=1, optional=True)
         if not isinstance(self.cka_debiased, bool):
             raise TypeError(f"cka_debiased: expected True or False, got {self.cka_debiased!r}")
@@ -61,6 +86,72 @@ class MonitorConfig:
         if not isinstance(self.cka_se, bool):
             raise TypeError(f"cka_se: expected True or False, got {self.cka_se!r}")
         _integer(self, "seed", at_least=0, at_most=_MAX_SEED)
+
+    def _check_quantities(self, field: str) -> None:
+        value = self.quantities
+        if isinstance(value, str) or not isinstance(value, (tuple, list)):
+            raise TypeError(f"{field}: expected a tuple of names and instances of Quantity, got {value!r}")
+        for one in value:
+            if isinstance(one, type) and issubclass(one, Quantity):
+                raise TypeError(
+                    f"{field}: expected an instance of {one.__name__}, got the class; write {one.__name__}()"
+                )
+            if not isinstance(one, (str, Quantity)):
+                raise TypeError(f"{field}: expected names and instances of Quantity, got {one!r}")
+        object.__setattr__(self, "quantities", tuple(value))
+        unknown = [one for one in value if isinstance(one, str) and one not in registry.known()]
+        if unknown or not value or len(set(self.names)) < len(value):
+            raise ValueError(
+                f"{field}: expected distinct names out of {registry.known()}, or instances, at least one, got {value}"
+            )
+
+    def _check_every(self) -> None:
+        if not isinstance(self.every, Mapping):
+            _integer(self, "every", at_least=1)
+            return
+        unknown = [name for name in self.every if name not in self.names]
+        if unknown:
+            raise ValueError(f"every: names {unknown}, which are not among the quantities {self.names}")
+        for name, value in self.every.items():
+            if isinstance(value, bool) or not hasattr(value, "__index__"):
+                raise TypeError(f"every: expected integers >= 1, got {value!r} for {name!r}")
+            if operator.index(value) < 1:
+                raise ValueError(f"every: expected integers >= 1, got {value} for {name!r}")
+        object.__setattr__(self, "every", {name: operator.index(value) for name, value in self.every.items()})
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the quantities, in order."""
+        return tuple(one if isinstance(one, str) else one.name for one in self.quantities)
+
+    def instances(self) -> list[Quantity]:
+        """The quantities themselves."""
+        return [registry.made(one) if isinstance(one, str) else one for one in self.quantities]
+
+    def cadence(self, quantity: Quantity) -> int:
+        """Every how many steps a quantity is measured, the bound on the probe apart. `ValueError` below 1."""
+        own = quantity.every
+        if own is not None and (isinstance(own, bool) or not hasattr(own, "__index__") or operator.index(own) < 1):
+            raise ValueError(f"quantity {quantity.name!r}: every is {own!r}, expected an integer >= 1 or None")
+        if isinstance(self.every, Mapping):
+            return self.every.get(quantity.name, EVERY if own is None else own)
+        return self.every if own is None else own
+
+    def probe_budget(
+        self, every: Mapping[str, int], first_step: int, *, joined: bool, patience_s: float
+    ) -> ProbeBudget:
+        """When to run the probe, for the quantities whose cadences are `every`; see `ProbeBudget`."""
+        named = self.probe_every
+        every = dict.fromkeys(every, named) if named else every
+        share = None if named else self.probe_share
+        return ProbeBudget(every, share, first_step, joined=joined, patience_s=patience_s)
+
+    def as_dict(self) -> dict:
+        """Every setting in a form that JSON can hold; quantities by name."""
+        return asdict(replace(self, quantities=("attention",), every=1)) | {
+            "quantities": list(self.names),
+            "every": dict(self.every) if isinstance(self.every, Mapping) else self.every,
+        }
 
 
 def _integer(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -19,8 +18,13 @@ _HEAD_COUNT_NAMES = ("num_attention_heads", "num_heads", "n_heads", "n_head", "n
 
 
 def heads_of(blocks: Sequence[Block]) -> int | None:
-    """The number of attention heads as the first block's modules state it; None if none does."""
-    modules = list(blocks[0].module.modules())
+    """The number of attention heads as the modules of the blocks state it, the largest; None if none does."""
+    stated = [_stated(block.module) for block in blocks]
+    return max((count for count in stated if count is not None), default=None)
+
+
+def _stated(block: nn.Module) -> int | None:
+    modules = list(block.modules())
     for holder in [*modules, *(getattr(module, "config", None) for module in modules)]:
         for name in _HEAD_COUNT_NAMES:
             count = getattr(holder, name, None)
@@ -40,6 +44,6 @@ def meta_of(model: nn.Module, config: MonitorConfig) -> dict:
             "model_type": getattr(getattr(inner, "config", None), "model_type", None),
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
         },
-        "config": dataclasses.asdict(config),
+        "config": config.as_dict(),
         "versions": {name: version(name) for name in _PACKAGES if find_spec(name)},
     }

@@ -1,4 +1,4 @@
-"""Running compiled code as it is written, for as long as anybody measures."""
+"""Running a model for the sake of measuring: compiled code as it is written, and no trace left."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
-__all__ = ["eagerly"]
+from .placements import reshard
+
+__all__ = ["eagerly", "trainable_as_before", "undisturbed"]
 
 _lock = threading.RLock()  # the garbage collector may end a forgotten monitor in a thread that is in here
 _holders = 0
@@ -34,3 +37,31 @@ def eagerly() -> Iterator[None]:
             _holders -= 1
             if _holders == 0:
                 _stance.__exit__(None, None, None)
+
+
+@contextmanager
+def undisturbed(model: nn.Module, device: torch.device, autograd: bool) -> Iterator[None]:
+    """Run a model in evaluation mode and leave no trace: training flags and random generators as they were."""
+    training = [(module, module.training) for module in model.modules()]
+    generators = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=generators), torch.set_grad_enabled(autograd), eagerly():
+        try:
+            for module, _ in training:
+                module.training = False  # not model.eval(), which some models turn into more than a flag
+            yield
+        finally:
+            for module, flag in training:
+                module.training = flag
+            reshard(model)
+
+
+@contextmanager
+def trainable_as_before(model: nn.Module) -> Iterator[None]:
+    """Leave `requires_grad` of all parameters as it was."""
+    # peft marks every active adapter trainable when it switches them on again, frozen ones too.
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, flag in trainable:
+            parameter.requires_grad_(flag)

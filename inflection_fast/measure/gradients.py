@@ -2,16 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
 from ..blocks import Block
-from .distributed import local_of
+from .placements import local_of
+from .ranks import Layout
+from .schedule import MOST_LISTS, Recent
 
-__all__ = ["gradients_of", "scale_of", "squares_of_all"]
+__all__ = ["BlockParameters", "gradients_of", "scale_of", "squares_of_all"]
+
+
+class BlockParameters:
+    """The parameters of the blocks as taps get them: `inflection_fast.quantities.quantity.Parameters`."""
+
+    def __init__(self, blocks: Sequence[Block], device: torch.device):
+        self._blocks, self._device, self._layout = blocks, device, Layout()
+        self.parameters: tuple[nn.Parameter, ...] = ()
+        self.layers: tuple[int, ...] = ()
+        self.names: tuple[str, ...] = ()
+        self._marks: dict[frozenset[int], Tensor] = Recent(MOST_LISTS)
+        self.look()
+
+    def look(self) -> None:
+        """Find the parameters that there are now: adapters may come and go while a model trains."""
+        first: dict[nn.Parameter, tuple[int, str]] = {}
+        for block in self._blocks:
+            for name, parameter in block.module.named_parameters():
+                first.setdefault(parameter, (block.index, name))
+        self.parameters = tuple(first)
+        self.layers, self.names = (tuple(one[i] for one in first.values()) for i in (0, 1))
+
+    def share(self, layout: Layout) -> None:
+        """Hold them as one of several ranks."""
+        self._layout = layout
+
+    def __iter__(self) -> Iterator[tuple[int, str, nn.Parameter]]:
+        return zip(self.layers, self.names, self.parameters, strict=True)
+
+    @property
+    def trained(self) -> tuple[int, ...]:
+        """Layers with trainable parameters."""
+        return tuple(dict.fromkeys(layer for layer, _, parameter in self if parameter.requires_grad))
+
+    @property
+    def lost_gradients(self) -> bool:
+        """Whether there are trainable parameters and none of them has a gradient."""
+        trained = [parameter for parameter in self.parameters if parameter.requires_grad]
+        return bool(trained) and all(parameter.grad is None for parameter in trained)
+
+    def gradients(self) -> tuple[list[int], list[str], list[Tensor]]:
+        """Layers, names and gradients of the trainable ones that have a gradient; of a sparse one its values."""
+        found = [(layer, name, p) for layer, name, p in self if p.requires_grad and p.grad is not None]
+        layers, names = ([one[i] for one in found] for i in (0, 1))
+        return layers, names, gradients_of(p for _, _, p in found)
+
+    def squares(self, tensors: Sequence[Tensor], layers: Sequence[int]) -> Tensor:
+        """[L] float64: this rank's part of the summed squares by layer."""
+        if not tensors:
+            return torch.zeros(len(self._blocks), dtype=torch.float64, device=self._device)
+        squares = self._layout.parameter_squares(tensors, layers).to(self._device)
+        return torch.cat([squares, squares.new_zeros(len(self._blocks) - len(squares))])
+
+    def marked(self, layers: Iterable[int]) -> Tensor:
+        """[L] float64, 1 at `layers`. Kept for the next step, because a copy from the host takes its time."""
+        key = frozenset(layers)
+        if key not in self._marks:
+            marks = [float(layer in key) for layer in range(len(self._blocks))]
+            self._marks[key] = torch.tensor(marks, dtype=torch.float64).to(self._device, non_blocking=True)
+        return self._marks[key]
 
 
 def gradients_of(parameters: Iterable[nn.Parameter]) -> list[Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import operator
 import os
 import weakref
@@ -16,24 +15,25 @@ from torch import Tensor, nn
 
 from ..alerts import Alert, AlertConfig, AlertWatch
 from ..blocks import Block, find_blocks
+from ..quantities import Step
+from ..quantities.parameter_grad import ParameterGrad
+from ..quantities.quantity import MeasuredModel, Update
 from ..timeline import Timeline
+from .background import Background
 from .config import MonitorConfig
 from .description import heads_of, meta_of
-from .distributed import Layout, Ranks, full_of, world_size
 from .gradients import scale_of, squares_of_all
 from .packet import Packet
+from .panel import Panel
+from .placements import full_of
 from .probe import Probe
-from .record import Record
-from .recorder import Recorder
-from .schedule import is_due
-from .taps import Taps
+from .ranks import Layout, Ranks, world_size
+from .recorder import Measured, Record, Recorder
+from .schedule import ProbeBudget, is_due
+from .taps import Taps, device_of
+from .update import Updates
 
 __all__ = ["Monitor"]
-
-logger = logging.getLogger(__name__)
-
-REFERENCE_NAME = "probe_reference.npz"  # in the folder of the timeline
-_PROBE_SIGNALS = frozenset({"delta_cka", "probe_entropy", "probe_activation_grad"})
 
 
 class Monitor:
@@ -109,16 +109,26 @@ class Monitor:
         self._layout = Layout()
         self._step = operator.index(start_step)
         self._resume_at = self._step or None
-        tapped = [signal for signal in config.signals if signal not in _PROBE_SIGNALS]
-        self._taps = Taps(model, self.blocks, tapped, config.rows, config.seed)
-        measures_probe = probe is not None and not _PROBE_SIGNALS.isdisjoint(config.signals)
-        self._probe = Probe(model, self.blocks, probe, config) if measures_probe else None
-        self._taps.probe = self._probe is not None and self._probe.taps is not None
-        watch = None if alerts is None else AlertWatch(alerts)
+        self._panel = Panel(config.instances())
+        self._panel.prepare(MeasuredModel(model, tuple(self.blocks), device_of(self.blocks), config, world_size()))
+        self._every = {name: config.cadence(one) for name, one in self._panel.quantities.items() if name != Step.name}
+        self._probed = frozenset(self._panel.of_group("probe"))
+        self._heads = heads_of(self.blocks)
+        self._probe = (
+            Probe(model, self.blocks, probe, config, self._panel, self._heads or 1)
+            if probe is not None and self._probed
+            else None
+        )
+        heads, counts_all = self._heads or 1, config.forwards == "all"
+        self._taps = Taps(model, self.blocks, self._panel, config, heads=heads, counts_all=counts_all)
+        watch = None if alerts is None else AlertWatch(alerts, self._panel.columns)
         names = [block.name for block in self.blocks]
-        self._record = Record(self._out, names, self._resume_at, watch, on_alert)
+        self._record = Record(self._out, names, self._panel, self._resume_at, watch, on_alert)
+        self._updates = Updates(model)
+        self._background = Background(self._panel)
+        self._budget: ProbeBudget | None = None
         self._open = self._closed = False
-        self._measuring = False  # hooks are attached
+        self._due: frozenset[str] = frozenset()  # what the step under way measures; its hooks are attached
         # A step was measured: what fails from now on is told, and does not stop the training.
         self._proven = self._taps.forgives = self._step > 0
         self._owner = os.getpid()
@@ -128,13 +138,14 @@ class Monitor:
     def __enter__(self) -> Monitor:
         if self._open or self._closed:
             raise RuntimeError("a Monitor is entered once; make another one to measure again")
-        self._heads, error = heads_of(self.blocks), None
+        error = None
         if world_size() > 1:
             self._ranks = Ranks(self._model, self._rank_timeout_s)
+            self._record.writes = self._ranks.writes
         try:
             # Where ranks divide the heads among them, only the first call of attention tells how many there are.
             if self._heads is not None and (self._ranks is None or not self._ranks.divide_batches):
-                self._record.open(self._heads, self._meta(), writes=self._writes)
+                self._record.open(self._heads, meta_of(self._model, self._config))
         except ValueError as refused:
             if self._ranks is None:
                 raise
@@ -143,7 +154,11 @@ class Monitor:
             self._agree(error)
         self._open = True
         try:
-            self._take_reference()
+            if self._probe is not None:
+                every, joined = {name: self._every[name] for name in self._probed}, self._ranks is not None
+                budget = self._config.probe_budget(every, self._step, joined=joined, patience_s=self._rank_timeout_s)
+                self._budget = self._record.budget = budget
+                self._probe.begin(self._out, budget, self._record.guarded)
             self._arm()
         except BaseException:
             self.close()
@@ -155,16 +170,18 @@ class Monitor:
         facts = {
             "blocks": [block.name for block in self.blocks],
             "heads": self._heads,
-            "config": dataclasses.asdict(self._config),
+            "config": self._config.as_dict(),
+            "columns": str(self._panel.columns),
             "start_step": self._step,
             "probe": self._probe is not None,
         }
         self._layout = self._ranks.agree(self.blocks, facts, None if error is None else str(error))
         self._taps.share(self._layout)
+        self._background.share(self._layout)
         if self._probe is not None:
-            self._probe.share(self._layout, self._taps.sharded_outputs)
-        if self._layout.tensor > 1:
-            self._heads = None
+            self._probe.share(self._layout)
+        if self._layout.tensor > 1:  # what modules state may be the heads of one rank
+            self._taps.sums.resize(1)
 
     def __exit__(self, *exception) -> None:
         self.close()
@@ -172,42 +189,33 @@ class Monitor:
     def close(self) -> None:
         """Detach everything, finish and close the timeline, which stays readable. Safe to call twice."""
         self._taps.detach()
-        self._measuring = self._open = False
-        self._closed = True
+        if self._open:
+            self._updates.finish(self._panel, self._taps.parameters, self._hand_over)
+            if self._background.close() and self._record.recorder is not None:
+                self._record.recorder.before_overwriting()
+                finished = self._background.alone(self._taps.sums)
+                self._hand_over(
+                    Measured(self._step, finished, frozenset(), False, perf_counter()), self._taps.sums.packet
+                )
+        self._due, self._open, self._closed = frozenset(), False, True
         # Whoever keeps the monitor for its timeline keeps no model.
         self._model = self._probe = None
         self._taps.forget_model()
         self.blocks = [dataclasses.replace(block, module=None) for block in self.blocks]
         if os.getpid() == self._owner:
             self._record.close()
-
-    @property
-    def _writes(self) -> bool:
-        return self._ranks is None or self._ranks.writes
-
-    def _meta(self) -> dict:
-        return meta_of(self._model, self._config)
+        self._panel.forget()
 
     def _arm(self) -> None:
-        self._measuring = is_due(self._step, self._config.every)
-        if self._measuring:
+        self._due = self._due_at(self._step)
+        if self._due:
             if self._record.recorder is not None:
                 self._record.recorder.before_overwriting()
-            self._taps.attach(self._step)
+            self._taps.attach(self._step, self._due)
 
-    def _take_reference(self) -> None:
-        wanted = "delta_cka" in self._config.signals and self._config.cka_reference != "adapters_off"
-        if self._probe is None or not wanted:
-            return
-        path = None if self._out is None or self._config.cka_reference != "start" else self._out / REFERENCE_NAME
-        if self._resume_at is not None and path is not None and path.exists():
-            self._probe.load(path)
-            return
-        if self._resume_at is not None:
-            logger.warning("delta_cka is measured against step %d: no reference of the start is there", self._step)
-        self._probe.remember()
-        if path is not None:
-            self._record.guarded(lambda: self._probe.save(path))
+    def _due_at(self, step: int) -> frozenset[str]:
+        due = frozenset(name for name, every in self._every.items() if is_due(step, every))
+        return due if self._budget is None else (due - self._probed) | self._budget.due(step)
 
     # ---- stepping ----------------------------------------------------------------------------------------------------
 
@@ -234,73 +242,88 @@ class Monitor:
         """
         if not self._open:
             raise RuntimeError("Monitor.step() outside the context: enter it with `with Monitor(...) as monitor`")
-        if self._measuring:
+        self._updates.finish(self._panel, self._taps.parameters, self._hand_over)
+        if self._due:
             self._taps.detach()
-            self._measuring = False
             began = perf_counter() - self._taps.seconds
-            self._hand_over(self._filled(loss, loss_scale, scaler), began)
+            packet = self._filled(loss, loss_scale, scaler)
+            self._background.copy(self._panel.listening("in_background"), self._taps.parameters)
+            finished = self._background.add(packet)
+            self._panel.mark_failures(packet, everything=self._taps.failure is not None)
+            probed = self._probe is not None and bool(self._due & self._probed)
+            of_probe = self._probe.sharded_outputs if probed else set()
+            outputs = frozenset(self._taps.sharded_outputs | of_probe)
+            measured = Measured(self._step, self._panel.due | finished, outputs, probed, began)
+            if not self._updates.begin(measured, packet, self._panel.listening("after_update")):
+                self._hand_over(measured, packet)
             self._proven = self._taps.forgives = True
         self._step += 1
         self._arm()
 
-    def _hand_over(self, packet: Packet, began: float) -> None:
+    def _hand_over(self, measured: Measured, packet: Packet) -> None:
         if self._record.recorder is None:
-            if not self._record.is_open:
-                self._record.open_or_keep(packet.heads, self._meta(), writes=self._writes)
-            taps = self._taps
-            self._record.start(packet, self._layout, self._ranks, taps.sharded_outputs, self._rank_timeout_s)
+            heads = packet.fields.heads
+            if not self._record.is_open(heads):
+                self._record.open_or_keep(heads, meta_of(self._model, self._config))
+            self._record.start(packet, self._layout, self._ranks, self._probed, self._rank_timeout_s)
             # Whoever forgets to close loses nothing at the end of the process, and keeps no thread for ever.
-            weakref.finalize(self, _end, taps, self._record.recorder)
-        self._record.recorder.record(self._step, began)
+            weakref.finalize(self, _end, self._taps, self._record.recorder)
+        self._record.recorder.record(measured, packet)
 
     def _filled(self, *known) -> Packet:
         """The local sums of this step."""
-        taps = self._taps
-        if taps.packet is None:
-            taps.allocate(self._heads or 1)
-        packet = taps.packet
+        taps, sums = self._taps, self._taps.sums
         if taps.failure is None:
             if self._ranks is None:  # else some other rank may have seen something, which shows when they are joined
                 self._check_seen()
             try:
-                self._fill(packet, *known)
+                self._fill(*known)
             except Exception as error:
                 if not self._proven:
                     raise
                 taps.failure = error
+        taps.fit_heads(None if self._probe is None else self._probe.taps, shrinks=self._ranks is None)
         if taps.failure is not None:
             self._record.warn("failure", f"measured step {self._step} failed: {taps.failure!r}; its values are NaN")
-            packet.reset()
-            if self._ranks is not None:
-                packet.spoil()  # the others' sums are not those of the step without this one's
-        return packet
+        return sums.packet
 
     def _fill(
-        self,
-        packet: Packet,
-        loss: float | Tensor | None,
-        loss_scale: float | Tensor,
-        scaler: torch.amp.GradScaler | None,
+        self, loss: float | Tensor | None, loss_scale: float | Tensor, scaler: torch.amp.GradScaler | None
     ) -> None:
-        taps = self._taps
-        if self._heads not in (None, packet.heads):
-            raise ValueError(f"attention has {packet.heads} heads, where the first block states {self._heads}")
+        taps, of_step = self._taps, self._taps.sums.packet[Step.name]
         if scaler is not None and scaler.is_enabled():
             loss_scale = loss_scale * scale_of(scaler, taps.device)
-            squares = squares_of_all(list(self._model.parameters()), self.blocks, taps.parameter_squares)
-            packet["skipped"].copy_(~squares.isfinite())
+            squares = squares_of_all(list(self._model.parameters()), self.blocks, self._known_squares())
+            of_step["skipped"].copy_(~squares.isfinite())
         if scaler is not None:
-            packet["skipped_count"].fill_(1)
+            of_step["scaled"].fill_(1)
         taps.gather(loss_scale)
-        if self._probe is not None and is_due(self._step, self._config.probe_every or self._config.every):
-            self._probe.measure(packet)
-        losses = [one.detach().mean() for one in ([loss] if isinstance(loss, Tensor) else taps.losses)]
-        if loss is not None and not isinstance(loss, Tensor):
-            packet["loss"].fill_(float(loss))
-            packet["loss_count"].fill_(1)
-        elif losses:
-            packet["loss"].copy_(torch.stack(losses).sum(), non_blocking=True)
-            packet["loss_count"].fill_(len(losses))
+        if self._probe is not None and self._due & self._probed:
+            self._run_probe(self._due & self._probed)
+        listening = self._panel.listening("before_update")
+        self._panel.tell("before_update", listening, taps.sums.packet, Update(taps.parameters, ()))
+        of_step = taps.sums.packet[Step.name]  # which the probe may have made anew
+        if loss is not None:
+            of_step["losses"].fill_(1)
+            if isinstance(loss, Tensor):
+                of_step["loss"].copy_(loss.detach().mean(), non_blocking=True)
+            else:
+                of_step["loss"].fill_(float(loss))
+
+    def _run_probe(self, due: frozenset[str]) -> None:
+        try:
+            self._probe.step(self._step, self._taps.sums, due)
+        except Exception as error:
+            if not self._proven:
+                raise
+            for name in due:
+                self._panel.fail(name, error, "the probe")
+
+    def _known_squares(self) -> Tensor | None:
+        """[L]: squares of the gradients of the blocks, as they were at the end of the last backward pass."""
+        name = ParameterGrad.name
+        known = self._taps.parameters_read and name in self._due and name not in self._panel.failures
+        return self._taps.sums.packet[name]["squares"] if known else None
 
     def clip_grad_norm_(
         self,
@@ -324,10 +347,11 @@ class Monitor:
             The norm before clipping, float32 [].
         """
         parameters = list(self._model.parameters() if parameters is None else parameters)
-        if not self._measuring or self._taps.parameter_squares is None or self._ranks is not None:
+        known = self._known_squares() if self._due else None
+        if known is None or self._ranks is not None:
             return full_of(nn.utils.clip_grad_norm_(parameters, max_norm))  # sums of ranks are not joined yet
         scale = 1.0 if scaler is None else scale_of(scaler, self._taps.device)
-        norm = squares_of_all(parameters, self.blocks, self._taps.parameter_squares, scale).sqrt().float()
+        norm = squares_of_all(parameters, self.blocks, known, scale).sqrt().float()
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         return norm
 
@@ -351,25 +375,17 @@ class Monitor:
     @property
     def measuring(self) -> bool:
         """Whether the optimizer step under way is a measured one."""
-        return self._measuring
-
-    # ---- faults ------------------------------------------------------------------------------------------------------
+        return bool(self._due)
 
     def _check_seen(self) -> None:
         """A step whose forward or backward went by unseen must not pass for one that was measured."""
-        taps, signals = self._taps, self._config.signals
-        missing = None
-        if not taps.forwards:
-            missing = "no training forward of the monitored model: give Monitor the object that the loop calls"
-        elif not taps.backwards and ("activation_grad" in signals or "parameter_grad" in signals):
-            missing = "no backward pass through the model's outputs: call step() after backward()"
+        missing = self._taps.missing()
         if missing is not None:
             if not self._proven:
                 raise RuntimeError(f"the first measured step ({self._step}) saw {missing}")
             self._record.warn("unseen", f"measured step {self._step} saw {missing}; its values are NaN")
-        elif "activation_grad" in signals and taps.unreached:
-            names = [self.blocks[layer].name for layer in taps.unreached]
-            self._record.warn("unreached", f"no gradient reached the outputs of {names}; their activation_grad is NaN")
+        elif complaint := self._taps.complaint():
+            self._record.warn(*complaint)
 
 
 def _end(taps: Taps, recorder: Recorder) -> None:

@@ -6,14 +6,14 @@ import operator
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 
 import torch
 from torch import nn
 
 from .arguments import loss_of, tensors_of
-from .config import MonitorConfig
+from .config import EVERY, MonitorConfig
 from .monitor import Monitor
 
 __all__ = ["Overhead", "measure_overhead"]
@@ -46,8 +46,9 @@ def measure_overhead(
 ) -> Overhead:
     """Time `pairs` triples of steps on one batch: unmonitored, measured, unmonitored.
 
-    The cost of a measured step is counted every `config.every` steps; the steps between have no hooks. The probe of
-    delta-CKA is not run. Gradients and the state of the random generators are left as they were.
+    The cost of a measured step, with all quantities due, is counted every `config.every` steps, of a mapping the least;
+    the steps between have no hooks. The probe is not run. Gradients and the state of the random generators are left as
+    they were.
 
     Args:
         model: in the state in which it trains; a loss among its outputs is used, else the mean of its first output.
@@ -60,7 +61,8 @@ def measure_overhead(
     """
     if operator.index(pairs) < 3:
         raise ValueError(f"pairs: expected at least 3, got {pairs}")
-    every_step = MonitorConfig(rows=config.rows, signals=config.signals, blocks=config.blocks, every=1)
+    every_step = replace(config, every=dict.fromkeys(config.names, 1), probe_every=None)
+    spread = config.every if isinstance(config.every, int) else min(config.every.values(), default=EVERY)
     off, on, again = [], [], []
     with _gradients_set_aside(model):
         for pair in range(_WARM_UP_PAIRS + pairs):
@@ -75,8 +77,8 @@ def measure_overhead(
     return Overhead(
         off_ms=statistics.median(base),
         on_ms=statistics.median(on),
-        noise=_median_error(identical) / config.every,
-        ratio=1 + (measured - 1) / config.every,
+        noise=_median_error(identical) / spread,
+        ratio=1 + (measured - 1) / spread,
     )
 
 

@@ -1,172 +1,281 @@
-"""What a measured step adds up to: one piece of memory, and the row of a timeline that follows from it.
+"""What a measured step adds up to: one piece of memory, laid out from the accumulators that quantities declare.
 
 The sums of pieces add and their maxima combine by max, so micro-batches, shards and ranks may cut a step anywhere. What
-is not linear in the pieces (means, square roots, standard errors) is left to `row_of`, a pure function of the copied
-numbers.
+is not linear in the pieces (means, square roots, standard errors) is left to each quantity's `values`, on the host.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["ATTENTION_PARTS", "ATTENTION_SUMS", "Packet", "row_of"]
+from ..quantities.quantity import Accumulator
 
-# Per layer and head, over valid query rows: how many, and their entropy.
-ATTENTION_SUMS = ("count", "entropy")
-# What is reported beside the mean entropy: of what else the rows have a mean, and the parts of the variance of the mean
-# entropy, which is quadratic in that mean and so needs three sums (of dy^2, dy dv and dv^2, see HeadMeans).
-ATTENTION_PARTS = ("collision", "sink", "yy", "yv", "vv")
+__all__ = ["Field", "Fields", "Packet", "Piece", "StepSums"]
 
-Fields = dict[str, tuple[str, tuple[int, ...]]]  # name -> dtype and shape, in the order of their memory
+_KINDS = (("float64", "sum"), ("float32", "sum"), ("float32", "max"))  # in the order of their memory
 
 
-def _sum_fields(layers: int, heads: int, probe: bool) -> Fields:
-    per_layer = (
-        "activation_squares",  # squared l2 norms of dL/d(output of the block)
-        "parameter_squares",  # squared l2 norms over the block's parameters
-        "delta_cka",
-        "delta_cka_se",
-        # How many pieces are in each of those; a value without any is NaN.
-        "activation_count",
-        "parameter_count",
-        "delta_cka_count",
-        "delta_cka_se_count",
-    )
-    per_step = (
-        "probe_ms",
-        "loss",
-        "skipped",  # of ranks that found gradients which are not finite
-        "probe_ms_count",
-        "loss_count",
-        "skipped_count",
-    )
-    # float64: squares of scaled gradients are large, and no micro-batch is to be lost in the sum of all before it
-    shapes = {"attention": (len(ATTENTION_SUMS), layers, heads)}
-    shapes |= dict.fromkeys(per_layer, (layers,)) | dict.fromkeys(per_step, ())
-    if probe:
-        shapes["probe_attention"] = (len(ATTENTION_SUMS), layers, heads)
-        shapes |= dict.fromkeys(("probe_activation_squares", "probe_activation_count"), (layers,))
-    return {name: ("float64", shape) for name, shape in shapes.items()}
+@dataclass(frozen=True)
+class Field:
+    """One accumulator of one quantity."""
+
+    quantity: str
+    name: str
+    accumulator: Accumulator
+    shape: tuple[int, ...]
+    start: int  # bytes
+
+    @property
+    def kind(self) -> int:
+        """Which of the three kinds of memory it lies in."""
+        return _KINDS.index((self.accumulator.dtype, self.accumulator.join))
+
+    @property
+    def end(self) -> int:
+        """Where its bytes end."""
+        return self.start + math.prod(self.shape) * (8 if self.kind == 0 else 4)
 
 
-def _part_fields(layers: int, heads: int) -> Fields:
-    # float32: off by 6e-8 a micro-batch, where a standard error from 64 rows is itself known to a tenth
-    return {"attention_parts": ("float32", (len(ATTENTION_PARTS), layers, heads))}
+class Fields:
+    """The layout of a packet: float64 sums, then float32 sums, then float32 maxima.
 
-
-def _max_fields(layers: int, heads: int) -> Fields:
-    return {"max_logit": ("float32", (layers, heads))}
-
-
-class Packet:
-    """The local sums and maxima of a measured step: preallocated bytes, copied as a whole, with named views.
-
-    `packet["attention"]` is the view of that name: `attention` [2, L, H] in the order of `ATTENTION_SUMS`,
-    `attention_parts` [5, L, H] in that of `ATTENTION_PARTS`, `max_logit` [L, H], those of the loss, of skipping and of
-    the probe's time [], every other one [L]; where attention or gradients of a probe set are measured, three more that
-    begin with "probe_", `probe_attention` like `attention`. Writing to a view writes to `data`, of which `sums`
-    (float64), `parts` (float32) and `maxima` (float32) are views too: the whole of each kind, flat.
+    Args:
+        declared: quantity -> name -> accumulator; quantities that follow each other lie side by side in each kind.
+        sizes: quantity -> axis -> size, "layer" and "head" among them.
     """
 
-    def __init__(self, layers: int, heads: int, device: torch.device | str, *, probe: bool = False):
-        fields = _sum_fields(layers, heads, probe) | _part_fields(layers, heads) | _max_fields(layers, heads)
-        self._name(torch.zeros(_bytes(fields), dtype=torch.uint8, device=device), layers, heads, probe)
-        self.reset()
+    def __init__(self, declared: Mapping[str, Mapping[str, Accumulator]], sizes: Mapping[str, Mapping[str, int]]):
+        self.declared, self.sizes = declared, sizes
+        self.all: list[Field] = []
+        self.bounds = [0]  # of the three kinds
+        for kind in range(len(_KINDS)):
+            start = self.bounds[-1]
+            for quantity, accumulators in declared.items():
+                for name, accumulator in accumulators.items():
+                    shape = tuple(sizes[quantity][axis] for axis in accumulator.axes)
+                    field = Field(quantity, name, accumulator, shape, start)
+                    if field.kind == kind:
+                        self.all.append(field)
+                        start = field.end
+            self.bounds.append(start)
 
-    @classmethod
-    def like(cls, other: Packet, data: Tensor) -> Packet:
-        """A packet of the size of `other`, whose numbers are in the given memory, uint8."""
-        packet = cls.__new__(cls)
-        packet._name(data, other.layers, other.heads, other.probe)
-        return packet
+    @property
+    def nbytes(self) -> int:
+        """Of a packet; a multiple of 8, so that packets may lie side by side."""
+        return -(-self.bounds[-1] // 8) * 8
 
-    def _name(self, data: Tensor, layers: int, heads: int, probe: bool) -> None:
-        self.data, self.layers, self.heads, self.probe = data, layers, heads, probe
-        self._views = _all_views(data, layers, heads, probe)
-        sums = _bytes(_sum_fields(layers, heads, probe))
-        parts = sums + _bytes(_part_fields(layers, heads))
-        self.sums = data[:sums].view(torch.float64)
-        self.parts, self.maxima = data[sums:parts].view(torch.float32), data[parts:].view(torch.float32)
+    @property
+    def heads(self) -> int:
+        """For which there is room."""
+        return next(iter(self.sizes.values()))["head"]
+
+    def only(self, quantities: Iterable[str]) -> Fields:
+        """The layout of a packet with those quantities alone."""
+        wanted = set(quantities)
+        return Fields({name: one for name, one in self.declared.items() if name in wanted}, self.sizes)
+
+    def with_heads(self, heads: int) -> Fields:
+        """The same for blocks of so many heads."""
+        return Fields(self.declared, {name: {**sizes, "head": heads} for name, sizes in self.sizes.items()})
+
+    def region(self, quantities: Iterable[str]) -> list[tuple[int, int]]:
+        """Bytes [start, end) in each kind of what `quantities`, which lie side by side, have there."""
+        wanted = set(quantities)
+        found = []
+        for kind in range(len(_KINDS)):
+            fields = [field for field in self.all if field.kind == kind and field.quantity in wanted]
+            start = fields[0].start if fields else self.bounds[kind]
+            end = fields[-1].end if fields else start
+            found.append((start, end))
+        return found
+
+
+class Views(Mapping):
+    """The accumulators of a quantity: `sums["x"] += ...` and `sums["x"][layer] = ...` write to the packet.
+
+    `TypeError` for another tensor in the place of a view, with which nothing would be summed up.
+    """
+
+    def __init__(self, quantity: str, views: dict[str, Tensor]):
+        self._quantity, self._views = quantity, views
 
     def __getitem__(self, name: str) -> Tensor:
         return self._views[name]
 
-    def measured(self) -> set[str]:
-        """Signals of which there is any piece at all, on the host; the others are NaN because nobody looked."""
-        counts = {name.removesuffix("_count"): self[name] for name in self._views if name.endswith("_count")}
-        counted = {name for name, count in counts.items() if (count > 0).any()}
-        norms = {f"{name}_grad" for name in counted & {"activation", "parameter"}}
-        heads = {"entropy", "max_logit"} if (self["attention"][0] > 0).any() else set()
-        return norms | heads | (counted & {"loss", "skipped"})
+    def __setitem__(self, name: str, value: Tensor) -> None:
+        if self._views.get(name) is not value:
+            raise TypeError(
+                f"quantity {self._quantity!r}: accumulator {name!r} is fixed memory, whose shape does not depend on "
+                f"the batch; write to it in place, as by sums[{name!r}] += ... or sums[{name!r}].copy_(...)"
+            )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._views)
+
+    def __len__(self) -> int:
+        return len(self._views)
+
+
+class Packet:
+    """Sums and maxima of a step: preallocated bytes, copied as a whole, with named views.
+
+    `packet["attention"]["rows"]` is the view of that accumulator. Writing to it writes to `data`, uint8, of which
+    `sums` (float64), `parts` (float32) and `maxima` (float32) are views too: the whole of each kind, flat. Sums begin
+    at 0, and maxima at -inf.
+    """
+
+    def __init__(self, fields: Fields, device: torch.device | str = "cpu", data: Tensor | None = None):
+        self.fields = fields
+        fresh = data is None
+        self.data = torch.zeros(fields.nbytes, dtype=torch.uint8, device=device) if fresh else data
+        views: dict[str, dict[str, Tensor]] = {name: {} for name in fields.declared}
+        for field in fields.all:
+            dtype = torch.float64 if field.kind == 0 else torch.float32
+            views[field.quantity][field.name] = self.data[field.start : field.end].view(dtype).view(field.shape)
+        self._views = {name: Views(name, of) for name, of in views.items()}
+        first, second, third, last = fields.bounds
+        self.sums = self.data[first:second].view(torch.float64)
+        self.parts, self.maxima = self.data[second:third].view(torch.float32), self.data[third:last].view(torch.float32)
+        if fresh:
+            self.reset()
+
+    def __getitem__(self, quantity: str) -> Mapping[str, Tensor]:
+        return self._views[quantity]
+
+    def __contains__(self, quantity: str) -> bool:
+        return quantity in self._views
 
     def reset(self) -> None:
         """Forget everything."""
         self.data.zero_()
-        self.maxima.fill_(-torch.inf)
+        if len(self.maxima):
+            self.maxima.fill_(-torch.inf)
 
-    def spoil(self) -> None:
-        """Make every sum NaN, so that whatever it is added to is NaN too."""
-        self.sums.fill_(torch.nan)
-        self.parts.fill_(torch.nan)
+    def add(self, part: Packet, region: list[tuple[int, int]]) -> None:
+        """Join a packet that holds only the quantities of `region`, which is `fields.region` of them."""
+        for (start, end), dtype, piece in zip(region, _DTYPES, (part.sums, part.parts, part.maxima), strict=True):
+            if start < end:
+                whole = self.data[start:end].view(dtype)
+                torch.maximum(whole, piece, out=whole) if piece is part.maxima else whole.add_(piece)
+
+    def with_heads(self, heads: int) -> Packet:
+        """The same numbers in the layout for so many heads; heads beyond are left out."""
+        wider = Packet(self.fields.with_heads(heads), self.data.device)
+        for name, views in self._views.items():
+            for field, view in views.items():
+                axes = self.fields.declared[name][field].axes
+                target = wider[name][field]
+                if "head" in axes:
+                    at = axes.index("head")
+                    shared = min(target.shape[at], view.shape[at])
+                    target, view = target.narrow(at, 0, shared), view.narrow(at, 0, shared)
+                target.copy_(view)
+        return wider
 
 
-def row_of(data: np.ndarray, layers: int, heads: int, *, probe: bool = False) -> dict[str, np.ndarray]:
-    """The signals of a timeline, from the bytes of a `Packet` made with the same arguments, on the host.
+_DTYPES = (torch.float64, torch.float32, torch.float32)
 
-    Entropy, collision and sink are means over valid query rows, and the standard error is that of a ratio of two
-    estimated totals, which is linearised at the mean. Gradient norms are roots of the summed squares; delta-CKA and the
-    loss are means over the pieces that have them. A signal without a single piece is NaN.
+
+@dataclass(eq=False)
+class Piece:
+    """What one micro-batch adds to a step."""
+
+    forward: Packet | None  # of its forward; None: it is in the sums of the step already, or was thrown away
+    backward: Packet | None  # of its backward pass
+
+    def __getitem__(self, quantity: str) -> Views:
+        """The accumulators of a quantity."""
+        packet = self.backward if self.backward is not None and quantity in self.backward else self.forward
+        return packet[quantity]
+
+
+class StepSums:
+    """The memory of one measured step after the other: the packet of the step, and those of micro-batches on the way.
+
+    Args:
+        fields: of the packet. What `forward`, `backward` and the rest declare lies side by side in it, in that order.
+        forward: quantities that add up in the forward, and count once a backward pass has gone through the micro-batch.
+        backward: quantities with taps that may be called again for one micro-batch: kept apart until the step ends.
+        device: of all packets.
     """
-    views = _all_views(data, layers, heads, probe)
-    sum_of = dict(zip(ATTENTION_SUMS, views["attention"], strict=True))
-    sum_of |= dict(zip(ATTENTION_PARTS, views["attention_parts"].astype(np.float64), strict=True))
-    with np.errstate(invalid="ignore", over="ignore"):  # NaN and inf of a run that diverges are values like others
-        count = _where(sum_of["count"] > 0, sum_of["count"])
-        mean = sum_of["entropy"] / count
-        variance = sum_of["yy"] - 2 * mean * sum_of["yv"] + mean**2 * sum_of["vv"]
-        row = {
-            "entropy": mean,
-            "entropy_se": np.sqrt(np.maximum(variance, 0)) / count,  # a sum of squares, but for rounding
-            "max_logit": _where(sum_of["count"] > 0, views["max_logit"].astype(np.float64)),
-            "collision": sum_of["collision"] / count,
-            "sink": sum_of["sink"] / count,
-            "activation_grad": _where(views["activation_count"] > 0, np.sqrt(views["activation_squares"])),
-            "parameter_grad": _where(views["parameter_count"] > 0, np.sqrt(views["parameter_squares"])),
-            **{name: _mean(views, name) for name in ("delta_cka", "delta_cka_se", "probe_ms", "loss")},
-            "skipped": _where(views["skipped_count"] > 0, np.minimum(views["skipped"], 1.0)),
-        }
-        if probe:
-            count, entropy = views["probe_attention"]
-            norm = np.sqrt(views["probe_activation_squares"])
-            row["probe_entropy"] = entropy / _where(count > 0, count)
-            row["probe_activation_grad"] = _where(views["probe_activation_count"] > 0, norm)
-        return row
 
+    def __init__(self, fields: Fields, forward: Iterable[str], backward: Iterable[str], device: torch.device):
+        self._groups = tuple(forward), tuple(backward)
+        self._device = device
+        self._lay_out(fields)
+        self.packet = Packet(fields, device)
+        self._free: tuple[list[Packet], list[Packet]] = ([], [])
+        self._open: list[Piece] = []
+        self.fixed = False  # whether the number of heads can still change
 
-def _mean(views: dict[str, np.ndarray], name: str) -> np.ndarray:
-    count = views[f"{name}_count"]
-    return views[name] / _where(count > 0, count)
+    def _lay_out(self, fields: Fields) -> None:
+        self.fields = fields
+        self._parts = tuple(fields.only(group) for group in self._groups)
+        self._regions = tuple(fields.region(group) for group in self._groups)
 
+    @property
+    def heads(self) -> int:
+        """For which there is room."""
+        return self.fields.heads
 
-def _where(known: np.ndarray, values: np.ndarray) -> np.ndarray:
-    return np.where(known, values, np.nan)
+    def begin(self) -> None:
+        """Forget the step before."""
+        for piece in self._open:
+            self._release(0, piece.forward)
+            self._release(1, piece.backward)
+            piece.forward = piece.backward = None
+        self._open = []
+        self.packet.reset()
 
+    def piece(self) -> Piece:
+        """Memory for a micro-batch."""
+        piece = Piece(self._taken(0), self._taken(1))
+        self._open.append(piece)
+        return piece
 
-def _bytes(fields: Fields) -> int:
-    return sum(math.prod(shape) * np.dtype(dtype).itemsize for dtype, shape in fields.values())
+    def count(self, piece: Piece) -> None:
+        """A backward pass goes through the micro-batch: what its forward gave counts. Once is enough."""
+        if piece.forward is not None:
+            self.packet.add(piece.forward, self._regions[0])
+            self._release(0, piece.forward)
+            piece.forward = None
 
+    def forget(self, piece: Piece) -> None:
+        """Leave the micro-batch out."""
+        if piece in self._open:
+            self._open.remove(piece)
+            self._release(0, piece.forward)
+            self._release(1, piece.backward)
+            piece.forward = piece.backward = None
 
-def _all_views(data, layers: int, heads: int, probe: bool) -> dict:
-    """Named pieces of `data`, a tensor or an array of bytes, in order."""
-    library = torch if isinstance(data, Tensor) else np
-    views, start = {}, 0
-    for fields in (_sum_fields(layers, heads, probe), _part_fields(layers, heads), _max_fields(layers, heads)):
-        for name, (dtype, shape) in fields.items():
-            end = start + _bytes({name: (dtype, shape)})
-            views[name] = data[start:end].view(getattr(library, dtype)).reshape(shape)
-            start = end
-    return views
+    def finish(self) -> Packet:
+        """The packet of the step, with what backward passes gave."""
+        for piece in self._open:
+            if piece.forward is None and piece.backward is not None:  # it has gone back
+                self.packet.add(piece.backward, self._regions[1])
+                self._release(1, piece.backward)
+                piece.backward = None
+        return self.packet
+
+    def resize(self, heads: int) -> None:
+        """Make room for so many heads, before anybody relies on the layout."""
+        self._lay_out(self.fields.with_heads(heads))
+        self.packet = self.packet.with_heads(heads)
+        self._free = ([], [])
+        for piece in self._open:
+            piece.forward = None if piece.forward is None else piece.forward.with_heads(heads)
+            piece.backward = None if piece.backward is None else piece.backward.with_heads(heads)
+
+    def _taken(self, group: int) -> Packet:
+        free = self._free[group]
+        return free.pop() if free else Packet(self._parts[group], self._device)
+
+    def _release(self, group: int, packet: Packet | None) -> None:
+        if packet is not None:
+            packet.reset()
+            self._free[group].append(packet)

@@ -1,8 +1,9 @@
-"""What a fixed probe set shows of each block: delta-CKA against a reference state, entropy, activation gradients."""
+"""What a fixed probe set shows of each block: its features, beside those of a reference state, attention, gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -14,25 +15,32 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..blocks import Block, find_blocks
+from ..blocks import Block
 from ..ops.cka_rows import POOLED, RowSample, feature_rows
-from .accumulators import LayerIndices
+from ..quantities import Step
+from ..quantities.quantity import ProbeFeatures
 from .arguments import loss_of
 from .config import MonitorConfig
-from .distributed import Layout, full_of, reshard
-from .eagerly import eagerly
-from .packet import Packet
+from .eagerly import trainable_as_before, undisturbed
+from .packet import StepSums
+from .panel import Panel
+from .placements import full_of
+from .ranks import Layout
 from .rows import decoder_layers, token_mask
+from .schedule import LayerIndices, ProbeBudget
 from .taps import Taps
 
-__all__ = ["Probe"]
+__all__ = ["REFERENCE_NAME", "Probe", "ProbeClock"]
 
-_TAPPED = {"probe_entropy": "attention", "probe_activation_grad": "activation_grad"}  # as taps call them
+logger = logging.getLogger(__name__)
+
+REFERENCE_NAME = "probe_reference.npz"  # in the folder of the timeline
+
 _MIN_ROWS = 4  # debiased CKA is undefined below
 
 
 class Probe:
-    """Runs the probe set and compares the blocks' outputs with those of the reference state.
+    """Runs the probe set, and tells quantities the blocks' outputs beside those of the reference state.
 
     A probe run leaves no trace: evaluation mode, every training flag and the state of the random generators restored.
     Only where gradients are asked for does autograd run, from the loss that the model returns for the probe's labels to
@@ -40,17 +48,28 @@ class Probe:
     Which rows of the features are kept is drawn once, from the seed.
     """
 
-    def __init__(self, model: nn.Module, blocks: Sequence[Block], batches: Sequence[dict], config: MonitorConfig):
-        if isinstance(batches, (dict, Tensor)) or not all(isinstance(batch, dict) for batch in batches) or not batches:
-            raise TypeError("probe: expected a list of model inputs (dicts of tensors), at least one")
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[Block],
+        batches: Iterable[Mapping] | Mapping,
+        config: MonitorConfig,
+        panel: Panel,
+        heads: int = 1,
+    ):
+        batches = _fixed(batches)
         if config.cka_reference == "adapters_off" and not hasattr(_peft_of(model), "disable_adapter"):
             raise ValueError(f"cka_reference: 'adapters_off' needs a peft model, got {type(model).__name__}")
         # Without its wrapper: DistributedDataParallel would broadcast, and prepare its buckets for a backward pass.
-        model = _peft_of(model)
-        blocks = find_blocks(model, [block.name for block in blocks])
+        if _peft_of(model) is not model:
+            model, blocks = _peft_of(model), [replace(one, path=one.path.removeprefix("module.")) for one in blocks]
         self._model, self._blocks, self._batches, self._config = model, blocks, batches, config
-        tapped = [_TAPPED[signal] for signal in config.signals if signal in _TAPPED]
-        self.taps = Taps(model, find_blocks(model, config.blocks), tapped, config.rows, config.seed) if tapped else None
+        self._panel, listening = panel, panel.for_probe()
+        self.taps = None
+        if listening.quantities:
+            self.taps = Taps(model, blocks, listening, config, heads=heads, counts_all=True)
+        self._listening, self._clock = listening, ProbeClock(next(model.parameters()).device)
+        self.compares = panel.has("on_probe") or listening.has("on_probe")
         self._decoders = decoder_layers(model, blocks)
         self._device = next(model.parameters()).device
         self._sample = RowSample(config.cka_rows, len(batches), config.seed)
@@ -60,6 +79,37 @@ class Probe:
         self._kept: dict[tuple, tuple[Tensor, Tensor]] = {}
         self._indices = LayerIndices(self._device)
         self._reference: list[Tensor] | None = None
+
+    def begin(self, folder: Path | None, budget: ProbeBudget, guarded: Callable[[Callable[[], None]], None]) -> None:
+        """Take the reference, or that of the run that goes on in `folder`, before the first step.
+
+        `guarded` runs what writes to the disk.
+        """
+        self.budget, resumed, path = budget, budget.first_step > 0, None
+        if self.compares and self._config.cka_reference != "adapters_off":
+            if folder is not None and self._config.cka_reference == "start":
+                path = folder / REFERENCE_NAME
+            if resumed and path is not None and path.exists():
+                self.load(path)
+            else:
+                if resumed:
+                    message = "delta_cka is measured against step %d: no reference of the start is there"
+                    logger.warning(message, budget.first_step)
+                self.remember()
+                if path is not None:
+                    guarded(lambda: self.save(path))
+        self._at, self._training_from = budget.first_step - 1, perf_counter()
+
+    def step(self, step: int, sums: StepSums, due: Collection[str]) -> None:
+        """Run the probe in a training step, and decide when it is run again."""
+        step_ms = 1e3 * (perf_counter() - self._training_from) / (step - self._at)
+        self.measure(sums, due)
+        of_step = sums.packet[Step.name]
+        of_step["step_ms"].fill_(step_ms)
+        of_step["steps"].fill_(1)
+        steps = self.budget.run(step, due, self._clock.last_ms, step_ms)
+        of_step["probe_every"].fill_(steps or 0)  # else those that join the ranks' sums know
+        self._at, self._training_from = step, perf_counter()
 
     def remember(self) -> None:
         """Take the model as it is now for the reference; with "adapters_off" there is nothing to store."""
@@ -93,63 +143,80 @@ class Probe:
             raise ValueError(f"{path} holds reference features of another probe or of other blocks")
         self._reference = [torch.from_numpy(array).to(one) for array, one in zip(arrays, now, strict=True)]
 
-    def share(self, layout: Layout, sharded_outputs: set[int]) -> None:
-        """Measure as one of several ranks, all of which run the whole probe; `sharded_outputs` as in `Taps`."""
+    def share(self, layout: Layout) -> None:
+        """Measure as one of several ranks, all of which run the whole probe."""
         if self.taps is not None:
             self.taps.share(replace(layout, world=layout.tensor, data=1, data_rank=0))
-            self.taps.sharded_outputs = sharded_outputs
 
-    def measure(self, packet: Packet) -> None:
-        """Run the probe set once and write what the configuration asks for, and what it took, into `packet`."""
+    def measure(self, sums: StepSums, due: Collection[str]) -> None:
+        """Run the probe set once and write what the quantities `due` make of it, and what it took, into `sums`."""
         started = perf_counter()
-        if self.taps is None:
-            features = self._features()
-        else:
-            self.taps.write_probe_into(packet)
-            self.taps.attach(0)  # the same query rows every time
-            try:
-                features = self._features(self.taps)
-            finally:
-                self.taps.detach()
-        signals = self._config.signals
-        if "delta_cka" in signals:
-            for name, values in self._compared(features).items():
-                packet[name].copy_(values)
-                packet[f"{name}_count"].fill_(1)
-        if "probe_activation_grad" in signals:
-            packet["probe_activation_squares"].copy_(self.taps.activations.squares())
-            packet["probe_activation_count"].copy_(self.taps.activation_counts())
-        packet["probe_ms"].fill_(1e3 * (perf_counter() - started))
-        packet["probe_ms_count"].fill_(1)
+        self._clock.begin()
+        listening, taps = self._listening, None
+        if self.taps is not None and not listening.quantities.keys().isdisjoint(due):
+            taps = self.taps
+            taps.attach(0, due)  # the same query rows every time
+        try:
+            features = self._features(taps)
+        finally:
+            if taps is not None:
+                taps.detach()
+        if taps is not None:
+            taps.gather(1.0)
+            if taps.failure is not None:
+                raise taps.failure
+            if taps.widest > sums.heads and not sums.fixed:
+                sums.resize(taps.widest)
+            taps.sums.resize(sums.heads)
+        panels = (
+            [(self._panel, sums.packet)]
+            if taps is None
+            else [(self._panel, sums.packet), (listening, taps.sums.packet)]
+        )
+        told = [(panel, of, panel.listening("on_probe")) for panel, of in panels]
+        if any(quantities for _, _, quantities in told):
+            event = self._beside_reference(features)
+            for panel, of, quantities in told:
+                panel.tell("on_probe", quantities, of, event)
+        if taps is not None:
+            for name in listening.due:
+                for field, view in taps.sums.packet[name].items():
+                    sums.packet[name][field].copy_(view)
+            self._panel.failures |= listening.failures
+        self._clock.end()
+        of_step = sums.packet[Step.name]
+        of_step["probe_ms"].fill_(self._clock.ms(1e3 * (perf_counter() - started)))
+        of_step["probes"].fill_(1)
+
+    @property
+    def sharded_outputs(self) -> set[int]:
+        """Layers whose output the ranks of one batch have split."""
+        return set() if self.taps is None else self.taps.sharded_outputs
 
     def delta_cka(self) -> Tensor:
         """[L] float32: 1 - CKA between the reference and the model as it is now."""
-        return self._compared(self._features())["delta_cka"]
+        event = self._beside_reference(self._features())
+        found = torch.empty(len(event.features), device=self._device)
+        options = {"rank": self._config.cka_rank, "debiased": self._config.cka_debiased}
+        for layers, index in zip(event.stacks, event.indices, strict=True):
+            x, y = (torch.stack([of[i] for i in layers]) for of in (event.reference, event.features))
+            found.index_copy_(0, index, ops.delta_cka(x, y, **options).float())
+        return found
 
-    def _compared(self, after: list[Tensor]) -> dict[str, Tensor]:
-        """`delta_cka` [L] of the features of now, and where it is asked for its standard error `delta_cka_se` [L]."""
+    def _beside_reference(self, after: list[Tensor]) -> ProbeFeatures:
         before = self._reference
-        if before is None:
-            with _trainable_as_before(self._model), _peft_of(self._model).disable_adapter():
+        if self._config.cka_reference == "adapters_off":
+            with trainable_as_before(self._model), _peft_of(self._model).disable_adapter():
                 before = self._features()
         if self._config.cka_reference == "previous":
             self._reference = after
         groups: dict[tuple, list[int]] = {}
         for layer, features in enumerate(after):
             groups.setdefault((features.shape, layer in self._decoders), []).append(layer)
-        options = {"rank": self._config.cka_rank, "debiased": self._config.cka_debiased}
-        names = ("delta_cka", "delta_cka_se") if self._config.cka_se else ("delta_cka",)
-        found = {name: torch.empty(len(after), device=self._device) for name in names}
-        for layers in groups.values():
-            x, y = (torch.stack([features[layer] for layer in layers]) for features in (before, after))
-            if self._config.cka_se:
-                result = ops.cka_jackknife(x, y, self._sequences[layers[0]], **options)
-                values = {"delta_cka": result.delta, "delta_cka_se": result.standard_error}
-            else:
-                values = {"delta_cka": ops.delta_cka(x, y, **options)}
-            for name, of_layers in values.items():
-                found[name].index_copy_(0, self._indices[tuple(layers)], of_layers.to(found[name].dtype))
-        return found
+        stacks = tuple(tuple(layers) for layers in groups.values())
+        indices = tuple(self._indices[layers] for layers in stacks)
+        reference = None if before is None else tuple(before)
+        return ProbeFeatures(tuple(after), tuple(self._sequences), reference, stacks, indices)
 
     # ---- one run -----------------------------------------------------------------------------------------------------
 
@@ -158,7 +225,7 @@ class Probe:
         kept: list[list[Tensor]] = [[] for _ in self._blocks]
         sequences: list[list[Tensor]] = [[] for _ in self._blocks]
         begun = 0  # sequences of earlier batches
-        with _undisturbed(self._model, self._device, autograd=taps is not None):
+        with undisturbed(self._model, self._device, autograd=taps is not None):
             for number, batch in enumerate(self._batches):
                 there = partial(torch.Tensor.to, device=self._device, non_blocking=True)
                 inputs = {k: there(v) if isinstance(v, Tensor) else v for k, v in batch.items()}
@@ -232,6 +299,62 @@ class Probe:
         return places[keep], sequences[keep]
 
 
+class ProbeClock:
+    """What a run of the probe takes, without waiting for a device: of a GPU, the last run of which the end was seen."""
+
+    def __init__(self, device: torch.device):
+        self._gpu, self._runs, self.last_ms = device.type == "cuda", [], 0.0
+
+    def begin(self) -> None:
+        """Before a run."""
+        if self._gpu:
+            self._runs.append([torch.cuda.Event(enable_timing=True) for _ in range(2)])
+            self._runs[-1][0].record()
+
+    def end(self) -> None:
+        """After it."""
+        if self._gpu:
+            self._runs[-1][1].record()
+
+    def ms(self, host_ms: float) -> float:
+        """Of the run that has ended, whose host time is given."""
+        of_device = [begun.elapsed_time(ended) for begun, ended in self._runs if ended.query()]
+        if self._gpu:
+            self._runs = self._runs[-1:]
+        self.last_ms = max(host_ms, *of_device[-1:], 0.0)
+        return self.last_ms
+
+
+def _fixed(batches: Iterable[Mapping] | Mapping) -> list[dict]:
+    """The probe as a list of dicts, which stays what it is."""
+    expected = "probe: expected a list of model inputs (dicts of tensors), at least one"
+    if isinstance(batches, Mapping):
+        batches = [batches]  # what a tokenizer returns is one batch
+    if isinstance(batches, (str, Tensor)) or not isinstance(batches, Iterable):
+        raise TypeError(f"{expected}, got {type(batches).__name__}")
+    found = list(batches)
+    wrong = [type(batch).__name__ for batch in found if not isinstance(batch, Mapping)]
+    if wrong or not found:
+        raise TypeError(f"{expected}, got {f'one of {wrong[0]}' if wrong else 'none'}")
+    if not isinstance(batches, (list, tuple)) and iter(batches) is not batches:
+        again = list(batches)
+        if len(again) != len(found) or not all(map(_same, found, again)):
+            raise ValueError(
+                "probe: it returns other batches the second time, so values would not be comparable between runs; give "
+                "a list of batches, or a loader that does not shuffle"
+            )
+    return [dict(batch) for batch in found]
+
+
+def _same(left: Mapping, right: Mapping) -> bool:
+    if left.keys() != right.keys():
+        return False
+    pairs = [(left[name], right[name]) for name in left]
+    return all(
+        torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b or a == b for a, b in pairs
+    )
+
+
 def _backward_to(outputs: Iterable[Tensor], loss: Tensor | None) -> None:
     """Send the gradients of `loss` as far down as to `outputs`, past their hooks and into no parameter's `grad`."""
     outputs = [output for output in outputs if output.requires_grad]
@@ -239,33 +362,7 @@ def _backward_to(outputs: Iterable[Tensor], loss: Tensor | None) -> None:
         torch.autograd.grad(loss, outputs, allow_unused=True)
 
 
-# ---- leaving no trace ------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _undisturbed(model: nn.Module, device: torch.device, autograd: bool) -> Iterator[None]:
-    training = [(module, module.training) for module in model.modules()]
-    generators = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=generators), torch.set_grad_enabled(autograd), eagerly():
-        try:
-            for module, _ in training:
-                module.training = False  # not model.eval(), which some models turn into more than a flag
-            yield
-        finally:
-            for module, flag in training:
-                module.training = flag
-            reshard(model)
-
-
-@contextmanager
-def _trainable_as_before(model: nn.Module) -> Iterator[None]:
-    # peft marks every active adapter trainable when it switches them on again, frozen ones too.
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        yield
-    finally:
-        for parameter, flag in trainable:
-            parameter.requires_grad_(flag)
+# ---- seeing outputs --------------------------------------------------------------------------------------------------
 
 
 @contextmanager

@@ -1,7 +1,8 @@
-"""The way of a packet from the device into the timeline, on which the training never waits.
+"""Where measured steps go: from the device into the timeline, on a way on which the training never waits.
 
-The training's thread starts a copy into a free slot of a ring and goes on; a second thread waits for the copy, finishes
-the numbers and appends them. Where no slot is free, because the disk stalls, the packet is dropped and counted.
+The training's thread starts a copy into a free slot of a ring, hands over a `Measured` that nobody writes afterwards,
+and goes on; a second thread waits for the copy, joins it with the other ranks', finishes the numbers, appends them and
+raises alerts. Where no slot is free, because the disk stalls, the step is dropped and counted.
 """
 
 from __future__ import annotations
@@ -10,17 +11,26 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
 from queue import SimpleQueue
 from time import perf_counter
 
 import torch
 from torch import Tensor
 
-from ..timeline import TimelineWriter
-from .packet import Packet, row_of
+from ..alerts import Alert, AlertWatch, log_alerts
+from ..timeline import Timeline, TimelineWriter
+from ..timeline.writer import KEPT_BYTES
+from .packet import Packet
+from .panel import Panel
+from .ranks import Join, Layout, Ranks
+from .schedule import ProbeBudget
 
-__all__ = ["Recorder", "WarnOnce"]
+__all__ = ["Measured", "Record", "Recorder", "WarnOnce"]
+
+logger = logging.getLogger(__name__)
 
 RING_BYTES = 2**20  # of memory for the ring, if that gives a number of slots between these
 MIN_SLOTS, MAX_SLOTS = 8, 256
@@ -73,42 +83,57 @@ class CudaCopies:
             torch.cuda.current_stream(self._device).wait_event(self._last)
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What the training's thread knows of a measured step, beside its packet."""
+
+    step: int
+    due: frozenset[str]  # quantities that were measured
+    sharded_outputs: frozenset[int]  # layers whose output the ranks of one batch have split
+    probed: bool  # the probe was run
+    began: float  # `perf_counter` at which it would have begun, if all of measuring had been done in one go
+
+
 class Recorder:
     """Appends packets to a timeline from a thread of its own.
 
     A child process that was forked owns neither the thread nor the file: there, all methods do nothing. When the disk
     refuses rows they stay in memory, and when the thread has died, whoever reads or closes the timeline does its work.
+
+    Args:
+        writer: of the timeline.
+        packet: one like those that are recorded.
+        row: makes the columns of a packet, of what was due, and of whether other ranks are missing; see `Panel.row`.
+        warn: once of each kind.
+        copies: how packets come to the host.
+        join: makes the packet of this process that of all, in place, for every step in order, and returns how many
+            processes are missing from it; called with None for a step that was dropped here, which the others must not
+            wait for.
+        decide: called with the row of every step with a run of the probe, of all ranks, or with none where it is not
+            known; returns how many steps there are to the next run.
+        told: called with the row of every step that has any values, after it was appended.
+        keeps: whether rows are appended at all.
+        patience_s: how long reading and closing wait for the thread.
     """
 
     def __init__(
         self,
         writer: TimelineWriter,
         packet: Packet,
+        row: Callable[..., dict],
         warn: WarnOnce,
         copies=None,
         *,
-        join: Callable[[int, Packet | None], int] | None = None,
+        join: Callable[..., int] | None = None,
+        decide: Callable[[dict], int] | None = None,
         told: Callable[[int, dict], None] | None = None,
         keeps: bool = True,
         patience_s: float = PATIENCE_S,
     ):
-        """Record `packet`.
-
-        Args:
-            writer: of the timeline.
-            packet: what the training's thread fills.
-            warn: once of each kind.
-            copies: how packets come to the host.
-            join: makes the packet of this process that of all, in place, for every step in order, and returns how many
-                processes are missing from it; called with None for a step that was dropped here, which the others must
-                not wait for.
-            told: called with the measured signals of every step that has any, after it was appended.
-            keeps: whether rows are appended at all.
-            patience_s: how long reading and closing wait for the thread.
-        """
         self._without_slot = self._unfinished = 0  # packets that are missing; each is counted by one thread alone
+        self._decide = decide
         self._join, self._told, self._keeps, self._patience_s = join, told, keeps, patience_s
-        self._writer, self._packet, self._warn = writer, packet, warn
+        self._writer, self._fields, self._row_of, self._warn = writer, packet.fields, row, warn
         pinned = packet.data.device.type == "cuda"
         self._copies = copies or (CudaCopies(packet.data.device) if pinned else HostCopies())
         slots = min(max(RING_BYTES // packet.data.nbytes, MIN_SLOTS), MAX_SLOTS)
@@ -120,8 +145,8 @@ class Recorder:
         self._thread = threading.Thread(target=self._work, name="inflection_fast timeline", daemon=True)
         self._thread.start()
 
-    def record(self, step: int, began: float) -> None:
-        """Copy the packet as it is now; its row is that of `step`, whose measuring `began` at that `perf_counter`."""
+    def record(self, measured: Measured, packet: Packet) -> None:
+        """Copy the packet as it is now."""
         if os.getpid() != self._owner:
             return
         if not self._thread.is_alive():
@@ -129,13 +154,14 @@ class Recorder:
             self._finish_all(store=self._writer.keep)
         if not self._free:
             self._without_slot += 1
-            self._warn("dropped", f"the timeline cannot be written fast enough: step {step} is missing from it")
+            message = f"the timeline cannot be written fast enough: step {measured.step} is missing from it"
+            self._warn("dropped", message)
             if self._join is not None:
-                self._filled.put((None, None, step, 0.0))
+                self._filled.put((measured, None, None, 0.0))
             return
         slot = self._free.popleft()
-        arrival = self._copies.start(self._ring[slot], self._packet.data)
-        self._filled.put((slot, arrival, step, 1e3 * (perf_counter() - began)))
+        arrival = self._copies.start(self._ring[slot], packet.data)
+        self._filled.put((measured, slot, arrival, 1e3 * (perf_counter() - measured.began)))
 
     def before_overwriting(self) -> None:
         """Call it before the packet is written again."""
@@ -156,13 +182,15 @@ class Recorder:
         if isinstance(item, threading.Event):
             item.set()
             return
-        slot, arrival, step, measure_ms = item
-        measured = ()
+        measured, slot, arrival, measure_ms = item
+        step, row, decided = measured.step, {}, self._decide is None or not measured.probed
         try:
             if slot is None:
                 self._join(step, None)
                 return
-            row, measured = self._row(slot, arrival, step)
+            row = self._row(measured, slot, arrival)
+            if not decided and row["missing_ranks"] == 0:
+                row["probe_every"], decided = float(self._decide(row)), True
             if self._keeps:
                 store(step, **row, measure_ms=measure_ms)
         except OSError as error:
@@ -171,19 +199,20 @@ class Recorder:
             self._unfinished += slot is not None  # else it was counted when it was dropped
             self._warn("row", f"step {step} is missing from the timeline: {error!r}")
         finally:
+            if not decided:
+                self._decide({})
             if slot is not None:
                 self._free.append(slot)
-        if self._told is not None and measured:
-            self._told(step, {name: row[name] for name in measured})
+        if self._told is not None and row:
+            self._told(step, row)
 
-    def _row(self, slot: int, arrival, step: int) -> tuple[dict, set[str]]:
-        """The finished numbers in a slot, which do not refer to its memory, and which of them were measured."""
+    def _row(self, measured: Measured, slot: int, arrival) -> dict:
+        """The finished numbers in a slot, which do not refer to its memory."""
         if arrival is not None:
             arrival.synchronize()
-        packet = Packet.like(self._packet, self._ring[slot])
-        missing = 0 if self._join is None else self._join(step, packet)
-        row = row_of(packet.data.numpy(), packet.layers, packet.heads, probe=packet.probe)
-        return row | {"missing_ranks": missing}, packet.measured() | {"missing_ranks"}
+        packet = Packet(self._fields, data=self._ring[slot])
+        missing = 0 if self._join is None else self._join(measured.step, packet, measured.sharded_outputs)
+        return self._row_of(packet, measured.due, alone=missing > 0) | {"missing_ranks": float(missing)}
 
     def _finish_all(self, store) -> None:
         while not self._filled.empty():
@@ -224,7 +253,135 @@ class Recorder:
             self._thread.join(POLL_S if self._hangs else self._patience_s)
             if self._thread.is_alive():
                 return  # it hangs in the disk, which `drain` has told
+            self._row_of = None  # whoever keeps a closed recorder keeps no quantity, which may know the model
         try:
             self._writer.close()
         except OSError as error:
             self._warn("disk", f"{self._writer.path}: {error}; its last steps are in memory only")
+
+
+class Record:
+    """The timeline of a monitor, opened when the number of heads is known, and its recorder.
+
+    Args:
+        out: folder of the file; None: in memory only.
+        layers: names of the blocks.
+        panel: the quantities, whose columns it has.
+        resume_at: the step from which an existing file is continued; None: there must be none.
+        watch: raises alerts; None: there are none.
+        on_alert: called with them.
+    """
+
+    def __init__(
+        self,
+        out: Path | None,
+        layers: list[str],
+        panel: Panel,
+        resume_at: int | None,
+        watch: AlertWatch | None,
+        on_alert: Callable[[list[Alert]], None] | None,
+    ):
+        self._out, self._layers, self._resume_at = out, layers, resume_at
+        self._panel, self._watch, self._on_alert = panel, watch, on_alert
+        self._writer: TimelineWriter | None = None
+        self._heads, self.writes = 0, True  # whether this process keeps the file
+        self.recorder: Recorder | None = None
+        self.budget: ProbeBudget | None = None
+        self.warn = panel.warn = WarnOnce(logger)
+
+    def is_open(self, heads: int) -> bool:
+        """Whether there is a timeline already, for blocks of so many heads."""
+        return self._writer is not None and self._heads == heads
+
+    def open(self, heads: int, meta: dict) -> None:
+        """Open the timeline, in memory where this process does not write. `ValueError` if it is of another run.
+
+        `OSError` if the disk refuses.
+        """
+        folder = self._out if self.writes else None
+        if self._writer is not None:  # the number of heads was taken for another, and nothing was written yet
+            self._writer.close()
+            self._resume_at = self._resume_at or 0
+        self._writer, self._heads = self._opened(folder, heads, meta), heads
+
+    def open_or_keep(self, heads: int, meta: dict) -> None:
+        """As `open`; a disk that refuses costs the file, not the training: the last rows are kept in memory."""
+        try:
+            self.open(heads, meta)
+        except OSError as error:
+            self._tell(error)
+            self._writer, self._heads = self._opened(None, heads, meta, keep_bytes=KEPT_BYTES), heads
+
+    def _opened(self, folder: Path | None, heads: int, meta: dict, **options) -> TimelineWriter:
+        described = {"columns": self._panel.columns, "axes": self._panel.axes, "resume_at": self._resume_at}
+        writer = TimelineWriter(folder, layers=self._layers, heads=heads, meta=meta, **described, **options)
+        if self._watch is not None:
+            self._watch.resume(writer.timeline)
+        return writer
+
+    def start(
+        self,
+        packet: Packet,
+        layout: Layout,
+        ranks: Ranks | None,
+        probed: Collection[str],
+        rank_timeout_s: float,
+    ) -> None:
+        """Record packets like `packet` from now on, joined with those of `ranks`."""
+        keeps, join, patience_s = layout.writes or self._out is None, None, PATIENCE_S
+        if ranks is not None:
+            join = Join(ranks, layout, packet.fields, probed, self.warn)
+            patience_s += rank_timeout_s
+        # The recorder outlives a monitor that is forgotten: nothing here may hold on to it.
+        budget, decide = self.budget, None
+        if join is not None and budget is not None:
+            decide = lambda row: budget.decide(*(_number(row.get(name)) for name in ("probe_ms", "step_ms")))  # noqa: E731
+        watch, on_alert = self._watch if layout.writes else None, self._on_alert
+        told = None if watch is None else lambda step, row: log_alerts(watch.push(step, row), on_alert)
+        self.recorder = Recorder(
+            self._writer,
+            packet,
+            self._panel.row,
+            self.warn,
+            join=join,
+            decide=decide,
+            told=told,
+            keeps=keeps,
+            patience_s=patience_s,
+        )
+
+    @property
+    def timeline(self) -> Timeline:
+        """All that was recorded, waiting for what is on its way. `RuntimeError` before it was opened."""
+        if self._writer is None:
+            raise RuntimeError("Monitor.timeline before the context was entered: nothing was measured")
+        if self.recorder is not None:
+            self.recorder.drain()
+        return self._writer.timeline
+
+    @property
+    def dropped(self) -> int:
+        """Measured steps that are missing from the timeline: the disk or a rank was too slow, or a row failed."""
+        given_up = 0 if self._writer is None else self._writer.given_up
+        return given_up + (0 if self.recorder is None else self.recorder.dropped)
+
+    def close(self) -> None:
+        """Finish and close the timeline, which stays readable."""
+        if self.recorder is not None:
+            self.recorder.close()
+        elif self._writer is not None:
+            self.guarded(self._writer.close)
+
+    def guarded(self, write: Callable[[], None]) -> None:
+        """Run a write to the disk; one that is refused is told."""
+        try:
+            write()
+        except OSError as error:
+            self._tell(error)
+
+    def _tell(self, error: OSError) -> None:
+        self.warn("disk", f"{self._out}: {error}; measuring goes on in memory")
+
+
+def _number(value) -> float | None:
+    return None if value is None or value.mask else float(value)

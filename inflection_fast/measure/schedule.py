@@ -2,19 +2,108 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+import math
+import threading
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .recent import Recent
+__all__ = ["MOST_LISTS", "LayerIndices", "ProbeBudget", "Recent", "RowSampler", "Strata", "is_due"]
 
-__all__ = ["RowSampler", "Strata", "is_due"]
+MOST_LISTS = 512  # of layers, of which tensors are kept: where layers are dropped at random, every step has others
 
 
 def is_due(step: int, every: int) -> bool:
     """Whether optimizer step `step` (0-based) is one of 0, every, 2 * every, ..."""
     return step % every == 0
+
+
+class ProbeBudget:
+    """When the probe is run: as the quantities say that need it, but so seldom that it keeps to its share of the time.
+
+    The decision follows from what a run and the training steps before it took. Several ranks decide by the means over
+    all of them, which their recorders' threads know a little later; the training's threads ask only at the next step at
+    which a run could be due, when those have long arrived.
+
+    Args:
+        every: cadence by quantity.
+        share: of the training time; None: no bound.
+        first_step: of the run.
+        joined: other ranks decide along; then `decide` is called for every run, in whatever thread.
+        patience_s: how long to wait for a decision; after that the one before holds.
+    """
+
+    def __init__(
+        self, every: Mapping[str, int], share: float | None, first_step: int, *, joined: bool, patience_s: float
+    ):
+        self._every, self._share, self._joined, self._patience_s = dict(every), share, joined, patience_s
+        self.first_step = first_step
+        self._last = dict.fromkeys(every, first_step - 1)
+        self._next = self._at = first_step
+        self._spent_ms = 0.0
+        self._decided = threading.Event()
+        self._decided.set()
+
+    def due(self, step: int) -> frozenset[str]:
+        """The quantities to measure at `step`."""
+        if not self._is_candidate(step):
+            return frozenset()
+        self._decided.wait(self._patience_s)
+        if step < self._next:
+            return frozenset()
+        return frozenset(name for name, every in self._every.items() if step // every > self._last[name] // every)
+
+    def _is_candidate(self, step: int) -> bool:
+        return any(is_due(step, every) for every in self._every.values())
+
+    def run(self, step: int, quantities: Collection[str], probe_ms: float, step_ms: float) -> int | None:
+        """The probe was run at `step`. Returns the steps to the next run, where other ranks need not be asked."""
+        self._last |= dict.fromkeys(quantities, step)
+        self._at, self._next = step, step + 1
+        self._decided.clear()
+        return None if self._joined else self.decide(probe_ms, step_ms)
+
+    def decide(self, probe_ms: float | None, step_ms: float | None) -> int:
+        """Fix the next step with a run, from the times of the last one; None: nobody knows. Returns their distance."""
+        steps = 1
+        if probe_ms is not None and step_ms is not None:
+            self._spent_ms += probe_ms
+            if self._share is not None and self._spent_ms > FREE_MS and step_ms > 0:
+                steps = math.ceil(probe_ms / (self._share * step_ms))
+        self._next = self._at + steps
+        self._decided.set()
+        return next(step for step in itertools.count(self._next) if self._is_candidate(step)) - self._at
+
+
+FREE_MS = 1000.0  # of runs of the probe in all, before their share of the training time counts
+
+
+class Recent(dict):
+    """A dict with no more than `most` keys, which a run of months does not fill: a new one replaces the oldest."""
+
+    def __init__(self, most: int):
+        super().__init__()
+        self._most = most
+
+    def __setitem__(self, key, value) -> None:
+        if key not in self and len(self) == self._most:
+            del self[next(iter(self))]
+        super().__setitem__(key, value)
+
+
+class LayerIndices(Recent):
+    """Tuples of layers as int64 tensors on a device, each brought there once: a copy from the host takes its time."""
+
+    def __init__(self, device: torch.device):
+        super().__init__(MOST_LISTS)
+        self._device = device
+
+    def __missing__(self, layers: tuple[int, ...]) -> Tensor:
+        self[layers] = torch.tensor(layers).to(self._device, non_blocking=True)
+        return self[layers]
 
 
 @dataclass(frozen=True)
@@ -23,7 +112,25 @@ class Strata:
 
     rows: Tensor | None  # [R] int64, increasing; None: every position is measured
     weights: Tensor  # [R] float64, positions that each sampled one stands for
-    difference_weights: Tensor  # [R - 1] float64, see `strata_of`; empty where every position is measured
+    difference_weights: Tensor  # [R - 1] float64, see `_difference_weights`; empty where every position is measured
+
+    def within(self, cu_seqlens: Tensor) -> Strata:
+        """The same for sequences that are packed into one row and begin at `cu_seqlens` [S + 1].
+
+        A sample has neighbours in its own sequence only, because what is measured jumps from one to the next; one
+        without any keeps those that it had.
+        """
+        if self.rows is None or len(self.rows) < 2:
+            return self
+        sequence = torch.searchsorted(cu_seqlens.to(self.rows), self.rows, right=True)
+        same = sequence[1:] == sequence[:-1]  # [R - 1]
+        beside = torch.nn.functional.pad(same, (1, 1)).double()
+        neighbours = beside[:-1] + beside[1:]  # [R]
+        alone = neighbours == 0
+        edges = torch.full_like(neighbours, 2.0)
+        edges[0] = edges[-1] = 1.0
+        share = self.weights * (self.weights - 1) / (2 * torch.where(alone, edges, neighbours))
+        return replace(self, difference_weights=share[:-1] * (same | alone[:-1]) + share[1:] * (same | alone[1:]))
 
 
 class RowSampler:

@@ -7,74 +7,81 @@ checkpointing, run without autograd or outside the model's forward.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial, wraps
-from time import perf_counter
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 
 from ..blocks import Block
-from .accumulators import MOST_LISTS, GradientNorms, HeadMeans
-from .arguments import loss_of, named_inputs, requiring_grad, tensors_of
+from ..quantities.quantity import OutputGradient, ParameterGradient, SubmoduleForward
+from .arguments import hidden_of, named_inputs, requiring_grad, tensors_of
 from .attention import AttentionCall
 from .attention_taps import AttentionTaps
-from .distributed import Layout, is_sharded, local_of
+from .config import MonitorConfig
 from .eagerly import eagerly
-from .gradients import gradients_of
-from .micro_batch import MicroBatch
-from .packet import Packet
-from .recent import Recent
-from .rows import ValidRows
+from .gradients import BlockParameters
+from .hooks import Nothing, forgiving, removed
+from .micro_batch import MicroBatch, version_of
+from .packet import StepSums
+from .panel import Panel
+from .placements import is_sharded, local_of
+from .ranks import Layout
+from .rows import decoder_layers
 
-__all__ = ["Taps"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["Taps", "device_of"]
 
 
-def _forgiving(hook):
-    """A hook that fails costs the step its values. Before a first step was measured, it is an error of the set-up."""
-
-    @wraps(hook)
-    def forgiving(self: Taps, *args):
-        if self.failure is not None:
-            return None
-        try:
-            return hook(self, *args)
-        except Exception as error:
-            if not self.forgives:
-                raise
-            self.failure = error
-            return None
-
-    return forgiving
+def device_of(blocks: Sequence[Block]) -> torch.device:
+    """Where the sums of a model are kept: with the first parameter of its first block."""
+    return next(blocks[0].module.parameters(), torch.empty(0)).device
 
 
 class Taps:
-    """The hooks on a model and the accumulators they fill during one measured step. Reused from step to step."""
+    """The hooks on a model during one measured step, and the sums that quantities fill. Reused from step to step.
 
-    def __init__(self, model: nn.Module, blocks: Sequence[Block], signals: Sequence[str], rows: int | None, seed: int):
-        self._model, self._blocks, self._signals = model, blocks, signals
-        self.device = next(blocks[0].module.parameters(), torch.empty(0)).device
-        self._attention: AttentionTaps | None = None
-        if "attention" in signals:
-            self._attention = AttentionTaps(model, blocks, rows, seed, self.device, self.allocate)
-        self._marks: dict[frozenset[int], Tensor] = Recent(MOST_LISTS)
+    Args:
+        model: what the training loop calls.
+        blocks: of it.
+        panel: the quantities that listen.
+        heads: for which there is room at first.
+        config: tells which query rows are drawn.
+        counts_all: forwards count although no backward pass goes through them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[Block],
+        panel: Panel,
+        config: MonitorConfig,
+        *,
+        heads: int = 1,
+        counts_all: bool = False,
+    ):
+        self._model, self._blocks, self._panel, self._counts_all = model, blocks, panel, counts_all
+        self.device = device_of(blocks)
+        self._attention = AttentionTaps(model, blocks, panel, config.rows, config.seed, self.device)
+        self._sees_attention = False
+        self._layers: dict[nn.Module, list[int]] = {}  # several, where one module is run again and again
+        for block in blocks:
+            self._layers.setdefault(block.module, []).append(block.index)
+        self._decoders = decoder_layers(model, blocks)
+        groups = panel.of_group("forward"), panel.of_group("backward")
+        self.sums = StepSums(panel.fields(len(blocks), heads), *groups, self.device)
+        self.parameters = BlockParameters(blocks, self.device)
         self._attached = ExitStack()  # hooks, for the length of a step
         self._listening = ExitStack()  # attention, for the length of a forward
         self._current: MicroBatch | None = None  # inside a training forward
-        self._micro_batches: list[MicroBatch] = []
-        self._layer: int | None = None  # of the block that is running
+        self._going_back: MicroBatch | None = None  # whose backward pass began last
+        self.micro_batches: list[MicroBatch] = []
+        self._running: list[tuple[int | None, tuple]] = []  # blocks that run, the innermost last, and what went in
         self._layout = Layout()
         self.sharded_outputs: set[int] = set()  # layers whose output the ranks of one batch have split
-        self.packet: Packet | None = None  # made when the first call tells how many heads there are
-        self.probe = False  # the packet has room for the sums over a probe set
-        self.activations = GradientNorms(len(blocks), self.device)
-        self.parameter_squares: Tensor | None = None  # [<= L], of the last backward pass
-        self.losses: list[Tensor] = []  # what the model returned under the name "loss", per micro-batch
+        self.parameters_read = False
+        self.stepped_inside = False  # at the end of the backward pass no gradient was left: somebody has used them up
         self.seconds = 0.0  # host time spent in here since `attach`
         self.forgives = False  # what a hook raises is kept as `failure` and does not reach the training
         self.failure: Exception | None = None  # why this step has no values
@@ -82,25 +89,51 @@ class Taps:
     def share(self, layout: Layout) -> None:
         """Measure as one of several ranks."""
         self._layout = layout
-        if self._attention is not None:
-            self._attention.share(layout)
+        self._attention.share(layout)
+        self.parameters.share(layout)
+
+    @property
+    def widest(self) -> int:
+        """Heads of the widest attention so far, on all ranks together; 0: none was seen."""
+        return self._attention.widest
+
+    def fit_heads(self, of_probe: Taps | None, *, shrinks: bool) -> None:
+        """Before the first step is recorded: room for as many heads as were seen, whatever modules state."""
+        widest = max(self.widest, 0 if of_probe is None else of_probe.widest)
+        if shrinks and not self.sums.fixed and 0 < widest < self.sums.heads:
+            self.sums.resize(widest)
+        self.sums.fixed = True
 
     # ---- the length of a step ----------------------------------------------------------------------------------------
 
-    def attach(self, step: int) -> None:
-        """Install the hooks and forget the step before."""
+    def attach(self, step: int, due: Collection[str]) -> None:
+        """Install the hooks that the quantities `due` need, and forget the step before."""
         self.reset()
-        if self._attention is not None:
-            self._attention.begin(step)
+        panel = self._panel
+        panel.begin(due, step)
+        self._attention.begin(step)
+        self.parameters.look()
+        self._sees_attention = bool(panel.listening("on_attention") or panel.listening("on_attention_call"))
+        self._wants_gradients = bool(panel.listening("on_output_gradient"))
         self._attached.callback(self._stop_listening)
         add = self._attached.enter_context
         add(eagerly())
-        add(_removed(self._model.register_forward_pre_hook(self._forward_begins, with_kwargs=True)))
-        add(_removed(self._model.register_forward_hook(self._forward_ends, always_call=True)))
-        for block in self._blocks:
-            begins, ends = partial(self._block_begins, block.index), partial(self._block_ends, block.index)
-            add(_removed(block.module.register_forward_pre_hook(begins, with_kwargs=True)))
-            add(_removed(block.module.register_forward_hook(ends, always_call=True)))
+        add(removed(self._model.register_forward_pre_hook(self._forward_begins, with_kwargs=True)))
+        add(removed(self._model.register_forward_hook(self._forward_ends, always_call=True)))
+        for module, layers in self._layers.items():
+            begins, ends = partial(self._block_begins, layers), partial(self._block_ends, layers)
+            add(removed(module.register_forward_pre_hook(begins, with_kwargs=True)))
+            add(removed(module.register_forward_hook(ends, always_call=True)))
+        for quantity in panel.listening("on_submodule"):
+            for layers in self._layers.values():
+                for name, module in quantity.submodules(self._blocks[layers[0]]).items():
+                    ends = partial(self._submodule_ends, quantity, layers, name)
+                    add(removed(module.register_forward_hook(ends, with_kwargs=True)))
+        if panel.listening("on_parameter_gradient"):
+            for layer, name, parameter in self.parameters:
+                if parameter.requires_grad:
+                    arrives = partial(self._parameter_gradient, layer, name, parameter)
+                    add(removed(parameter.register_hook(arrives)))
 
     def __deepcopy__(self, memo: dict) -> Taps:
         """Itself: a copy of a measured model (an average of its weights) carries hooks along, which then do nothing."""
@@ -108,59 +141,68 @@ class Taps:
 
     def __reduce__(self) -> tuple:
         """Nothing attached: so a model can be saved as a whole while it is measured."""
-        return _Nothing, ()
+        return Nothing, ()
 
     def detach(self) -> None:
         """Remove the hooks. What was accumulated stays; graphs that are still alive write no more. Safe to repeat."""
-        for micro_batch in self._micro_batches:
+        for micro_batch in self.micro_batches:
             micro_batch.live = False
         self._attached.close()
 
     def forget_model(self) -> None:
         """Hold nothing of the model any more: these taps are not attached again."""
         self.reset()
-        self._model, self._blocks = None, []
-        if self._attention is not None:
-            self._attention.forget_model()
+        self._model, self._blocks, self._layers = None, [], {}
+        self._attention.forget_model()
+        self.parameters = BlockParameters([], self.device)
 
     def reset(self) -> None:
         """Forget what was accumulated."""
-        self._micro_batches = []
-        self._current = self._layer = self.parameter_squares = None
-        self.activations.reset()
-        self.losses = []
+        self.micro_batches = []
+        self._current = self._going_back = None
+        self._running.clear()
+        self.parameters_read = self.stepped_inside = False
+        self.sharded_outputs = set()
         self.seconds, self.failure = 0.0, None
-        if self.packet is not None:
-            self.packet.reset()
+        self.sums.begin()
 
     @property
-    def forwards(self) -> int:
-        """How many training forwards there were."""
-        return len(self._micro_batches)
+    def backwards(self) -> list[MicroBatch]:
+        """Those that a backward pass was seen to go through."""
+        return [micro_batch for micro_batch in self.micro_batches if micro_batch.went_back]
 
-    @property
-    def backwards(self) -> int:
-        """How many of them were followed by a backward pass that was seen."""
-        return sum(micro_batch.went_back for micro_batch in self._micro_batches)
+    def missing(self) -> str | None:
+        """What a step has to have and this one had not, in words."""
+        by_gradient = map(self._panel.listening, ("on_output_gradient", "on_parameter_gradient", "on_backward_end"))
+        if not self.micro_batches:
+            return "no training forward of the monitored model: give Monitor the object that the loop calls"
+        if not self.backwards and (any(by_gradient) or not self._counts_all):
+            return "no backward pass through the model's outputs: call step() after backward()"
+        return None
 
-    @property
-    def unreached(self) -> list[int]:
-        """Layers that ran and whose output no gradient has reached."""
-        entered = set().union(*(micro_batch.entered for micro_batch in self._micro_batches))
-        return sorted(entered - self.activations.seen)
+    def complaint(self) -> tuple[str, str] | None:
+        """What went by unseen in a step that was measured, as a kind and in words."""
+        back = self.backwards
+        ran, reached = (set().union(*(getattr(one, name) for one in back)) for name in ("entered", "reached"))
+        if self.stepped_inside:
+            inside = "no parameter has a gradient when the backward pass ends, as with optimizers that step inside it"
+            return "stepped", f"{inside}; parameter_grad has no values"
+        if ran - reached and self._panel.listening("on_output_gradient"):
+            names = [self._blocks[layer].name for layer in sorted(ran - reached)]
+            return "unreached", f"no gradient reached the outputs of {names}; their activation_grad is NaN"
+        return None
 
     # ---- the length of a forward -------------------------------------------------------------------------------------
 
-    @_forgiving
+    @forgiving
     def _forward_begins(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         if not torch.is_grad_enabled() or self._current is not None or model is not self._model:
             return
-        started = perf_counter()
-        self._current = MicroBatch(len(self._micro_batches), ValidRows(named_inputs(model, args, kwargs)))
-        self._micro_batches.append(self._current)
-        if self._attention is not None:
+        self._current = MicroBatch(len(self.micro_batches), named_inputs(model, args, kwargs), self.sums.piece())
+        self.micro_batches.append(self._current)
+        self._running.clear()
+        if self._sees_attention:
             self._listening.enter_context(self._attention.seeing(self._see))
-        self.seconds += perf_counter() - started
 
     def _forward_ends(self, model: nn.Module, args: tuple, output: object) -> None:
         if model is not self._model:
@@ -170,118 +212,138 @@ class Taps:
         if micro_batch is None:
             return
         if output is None:  # the forward raised: whoever catches that may try again
-            self._micro_batches.remove(micro_batch)
-            if micro_batch.added and self.failure is None:
-                self.failure = RuntimeError("a forward pass raised when a part of it had been added up")
+            self.micro_batches.remove(micro_batch)
+            self.sums.forget(micro_batch.piece)
             return
         self._forward_ended(micro_batch, output)
         micro_batch.end_forward()
 
-    @_forgiving
+    @forgiving
     def _forward_ended(self, micro_batch: MicroBatch, output: object) -> None:
-        started = perf_counter()
-        if self._attention is not None:
-            self._attention.refuse_unseen(micro_batch)
-            self._attention.add_up(micro_batch)
-        if "parameter_grad" in self._signals or "activation_grad" in self._signals:
-            for tensor in tensors_of(output):
-                if tensor.requires_grad:
-                    tensor.register_hook(partial(self._backward_begins, micro_batch))
-        loss = loss_of(output)
-        if loss is not None:
-            self.losses.append(loss.detach())
-        self.seconds += perf_counter() - started
+        if self._sees_attention:
+            with self._costs_attention_only():
+                self._attention.refuse_unseen(micro_batch)
+                self._attention.add_up(micro_batch, self.sums)
+        event = micro_batch.output(output, bool(self._decoders))
+        self._panel.tell("on_model_output", self._panel.listening("on_model_output"), micro_batch.piece, event)
+        for tensor in tensors_of(output):
+            if tensor.requires_grad:
+                tensor.register_hook(partial(self._backward_begins, micro_batch))
+        if self._counts_all:
+            self.sums.count(micro_batch.piece)
 
     def _stop_listening(self) -> None:
         self._listening.close()
-        self._layer = None
+        self._running.clear()
 
-    def _is_own(self, layer: int, block: nn.Module) -> bool:
+    # ---- blocks ------------------------------------------------------------------------------------------------------
+
+    def _is_own(self, block: nn.Module) -> bool:
         """Whether `block` is of the model that is measured, not of a copy, which may outlive the measuring."""
-        return layer < len(self._blocks) and block is self._blocks[layer].module
+        return block in self._layers
 
-    def _block_begins(self, layer: int, block: nn.Module, args: tuple, kwargs: dict):
-        if not self._is_own(layer, block):
+    def _block_begins(self, layers: list[int], block: nn.Module, args: tuple, kwargs: dict):
+        if not self._is_own(block):
             return None
-        self._block_entered(layer)
-        if "activation_grad" in self._signals and torch.is_grad_enabled():
+        self._block_entered(layers, block, args, kwargs)
+        if self._wants_gradients and torch.is_grad_enabled():
             return requiring_grad(args, kwargs)  # whatever failed before: recomputing must meet the same graph
         return None
 
-    @_forgiving
-    def _block_entered(self, layer: int) -> None:
-        self._layer = layer
+    @forgiving
+    def _block_entered(self, layers: list[int], block: nn.Module, args: tuple, kwargs: dict) -> None:
         if self._current is None:
             return
-        if layer in self._current.entered:
+        visit = self._current.visits[block]
+        if visit >= len(layers):
             raise ValueError(
-                f"block {self._blocks[layer].name!r} runs more than once in one forward pass (layers that share "
-                "their weights), so it has no single value per step; measure other blocks (MonitorConfig.blocks)"
+                f"block {self._blocks[layers[0]].name!r} runs more than {'once' if len(layers) == 1 else len(layers)} "
+                "in one forward pass (layers that share their weights), so it has no single value per step; measure "
+                "other blocks (MonitorConfig.blocks)"
             )
-        self._current.entered.add(layer)
+        self._current.visits[block] += 1
+        self._current.entered.add(layers[visit])
+        hidden = hidden_of(args, kwargs) if self._panel.listening("on_block") else None
+        self._running.append((layers[visit], (hidden, version_of(hidden))))
 
-    @_forgiving
-    def _block_ends(self, layer: int, block: nn.Module, args: tuple, output: object) -> None:
-        if not self._is_own(layer, block):
+    @forgiving
+    def _block_ends(self, layers: list[int], block: nn.Module, args: tuple, output: object) -> None:
+        if not self._is_own(block):
             return
-        self._layer = None
-        if "activation_grad" not in self._signals or not torch.is_grad_enabled():
+        micro_batch, hidden = self._current, next(tensors_of(output), None)
+        layer, before = self._running.pop() if micro_batch is not None and self._running else (None, ())
+        if hidden is None or not torch.is_grad_enabled():
             return
-        hidden = next(tensors_of(output), None)
-        if hidden is None or not hidden.requires_grad:
+        if layer is not None:
+            self._tell_block(micro_batch, layer, block, before, hidden)
+        if not self._wants_gradients or not hidden.requires_grad:
             return
-        micro_batch = self._current
         if micro_batch is None:
             # A block that is recomputed inside backward. Where its output had no graph the first time (reentrant
             # checkpointing), this is the one that gradients go through; otherwise they go through the first.
-            micro_batch = self._recomputed(layer)
-            if micro_batch is None:
-                return
-        micro_batch.awaits_gradient.add(layer)
-        hidden.register_hook(partial(self._gradient_arrives, micro_batch, layer))
+            micro_batch, layer = self._recomputed(layers)
+        if layer is not None:
+            micro_batch.awaits_gradient.add(layer)
+            hidden.register_hook(partial(self._gradient_arrives, micro_batch, layer))
 
-    def _recomputed(self, layer: int) -> MicroBatch | None:
-        # Backward passes visit micro-batches in any order; recomputing visits each layer once per micro-batch.
-        return next((m for m in self._micro_batches if layer in m.entered and layer not in m.awaits_gradient), None)
+    def _tell_block(self, micro_batch: MicroBatch, layer: int, block: nn.Module, before: tuple, hidden: Tensor) -> None:
+        listening = self._panel.listening("on_block")
+        if not listening:
+            return
+        event = micro_batch.block(layer, block, before, hidden, layer in self._decoders)
+        self._panel.tell("on_block", listening, micro_batch.piece, event)
 
-    # ---- attention ---------------------------------------------------------------------------------------------------
+    def _recomputed(self, layers: list[int]) -> tuple[MicroBatch | None, int | None]:
+        # Backward passes visit micro-batches in any order; recomputing visits each layer once per micro-batch, and of
+        # a module that ran several times the last run first.
+        for micro_batch in self.micro_batches:
+            for layer in reversed(layers):
+                if layer in micro_batch.entered and layer not in micro_batch.awaits_gradient:
+                    return micro_batch, layer
+        return None, None
 
-    @_forgiving
+    @forgiving
+    def _submodule_ends(
+        self, quantity, layers: list[int], name: str, module: nn.Module, args: tuple, kwargs: dict, output: object
+    ) -> None:
+        layer = self._running[-1][0] if self._running else None
+        if self._current is not None and layer in layers and torch.is_grad_enabled():
+            tokens = self._current.tokens_of(next(tensors_of(args), None), layer in self._decoders)
+            event = SubmoduleForward(layer, name, module, args, kwargs, output, tokens)
+            self._panel.tell("on_submodule", [quantity], self._current.piece, event)
+
+    @forgiving
     def _see(self, module: nn.Module | None, read: Callable[[], AttentionCall]) -> None:
         if self._current is not None:
-            started = perf_counter()
-            self._attention.see(self._current, self._layer, module, read(), may_wait=not self.forgives)
-            self.seconds += perf_counter() - started
+            running = self._running[-1][0] if self._running else None
+            with self._costs_attention_only():
+                self._attention.see(self._current, self.sums, running, module, read(), may_wait=not self.forgives)
 
-    def allocate(self, heads: int) -> None:
-        """Make the packet, for blocks of so many heads on all ranks together."""
-        self.packet = Packet(len(self._blocks), heads, self.device, probe=self.probe)
-        names = ("attention", "attention_parts", "max_logit")
-        self._write_attention_into(self.packet, names)
-
-    def write_probe_into(self, packet: Packet) -> None:
-        """Add the entropies up in the part of another's packet that is for a probe set."""
-        self._write_attention_into(packet, ("probe_attention",))
-
-    def _write_attention_into(self, packet: Packet, names: Sequence[str]) -> None:
-        if self._attention is not None:
-            means_of = lambda part: HeadMeans(*(packet[name][..., part] for name in names))  # noqa: E731
-            self._attention.write_into(packet.heads, means_of)
+    @contextmanager
+    def _costs_attention_only(self) -> Iterator[None]:
+        """What cannot be measured of attention costs the quantities that listen to it, once a step was measured."""
+        try:
+            yield
+        except Exception as error:
+            if not self.forgives:
+                raise
+            for tap in ("on_attention", "on_attention_call"):
+                for quantity in self._panel.listening(tap):
+                    self._panel.fail(quantity.name, error, tap)
 
     # ---- backward ----------------------------------------------------------------------------------------------------
 
-    @_forgiving
+    @forgiving
     def _gradient_arrives(self, micro_batch: MicroBatch, layer: int, gradient: Tensor) -> None:
         if micro_batch.live:
-            started = perf_counter()
             if self._layout.tensor > 1 and self._is_part(gradient, micro_batch.positions.get(layer)):
                 self.sharded_outputs.add(layer)
-            with torch.no_grad():
-                self.activations.push(micro_batch.index, layer, local_of(gradient))
-            self.seconds += perf_counter() - started
+            micro_batch.reached.add(layer)
+            event = OutputGradient(layer, local_of(gradient.detach()), micro_batch.index)
+            listening = self._panel.listening("on_output_gradient")
+            self._panel.tell("on_output_gradient", listening, micro_batch.piece, event)
         self._backward_begins(micro_batch, gradient)  # for a loss that is computed from something else than the outputs
 
-    @_forgiving
     def _is_part(self, gradient: Tensor, positions: int | None) -> bool:
         """Whether the ranks of one batch have split the output of a block: it has fewer positions than queries."""
         split = gradient.shape[:2].numel() * self._layout.tensor == positions
@@ -290,66 +352,42 @@ class Taps:
     def _backward_begins(self, micro_batch: MicroBatch, gradient: Tensor) -> None:
         # The outputs of the model are where its backward pass begins, also under checkpointing, whose blocks run
         # backward passes of their own inside it.
+        if not micro_batch.live:
+            return
         micro_batch.went_back = True
-        if micro_batch.live and "parameter_grad" in self._signals and not micro_batch.reads_parameters:
+        self._going_back = micro_batch
+        self.sums.count(micro_batch.piece)
+        if not micro_batch.reads_parameters and self._panel.listening("on_backward_end"):
             micro_batch.reads_parameters = True
             # Queued from inside a callback, it runs after those that others (DDP's reduction) queue meanwhile.
             Variable._execution_engine.queue_callback(
                 lambda: Variable._execution_engine.queue_callback(partial(self._read_parameters, micro_batch))
             )
 
-    @_forgiving
+    @forgiving
+    def _parameter_gradient(self, layer: int, name: str, parameter: nn.Parameter, gradient: Tensor) -> None:
+        micro_batch = self._going_back
+        if micro_batch is not None and micro_batch.live:
+            event = ParameterGradient(layer, name, parameter, local_of(gradient.detach()), micro_batch.index)
+            listening = self._panel.listening("on_parameter_gradient")
+            self._panel.tell("on_parameter_gradient", listening, micro_batch.piece, event)
+
+    @forgiving
     def _read_parameters(self, micro_batch: MicroBatch) -> None:
         micro_batch.reads_parameters = False
-        started = perf_counter()
-        gradients, groups = [], []
-        for block in self._blocks:
-            for gradient in gradients_of(block.module.parameters()):
-                gradients.append(gradient)
-                groups.append(block.index)
-        if gradients:
-            # Gradients add up over micro-batches, so the last backward pass of a step has them whole.
-            self.parameter_squares = self._layout.parameter_squares(gradients, groups)
-        self.seconds += perf_counter() - started
+        if micro_batch.live:
+            self._panel.tell(
+                "on_backward_end", self._panel.listening("on_backward_end"), self.sums.packet, self.parameters
+            )
+            self.parameters_read = True
+            self.stepped_inside = self.parameters.lost_gradients
 
     # ---- the end of a step -------------------------------------------------------------------------------------------
 
     def gather(self, loss_scale: float | Tensor) -> None:
-        """Write the sums that were kept elsewhere until now into the packet."""
-        packet = self.packet
-        packet["activation_squares"].copy_(self.activations.squares() / loss_scale**2)
-        packet["activation_count"].copy_(self.activation_counts())
-        if self.parameter_squares is not None:
-            squares = self.parameter_squares / loss_scale**2
-            packet["parameter_squares"][: len(squares)] = squares
-            trained = [b.index for b in self._blocks if any(p.requires_grad for p in b.module.parameters())]
-            packet["parameter_count"].copy_(self._marked(trained))
-
-    def activation_counts(self) -> Tensor:
-        """[L] float64: 1 for a layer whose output a gradient has reached, else 0."""
-        return self._marked(self.activations.seen)
-
-    def _marked(self, layers: Iterable[int]) -> Tensor:
-        """[L] float64, 1 at `layers`. Kept for the next step, because a copy from the host takes its time."""
-        key = frozenset(layers)
-        if key not in self._marks:
-            marks = [float(layer in key) for layer in range(len(self._blocks))]
-            self._marks[key] = torch.tensor(marks, dtype=torch.float64).to(self.device, non_blocking=True)
-        return self._marks[key]
-
-
-class _Nothing:
-    """What taps are to a model that was read from a file: hooks that do nothing."""
-
-    def _do_nothing(self, *args) -> None:
-        pass
-
-    _forward_begins = _forward_ends = _block_begins = _block_ends = _do_nothing
-
-
-@contextmanager
-def _removed(handle) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()
+        """Join what was kept apart until now, and take the scale out of gradients."""
+        packet = self.sums.finish()
+        if isinstance(loss_scale, Tensor) or loss_scale != 1.0:
+            for field in packet.fields.all:
+                if field.accumulator.gradient_power and field.quantity in self._panel.due:
+                    packet[field.quantity][field.name].div_(loss_scale**field.accumulator.gradient_power)

@@ -1,5 +1,61 @@
 """One file per diagnostic: what it listens to, what it sums, what its columns mean and when they are alarming."""
 
-from .quantity import Accumulator, AlertRule, Column, Quantity
+from __future__ import annotations
 
-__all__ = ["Accumulator", "AlertRule", "Column", "Quantity"]
+import difflib
+from importlib.metadata import entry_points
+
+from .activation_grad import ActivationGrad, ProbeActivationGrad
+from .adapter import Adapter
+from .attention import Attention, ProbeEntropy
+from .delta_cka import DeltaCka
+from .gradient_noise import GradientNoise
+from .output import Output
+from .parameter_grad import ParameterGrad
+from .quantity import Accumulator, AlertRule, Column, Quantity
+from .rank import Rank
+from .residual import Residual
+from .router import Router
+from .spectrum import Spectrum
+from .step import Step
+from .trajectory import Trajectory
+from .update import Update
+
+__all__ = ["DEFAULT", "GROUP", "QUANTITIES", "Accumulator", "AlertRule", "Column", "Quantity", "Step", "known", "made"]
+
+GROUP = "inflection_fast.quantities"  # of entry points, by which packages add quantities of their own
+DEFAULT = ("attention", "activation_grad", "parameter_grad", "delta_cka")
+QUANTITIES: dict[str, type[Quantity]] = {
+    cls.name: cls
+    for cls in (
+        *(Attention, ActivationGrad, ParameterGrad, DeltaCka, ProbeEntropy, ProbeActivationGrad),
+        *(Residual, Update, Adapter, GradientNoise, Rank, Output, Router, Spectrum, Trajectory),
+    )
+}
+
+
+def known() -> tuple[str, ...]:
+    """Names that `MonitorConfig.quantities` takes: ours, then those of installed packages."""
+    others = sorted({point.name for point in entry_points(group=GROUP)} - set(QUANTITIES))
+    return (*QUANTITIES, *others)
+
+
+def made(name: str) -> Quantity:
+    """The quantity of that name, with its default settings.
+
+    Raises:
+        ValueError: there is none, or what a package registered under the name is no quantity of that name.
+    """
+    if name in QUANTITIES:
+        return QUANTITIES[name]()
+    for point in entry_points(group=GROUP, name=name):
+        quantity = point.load()
+        quantity = quantity() if isinstance(quantity, type) else quantity
+        if not isinstance(quantity, Quantity) or quantity.name != name:
+            raise ValueError(
+                f"quantities: the entry point {point.value!r} is registered as {name!r} and is no such one"
+            )
+        return quantity
+    near = difflib.get_close_matches(name, known(), n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"quantities: there is none named {name!r}; expected some of {known()}, or instances{hint}")

@@ -164,11 +164,11 @@ class Adapter(Quantity):
         product = gram_b @ (a @ a.mT)
         sums["squares"][place] = product.trace()
         sums["of_b"][place] = gram_b.trace()
-        sums["factored"][place] = 1
+        sums["factored"][place].fill_(1)
         rank = a.shape[0]
         if rank <= LARGEST_PRODUCT:
             sums["product"][place, :rank, :rank] = product
-            sums["small"][place] = 1
+            sums["small"][place].fill_(1)
 
     def values(self, sums: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         """Norms and ranks; singular values from the eigenvalues of small matrices."""

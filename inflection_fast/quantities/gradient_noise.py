@@ -104,7 +104,7 @@ class GradientNoise(Quantity):
             else:
                 squares = ops.sum_of_squares([gradient], [0])[0]
             sums["of_pieces"][place] = squares
-            sums["seen"][place] = 1
+            sums["seen"][place].fill_(1)
 
     def on_backward_end(self, sums: Sums, parameters: Parameters) -> None:
         """Write the squares of the whole gradient."""

@@ -10,6 +10,7 @@ Rules for taps, which run in the middle of the training:
 
 * They write to accumulators in place (`add_`, `copy_`, `index_add_`, `sums["x"][layer] = ...`), by operations on the
   device. No shape depends on the batch, and nothing synchronises: no `.item()`, `.cpu()`, `bool(tensor)`, `nonzero()`.
+  A number of the host is written by `fill_` or added by `+=`; `sums["x"][layer] = 1` would copy it to the device.
 * They get detached tensors under `torch.no_grad()`, this rank's part of those that ranks have divided, and change none.
 * A tap that raises costs the values of its quantity in this step, and is told once. The others go on.
 * **Pieces.** A micro-batch is a forward of the model under autograd and the backward pass that follows. Each has
@@ -25,11 +26,12 @@ Rules for taps, which run in the middle of the training:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from ..timeline.columns import AlertRule, Column
@@ -59,7 +61,8 @@ __all__ = [
     "Update",
 ]
 
-Sums = Mapping[str, Tensor]  # the accumulators of a quantity by name, to be written in place
+# The accumulators of a quantity by name, to be written in place: `sums["x"] += y`, `sums["x"][layer] = y`, ...
+Sums = MutableMapping[str, Tensor]
 DTYPES = ("float64", "float32")
 JOINS = ("sum", "max")
 HELD = ("heads", "output", "batch", "part", "alike")
@@ -125,7 +128,7 @@ class AttentionRows:
 
     layers: tuple[int, ...]  # G
     index: Tensor  # [G] int64, the same on the device of the accumulators
-    heads: slice  # where the H heads stand on the accumulators' axis "head": sums["x"][..., rows.heads]
+    heads: slice  # where the H heads stand on the accumulators' axis "head": sums["x"][:, rows.heads]
     stats: Sequence[AttentionStats]  # G statistics of [B, H, R] float32, R sampled rows
     valid: Tensor | None  # [B, R] bool: rows that are tokens, not padding; None: all
     ignored: Tensor  # [G, B, H, R] bool: rows that do not count, being padding or without any key
@@ -134,13 +137,27 @@ class AttentionRows:
     weights: Tensor
     difference_weights: Tensor  # [R - 1] float64 of squared differences between neighbours; empty: all rows are there
 
+    def stacked(self, *names: str) -> Tensor:
+        """[len(names), G, B, H, R]: those statistics of all layers, in new memory on the accumulators' device."""
+        flat = torch.stack([getattr(one, name).to(self.index.device) for name in names for one in self.stats])
+        return flat.unflatten(0, (len(names), len(self.stats)))
+
+    def over_batch(self, values: Tensor) -> Tensor:
+        """[..., G, H, R] float64: `values` [..., G, B, H, R] summed over the sequences in which the row counts."""
+        # Filled, not multiplied: what padding holds may be NaN.
+        return values.masked_fill(self.ignored, 0.0).sum(-3).double()
+
+    def counted(self) -> Tensor:
+        """[G, H, R] float64: the number of sequences in which a row counts."""
+        return (self.ignored.shape[1] - self.ignored.sum(1)).double()
+
     def total(self, values: Tensor) -> Tensor:
         """[..., G, H] float64: the sum of `values` [..., G, B, H, R] over all valid query rows."""
-        return values.masked_fill(self.ignored, 0).sum(-3).double() @ self.weights
+        return self.over_batch(values) @ self.weights
 
-    def rows(self) -> Tensor:
-        """[G, H] float64: the number of valid query rows, of all sequences."""
-        return (self.ignored.shape[1] - self.ignored.sum(1)).double() @ self.weights
+    def number(self) -> Tensor:
+        """[G, H] float64: how many valid query rows there are, of all sequences."""
+        return self.counted() @ self.weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,24 +224,28 @@ class ParameterGradient:
     micro_batch: int
 
 
-@dataclass(frozen=True, eq=False)
-class Parameters:
+class Parameters(Protocol):
     """The parameters of the blocks, each once, for the first layer that has it."""
 
     layers: tuple[int, ...]
     names: tuple[str, ...]  # inside the block
     parameters: tuple[nn.Parameter, ...]  # with `grad`, where there is one, whole over the micro-batches so far
+    trained: tuple[int, ...]  # layers with trainable parameters
 
     def gradients(self) -> tuple[list[int], list[str], list[Tensor]]:
-        """(layers, names, this rank's parts of the gradients) of those that have one; of a sparse one its values."""
-        raise NotImplementedError  # by what the monitor hands over
+        """(layers, names, gradients) of the trainable ones that have a gradient; of a sparse one its values.
+
+        Gradients may be DTensors, as parameters may.
+        """
 
     def squares(self, tensors: Sequence[Tensor], layers: Sequence[int]) -> Tensor:
         """[L] float64: this rank's part (held="part") of the summed squares of `tensors`, by layer, DTensors or not.
 
         Over all ranks they add up to the squares of the whole tensors: shards add, what several hold counts once.
         """
-        raise NotImplementedError  # by what the monitor hands over
+
+    def marked(self, layers: Iterable[int]) -> Tensor:
+        """[L] float64 on the device: 1 at `layers`, else 0. Kept from step to step: nothing is copied from the host."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -258,6 +279,7 @@ class ProbeFeatures:
     sequences: tuple[Tensor, ...]  # L tensors [N] int64: which sequence of the probe set a row is of
     reference: tuple[Tensor, ...] | None  # the same rows of the reference state; see MonitorConfig.cka_reference
     stacks: tuple[tuple[int, ...], ...]  # layers whose features have equal shapes and rows
+    indices: tuple[Tensor, ...]  # the same, each as int64 on the device
 
 
 # ---- the base class --------------------------------------------------------------------------------------------------
@@ -272,7 +294,7 @@ class Quantity:
 
     name: ClassVar[str] = ""  # [a-z][a-z0-9_]*
     # What the taps listen to: "training", the batches that the model trains on; or "probe", the fixed probe set of the
-    # Monitor, whenever it is run: in evaluation mode, gradients only as far as blocks' outputs, always the same rows.
+    # Monitor, whenever it is run: in evaluation mode, gradients as far as blocks' outputs, the same rows every time.
     data: ClassVar[str] = "training"
     # Its cadence in optimizer steps where MonitorConfig.every is one number; None: that number.
     every: int | None = None

@@ -108,7 +108,7 @@ class Trajectory(Quantity):
             for place, layer in enumerate(layers):
                 features = probe.features[layer].float()
                 centred = features - features.mean(0)
-                sums["measured"][layer] = 1
+                sums["measured"][layer].fill_(1)
                 sums["stack"][layer] = layers[0]
                 sums["contraction"][layer] = tail_exponent(centred)
                 if place:
@@ -127,11 +127,11 @@ class Trajectory(Quantity):
         u, v = x / norm_x[:, None], y / norm_y[:, None]
         sums["angle"][layer] = (2 * torch.atan2((u - v).norm(dim=-1), (u + v).norm(dim=-1))).mean()
         sums["cka"][layer] = ops.linear_cka(before, after, debiased=self._config.cka_debiased)
-        sums["pairs"][layer] = 1
+        sums["pairs"][layer].fill_(1)
         if self._head is not None:
             rows = _spread(len(before), TRANSPORT_ROWS, before.device)
             sums["transport"][layer] = bhattacharyya_angle(*(self._head(h[rows]) for h in (before, after))).mean()
-            sums["transported"][layer] = 1
+            sums["transported"][layer].fill_(1)
 
     def values(self, sums: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         """What was written, and the bends of each stack's path."""

@@ -79,8 +79,7 @@ class Update(Quantity):
             return
         layers, weights = zip(*trained, strict=True)
         sums["weights"].copy_(parameters.squares([p.detach() for p in weights], layers))
-        places = torch.tensor(sorted(set(layers))).to(sums["trained"].device, non_blocking=True)
-        sums["trained"].index_fill_(0, places, 1.0)
+        sums["trained"].copy_(parameters.marked(layers))
         self._stop()
         self._changes = _Changes(parameters, dict(zip(weights, layers, strict=True)), self.copy_bytes)
         self._hooks = [

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from inflection_fast.timeline import HEAD_SIGNALS, LAYER_SIGNALS, STEP_SIGNALS
+from dataclasses import replace
+
+from inflection_fast.timeline import columns_in
 from inflection_fast.timeline.columns import Column
 
 __all__ = ["columns_of"]
@@ -43,11 +45,11 @@ _KNOWN = {
 
 
 def columns_of(meta: dict) -> dict[str, Column]:
-    """The columns of the timeline whose metadata these are."""
-    axes = dict.fromkeys(HEAD_SIGNALS, ("layer", "head")) | dict.fromkeys(LAYER_SIGNALS, ("layer",))
-    found = {}
-    for name in (*HEAD_SIGNALS, *LAYER_SIGNALS, *STEP_SIGNALS):
+    """The columns of the timeline whose metadata these are; those that everybody has, in the words of a page."""
+    found = columns_in(meta)
+    for name in found.keys() & _KNOWN.keys():
         unit, label, quantity, explanation = _KNOWN[name]
         scale = "log" if name in _LOG else "linear"
-        found[name] = Column(unit, axes.get(name, ()), label, explanation, quantity, scale=scale)
+        said = {"unit": unit, "label": label, "quantity": quantity, "explanation": explanation}
+        found[name] = replace(found[name], **said, drawn="lines", scale=scale)
     return found

@@ -118,12 +118,14 @@ class Content:
 
     def _add(self, step: int, values: dict[str, np.ndarray]) -> None:
         if not self.series:
-            for name, column in columns_of(self._tail.meta).items():
+            columns = columns_of(self._tail.meta)
+            self._watch = AlertWatch(columns=columns)
+            for name, column in columns.items():
                 if name in values and column.drawn != "none":
                     self.series[name] = self._series(name, column, np.shape(values[name]))
         self._steps.append(step)
         for name, kept in self._raw.items():
-            kept.append(float(values.get(name, np.nan)))
+            kept.append(float(np.ma.filled(values.get(name, np.nan), np.nan)))
         found = self._watch.push(step, values)
         self.alerts_in_all += len(found)
         self.alerts += found

@@ -47,7 +47,7 @@ class Signal:
     title: str
     unit: str
     caption: str
-    group: str  # the name in MonitorConfig.signals that switches it on
+    group: str  # the quantity in MonitorConfig.quantities that switches it on
     over_heads: Callable[..., np.ndarray] | None = None
     log: bool = False
 
@@ -253,9 +253,10 @@ def by_layer(timeline: Timeline, name: str) -> tuple[np.ndarray, np.ndarray]:
     if signal.over_heads is not None:
         values = over_finite(signal.over_heads, values, axis=-1)
     every = (timeline.meta.get("config") or {}).get("probe_every") if name == "delta_cka" else None
-    if every and np.isfinite(values).any():
+    spread = name == "delta_cka" and "probe_every" in timeline.columns  # by the probe's share of the training time
+    if (every or spread) and np.isfinite(values).any():
         # measured on purpose at these steps only: the columns between are not missing
-        planned = (steps % every == 0) | np.isfinite(values).any(axis=1)
+        planned = np.isfinite(values).any(axis=1) | (steps % every == 0 if every else False)
         steps, values = steps[planned], values[planned]
     return steps, values
 
@@ -272,9 +273,10 @@ def over_finite(reduce: Callable[..., Any], values: np.ndarray, axis: int) -> np
 
 def _why_missing(timeline: Timeline, name: str) -> str:
     signal = SIGNALS[name]
-    asked = (timeline.meta.get("config") or {}).get("signals")
+    config = timeline.meta.get("config") or {}
+    asked = config.get("quantities", config.get("signals"))
     if asked is not None and signal.group not in asked:
-        return f"it was not asked for (`{signal.group}` is not among the monitor's signals)"
+        return f"it was not asked for (`{signal.group}` is not among the monitor's quantities)"
     return {
         "delta_cka": "no value was measured: it needs a fixed set of probe texts",
         "parameter_grad": "no value was measured: no parameter of any layer was trainable",

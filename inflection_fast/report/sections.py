@@ -242,7 +242,7 @@ def _signals(run: Run, pictures: Pictures) -> list[str]:
         return [*blocks, "Nothing was measured."]
     config = timeline.meta.get("config") or {}
     sampling = ""
-    if "attention" in config.get("signals", ("attention",)):
+    if "attention" in config.get("quantities", config.get("signals", ("attention",))):
         rows = config.get("rows")
         sampling = f" Attention was read at {f'up to {rows} token positions per text' if rows else 'every token'}."
     blocks.append(

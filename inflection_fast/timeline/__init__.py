@@ -10,8 +10,19 @@ Each batch goes to the operating system in one piece before `append` returns, so
 batch that it was writing; the disk itself is synchronised when the file is created, replaced and closed.
 """
 
+from .arrow import columns_in
+from .columns import AlertRule, Column
 from .signals import HEAD_SIGNALS, LAYER_SIGNALS, STEP_SIGNALS
 from .timeline import Timeline
 from .writer import TimelineWriter
 
-__all__ = ["HEAD_SIGNALS", "LAYER_SIGNALS", "STEP_SIGNALS", "Timeline", "TimelineWriter"]
+__all__ = [
+    "HEAD_SIGNALS",
+    "LAYER_SIGNALS",
+    "STEP_SIGNALS",
+    "AlertRule",
+    "Column",
+    "Timeline",
+    "TimelineWriter",
+    "columns_in",
+]

@@ -3,46 +3,75 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from .signals import HEAD_SIGNALS, LAYER_SIGNALS, STEP_SIGNALS, signal_shapes
+from .columns import Column
+from .older import columns_of
+from .signals import shapes_of, sizes_of, stored
 
-__all__ = ["END_OF_STREAM", "FORMAT", "encode", "parse", "read", "schema_of"]
+__all__ = ["END_OF_STREAM", "FORMAT", "columns_in", "encode", "parse", "read", "schema_of"]
 
-FORMAT = 3
-_ABSENT = {2: ("missing_ranks",), 3: ()}  # what files of each format that is read do not have
+FORMAT = 4
+_OLDER = (2, 3)
 _META_KEY = b"inflection_fast"
 _CONTINUATION = b"\xff\xff\xff\xff"  # what every message of an Arrow stream begins with
 END_OF_STREAM = _CONTINUATION + b"\x00\x00\x00\x00"
 
 
+def columns_in(meta: dict) -> dict[str, Column]:
+    """The columns that the metadata of a timeline describe."""
+    if meta["format"] in _OLDER:
+        return columns_of(meta["format"])
+    return {name: Column.from_dict(saved) for name, saved in meta["columns"].items()}
+
+
 def schema_of(meta: dict):
-    """The columns of a timeline, with its metadata."""
+    """The columns of a timeline, with its metadata and each with its own."""
     import pyarrow as pa
 
-    per_head = pa.list_(pa.field("item", pa.float32(), nullable=False), meta["heads"])
+    columns, nullable = columns_in(meta), meta["format"] not in _OLDER
     fields = [pa.field("step", pa.int64(), nullable=False), pa.field("layer", pa.int32(), nullable=False)]
-    fields += [pa.field(name, per_head, nullable=False) for name in HEAD_SIGNALS]
-    absent = _ABSENT[meta["format"]]
-    scalars = (name for name in LAYER_SIGNALS + STEP_SIGNALS if name not in absent)
-    fields += [pa.field(name, pa.float64(), nullable=False) for name in scalars]
+    for name, column in columns.items():
+        kind = pa.float32() if stored(column) is np.float32 else pa.float64()
+        if stored(column) is np.float32:
+            places = math.prod(shapes_of({name: column}, meta)[name]) // (
+                len(meta["layers"]) if column.axes[0] == "layer" else 1
+            )
+            kind = pa.list_(pa.field("item", kind, nullable=nullable), places)
+            field = pa.field(name, kind, nullable=False)
+        else:
+            field = pa.field(name, kind, nullable=nullable)
+        said = {"unit": column.unit, "axes": " ".join(column.axes), "label": column.label, "quantity": column.quantity}
+        fields.append(field.with_metadata(said | {"explanation": column.explanation}) if nullable else field)
     return pa.schema(fields, metadata={_META_KEY: json.dumps(meta)})
 
 
-def encode(row: tuple[int, dict[str, np.ndarray]], schema) -> bytes:
+def encode(row: tuple[int, Mapping[str, np.ma.MaskedArray]], schema, layers: int) -> bytes:
     """One row of the timeline as one encapsulated record batch message."""
     import pyarrow as pa
 
     step, values = row
-    layers = len(values["entropy"])
-    arrays = [np.full(layers, step, np.int64), np.arange(layers, dtype=np.int32)]
-    for name in HEAD_SIGNALS:
-        arrays.append(pa.FixedSizeListArray.from_arrays(pa.array(values[name].ravel()), type=schema.field(name).type))
-    arrays += [values[name] for name in LAYER_SIGNALS]
-    arrays += [np.full(layers, values[name]) for name in STEP_SIGNALS]
-    return pa.record_batch([pa.array(a) for a in arrays], schema=schema).serialize().to_pybytes()
+    arrays = [pa.array(np.full(layers, step, np.int64)), pa.array(np.arange(layers, dtype=np.int32))]
+    for field in schema:
+        if field.name in ("step", "layer"):
+            continue
+        value, mask = np.ma.getdata(values[field.name]), np.ma.getmaskarray(values[field.name])
+        places = field.type.list_size if pa.types.is_fixed_size_list(field.type) else 1
+        # What has no axis of layers stands in the row of every layer.
+        flat, gaps = (np.broadcast_to(x.reshape(-1, places), (layers, places)).ravel() for x in (value, mask))
+        array = pa.array(flat, mask=gaps) if gaps.any() and _nullable(field) else pa.array(flat)
+        if pa.types.is_fixed_size_list(field.type):
+            array = pa.FixedSizeListArray.from_arrays(array, type=field.type)
+        arrays.append(array)
+    return pa.record_batch(arrays, schema=schema).serialize().to_pybytes()
+
+
+def _nullable(field) -> bool:
+    return field.nullable or (hasattr(field.type, "value_field") and field.type.value_field.nullable)
 
 
 def read(path: Path) -> tuple[list, dict, int]:
@@ -64,7 +93,7 @@ def parse(path: Path, data: bytes) -> tuple[list, dict, int]:
         schema = pa.ipc.read_schema(pa.ipc.read_message(source))
     except broken as error:
         raise ValueError(f"{path} is not a timeline: its Arrow schema cannot be read ({error})") from error
-    meta = _checked_meta(path, schema)
+    meta, columns = _checked_meta(path, schema)
     rows, good = [], source.tell()
     while good < len(data):
         try:
@@ -72,27 +101,33 @@ def parse(path: Path, data: bytes) -> tuple[list, dict, int]:
             batch.validate(full=True)
         except broken:
             break
-        rows.append(_decode(path, batch, meta, rows))
+        rows.append(_decode(path, batch, meta, columns, rows))
         good = source.tell()
     rest = len(data) - good
     return rows, meta, 0 if data[good:] == END_OF_STREAM else rest
 
 
-def _checked_meta(path: Path, schema) -> dict:
+def _checked_meta(path: Path, schema) -> tuple[dict, dict[str, Column]]:
     try:
         meta = json.loads((schema.metadata or {})[_META_KEY])
         version, layers, heads = meta["format"], meta["layers"], meta["heads"]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is an Arrow stream but not a timeline: it carries no timeline metadata") from error
-    if not isinstance(version, int) or version not in _ABSENT:
+    if not isinstance(version, int) or version not in (*_OLDER, FORMAT):
         raise ValueError(f"{path} is a timeline of format {version}; this version reads format {FORMAT}")
     names = isinstance(layers, list) and layers and all(isinstance(name, str) for name in layers)
-    if not names or not isinstance(heads, int) or heads < 1 or not schema.equals(schema_of(meta)):
+    try:
+        fits = names and isinstance(heads, int) and heads >= 1 and min(sizes_of(meta).values()) >= 1
+        fits = fits and schema.equals(schema_of(meta))
+        columns = columns_in(meta) if fits else {}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        fits = False
+    if not fits:
         raise ValueError(f"{path} is an Arrow stream but not a timeline: its columns are not those of format {version}")
-    return meta
+    return meta, columns
 
 
-def _decode(path: Path, batch, meta: dict, before: list) -> tuple[int, dict[str, np.ndarray]]:
+def _decode(path: Path, batch, meta: dict, columns: dict[str, Column], before: list) -> tuple[int, dict]:
     layers = len(meta["layers"])
     column = {name: batch.column(name) for name in batch.schema.names}
     steps = column["step"].to_numpy()
@@ -100,11 +135,15 @@ def _decode(path: Path, batch, meta: dict, before: list) -> tuple[int, dict[str,
     if not whole or (steps != steps[0]).any() or (before and steps[0] <= before[-1][0]):
         raise ValueError(f"{path} is not a timeline: a batch is not one row per layer of one step, steps increasing")
     values = {}
-    for name, shape in signal_shapes(layers, meta["heads"]).items():
-        if name not in column:
-            values[name] = np.full(shape, np.nan)
-            continue
-        array = column[name].flatten() if name in HEAD_SIGNALS else column[name]
+    for name, shape in shapes_of(columns, meta).items():
+        array = column[name].flatten() if hasattr(column[name], "flatten") else column[name]
         numbers = array.to_numpy(zero_copy_only=False)
-        values[name] = numbers[0] if shape == () else numbers.reshape(shape)
+        if meta["format"] in _OLDER:  # where NaN stands for what nobody has measured, too
+            mask = np.isnan(numbers)
+        else:
+            mask = (
+                ~array.is_valid().to_numpy(zero_copy_only=False) if array.null_count else np.zeros(len(numbers), bool)
+            )
+        places = math.prod(shape)
+        values[name] = np.ma.array(numbers[:places].reshape(shape), mask=mask[:places].reshape(shape))
     return int(steps[0]), values

@@ -1,39 +1,69 @@
-"""What is measured, and of what shape it is."""
+"""Of what shape the columns of a timeline are, and checking what is written to them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
-__all__ = ["HEAD_SIGNALS", "LAYER_SIGNALS", "STEP_SIGNALS", "checked", "signal_shapes"]
+from .columns import Column
+from .older import STANDARD
 
+__all__ = ["HEAD_SIGNALS", "LAYER_SIGNALS", "STEP_SIGNALS", "checked", "shape_of", "shapes_of", "stored"]
+
+# The columns that every timeline has as attributes, whether or not they were measured.
 # Of the training batch, and those that begin with "probe_" of the probe set: [S, L, H], float32; [S, L], float64
-HEAD_SIGNALS = ("entropy", "entropy_se", "max_logit", "collision", "sink", "probe_entropy")
-LAYER_SIGNALS = ("activation_grad", "parameter_grad", "delta_cka", "delta_cka_se", "probe_activation_grad")
-# [S], as float64, the same in all rows of a step
-STEP_SIGNALS = ("loss", "skipped", "missing_ranks", "measure_ms", "probe_ms")
+HEAD_SIGNALS = tuple(name for name, column in STANDARD.items() if column.axes == ("layer", "head"))
+LAYER_SIGNALS = tuple(name for name, column in STANDARD.items() if column.axes == ("layer",))
+STEP_SIGNALS = tuple(name for name, column in STANDARD.items() if column.axes == ())
 
 
-def signal_shapes(layers: int, heads: int) -> dict[str, tuple[int, ...]]:
-    """The shape of each signal of one step."""
-    return {
-        **dict.fromkeys(HEAD_SIGNALS, (layers, heads)),
-        **dict.fromkeys(LAYER_SIGNALS, (layers,)),
-        **dict.fromkeys(STEP_SIGNALS, ()),
-    }
+def sizes_of(meta: dict) -> dict[str, int]:
+    """The number of places on every axis."""
+    own = {axis: len(places) if isinstance(places, list) else places for axis, places in meta.get("axes", {}).items()}
+    return {"layer": len(meta["layers"]), "head": meta["heads"], **own}
 
 
-def checked(signals: dict, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """Every signal in memory of its own, NaN where it is missing. `ValueError` names one that is unknown or unfit."""
-    unknown = sorted(set(signals) - set(shapes))
+def shape_of(column: Column, meta: dict) -> tuple[int, ...]:
+    """Of the values of one step."""
+    sizes = sizes_of(meta)
+    return tuple(sizes[axis] for axis in column.axes)
+
+
+def shapes_of(columns: Mapping[str, Column], meta: dict) -> dict[str, tuple[int, ...]]:
+    """The same for all columns."""
+    sizes = sizes_of(meta)
+    return {name: tuple(sizes[axis] for axis in column.axes) for name, column in columns.items()}
+
+
+def stored(column: Column) -> type:
+    """The dtype of a column in the file: float32 for more than a number per layer."""
+    return np.float32 if len(column.axes) > 1 or (column.axes and column.axes != ("layer",)) else np.float64
+
+
+def checked(values: Mapping, columns: Mapping[str, Column], shapes: Mapping[str, tuple[int, ...]]) -> dict:
+    """Every column in memory of its own, masked where nobody has measured anything.
+
+    A masked array says so itself; in a plain one NaN stands for it. `ValueError` names one that is unknown or unfit.
+    """
+    unknown = sorted(set(values) - set(shapes))
     if unknown:
         raise ValueError(f"unknown signals {unknown}: expected some of {list(shapes)}")
-    values = {}
+    found = {}
     for name, shape in shapes.items():
-        dtype = np.float32 if name in HEAD_SIGNALS else np.float64
+        dtype = stored(columns[name])
+        if name not in values:
+            found[name] = np.ma.masked_all(shape, dtype)
+            found[name].data[...] = np.nan
+            continue
+        value = values[name]
         try:
-            values[name] = np.array(signals[name], dtype) if name in signals else np.full(shape, np.nan, dtype)
+            array = np.array(np.ma.getdata(value), dtype)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{name}: expected numbers, got {type(signals[name]).__name__}") from error
-        if values[name].shape != shape:
-            raise ValueError(f"{name}: expected shape {shape}, got {values[name].shape}")
-    return values
+            raise ValueError(f"{name}: expected numbers, got {type(value).__name__}") from error
+        if array.shape != shape:
+            raise ValueError(f"{name}: expected shape {shape}, got {array.shape}")
+        mask = np.ma.getmaskarray(value) if isinstance(value, np.ma.MaskedArray) else np.isnan(array)
+        array[mask] = np.nan
+        found[name] = np.ma.array(array, mask=mask)
+    return found

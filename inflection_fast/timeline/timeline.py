@@ -4,48 +4,92 @@ from __future__ import annotations
 
 import os
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from .arrow import read
-from .signals import signal_shapes
+from .arrow import columns_in, read
+from .columns import Column
+from .older import STANDARD
+from .signals import shape_of, sizes_of
 
 __all__ = ["FILE_NAME", "Timeline", "stack"]
 
 FILE_NAME = "timeline.arrows"
 
 
-@dataclass(frozen=True, eq=False)
 class Timeline:
-    """What was measured, in `S` steps, `L` layers (transformer blocks in order) and `H` heads. NaN: no value."""
+    """What was measured, in `S` steps, `L` layers (transformer blocks in order) and `H` heads. NaN: no value.
 
-    steps: np.ndarray  # [S] int64, optimizer steps, strictly increasing
-    entropy: np.ndarray  # [S, L, H] nats, mean over valid query rows
-    entropy_se: np.ndarray  # [S, L, H] nats, standard error of that mean from sampling rows (0: all rows)
-    max_logit: np.ndarray  # [S, L, H]
-    collision: np.ndarray  # [S, L, H] mean sum of squared probabilities
-    sink: np.ndarray  # [S, L, H] mean probability of the first key, or of the sink column where there is one
-    probe_entropy: np.ndarray  # [S, L, H] nats, mean over the valid query rows of the probe set
-    activation_grad: np.ndarray  # [S, L] l2 norm of dL/d(output of the block)
-    parameter_grad: np.ndarray  # [S, L] l2 norm over the block's parameters
-    delta_cka: np.ndarray  # [S, L]
-    delta_cka_se: np.ndarray  # [S, L] standard error of it, from leaving out sequences of the probe; NaN: not asked for
-    probe_activation_grad: np.ndarray  # [S, L] as activation_grad, over the probe set
-    loss: np.ndarray  # [S]
-    skipped: np.ndarray  # [S] 1: a gradient scaler dropped the step, whose gradients were not finite; 0: it did not
-    missing_ranks: np.ndarray  # [S] processes that train along and whose share is in no value of the step, being lost
-    measure_ms: np.ndarray  # [S] host time, the probe included
-    probe_ms: np.ndarray  # [S] host time of the snapshot of the probe
-    layers: list[str]  # names of the blocks
-    meta: dict  # format, layers, heads, model, config, versions
-    truncated: bool = False  # a torn end was dropped while loading
+    Every column is an attribute, float64: `timeline.entropy` is [S, L, H] where `timeline.columns["entropy"].axes` is
+    ("layer", "head"), [S, L] for ("layer",) and [S] for (). `columns` says of each its unit, label and meaning.
+    The columns of `inflection_fast.timeline.older.STANDARD` are attributes always, NaN if they were not asked for:
+
+    * entropy, entropy_se, max_logit, collision, sink, probe_entropy [S, L, H];
+    * activation_grad, parameter_grad, delta_cka, delta_cka_se, probe_activation_grad [S, L];
+    * loss, skipped, missing_ranks, measure_ms, probe_ms [S].
+
+    Args:
+        steps: [S] int64, optimizer steps, strictly increasing.
+        layers: names of the blocks.
+        meta: format, layers, heads, model, config, versions, columns, axes.
+        truncated: a torn end was dropped while loading.
+        columns: by name; None: the standard ones among `values`.
+        measured: name -> bool array like the column, False where nobody measured anything; what is not in it is not
+            known, and NaN stands for both that and a number that is none.
+        values: the columns by name.
+    """
+
+    def __init__(
+        self,
+        steps: np.ndarray,
+        *,
+        layers: list[str],
+        meta: dict,
+        truncated: bool = False,
+        columns: Mapping[str, Column] | None = None,
+        measured: Mapping[str, np.ndarray] | None = None,
+        **values: np.ndarray,
+    ):
+        self.steps, self.layers, self.meta, self.truncated = steps, layers, meta, truncated
+        if columns is None:
+            columns = {name: STANDARD[name] for name in values if name in STANDARD}
+        unknown = sorted(set(values) - set(columns))
+        if unknown:
+            raise TypeError(f"values: {unknown} are no columns; expected some of {list(columns)}")
+        self.columns: dict[str, Column] = dict(columns)
+        self._values, self._measured = values, dict(measured or {})
+
+    def __getattr__(self, name: str) -> np.ndarray:
+        values = self.__dict__.get("_values", {})
+        if name in values:
+            return values[name]
+        if name in STANDARD and "steps" in self.__dict__:
+            shape = shape_of(STANDARD[name], {"layers": self.layers, "heads": self.heads})
+            return np.full((len(self.steps), *shape), np.nan)
+        hint = f"; its columns are {sorted(values)}" if not name.startswith("_") else ""
+        raise AttributeError(f"this timeline has no column {name!r}{hint}")
+
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *self._values]
 
     @property
     def heads(self) -> int:
-        """The number of attention heads `H`."""
-        return self.entropy.shape[2]
+        """The number of attention heads `H`: of the widest attention."""
+        by_head = [self._values[n].shape[2] for n, c in self.columns.items() if c.axes[:2] == ("layer", "head")]
+        return by_head[0] if by_head else self.meta.get("heads", 1)
+
+    @property
+    def axes(self) -> dict[str, list[str] | int]:
+        """Places, or their number, of the axes of columns other than layers and heads."""
+        return dict(self.meta.get("axes", {}))
+
+    def masked(self, name: str) -> np.ndarray:
+        """A column as a masked array, masked where nobody measured anything; a plain one where that is not known."""
+        if name not in self._measured:
+            return getattr(self, name)
+        return np.ma.array(self._values[name], mask=~self._measured[name])
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Timeline:
@@ -72,9 +116,15 @@ def _file_of(path: str | os.PathLike) -> Path:
 
 
 def stack(rows: list, meta: dict, *, truncated: bool) -> Timeline:
-    """A timeline of rows (step, signals by name)."""
-    signals = {}
-    for name, shape in signal_shapes(len(meta["layers"]), meta["heads"]).items():
-        signals[name] = np.array([values[name] for _, values in rows], np.float64).reshape(len(rows), *shape)
+    """A timeline of rows (step, masked columns by name)."""
+    columns, sizes = columns_in(meta), sizes_of(meta)
+    values, measured = {}, {}
+    for name, column in columns.items():
+        shape = (len(rows), *(sizes[axis] for axis in column.axes))
+        values[name] = np.array([np.ma.getdata(row[name]) for _, row in rows], np.float64).reshape(shape)
+        if meta["format"] >= 4:
+            measured[name] = ~np.array([np.ma.getmaskarray(row[name]) for _, row in rows], bool).reshape(shape)
+            values[name][~measured[name]] = np.nan
     steps = np.array([step for step, _ in rows], np.int64)
-    return Timeline(steps=steps, **signals, layers=list(meta["layers"]), meta=meta, truncated=truncated)
+    layers = list(meta["layers"])
+    return Timeline(steps, layers=layers, meta=meta, truncated=truncated, columns=columns, measured=measured, **values)

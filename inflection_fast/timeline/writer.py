@@ -8,12 +8,15 @@ import operator
 import os
 import weakref
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from .arrow import END_OF_STREAM, FORMAT, encode, parse, read, schema_of
-from .signals import checked, signal_shapes
+from .arrow import END_OF_STREAM, FORMAT, columns_in, encode, parse, read, schema_of
+from .columns import Column
+from .older import STANDARD
+from .signals import checked, shapes_of, sizes_of
 from .timeline import FILE_NAME, Timeline, stack
 
 __all__ = ["TimelineWriter"]
@@ -27,11 +30,14 @@ _ARRAY_BYTES = 128  # that an array takes beside its numbers
 class TimelineWriter:
     """Appends measured steps to `folder/timeline.arrows`, or keeps them in memory only where `folder` is None.
 
-    `layers` are the block names, `heads` the number of attention heads, `meta` what else describes the run (`model`,
-    `config`, `versions`: anything JSON can hold). An existing timeline is a `ValueError` unless `resume_at` is given:
-    then its rows with step >= `resume_at` and a torn end are dropped (the file is replaced atomically) and it is
-    continued. Resuming where no file is yet starts one. A file of other layers, heads or another model is a
-    `ValueError`.
+    `layers` are the block names, `heads` the number of attention heads of the widest block, `meta` what else describes
+    the run (`model`, `config`, `versions`: anything JSON can hold), `columns` what there is to append (None: the
+    standard ones), and `axes` the places, or their number, of axes of columns other than "layer" and "head".
+
+    An existing timeline is a `ValueError` unless `resume_at` is given: then its rows with step >= `resume_at` and a
+    torn end are dropped (the file is replaced atomically) and it is continued. Resuming where no file is yet starts
+    one. A file of other layers, heads or another model is a `ValueError`. Columns that only the file or only `columns`
+    has are kept, and missing where they were not measured.
 
     Rows that the file holds are not kept in memory: `timeline` reads them back, also when the file was deleted since.
     When the disk refuses a write, `append` cuts the file back to its last whole batch and lets the `OSError` through.
@@ -49,6 +55,8 @@ class TimelineWriter:
         layers: list[str],
         heads: int,
         meta: dict,
+        columns: Mapping[str, Column] | None = None,
+        axes: Mapping[str, int | list[str]] | None = None,
         resume_at: int | None = None,
         keep_bytes: int | None = None,
     ):
@@ -59,8 +67,11 @@ class TimelineWriter:
             raise ValueError(f"heads: expected at least 1, got {heads}")
         if resume_at is not None and operator.index(resume_at) < 0:
             raise ValueError(f"resume_at: expected a step >= 0, got {resume_at}")
-        meta = {**meta, "format": FORMAT, "layers": layers, "heads": int(heads)}
+        columns = STANDARD if columns is None else columns
+        meta = {**meta, "format": FORMAT, "layers": layers, "heads": int(heads), "axes": dict(axes or {})}
+        meta["columns"] = {name: column.as_dict() for name, column in columns.items()}
         self._meta = json.loads(json.dumps(meta, allow_nan=False))  # as a reader of the file will see it
+        self._describe()
         self._pending: deque[tuple[int, dict[str, np.ndarray]]] = deque()  # rows that no file holds
         self._most = KEPT_BYTES if keep_bytes is None and folder is not None else keep_bytes
         self.given_up = 0  # rows of which neither file nor memory has a trace
@@ -71,6 +82,10 @@ class TimelineWriter:
         if folder is not None:
             self._open(Path(folder), resume_at)
 
+    def _describe(self) -> None:
+        self._columns = columns_in(self._meta)
+        self._shapes = shapes_of(self._columns, self._meta)
+
     def _open(self, folder: Path, resume_at: int | None) -> None:
         path, rows = folder / FILE_NAME, []
         if path.exists():
@@ -80,12 +95,33 @@ class TimelineWriter:
                     "(start_step of a Monitor, resume_at of a writer)"
                 )
             rows, old, _ = read(path)
-            self._accept(path, old)
             rows = [row for row in rows if row[0] < resume_at]
+            self._accept(path, old, any_rows=bool(rows))
             self._meta |= _earlier(old, self._meta, rows)
+            if rows:
+                self._keep_columns(path, old)
+                rows = [(step, checked(values, self._columns, self._shapes)) for step, values in rows]
         self._schema, self.path = schema_of(self._meta), path
         self._last = rows[-1][0] if rows else None
-        self._create([self._schema.serialize().to_pybytes(), *(encode(row, self._schema) for row in rows)])
+        self._create([self._schema.serialize().to_pybytes(), *(self._encoded(row) for row in rows)])
+
+    def _encoded(self, row: tuple[int, dict]) -> bytes:
+        return encode(row, self._schema, len(self._meta["layers"]))
+
+    def _keep_columns(self, path: Path, old: dict) -> None:
+        """Go on with the columns of the file as well."""
+        before, sizes = columns_in(old), sizes_of(old)
+        for name, column in before.items():
+            now = self._columns.get(name, column)
+            here = {**sizes, **sizes_of(self._meta)}
+            if now.axes != column.axes or any(here[axis] != sizes[axis] for axis in column.axes):
+                raise ValueError(
+                    f"{path} has a column {name!r} with axes {column.axes}, which are others now: choose another folder"
+                )
+        kept = {name: column for name, column in before.items() if name not in self._columns}
+        self._meta["columns"] |= {name: column.as_dict() for name, column in kept.items()}
+        self._meta["axes"] = {**old.get("axes", {}), **self._meta["axes"]}
+        self._describe()
 
     def _create(self, messages: list[bytes]) -> None:
         """Write the file as a whole, atomically, and go on appending to it."""
@@ -109,8 +145,8 @@ class TimelineWriter:
         self._release = weakref.finalize(self, self._reader.close)
         self._offset = sum(map(len, messages))  # where the last whole batch ends
 
-    def _accept(self, path: Path, old: dict) -> None:
-        for key in ("layers", "heads", "model"):
+    def _accept(self, path: Path, old: dict, *, any_rows: bool) -> None:
+        for key in ("layers", "heads", "model") if any_rows else ("layers", "model"):
             if old.get(key) != self._meta.get(key):
                 raise ValueError(
                     f"{path} was measured with {key} = {old.get(key)} and cannot be continued with "
@@ -118,8 +154,9 @@ class TimelineWriter:
                 )
 
     def append(self, step: int, **signals: np.ndarray) -> None:
-        """Add one measured step: arrays [L, H], [L] or scalars by the name of the signal; a missing signal is NaN.
+        """Add one measured step: arrays [L, H], [L] or scalars by the name of the column; a missing one is NaN.
 
+        A masked array says where nobody measured anything; in a plain one, NaN stands for that.
         Steps increase. An unknown signal, a wrong shape, a step that does not increase or a closed writer:
         `ValueError`, and nothing is added. `OSError` if the disk refuses (see the class).
         """
@@ -134,7 +171,7 @@ class TimelineWriter:
         step = operator.index(step)
         if step < 0 or (self._last is not None and step <= self._last):
             raise ValueError(f"step: expected one above the last ({self._last}), got {step}")
-        row = checked(signals, self._shapes())
+        row = checked(signals, self._columns, self._shapes)
         self._pending.append((step, row))
         self._last = step
         if self._most is not None and len(self._pending) * sum(map(_bytes, row.values())) > self._most:
@@ -147,14 +184,11 @@ class TimelineWriter:
             logger.warning("%s: memory for rows that cannot be written is full; those from step %d go", where, step)
         self.given_up += 1
 
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        return signal_shapes(len(self._meta["layers"]), self._meta["heads"])
-
     def _flush(self) -> None:
         if self._pending:
             self._stay_in_place()
         while self._pending:
-            self._write(encode(self._pending[0], self._schema))
+            self._write(self._encoded(self._pending[0]))
             self._pending.popleft()
 
     def _stay_in_place(self) -> None:
@@ -230,4 +264,4 @@ def _earlier(old: dict, new: dict, rows: list) -> dict:
 
 
 def _bytes(array: np.ndarray) -> int:
-    return array.nbytes + _ARRAY_BYTES
+    return array.nbytes + array.size + 2 * _ARRAY_BYTES  # with its mask

@@ -17,8 +17,7 @@ process.
 from __future__ import annotations
 
 import logging
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -27,10 +26,14 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from .. import ops
-from ..blocks import Block, is_named_attention
-from .packet import Packet
+from ..blocks import Block
+from ..quantities import Step
+from ..quantities.quantity import Accumulator
+from .packet import Fields, Packet
+from .panel import FAILED, MACHINERY
+from .placements import BatchMesh, local_of, sharded_over
 
-__all__ = ["Join", "Layout", "Ranks", "full_of", "is_sharded", "local_of", "reshard", "world_size"]
+__all__ = ["Join", "Layout", "Ranks", "world_size"]
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +64,7 @@ class Layout:
 
         Summed over ranks that is the squared norm: a sharded gradient adds up, one that several ranks hold counts once.
         """
-        weights = [_sharded_over(gradient) / self.world for gradient in gradients]
+        weights = [sharded_over(gradient) / self.world for gradient in gradients]
         distinct = sorted(set(weights))
         groups = [layer * len(distinct) + distinct.index(weight) for layer, weight in zip(layers, weights, strict=True)]
         squares = ops.sum_of_squares([local_of(gradient) for gradient in gradients], groups)
@@ -70,34 +73,34 @@ class Layout:
         # Numbers of Python's own: a tensor of weights would be a copy from the host.
         return sum(weight * of_weight for weight, of_weight in zip(distinct, squares.unbind(1), strict=True))
 
-    def weigh(self, packet: Packet, sharded_outputs: Iterable[int]) -> None:
-        """Scale the local sums of a step, but for the parameters', so that they add up over the ranks.
+    def weigh(self, packet: Packet, sharded_outputs: Collection[int], probed: Collection[str]) -> None:
+        """Scale the local sums of a step so that they add up over the ranks; see `Accumulator.held`.
 
         Args:
             packet: on the host.
             sharded_outputs: layers whose output is split over the ranks of one batch; the others' is on all of them.
+            probed: quantities whose taps listen to the probe set, which all ranks run as a whole.
         """
-        outputs = set(sharded_outputs)
-        for layer in range(packet.layers):
-            heads = 1 if layer in self.sharded_heads else self.tensor
-            copies = 1 if layer in outputs else self.tensor
-            packet["attention"][:, layer] /= heads
-            packet["attention_parts"][:, layer] /= heads
-            packet["activation_squares"][layer] /= copies * self.data**2
-            if packet.probe:
-                packet["probe_attention"][:, layer] /= heads
-                packet["probe_activation_squares"][layer] /= copies
-        if packet.probe and self.data_rank != 0:  # all ranks run the whole probe
-            for name in ("probe_attention", "probe_activation_squares", "probe_activation_count"):
-                packet[name].zero_()
-        if not self.writes:
-            packet["delta_cka"].zero_()
-            packet["delta_cka_count"].zero_()
+        for field in packet.fields.all:
+            accumulator = field.accumulator
+            if accumulator.join == "sum" and accumulator.held != "part":
+                view = packet[field.quantity][field.name]
+                weight = self._weight(accumulator, view, sharded_outputs, probed=field.quantity in probed)
+                # What does not count may be NaN.
+                view.copy_(torch.where(weight == 0, 0.0, view.double() * weight))
 
-    def forget_norms(self, packet: Packet) -> None:
-        """Leave out what one rank cannot know without the others: norms over all of them."""
-        for name in ("activation_count", "parameter_count"):
-            packet[name].zero_()
+    def _weight(self, accumulator: Accumulator, view: Tensor, outputs: Collection[int], *, probed: bool) -> Tensor:
+        by_layer = accumulator.axes[:1] == ("layer",)
+        weight = torch.ones(len(view) if by_layer else 1, dtype=torch.float64)
+        if accumulator.held == "alike":
+            weight *= self.writes
+        else:
+            weight /= self.tensor
+            for layer in {"heads": self.sharded_heads, "output": outputs}.get(accumulator.held, ()) if by_layer else ():
+                weight[layer] = 1.0
+            # All ranks run the whole probe; of a step's batches each has its own, whose loss is one of `data`.
+            weight *= (self.data_rank == 0) if probed else float(self.data) ** -accumulator.gradient_power
+        return weight.view(-1, *(1,) * (view.dim() - 1)) if accumulator.axes else weight[0]
 
 
 class Ranks:
@@ -115,7 +118,7 @@ class Ranks:
         self._timeout = timedelta(seconds=timeout_s)
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self.lost = False
-        self._mesh = _BatchMesh(model)
+        self._mesh = BatchMesh(model)
         try:
             self._group = dist.new_group(backend="gloo", timeout=self._timeout)
         except RuntimeError as error:
@@ -216,14 +219,13 @@ class Join:
         self,
         ranks: Ranks,
         layout: Layout,
-        packet: Packet,  # one of the size that all have
-        sharded_outputs: set[int],  # see `Layout.weigh`; read when a packet is joined
+        fields: Fields,  # of the packets that all have
+        probed: Collection[str],  # see `Layout.weigh`
         warn: Callable[[str, str], None],
     ):
-        self._ranks, self._layout, self._packet = ranks, layout, packet
-        self._sharded_outputs, self._warn = sharded_outputs, warn
+        self._ranks, self._layout, self._fields, self._probed, self._warn = ranks, layout, fields, probed, warn
 
-    def __call__(self, step: int, packet: Packet | None) -> int:
+    def __call__(self, step: int, packet: Packet | None, sharded_outputs: Collection[int] = ()) -> int:
         """Join `packet` in place; None: this rank has dropped it, and takes part so that the others need not wait.
 
         Returns:
@@ -233,116 +235,16 @@ class Join:
             LookupError: some rank has dropped its packet, so that nobody knows the step.
         """
         if packet is None:
-            nothing = Packet.like(self._packet, torch.zeros_like(self._packet.data, device="cpu"))
-            self._ranks.join(step, nothing, dropped=True)
+            self._ranks.join(step, Packet(self._fields), dropped=True)
             return 0
-        self._layout.weigh(packet, self._sharded_outputs)
+        here = bool((packet[MACHINERY][FAILED] != 0).any())
+        self._layout.weigh(packet, sharded_outputs, self._probed)
         if not self._ranks.join(step, packet):
-            self._layout.forget_norms(packet)
             return self._layout.world - 1
-        if packet["loss_count"].isnan():  # as no number of micro-batches is
-            self._warn("failure", f"measured step {step} failed on another rank; its values are NaN")
-        elif not packet.measured():
+        failed = packet[MACHINERY][FAILED]
+        if (failed != 0).any() and not here:
+            which = "its" if (failed != 0).all() else "some of its"
+            self._warn("failure", f"measured step {step} failed on another rank; {which} values are NaN")
+        elif not (failed != 0).any() and packet[Step.name]["forwards"] == 0:
             self._warn("unseen", f"measured step {step} saw no training forward of the monitored model on any rank")
         return 0
-
-
-# ---- DTensor ---------------------------------------------------------------------------------------------------------
-
-
-def _is_dtensor(tensor: object) -> bool:
-    module = sys.modules.get("torch.distributed.tensor")  # whoever has one has imported it
-    return module is not None and isinstance(tensor, module.DTensor)
-
-
-def local_of(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this rank holds; a sum that is still pending over ranks is carried out first."""
-    if not _is_dtensor(tensor):
-        return tensor
-    if any(placement.is_partial() for placement in tensor.placements):
-        tensor = tensor.redistribute(placements=_settled(tensor.placements))
-    return tensor.to_local()
-
-
-def full_of(tensor: Tensor) -> Tensor:
-    """The whole of a tensor, gathered where ranks hold parts of it."""
-    return tensor.full_tensor() if _is_dtensor(tensor) else tensor
-
-
-def _settled(placements: tuple) -> list:
-    from torch.distributed.tensor import Replicate
-
-    return [Replicate() if placement.is_partial() else placement for placement in placements]
-
-
-def _sharded_over(tensor: Tensor) -> int:
-    """Into how many different parts the ranks have split a tensor; 1 for a plain one."""
-    if not _is_dtensor(tensor):
-        return 1
-    parts = 1
-    for dim, placement in enumerate(tensor.placements):
-        parts *= tensor.device_mesh.size(dim) if _is_shard(placement) else 1
-    return parts
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether this rank holds only a part of a tensor."""
-    return _sharded_over(tensor) > 1
-
-
-def _is_shard(placement: object) -> bool:
-    return not placement.is_replicate() and not placement.is_partial()  # strided shards included
-
-
-class _BatchMesh:
-    """Which ranks compute on one batch with this one, from the device meshes of the parameters.
-
-    Those are the ranks along the mesh dimensions that are tensor parallel: the ones on which parameters are sharded,
-    except FSDP's own, which come first: (Shard, ...), or (Replicate, Shard, ...) where shards are replicated.
-    """
-
-    def __init__(self, model: nn.Module):
-        parameters = [parameter for parameter in model.parameters() if _is_dtensor(parameter)]
-        self.peers = [dist.get_rank()]
-        self._first = 0  # mesh dimensions before are data parallel
-        if not parameters:
-            return
-        mesh = max((parameter.device_mesh for parameter in parameters), key=lambda mesh: mesh.ndim)
-        placements = [parameter.placements for parameter in parameters]
-        if _is_fully_sharded(model):
-            self._first = 1 if any(_is_shard(one[0]) for one in placements) else 2
-        whole = [one for one in placements if len(one) == mesh.ndim]
-        dims = [dim for dim in range(self._first, mesh.ndim) if any(_is_shard(one[dim]) for one in whole)]
-        ranks, coordinate = mesh.mesh, mesh.get_coordinate()
-        for dim in reversed(range(mesh.ndim)):
-            if dim not in dims:
-                ranks = ranks.select(dim, coordinate[dim])
-        self.peers = [int(rank) for rank in ranks.flatten()]
-
-    def shards_attention(self, block: nn.Module) -> bool:
-        """Whether the ranks of one batch hold different heads of a block: its attention's parameters are sharded."""
-        attentions = [part for name, part in block.named_modules() if is_named_attention(part, name.split(".")[-1])]
-        parameters = [parameter for part in attentions or [block] for parameter in part.parameters()]
-        return any(
-            map(_is_shard, (place for p in parameters if _is_dtensor(p) for place in p.placements[self._first :]))
-        )
-
-
-def _is_fully_sharded(model: nn.Module) -> bool:
-    return next(_fsdp_modules(model), None) is not None
-
-
-def _fsdp_modules(model: nn.Module) -> Iterator[nn.Module]:
-    module = sys.modules.get("torch.distributed.fsdp")  # whoever shards a model has imported it
-    if module is not None:
-        yield from (part for part in model.modules() if isinstance(part, module.FSDPModule))
-
-
-def reshard(model: nn.Module) -> None:
-    """Give up the gathered parameters of an FSDP2 model after a forward without a backward.
-
-    The root keeps its own until its backward pass, and takes them for current in the next forward even if the
-    optimizer has changed the shards in between.
-    """
-    for module in _fsdp_modules(model):
-        module.reshard()

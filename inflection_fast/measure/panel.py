@@ -1,0 +1,303 @@
+"""The quantities of one monitor: what they declare together, who listens to what, and what their sums amount to."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from ..quantities import Step
+from ..quantities.quantity import Accumulator, Column, MeasuredModel, Quantity
+from ..timeline import Timeline
+from .packet import Fields, Packet, Piece
+
+__all__ = ["FAILED", "MACHINERY", "Panel"]
+
+MACHINERY = "monitor"  # under this name the packet holds what is no quantity: for now who has failed
+FAILED = "failed"
+_TAKEN = ("layer", "step", "steps", "layers", "meta", "columns", "truncated")  # by the timeline itself
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
+_BACKWARD = ("on_output_gradient", "on_parameter_gradient")
+_FORWARD = ("on_attention", "on_attention_call", "on_block", "on_submodule", "on_model_output")
+_WHOLE = ("on_backward_end", "before_update", "after_update", "on_probe", "in_background")
+TAPS = (*_FORWARD, *_BACKWARD, *_WHOLE)
+Sizes = Mapping[str, Mapping[str, int]]
+
+
+class Panel:
+    """Copies of the given quantities, and the step's own, for one monitor.
+
+    Raises:
+        ValueError: two of one name, or a name that is none.
+    """
+
+    def __init__(self, quantities: Sequence[Quantity], *, with_step: bool = True):
+        self.quantities: dict[str, Quantity] = {}
+        for quantity in (*((Step(),) if with_step else ()), *quantities):
+            name = quantity.name
+            if not isinstance(name, str) or not _NAME.fullmatch(name) or name == MACHINERY:
+                raise ValueError(f"quantities: {type(quantity).__name__}.name is {name!r}; expected a name like 'rank'")
+            if name in self.quantities:
+                raise ValueError(f"quantities: {name!r} stands twice")
+            if (
+                _overrides(quantity, "on_probe")
+                and quantity.data != "probe"
+                and any(_overrides(quantity, tap) for tap in (*_FORWARD, *_BACKWARD))
+            ):
+                raise ValueError(
+                    f"quantity {name!r} listens to the training and to the probe; state data = 'probe', or make it two"
+                )
+            self.quantities[name] = copy.copy(quantity)
+        self._listeners = {tap: tuple(q for q in self.quantities.values() if _overrides(q, tap)) for tap in TAPS}
+        self._probing = False
+        self._step = 0  # the last that has begun
+        self.due: frozenset[str] = frozenset()
+        self.failures: dict[str, Exception] = {}  # of the step under way, by quantity
+        self.warn: Callable[[str, str], None] = _log_only
+
+    # ---- what they declare -------------------------------------------------------------------------------------------
+
+    def prepare(self, model: MeasuredModel) -> None:
+        """Let every quantity look at the model, and check what they declare. `ValueError` in words for the user."""
+        for quantity in self.quantities.values():
+            quantity.prepare(model)
+        owners: dict[str, str] = {}
+        for name, quantity in self.quantities.items():
+            for column, said in quantity.columns.items():
+                if column in owners:
+                    raise ValueError(f"quantities: {owners[column]!r} and {name!r} both name a column {column!r}")
+                owners[column] = name
+                self._check_column(quantity, column, said)
+            for field, accumulator in quantity.accumulators.items():
+                _check_axes(quantity, f"accumulator {field!r}", accumulator.axes)
+                if accumulator.held == "heads" and accumulator.axes[:1] != ("layer",):
+                    raise ValueError(
+                        f"quantity {name!r}: accumulator {field!r} is held by 'heads' and so needs 'layer' first"
+                    )
+        sizes: dict[str, tuple[int, str]] = {}
+        for name, quantity in self.quantities.items():
+            for axis, size in _sizes(quantity).items():
+                if axis in sizes and sizes[axis][0] != size and _in_columns(quantity, axis):
+                    raise ValueError(
+                        f"quantities: axis {axis!r} has {sizes[axis][0]} places in {sizes[axis][1]!r} and {size} in "
+                        f"{name!r}; give one of them another name"
+                    )
+                if _in_columns(quantity, axis):
+                    sizes[axis] = size, name
+
+    @staticmethod
+    def _check_column(quantity: Quantity, name: str, column: Column) -> None:
+        where = f"quantity {quantity.name!r}: column {name!r}"
+        if not _NAME.fullmatch(name) or hasattr(Timeline, name) or name in _TAKEN:
+            raise ValueError(f"{where} cannot be named so; expected a name like 'residual_rms'")
+        _check_axes(quantity, f"column {name!r}", column.axes)
+        if column.count is None:
+            if _overrides(quantity, "in_background"):
+                raise ValueError(f"{where} needs a count: what is measured in the background is not in every step")
+            return
+        if column.count not in quantity.accumulators:
+            raise ValueError(f"{where} counts by {column.count!r}, which is none of its accumulators")
+        axes = quantity.accumulators[column.count].axes
+        if axes != column.axes[: len(axes)]:
+            raise ValueError(f"{where} has axes {column.axes} and counts by {column.count!r} with axes {axes}")
+
+    @property
+    def columns(self) -> dict[str, Column]:
+        """All columns by name, with the quantity that each is of."""
+        return {
+            column: replace(said, quantity=name)
+            for name, quantity in self.quantities.items()
+            for column, said in quantity.columns.items()
+        }
+
+    @property
+    def axes(self) -> dict[str, list[str] | int]:
+        """Places, or their number, of axes of columns other than layers and heads."""
+        return {
+            axis: places if isinstance(places, int) else [str(place) for place in places]
+            for quantity in self.quantities.values()
+            for axis, places in quantity.axes.items()
+            if _in_columns(quantity, axis)
+        }
+
+    def forget(self) -> None:
+        """Hold no quantity any more, as they may know the model."""
+        self.quantities = {}
+        self._listeners = dict.fromkeys(TAPS, ())
+
+    def has(self, tap: str) -> bool:
+        """Whether any quantity ever listens to a tap."""
+        return bool(self._listeners[tap])
+
+    def for_probe(self) -> Panel:
+        """The same quantities that listen to the probe set, in a panel of their own, as if it were the training's."""
+        panel = Panel((), with_step=False)
+        panel.quantities = {name: one for name, one in self.quantities.items() if one.data == "probe"}
+        panel._listeners = {tap: tuple(q for q in of if q.data == "probe") for tap, of in self._listeners.items()}
+        panel._probing, panel.warn = True, lambda kind, message: self.warn(kind, message)
+        return panel
+
+    def of_group(self, group: str) -> list[str]:
+        """Names of the quantities with memory of a kind: "backward", "forward", "whole" or "probe"; see `StepSums`."""
+        return [name for name, quantity in self.quantities.items() if _group(quantity, self._probing) == group]
+
+    def fields(self, layers: int, heads: int) -> Fields:
+        """The layout of a packet."""
+        declared: dict[str, Mapping[str, Accumulator]] = {MACHINERY: {FAILED: Accumulator(("quantity",), held="part")}}
+        sizes: dict[str, dict[str, int]] = {
+            MACHINERY: {"layer": layers, "head": heads, "quantity": len(self.quantities)}
+        }
+        for group in ("forward", "backward", "whole", "probe"):
+            for name in self.of_group(group):
+                declared[name] = self.quantities[name].accumulators
+                sizes[name] = {"layer": layers, "head": heads, **_sizes(self.quantities[name])}
+        return Fields(declared, sizes)
+
+    # ---- who listens -------------------------------------------------------------------------------------------------
+
+    def begin(self, due: Collection[str], step: int = 0) -> None:
+        """Begin `step`, at which the quantities `due` are measured; the step's own always are."""
+        self._step = step
+        self.due = (frozenset(due) | {Step.name}) & set(self.quantities)
+        self.failures = {}
+
+    def listening(self, tap: str) -> list[Quantity]:
+        """The quantities that a tap has to be told to: due, not failed, and on the data that this panel is about."""
+        return [
+            quantity
+            for quantity in self._listeners[tap]
+            if quantity.name in self.due
+            and quantity.name not in self.failures
+            and (quantity.data == "probe") == self._probing
+        ]
+
+    def tell(self, tap: str, quantities: Iterable[Quantity], packet: Packet | Piece, event: object) -> None:
+        """Call a tap of the quantities; one that raises costs its own values of this step."""
+        for quantity in quantities:
+            if quantity.name in self.failures:
+                continue
+            try:
+                with torch.no_grad():
+                    getattr(quantity, tap)(packet[quantity.name], event)
+            except Exception as error:
+                self.fail(quantity.name, error, tap)
+
+    def tell_late(self, tap: str, quantities: Iterable[Quantity], packet: Packet, event: object) -> None:
+        """As `tell`, about a step that is over: who raises is marked in its packet at once."""
+        for quantity in quantities:
+            try:
+                with torch.no_grad():
+                    getattr(quantity, tap)(packet[quantity.name], event)
+            except Exception as error:
+                packet[MACHINERY][FAILED][list(self.quantities).index(quantity.name)] = 1
+                self._say(quantity.name, error, tap)
+
+    def fail(self, name: str, error: Exception, where: str) -> None:
+        """A quantity has no values in this step."""
+        self.failures[name] = error
+        self._say(name, error, where)
+
+    def _say(self, name: str, error: Exception, where: str) -> None:
+        message = (
+            f"measured step {self._step} failed for quantity {name!r} in {where}: {error!r}; it has no values then"
+        )
+        self.warn(f"quantity {name}", message)
+
+    def mark_failures(self, packet: Packet, *, everything: bool = False) -> None:
+        """Write down who has failed, for all ranks to see."""
+        flags = packet[MACHINERY][FAILED]
+        if everything:
+            flags.fill_(1)
+            return
+        for place, name in enumerate(self.quantities):
+            if name in self.failures:
+                flags[place] = 1
+
+    # ---- what their sums amount to -----------------------------------------------------------------------------------
+
+    def row(self, packet: Packet, due: Collection[str], *, alone: bool = False) -> dict[str, np.ma.MaskedArray]:
+        """The columns of a step, from its packet on the host; masked where nobody measured anything.
+
+        Args:
+            packet: joined over ranks.
+            due: the quantities that were measured.
+            alone: other ranks are missing, so what is no sum of their batches alone has no value.
+        """
+        failed = np.from_dlpack(packet[MACHINERY][FAILED])
+        row = {}
+        for place, (name, quantity) in enumerate(self.quantities.items()):
+            if name not in due or failed[place] != 0 or (alone and _needs_all_ranks(quantity)):
+                continue
+            sums = {field: np.from_dlpack(view).astype(np.float64) for field, view in packet[name].items()}
+            try:
+                with np.errstate(all="ignore"):  # NaN and inf of a run that diverges are values like others
+                    row |= self._columns_of(quantity, sums, packet.fields.sizes[name])
+            except Exception as error:
+                self._say(name, error, "values")
+        return row
+
+    @staticmethod
+    def _columns_of(quantity: Quantity, sums: dict[str, np.ndarray], sizes: Mapping[str, int]) -> dict:
+        values, found = quantity.values(sums), {}
+        unknown = sorted(set(values) - set(quantity.columns))
+        if unknown:
+            raise ValueError(f"values() returned {unknown}, which are none of its columns")
+        for name, value in values.items():
+            column = quantity.columns[name]
+            shape = tuple(sizes[axis] for axis in column.axes)
+            value = np.asarray(value, np.float64)
+            if value.shape != shape:
+                raise ValueError(f"column {name!r} has shape {value.shape} where its axes {column.axes} say {shape}")
+            mask = np.zeros(shape, bool)
+            if column.count is not None:
+                counted = ~(sums[column.count] == 0)  # NaN counts: somebody measured, and it went wrong
+                mask |= ~counted.reshape(counted.shape + (1,) * (len(shape) - counted.ndim))
+            found[name] = np.ma.array(np.where(mask, np.nan, value), mask=mask)
+        return found
+
+
+def _overrides(quantity: Quantity, tap: str) -> bool:
+    return getattr(type(quantity), tap) is not getattr(Quantity, tap) or tap in vars(quantity)
+
+
+def _group(quantity: Quantity, probing: bool) -> str:
+    if not probing and (quantity.data == "probe" or _overrides(quantity, "on_probe")):
+        return "probe"
+    if any(_overrides(quantity, tap) for tap in _BACKWARD):
+        return "backward"
+    return "forward" if any(_overrides(quantity, tap) for tap in _FORWARD) else "whole"
+
+
+def _sizes(quantity: Quantity) -> dict[str, int]:
+    return {axis: places if isinstance(places, int) else len(places) for axis, places in quantity.axes.items()}
+
+
+def _in_columns(quantity: Quantity, axis: str) -> bool:
+    return any(axis in column.axes for column in quantity.columns.values())
+
+
+def _check_axes(quantity: Quantity, what: str, axes: Sequence[str]) -> None:
+    sizes = _sizes(quantity)
+    for axis in axes:
+        if axis in ("layer", "head"):
+            continue
+        if axis not in sizes:
+            raise ValueError(
+                f"quantity {quantity.name!r}: {what} has an axis {axis!r} of unknown size; expected 'layer', 'head' or "
+                "one that `axes` gives a size before the first step, because no shape may depend on the batch"
+            )
+        if sizes[axis] < 1:
+            raise ValueError(f"quantity {quantity.name!r}: axis {axis!r} has no places")
+
+
+def _needs_all_ranks(quantity: Quantity) -> bool:
+    return any(one.gradient_power or one.held == "part" for one in quantity.accumulators.values())
+
+
+def _log_only(kind: str, message: str) -> None:
+    logging.getLogger(__name__).warning("%s", message)

@@ -1,0 +1,153 @@
+"""What attention looks like, per head: entropy, its standard error, largest logit, collision, sink."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from .quantity import Accumulator, AlertRule, AttentionRows, Column, Quantity, Sums
+
+__all__ = ["Attention", "ProbeEntropy"]
+
+_BY_HEAD = ("layer", "head")
+# What is reported beside the mean entropy: of what else the rows have a mean, and the parts of the variance of the mean
+# entropy, which is quadratic in that mean and so needs three sums (of dy^2, dy dv and dv^2).
+_PARTS = ("collision", "sink", "yy", "yv", "vv")
+
+
+class Attention(Quantity):
+    """Means over valid query rows per layer and head, and the standard error of the mean entropy.
+
+    The mean is the ratio of two estimated totals, entropy y and number v of valid rows, over all sequences, positions
+    and micro-batches. Its standard error is that of the linearised residuals e = y - mean * v, one per sampled position
+    (all sequences share the positions, so a position is one draw), by successive differences dy and dv.
+
+    Memory: 40 bytes per layer and head in the packet, and the same once more for what has not gone back yet.
+    """
+
+    name = "attention"
+    axes = {"part": _PARTS}
+    accumulators = {
+        "rows": Accumulator(_BY_HEAD, held="heads"),
+        "entropy": Accumulator(_BY_HEAD, held="heads"),
+        # float32: off by 6e-8 a micro-batch, where a standard error from 64 rows is itself known to a tenth
+        "parts": Accumulator(("layer", "part", "head"), dtype="float32", held="heads"),
+        "max_logit": Accumulator(_BY_HEAD, dtype="float32", join="max", held="heads"),
+    }
+    columns = {
+        "entropy": Column(
+            unit="nats",
+            axes=_BY_HEAD,
+            label="attention entropy",
+            explanation="Entropy of the attention probabilities, mean over valid query rows.",
+            count="rows",
+            alerts=(
+                AlertRule(
+                    "falls_below",
+                    "entropy",
+                    kind="entropy_collapse",
+                    words="attention entropy of {place} is {value:.3g} nats, below {limit:.3g}",
+                ),
+                AlertRule("not_finite"),
+            ),
+        ),
+        "entropy_se": Column(
+            unit="nats",
+            axes=_BY_HEAD,
+            label="standard error of the attention entropy",
+            explanation="Standard error of the mean entropy from sampling query rows; 0 where all rows were measured.",
+            drawn="none",
+            count="rows",
+        ),
+        "max_logit": Column(
+            unit="1",
+            axes=_BY_HEAD,
+            label="largest attention logit",
+            explanation="Largest attention score before the softmax, over valid query rows and all keys.",
+            scale="log",
+            count="rows",
+            alerts=(
+                AlertRule(
+                    "above",
+                    "max_logit",
+                    kind="max_logit",
+                    words="largest attention logit of {place} is {value:.4g}, above {limit:.4g}",
+                ),
+            ),
+        ),
+        "collision": Column(
+            unit="1",
+            axes=_BY_HEAD,
+            label="collision probability",
+            explanation="Sum of the squared attention probabilities of a row, mean over valid query rows.",
+            count="rows",
+        ),
+        "sink": Column(
+            unit="1",
+            axes=_BY_HEAD,
+            label="probability of the first key",
+            explanation="Attention to the first key, or to the sink column where there is one, mean over query rows.",
+            count="rows",
+        ),
+    }
+
+    def on_attention(self, sums: Sums, rows: AttentionRows) -> None:
+        """Add the statistics of some layers."""
+        # Few passes over few large tensors: each one is a kernel launch, or a team of threads to wake.
+        fields = rows.over_batch(rows.stacked("entropy", "collision", "sink"))  # [3, G, H, R]
+        v = rows.counted()[None]  # [1, G, H, R]
+        totals = torch.cat([v, fields]) @ rows.weights  # [4, G, H]
+        sums["rows"][:, rows.heads].index_add_(0, rows.index, totals[0])
+        sums["entropy"][:, rows.heads].index_add_(0, rows.index, totals[1])
+        parts = totals[2:]
+        if len(rows.difference_weights):
+            dy, dv = fields[:1].diff(dim=-1), v.diff(dim=-1)
+            squares = torch.cat([dy * dy, dy * dv, dv * dv]) @ rows.difference_weights
+            parts = torch.cat([parts, squares])
+        of_parts = sums["parts"][:, : len(parts), rows.heads]
+        of_parts.index_add_(0, rows.index, parts.transpose(0, 1).float())
+        highest = rows.stacked("max_logit")[0].masked_fill_(rows.ignored, -torch.inf).amax((1, 3))
+        of_heads = sums["max_logit"][:, rows.heads]
+        of_heads[rows.index] = torch.maximum(of_heads[rows.index], highest)
+
+    def values(self, sums: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        """Means, and the standard error of a ratio of two estimated totals, linearised at the mean."""
+        part = dict(zip(_PARTS, np.moveaxis(sums["parts"], 1, 0), strict=True))
+        mean = sums["entropy"] / sums["rows"]
+        variance = part["yy"] - 2 * mean * part["yv"] + mean**2 * part["vv"]
+        return {
+            "entropy": mean,
+            "entropy_se": np.sqrt(np.maximum(variance, 0)) / sums["rows"],  # a sum of squares, but for rounding
+            "max_logit": sums["max_logit"],
+            "collision": part["collision"] / sums["rows"],
+            "sink": part["sink"] / sums["rows"],
+        }
+
+
+class ProbeEntropy(Quantity):
+    """The mean entropy on the probe set, on the same query rows every time, so that it is comparable over steps."""
+
+    name = "probe_entropy"
+    data = "probe"
+    accumulators = {"rows": Accumulator(_BY_HEAD, held="heads"), "entropy": Accumulator(_BY_HEAD, held="heads")}
+    columns = {
+        "probe_entropy": Column(
+            unit="nats",
+            axes=_BY_HEAD,
+            label="attention entropy on the probe",
+            explanation="Entropy of the attention probabilities on the probe set, mean over valid query rows.",
+            count="rows",
+        )
+    }
+
+    def on_attention(self, sums: Sums, rows: AttentionRows) -> None:
+        """Add the entropies of some layers."""
+        fields = torch.cat([rows.counted()[None], rows.over_batch(rows.stacked("entropy"))]) @ rows.weights
+        for name, of_layers in zip(("rows", "entropy"), fields, strict=True):
+            sums[name][:, rows.heads].index_add_(0, rows.index, of_layers)
+
+    def values(self, sums: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        """The mean."""
+        return {"probe_entropy": sums["entropy"] / sums["rows"]}

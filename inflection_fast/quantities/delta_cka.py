@@ -1,0 +1,70 @@
+"""How far the features of each block have moved from a reference state of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from .. import ops
+from .quantity import Accumulator, Column, MeasuredModel, ProbeFeatures, Quantity, Sums
+
+__all__ = ["DeltaCka"]
+
+
+class DeltaCka(Quantity):
+    """1 - CKA between the features of now and those of the reference state, on the probe set.
+
+    `MonitorConfig.cka_rank`, `cka_debiased`, `cka_reference` and `cka_se` say how. Memory: 32 bytes per layer in the
+    packet; that of the probe's features is said at `MonitorConfig.cka_rows`.
+    """
+
+    name = "delta_cka"
+    accumulators = {name: Accumulator(held="alike") for name in ("delta", "count", "error", "error_count")}
+    columns = {
+        "delta_cka": Column(
+            unit="1",
+            axes=("layer",),
+            label="delta-CKA",
+            explanation="1 - linear CKA between the block's features now and in the reference state, on the probe set.",
+            count="count",
+        ),
+        "delta_cka_se": Column(
+            unit="1",
+            axes=("layer",),
+            label="standard error of delta-CKA",
+            explanation="Standard error of delta-CKA from leaving out each sequence of the probe, on request.",
+            drawn="none",
+            count="error_count",
+        ),
+    }
+
+    def prepare(self, model: MeasuredModel) -> None:
+        """Take the settings of CKA."""
+        self._config, self._device = model.config, model.device
+
+    def on_probe(self, sums: Sums, probe: ProbeFeatures) -> None:
+        """Write the values of all layers."""
+        if probe.reference is None:
+            return
+        options = {"rank": self._config.cka_rank, "debiased": self._config.cka_debiased}
+        for layers, index in zip(probe.stacks, probe.indices, strict=True):
+            x, y = (torch.stack([features[i] for i in layers]) for features in (probe.reference, probe.features))
+            if self._config.cka_se:
+                result = ops.cka_jackknife(x, y, probe.sequences[layers[0]], **options)
+                delta = result.delta
+                sums["error"].index_copy_(0, index, result.standard_error.double())
+            else:
+                delta = ops.delta_cka(x, y, **options)
+            sums["delta"].index_copy_(0, index, delta.double())
+        sums["count"].fill_(1)
+        if self._config.cka_se:
+            sums["error_count"].fill_(1)
+
+    def values(self, sums: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        """What was written."""
+        return {
+            "delta_cka": sums["delta"] / sums["count"],
+            "delta_cka_se": sums["error"] / sums["error_count"],
+        }

@@ -1,0 +1,50 @@
+"""How large the gradients of the parameters are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from .quantity import Accumulator, AlertRule, Column, Parameters, Quantity, Sums
+
+__all__ = ["ParameterGrad"]
+
+
+class ParameterGrad(Quantity):
+    """l2 norm of the gradient over each block's parameters, before clipping and without loss scale.
+
+    A parameter that several layers share counts for the first of them. Memory: 16 bytes per layer.
+    """
+
+    name = "parameter_grad"
+    accumulators = {
+        "squares": Accumulator(held="part", gradient_power=2),
+        "count": Accumulator(held="part"),  # ranks with trainable parameters in the block
+    }
+    columns = {
+        "parameter_grad": Column(
+            unit="1",
+            axes=("layer",),
+            label="parameter gradient norm",
+            explanation="l2 norm of the gradient over the block's trainable parameters, before clipping.",
+            scale="log",
+            count="count",
+            alerts=(
+                AlertRule("exploding", "exploding", kind="exploding_gradient"),
+                AlertRule("dead", "dead", kind="dead_gradient"),
+                AlertRule("not_finite"),
+            ),
+        )
+    }
+
+    def on_backward_end(self, sums: Sums, parameters: Parameters) -> None:
+        """Write the squared norms: gradients add up over micro-batches, so the last backward pass has them whole."""
+        layers, _, gradients = parameters.gradients()
+        if gradients:
+            sums["squares"].copy_(parameters.squares(gradients, layers))
+            sums["count"].copy_(parameters.marked(parameters.trained))
+
+    def values(self, sums: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        """The root."""
+        return {"parameter_grad": np.sqrt(sums["squares"])}

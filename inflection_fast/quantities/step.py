@@ -1,0 +1,88 @@
+"""What every measured step says about itself: its loss, whether it was dropped, and what measuring took."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from .quantity import Accumulator, AlertRule, Column, ModelOutput, Quantity, Sums
+
+__all__ = ["Step"]
+
+
+def _of_step(unit: str, label: str, explanation: str, **more) -> Column:
+    return Column(unit=unit, axes=(), label=label, explanation=explanation, **more)
+
+
+class Step(Quantity):
+    """Always measured. What is no sum over ranks (`measure_ms`, `missing_ranks`) is filled in by the recorder."""
+
+    name = "step"
+    accumulators = {
+        name: Accumulator(())
+        for name in (
+            *("forwards", "loss", "losses", "skipped", "scaled"),
+            *("probe_ms", "probes", "step_ms", "steps", "probe_every"),
+        )
+    }
+    columns = {
+        "loss": _of_step(
+            "1", "loss", "The loss of the step.", count="losses", alerts=(AlertRule("not_finite"),), drawn="lines"
+        ),
+        "skipped": _of_step(
+            "1",
+            "skipped",
+            "1 if a gradient scaler dropped the step, whose gradients were not finite; 0 if it did not.",
+            count="scaled",
+            drawn="none",
+        ),
+        "missing_ranks": _of_step(
+            "1",
+            "missing ranks",
+            "Processes that train along and whose share is in no value of the step, being lost.",
+            drawn="none",
+            alerts=(
+                AlertRule(
+                    "above",
+                    0.0,
+                    kind="rank_lost",
+                    words="the values of {place} are those of one rank alone, {value:.0f} missing",
+                    measurements=1,
+                ),
+            ),
+        ),
+        "measure_ms": _of_step("ms", "time for measuring", "Host time of measuring, the probe included.", drawn="none"),
+        "probe_ms": _of_step("ms", "time for the probe", "Time of the run of the probe.", count="probes", drawn="none"),
+        "step_ms": _of_step(
+            "ms",
+            "time of a step",
+            "Time of a training step, mean over those since the run of the probe before, without what the probe took.",
+            count="steps",
+            drawn="none",
+        ),
+        "probe_every": _of_step(
+            "steps",
+            "cadence of the probe",
+            "Steps from this run of the probe to the next.",
+            count="probes",
+            drawn="none",
+        ),
+    }
+
+    def on_model_output(self, sums: Sums, output: ModelOutput) -> None:
+        """Add the loss of a micro-batch."""
+        sums["forwards"] += 1
+        if output.loss is not None:
+            sums["loss"] += output.loss.detach().mean().to(sums["loss"].device, non_blocking=True)
+            sums["losses"] += 1
+
+    def values(self, sums: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        """Means over micro-batches and ranks."""
+        return {
+            "loss": sums["loss"] / sums["losses"],
+            "skipped": np.minimum(sums["skipped"], 1.0),
+            "probe_ms": sums["probe_ms"] / sums["probes"],
+            "step_ms": sums["step_ms"] / sums["steps"],
+            "probe_every": sums["probe_every"] / sums["probes"],
+        }

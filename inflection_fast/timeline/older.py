@@ -1,0 +1,65 @@
+"""The columns of files of formats 2 and 3, which did not describe themselves; a writer has them by default."""
+
+from __future__ import annotations
+
+from .columns import AlertRule, Column
+
+__all__ = ["STANDARD", "columns_of"]
+
+_FINITE = AlertRule("not_finite")
+_COLLAPSED = AlertRule(
+    "falls_below",
+    "entropy",
+    kind="entropy_collapse",
+    words="attention entropy of {place} is {value:.3g} nats, below {limit:.3g}",
+)
+_LARGE = AlertRule(
+    "above",
+    "max_logit",
+    kind="max_logit",
+    words="largest attention logit of {place} is {value:.4g}, above {limit:.4g}",
+)
+_LOST = AlertRule(
+    "above",
+    0.0,
+    kind="rank_lost",
+    words="the values of {place} are those of one rank alone, {value:.0f} missing",
+    measurements=1,
+)
+_NORM = (
+    AlertRule("exploding", "exploding", kind="exploding_gradient"),
+    AlertRule("dead", "dead", kind="dead_gradient"),
+    _FINITE,
+)
+
+# name -> axes, unit, quantity, rules
+_COLUMNS = {
+    "entropy": (("layer", "head"), "nats", "attention", (_COLLAPSED, _FINITE)),
+    "entropy_se": (("layer", "head"), "nats", "attention", ()),
+    "max_logit": (("layer", "head"), "1", "attention", (_LARGE,)),
+    "collision": (("layer", "head"), "1", "attention", ()),
+    "sink": (("layer", "head"), "1", "attention", ()),
+    "probe_entropy": (("layer", "head"), "nats", "probe_entropy", ()),
+    "activation_grad": (("layer",), "1", "activation_grad", _NORM),
+    "parameter_grad": (("layer",), "1", "parameter_grad", _NORM),
+    "delta_cka": (("layer",), "1", "delta_cka", ()),
+    "delta_cka_se": (("layer",), "1", "delta_cka", ()),
+    "probe_activation_grad": (("layer",), "1", "probe_activation_grad", ()),
+    "loss": ((), "1", "step", (_FINITE,)),
+    "skipped": ((), "1", "step", ()),
+    "missing_ranks": ((), "1", "step", (_LOST,)),
+    "measure_ms": ((), "ms", "step", ()),
+    "probe_ms": ((), "ms", "step", ()),
+}
+STANDARD: dict[str, Column] = {
+    name: Column(
+        unit, axes, name.replace("_", " "), f"{name} of a timeline of an earlier format.", quantity, alerts=rules
+    )
+    for name, (axes, unit, quantity, rules) in _COLUMNS.items()
+}
+_ABSENT = {2: ("missing_ranks",), 3: ()}  # what files of each format did not have
+
+
+def columns_of(version: int) -> dict[str, Column]:
+    """Of a file of format 2 or 3."""
+    return {name: column for name, column in STANDARD.items() if name not in _ABSENT[version]}
