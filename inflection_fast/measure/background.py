@@ -138,7 +138,7 @@ def _add(packet: Packet, name: str, found: Mapping[str, np.ndarray]) -> None:
     sums = packet[name]
     for field, value in found.items():
         view = sums[field]
-        host = torch.as_tensor(np.asarray(value), dtype=view.dtype)
+        host = torch.from_numpy(np.ascontiguousarray(value, np.float64)).to(view.dtype)
         if host.shape != view.shape:
             raise ValueError(
                 f"accumulator {field!r} has shape {tuple(view.shape)}, in_background gave {tuple(host.shape)}"

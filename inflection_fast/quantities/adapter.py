@@ -57,6 +57,7 @@ class Adapter(Quantity):
 
     def prepare(self, model: MeasuredModel) -> None:
         """Find the adapters; `ValueError` where there is none."""
+        self._indices: dict[tuple[int, ...], Tensor] = {}
         self._found = adapters_of(model)
         if not self._found:
             raise ValueError(
@@ -135,8 +136,8 @@ class Adapter(Quantity):
         """Write everything: factors change at updates only, and gradients are whole after the last backward pass."""
         gradients, places = [], []
         device = sums["squares"].device
-        active = [float(found.adapter in found.module.active_adapters) for found in self._found]
-        sums["active"].copy_(torch.tensor(active), non_blocking=True)
+        for place, found in enumerate(self._found):
+            sums["active"][place].fill_(float(found.adapter in found.module.active_adapters))
         for place, found in enumerate(self._found):
             for parameter in found.parameters:
                 if parameter.grad is not None:
@@ -153,7 +154,10 @@ class Adapter(Quantity):
                 squares = torch.stack([g.double().square().sum() for g in gradients]).to(device)
             else:
                 squares = ops.sum_of_squares(gradients, range(len(gradients))).double().to(device)
-            index = torch.tensor(places).to(device, non_blocking=True)
+            key = tuple(places)
+            if key not in self._indices:  # brought to the device once: a copy from the host takes its time
+                self._indices = {key: torch.tensor(places).to(device, non_blocking=True)}
+            index = self._indices[key]
             sums["gradient"].index_add_(0, index, squares)
             sums["reached"].index_fill_(0, index, 1.0)
 

@@ -48,6 +48,7 @@ class Trajectory(Quantity):
 
     def prepare(self, model: MeasuredModel) -> None:
         """Find the head."""
+        self._indices: dict[tuple[int, ...], Tensor] = {}
         self._config, self._head = model.config, head_of(model.model) if predicts_next(model.model) else None
         self._stack_of = [getattr(block, "stack", "") for block in model.blocks]
         layers = len(model.blocks)
@@ -109,14 +110,17 @@ class Trajectory(Quantity):
                 features = probe.features[layer].float()
                 centred = features - features.mean(0)
                 sums["measured"][layer].fill_(1)
-                sums["stack"][layer] = layers[0]
+                sums["stack"][layer].fill_(layers[0])
                 sums["contraction"][layer] = tail_exponent(centred)
                 if place:
                     self._write_pair(sums, layer, before, features)
                 before = features
             means = torch.stack([probe.features[layer].double().mean(0) for layer in layers])
             centred = means - means[0]  # the path's start is its origin, so that no offset eats the digits
-            index = torch.tensor(layers).to(means.device, non_blocking=True)
+            key = tuple(layers)
+            if key not in self._indices:  # brought to the device once: a copy from the host takes its time
+                self._indices[key] = torch.tensor(layers).to(means.device, non_blocking=True)
+            index = self._indices[key]
             sums["gram"][index[:, None], index] = (centred @ centred.mT).to(sums["gram"].device, non_blocking=True)
 
     def _write_pair(self, sums: Sums, layer: int, before: Tensor, after: Tensor) -> None:
