@@ -40,7 +40,7 @@ def test_the_budget_spreads_runs_of_the_probe_out(monkeypatch):
     monkeypatch.setattr(probing, "perf_counter", lambda: next(times) * 1e-3)  # a millisecond between two looks
     model, batch = model_and_batch("bert")
     config = MonitorConfig(every=2, signals=("activation_grad", "delta_cka"), probe_share=0.2)
-    timeline = train(model, batch, config, 20, probe=[batch]).timeline
+    timeline = train(model, batch, 20, config, probe=[batch]).timeline
     ran = np.isfinite(timeline.delta_cka).all(1)
     assert np.isfinite(timeline.activation_grad).all() and ran[0]
     np.testing.assert_array_equal(timeline.steps[ran], np.cumsum([0, *timeline.probe_every[ran][:-1]]))
@@ -49,6 +49,6 @@ def test_the_budget_spreads_runs_of_the_probe_out(monkeypatch):
     assert np.isnan(timeline.probe_every[~ran]).all() and ran.sum() > 2
     for settings in ({"probe_every": 4}, {"probe_share": None}):  # who names a cadence has it
         config = MonitorConfig(every=2, signals=("delta_cka",), **settings)
-        timeline = train(*model_and_batch("bert"), config, 8, probe=[batch]).timeline
+        timeline = train(*model_and_batch("bert"), 8, config, probe=[batch]).timeline
         assert np.isfinite(timeline.delta_cka).all(1).tolist() == [True] * len(timeline.steps)
         assert (np.diff(timeline.steps) == settings.get("probe_every", 2)).all()

@@ -58,7 +58,7 @@ def test_values_equal_the_truth():
         features.append(features[-1] + 0.4 * torch.randn(200, WIDTH))
     sums = sums_of(quantity, 3)
     with torch.no_grad():
-        quantity.on_probe(sums, ProbeFeatures(tuple(features), (), None, ((0, 1, 2),)))
+        quantity.on_probe(sums, ProbeFeatures(tuple(features), (), None, ((0, 1, 2),), (torch.arange(3),)))
     found = values_of(quantity, sums)
     for layer in (1, 2):
         x, y = features[layer - 1].double(), features[layer].double()
