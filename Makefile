@@ -14,7 +14,7 @@ KERNEL_TESTS = test_attention_logits.py test_attention_logits_backward.py test_a
 	test_cka_basis.py test_cka_batches.py test_cka_state.py test_norms.py test_activation_moments.py
 LIBRARY = inflection_fast/_cpu.abi3.so
 
-.PHONY: demo test test-wide test-emulated test-emulated-sanitized kernels wheel bench lint format build clean help
+.PHONY: demo test test-models test-wide test-emulated test-emulated-sanitized kernels wheel bench lint format build clean help
 
 help:
 	@sed -n '1,6s/^# \{0,1\}//p' Makefile
@@ -51,6 +51,10 @@ demo: build $(DEMO_READY)
 
 test: build
 	$(PY) -m pytest tests -n 2 --dist loadfile
+
+# Every type of Transformers that a tiny model can be built of (some minutes); writes docs/models.md.
+test-models: build
+	PYTHONPATH=tests $(PY) -m model_types.sweep --out docs/models.md
 
 # The kernels for AVX-512, compiled to pairs of AVX2 instructions, so that a CPU without it executes them too; `test` runs
 # the others.

@@ -26,13 +26,23 @@ def decoder_layers(model: nn.Module, blocks: Sequence[Block]) -> frozenset[int]:
     return frozenset(found)
 
 
-def token_mask(inputs: dict, decoder: bool) -> Tensor | None:
-    """The [B, T] mask among the inputs of a model, nonzero at tokens; None if it was given none.
+_IGNORED = -100  # labels of padding, in Transformers and torch
 
-    Encoder-decoders take the encoder's under `attention_mask` and the decoder's under a name of its own.
+
+def token_mask(inputs: dict, decoder: bool) -> Tensor | None:
+    """The [B, T] mask of tokens among the inputs of a model, nonzero at tokens; None if nothing tells.
+
+    Encoder-decoders take the encoder's under `attention_mask` and the decoder's under a name of its own. The usual
+    collators give labels alone, which the model shifts to the right into its decoder's inputs, so that a row predicts
+    the label at its own position: the rows up to the last label that counts are tokens.
     """
     mask = inputs.get("decoder_attention_mask" if decoder else "attention_mask")
-    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return mask
+    labels = inputs.get("labels") if decoder else None
+    if isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point():
+        return (labels != _IGNORED).flip(1).cumsum(1).flip(1) > 0
+    return None
 
 
 class ValidRows:
@@ -40,16 +50,20 @@ class ValidRows:
 
     def __init__(self, inputs: dict):
         self._inputs = inputs
+        self._tokens: dict[bool, Tensor | None] = {}
         self._known: dict[tuple, tuple[object, Tensor | None]] = {}
 
     def of(self, call: AttentionCall, rows: Tensor | None, decoder: bool) -> Tensor | None:
         """[B, R] bool of the query rows `rows` (None: all); None where every row is valid.
 
-        From the mask that the model was called with, if its shape is that of the queries. Otherwise from the attention
-        mask: a position that no query may attend to is padding.
+        From what the model was called with, if its shape is that of the queries (a speech model's mask counts samples
+        where its attention counts frames). Otherwise from the attention mask: a position that no query may attend to
+        is padding. Where neither tells, all rows count.
         """
         batch, length = call.query.shape[0], call.query.shape[2]
-        tokens = token_mask(self._inputs, decoder)
+        if decoder not in self._tokens:
+            self._tokens[decoder] = token_mask(self._inputs, decoder)
+        tokens = self._tokens[decoder]
         if tokens is not None and tokens.shape != (batch, length):
             tokens = None
         source = tokens if tokens is not None else call.mask if call.logits is None else call.logits

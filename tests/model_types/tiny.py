@@ -9,7 +9,7 @@ from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
-from .recipes import INPUTS, SETTINGS
+from .recipes import DEVIATION, INPUTS, SETTINGS
 
 HIDDEN, HEADS, VOCAB, LENGTH, BATCH = 32, 4, 99, 12, 2
 LARGEST = 6_000_000  # parameters: what stays larger was not made tiny by the rules here
@@ -59,7 +59,7 @@ TINY = (
 
 def config_of(model_type: str):
     """A tiny configuration."""
-    return _tiny(CONFIG_MAPPING[model_type], SETTINGS.get(model_type, {}))
+    return _tiny(CONFIG_MAPPING[model_type], dict(SETTINGS.get(model_type, {})))
 
 
 def _tiny(cls, settings: dict):
@@ -110,7 +110,7 @@ def model_of(model_type: str, config=None, implementation: str = "sdpa"):
         raise ValueError(f"too large: {size} parameters")
     torch.manual_seed(0)
     model = build(cls, config, implementation)
-    return sharpened(model).eval()
+    return sharpened(model, DEVIATION.get(model_type, 0.3)).eval()
 
 
 def build(cls, config, implementation: str):
@@ -122,7 +122,7 @@ def build(cls, config, implementation: str):
         return cls._from_config(config, attn_implementation="eager")
 
 
-def sharpened(model, deviation: float = 0.3):
+def sharpened(model, deviation: float):
     """A fresh model attends nearly uniformly, which a wrong mask or scale would hardly move."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -162,6 +162,40 @@ def batch_of(model_type: str, model) -> dict:
         batch["bbox"] = torch.zeros(BATCH, LENGTH, 4, dtype=torch.long)
     if "decoder_input_ids" in names:
         batch["decoder_input_ids"] = ids()
+    if "grid_thw" in names:
+        batch = patches(config, "hidden_states" if "hidden_states" in names else "pixel_values")
+    if getattr(config, "vision_config", None) is not None and first == "input_ids" and "pixel_values" in names:
+        return with_images(model, batch) if "pixel_values" not in batch else batch
+    return batch
+
+
+def patches(config, name: str) -> dict:
+    """Two images of 4 x 4 patches, flattened one after the other."""
+    size = config.patch_size if isinstance(config.patch_size, int) else config.patch_size[0]
+    frames = getattr(config, "temporal_patch_size", 1)
+    channels = getattr(config, "in_channels", None) or getattr(config, "num_channels", 3)
+    grid = torch.tensor([[1, 4, 4], [1, 4, 4]])
+    return {name: torch.randn(32, channels * frames * size**2), "grid_thw": grid}
+
+
+def with_images(model, batch: dict) -> dict:
+    """A batch of texts with one image each, if the model takes one; how many tokens that is, is found by trying."""
+    config, ids = model.config, batch["input_ids"]
+    token = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
+    vision = config.vision_config
+    forms = [{"pixel_values": images(config)}]
+    if "image_grid_thw" in inspect.signature(model.forward).parameters:
+        pixels = patches(vision, "pixel_values")
+        forms = [{"pixel_values": pixels["pixel_values"], "image_grid_thw": pixels["grid_thw"]}]
+    for form in forms if token is not None else []:
+        for count in (4, 16, 17, 1, 8, 2, 64):
+            text = torch.cat([torch.full((BATCH, count), token), ids], 1)
+            try:
+                with torch.no_grad():
+                    model(input_ids=text, **form)
+            except Exception:  # so many are not what the model makes of an image
+                continue
+            return {"input_ids": text} | form
     return batch
 
 
