@@ -30,7 +30,9 @@ class Block:
     """One transformer block of a model."""
 
     index: int  # 0-based, in forward order
-    name: str  # qualified name without the prefixes of wrappers (DDP, torch.compile, peft)
+    # Qualified name without the prefixes of wrappers (DDP, torch.compile, peft). A module that runs several times in a
+    # forward is several blocks, named "layer@0", "layer@1", ... after its runs.
+    name: str
     path: str  # qualified name as model.get_submodule() takes it
     module: nn.Module | None  # None: of a monitor that was closed
     stack: str = ""  # which stack of the model it is in: "encoder", "decoder", "vision_tower", ...
@@ -45,6 +47,9 @@ def find_blocks(model: nn.Module, names: Sequence[str] | None = None) -> list[Bl
     `scaled_dot_product_attention`. Where the children are bare lists, which nobody calls, or where attentions and
     feed-forwards lie in lists of their own (XLM), the attention modules are the blocks. A model without any attention
     has the containers of repeated children with linear layers for stacks.
+
+    Modules that run again and again are told by standing in their list several times, or by the configuration (ALBERT,
+    HRM): every run is a block. Others have to be named, run by run: `names=["layer@0", "layer@1"]`.
 
     Which stack runs first is read from the code of the `forward` that holds them: the one that it names first. Stacks
     that take turns within one loop are listed one after the other.
@@ -67,16 +72,21 @@ def find_blocks(model: nn.Module, names: Sequence[str] | None = None) -> list[Bl
             "give the module names of its blocks (names=..., or MonitorConfig(blocks=...))"
         )
     stack_of = {path: stack for stack, blocks in stacks.items() for path in blocks}
-    return [
-        Block(i, _unwrapped_name(model, path), path, model.get_submodule(path), stack_of.get(path, ""))
-        for i, path in enumerate(paths)
-    ]
+    blocks = []
+    for i, path in enumerate(paths):
+        path, at, run = path.partition("@")
+        name = _unwrapped_name(model, path) + at + run
+        blocks.append(
+            Block(i, name, path, model.get_submodule(path), stack_of.get(path, stack_of.get(path + "@0", "")))
+        )
+    return blocks
 
 
 # ---- by structure ----------------------------------------------------------------------------------------------------
 
 
-Stacks = dict[tuple[str, ...], list[str]]  # parts of a container's name without indices -> paths of its blocks
+# Parts of a container's name without indices -> paths of its blocks, with "@0", "@1", ... where they run several times.
+Stacks = dict[tuple[str, ...], list[str]]
 
 
 def _stacked(model: nn.Module) -> Stacks:
@@ -85,10 +95,41 @@ def _stacked(model: nn.Module) -> Stacks:
         stacks: Stacks = {}
         for container, blocks in find(model, "", holders, attentions):
             parts = _unwrapped_name(model, container).split(".")
+            blocks = _run_by_run(model, container, blocks)
             stacks.setdefault(tuple(part for part in parts if not part.isdigit()), []).extend(blocks)
         if stacks:
             break
     return stacks
+
+
+def _run_by_run(model: nn.Module, container: str, blocks: list[str]) -> list[str]:
+    times = _times(model, container)
+    if times > 1:
+        return [f"{block}@{run}" for run in range(times) for block in blocks]
+    held = model.get_submodule(container)
+    children = [] if list(held.children()) == list(held._modules.values()) else list(held._modules.items())
+    first = {child: _join(container, name) for name, child in reversed(children)}
+    runs = Counter()
+    found = []
+    for path in [first[child] for _, child in children if first[child] in blocks] or blocks:
+        found.append(f"{path}@{runs[path]}" if children else path)
+        runs[path] += 1
+    return found
+
+
+def _times(model: nn.Module, container: str) -> int:
+    """How often a forward runs the blocks of a container one after the other, by the configuration of its model."""
+    parts = container.split(".")
+    for end in range(len(parts), -1, -1):
+        config = getattr(model.get_submodule(".".join(parts[:end])), "config", None)
+        groups = getattr(config, "num_hidden_groups", None)  # ALBERT: layers that follow each other share a group
+        if groups and len(parts) > 1 and parts[-2].isdigit():
+            layers = config.num_hidden_layers
+            return sum(int(layer / (layers / groups)) == int(parts[-2]) for layer in range(layers))
+        cycles = getattr(config, "H_cycles", None), getattr(config, "L_cycles", None)  # HRM
+        if all(isinstance(cycle, int) for cycle in cycles):
+            return cycles[0] * (cycles[1] if "L_module" in parts else 1)
+    return 1
 
 
 def _containers_with(
@@ -269,12 +310,14 @@ def _named(model: nn.Module, names: Sequence[str]) -> list[str]:
     known = {_unwrapped_name(model, path): path for path in paths} | paths
     found = []
     for name in names:
-        if name not in known:
+        base, at, run = str(name).partition("@")
+        if base not in known or (at and not run.isdigit()):
             near = difflib.get_close_matches(str(name), known, n=_NAMES_SHOWN, cutoff=0.5) or list(known)[:_NAMES_SHOWN]
             raise ValueError(f"names: {type(model).__name__} has no module {name!r}; near matches are {near}")
-        if known[name] in found:
+        path = known[base] + at + run
+        if path in found:
             raise ValueError(f"names: {name!r} stands twice")
-        found.append(known[name])
+        found.append(path)
     return found
 
 

@@ -148,6 +148,25 @@ def test_bare_lists_are_no_blocks_and_the_attention_in_them_is():
     assert names(stages) == ["stages.0.0", "stages.0.1", "stages.1.0"]
 
 
+def test_a_module_that_runs_several_times_is_several_blocks():
+    sizes = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8, "embedding_size": 8, "vocab_size": 9}
+    layer = "encoder.albert_layer_groups.{}.albert_layers.{}@{}".format
+    albert = hf.AlbertModel(hf.AlbertConfig(**sizes, num_hidden_layers=3, num_hidden_groups=1))
+    assert names(albert) == [layer(0, 0, run) for run in range(3)]
+    grouped = hf.AlbertModel(hf.AlbertConfig(**sizes, num_hidden_layers=3, num_hidden_groups=2, inner_group_num=2))
+    ran = [(0, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1), (1, 0, 0), (1, 1, 0)]
+    assert names(grouped) == [layer(*one) for one in ran]
+    block, other = Attending(), Attending()
+    universal = held(layers=nn.ModuleList([block, other, block]))
+    assert names(universal) == ["layers.0@0", "layers.1@0", "layers.0@1"]
+    blocks = find_blocks(universal)
+    assert [b.path for b in blocks] == ["layers.0", "layers.1", "layers.0"] and blocks[2].module is block
+    assert names(held(layer=block), ["layer@0", "layer@1"]) == ["layer@0", "layer@1"]
+    assert names(universal, names(universal)) == names(universal)
+    with pytest.raises(ValueError, match="no module 'layer@x'"):
+        find_blocks(held(layer=block), ["layer@x"])
+
+
 def test_stacks_are_named_by_where_their_paths_differ():
     layers = lambda: nn.ModuleList([Attending(), Attending()])  # noqa: E731
     tower = held(vision_model=held(encoder=held(layers=layers())))

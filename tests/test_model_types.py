@@ -18,9 +18,9 @@ INTERFACE = (
     "qwen3 roberta smollm3 starcoder2 vit wav2vec2 xglm"
 )
 BY_HAND = (
-    "big_bird bloom canine codegen convbert cpmant ctrl deberta deberta-v2 falcon flaubert funnel gpt_neo_japanese gptj "
-    "ibert imagegpt longformer megatron-bert mpnet mpt openai-gpt rembert roformer wavlm xlm xlnet"
-).replace("gpt_neo_japanese", "gpt_neox_japanese")
+    "big_bird bloom canine codegen convbert cpmant ctrl deberta deberta-v2 falcon flaubert funnel gpt_neox_japanese "
+    "gptj ibert imagegpt longformer megatron-bert mpnet mpt openai-gpt rembert roformer wavlm xlm xlnet"
+)
 STACKS = "bart clip fsmt led longt5 marian prophetnet siglip t5 t5gemma"
 WITHOUT = "fnet mamba rwkv"
 TYPES = [*INTERFACE.split(), *BY_HAND.split(), *STACKS.split()]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tiny_models import entropy, one_thread  # noqa: F401
+from tiny_models import entropy, one_thread, sharpened  # noqa: F401
 
 from inflection_fast.measure import Monitor, MonitorConfig
 from inflection_fast.measure.rows import token_mask
@@ -36,7 +36,8 @@ def test_texts_in_a_padded_batch_are_the_texts_one_by_one():
     torch.manual_seed(0)
     sizes = {"d_model": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "vocab_size": 40, "pad_token_id": 1}
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_layers": 2, "decoder_layers": 2}
-    model = hf.BartForConditionalGeneration(hf.BartConfig(**sizes, **heads, max_position_embeddings=32)).eval()
+    config = hf.BartConfig(**sizes, **heads, max_position_embeddings=32)
+    model = sharpened(hf.BartForConditionalGeneration(config)).eval()
     source, labels = torch.randint(4, 40, (2, 8)), torch.randint(4, 40, (2, 9))
     labels[0, 5:] = -100
     alone = [
@@ -47,7 +48,7 @@ def test_texts_in_a_padded_batch_are_the_texts_one_by_one():
     np.testing.assert_allclose(together[2:], (5 * alone[0] + 9 * alone[1])[2:] / 14, atol=2e-6)
     wider = torch.nn.functional.pad(labels, (0, 12), value=-100)
     np.testing.assert_allclose(entropies(model, input_ids=source, labels=wider)[2:], together[2:], atol=2e-6)
-    assert np.ptp(together[2:]) > 0.005
+    assert np.ptp(together[2:]) > 0.05
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -67,7 +68,9 @@ def test_frames_of_padding_do_not_count_where_the_mask_counts_samples(name, impl
     with torch.no_grad():
         attentions = eager.double()(sound.double(), attention_mask=mask, output_attentions=True).attentions
     frames = attentions[0].shape[2]
-    lengths = eager._get_feat_extract_output_lengths(mask.sum(1)) // getattr(config, "squeeze_factor", 1)
+    lengths = eager._get_feat_extract_output_lengths(mask.sum(1))
+    if name == "SEW":  # pools frames, and keeps those with any token in them
+        lengths = -(-lengths // config.squeeze_factor)
     valid = torch.arange(frames) < lengths[:, None]
     assert 0 < valid[1].sum() < frames
     for layer, p in enumerate(attentions):
