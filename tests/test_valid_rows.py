@@ -6,7 +6,8 @@ import torch
 from tiny_models import entropy, one_thread, sharpened  # noqa: F401
 
 from inflection_fast.measure import Monitor, MonitorConfig
-from inflection_fast.measure.rows import token_mask
+from inflection_fast.measure.attention_call import AttentionCall
+from inflection_fast.measure.rows import ValidRows, token_mask
 
 hf = pytest.importorskip("transformers")
 hf.logging.set_verbosity_error()
@@ -76,3 +77,11 @@ def test_frames_of_padding_do_not_count_where_the_mask_counts_samples(name, impl
     for layer, p in enumerate(attentions):
         expected = entropy(p).transpose(1, 2)[valid].mean(0)
         np.testing.assert_allclose(measured[layer], expected.numpy(), atol=2e-5)
+
+
+def test_a_sparse_mask_tells_nothing_of_padding():
+    q = torch.randn(1, 2, 4, 8)
+    mask = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 0, 0]], dtype=torch.bool)[None, None]
+    dense, sparse = AttentionCall(q, q, mask), AttentionCall(q, q, mask, sparse=True)
+    assert ValidRows({}).of(dense, None, False).tolist() == [[True, True, False, False]]
+    assert ValidRows({}).of(sparse, None, False) is None

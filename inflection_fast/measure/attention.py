@@ -183,6 +183,7 @@ def _interface_call(
         cu_seqlens=cu_seqlens,
         foreign_keys=foreign_keys,
         mask_mod=mask_mod,
+        sparse="indices" in settings or hasattr(module, "indexer"),  # DeepSeek's sparse attention
     )
 
 

@@ -36,6 +36,7 @@ class AttentionCall:
     score_mod: Callable | None = None
     mask_mod: Callable | None = None
     kind: str = "self"  # or "cross"
+    sparse: bool = False  # the mask also leaves out tokens that an indexer did not choose: it tells nothing of padding
     foreign_keys: Tensor | None = None  # [] bool: keys of packed sequences are not those of the queries; None: they are
 
     def refuse_foreign_keys(self) -> None:

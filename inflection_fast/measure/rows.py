@@ -66,7 +66,9 @@ class ValidRows:
         tokens = self._tokens[decoder]
         if tokens is not None and tokens.shape != (batch, length):
             tokens = None
-        source = tokens if tokens is not None else call.mask if call.logits is None else call.logits
+        source = tokens
+        if tokens is None and not call.sparse:
+            source = call.mask if call.logits is None else call.logits
         # The source is kept beside the answer: an id is unique only as long as its object lives.
         key = (id(source), batch, length)
         if key not in self._known:
