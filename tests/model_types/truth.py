@@ -99,7 +99,8 @@ def entropies_by_head(p, heads):
         if axis is None:
             return None
     h = h.movedim(axis, 0).flatten(1)
-    return h.shape[1], h.sum(1)
+    empty = h.isnan().all(0)  # rows without any key, of which softmax is NaN
+    return int((~empty).sum()), h[:, ~empty].sum(1)
 
 
 def truth_of(model, batch, blocks_of, double=True):
