@@ -54,6 +54,9 @@ class TimelineTail:
                     self.torn = False
                     return
                 if not self._schema and not self._read_schema(data):
+                    if len(data) == piece:  # the schema alone may be longer than a piece
+                        piece *= 2
+                        continue
                     self.torn = True
                     return
                 body = data[len(self._schema) :] if self._offset == 0 else data
