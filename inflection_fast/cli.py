@@ -20,6 +20,7 @@ __all__ = ["main"]
 USER_ERROR = 2  # as argparse exits
 INTERRUPTED = 130  # as shells report Ctrl-C
 EXTRAS = ("transformers", "peft", "accelerate", "datasets", "jsonargparse", "matplotlib", "rich", "yaml")
+STUDY_EXTRAS = ("scipy", "statsmodels", "datasketch", "filelock")
 
 COMMANDS = {
     "measure": "train on a source data set, if there is one, and measure a shallow training on the target",
@@ -50,9 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _fail(str(error), USER_ERROR)
     except ModuleNotFoundError as error:
-        if error.name not in EXTRAS:
+        extras = [name for name, packages in (("run", EXTRAS), ("study", STUDY_EXTRAS)) if error.name in packages]
+        if not extras:
             raise
-        return _fail(f"the package {error.name} is not installed: pip install 'inflection_fast[run]'", USER_ERROR)
+        return _fail(
+            f"the package {error.name} is not installed: pip install 'inflection_fast[{extras[0]}]'", USER_ERROR
+        )
     except Exception as error:
         if disk_full(error):
             return _fail(

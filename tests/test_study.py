@@ -9,13 +9,22 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import yaml
 from tiny_study import tiny_study
 
 from inflection_fast.run.errors import UserError
 from inflection_fast.study.cells import cells_of
+from inflection_fast.study.config import plain
+from inflection_fast.study.estimate import estimate
+from inflection_fast.study.gradients import gradients
+from inflection_fast.study.page import write
+from inflection_fast.study.publish import publish
 from inflection_fast.study.runner import progress_of, retry, work_through
 from inflection_fast.study.shelf import Busy, Shelf
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -204,3 +213,97 @@ def test_a_cell_that_killed_two_workers_is_given_up(tmp_path):
     begun.write_text('{"times": 2}')
     work_through(config, only="one/under/head/1")
     assert "2 workers died" in shelf.find("cells/one/under/head/1.json")["run_info"]["error_msg"]
+
+
+# ---- processes -------------------------------------------------------------------------------------------------------
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads the children of a process from /proc")
+def test_the_command_restarts_a_worker_that_dies_and_its_workers_end_with_it(tmp_path):
+    config = tiny_study(tmp_path)
+    settings = tmp_path / "study.yaml"
+    settings.write_text(yaml.safe_dump(plain(config)))
+    arguments = [sys.executable, "-m", "inflection_fast", "study", "--config", str(settings), "--only", "one/under/*/1"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+
+    def children(process):
+        path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        found = [int(pid) for pid in path.read_text().split()] if path.is_file() else []
+        return [pid for pid in found if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+    def until(condition):
+        deadline = time.monotonic() + 120
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    first = subprocess.Popen(arguments, env=environment)
+    until(lambda: children(first))
+    worker = children(first)[0]
+    os.kill(worker, signal.SIGKILL)
+    until(lambda: [pid for pid in children(first) if pid != worker])
+    worker = next(pid for pid in children(first) if pid != worker)
+    first.kill()
+    first.wait()
+    until(lambda: not alive(worker))
+    assert subprocess.run(arguments, env=environment, timeout=240).returncode == 0
+    assert progress_of(config, Shelf.of(config), "one/under/*/1").left == 0
+
+
+def test_the_plan_names_every_cell_and_a_time(tmp_path):
+    config = tiny_study(tmp_path)
+    lines = list(estimate(config, None, jobs=2))
+    assert [cell.name for cell in cells_of(config)] == lines[:20]
+    assert "20 cells, 15 trainings of the search" in lines[20] and "2 sources" in lines[20]
+    assert "hours with 2 workers" in lines[-1]
+
+
+def test_published_cells_and_their_report_need_the_files_alone(done, tmp_path):
+    config, cells = done
+    assert publish(config.folder, tmp_path) == len(cells)
+    again = {path.name for path in tmp_path.iterdir()}
+    assert again == {"cells", "rates.json", "sources.json", "choices.json"}
+    choices = json.loads((tmp_path / "choices.json").read_text())
+    assert set(choices) == {f"one-{regime}-{seed}" for regime, seed in (("under", 0), ("under", 1), ("under", 2),
+                                                                        ("over", 1), ("over", 2))}  # fmt: skip
+    assert all(len(layers) == config.blocks for layers in choices["one-over-1"]["top"].values())
+    page = write(tmp_path, tmp_path / "page.md").read_text()
+    assert "20 cells are there" in page and "`greedy`" in page
+    with pytest.raises(UserError, match="holds no study"):
+        publish(tmp_path, tmp_path / "elsewhere")
+
+
+def test_gradients_are_measured_all_along(tmp_path):
+    config = tiny_study(tmp_path, gradients=("one/under/greedy", "one/under/head"))
+    work_through(config, only="no cell")
+    from inflection_fast.study.work import Work
+
+    work = Work(config, Shelf.of(config))
+    for arm in ("greedy", "head"):
+        found = gradients(work, "one", "under", arm, f"gradients/one-under-{arm}.json")
+        grads = np.array(found["activation_grad"], float)
+        assert grads.shape == (len(found["steps"]), 3) and (grads > 0).all()
+        assert len(found["probes_before"]) == len(found["probes_after"]) == 3
+    # The head alone changes no feature.
+    assert np.abs(found["delta_cka"][-1]).max() < 1e-6 and found["probes_before"] == found["probes_after"]
+
+
+@pytest.mark.parametrize("path", ["examples/study_bert.yaml", "benchmarks/study/minilm.yaml"])
+def test_published_settings_are_settings(path, monkeypatch):
+    from inflection_fast.study import command
+
+    seen = []
+    monkeypatch.setattr(command, "_plan", lambda config, *rest: seen.append(config) or 0)
+    assert command.study(["--config", str(ROOT / path), "--plan-only"]) == 0
+    cells = cells_of(seen[0])
+    assert len(cells) > 100 and all(len(seen[0].rates[kind]) >= 3 for kind in seen[0].rates)
+    leaking = {cell.transfer for cell in cells if seen[0].transfers[cell.transfer].leaking}
+    assert len(leaking) == 1

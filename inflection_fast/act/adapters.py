@@ -11,7 +11,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..blocks import Block, find_blocks
-from .inject import _refuse_mismatch, _restored_on_error, _saved, _targets, _task
+from .configs import _saved, _task, refuse_mismatch
+from .inject import _restored_on_error
+from .targets import targets_of
 
 __all__ = ["KINDS", "adapt", "adapter_parameters", "default_modules", "train_only"]
 
@@ -21,11 +23,11 @@ KINDS = ("lora", "dora", "adalora", "ia3", "vera", "prefix")
 def default_modules(model: nn.Module, layers: Sequence[int] | None = None) -> dict[int, list[str]]:
     """The full names of the modules that LoRA adapts by default, for each of `layers` (None: all blocks).
 
-    ValueError where peft has no default for the architecture.
+    ValueError where a block has no module that a default would take.
     """
     blocks = find_blocks(model)
     wanted = range(len(blocks)) if layers is None else layers
-    return {layer: _targets(model, [blocks[layer]], None) for layer in wanted}
+    return {layer: list(targets_of(model, [blocks[layer]], blocks).modules) for layer in wanted}
 
 
 def adapt(
@@ -57,7 +59,7 @@ def adapt(
     small = {name: rank for name, rank in ranks.items() if rank < 1}
     if small:
         raise ValueError(f"ranks: expected at least 1, got {small}")
-    common = {"task_type": _task(model), "modules_to_save": _saved(model, None) or None}
+    common = {"task_type": _task(model), "modules_to_save": _saved(model, find_blocks(model), None) or None}
     names = list(ranks)
     first = max(ranks.values())
     kin = {"target_modules": names, "fan_in_fan_out": any(isinstance(model.get_submodule(n), Conv1D) for n in names)}
@@ -77,10 +79,10 @@ def adapt(
         config = peft.VeraConfig(**common, **kin, r=first)
     else:
         config = peft.PrefixTuningConfig(task_type=common["task_type"], num_virtual_tokens=first)
-    with _restored_on_error(model):
+    with _restored_on_error(model, "default"):
         adapted = peft.get_peft_model(model, config)
         if kind != "prefix":
-            _refuse_mismatch(names, adapted.base_model.targeted_module_names)
+            refuse_mismatch(names, adapted.base_model.targeted_module_names)
     return adapted
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -112,6 +114,9 @@ def _worker(config: StudyConfig, only: str | None) -> None:
     from inflection_fast.run.chatter import quiet_libraries
 
     quiet_libraries()
+    parent = multiprocessing.parent_process()
+    if parent is not None:  # a parent that was killed stops nobody, and its workers would go on unseen
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     try:
         work_through(config, only)
     except UserError as error:
@@ -123,6 +128,11 @@ def _worker(config: StudyConfig, only: str | None) -> None:
         if disk_full(error):
             sys.exit(FULL)
         raise
+
+
+def _end_with(parent: multiprocessing.process.BaseProcess) -> None:
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _with_processes(config: StudyConfig, jobs: int, only: str | None, show: Callable[[], None]) -> None:
@@ -168,8 +178,9 @@ def _with_ray(config: StudyConfig, jobs: int, only: str | None, show: Callable[[
     except ModuleNotFoundError as error:
         raise UserError("--executor ray needs the package ray: pip install ray") from error
 
-    if not ray.is_initialized():
-        ray.init(address="auto" if "RAY_ADDRESS" in os.environ else None, log_to_driver=False)
+    own = not ray.is_initialized()
+    if own:
+        ray.init(log_to_driver=False)
     device = config.train.device
     remote = ray.remote(num_cpus=max(1, config.train.threads), num_gpus=0 if device == "cpu" else 1, max_retries=DEATHS)
     tasks = [remote(work_through).remote(config, only) for _ in range(jobs)]
@@ -190,3 +201,5 @@ def _with_ray(config: StudyConfig, jobs: int, only: str | None, show: Callable[[
     finally:
         for task in tasks:
             ray.cancel(task, force=True)
+        if own:
+            ray.shutdown()
