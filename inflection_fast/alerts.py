@@ -14,7 +14,7 @@ import logging
 import math
 import operator
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -130,9 +130,15 @@ class AlertWatch:
     Args:
         config: limits, and rules of its own.
         columns: whose rules count; None: the standard ones.
+        axes: names of the places, or their number, on axes other than layers and heads, for the messages.
     """
 
-    def __init__(self, config: AlertConfig = AlertConfig(), columns: Mapping[str, Column] | None = None):
+    def __init__(
+        self,
+        config: AlertConfig = AlertConfig(),
+        columns: Mapping[str, Column] | None = None,
+        axes: Mapping[str, Sequence[str] | int] | None = None,
+    ):
         if not isinstance(config, AlertConfig):
             raise TypeError(f"config: expected an AlertConfig, got {type(config).__name__}")
         self._config = config
@@ -141,6 +147,7 @@ class AlertWatch:
         if unknown:
             raise ValueError(f"rules: there are no columns {unknown}; expected some of {sorted(columns)}")
         self._axes = {name: column.axes for name, column in columns.items()}
+        self._named = {axis: places for axis, places in (axes or {}).items() if not isinstance(places, int)}
         self._rules = {name: config.rules.get(name, column.alerts) for name, column in columns.items()}
         self._rules = {name: rules for name, rules in self._rules.items() if rules}
         self._conditions: dict[tuple[str, str], _Condition] = {}
@@ -179,9 +186,9 @@ class AlertWatch:
         key = kind, name
         if key not in self._conditions:
             self._conditions[key] = _Condition(holds.shape, rule.measurements or at_once, config.measurements)
-        limits = np.broadcast_to(limit, holds.shape)
+        limits, axes = np.broadcast_to(limit, holds.shape), self._axes[name]
         return [
-            _alert(step, kind, name, self._axes[name], place, float(values[place]), float(limits[place]), rule)
+            _alert(step, kind, name, axes, place, float(values[place]), float(limits[place]), rule, self._named)
             for place in self._conditions[key].push(holds)
         ]
 
@@ -286,7 +293,7 @@ def find_alerts(
     kinds: Iterable[str] | None = None,
 ) -> list[Alert]:
     """All alerts of a timeline, in the order of their steps. `ValueError` for a kind that does not exist."""
-    watch = AlertWatch(config, timeline.columns if len(timeline.columns) else None)
+    watch = AlertWatch(config, timeline.columns if len(timeline.columns) else None, timeline.axes)
     kinds = watch.kinds if kinds is None else tuple(kinds)
     unknown = sorted(set(kinds) - set(watch.kinds))
     if unknown:
@@ -327,9 +334,11 @@ def _alert(
     value: float,
     limit: float,
     rule: AlertRule,
+    named: Mapping[str, Sequence[str]],
 ) -> Alert:
     places = dict(zip(axes, place, strict=True))
     layer, head = places.get("layer"), next((places[axis] for axis in axes if axis != "layer"), None)
+    places = {axis: named[axis][at] if axis in named else at for axis, at in places.items()}
     names = [f"{'block' if axis == 'layer' else axis} {at}" for axis, at in places.items()]
     where = " ".join(names) if names else "the step"
     words = (rule.words or _WORDS[rule.test]).format(signal=signal, place=where, value=value, limit=limit)

@@ -121,7 +121,7 @@ class Monitor:
         )
         heads, counts_all = self._heads or 1, config.forwards == "all"
         self._taps = Taps(model, self.blocks, self._panel, config, heads=heads, counts_all=counts_all)
-        watch = None if alerts is None else AlertWatch(alerts, self._panel.columns)
+        watch = None if alerts is None else AlertWatch(alerts, self._panel.columns, self._panel.axes)
         names = [block.name for block in self.blocks]
         self._record = Record(self._out, names, self._panel, self._resume_at, watch, on_alert)
         self._updates = Updates(model)
