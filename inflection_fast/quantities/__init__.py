@@ -8,6 +8,7 @@ from importlib.metadata import entry_points
 from .activation_grad import ActivationGrad, ProbeActivationGrad
 from .adapter import Adapter
 from .attention import Attention, ProbeEntropy
+from .attention_detail import AttentionDetail
 from .delta_cka import DeltaCka
 from .gradient_noise import GradientNoise
 from .output import Output
@@ -29,7 +30,7 @@ QUANTITIES: dict[str, type[Quantity]] = {
     cls.name: cls
     for cls in (
         *(Attention, ActivationGrad, ParameterGrad, DeltaCka, ProbeEntropy, ProbeActivationGrad),
-        *(Residual, Update, Adapter, GradientNoise, Rank, Output, Router, Spectrum, Trajectory),
+        *(AttentionDetail, Residual, Update, Adapter, GradientNoise, Rank, Output, Router, Spectrum, Trajectory),
     )
 }
 

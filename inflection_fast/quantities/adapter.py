@@ -55,9 +55,58 @@ class Adapter(Quantity):
 
     name = "adapter"
 
+    columns = {
+        "adapter_norm": Column(
+            unit="1",
+            axes=("adapter",),
+            label="norm of the adapter's product",
+            explanation="Frobenius norm of B A, what an adapter adds, without lora_alpha / r.",
+            count="factored",
+            alerts=(AlertRule("not_finite"),),
+        ),
+        "adapter_rank": Column(
+            unit="1",
+            axes=("adapter",),
+            label="effective rank of the adapter",
+            explanation="Exponential of the entropy of the normalised singular values of B A.",
+            count="small",
+        ),
+        "adapter_gradient": Column(
+            unit="1",
+            axes=("adapter",),
+            label="gradient of the adapter",
+            explanation="Norm of the gradient of all parameters of an adapter.",
+            count="reached",
+            scale="log",
+        ),
+        "adapter_idle": Column(
+            unit="1",
+            axes=("adapter",),
+            label="adapter that learns nothing",
+            explanation="1 where an adapter has no gradient, a zero gradient, or a matrix B that is still zero.",
+            count="active",
+            drawn="none",
+            alerts=(
+                AlertRule(
+                    "above",
+                    0.5,
+                    kind="idle_adapter",
+                    words="{place} learns nothing: its gradient is missing or zero, or its B is still zero",
+                    measurements=3,
+                ),
+            ),
+        ),
+        "adapter_share": Column(
+            unit="1",
+            axes=("layer",),
+            label="share of the adapters' change",
+            explanation="A block's share of the summed squares of B A over all blocks.",
+        ),
+    }
+
     def prepare(self, model: MeasuredModel) -> None:
         """Find the adapters; `ValueError` where there is none."""
-        self._indices: dict[tuple[int, ...], Tensor] = {}
+        self._indices: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
         self._found = adapters_of(model)
         if not self._found:
             raise ValueError(
@@ -82,59 +131,11 @@ class Adapter(Quantity):
             "reached": Accumulator(one, held="part"),
             "active": Accumulator(one, **alike),
         }
-        self.columns = {
-            "adapter_norm": Column(
-                unit="1",
-                axes=one,
-                label="norm of the adapter's product",
-                explanation="Frobenius norm of B A, what an adapter adds, without lora_alpha / r.",
-                count="factored",
-                alerts=(AlertRule("not_finite"),),
-            ),
-            "adapter_rank": Column(
-                unit="1",
-                axes=one,
-                label="effective rank of the adapter",
-                explanation="Exponential of the entropy of the normalised singular values of B A.",
-                count="small",
-            ),
-            "adapter_gradient": Column(
-                unit="1",
-                axes=one,
-                label="gradient of the adapter",
-                explanation="Norm of the gradient of all parameters of an adapter.",
-                count="reached",
-                scale="log",
-            ),
-            "adapter_idle": Column(
-                unit="1",
-                axes=one,
-                label="adapter that learns nothing",
-                explanation="1 where an adapter has no gradient, a zero gradient, or a matrix B that is still zero.",
-                count="active",
-                drawn="none",
-                alerts=(
-                    AlertRule(
-                        "above",
-                        0.5,
-                        kind="idle_adapter",
-                        words="{place} learns nothing: its gradient is missing or zero, or its B is still zero",
-                        measurements=3,
-                    ),
-                ),
-            ),
-            "adapter_share": Column(
-                unit="1",
-                axes=("layer",),
-                label="share of the adapters' change",
-                explanation="A block's share of the summed squares of B A over all blocks.",
-            ),
-        }
         self._layers, self._blocks = [f.layer for f in self._found], len(model.blocks)
 
     def on_backward_end(self, sums: Sums, parameters: Parameters) -> None:
         """Write everything: factors change at updates only, and gradients are whole after the last backward pass."""
-        gradients, places = [], []
+        gradients, places, shares = [], [], []
         device = sums["squares"].device
         for place, found in enumerate(self._found):
             sums["active"][place].fill_(float(found.adapter in found.module.active_adapters))
@@ -144,6 +145,7 @@ class Adapter(Quantity):
                     gradient = parameter.grad
                     gradients.append(local(gradient.coalesce().values() if gradient.is_sparse else gradient))
                     places.append(place)
+                    shares.append(parts_of(parameter) / self._ranks)  # ranks add up: what several hold counts once
             if found.factors is not None and not any(hasattr(p, "to_local") for p in found.factors):
                 self._write_product(sums, place, *(p.detach() for p in found.factors))
         sums["gradient"].zero_()
@@ -156,9 +158,10 @@ class Adapter(Quantity):
                 squares = ops.sum_of_squares(gradients, range(len(gradients))).double().to(device)
             key = tuple(places)
             if key not in self._indices:  # brought to the device once: a copy from the host takes its time
-                self._indices = {key: torch.tensor(places).to(device, non_blocking=True)}
-            index = self._indices[key]
-            sums["gradient"].index_add_(0, index, squares)
+                scales = torch.tensor(shares, dtype=torch.float64)
+                self._indices = {key: tuple(x.to(device, non_blocking=True) for x in (torch.tensor(places), scales))}
+            index, scales = self._indices[key]
+            sums["gradient"].index_add_(0, index, squares * scales)
             sums["reached"].index_fill_(0, index, 1.0)
 
     def _write_product(self, sums: Sums, place: int, a: Tensor, b: Tensor) -> None:
@@ -193,6 +196,14 @@ class Adapter(Quantity):
             "adapter_idle": ((sums["reached"] == 0) | (sums["gradient"] == 0) | zero_b).astype(np.float64),
             "adapter_share": share,
         }
+
+
+def parts_of(tensor: Tensor) -> int:
+    """Into how many parts ranks have divided a tensor; 1: all of them hold all of it."""
+    parts = 1
+    for axis, placement in enumerate(getattr(tensor, "placements", ())):
+        parts *= tensor.device_mesh.size(axis) if placement.is_shard() else 1
+    return parts
 
 
 def effective_rank(singular: np.ndarray) -> np.ndarray:

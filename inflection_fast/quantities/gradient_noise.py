@@ -41,6 +41,29 @@ class GradientNoise(Quantity):
 
     name = "gradient_noise"
 
+    columns = {
+        "gradient_signal": _of_layer(
+            "1", "squared norm of the true gradient", "Unbiased estimate of the squared norm of the true gradient."
+        ),
+        "gradient_variance": _of_layer(
+            "1",
+            "variance of the gradient",
+            "Unbiased estimate of the total variance of the gradient of one sequence.",
+        ),
+        "gradient_snr": _of_layer(
+            "1",
+            "signal-to-noise ratio of the gradient",
+            "Squared norm of the true gradient over the total variance of the gradient of one sequence, estimated.",
+        ),
+        "noise_scale": Column(
+            unit="sequences",
+            axes=(),
+            label="simple noise scale",
+            explanation="Variance of one sequence's gradient over the true gradient's squared norm, all blocks.",
+            scale="log",
+        ),
+    }
+
     def prepare(self, model: MeasuredModel) -> None:
         """Give every parameter of the blocks a place."""
         self._places: dict[int, int] = {}
@@ -52,7 +75,7 @@ class GradientNoise(Quantity):
                     layers.append(block.index)
         if not layers:
             raise ValueError("gradient_noise: the blocks have no parameters; leave the quantity 'gradient_noise' out")
-        self._layers, self._ranks, self._told = np.array(layers), model.data_ranks, False
+        self._layers, self._told = np.array(layers), False
         self.axes = {"parameter_place": len(layers)}
         squares = {"held": "part", "gradient_power": 2}
         self.accumulators = {
@@ -62,28 +85,7 @@ class GradientNoise(Quantity):
             "pieces": Accumulator("layer"),
             "sequences": Accumulator(()),
             "forwards": Accumulator(()),
-        }
-        self.columns = {
-            "gradient_signal": _of_layer(
-                "1", "squared norm of the true gradient", "Unbiased estimate of the squared norm of the true gradient."
-            ),
-            "gradient_variance": _of_layer(
-                "1",
-                "variance of the gradient",
-                "Unbiased estimate of the total variance of the gradient of one sequence.",
-            ),
-            "gradient_snr": _of_layer(
-                "1",
-                "signal-to-noise ratio of the gradient",
-                "Squared norm of the true gradient over the total variance of the gradient of one sequence, estimated.",
-            ),
-            "noise_scale": Column(
-                unit="sequences",
-                axes=(),
-                label="simple noise scale",
-                explanation="Variance of one sequence's gradient over the true gradient's squared norm, all blocks.",
-                scale="log",
-            ),
+            "ranks": Accumulator(()),
         }
 
     def on_model_output(self, sums: Sums, output: ModelOutput) -> None:
@@ -108,6 +110,7 @@ class GradientNoise(Quantity):
 
     def on_backward_end(self, sums: Sums, parameters: Parameters) -> None:
         """Write the squares of the whole gradient."""
+        sums["ranks"].fill_(1)
         layers, _, gradients = parameters.gradients()
         if gradients:
             sums["of_whole"].copy_(parameters.squares(gradients, layers))
@@ -122,7 +125,7 @@ class GradientNoise(Quantity):
         of_pieces = np.bincount(self._layers, sums["of_pieces"], layers)
         # A piece's gradient is scaled for the sum over the step: n times as much estimates what the whole does. DDP
         # divides the whole by the number of ranks, but not what a rank sees of a piece.
-        mean = n * of_pieces / self._ranks**2
+        mean = n * of_pieces / sums["ranks"] ** 2
         b = sums["sequences"] / n
         signal = (n * sums["of_whole"] - mean) / (n - 1)
         variance = b * n * (mean - sums["of_whole"]) / (n - 1)

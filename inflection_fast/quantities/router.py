@@ -32,6 +32,32 @@ class Router(Quantity):
 
     name = "router"
 
+    columns = {
+        "router_entropy": Column(
+            unit="nats",
+            axes=("layer",),
+            label="entropy of the router",
+            explanation="Entropy of the router's softmax over all experts, mean over tokens.",
+            count="rows",
+        ),
+        "router_load_max": Column(
+            unit="1",
+            axes=("layer",),
+            label="largest share of an expert",
+            explanation="Largest share of the tokens' choices that one expert gets; 1 / experts is balanced.",
+            count="rows",
+            alerts=(AlertRule("above", 0.9, kind="router_collapse"),),
+        ),
+        "router_load": Column(
+            unit="1",
+            axes=("layer", "expert"),
+            label="share of an expert",
+            explanation="Share of the tokens' choices that an expert gets.",
+            count="rows",
+            drawn="none",
+        ),
+    }
+
     def prepare(self, model: MeasuredModel) -> None:
         """Find the routers; `ValueError` where there is none."""
         experts = [module.num_experts for block in model.blocks for module in self.submodules(block).values()]
@@ -45,31 +71,6 @@ class Router(Quantity):
             "rows": Accumulator("layer"),
             "entropy": Accumulator("layer"),
             "choices": Accumulator(("layer", "expert")),
-        }
-        self.columns = {
-            "router_entropy": Column(
-                unit="nats",
-                axes=("layer",),
-                label="entropy of the router",
-                explanation="Entropy of the router's softmax over all experts, mean over tokens.",
-                count="rows",
-            ),
-            "router_load_max": Column(
-                unit="1",
-                axes=("layer",),
-                label="largest share of an expert",
-                explanation="Largest share of the tokens' choices that one expert gets; 1 / experts is balanced.",
-                count="rows",
-                alerts=(AlertRule("above", 0.9, kind="router_collapse"),),
-            ),
-            "router_load": Column(
-                unit="1",
-                axes=("layer", "expert"),
-                label="share of an expert",
-                explanation="Share of the tokens' choices that an expert gets.",
-                count="rows",
-                drawn="none",
-            ),
         }
 
     def submodules(self, block: Block) -> Mapping[str, nn.Module]:

@@ -46,6 +46,45 @@ class Trajectory(Quantity):
 
     name = "trajectory"
 
+    columns = {
+        "trajectory_distance": _of_layer(
+            "1",
+            "relative distance along depth",
+            "Distance from a block's input to its output over the input's norm.",
+            "pairs",
+        ),
+        "trajectory_angle": _of_layer(
+            "rad",
+            "angle along depth",
+            "Angle between a block's input and output features, mean over tokens.",
+            "pairs",
+        ),
+        "block_cka": _of_layer(
+            "1",
+            "CKA of a block's input and output",
+            "Linear CKA between a block's input and output features.",
+            "pairs",
+        ),
+        "trajectory_bend": _of_layer(
+            "1",
+            "bend of the path of features",
+            "Distance of a layer's mean features from the chord of its neighbours on the simplified path.",
+            "measured",
+        ),
+        "contraction": _of_layer(
+            "1",
+            "spectral tail exponent",
+            "Exponent of the fall of the singular values of a block's features.",
+            "measured",
+        ),
+        "transport": _of_layer(
+            "rad",
+            "transport of the token distribution",
+            "Angle between the token distributions that the head makes of a block's input and output.",
+            "transported",
+        ),
+    }
+
     def prepare(self, model: MeasuredModel) -> None:
         """Find the head."""
         self._indices: dict[tuple[int, ...], Tensor] = {}
@@ -57,44 +96,6 @@ class Trajectory(Quantity):
         names = ("distance", "angle", "cka", "pairs", "contraction", "measured", "transport", "transported", "stack")
         self.accumulators = {name: Accumulator("layer", **alike) for name in names} | {
             "gram": Accumulator(("layer", "other_layer"), **alike)
-        }
-        self.columns = {
-            "trajectory_distance": _of_layer(
-                "1",
-                "relative distance along depth",
-                "Distance from a block's input to its output over the input's norm.",
-                "pairs",
-            ),
-            "trajectory_angle": _of_layer(
-                "rad",
-                "angle along depth",
-                "Angle between a block's input and output features, mean over tokens.",
-                "pairs",
-            ),
-            "block_cka": _of_layer(
-                "1",
-                "CKA of a block's input and output",
-                "Linear CKA between a block's input and output features.",
-                "pairs",
-            ),
-            "trajectory_bend": _of_layer(
-                "1",
-                "bend of the path of features",
-                "Distance of a layer's mean features from the chord of its neighbours on the simplified path.",
-                "measured",
-            ),
-            "contraction": _of_layer(
-                "1",
-                "spectral tail exponent",
-                "Exponent of the fall of the singular values of a block's features.",
-                "measured",
-            ),
-            "transport": _of_layer(
-                "rad",
-                "transport of the token distribution",
-                "Angle between the token distributions that the head makes of a block's input and output.",
-                "transported",
-            ),
         }
 
     def on_probe(self, sums: Sums, probe: ProbeFeatures) -> None:
