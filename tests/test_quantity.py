@@ -154,6 +154,19 @@ def test_every_quantity_has_its_own_cadence():
     assert np.isfinite(timeline.output_rms).all(1).tolist() == [True, False, True]
 
 
+def test_the_last_step_as_scalars_for_trackers():
+    model, batch = model_and_batch("bert")
+    with Monitor(model, MonitorConfig(every=2, quantities=("activation_grad", "delta_cka", OutputRms()))) as monitor:
+        assert monitor.scalars() == {}
+        for _ in range(4):
+            loss_of(model(**batch)).backward()
+            monitor.step()
+        found, timeline = monitor.scalars(), monitor.timeline
+    assert found.keys() >= {"activation_grad", "output_rms", "loss"} and "delta_cka" not in found  # there is no probe
+    for name in ("activation_grad", "output_rms", "loss"):
+        assert found[name] == pytest.approx(getattr(timeline, name)[-1].mean(), rel=1e-6)
+
+
 def test_one_instance_serves_several_monitors():
     model, batch = model_and_batch("bert")
     config = MonitorConfig(every=1, quantities=(Everything(),))

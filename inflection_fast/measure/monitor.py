@@ -367,6 +367,10 @@ class Monitor:
         """How many measured steps are missing from the timeline: the disk or a rank was too slow, or a row failed."""
         return self._record.dropped
 
+    def scalars(self) -> dict[str, float]:
+        """Of the last measured step, for trackers: every column as its mean over the places that were measured."""
+        return self._record.scalars()
+
     @property
     def data_ranks(self) -> int:
         """The number of processes, or groups of them under tensor parallelism, that have a batch of their own."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from time import perf_counter
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -132,6 +133,7 @@ class Recorder:
     ):
         self._without_slot = self._unfinished = 0  # packets that are missing; each is counted by one thread alone
         self._decide = decide
+        self.last: dict = {}  # the row that was finished last
         self._join, self._told, self._keeps, self._patience_s = join, told, keeps, patience_s
         self._writer, self._fields, self._row_of, self._warn = writer, packet.fields, row, warn
         pinned = packet.data.device.type == "cuda"
@@ -203,8 +205,10 @@ class Recorder:
                 self._decide({})
             if slot is not None:
                 self._free.append(slot)
-        if self._told is not None and row:
-            self._told(step, row)
+        if row:
+            self.last = row
+            if self._told is not None:
+                self._told(step, row)
 
     def _row(self, measured: Measured, slot: int, arrival) -> dict:
         """The finished numbers in a slot, which do not refer to its memory."""
@@ -358,6 +362,14 @@ class Record:
         if self.recorder is not None:
             self.recorder.drain()
         return self._writer.timeline
+
+    def scalars(self) -> dict[str, float]:
+        """The last row, each column as its mean over the places that were measured."""
+        if self.recorder is None:
+            return {}
+        self.recorder.drain()
+        means = {name: np.ma.mean(value) for name, value in self.recorder.last.items()}
+        return {name: float(mean) for name, mean in means.items() if mean is not np.ma.masked}
 
     @property
     def dropped(self) -> int:
