@@ -198,14 +198,22 @@ def _run(argv: list[str]) -> int:
 
 def _report(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="inflection-fast report", description="Write the report of a run.")
-    parser.add_argument("folder", help="the output folder of a run, or of a Monitor")
+    parser.add_argument("folder", nargs="+", help="the output folder of a run, or of a Monitor; several: side by side")
+    parser.add_argument("--out", help="where the page of several runs goes; default: comparison, beside the first run")
     parser.add_argument("--figures", action="store_true", help="also write every chart as SVG and PDF")
     from inflection_fast import report
     from inflection_fast.run.errors import user_errors
 
     asked = parser.parse_args(argv)
     with user_errors(ValueError, FileNotFoundError):
-        return _show(asked.folder, report.write(asked.folder, figures=asked.figures), _console())
+        if len(asked.folder) > 1:
+            if asked.figures:
+                raise ValueError("--figures: expected one run; for several, draw report.difference_map on your axes")
+            _console().print(f"report: {report.write_several(asked.folder, asked.out)}", markup=False)
+            return 0
+        if asked.out is not None:
+            raise ValueError("--out: expected several runs; the report of one goes into its folder")
+        return _show(asked.folder[0], report.write(asked.folder[0], figures=asked.figures), _console())
 
 
 def _watch(argv: list[str]) -> int:

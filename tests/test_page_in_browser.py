@@ -11,6 +11,7 @@ from test_single_page import MARKUP
 from tiny_runs import LAYERS, measured, write_run, write_timeline
 
 from inflection_fast.report.content import Content
+from inflection_fast.report.several import write_several
 from inflection_fast.report.single_page import write_html
 from inflection_fast.report.watch import Server
 from inflection_fast.timeline import TimelineWriter
@@ -192,6 +193,21 @@ def test_an_alert_stands_on_the_time_axis(driver, tmp_path):
     assert "1 alert was raised: entropy collapse." in find(driver, "#answer").text
     assert driver.find_elements("css selector", "#alert-chart canvas")
     assert "block 1 head 0" in find(driver, "#alert-list").text
+    quiet(driver)
+
+
+def test_several_runs_are_overlaid_and_their_differences_mapped(driver, tmp_path):
+    for number, name in enumerate(("x", "y")):
+        with TimelineWriter(tmp_path / name, layers=["a", "b"], heads=1, meta={}) as out:
+            for step in range(4):
+                out.append(step, entropy=np.array([[1.0], [2.0 + number]]), loss=1.0)
+    opened(driver, write_several([tmp_path / "x", tmp_path / "y"]).as_uri())
+    assert len(driver.find_elements("css selector", "#multiples canvas")) == 2
+    assert not find(driver, "#alerts").is_displayed() and find(driver, "#stages h2").text == "Runs"
+    box = find(driver, "#cards .plot")
+    driver.execute_script("arguments[0].focus()", box)
+    press(driver, box, "End")
+    assert find(driver, "#cards .readout").text == "layer 1, step 3: 1.00"
     quiet(driver)
 
 

@@ -2,6 +2,7 @@ import base64
 import json
 import re
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from inflection_fast.report import canvas, content
 from inflection_fast.report.content import Content
 from inflection_fast.report.single_page import html, state
 from inflection_fast.timeline import Timeline, TimelineWriter
+from inflection_fast.timeline.columns import Column
 
 MARKUP = "</script><img src=x onerror=alert(1)><b>&amp;"
 
@@ -74,6 +76,30 @@ def test_a_step_that_was_not_measured_leaves_a_hole(tmp_path):
             out.append(step, loss=1.0)
     text = html(state(followed(tmp_path)))
     assert column(text, "loss")["steps"] == [[0, 0], [10, 10], [20, 20], [50, 50], [60, 60]]
+
+
+def test_a_quantity_of_a_user_is_drawn_with_its_own_words_and_axes(tmp_path):
+    own = {
+        "load": Column("1", ("layer", "expert"), "load of the experts", "Share of tokens.", "router"),
+        "norm": Column("l2 norm", (), "norm of everything", "One number.", "mine", scale="log"),
+        "hidden": Column("1", ("layer",), "inner", "For other programs.", "mine", drawn="none"),
+    }
+    meta = {"layers": ["a", "b"], "heads": 1, "columns": {name: column.as_dict() for name, column in own.items()}}
+    load = np.ma.array(np.arange(6.0).reshape(2, 3), mask=[[0, 0, 0], [1, 1, 1]])
+    found = followed(tmp_path)
+    found._tail = SimpleNamespace(meta=meta, torn=False)
+    for step in range(2):
+        found._add(step, {"load": load + step, "norm": np.float64(step + 1), "hidden": np.zeros(2)})
+    made = state(found)
+    entries = {entry["name"]: entry for entry in made.manifest["columns"]}
+    assert set(entries) == {"load", "norm"}
+    assert entries["load"]["label"] == "Load of the experts" and entries["load"]["unit"] == ""
+    assert entries["load"]["parts"]["axis"] == "expert" and entries["load"]["parts"]["shape"] == [1, 2, 3, 2]
+    mean, low, high = made.arrays[entries["load"]["map"]["id"]]
+    np.testing.assert_array_equal(mean, [[1, 2], [np.nan, np.nan]])
+    np.testing.assert_array_equal(high, [[2, 3], [np.nan, np.nan]])
+    np.testing.assert_array_equal(low, [[0, 1], [np.nan, np.nan]])
+    assert entries["norm"]["log"] and "map" not in entries["norm"]
 
 
 def test_the_first_lines_are_verdict_why_next(page):

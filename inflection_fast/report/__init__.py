@@ -7,6 +7,7 @@ axis that they are given.
 
 from inflection_fast.report.figures import difference_map, head_map, score_line, signal_lines, signal_map
 from inflection_fast.report.page import write
+from inflection_fast.report.several import write_several
 from inflection_fast.report.similarity import cka_map, drift_chart
 from inflection_fast.report.summary import summary
 
@@ -20,4 +21,5 @@ __all__ = [
     "signal_map",
     "summary",
     "write",
+    "write_several",
 ]

@@ -134,7 +134,7 @@ class Content:
             del self.alerts[half : len(self.alerts) - half]
         for name, series in self.series.items():
             if name in values:
-                _push(series, step, np.asarray(values[name], np.float64))
+                _push(series, step, np.ma.filled(np.ma.array(values[name], np.float64), np.nan))  # masked: not measured
 
     def _series(self, name: str, column: Column, shape: tuple[int, ...]) -> Series:
         if column.axes[:1] != ("layer",):

@@ -143,6 +143,9 @@ def html(made: State, *, live: bool = False) -> str:
     if not live:
         data += [_data(f"array-{i}", "text/plain", pack_text(array)) for i, array in enumerate(made.arrays)]
     page = _file("page.html")
+    kind = "several" if "several" in made.manifest else "one"
+    for name, text in _WORDS[kind].items():
+        page = page.replace(f"<!--{name}-->", text)
     for name, part in {
         "policy": policy,
         "title": escape(made.manifest["title"]),
@@ -158,6 +161,25 @@ def html(made: State, *, live: bool = False) -> str:
 def binary(made: State, number: int) -> bytes:
     """One array as a live page fetches it."""
     return pack(made.arrays[number])
+
+
+_WORDS = {
+    "one": {
+        "note:overview": "Every measured quantity over the training: the line is the mean over layers and heads, the "
+        "band goes from the lowest to the highest value of any of them.",
+        "note:maps": "Orange triangles: chosen layers. Red marks: alerts. Click a layer, or press Enter, for its heads "
+        "or its course.",
+        "stages": "Stages",
+        "single": "",
+    },
+    "several": {
+        "note:overview": "Every measured quantity, mean over layers and heads: a line for each group of runs that "
+        "differ in the seed alone, with a 95 % interval of the mean over its runs where there are several.",
+        "note:maps": "Blue: lower than the first, orange: higher.",
+        "stages": "Runs",
+        "single": " hidden",
+    },
+}
 
 
 @cache

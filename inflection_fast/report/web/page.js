@@ -895,6 +895,140 @@ function near(element) {
   return top < innerHeight * 1.3;
 }
 
+// ---- several runs ------------------------------------------------------------------------------------------------------
+
+const LINE_COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999933", "#882255"];
+const lineColour = (group) => LINE_COLOURS[group % LINE_COLOURS.length];
+
+class Overlay {  // a small multiple with a line for every group of runs
+  constructor(column) {
+    this.value = make("span", { class: "value" });
+    this.box = make("div", { class: "plot", role: "img", "aria-label": `${column.label} of ${column.lines.length} groups of runs; the table below holds the numbers.` });
+    this.figure = make("figure", { class: "card multiple", title: column.explanation },
+      make("figcaption", {}, make("span", { text: column.label }), make("span", { class: "unit", text: column.unit }), this.value),
+      this.box, tableBehind(column.label, (all) => this.table(all)));
+    $("multiples").append(this.figure);
+  }
+
+  async update(column) {
+    const numbers = await Promise.all(column.lines.map(array));
+    const place = new Map(column.steps.map((pair, i) => [String(pair), i]));
+    this.column = column;
+    this.rows = column.lines.map((line, k) => [0, 1].map((part) => {
+      const row = new Float32Array(column.steps.length).fill(NaN);
+      line.steps.forEach((pair, i) => { row[place.get(String(pair))] = numbers[k][part * line.steps.length + i]; });
+      return row;
+    }));
+    const nulls = (row) => Array.from(row, (value) => (Number.isNaN(value) ? null : value));
+    const data = [column.steps.map(([first, last]) => (first + last) / 2)], series = [{}], bands = [];
+    column.lines.forEach((line, k) => {
+      const [mean, half] = this.rows[k], colour = lineColour(line.group);
+      data.push(nulls(mean));
+      series.push({ stroke: colour, width: 1.75, spanGaps: true, points: { show: line.steps.length < 2, size: 6, fill: colour } });
+      if (line.runs < 2) return;
+      data.push(nulls(mean.map((value, i) => value + half[i])), nulls(mean.map((value, i) => value - half[i])));
+      series.push({ stroke: "transparent", width: 0, spanGaps: true, points: { show: false } }, { stroke: "transparent", width: 0, spanGaps: true, points: { show: false } });
+      bands.push({ series: [series.length - 2, series.length - 1], fill: `${colour}2e` });
+    });
+    const entry = draw(this.box, {
+      group: "steps", series, bands,
+      scales: {
+        x: { time: false, auto: false, range: (_, low, high) => [low, high] },
+        y: { range: (_, low, high) => (low === null ? [0, 1] : roomy(low, high)) },
+      },
+      axes: [
+        axis({ values: integerTicks, grid: { show: false }, size: 26, space: 60 }),
+        axis({ values: numberTicks, size: (_, values) => wide(values), space: 32 }),
+      ],
+      hooks: { setCursor: [({ cursor: { idx } }) => this.say(idx ?? null)] },
+    }, data, { height: () => 170, overSteps: true });
+    entry.plot.setScale("x", { min: shownSteps[0], max: shownSteps[1] });
+    this.say(null);
+  }
+
+  say(index) {
+    const i = index ?? this.column.steps.length - 1;
+    this.value.replaceChildren(`${stepText(this.column.steps[i])}: `, ...this.column.lines.map((line, k) => {
+      const [mean, half] = this.rows[k].map((row) => row[i]);
+      const dot = make("b", { text: "\u25cf " });
+      dot.style.color = lineColour(line.group);
+      return make("span", { class: "entry", title: manifest.several[line.group] }, dot, format(mean) + (Number.isNaN(half) ? "" : ` \u00b1 ${format(half, 2)}`), " ");
+    }));
+  }
+
+  table(all) {
+    const { steps, lines } = this.column, kept = all ? [...steps.keys()] : spread(steps.length, TABLE_ROWS);
+    return {
+      head: ["step", ...lines.flatMap(({ group, runs }) => (runs > 1 ? [manifest.several[group], "95 % interval, half"] : [manifest.several[group]]))],
+      rows: kept.map((i) => [stepText(steps[i]), ...lines.flatMap(({ runs }, k) => this.rows[k].slice(0, runs > 1 ? 2 : 1).map((row) => row[i]))]),
+      note: kept.length < steps.length ? `${kept.length} of ${whole(steps.length)} rows` : "",
+    };
+  }
+}
+
+class DifferenceCard {
+  constructor(column, difference) {
+    this.name = `${column.label}: ${manifest.several[difference.group]} less ${manifest.several[0]}`;
+    this.box = make("div", { class: "plot" });
+    this.readout = make("output", { class: "readout", "aria-live": "polite" });
+    this.scale = make("span", { class: "scale" });
+    this.article = make("article", { class: "card map" },
+      make("div", { class: "head" }, make("h3", {}, `${this.name} `, make("span", { class: "unit", text: column.unit }))),
+      this.box, make("div", { class: "under" }, this.readout, this.scale), tableBehind(this.name, (all) => this.table(all)));
+    $("cards").append(this.article);
+  }
+
+  async update({ column, difference }) {
+    const numbers = await array(difference), [, layers, count] = difference.shape, size = layers * count;
+    Object.assign(this, { difference, layers, count, values: numbers.subarray(0, size), errors: numbers.subarray(size) });
+    this.map = new HeatMap(this.box, {
+      rows: layers, ...stepEdges(difference.steps, difference.length), values: this.values, kind: "difference",
+      height: () => Math.max(150, Math.min(430, 17 * layers)) + 40, label: `${this.name}, by layer and step. Arrow keys move.`,
+      readout: (cell) => this.say(cell),
+    });
+    if (this.map.low <= this.map.high) {
+      const bar = make("i", { "aria-hidden": true });
+      bar.style.background = gradient("difference");
+      this.scale.append(format(this.map.low), bar, `${format(this.map.high)} ${column.unit}`);
+    }
+  }
+
+  say(cell) {
+    if (!cell || cell.column < 0) { this.readout.textContent = ""; return; }
+    const i = cell.row * this.count + cell.column, error = this.errors[i];
+    this.readout.textContent = `layer ${cell.row}, ${stepText(this.difference.steps[cell.column])}: ${format(this.values[i])}`
+      + (Number.isNaN(error) ? "" : ` \u00b1 ${format(error, 2)} (95 % interval over seeds)`);
+  }
+
+  table(all) {
+    const { steps } = this.difference, kept = all ? [...steps.keys()] : spread(steps.length, TABLE_COLUMNS);
+    return {
+      head: ["layer", ...kept.map((i) => stepText(steps[i]))],
+      rows: [...Array(this.layers).keys()].map((layer) => [String(layer), ...kept.map((i) => this.values[layer * this.count + i])]),
+      note: kept.length < steps.length ? `${kept.length} of ${whole(steps.length)} columns` : "",
+    };
+  }
+}
+
+async function drawSeveral() {
+  shownSteps = allSteps();
+  const key = make("p", { class: "key" }, ...manifest.several.map((name, group) => {
+    const dot = make("b", { text: "\u25cf " });
+    dot.style.color = lineColour(group);
+    return make("span", {}, dot, name);
+  }));
+  $("multiples").before(key);
+  for (const column of manifest.columns) await new Overlay(column).update(column);
+  performance.mark("drawn");
+  for (const column of manifest.columns) {
+    for (const difference of column.differences ?? []) await new DifferenceCard(column, difference).update({ column, difference });
+  }
+  if (!$("cards").children.length) $("maps").hidden = true;
+  zoomSteps(null);
+  performance.mark("complete");
+  document.documentElement.dataset.complete = "1";
+}
+
 async function refresh() {
   if (!zoomedByHand) shownSteps = allSteps();
   const multiples = $("multiples"), cards = $("cards");
@@ -992,7 +1126,7 @@ async function poll() {
 }
 
 setTheme(preferred.matches ? "dark" : "light");
-refresh().catch(superseded);
+(manifest.several ? drawSeveral() : refresh()).catch(superseded);
 if (LIVE) {
   $("status").hidden = false;
   $("status").textContent = "following";
