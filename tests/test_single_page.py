@@ -84,7 +84,12 @@ def test_a_quantity_of_a_user_is_drawn_with_its_own_words_and_axes(tmp_path):
         "norm": Column("l2 norm", (), "norm of everything", "One number.", "mine", scale="log"),
         "hidden": Column("1", ("layer",), "inner", "For other programs.", "mine", drawn="none"),
     }
-    meta = {"layers": ["a", "b"], "heads": 1, "columns": {name: column.as_dict() for name, column in own.items()}}
+    meta = {
+        "format": 4,
+        "layers": ["a", "b"],
+        "heads": 1,
+        "columns": {name: column.as_dict() for name, column in own.items()},
+    }
     load = np.ma.array(np.arange(6.0).reshape(2, 3), mask=[[0, 0, 0], [1, 1, 1]])
     found = followed(tmp_path)
     found._tail = SimpleNamespace(meta=meta, torn=False)
