@@ -154,6 +154,7 @@ def test_every_text_comes_once_in_a_pass_and_batches_are_cut_to_their_longest(tm
     [
         ({"seeds": (0, 1)}, "tuning.seed 0 is among the reported seeds"),
         ({"tuning": TuningConfig(("two/under",))}, "tuning.cells must be a transfer and a regime"),
+        ({"tuning": TuningConfig(("one/under",))}, "tuning.cells must be at least one of the regimes ..over.."),
         ({"rates": {"lora": (1e-3, 3e-3)}}, "rates.lora must be at least three"),
         ({"near_duplicates": 1.5}, "near_duplicates must be null, or above 0 and below 1"),
         ({"gradients": ("one/under",)}, "gradients must be transfer, regime and arm"),

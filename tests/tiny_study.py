@@ -49,7 +49,7 @@ def tiny_study(folder: Path, **changes) -> StudyConfig:
         "model": ModelConfig(str(folder / "model"), max_length=16),
         "transfers": {"one": TransferConfig(data["a"], data["b"])},
         "regimes": {"under": RegimeConfig(epochs=1), "over": RegimeConfig(steps=6)},
-        "tuning": TuningConfig(("one/under",), seed=0),
+        "tuning": TuningConfig(("one/under", "one/over"), seed=0),
         "output": str(folder / "study"),
         "waves": (WaveConfig(("greedy", "random", "all", "head")),),
         "seeds": (1, 2),

@@ -158,11 +158,12 @@ class SizesConfig:
 
 @dataclass(frozen=True)
 class TuningConfig:
-    """The search for learning rates: every arm tries every rate of its kind, and takes the best on average.
+    """The search for learning rates: every arm tries every rate of its kind, and takes the best of each regime.
 
     Args:
         seed: seed of the search; must not be among the reported seeds
-        cells: transfer and regime of the trainings that the search averages over, such as tweets_reviews/over
+        cells: transfer and regime of the trainings that the search averages over, such as tweets_reviews/over;
+            at least one of every regime
     """
 
     cells: tuple[str, ...]
@@ -264,7 +265,8 @@ class StudyConfig:
             raise ValueError(f"tuning.seed {self.tuning.seed} is among the reported seeds {list(self.seeds)}")
         for cell in self.tuning.cells:
             _check(self._known(cell.split("/"), 2), "tuning.cells", cell, "a transfer and a regime, as tweets/over")
-        _check(bool(self.tuning.cells), "tuning.cells", self.tuning.cells, "at least one")
+        untuned = [name for name in self.regimes if not any(cell.endswith(f"/{name}") for cell in self.tuning.cells)]
+        _check(not untuned, "tuning.cells", self.tuning.cells, f"at least one of the regimes {untuned}")
         for cell in self.gradients:
             _check(self._known(cell.split("/"), 3), "gradients", cell, "transfer, regime and arm, as tweets/over/all")
         for kind, rates in self.rates.items():

@@ -30,7 +30,7 @@ def gradients(work: Work, transfer: str, regime: str, arm: str, name: str) -> di
 def _measured(work: Work, transfer: str, regime: str, arm: str, name: str) -> dict[str, Any]:
     config, seed = work.config, work.config.seeds[0]
     loop, steps = config.train, config.train.steps
-    rate = work.rate(arm)
+    rate = work.rate(arm, regime)
     seen = work.seen(transfer, regime, arm, seed)
     seen.learning_rate = rate
     adaptation = work.chosen(arm, seen)

@@ -181,11 +181,12 @@ def how(results: Results, cells: Sequence[Result]) -> str:
         rows.append([transfer, facts["source"]["texts"], facts["target"]["texts"], dropped])
     rates = [
         [
-            f"`{arm}`",
+            f"`{found['arm']}`",
+            found["regime"],
             *(f"{row['learning_rate']:g}: {row['loss']:.3f}" for row in found["tried"]),
             f"{found['learning_rate']:g}",
         ]
-        for arm, found in results.shared["rates"].items()
+        for found in results.shared["rates"].values()
     ]
     near = data[0][1]["near_duplicates"]
     parts = [
@@ -204,9 +205,9 @@ def how(results: Results, cells: Sequence[Result]) -> str:
         width = max(len(row) for row in rates)
         parts += [
             "The learning rates that were tried, with the mean validation loss, and the one taken: by a seed that is"
-            " not reported, on texts that no reported cell trains on or is tested on, averaged over three transfers.",
+            " not reported, on texts that no reported cell trains on or is tested on.",
             table(
-                ["arm", *[""] * (width - 2), "taken"],
+                ["arm", "regime", *[""] * (width - 3), "taken"],
                 [[*row[:-1], *[""] * (width - len(row)), row[-1]] for row in rates],
             ),
         ]

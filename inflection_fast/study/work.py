@@ -152,7 +152,7 @@ class Work:
         return Timeline.load(self.shelf.path(name)), facts
 
     def _measure(self, transfer: str, regime: str, seed: int, name: str) -> dict[str, Any]:
-        rate, settings = self.rate(SHALLOW), self.config.measured
+        rate, settings = self.rate(SHALLOW, regime), self.config.measured
         folder = self.shelf.path(name)
         shutil.rmtree(folder, ignore_errors=True)
         signals = ("attention", "activation_grad", "parameter_grad")
@@ -205,24 +205,30 @@ class Work:
 
         return self.shelf.get(self._tuning_name(arm, transfer, regime, rate), compute)
 
-    def rate(self, arm: str) -> float:
-        """The learning rate of an arm: that of the lowest validation loss, on average over the searched cells.
+    def rate(self, arm: str, regime: str) -> float:
+        """The learning rate of an arm in a regime: that of the lowest mean validation loss over the searched cells.
 
-        The loss and not the accuracy, because that of a few hundred texts moves by more than rates differ.
+        The loss and not the accuracy, because that of a few hundred texts moves by more than rates differ. In each
+        regime apart, because a source that was trained for long stands only smaller steps.
         """
 
         def compute() -> dict[str, Any]:
+            cells = [cell.split("/") for cell in self.config.tuning.cells if cell.endswith(f"/{regime}")]
             rows = []
             for rate in rates_of(self.config, arm):
-                tried = [self._tried(arm, *cell.split("/"), rate) for cell in self.config.tuning.cells]
+                tried = [self._tried(arm, *cell, rate) for cell in cells]
                 accuracy, loss = (float(np.mean([one[key] for one in tried])) for key in ("accuracy", "loss"))
                 rows.append({"learning_rate": rate, "accuracy": accuracy, "loss": loss})
             best = min(rows, key=lambda row: row["loss"])
-            tried_rates = [row["learning_rate"] for row in rows]
-            edge = best["learning_rate"] in (min(tried_rates), max(tried_rates))
-            return {"arm": arm, "learning_rate": best["learning_rate"], "at_the_edge": edge, "tried": rows}
+            return {
+                "arm": arm,
+                "regime": regime,
+                "learning_rate": best["learning_rate"],
+                "tried": rows,
+                "transfers": [transfer for transfer, _ in cells],
+            }
 
-        return self.shelf.get(f"rates/{arm}.json", compute)["learning_rate"]
+        return self.shelf.get(f"rates/{arm}-{regime}.json", compute)["learning_rate"]
 
     # ---- cells -----------------------------------------------------------------------------------------------------
 
@@ -340,7 +346,7 @@ class Work:
 
     def _compute(self, cell: Cell) -> dict[str, Any]:
         seen = self.seen(cell.transfer, cell.regime, cell.arm, cell.seed, cell.draw or 0)
-        rate = self.rate(cell.arm)
+        rate = self.rate(cell.arm, cell.regime)
         seen.learning_rate = rate
         adaptation = self.chosen(cell.arm, seen)
         if cell.arm == SHALLOW:
