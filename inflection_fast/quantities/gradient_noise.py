@@ -36,7 +36,7 @@ class GradientNoise(Quantity):
     Signal and variance are unbiased, ratios of them are not, and the signal of a single step may come out below 0: take
     means of both over steps, then the ratio. The pieces are taken to be of equal size, and the loss to be a mean over
     sequences. A step of one piece has no values. Gradients are those of DDP and of one process; FSDP2 shows none of a
-    piece. Cost: one read of each piece's gradients. Memory: 16 bytes per parameter tensor and 24 per layer.
+    piece. Cost: one read of each piece's gradients. Memory: 16 bytes per parameter tensor and 16 per layer.
     """
 
     name = "gradient_noise"

@@ -30,7 +30,7 @@ class Residual(Quantity):
     * `block_ratio`: mean over tokens of ||y - x|| / ||x||, where y - x is what the block adds to the residual stream;
     * `block_cosine`: mean over tokens of x.y / (||x|| ||y||).
 
-    Cost: one read of each block's input and output (`ops.activation_moments`). Memory: 108 bytes per layer.
+    Cost: one read of each block's input and output (`ops.activation_moments`). Memory: 116 bytes per layer.
     """
 
     name = "residual"

@@ -27,7 +27,7 @@ class Router(Quantity):
       balancing loss of Switch Transformers, arXiv 2101.03961, with k choices);
     * `router_load_max`: the largest of these shares.
 
-    Cost: a softmax over [N, E] per layer. Memory: 8 E + 24 bytes per layer.
+    Cost: a softmax over [N, E] per layer. Memory: 8 E + 16 bytes per layer.
     """
 
     name = "router"

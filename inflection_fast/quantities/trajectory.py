@@ -41,7 +41,7 @@ class Trajectory(Quantity):
     found. The first block of a stack has no features before it: distance, angle, CKA and transport are missing there.
 
     Cost per layer: CKA and singular values of min(N, D)^2 max(N, D) operations, and 128 rows through the head; on a GPU
-    the singular values wait for it. Memory: 8 (L + 14) bytes per layer, and logits of 256 rows.
+    the singular values wait for it. Memory: 8 (L + 9) bytes per layer, and logits of 256 rows.
     """
 
     name = "trajectory"

@@ -39,7 +39,7 @@ class Update(Quantity):
     one by an optimizer that is not torch's (DeepSpeed) is not seen.
 
     Cost: two reads of weights and optimizer state. Memory: temporaries of one block's weights, copies of at most
-    `copy_bytes` (256 MiB) while the optimizer steps, 40 bytes per layer.
+    `copy_bytes` (256 MiB) while the optimizer steps, 32 bytes per layer.
     """
 
     name = "update"
