@@ -1,0 +1,57 @@
+"""Train the planned blocks whole, and nothing else but the head: freezing by plan, the habit of Spectrum."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from ..decide import Plan
+from .handle import Handle
+
+__all__ = ["Unfrozen", "unfreeze"]
+
+
+class Unfrozen(Handle):
+    """The parameters of the chosen blocks (and of `also`) train, all others are frozen."""
+
+    name = "unfreezing"
+
+    def __init__(self, model: nn.Module, where: Plan | Sequence[int] | int, also: Sequence[str]):
+        if isinstance(also, str):
+            raise TypeError(f"also: expected a sequence of names of modules, got the string {also!r}")
+        super().__init__(model, where)
+        self.also = list(also)
+        self._before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        trained = {id(p) for block in self.blocks for p in block.module.parameters()}
+        for name in self.also:
+            within = [p for full, p in model.named_parameters() if f"{full}.".startswith(f"{name}.")]
+            if not within:
+                raise ValueError(f"also: {type(model).__name__} has no parameters under {name!r}")
+            trained |= {id(p) for p in within}
+        self.parameters = 0
+        for parameter, _ in self._before:
+            trains = id(parameter) in trained and parameter.is_floating_point()
+            parameter.requires_grad_(trains)
+            self.parameters += parameter.numel() if trains else 0
+        self._hold()
+
+    def _settings(self) -> dict:
+        return {"also": self.also, "parameters": self.parameters}
+
+    def _remove(self) -> None:
+        for parameter, trained in self._before:
+            parameter.requires_grad_(trained)
+
+
+def unfreeze(model: nn.Module, plan: Plan | Sequence[int] | int, *, also: Sequence[str] = ()) -> Unfrozen:
+    """Train the parameters of the planned blocks and of the modules `also`, freeze all others.
+
+    `also` names modules or parameters by their full names from the front, such as a new head ("classifier"). Make the
+    optimizer afterwards: one that exists keeps the parameters it has. Weights of quantised integers stay frozen.
+    `remove()` of the returned handle puts every `requires_grad` back; leaving the handle alone keeps it.
+
+    `ValueError` for a plan of another model, an index outside, a name without parameters, or blocks that are unfrozen
+    already.
+    """
+    return Unfrozen(model, plan, also)
