@@ -39,6 +39,7 @@ def test_the_file_is_plain_json_in_a_stable_order(tmp_path):
         "model",
         "found",
         "ranks",
+        "heads",
         "actions",
     ]
     assert document["scores"] == [1.0, None, 0.25] and document["profile"] == {"entropy": [1.0, None, None]}

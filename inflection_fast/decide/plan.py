@@ -32,12 +32,13 @@ class Plan:
     layers: tuple[int, ...]  # sorted
     summary: str  # one paragraph
     reasons: dict[int, str]  # for every layer of `layers` a sentence
-    scores: np.ndarray  # [L] SKI, NaN where a layer has none
+    scores: np.ndarray  # [L] SKI, or the method's own measure; NaN where a layer has none
     profile: dict[str, list[float]]  # name -> [L], the numbers the decision was made from
     config: dict  # the SelectConfig
     model: dict  # model_type, class, named (blocks given by name?), layers: the names of the L blocks
     found: dict[str, list[int]] = field(default_factory=dict)  # what was looked for -> the blocks that it is, if any
     ranks: dict[int, int] = field(default_factory=dict)  # layer -> rank of its adapters, where it has one of its own
+    heads: dict[int, tuple[int, ...]] = field(default_factory=dict)  # layer -> its heads that are meant, if not all
     actions: tuple[dict, ...] = ()  # what was done by this plan: "intervention", "words", and its settings
 
     FILE: ClassVar[str] = "inflection_plan.json"  # its name beside an adapter or a model
@@ -63,6 +64,9 @@ class Plan:
                 raise ValueError(f"found: expected blocks of {list(self.layers)} as {name}, got {list(blocks)}")
         if not set(self.ranks) <= set(self.layers) or not all(_is_rank(rank) for rank in self.ranks.values()):
             raise ValueError(f"ranks: expected integers >= 1 for layers of {list(self.layers)}, got {self.ranks}")
+        object.__setattr__(self, "heads", {layer: tuple(heads) for layer, heads in self.heads.items()})
+        if not set(self.heads) <= set(self.layers) or not all(map(_are_heads, self.heads.values())):
+            raise ValueError(f"heads: expected sorted indices for layers of {list(self.layers)}, got {self.heads}")
         for name, values in self.profile.items():
             if len(values) != count:
                 raise ValueError(f"profile: expected {count} values of {name}, got {len(values)}")
@@ -82,6 +86,7 @@ class Plan:
             "model": self.model,
             "found": {name: list(blocks) for name, blocks in self.found.items()},
             "ranks": {str(layer): self.ranks[layer] for layer in sorted(self.ranks)},
+            "heads": {str(layer): list(self.heads[layer]) for layer in sorted(self.heads)},
             "actions": list(self.actions),
         }
         text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
@@ -116,6 +121,7 @@ class Plan:
                 raise ValueError(f"{path} is not a plan: {key} is not {words}")
         fields = {key: document[key] for key in _FIELDS}
         fields["reasons"] = {int(layer): reason for layer, reason in fields["reasons"].items()}
+        fields["heads"] = {int(layer): tuple(heads) for layer, heads in fields["heads"].items()}
         fields["ranks"] = {int(layer): rank for layer, rank in fields["ranks"].items()}
         fields["scores"] = _numbers(fields["scores"])
         fields["profile"] = {name: _numbers(values) for name, values in fields["profile"].items()}
@@ -201,6 +207,14 @@ def _is_rank(value) -> bool:
     return _is_integer(value) and value >= 1
 
 
+def _are_heads(heads) -> bool:
+    return len(heads) > 0 and all(_is_integer(h) and h >= 0 for h in heads) and list(heads) == sorted(set(heads))
+
+
+def _are_heads_by_layer(value) -> bool:
+    return isinstance(value, dict) and all(key.isdecimal() and _list_of(_is_integer)(h) for key, h in value.items())
+
+
 def _are_ranks(value) -> bool:
     return isinstance(value, dict) and all(key.isdecimal() and _is_rank(rank) for key, rank in value.items())
 
@@ -235,6 +249,7 @@ _FIELDS = {
     "model": (lambda value: isinstance(value, dict), "a table"),
     "found": (_is_found, "a list of integers for each thing that was looked for"),
     "ranks": (_are_ranks, "an integer >= 1 for each layer"),
+    "heads": (_are_heads_by_layer, "a list of integers for each layer"),
     "actions": (_list_of(lambda value: isinstance(value, dict)), "a list of tables"),
 }
-_LATER = {"ranks": {}, "actions": []}  # plans that were written before these existed lack them
+_LATER = {"ranks": {}, "heads": {}, "actions": []}  # plans that were written before these existed lack them

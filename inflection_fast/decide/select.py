@@ -11,13 +11,14 @@ from ..timeline import Timeline
 from .baselines import BASELINES, baseline
 from .evidence import STEPS_FOR_CORRELATION
 from .extremes import Finding, cliff, maxima, minimum, top
+from .heads import collapsed, lazy
 from .plan import Plan
 from .profile import Signal, entropy_of, gradient_of, score_signal, window_of
 from .ski import check_options
 
 __all__ = ["SelectConfig", "select"]
 
-_METHODS = ("greedy", "maxima", "top", *BASELINES)
+_METHODS = ("greedy", "maxima", "top", "lazy", "collapsed", *BASELINES)
 _COUNTED = ("top", "first", "last", "random")
 
 
@@ -28,6 +29,8 @@ class SelectConfig:
     * `"greedy"`: the entropy minimum and the gradient cliff, each widened by `window`
     * `"maxima"`: local maxima of SKI
     * `"top"`: the best `k` layers by SKI
+    * `"lazy"`: blocks whose attention is of rank one and in one column in every head (`rank_k90`, `column_mass`)
+    * `"collapsed"`: blocks with heads of nearly no attention entropy, named in `Plan.heads`
     * `"first"`, `"last"`, `"random"`, `"all"`: baselines that do not look at the measurement, to compare with
     """
 
@@ -42,6 +45,9 @@ class SelectConfig:
     steps: tuple[int, int] | float | None = None  # optimizer steps (first, last), or the last share of those measured
     significance: float | None = 0.05  # chance of picking from a profile that is flat; None: pick without asking
     seed: int = 0  # random
+    lazy_rank: float = 1.5  # lazy: the largest k* of a block's heads is below
+    lazy_mass: float = 0.5  # lazy: share of the energy of attention in one column, at least
+    collapsed_entropy: float = 0.05  # collapsed: nats; below, nearly every query attends to one key
 
     def __post_init__(self):
         _expect("method", self.method, _METHODS)
@@ -52,6 +58,12 @@ class SelectConfig:
             raise ValueError(f"window: expected an integer >= 0, got {self.window!r}")
         if not _is_int(self.seed) or self.seed < 0:
             raise ValueError(f"seed: expected an integer >= 0, got {self.seed!r}")
+        if not self.lazy_rank > 0:
+            raise ValueError(f"lazy_rank: expected a number > 0, got {self.lazy_rank!r}")
+        if not 0 <= self.lazy_mass <= 1:
+            raise ValueError(f"lazy_mass: expected a number in [0, 1], got {self.lazy_mass!r}")
+        if not self.collapsed_entropy > 0:
+            raise ValueError(f"collapsed_entropy: expected a number > 0, got {self.collapsed_entropy!r}")
         if self.significance is not None and not 0 < self.significance < 0.5:
             raise ValueError(f"significance: expected a number between 0 and 0.5, or None, got {self.significance!r}")
         if (self.k is not None) != (self.method in _COUNTED):
@@ -86,7 +98,14 @@ def select(timeline: Timeline, config: SelectConfig | None = None) -> Plan:
     alpha, absent = _weight(config.alpha, entropy, gradient)
     scores, score = score_signal(entropy, gradient, alpha, config.normalisation, config.log_gradient)
 
-    if config.method in BASELINES:
+    heads: dict[int, tuple[int, ...]] = {}
+    if config.method == "lazy":
+        found, scores = lazy(timeline, window, config.lazy_rank, config.lazy_mass)
+        findings = [found]
+    elif config.method == "collapsed":
+        found, scores, heads = collapsed(timeline, window, config.collapsed_entropy)
+        findings = [found]
+    elif config.method in BASELINES:
         findings = baseline(config.method, k or layers, layers, config.seed)
     elif config.method == "greedy":
         findings = _greedy(entropy, gradient, config)
@@ -96,7 +115,8 @@ def select(timeline: Timeline, config: SelectConfig | None = None) -> Plan:
         findings = top(scores, score, k, config.significance)
     reasons = _reasons(findings, config.window if config.method == "greedy" else 0, layers)
     used = (entropy, gradient) if config.method == "greedy" else (score,)
-    measured = "" if config.method in BASELINES else _measured(timeline, used) + absent
+    ranks_by_ski = config.method not in (*BASELINES, "lazy", "collapsed")
+    measured = _measured(timeline, used) + absent if ranks_by_ski else ""
     return Plan(
         layers=tuple(sorted(reasons)),
         summary=" ".join([_headline(sorted(reasons), layers), *(found.words for found in findings)]) + measured,
@@ -111,6 +131,7 @@ def select(timeline: Timeline, config: SelectConfig | None = None) -> Plan:
         config=asdict(config) | {"steps": list(config.steps) if isinstance(config.steps, tuple) else config.steps},
         model=_model(timeline),
         found={finding.name: list(finding.picks) for finding in findings},
+        heads=heads,
     )
 
 

@@ -1,0 +1,109 @@
+"""Lazy layers and collapsed heads: what attention does not do any more, from entropy, rank, column mass and sink.
+
+A layer is lazy when its attention has degenerated to single columns of rank one (Sanyal et al. 2024, arXiv 2404.08634):
+the largest k* over its heads is below `lazy_rank`, where k* is the least number of squared singular values that make up
+90 % of the sum, and a single column holds at least `lazy_mass` of that sum. Rank alone would not do: uniform attention
+has rank one, too, and no dominating column.
+
+A head is collapsed when its attention entropy is below `collapsed` nats: nearly every query attends to one key.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+
+from ..timeline import Timeline
+from .extremes import Finding
+
+__all__ = ["collapsed", "column", "lazy"]
+
+_QUANTITY = {"rank_k90": "rank", "column_mass": "rank", "entropy": "attention", "sink": "attention"}
+
+
+def lazy(timeline: Timeline, window: np.ndarray, rank: float, mass: float) -> tuple[Finding, np.ndarray]:
+    """The layers whose attention is of rank one and in one column; scores [L]: 1 / the largest k* of a layer."""
+    ranks, masses = (_mean(column(timeline, name), window) for name in ("rank_k90", "column_mass"))  # [L, H]
+    largest, share = _over_heads(np.nanmax, ranks), _over_heads(np.nanmean, masses)
+    with np.errstate(invalid="ignore"):
+        chosen = np.flatnonzero((largest < rank) & (share >= mass))
+    picks = {
+        int(
+            layer
+        ): f"Block {layer} is lazy: in no head does its attention need more than {largest[layer]:.2f} singular "
+        f"values for 90 % of its energy, and a single column holds {share[layer]:.0%} of it."
+        for layer in chosen
+    }
+    if picks:
+        words = f"Lazy blocks (largest k* below {rank:g}, {mass:.0%} in one column): {', '.join(map(str, picks))}."
+    elif np.isfinite(largest).any():
+        lowest = int(np.nanargmin(largest))
+        words = (
+            f"No block is lazy: the lowest largest k* is {largest[lowest]:.2f}, in block {lowest}, where below "
+            f"{rank:g} with {mass:.0%} in one column is lazy."
+        )
+    else:
+        words = "There are no values of rank_k90, so there is no lazy block to look for."
+    return Finding("lazy", words, picks), 1 / largest
+
+
+def collapsed(
+    timeline: Timeline, window: np.ndarray, limit: float
+) -> tuple[Finding, np.ndarray, dict[int, tuple[int, ...]]]:
+    """Layers with collapsed heads; scores [L]: the share of a layer's heads that are; and those heads by layer."""
+    entropy = _mean(column(timeline, "entropy"), window)  # [L, H]
+    beside = {name: getattr(timeline, name, None) for name in ("rank_k90", "sink")}
+    beside = {name: _mean(values, window) for name, values in beside.items() if values is not None}
+    with np.errstate(invalid="ignore"):
+        low = entropy < limit
+    measured = np.isfinite(entropy).sum(axis=1)
+    scores = np.where(measured > 0, low.sum(axis=1) / np.maximum(measured, 1), np.nan)
+    picks, heads = {}, {}
+    for layer in np.flatnonzero(low.any(axis=1)):
+        heads[int(layer)] = tuple(int(head) for head in np.flatnonzero(low[layer]))
+        each = [_head(layer, head, entropy, beside) for head in heads[int(layer)]]
+        picks[int(layer)] = f"Block {layer} has collapsed heads: {'; '.join(each)}."
+    if picks:
+        words = f"Heads with less than {limit:g} nats of attention entropy are in blocks {', '.join(map(str, picks))}."
+    elif np.isfinite(entropy).any():
+        layer, head = np.unravel_index(np.nanargmin(entropy), entropy.shape)
+        words = f"No head is collapsed: the lowest, head {head} of block {layer}, has {entropy[layer, head]:.3f} nats."
+    else:
+        words = "There are no values of attention entropy, so there is no collapsed head to look for."
+    return Finding("collapsed", words, picks), scores, heads
+
+
+def column(timeline: Timeline, name: str) -> np.ndarray:
+    """A column [S, L, H] of a timeline. `ValueError` saying what to measure where it is missing."""
+    values = getattr(timeline, name, None)
+    if values is None:
+        raise ValueError(
+            f"timeline: it has no column {name}; measure the quantity {_QUANTITY[name]!r} "
+            f"(MonitorConfig(quantities=(..., {_QUANTITY[name]!r})))"
+        )
+    return np.asarray(values, np.float64)
+
+
+def _head(layer: int, head: int, entropy: np.ndarray, beside: dict[str, np.ndarray]) -> str:
+    words = f"head {head} with {entropy[layer, head]:.3f} nats"
+    details = {"rank_k90": "rank {:.1f}", "sink": "{:.0%} on the first key"}
+    known = [details[n].format(v[layer, head]) for n, v in beside.items() if np.isfinite(v[layer, head])]
+    return f"{words} ({', '.join(known)})" if known else words
+
+
+def _mean(values: np.ndarray, window: np.ndarray) -> np.ndarray:
+    values = np.asarray(values, np.float64)[window]
+    return _quiet(np.nanmean, np.where(np.isfinite(values), values, np.nan), 0)
+
+
+def _over_heads(function, values: np.ndarray) -> np.ndarray:
+    return _quiet(function, values, 1)
+
+
+def _quiet(function, values: np.ndarray, axis: int) -> np.ndarray:
+    if values.shape[axis] == 0:
+        return np.full([size for place, size in enumerate(values.shape) if place != axis], np.nan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a layer without any value is NaN
+        return function(values, axis=axis)
