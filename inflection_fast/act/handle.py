@@ -34,6 +34,10 @@ class Handle:
     def __init__(self, model: nn.Module, where: Plan | Sequence[int] | int | None):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        if isinstance(model, nn.DataParallel):
+            raise ValueError(
+                "model: DataParallel runs replicas, which interventions do not reach; use DistributedDataParallel"
+            )
         if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
             raise ValueError("model: it is compiled; apply interventions before compiling")
         self.model = model
@@ -58,7 +62,7 @@ class Handle:
         return f"{self.name} on blocks {', '.join(map(str, self.layers))}."
 
     def describe(self) -> dict[str, Any]:
-        """"intervention", "words", "layers", "permanent" and the settings: plain values, for `Plan.actions`."""
+        """ "intervention", "words", "layers", "permanent" and the settings: plain values, for `Plan.actions`."""
         return {
             "intervention": self.name,
             "words": self._words(),
@@ -135,7 +139,7 @@ class _Stepping(TrainerCallback):
         self._handle = handle
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._handle.set_step(state.global_step)
+        self._handle.load_state_dict({"steps_done": state.global_step})
 
     def on_step_end(self, args, state, control, **kwargs):
         self._handle.set_step(state.global_step)

@@ -1,0 +1,268 @@
+"""Attention temperature: softer attention at the start of a training, the model's own at its end.
+
+Scores s = q k^T * scale become s / T, by dividing the queries by T before the model's own attention runs. Every
+implementation (sdpa, eager, flash) therefore does what it always does, and a monitor sees the softened attention.
+Biases and masks that are added to the scores are not divided, and a softcap is applied to what is divided.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..decide import Plan
+from ..measure.attention import interfaces_of
+from .handle import Scheduled, check_steps
+
+__all__ = ["AttentionTemperature", "attention_temperature"]
+
+_SCHEDULES = {
+    "linear": lambda share: share,
+    "cosine": lambda share: (1 - math.cos(math.pi * share)) / 2,
+}
+
+
+class AttentionTemperature(Scheduled):
+    """The temperature of the chosen blocks, by optimizer step."""
+
+    name = "attention temperature"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        where: Plan | Sequence[int] | int | None,
+        start: float,
+        end: float,
+        steps: int,
+        schedule: str,
+    ):
+        for name, value in (("start", start), ("end", end)):
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+                raise ValueError(f"{name}: expected a temperature > 0, got {value!r}")
+        check_steps("steps", steps, 0)
+        if schedule not in _SCHEDULES:
+            raise ValueError(f"schedule: expected one of {sorted(_SCHEDULES)}, got {schedule!r}")
+        super().__init__(model, where)
+        for block in self.blocks:
+            if not _can_be_scaled(block.module):
+                raise ValueError(
+                    f"model: the attention of {block.name} goes neither through Transformers' attention interface nor "
+                    "through torch's scaled_dot_product_attention or MultiheadAttention, so it cannot be scaled"
+                )
+        self.start, self.end, self.steps, self.schedule = start, end, steps, schedule
+        device = next(model.parameters()).device
+        self._factor = torch.ones((), device=device)  # 1 / T, in a tensor: a new value compiles nothing anew
+        self._modes: list[_ScalingMode] = []
+        self._attached = ExitStack()
+        try:
+            self._attach()
+            self._update()
+        except BaseException:
+            self._attached.close()
+            raise
+        self._hold()
+
+    @property
+    def temperature(self) -> float:
+        """The temperature of the step that is running."""
+        share = min(self.steps_done / self.steps, 1.0) if self.steps else 1.0
+        return self.start + (self.end - self.start) * _SCHEDULES[self.schedule](share)
+
+    def _update(self) -> None:
+        self._factor.fill_(1 / self.temperature)
+
+    def _attach(self) -> None:
+        inside = {id(module) for block in self.blocks for module in block.module.modules()}
+        for interface in interfaces_of(self.model):
+            self._attached.callback(_scale_interface(interface, inside, self._factor))
+        for block in self.blocks:
+            if _calls_torch(block.module):
+                for handle in (
+                    block.module.register_forward_pre_hook(self._block_begins),
+                    block.module.register_forward_hook(self._block_ends, always_call=True),
+                ):
+                    self._attached.callback(handle.remove)
+
+    # The function mode is entered around each block, later than one that a monitor enters around the model: the mode
+    # that was entered last sees a call first, so that the monitor sees what has been scaled.
+
+    def _block_begins(self, module: nn.Module, args: tuple) -> None:
+        mode = _ScalingMode(self._factor, self.temperature == 1)
+        mode.__enter__()
+        self._modes.append(mode)
+
+    def _block_ends(self, module: nn.Module, args: tuple, output: object) -> None:
+        if self._modes:
+            self._modes.pop().__exit__(None, None, None)
+
+    def _settings(self) -> dict:
+        return {"start": self.start, "end": self.end, "steps": self.steps, "schedule": self.schedule}
+
+    def _words(self) -> str:
+        blocks = ", ".join(map(str, self.layers))
+        return (
+            f"Attention temperature of blocks {blocks} from {self.start:g} to {self.end:g} in {self.steps} steps "
+            f"({self.schedule})."
+        )
+
+    def _remove(self) -> None:
+        self._attached.close()
+
+
+def attention_temperature(
+    model: nn.Module,
+    layers: Plan | Sequence[int] | int | None = None,
+    *,
+    start: float = 1.5,
+    end: float = 1.0,
+    steps: int = 500,
+    schedule: str = "linear",
+) -> AttentionTemperature:
+    """Divide the attention scores of blocks by a temperature that goes from `start` to `end` in `steps` steps.
+
+    ::
+
+        with attention_temperature(model, plan) as temperature:
+            for batch in loader:
+                model(**batch).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                temperature.step()
+
+    With the Trainer pass `temperature.callback()` instead of calling `step`. `steps=0` holds `end` throughout. At
+    temperature 1 outputs are those of the model to the bit; after `remove()` nothing is left on it. Self and cross
+    attention of a block are scaled alike. Queries are scaled in their own dtype.
+
+    Args:
+        model: any model whose blocks attend through Transformers' attention interface,
+            `F.scaled_dot_product_attention` or `nn.MultiheadAttention`; apply before compiling. Models that call torch
+            themselves break the graph at every block when compiled, models of Transformers do not.
+        layers: a plan or indices of blocks; None: all.
+        schedule: "linear" or "cosine".
+
+    Raises:
+        ValueError: a temperature that is not above 0, attention that cannot be scaled, an index outside, or blocks
+            whose temperature is set already.
+    """
+    return AttentionTemperature(model, layers, start, end, steps, schedule)
+
+
+# ---- the attention interface of Transformers -------------------------------------------------------------------------
+
+
+def _scale_interface(interface, inside: set[int], factor: Tensor) -> Callable[[], None]:
+    """Scale the queries of the modules `inside`, whatever else is put on the interface meanwhile. How to undo it.
+
+    A monitor that measures shadows `get_interface` on the object. A property of the class stands before that, so that
+    queries are scaled first and measured afterwards, in whatever order the two come and go.
+    """
+    if not hasattr(type(interface), _SCALES):
+        interface.__class__ = _scaling_class(type(interface))
+    scaling = type(interface)
+    scales = getattr(scaling, _SCALES)
+    scales.append(entry := (inside, factor))
+
+    def undo() -> None:
+        scales[:] = [other for other in scales if other is not entry]
+        if not scales and type(interface) is scaling:
+            interface.__class__ = scaling.__mro__[1]
+
+    return undo
+
+
+_SCALES = "_inflection_scales"  # [(ids of modules, factor)], on the class that an interface has meanwhile
+
+
+def _scaling_class(cls: type) -> type:
+    scales: list[tuple[set[int], Tensor]] = []
+    looking = [False]
+
+    def shadowing(self):
+        inner = vars(self).get("get_interface")
+        inner = cls.get_interface.__get__(self) if inner is None else inner
+
+        def get_interface(name, default):
+            if looking[0]:  # what stands on the object has kept this very function, and asks it in turn: scale once
+                return inner(name, default)
+            looking[0] = True
+            try:
+                attend = inner(name, default)
+            finally:
+                looking[0] = False
+
+            def scaled(module, query, *args, **kwargs):
+                for inside, factor in scales:
+                    if id(module) in inside:
+                        query = query * factor
+                return attend(module, query, *args, **kwargs)
+
+            return scaled
+
+        return get_interface
+
+    def put(self, value):
+        vars(self)["get_interface"] = value
+
+    def take(self):
+        del vars(self)["get_interface"]
+
+    return type(cls.__name__, (cls,), {"get_interface": property(shadowing, put, take), _SCALES: scales})
+
+
+# ---- torch -----------------------------------------------------------------------------------------------------------
+
+
+class _ScalingMode(TorchFunctionMode):
+    def __init__(self, factor: Tensor, is_one: bool):
+        super().__init__()
+        self._factor, self._is_one = factor, is_one
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func is F.scaled_dot_product_attention:
+            if args:
+                args = (args[0] * self._factor, *args[1:])
+            else:
+                kwargs["query"] = kwargs["query"] * self._factor
+        elif func is F.multi_head_attention_forward and not self._is_one:  # a copied weight may round otherwise
+            args, kwargs = self._scaled_projection(list(args), kwargs)
+        return func(*args, **kwargs)
+
+    def _scaled_projection(self, args: list, kwargs: dict) -> tuple[list, dict]:
+        """The first third of the joint projection makes the queries, or a matrix of its own does."""
+        width = args[0].shape[-1]
+        places = {name: place for place, name in enumerate(_MULTI_HEAD_NAMES)}
+        separate = kwargs.get("use_separate_proj_weight", False)
+        for name in ("q_proj_weight" if separate else "in_proj_weight", "in_proj_bias"):
+            place = places[name]
+            held = args if place < len(args) else kwargs
+            key = place if held is args else name
+            if held[key] is not None:
+                whole = name == "q_proj_weight"
+                parts = held[key] if whole else torch.cat([held[key][:width] * self._factor, held[key][width:]])
+                held[key] = parts * self._factor if whole else parts
+        return args, kwargs
+
+
+_MULTI_HEAD_NAMES = tuple(inspect.signature(F.multi_head_attention_forward).parameters)
+
+
+def _can_be_scaled(block: nn.Module) -> bool:
+    return bool(interfaces_of(block)) or _calls_torch(block)
+
+
+def _calls_torch(block: nn.Module) -> bool:
+    for module in block.modules():
+        code = getattr(type(module).forward, "__code__", None)
+        if isinstance(module, nn.MultiheadAttention):
+            return True
+        if code is not None and "scaled_dot_product_attention" in code.co_names:
+            return True
+    return False
