@@ -1,0 +1,170 @@
+"""Fewer blocks: a smaller model of the planned ones (Inheritune, arXiv 2404.08634), or a model without them."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from ..blocks import Block, find_blocks
+from ..decide import Plan
+from .handle import Handle
+from .planned import every_block, planned_blocks, unwrapped
+
+__all__ = ["Dropped", "drop", "inherit"]
+
+_DEPTH = re.compile(r"(num_hidden_layers|num_layers|n_layers?|(num_)?(encoder|decoder)_layers)")
+_PER_LAYER = re.compile(r"layer|block|type|pattern", re.IGNORECASE)
+_INDEX = ("layer_idx", "layer_id", "layer_index", "layer_number")
+
+
+def inherit(model: nn.Module, plan: Plan | Sequence[int], *, share: bool = False) -> nn.Module:
+    """A model of the planned blocks only, in their order, with everything else of `model` around them.
+
+    Its configuration says how many blocks there are, so `save_pretrained` and `from_pretrained` work. `model` is not
+    changed; the blocks that are left out are not copied. With `share` the parameters and buffers are those of `model`
+    itself, else copies.
+
+    `ValueError` where the blocks are not one list (encoder and decoder), where the first block holds something that
+    the others lack (the position bias of T5) and is left out, or where a model of the smaller configuration would not
+    have these blocks (a configuration that says by index which block has experts).
+    """
+    base, every, kept = _chosen(model, plan)
+    _refuse_first(every, kept)
+    container = _container(every)
+    # Blocks that are left out become placeholders, so that copying passes them by.
+    memo: dict[int, object] = {id(b.module): nn.Identity() for b in every if b not in kept}
+    if share:
+        memo |= {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
+    small = copy.deepcopy(base, memo)
+    _shorten(small, small.get_submodule(container), [block.index for block in kept], len(every))
+    _refuse_other_shape(small)
+    return small
+
+
+class Dropped(Handle):
+    """The chosen blocks are not run; `remove()` puts them back."""
+
+    name = "dropped blocks"
+
+    def __init__(self, model: nn.Module, where: Plan | Sequence[int]):
+        base, every, gone = _chosen(model, where)
+        kept = [block for block in every if block not in gone]
+        if not kept:
+            raise ValueError("layers: all blocks would be dropped; keep at least one")
+        _refuse_first(every, kept)
+        container = base.get_submodule(_container(every))
+        super().__init__(base, [block.index for block in gone])
+        self._undo = _shorten(base, container, [block.index for block in kept], len(every))
+        self._hold()
+
+    def _words(self) -> str:
+        return f"Blocks {', '.join(map(str, self.layers))} are not run."
+
+    def _remove(self) -> None:
+        for undo in reversed(self._undo):
+            undo()
+
+
+def drop(model: nn.Module, plan: Plan | Sequence[int]) -> Dropped:
+    """Run `model` without the planned blocks (lazy ones, say): for inference, in place.
+
+    The configuration follows, so that caches have as many layers as blocks run. `remove()` of the handle puts the
+    blocks back to the bit. `ValueError` as `inherit`, and where no block would be left.
+    """
+    return Dropped(model, plan)
+
+
+def _chosen(model: nn.Module, where: Plan | Sequence[int]) -> tuple[nn.Module, list[Block], list[Block]]:
+    base = unwrapped(model)
+    if base is not model:
+        raise ValueError("model: it carries adapters; merge them (merge_and_unload) or unload them first")
+    if isinstance(where, Plan):
+        return base, every_block(base, where), planned_blocks(base, where)
+    every = find_blocks(base)
+    layers = list(where)
+    if not layers or len(set(layers)) < len(layers) or not set(layers) <= set(range(len(every))):
+        raise ValueError(f"layers: expected distinct indices from 0 to {len(every) - 1}, got {layers}")
+    return base, every, [every[layer] for layer in sorted(layers)]
+
+
+def _container(blocks: Sequence[Block]) -> str:
+    """The path of the list that holds all blocks and nothing else."""
+    parents = {block.path.rpartition(".")[0] for block in blocks}
+    if len(parents) > 1:
+        raise ValueError(
+            f"model: its blocks are in {len(parents)} lists ({', '.join(sorted(parents)[:4])}); blocks can be left out "
+            "where they are in one"
+        )
+    if len({id(block.module) for block in blocks}) < len(blocks):
+        raise ValueError("model: its blocks share their weights, so that leaving one out would leave out all")
+    return parents.pop()
+
+
+def _refuse_first(every: Sequence[Block], kept: Sequence[Block]) -> None:
+    if kept[0].index == 0 or len(every) < 2:
+        return
+    first, second = ({name for name, _ in block.module.named_parameters()} for block in every[:2])
+    if first - second:
+        raise ValueError(
+            f"plan: block 0 holds {sorted(first - second)[0]}, which the other blocks need and lack; keep block 0"
+        )
+
+
+def _shorten(model: nn.Module, container: nn.Module, kept: list[int], depth: int) -> list[Callable[[], None]]:
+    """Leave only the children `kept` of `depth` in `container`, with everything that counts them. How to undo it."""
+    names = list(container._modules)
+    if len(names) != depth:
+        raise ValueError(
+            f"model: the list of its {depth} blocks holds {len(names)} modules, so that it cannot be shortened"
+        )
+    before = dict(container._modules)
+    undo: list[Callable[[], None]] = [lambda: (container._modules.clear(), container._modules.update(before))]
+    numbered = all(name.isdigit() for name in names)
+    container._modules.clear()
+    for place, index in enumerate(kept):
+        container._modules[str(place) if numbered else names[index]] = before[names[index]]
+        for module in before[names[index]].modules():
+            for attribute in _INDEX:
+                if getattr(module, attribute, None) == index and attribute in vars(module):
+                    setattr(module, attribute, place)
+                    undo.append(lambda m=module, a=attribute, i=index: setattr(m, a, i))
+    seen: set[int] = set()
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None and id(config) not in seen and hasattr(config, "to_dict"):
+            seen.add(id(config))
+            undo += _shorten_config(config, kept, depth)
+    return undo
+
+
+def _shorten_config(config, kept: list[int], depth: int) -> list[Callable[[], None]]:
+    changes = {}
+    for name, value in vars(config).items():
+        counts = isinstance(value, int) and not isinstance(value, bool) and value == depth
+        if counts and _DEPTH.fullmatch(config.attribute_map.get(name, name)):
+            changes[name] = len(kept)
+        elif isinstance(value, (list, tuple)) and len(value) == depth and _PER_LAYER.search(name):
+            changes[name] = type(value)(value[i] for i in kept)
+    before = {name: vars(config)[name] for name in changes}
+    vars(config).update(changes)
+    return [lambda: vars(config).update(before)]
+
+
+def _refuse_other_shape(small: nn.Module) -> None:
+    """`ValueError` unless a model made from the new configuration has the same parameters."""
+    config = getattr(small, "config", None)
+    if config is None or not hasattr(small, "_from_config"):
+        return
+    with torch.device("meta"):
+        made = type(small)._from_config(copy.deepcopy(config))
+    ours, theirs = ({name: tuple(p.shape) for name, p in m.named_parameters()} for m in (small, made))
+    if ours != theirs:
+        differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+        raise ValueError(
+            f"plan: a {type(small).__name__} of so many blocks would have other parameters ({differing[0]}), as its "
+            "configuration says by index which block has what; keep another set of blocks"
+        )
