@@ -8,7 +8,7 @@ from test_inject import plan_for
 from tiny_models import one_thread  # noqa: F401
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from inflection_fast import Monitor, MonitorConfig
+from inflection_fast import Monitor, MonitorConfig, find_blocks
 from inflection_fast.act import learning_rates, lisa, parameter_groups, unfreeze
 
 
@@ -69,6 +69,8 @@ def test_an_intervention_is_not_applied_twice():
         assert blocks_in(training(model)) == [1]
     with pytest.raises(ValueError, match="it is compiled; apply interventions before compiling"):
         unfreeze(torch.compile(model), 1)
+    with pytest.raises(ValueError, match="DataParallel runs replicas"):
+        unfreeze(torch.nn.DataParallel(model), 1)
     with pytest.raises(TypeError, match="layers: expected a Plan or indices"):
         unfreeze(model, "01")
     assert training(model) == training(tiny.bert())
@@ -137,9 +139,9 @@ def train(model, batch, handle, folder, *, steps, resume=None):
 
 def test_a_trainer_resumes_in_the_middle_of_a_schedule(tmp_path):
     model, batch = tiny.model_and_batch("bert")
-    whole = train(model, batch, lisa(model, active=1, interval=2, seed=1), tmp_path, steps=6)
+    whole = train(model, batch, lisa(model, active=1, interval=2, seed=2), tmp_path, steps=6)
     again, _ = tiny.model_and_batch("bert")
-    handle = lisa(again, active=1, interval=2, seed=1)
+    handle = lisa(again, active=1, interval=2, seed=2)
     rest = train(again, batch, handle, tmp_path, steps=6, resume=str(tmp_path / "checkpoint-3"))
     assert rest == whole[3:] and len(set(whole)) > 1 and handle.steps_done == 6
     for one, other in zip(model.parameters(), again.parameters(), strict=True):
@@ -159,7 +161,8 @@ def measured(model, batch):
                 for block in monitor.blocks
             ]
             model.zero_grad()
-    weights = [np.sqrt(sum((p.double() ** 2).sum().item() for p in b.module.parameters())) for b in monitor.blocks]
+    blocks = find_blocks(model)
+    weights = [np.sqrt(sum((p.double() ** 2).sum().item() for p in b.module.parameters())) for b in blocks]
     return monitor.timeline, np.array(gradients) / weights
 
 

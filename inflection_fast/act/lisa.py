@@ -57,7 +57,9 @@ class Lisa(Scheduled):
         return {"active": self.active, "interval": self.interval, "seed": self.seed}
 
     def _words(self) -> str:
-        return f"LISA: {self.active} of {len(self.blocks)} blocks train at a time, drawn anew every {self.interval} steps."
+        return (
+            f"LISA: {self.active} of {len(self.blocks)} blocks train at a time, drawn anew every {self.interval} steps."
+        )
 
     def _remove(self) -> None:
         for parameters in self._trainable:
