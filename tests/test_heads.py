@@ -15,7 +15,7 @@ LAYERS, HEADS, STEPS = 4, 3, 5
 
 
 def measured(**columns):
-    made = timeline([2.0] * LAYERS, [-1.0] * LAYERS)
+    made = timeline([2.0] * LAYERS, [-1.0] * LAYERS, heads=HEADS)
     steps = len(made.steps)
     for name, values in columns.items():
         object.__setattr__(made, name, np.broadcast_to(np.asarray(values, float), (steps, LAYERS, HEADS)).copy())

@@ -93,9 +93,9 @@ def test_what_cannot_be_shortened_is_refused_and_nothing_changes():
 
 def test_a_configuration_that_counts_by_index_is_refused():
     sizes = tiny._SIZES | {"num_key_value_heads": 2, "head_dim": 4, "moe_intermediate_size": 8}
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "mlp_only_layers": [0]}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "mlp_only_layers": [1]}
     config = hf.Qwen3MoeConfig(**sizes, **experts, vocab_size=tiny.VOCAB)
     model = hf.Qwen3MoeForCausalLM(config)
     with pytest.raises(ValueError, match=r"says by index which block has what"):
-        inherit(model, [1, 2])
-    assert model.config.num_hidden_layers == 3 and len(find_blocks(inherit(model, [0, 2]))) == 2
+        inherit(model, [0, 2])
+    assert model.config.num_hidden_layers == 3 and len(find_blocks(inherit(model, [0, 1]))) == 2

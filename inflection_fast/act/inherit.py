@@ -109,9 +109,7 @@ def _refuse_first(every: Sequence[Block], kept: Sequence[Block]) -> None:
         return
     first, second = ({name for name, _ in block.module.named_parameters()} for block in every[:2])
     if first - second:
-        raise ValueError(
-            f"plan: block 0 holds {sorted(first - second)[0]}, which the other blocks need and lack; keep block 0"
-        )
+        raise ValueError(f"plan: block 0 holds {sorted(first - second)[0]}, which the other blocks lack; keep block 0")
 
 
 def _shorten(model: nn.Module, container: nn.Module, kept: list[int], depth: int) -> list[Callable[[], None]]:
