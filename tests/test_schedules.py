@@ -152,7 +152,7 @@ def test_a_trainer_resumes_in_the_middle_of_a_schedule(tmp_path):
 
 
 def measured(model, batch):
-    with Monitor(model, MonitorConfig(every=1, signals=("parameter_grad",))) as monitor:
+    with Monitor(model, MonitorConfig(every=1, quantities=("parameter_grad",))) as monitor:
         for _ in range(2):
             tiny.loss_of(model(**batch)).backward()
             monitor.step()
@@ -175,7 +175,7 @@ def test_rates_are_relative_gradient_norms():
     timeline.parameter_grad[:, 1] = np.nan
     assert np.isfinite(learning_rates(model, timeline, 0.1)).all()
     timeline.parameter_grad[:] = np.nan
-    with pytest.raises(ValueError, match="no block has a parameter gradient; measure the signal 'parameter_grad'"):
+    with pytest.raises(ValueError, match="no block has a parameter gradient; measure 'parameter_grad'"):
         learning_rates(model, timeline, 0.1)
 
 

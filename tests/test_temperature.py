@@ -12,7 +12,7 @@ from inflection_fast.act import attention_temperature
 
 
 def measured_entropy(model, batch):
-    with Monitor(model, MonitorConfig(every=1, rows=None, signals=("attention",))) as monitor:
+    with Monitor(model, MonitorConfig(every=1, rows=None, quantities=("attention",))) as monitor:
         tiny.loss_of(model(**batch)).backward()
         monitor.step()
     model.zero_grad()

@@ -52,7 +52,7 @@ def find_inflection_target_modules(
     base = unwrapped(model)
     if base is not model:
         raise ValueError("model: it carries adapters already; pass the base model")
-    config = config or MonitorConfig(every=1, signals=("attention", "activation_grad"))
+    config = config or MonitorConfig(every=1, quantities=("attention", "activation_grad"))
     plan = select(_measured(model, dataloader, steps, config), select_config or SelectConfig())
     if not plan.layers:
         raise ValueError(

@@ -44,7 +44,7 @@ def learning_rates(model: nn.Module, timeline: Timeline, lr: float, *, least: fl
     known = np.isfinite(relative)
     if not known.any() or not np.nanmax(relative) > 0:
         raise ValueError(
-            "timeline: no block has a parameter gradient; measure the signal 'parameter_grad' while the blocks train"
+            "timeline: no block has a parameter gradient; measure 'parameter_grad' while the blocks train"
         )
     shares = relative / np.nanmax(relative)
     shares[~known] = np.median(shares[known])
