@@ -43,9 +43,7 @@ def learning_rates(model: nn.Module, timeline: Timeline, lr: float, *, least: fl
     relative = gradients / np.array([_norm(block.module) for block in blocks])
     known = np.isfinite(relative)
     if not known.any() or not np.nanmax(relative) > 0:
-        raise ValueError(
-            "timeline: no block has a parameter gradient; measure 'parameter_grad' while the blocks train"
-        )
+        raise ValueError("timeline: no block has a parameter gradient; measure 'parameter_grad' while the blocks train")
     shares = relative / np.nanmax(relative)
     shares[~known] = np.median(shares[known])
     return lr * np.maximum(shares, least)
