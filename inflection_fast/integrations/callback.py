@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +14,15 @@ from torch import nn
 from transformers import TrainerCallback
 
 from inflection_fast.alerts import Alert, AlertConfig
+from inflection_fast.integrations.losses import listen_to_losses
 from inflection_fast.measure import Monitor, MonitorConfig
 from inflection_fast.measure.arguments import loss_of
-from inflection_fast.timeline import Timeline
+from inflection_fast.measure.monitor import REFERENCE_NAME
+from inflection_fast.timeline import IF_EXISTS, Timeline, folder_for
 
 __all__ = ["InflectionCallback"]
+
+logger = logging.getLogger(__name__)
 
 
 class InflectionCallback(TrainerCallback):
@@ -33,14 +37,19 @@ class InflectionCallback(TrainerCallback):
     It attaches when training begins and detaches when it ends. The Trainer tells no callback when training raises, so
     the `with` block (or `close()` in a `finally`) is what leaves the model as it was in that case; where training ends
     well it adds nothing. A training resumed from a checkpoint continues the timeline in `out` at the checkpoint's step,
-    and delta-CKA goes on being against the weights before training, whose features lie beside the timeline.
+    and delta-CKA goes on being against the weights before training, whose features lie beside the timeline. Used for
+    another training, also by `model_init`, the callback starts again: `monitor` and `timeline` are then those of the
+    newest training. What an attempt measured that the Trainer repeats (`auto_find_batch_size`) is forgotten.
+
+    The loss of a step is what was differentiated: the sum of what went through `Accelerator.backward`, as the Trainer
+    logs it, whoever computed it (label smoothing, `compute_loss_func`, the trainers of TRL). A training step that
+    differentiates in another way gives NaN and one warning.
 
     Norms are those of the gradient of the loss as the mean over the whole batch of a step, whatever the number of
     micro-batches and processes. The Trainer tells a model the number of items in that batch, leaves dividing by it to
     the model, and multiplies the losses of several processes by their number. A model that does not divide (sequence
     classification, mostly) is so trained with a multiple of that gradient; whether it does is seen on the way, and
-    the multiple is taken out of norms and loss. With a loss of its own (`compute_loss_func`, label smoothing) the
-    Trainer is taken to divide. The loss in the timeline is the one that the Trainer takes, whoever computes it.
+    the multiple is taken out of norms and loss. A loss that the model did not compute is taken as it is.
 
     What goes wrong in the training is logged as warnings, and handed to `on_alert`::
 
@@ -54,6 +63,8 @@ class InflectionCallback(TrainerCallback):
         probe: as for `Monitor`.
         alerts: what counts as going wrong; None: nothing.
         on_alert: called with the alerts of a measured step, where there are any, from a thread of the monitor's own.
+        if_exists: what becomes of a timeline that is in `out` when a training begins at step 0: "error" refuses to
+            begin, "overwrite" deletes it, "new" measures into `out`-2, `out`-3, ... (`folder` tells which).
     """
 
     def __init__(
@@ -64,19 +75,26 @@ class InflectionCallback(TrainerCallback):
         probe: list[dict[str, torch.Tensor]] | None = None,
         alerts: AlertConfig | None = AlertConfig(),  # noqa: B008  frozen
         on_alert: Callable[[list[Alert]], None] | None = None,
+        if_exists: str = "error",
     ):
+        if if_exists not in IF_EXISTS:
+            raise ValueError(f"if_exists: expected one of {', '.join(IF_EXISTS)}, got {if_exists!r}")
         self.config = config
         self.alerts = alerts
         self.on_alert = on_alert
         self.out = out
         self.probe = probe
+        self.if_exists = if_exists
+        self.folder: Path | None = None  # of the newest timeline
         self.monitor: Monitor | None = None
         self._model: nn.Module | None = None
         self._hooks = ExitStack()
-        self._watching = ExitStack()  # of the Trainer, for the length of the training
         self._start_step = 0
-        self._losses: list[torch.Tensor] = []
-        self._taken: list[torch.Tensor] = []  # as the Trainer takes them, divided as it divides
+        self._state = "new"  # then "attached", "training", "ended"
+        self._optimizer: Any = None  # of the training under way, which tells its losses from those of others
+        self._own_losses = 0  # forward passes in which the model computed a loss
+        self._losses: list[torch.Tensor] = []  # that were differentiated
+        self._told = False
         self._items: torch.Tensor | int | None = None  # in the whole batch, if the model is told
         self._sums_ranks = False  # losses of ranks add up, too
 
@@ -92,12 +110,20 @@ class InflectionCallback(TrainerCallback):
 
         `start_step` is the number of updates that the training has behind it. ValueError as `Monitor` raises it.
         """
-        if self.monitor is not None:
-            raise ValueError("the callback has been attached to a model already: use one callback per training")
+        if self._state in ("attached", "training"):
+            raise ValueError("the callback is attached to a model already: close it first, or use another one")
+        self._attach(model, start_step)
+        self._state = "attached"
+
+    def _attach(self, model: nn.Module, start_step: int, *, repeated: bool = False) -> None:
+        self.close()
+        self._told = False
+        if self.out is not None:
+            self._choose_folder(start_step, repeated)
         monitor = Monitor(
             model,
             self.config,
-            self.out,
+            self.folder,
             probe=self.probe,
             start_step=start_step,
             alerts=self.alerts,
@@ -108,13 +134,23 @@ class InflectionCallback(TrainerCallback):
         self._start_step = start_step
         self._arm()
 
+    def _choose_folder(self, start_step: int, repeated: bool) -> None:
+        out = self.folder if self.folder is not None and (repeated or start_step) else self.out
+        how = "overwrite" if repeated else self.if_exists
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else None
+        # Rank 0 keeps the timeline. What it refuses, all ranks refuse together, when their monitors agree.
+        if start_step == 0 and (rank is None or (rank == 0 and how != "error")):
+            out = folder_for(out, how, also=(REFERENCE_NAME,))
+        self.folder = Path(out)
+
     def close(self) -> None:
         """Detaches; safe to call twice."""
         self._hooks.close()
-        self._watching.close()
         if self.monitor is not None:
             self.monitor.close()
-        self._losses, self._taken, self._model = [], [], None
+        self._losses, self._model, self._optimizer = [], None, None
+        if self._state != "new":
+            self._state = "ended"
 
     def __deepcopy__(self, memo: dict) -> InflectionCallback:
         """Itself: a copy of the model (an average of its weights) carries the hook along, which then does nothing."""
@@ -133,13 +169,14 @@ class InflectionCallback(TrainerCallback):
     def _arm(self) -> None:
         """Hooks on the model for the length of a step that is measured."""
         self._hooks.close()
-        self._losses, self._taken, self._items = [], [], None
+        self._losses, self._own_losses, self._items = [], 0, None
         if self.monitor.measuring:
             for handle in (
                 self._model.register_forward_pre_hook(self._watch_items, with_kwargs=True),
-                self._model.register_forward_hook(self._keep_loss),
+                self._model.register_forward_hook(self._count_loss),
             ):
                 self._hooks.callback(handle.remove)
+            self._hooks.callback(listen_to_losses(self._keep_loss))
 
     def _trains(self, model: nn.Module) -> bool:
         return model is self._model and model.training and torch.is_grad_enabled()
@@ -152,47 +189,31 @@ class InflectionCallback(TrainerCallback):
             self._items = items.as_subclass(_Watched) if isinstance(items, torch.Tensor) else items
         return args, kwargs | {"num_items_in_batch": self._items}
 
-    def _keep_loss(self, model: nn.Module, args: tuple, output: Any) -> None:
-        loss = loss_of(output) if self._trains(model) else None
-        if loss is not None:
-            self._losses.append(loss.detach())
+    def _count_loss(self, model: nn.Module, args: tuple, output: Any) -> None:
+        if self._trains(model) and loss_of(output) is not None:
+            self._own_losses += 1
 
-    def _watch(self, trainer: Any) -> None:
-        """Note the losses that a Trainer takes, which need not be those that the model returns, if it returns any.
+    def _keep_loss(self, accelerator: Any, loss: torch.Tensor) -> None:
+        known = accelerator._optimizers
+        if self._optimizer is None or not known or any(one is self._optimizer for one in known):
+            self._losses.append(loss)
 
-        It tells callbacks everything but itself and the loss, so its `training_step` is shadowed while it trains.
-        """
-        training_step = trainer.training_step
-
-        def noting(*args: Any, **kwargs: Any) -> torch.Tensor:
-            loss = training_step(*args, **kwargs)
-            if self.monitor is not None and self.monitor.measuring and isinstance(loss, torch.Tensor):
-                self._taken.append(loss.detach())
-            return loss
-
-        shadowed = vars(trainer).get("training_step")
-        trainer.training_step = noting
-        restore = partial(setattr, trainer, "training_step", shadowed)
-        self._watching.callback(restore if shadowed is not None else partial(delattr, trainer, "training_step"))
-
-    def _loss_and_scale(self) -> tuple[torch.Tensor | None, float]:
-        """The mean loss over this rank's share of the batch, and what the Trainer has multiplied it by."""
-        loss, scale = self._loss_of_model()
-        if self._taken:
-            loss = torch.stack([one.float().mean() for one in self._taken]).sum() / scale
-        return loss, scale
-
-    def _loss_of_model(self) -> tuple[torch.Tensor | None, float]:
+    def _loss_and_scale(self) -> tuple[torch.Tensor | float, float]:
+        """What was differentiated in this step on this rank, as a mean over its batch, and the multiple of that."""
         if not self._losses:
-            return None, 1.0
+            if not self._told:
+                self._told = True
+                logger.warning(
+                    "the loss of measured steps is NaN: nothing went through Accelerator.backward, so what was"
+                    " differentiated is not known"
+                )
+            return float("nan"), 1.0
         total = torch.stack([loss.float().mean() for loss in self._losses]).sum()
-        mean = total / len(self._losses)
-        if self._items is None:  # the Trainer divides by the number of micro-batches
-            return mean, 1.0
-        ranks = self.monitor.data_ranks if self._sums_ranks else 1
-        if getattr(self._items, "used", True):
-            return total * ranks, 1.0  # shares of one mean; the monitor takes the mean over ranks
-        return mean, float(len(self._losses) * ranks)
+        divides = self._items is None or getattr(self._items, "used", True)
+        if divides or self._own_losses != len(self._losses):
+            return total, 1.0  # shares of one mean; the monitor takes the mean over ranks
+        scale = len(self._losses) * (self.monitor.data_ranks if self._sums_ranks else 1)
+        return total / scale, float(scale)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Attaches, unless `attach` did."""
@@ -203,16 +224,18 @@ class InflectionCallback(TrainerCallback):
                 " show it one GPU with CUDA_VISIBLE_DEVICES, or start one process per GPU with torchrun"
             )
         self._sums_ranks = args.average_tokens_across_devices
-        trainer = _calling_trainer()
-        if trainer is not None:
-            self._watch(trainer)
-        if self.monitor is None:
-            self.attach(model, state.global_step)
-        elif self._start_step != state.global_step:
-            self.close()
-            raise ValueError(
-                f"the callback was attached at step {self._start_step}, and training begins at step {state.global_step}"
-            )
+        if self._state == "attached":
+            if self._start_step != state.global_step:
+                self.close()
+                raise ValueError(
+                    f"the callback was attached at step {self._start_step}, and training begins at step"
+                    f" {state.global_step}"
+                )
+        else:
+            # A training that begins again without having ended is repeated by the Trainer, with smaller batches.
+            repeated = self._state == "training" and args.auto_find_batch_size
+            self._attach(model, state.global_step, repeated=repeated)
+        self._state, self._optimizer = "training", kwargs.get("optimizer")
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         """Ends a step where a plain loop would: after the backward passes, before the weights change."""
@@ -228,24 +251,13 @@ class InflectionCallback(TrainerCallback):
         self.close()
 
 
-def _calling_trainer() -> Any:
-    """The Trainer that is calling its callbacks; None if somebody else does."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if hasattr(caller, "training_step") and hasattr(caller, "callback_handler"):
-            return caller
-        frame = frame.f_back
-    return None
-
-
 class _Nothing:
     """What a callback is to a model that was read from a file: hooks that do nothing."""
 
     def _do_nothing(self, *args) -> None:
         pass
 
-    _watch_items = _keep_loss = _do_nothing
+    _watch_items = _count_loss = _do_nothing
 
 
 class _Watched(torch.Tensor):

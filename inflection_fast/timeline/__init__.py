@@ -12,12 +12,14 @@ batch that it was writing; the disk itself is synchronised when the file is crea
 
 from .arrow import columns_in
 from .columns import AlertRule, Column
+from .existing import IF_EXISTS, folder_for
 from .signals import HEAD_SIGNALS, LAYER_SIGNALS, STEP_SIGNALS
 from .timeline import Timeline
 from .writer import TimelineWriter
 
 __all__ = [
     "HEAD_SIGNALS",
+    "IF_EXISTS",
     "LAYER_SIGNALS",
     "STEP_SIGNALS",
     "AlertRule",
@@ -25,4 +27,5 @@ __all__ = [
     "Timeline",
     "TimelineWriter",
     "columns_in",
+    "folder_for",
 ]
