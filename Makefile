@@ -14,7 +14,8 @@ KERNEL_TESTS = test_attention_logits.py test_attention_logits_backward.py test_a
 	test_cka_basis.py test_cka_batches.py test_cka_state.py test_norms.py test_activation_moments.py
 LIBRARY = inflection_fast/_cpu.abi3.so
 
-.PHONY: demo test test-models test-wide test-emulated test-emulated-sanitized kernels wheel bench lint format build clean help
+.PHONY: demo test test-models test-wide test-emulated test-emulated-sanitized kernels wheel wheel-from-sdist bench lint \
+	format build clean help
 
 help:
 	@sed -n '1,6s/^# \{0,1\}//p' Makefile
@@ -85,6 +86,19 @@ kernels:
 wheel: $(READY)
 	INFLECTION_CUDA=1 $(PY) setup.py --quiet bdist_wheel
 	git describe --always --dirty > dist/commit.txt
+
+# What a user gets from the package index: a wheel built from the source distribution, run in an environment of its own.
+# Compiles the CPU kernels once more, which takes two to three minutes on two cores.
+FRESH = $(abspath build/fresh)
+wheel-from-sdist: $(READY)
+	rm -rf $(FRESH)
+	$(PY) setup.py --quiet egg_info --egg-base $$(mkdir -p $(FRESH) && echo $(FRESH)) sdist --dist-dir $(FRESH)
+	cd $(FRESH) && tar xzf *.tar.gz && cd inflection_fast-*/ && INFLECTION_CUDA=0 $(abspath $(PY)) setup.py --quiet \
+		bdist_wheel --dist-dir $(FRESH)
+	$(PY) -m venv $(FRESH)/venv
+	$(FRESH)/venv/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt $(FRESH)/*.whl
+	cd $(FRESH) && venv/bin/inflection-fast doctor && venv/bin/python -I -c "import torch, inflection_fast as f; \
+		print(f.attention_entropy(torch.zeros(2, 8)))"
 
 bench: build
 	$(PY) -m pytest benchmarks
