@@ -2,6 +2,45 @@
 
 from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+# isort: off
+if TYPE_CHECKING:  # what editors and type checkers see; the same names as in the table below
+    from .act import (
+        dead_adapters as dead_adapters,
+        find_inflection_target_modules as find_inflection_target_modules,
+        inject as inject,
+    )
+    from .alerts import Alert as Alert, AlertConfig as AlertConfig, find_alerts as find_alerts
+    from .blocks import find_blocks as find_blocks
+    from .decide import Plan as Plan, SelectConfig as SelectConfig, select as select, ski as ski
+    from .integrations import InflectionCallback as InflectionCallback
+    from .measure import Monitor as Monitor, MonitorConfig as MonitorConfig, measure_overhead as measure_overhead
+    from .ops import (
+        ActivationMoments as ActivationMoments,
+        AttentionColumns as AttentionColumns,
+        AttentionStats as AttentionStats,
+        CkaBasis as CkaBasis,
+        CkaResult as CkaResult,
+        CkaState as CkaState,
+        RowSample as RowSample,
+        activation_moments as activation_moments,
+        attention_column_mass as attention_column_mass,
+        attention_entropy as attention_entropy,
+        attention_entropy_qk as attention_entropy_qk,
+        attention_stats as attention_stats,
+        attention_stats_qk as attention_stats_qk,
+        build_info as build_info,
+        cka_jackknife as cka_jackknife,
+        cka_matrix as cka_matrix,
+        delta_cka as delta_cka,
+        feature_rows as feature_rows,
+        linear_cka as linear_cka,
+        sum_of_squares as sum_of_squares,
+    )
+    from .quantities import Accumulator as Accumulator, AlertRule as AlertRule, Column as Column, Quantity as Quantity
+    from .timeline import Timeline as Timeline
+# isort: on
 
 __version__ = version("inflection_fast")
 
@@ -61,7 +100,7 @@ _HOMES = {
 __all__ = [*_HOMES]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

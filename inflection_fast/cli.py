@@ -19,8 +19,8 @@ __all__ = ["main"]
 
 USER_ERROR = 2  # as argparse exits
 INTERRUPTED = 130  # as shells report Ctrl-C
-EXTRAS = ("transformers", "peft", "accelerate", "datasets", "jsonargparse", "matplotlib", "rich", "yaml")
-STUDY_EXTRAS = ("scipy", "statsmodels", "datasketch", "filelock")
+EXTRAS = ("transformers", "peft", "accelerate", "datasets", "filelock", "jsonargparse", "matplotlib", "rich", "yaml")
+STUDY_EXTRAS = ("scipy", "statsmodels", "datasketch")
 
 COMMANDS = {
     "measure": "train on a source data set, if there is one, and measure a shallow training on the target",
@@ -268,7 +268,7 @@ def _doctor(argv: list[str]) -> int:
     argparse.ArgumentParser(prog="inflection-fast doctor", description=f"{COMMANDS['doctor']}.").parse_args(argv)
     from inflection_fast.run.doctor import examine, show
 
-    return show(examine(), _console())
+    return show(examine())
 
 
 def _study(argv: list[str]) -> int:

@@ -50,12 +50,19 @@ def test_a_second_training_is_measured_from_its_own_beginning(tmp_path, expected
     assert callback.timeline.loss[0] != first.loss[0]
 
 
-def test_every_model_of_model_init_is_measured(tmp_path, expected):
-    callback = InflectionCallback(CONFIG)
-    trainer = trainers.trainer(tmp_path, callback, options={"model_init": lambda trial=None: trainers.classifier()})
-    for _ in range(2):
+def test_every_model_of_model_init_is_measured(tmp_path):
+    def trained(callback):
+        options = {"model_init": lambda trial=None: trainers.classifier()}
+        trainer = trainers.trainer(tmp_path, callback, options=options)
         trainer.train()
-        assert_same(callback.timeline, expected)
+        return trainer
+
+    alone, callback = InflectionCallback(CONFIG), InflectionCallback(CONFIG)
+    trained(alone)
+    trainer = trained(callback)
+    assert_same(callback.timeline, alone.timeline)
+    trainer.train()
+    assert_same(callback.timeline, alone.timeline)
 
 
 @pytest.mark.parametrize("how", ["error", "overwrite", "new"])

@@ -305,6 +305,19 @@ def test_doctor_tells_versions_kernels_and_what_is_missing(capsys, monkeypatch):
     assert "pip install --no-build-isolation 'inflection_fast[run]'" in said and "not usable: pyarrow" in said
 
 
+def test_doctor_needs_no_more_than_the_base_install():
+    code = (
+        "import sys\n"
+        f"for name in {list(cli.EXTRAS)}:\n"
+        "    sys.modules[name] = None\n"
+        "from inflection_fast.cli import main\n"
+        "sys.exit(main(['doctor']))"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert "CPU kernels" in process.stdout
+
+
 def test_doctor_names_the_command_for_kernels_that_do_not_load(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "inflection_fast.ops", None)
     assert cli.main(["doctor"]) == 1

@@ -1,5 +1,7 @@
 import dataclasses
 import json
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -106,3 +108,21 @@ def test_home_is_where_the_tilde_says(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     RunFolder(config_of("~/run"))
     assert (tmp_path / "run" / "config.yaml").is_file()
+
+
+def test_a_folder_in_use_by_another_process_is_refused(tmp_path):
+    path = tmp_path / "run"
+    RunFolder(config_of(path))
+    code = (
+        "import sys\nfrom filelock import FileLock\n"
+        f"with FileLock({str(path / '.lock')!r}):\n    print('held', flush=True)\n    sys.stdin.read()\n"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match="is in use by another process"):
+            RunFolder(config_of(path))
+    finally:
+        other.communicate("")
+    first, second = RunFolder(config_of(path)), RunFolder(config_of(path))
+    assert first.path == second.path

@@ -7,13 +7,10 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 __all__ = ["Finding", "examine", "show"]
 
@@ -48,15 +45,15 @@ def examine() -> list[Finding]:
     return findings
 
 
-def show(findings: list[Finding], console: Console) -> int:
-    """Prints the findings and returns the exit code: 1 where something is broken."""
+def show(findings: list[Finding], say: Callable[[str], None] = print) -> int:
+    """Says the findings line by line and returns the exit code: 1 where something is broken."""
     width = max(len(finding.topic) for finding in findings)
     for finding in findings:
-        console.print(f"{finding.topic:{width}}  {finding.text}", markup=False)
+        say(f"{finding.topic:{width}}  {finding.text}")
         if finding.mend:
-            console.print(f"{'':{width}}  -> {finding.mend}", markup=False)
+            say(f"{'':{width}}  -> {finding.mend}")
     broken = [finding.topic for finding in findings if finding.broken]
-    console.print(f"not usable: {', '.join(broken)}" if broken else "everything that is needed is there", markup=False)
+    say(f"not usable: {', '.join(broken)}" if broken else "everything that is needed is there")
     return 1 if broken else 0
 
 

@@ -6,6 +6,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from inflection_fast.atomic import write_json, write_text
 from inflection_fast.decide import Plan
 from inflection_fast.records import RUN, STAGE, RunRecord, StageRecord
@@ -49,10 +51,11 @@ class RunFolder:
             raise UserError(f"output {self.path} is a file, not a folder")
         saved = self.path / "config.yaml"
         used = self.path.is_dir() and any(_matters(item.name) for item in self.path.iterdir())
-        if saved.is_file() and used:
-            self._change(load_settings(saved))
-        elif used:
+        if used and not saved.is_file():
             raise UserError(f"output {self.path} is not empty and holds no run: choose another folder")
+        self._lock = self._locked()
+        if used:
+            self._change(load_settings(saved))
         if not used or not (self.path / RUN).is_file():
             RunRecord((), package_versions(), config.seed).save(self.path / RUN)
         elif (record := self._record()).seed != config.seed:
@@ -61,6 +64,18 @@ class RunFolder:
             import yaml
 
             write_text(saved, yaml.safe_dump(self._settings, sort_keys=False, allow_unicode=True))
+
+    def _locked(self) -> FileLock:
+        """Keeps other processes out for as long as this folder is open; this process may open it again."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / ".lock", is_singleton=True)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout as error:
+            raise UserError(
+                f"output {self.path} is in use by another process: wait until it ends, or choose another folder"
+            ) from error
+        return lock
 
     def _change(self, old: dict[str, Any]) -> None:
         """Goes on with the settings as they are now, or says which stage was begun with other ones."""

@@ -1,7 +1,9 @@
 """Importing is cheap, honest and complete."""
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -50,6 +52,28 @@ def test_every_listed_name_exists_and_star_import_works():
     names = {}
     exec("from inflection_fast import *", names)
     assert set(inflection_fast.__all__) <= set(names)
+
+
+@pytest.mark.sources
+def test_type_checkers_see_what_is_exported():
+    """Mistakes in calls of public names are errors where they are written, and right calls are not."""
+    mypy = pytest.importorskip("mypy.api")
+    root = Path(inflection_fast.__file__).parent
+    tree = ast.parse((root / "__init__.py").read_text(encoding="utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    seen = {alias.name: (node.module, alias.asname) for node in block.body for alias in node.names}
+    assert seen == {name: (home, name) for name, home in inflection_fast._HOMES.items()}
+    code = (
+        "from inflection_fast import MonitorConfig, SelectConfig, ski\n"
+        "MonitorConfig(every=1)\n"
+        "SelectConfig(windw=2)\n"
+        "SelectConfig(window='2')\n"
+        "ski(1, 2, 3, 4)\n"
+    )
+    options = ["--ignore-missing-imports", "--follow-imports=silent", "--no-incremental", "--no-error-summary"]
+    said, _, _ = mypy.run([*options, "-c", code])
+    lines = [line.split(":")[1] for line in said.splitlines() if ": error:" in line]
+    assert lines == ["3", "4", "5"], said
 
 
 def test_a_name_that_does_not_exist_is_an_attribute_error():
