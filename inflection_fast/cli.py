@@ -19,7 +19,18 @@ __all__ = ["main"]
 
 USER_ERROR = 2  # as argparse exits
 INTERRUPTED = 130  # as shells report Ctrl-C
-EXTRAS = ("transformers", "peft", "accelerate", "datasets", "filelock", "jsonargparse", "matplotlib", "rich", "yaml")
+EXTRAS = (
+    "transformers",
+    "peft",
+    "accelerate",
+    "datasets",
+    "filelock",
+    "gguf",
+    "jsonargparse",
+    "matplotlib",
+    "rich",
+    "yaml",
+)
 STUDY_EXTRAS = ("scipy", "statsmodels", "datasketch")
 
 COMMANDS = {

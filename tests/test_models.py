@@ -59,3 +59,27 @@ def test_models_that_do_not_fit_are_refused(files, tmp_path):
     ResNetModel(ResNetConfig(depths=[1], hidden_sizes=[8], embedding_size=8)).save_pretrained(tmp_path / "resnet")
     with pytest.raises(UserError, match="resnet"):
         check_model(ModelConfig(str(tmp_path / "resnet")), CLASSES, None)
+
+
+def test_a_gguf_file_is_read_into_plain_numbers_that_train(tmp_path):
+    """What is loaded is what the blocks of the file stand for; it trains, is saved and is read again."""
+    import numpy as np
+    import torch
+
+    pytest.importorskip("gguf")
+    plain = tiny.gguf(tmp_path / "gguf")
+    config = ModelConfig(str(tmp_path / "gguf"), gguf_file="tiny.gguf", max_length=12)
+    assert check_model(config, "causal-lm", None) == 2
+    model = load_model(config, "causal-lm", tiny.tokenizer())
+    np.testing.assert_array_equal(model.model.embed_tokens.weight.detach(), plain["token_embd.weight"])
+    np.testing.assert_array_equal(model.model.layers[1].mlp.down_proj.weight.detach(), plain["blk.1.ffn_down.weight"])
+    ids = torch.arange(4, 12)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert not getattr(model, "is_quantized", False)  # or the Trainer refuses it
+    model.save_pretrained(tmp_path / "saved")
+    again = load_model(config, "causal-lm", tiny.tokenizer(), folder=tmp_path / "saved")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    missing = ModelConfig(str(tmp_path / "gguf"), gguf_file="other.gguf")
+    with pytest.raises(UserError, match=r"there is no other.gguf in .*; it has \['tiny.gguf'\]"):
+        check_model(missing, "causal-lm", None)

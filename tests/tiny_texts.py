@@ -100,3 +100,44 @@ def write_csv(path: Path, rows: list[dict]) -> Path:
         writer.writeheader()
         writer.writerows(rows)
     return path
+
+
+def gguf(folder: Path, width: int = 32, blocks: int = 2) -> dict:
+    """A decoder in 8-bit blocks in `folder`/tiny.gguf; returns its embedding as it is dequantised."""
+    import gguf as files
+    import numpy as np
+
+    folder.mkdir(parents=True, exist_ok=True)
+    rng, vocabulary = np.random.default_rng(0), 64
+    writer = files.GGUFWriter(folder / "tiny.gguf", "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(width)
+    writer.add_block_count(blocks)
+    writer.add_feed_forward_length(2 * width)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(vocabulary)
+    writer.add_token_list([f"token{i}" for i in range(vocabulary)])
+    squares = {
+        "attn_q": (width, width),
+        "attn_k": (width, width),
+        "attn_v": (width, width),
+        "attn_output": (width, width),
+    }
+    shapes = squares | {"ffn_gate": (2 * width, width), "ffn_up": (2 * width, width), "ffn_down": (width, 2 * width)}
+    tensors = {"token_embd.weight": (vocabulary, width), "output.weight": (vocabulary, width)}
+    tensors |= {f"blk.{i}.{name}.weight": shape for i in range(blocks) for name, shape in shapes.items()}
+    kind, plain = files.GGMLQuantizationType.Q8_0, {}
+    for name, shape in tensors.items():
+        packed = files.quants.quantize(rng.standard_normal(shape).astype(np.float32) / 8, kind)
+        plain[name] = files.quants.dequantize(packed, kind)
+        writer.add_tensor(name, packed, raw_dtype=kind)
+    for name in ["output_norm", *(f"blk.{i}.{one}" for i in range(blocks) for one in ("attn_norm", "ffn_norm"))]:
+        writer.add_tensor(f"{name}.weight", np.ones(width, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return plain

@@ -48,7 +48,7 @@ class ModelConfig:
     Args:
         path: folder of a saved model, or its name on the hub
         revision: branch, tag or commit on the hub
-        gguf_file: name of a GGUF file in that folder or repository, to read the weights from
+        gguf_file: name of a GGUF file in that folder or repository, to read the weights from; they are dequantised
         attention: attention implementation of Transformers, such as sdpa or eager; null: the model's own
         dtype: number format of the weights
         max_length: texts are cut to so many tokens

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,6 +56,8 @@ def check_model(config: ModelConfig, task: str, names: tuple[str, ...] | None) -
     from inflection_fast.blocks import find_blocks
 
     path = Path(config.path).expanduser()
+    if config.gguf_file is not None:
+        _check_gguf(config, path)
     if config.path.startswith((".", "/", "~")) and not path.is_dir():
         raise UserError(f"model.path: there is no folder {config.path}")
     if path.is_dir() and config.gguf_file is None and not (path / "config.json").is_file():
@@ -68,6 +71,13 @@ def check_model(config: ModelConfig, task: str, names: tuple[str, ...] | None) -
         raise UserError(f"model.max_length is {config.max_length}, and {config.path} takes at most {longest} tokens")
     with user_errors(about=f"model {config.path}"):
         return len(find_blocks(model, names))
+
+
+def _check_gguf(config: ModelConfig, path: Path) -> None:
+    import_module("gguf")  # named by the command line where it is not installed
+    if path.is_dir() and not (path / config.gguf_file).is_file():
+        found = sorted(file.name for file in path.glob("*.gguf"))
+        raise UserError(f"model.gguf_file: there is no {config.gguf_file} in {config.path}; it has {found or 'none'}")
 
 
 def _most_tokens(model: PreTrainedModel) -> int | None:
@@ -102,6 +112,7 @@ def load_model(
     A head that the weights do not hold, or hold for another number of labels, is made anew from the caller's seed.
     """
     import torch
+    import transformers
 
     options: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
     options.update(_options(config) if folder is None else {"trust_remote_code": config.trust_remote_code})
@@ -116,8 +127,12 @@ def load_model(
             label2id={name: i for i, name in enumerate(labels)},
             ignore_mismatched_sizes=True,
         )
+    if folder is None and config.gguf_file is not None and hasattr(transformers, "GgufConfig"):
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with _loading(config):
         model = _class_of(task).from_pretrained(str(folder or expanduser(config.path)), **options)
+    if getattr(model, "hf_quantizer", None) is not None and config.gguf_file is not None:
+        model.hf_quantizer.remove_quantization_config(model)  # the weights are plain numbers now, to be trained
     model.config.pad_token_id = tokenizer.pad_token_id
     if task == "sequence-classification":
         # Many heads take the number of items in a whole accumulated batch and do not divide by it, and the Trainer
