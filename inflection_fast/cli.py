@@ -34,12 +34,13 @@ EXTRAS = (
 STUDY_EXTRAS = ("scipy", "statsmodels", "datasketch")
 
 COMMANDS = {
+    "init": "write a first settings file for a model and a data set",
     "measure": "train on a source data set, if there is one, and measure a shallow training on the target",
     "plan": "choose layers from what was measured",
     "tune": "put LoRA on the planned layers, train, and compare with other layers",
     "report": "write the report of a run, or of several side by side",
     "watch": "serve the page of a run on this machine, following it while it trains",
-    "run": "all of these in order, continuing where an interrupted run stopped",
+    "run": "measure, plan, tune and report in this order, continuing where an interrupted run stopped",
     "study": "compare many ways to place adapters over transfers and seeds, and report what they say",
     "doctor": "say what is installed, what is loaded, and what is missing",
 }
@@ -159,6 +160,45 @@ def _stages(config: Any, console: Console) -> Any:
     return Stages(config, say=lambda line: console.print(line, markup=False), quiet=not sys.stderr.isatty())
 
 
+def _wants_screen(argv: list[str], parser: Any, command: str) -> bool:
+    """Prints help where it is asked for: the usual options, or with `--help all` every one."""
+    asked = next((i for i, argument in enumerate(argv) if argument in ("-h", "--help")), None)
+    if asked is None:
+        return False
+    if argv[asked + 1 : asked + 2] == ["all"]:
+        parser.print_help()
+        return True
+    from inflection_fast.run.screen import screen
+
+    print(screen(parser, command, COMMANDS[command]))
+    return True
+
+
+def _init(argv: list[str]) -> int:
+    from pathlib import Path
+
+    parser = argparse.ArgumentParser(prog="inflection-fast init", description=f"{COMMANDS['init'].capitalize()}.")
+    parser.add_argument("--model", required=True, help="folder of a saved model, or its name on the hub")
+    parser.add_argument(
+        "--data", required=True, help="a .csv, .tsv, .json, .jsonl, .parquet or .txt file, or a hub name"
+    )
+    tasks = ("sequence-classification", "causal-lm")
+    parser.add_argument("--task", choices=tasks, default=tasks[0], help=f"what the model is trained for ({tasks[0]})")
+    parser.add_argument("--text", help="column of the text (found where it is not named)")
+    parser.add_argument("--label", help="column of the label (found where it is not named)")
+    parser.add_argument("--out", default="run.yaml", help="file to write (run.yaml)")
+    given = parser.parse_args(argv)
+    from inflection_fast.run.chatter import quiet_libraries
+    from inflection_fast.run.starter import write_starter
+
+    quiet_libraries()
+    path = Path(given.out).expanduser()
+    data = write_starter(path, model=given.model, data=given.data, task=given.task, text=given.text, label=given.label)
+    print(f"{given.data}: {len(data.train)} texts to train on, {len(data.test)} to test on")
+    print(f"settings: {path}; look at them, then: inflection-fast run --config {path}")
+    return 0
+
+
 def _rehearse(stages: Any, *, measure: bool = False, tune: bool = False, report: bool = False) -> None:
     from inflection_fast.run.rehearsal import rehearse
 
@@ -167,6 +207,8 @@ def _rehearse(stages: Any, *, measure: bool = False, tune: bool = False, report:
 
 def _measure(argv: list[str]) -> int:
     parser = _settings_parser("measure")
+    if _wants_screen(argv, parser, "measure"):
+        return 0
     stages = _stages(_config(parser, _parse(parser, argv)), _console())
     _rehearse(stages, measure=True)
     stages.source()
@@ -181,6 +223,8 @@ def _tune(argv: list[str]) -> int:
 
     parser = _settings_parser("tune")
     parser.add_argument("--plan", type=str | None, default=None, help="a plan.json to use; null: the run's own")
+    if _wants_screen(argv, parser, "tune"):
+        return 0
     parsed = _parse(parser, argv)
     stages = _stages(_config(parser, parsed), _console())
     if parsed.plan is not None:
@@ -196,6 +240,8 @@ def _tune(argv: list[str]) -> int:
 def _run(argv: list[str]) -> int:
     parser = _settings_parser("run")
     console = _console()
+    if _wants_screen(argv, parser, "run"):
+        return 0
     stages = _stages(_config(parser, _parse(parser, argv)), console)
     _rehearse(stages, measure=True, tune=True, report=True)
     stages.source()
@@ -289,6 +335,7 @@ def _study(argv: list[str]) -> int:
 
 
 _DISPATCH: dict[str, Callable[[list[str]], int]] = {
+    "init": _init,
     "measure": _measure,
     "plan": _plan,
     "tune": _tune,

@@ -277,9 +277,20 @@ def test_an_unknown_command_is_refused(argv, capsys):
     assert caught.value.code == 2 and "usage:" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["measure", "tune", "run"])
+def test_help_is_one_screen_with_a_sentence_for_every_option(capsys, command):
+    assert cli.main([command, "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 45 and max(map(len, lines)) <= 100
+    options = [line for line in lines if line.startswith("  --")]
+    assert len(options) > 20 and all(len(line.split()) > 3 for line in options)
+    said = " ".join(" ".join(lines).split())
+    assert "sequence-classification | causal-lm" in said and "default 128" in said and "stop | top" in said
+    assert "inflection-fast init" in said and f"{command} --help all" in said
+
+
 def test_every_setting_has_a_flag_with_help(capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["run", "--help"])
+    assert cli.main(["run", "--help", "all"]) == 0
     said = capsys.readouterr().out
     for flag in ("--model.path", "--target.group", "--measure.monitor.every", "--select.method", "--tune.lora.r"):
         assert flag in said

@@ -107,8 +107,8 @@ class SelfAttention(nn.Module):
         self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
 
     def forward(self, x):
-        scores = (self.query(x) @ self.key(x).mT).softmax(-1)
-        return scores @ self.value(x)
+        scores = (self.query(x) @ self.key(x).mT).exp()
+        return scores @ self.value(x) / scores.sum(-1, keepdim=True)
 
 class Layer(nn.Module):
     def __init__(self, width):
@@ -142,7 +142,7 @@ class OwnForSequenceClassification(PreTrainedModel):
 
 @pytest.fixture(scope="module")
 def own_attention(files):
-    """A model whose attention is written by hand, with its code."""
+    """A model whose attention is written by hand and without a softmax, with its code."""
     folder = files / "own"
     folder.mkdir()
     (folder / "own.py").write_text(OWN_ATTENTION)
@@ -160,12 +160,20 @@ def own_attention(files):
     return "own"
 
 
-def test_attention_that_cannot_be_seen_is_refused(files, own_attention, tmp_path, capsys, untrained, monkeypatch):
+def test_attention_that_cannot_be_seen_is_said(files, own_attention, tmp_path, capsys, monkeypatch):
+    class Began(Exception):
+        pass
+
+    def began(*arguments, **options):
+        raise Began
+
+    monkeypatch.setattr(training, "train", began)
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    path = settings(files, tmp_path, own_attention, model__trust_remote_code=True)
-    said = refused(capsys, "run", path)
-    assert "cannot be measured" in said
-    assert not (tmp_path / "run" / "source").exists()
+    lora = {"target_modules": ["query"]}
+    path = settings(files, tmp_path, own_attention, model__trust_remote_code=True, tune__lora=lora)
+    with pytest.raises(Began):
+        cli.main(["run", "--config", path])
+    assert "no softmax attention is seen in its blocks" in capsys.readouterr().out
 
 
 def test_modules_to_inject_are_known_before_anything_trains(files, tmp_path, capsys, untrained):

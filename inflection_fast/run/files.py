@@ -23,11 +23,22 @@ from typing import IO, Any
 from inflection_fast.run.config import DataConfig
 from inflection_fast.run.errors import UserError
 
-__all__ = ["FORMATS", "Rows", "load_rows"]
+__all__ = ["FORMATS", "Rows", "column_names", "load_rows"]
 
 FORMATS = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".txt")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+
+
+_NO_COLUMN = "\0"  # which no column is called
+
+
+class MissingColumn(UserError):
+    """A column is not there; `present` are those that are."""
+
+    def __init__(self, source: str, missing: list[str], present: list[str]):
+        super().__init__(f"{source}: there is no column {', '.join(map(repr, missing))}; it has {', '.join(present)}")
+        self.present = list(present)
 
 
 @dataclass(frozen=True)
@@ -89,6 +100,15 @@ def load_rows(config: DataConfig, wanted: list[str], test: str | None = None) ->
     if not len(rows):
         raise UserError(f"{source}: there is no row in it")
     return rows
+
+
+def column_names(config: DataConfig) -> list[str]:
+    """The columns that the data set has, in order. UserError as `load_rows` raises it."""
+    try:
+        load_rows(config, [_NO_COLUMN])
+    except MissingColumn as error:
+        return error.present
+    raise AssertionError("a column without a name was found")
 
 
 def _kind(source: str, path: Path) -> str | None:
@@ -246,7 +266,7 @@ def _indices(source: str, header: list[str], wanted: list[str], delimiter: str) 
             if other != delimiter and set(wanted) <= {name.strip('"') for name in delimiter.join(header).split(other)}:
                 written = "\\t" if other == "\t" else other
                 raise UserError(f'{source}: its names are separated by {words}: write `delimiter: "{written}"`')
-        raise _no_column(source, missing, header)
+        raise MissingColumn(source, missing, header)
     twice = [name for name in wanted if header.count(name) > 1]
     if twice:
         raise UserError(f"{source}: column {twice[0]!r} occurs {header.count(twice[0])} times: rename all but one")
@@ -261,10 +281,6 @@ def _refuse_uneven(source: str, header: list[str], delimiter: str, uneven: list[
         raise UserError(f"{found}; so have all rows: name the column that the header leaves out")
     others = f" ({len(uneven) - 1} more rows are like it)" if len(uneven) > 1 else ""
     raise UserError(f"{found}{others}: put quotation marks around a text that holds {delimiter!r}")
-
-
-def _no_column(source: str, missing: list[str], present: list[str]) -> UserError:
-    return UserError(f"{source}: there is no column {', '.join(map(repr, missing))}; it has {', '.join(present)}")
 
 
 # ---- JSON ------------------------------------------------------------------------------------------------------------
@@ -326,7 +342,7 @@ def _from_objects(source: str, objects: list[Any], unit: str, places: list[int] 
             raise UserError(f"{source}, {unit} {place}: expected an object with the columns, got {type(row).__name__}")
     present = list(dict.fromkeys(key for row in objects for key in row))
     if objects and (missing := [name for name in wanted if name not in present]):
-        raise _no_column(source, missing, present)
+        raise MissingColumn(source, missing, present)
     return Rows(source, {name: [row.get(name) for row in objects] for name in wanted}, unit, places, {})
 
 
@@ -341,7 +357,7 @@ def _parquet(source: str, path: Path, kind: str, config: DataConfig, wanted: lis
     try:
         with pyarrow.parquet.ParquetFile(path) as file:  # not read_table, which takes folder names for columns
             if missing := [name for name in wanted if name not in file.schema_arrow.names]:
-                raise _no_column(source, missing, file.schema_arrow.names)
+                raise MissingColumn(source, missing, file.schema_arrow.names)
             table = file.read(columns=wanted)
     except pyarrow.ArrowInvalid as error:
         raise UserError(f"{source}: it is no Parquet file, or is damaged") from error
@@ -351,6 +367,8 @@ def _parquet(source: str, path: Path, kind: str, config: DataConfig, wanted: lis
 
 def _plain_text(source: str, path: Path, kind: str, config: DataConfig, wanted: list[str]) -> Rows:
     others = [name for name in wanted if name != config.text]
+    if others == [_NO_COLUMN]:
+        raise MissingColumn(source, others, [config.text])
     if others:
         raise UserError(f"{source}: a .txt file holds texts only, one per line; it has no column {others[0]!r}")
     _refuse_utf16(source, path, config)
@@ -371,7 +389,7 @@ def _from_hub(config: DataConfig, wanted: list[str], test: str | None) -> Rows:
         reason = " ".join(str(error.__cause__ or error).split())
         raise UserError(f"{config.path}: the data set could not be read: {reason}") from error
     if missing := [name for name in wanted if name not in rows.column_names]:
-        raise _no_column(config.path, missing, rows.column_names)
+        raise MissingColumn(config.path, missing, rows.column_names)
     columns = {name: rows[name][:] for name in wanted}
     return Rows(test or config.path, columns, "row", _count(len(rows)), _declared(rows.features))
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from inflection_fast.decide import Plan
-from inflection_fast.run.errors import UserError, user_errors
+from inflection_fast.run.errors import user_errors
 from inflection_fast.run.stages import Stages
 
 __all__ = ["rehearse"]
@@ -81,17 +81,12 @@ def _measure_one_step(stages: Stages, model: Any) -> None:
         with Monitor(model, stages.config.measure.monitor, alerts=None) as monitor:
             model(**batch).loss.backward()
             monitor.step()
-        _refuse_unmeasured(stages, monitor)
-    model.zero_grad(set_to_none=True)
-
-
-def _refuse_unmeasured(stages: Stages, monitor: Any) -> None:
-    """Attention that the monitor does not see is NaN everywhere, and a plan made of it is empty."""
     if "attention" in stages.config.measure.monitor.signals and np.isnan(monitor.timeline.entropy).all():
-        raise UserError(
-            f"model {stages.config.model.path} cannot be measured: no block calls an attention function that is known"
-            " (F.scaled_dot_product_attention, or those of Transformers)"
+        stages.say(
+            f"model {stages.config.model.path}: no softmax attention is seen in its blocks, so there is no entropy and"
+            " layers are chosen by gradients alone"
         )
+    model.zero_grad(set_to_none=True)
 
 
 def _inject(stages: Stages, model: Any) -> None:
