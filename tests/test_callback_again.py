@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-import torch
 import trainers
+from tiny_models import one_thread  # noqa: F401
 from trainers import STEPS
 from transformers import TrainerCallback
 
@@ -12,14 +12,6 @@ from inflection_fast.measure import MonitorConfig
 from inflection_fast.timeline import Timeline
 
 CONFIG = MonitorConfig(every=1, rows=None, signals=("attention", "activation_grad", "parameter_grad"))
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def assert_same(a, b):

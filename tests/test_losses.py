@@ -6,6 +6,7 @@ import tiny_texts as tiny
 import torch
 import trainers
 from accelerate import Accelerator
+from tiny_models import one_thread  # noqa: F401
 from torch.nn import functional as F
 from transformers import Trainer
 
@@ -18,12 +19,9 @@ BACKWARD = Accelerator.backward
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def accelerate_is_left_alone():
     yield
-    torch.set_num_threads(threads)
-    assert Accelerator.backward is BACKWARD  # Accelerate is left as it was
+    assert Accelerator.backward is BACKWARD
 
 
 def smoothed(outputs, labels, num_items_in_batch=None):

@@ -6,19 +6,12 @@ import pytest
 import tiny_texts as tiny
 import torch
 import yaml
+from tiny_models import one_thread  # noqa: F401
 
 pytest.importorskip("jsonargparse")
 
 from inflection_fast import cli
 from inflection_fast.run import training
-
-
-@pytest.fixture(autouse=True)
-def small():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +193,18 @@ def test_what_any_stage_needs_is_known_before_the_first(files, tmp_path, capsys,
         else {}
     )
     assert message in refused(capsys, "run", settings(files, tmp_path, **tree, **changes))
+
+
+def test_a_target_with_more_labels_than_the_source_is_rehearsed_with_its_own(files, tmp_path, monkeypatch):
+    class Began(Exception):
+        pass
+
+    def began(*arguments, **options):
+        raise Began
+
+    monkeypatch.setattr(training, "train", began)
+    with pytest.raises(Began):
+        cli.main(["run", "--config", settings(files, tmp_path, target__label="film")])
 
 
 def test_a_number_format_that_the_machine_lacks_is_known_before_the_first_step(files, tmp_path, capsys, untrained):
