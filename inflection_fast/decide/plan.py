@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from ..atomic import write_text
+
 if TYPE_CHECKING:
     import peft
     from torch import nn
@@ -90,17 +92,7 @@ class Plan:
             "actions": list(self.actions),
         }
         text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_name(f".{path.name}.tmp")
-        try:
-            with open(fresh, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(fresh, path)
-        except BaseException:
-            fresh.unlink(missing_ok=True)
-            raise
+        write_text(path, text)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Plan:
