@@ -17,7 +17,7 @@ from inflection_fast.alerts import Alert, AlertConfig
 from inflection_fast.integrations.losses import listen_to_losses
 from inflection_fast.measure import Monitor, MonitorConfig
 from inflection_fast.measure.arguments import loss_of
-from inflection_fast.measure.monitor import REFERENCE_NAME
+from inflection_fast.measure.probe import REFERENCE_NAME
 from inflection_fast.timeline import IF_EXISTS, Timeline, folder_for
 
 __all__ = ["InflectionCallback"]
