@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +72,8 @@ class Monitor:
             what it raises is logged.
         rank_timeout_s: how long the sums of a measured step wait for other ranks, in that thread, before this rank
             gives them up and measures on its own, which `missing_ranks` of the timeline and an alert tell.
+        accelerator: the Accelerator of a loop with `accumulate`, which calls `step` after every backward pass: where
+            gradients are still being accumulated, it does nothing.
 
     Where torch.distributed is in use (DDP, FSDP2, tensor parallelism by DTensor), every rank enters its Monitor and
     calls `step`, and the values are those of the whole batch, whose loss is taken to be the mean of the ranks' losses.
@@ -93,6 +96,7 @@ class Monitor:
         alerts: AlertConfig | None = AlertConfig(),  # noqa: B008  (frozen)
         on_alert: Callable[[list[Alert]], None] | None = None,
         rank_timeout_s: float = 300.0,
+        accelerator: Any = None,
     ):
         if not isinstance(config, MonitorConfig):
             raise TypeError(f"config: expected a MonitorConfig, got {type(config).__name__}")
@@ -104,7 +108,7 @@ class Monitor:
         self._model: nn.Module | None = model
         self._config = config
         self._out = None if out is None else Path(out)
-        self._rank_timeout_s = rank_timeout_s
+        self._rank_timeout_s, self._accelerator = rank_timeout_s, accelerator
         self._ranks: Ranks | None = None
         self._layout = Layout()
         self._step = operator.index(start_step)
@@ -233,7 +237,7 @@ class Monitor:
 
         Args:
             loss: of this step; None: the mean of the `loss` that the model returned, NaN if it returned none.
-            loss_scale: what the loss was multiplied by; gradient norms are divided by it.
+            loss_scale: what the loss was multiplied by (accumulation needs none); norms are divided by it.
             scaler: the gradient scaler that multiplied the loss as well, before its `step` and `update`. Norms are
                 divided by its scale too, and `skipped` says whether it drops this step, as a gradient is not finite.
 
@@ -242,6 +246,8 @@ class Monitor:
         """
         if not self._open:
             raise RuntimeError("Monitor.step() outside the context: enter it with `with Monitor(...) as monitor`")
+        if self._accelerator is not None and not self._accelerator.sync_gradients:
+            return
         self._updates.finish(self._panel, self._taps.parameters, self._hand_over)
         if self._due:
             self._taps.detach()
