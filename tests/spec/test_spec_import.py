@@ -79,7 +79,7 @@ def test_type_checkers_see_what_is_exported(tmp_path):
     command = [sys.executable, "-m", "mypy", *options]
     said = subprocess.run(command, cwd=tmp_path, env=search, capture_output=True, text=True).stdout
     lines = [line.split(":")[1] for line in said.splitlines() if ": error:" in line]
-    assert lines == ["3", "4", "5"], said
+    assert list(dict.fromkeys(lines)) == ["3", "4", "5"], said
 
 
 def test_a_name_that_does_not_exist_is_an_attribute_error():
