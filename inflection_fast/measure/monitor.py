@@ -9,7 +9,6 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,12 +67,10 @@ class Monitor:
             that stays the same (with labels, if the model returns a loss then); without it these signals are NaN.
         start_step: the first optimizer step of this run; above 0 the timeline in `out` is continued from there.
         alerts: what is logged as a warning when it goes wrong (`inflection_fast.alerts`); None: nothing.
-        on_alert: called with the alerts of a measured step, where there are any, from a thread of the monitor's own;
-            what it raises is logged.
+        on_alert: called with the alerts of a measured step, from the monitor's own thread; what it raises is logged.
         rank_timeout_s: how long the sums of a measured step wait for other ranks, in that thread, before this rank
             gives them up and measures on its own, which `missing_ranks` of the timeline and an alert tell.
-        accelerator: the Accelerator of a loop with `accumulate`, which calls `step` after every backward pass: where
-            gradients are still being accumulated, it does nothing.
+        accelerator: the Accelerator of a loop with `accumulate`: `step` does nothing where gradients still add up.
 
     Where torch.distributed is in use (DDP, FSDP2, tensor parallelism by DTensor), every rank enters its Monitor and
     calls `step`, and the values are those of the whole batch, whose loss is taken to be the mean of the ranks' losses.
@@ -96,7 +93,7 @@ class Monitor:
         alerts: AlertConfig | None = AlertConfig(),  # noqa: B008  (frozen)
         on_alert: Callable[[list[Alert]], None] | None = None,
         rank_timeout_s: float = 300.0,
-        accelerator: Any = None,
+        accelerator: object = None,
     ):
         if not isinstance(config, MonitorConfig):
             raise TypeError(f"config: expected a MonitorConfig, got {type(config).__name__}")
@@ -246,7 +243,7 @@ class Monitor:
         """
         if not self._open:
             raise RuntimeError("Monitor.step() outside the context: enter it with `with Monitor(...) as monitor`")
-        if self._accelerator is not None and not self._accelerator.sync_gradients:
+        if not getattr(self._accelerator, "sync_gradients", True):
             return
         self._updates.finish(self._panel, self._taps.parameters, self._hand_over)
         if self._due:

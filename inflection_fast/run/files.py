@@ -97,7 +97,7 @@ def load_rows(config: DataConfig, wanted: list[str], test: str | None = None) ->
         if error.errno is not None:
             raise
         raise UserError(f"{source}: the file is damaged ({error})") from error
-    if not len(rows):
+    if not rows.places:
         raise UserError(f"{source}: there is no row in it")
     return rows
 
@@ -362,7 +362,9 @@ def _parquet(source: str, path: Path, kind: str, config: DataConfig, wanted: lis
     except pyarrow.ArrowInvalid as error:
         raise UserError(f"{source}: it is no Parquet file, or is damaged") from error
     columns = {name: table.column(name).to_pylist() for name in wanted}
-    return Rows(source, columns, "row", _count(table.num_rows), _declared(Features.from_arrow_schema(table.schema)))
+    return Rows(
+        source, columns, "row", [*range(1, table.num_rows + 1)], _declared(Features.from_arrow_schema(table.schema))
+    )
 
 
 def _plain_text(source: str, path: Path, kind: str, config: DataConfig, wanted: list[str]) -> Rows:
@@ -374,7 +376,7 @@ def _plain_text(source: str, path: Path, kind: str, config: DataConfig, wanted: 
     _refuse_utf16(source, path, config)
     with _text(path, config.encoding) as file:
         lines = [line.rstrip("\r\n") for line in file]
-    return Rows(source, {config.text: lines}, "line", _count(len(lines)), {})
+    return Rows(source, {config.text: lines}, "line", [*range(1, len(lines) + 1)], {})
 
 
 def _from_hub(config: DataConfig, wanted: list[str], test: str | None) -> Rows:
@@ -391,12 +393,8 @@ def _from_hub(config: DataConfig, wanted: list[str], test: str | None) -> Rows:
     if missing := [name for name in wanted if name not in rows.column_names]:
         raise MissingColumn(config.path, missing, rows.column_names)
     columns = {name: rows[name][:] for name in wanted}
-    return Rows(test or config.path, columns, "row", _count(len(rows)), _declared(rows.features))
+    return Rows(test or config.path, columns, "row", [*range(1, len(rows) + 1)], _declared(rows.features))
 
 
 def _declared(features: Any) -> dict[str, tuple[str, ...]]:
     return {name: tuple(one.names) for name, one in features.items() if getattr(one, "names", None)}
-
-
-def _count(rows: int) -> list[int]:
-    return list(range(1, rows + 1))
