@@ -7,9 +7,17 @@ from typing import TYPE_CHECKING, Any
 # isort: off
 if TYPE_CHECKING:  # what editors and type checkers see; the same names as in the table below
     from .act import (
+        attention_temperature as attention_temperature,
         dead_adapters as dead_adapters,
+        drop as drop,
         find_inflection_target_modules as find_inflection_target_modules,
+        inherit as inherit,
         inject as inject,
+        learning_rates as learning_rates,
+        lisa as lisa,
+        parameter_groups as parameter_groups,
+        sigma_reparametrisation as sigma_reparametrisation,
+        unfreeze as unfreeze,
     )
     from .alerts import Alert as Alert, AlertConfig as AlertConfig, find_alerts as find_alerts
     from .blocks import find_blocks as find_blocks
