@@ -207,11 +207,12 @@ def test_flex_masks_are_refused_in_words():
         _interface_call("flex_attention", nn.Identity(), q, q, object(), {}, Starts())
 
 
-def test_blocks_that_share_weights_are_refused():
+def test_a_block_that_runs_more_often_than_it_is_named_is_refused():
     sizes = {"hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 24, "embedding_size": 8}
     model = hf.AlbertModel(hf.AlbertConfig(**sizes, num_hidden_layers=2, vocab_size=VOCAB)).train()
+    once = MonitorConfig(every=1, blocks=("encoder.albert_layer_groups.0.albert_layers.0@0",))
     with pytest.raises(ValueError, match="runs more than once"):
-        measured(model, {"input_ids": torch.arange(6)[None]})
+        measured(model, {"input_ids": torch.arange(6)[None]}, once)
 
 
 def test_attention_of_hand_written_heads_needs_a_head_axis():
