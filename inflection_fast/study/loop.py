@@ -182,9 +182,9 @@ def evaluate(model: nn.Module, tokens: Tokens, config: LoopConfig) -> dict[str, 
     """Accuracy, loss and a hexadecimal word in which a set bit says that the model was right about a text."""
     metrics = classification_metrics(logits_of(model, tokens, config), tokens.labels)
     return {
-        "n": metrics.n,
         "accuracy": metrics.accuracy,
-        "correct": metrics.correct,
         "loss": round(metrics.loss, 6),
+        "n": metrics.n,
+        "correct": metrics.correct,
         "right": f"{int(metrics.right, 2):0{-(-metrics.n // 4)}x}",
     }
