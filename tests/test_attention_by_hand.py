@@ -14,7 +14,7 @@ from inflection_fast.measure.attention_call import AttentionCall
 from inflection_fast.measure.attention_functions import heads_first
 
 WIDTH, HEADS, B, T = 16, 4, 2, 6
-ALL_ROWS = MonitorConfig(every=1, rows=None, signals=("attention",))
+ALL_ROWS = MonitorConfig(every=1, rows=None, quantities=("attention",))
 
 
 class MaskedSoftmax(torch.autograd.Function):
@@ -179,6 +179,17 @@ def test_the_attention_that_counts_is_the_own_one_of_the_block():
     kinds = [(module, call.kind) for module, call in calls_of(model, x)]
     expected = [((layer.attn, "self"), (layer.cross_attn, "cross")) for layer in model.layers]
     assert kinds == [one for pair in expected for one in pair]
+
+
+def test_cross_attention_has_columns_of_its_own():
+    torch.manual_seed(0)
+    model, x = Model(layer=Twice), torch.randn(B, T, WIDTH)
+    timeline = measured(model, x, MonitorConfig(every=1, rows=None, quantities=("attention", "cross_attention")))
+    for column, name in ((timeline.entropy, "attn"), (timeline.cross_entropy, "cross_attn")):
+        scores = [getattr(layer, name).seen.double() for layer in model.layers]
+        expected = torch.stack([entropy(one.softmax(-1)).mean((0, 2)) for one in scores])
+        np.testing.assert_allclose(column[0], expected.detach().numpy(), atol=2e-6)
+    assert np.isnan(measured(Model(), x, MonitorConfig(every=1, quantities=("cross_attention",))).cross_entropy).all()
 
 
 class Chunked(nn.Module):

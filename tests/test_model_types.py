@@ -3,6 +3,8 @@
 The whole of Transformers is swept by `make test-models`, which writes docs/models.md.
 """
 
+import logging
+
 import pytest
 import torch
 
@@ -28,7 +30,11 @@ TYPES = [*INTERFACE.split(), *BY_HAND.split(), *STACKS.split()]
 
 @pytest.fixture(autouse=True)
 def in_peace(one_thread):  # noqa: F811
+    log = logging.getLogger("inflection_fast")
+    level = log.level
     quiet()
+    yield
+    log.setLevel(level)
 
 
 @pytest.mark.parametrize("model_type", TYPES)

@@ -9,7 +9,7 @@ from torch import nn
 from inflection_fast.measure import Monitor, MonitorConfig
 
 WIDTH, HEADS, B, T = 16, 4, 2, 6
-ALL_ROWS = MonitorConfig(every=1, rows=None, signals=("attention", "activation_grad"))
+ALL_ROWS = MonitorConfig(every=1, rows=None, quantities=("attention", "activation_grad"))
 
 
 def measured(model, *inputs):

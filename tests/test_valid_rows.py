@@ -12,7 +12,7 @@ from inflection_fast.measure.rows import ValidRows, token_mask
 hf = pytest.importorskip("transformers")
 hf.logging.set_verbosity_error()
 
-ALL_ROWS = MonitorConfig(every=1, rows=None, signals=("attention",))
+ALL_ROWS = MonitorConfig(every=1, rows=None, quantities=("attention",))
 
 
 def entropies(model, **batch):

@@ -152,7 +152,9 @@ class AttentionPlaces:
 
 
 def _standing(path: str) -> int:
-    """0: called self-attention; 1: attention and nothing else; 2: attention of some kind of its own."""
+    """0: called self-attention; 1: attention and nothing else; 2: of some kind of its own; 3: over channels."""
+    if "channel" in path.lower():
+        return 3
     if "self" in path.lower():
         return 0
     return 1 if all(_PLAIN.fullmatch(part) for part in path.split(".")) else 2

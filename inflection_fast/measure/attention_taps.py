@@ -38,11 +38,11 @@ class AttentionTaps:
         self, model: nn.Module, blocks: Sequence[Block], panel: Panel, rows: int | None, seed: int, device: torch.device
     ):
         self._blocks, self._panel = blocks, panel
-        # Of a module that several blocks share, the first: which of them runs is known when it runs.
-        self._owner: dict[nn.Module, int] = {}
+        # Several where blocks share a module, or one runs repeatedly: which of them runs is known when it runs.
+        self._owners: dict[nn.Module, set[int]] = {}
         for block in blocks:
             for module in block.module.modules():
-                self._owner.setdefault(module, block.index)
+                self._owners.setdefault(module, set()).add(block.index)
         self._decoders = decoder_layers(model, blocks)
         self._sight: AttentionSight | None = AttentionSight(blocks)
         self._sampler = RowSampler(rows, seed, device)
@@ -62,7 +62,7 @@ class AttentionTaps:
 
     def forget_model(self) -> None:
         """Hold nothing of the model any more."""
-        self._blocks, self._owner, self._sight = [], {}, None
+        self._blocks, self._owners, self._sight = [], {}, None
 
     @contextmanager
     def seeing(self, see: See) -> Iterator[None]:
@@ -84,11 +84,13 @@ class AttentionTaps:
 
         `may_wait`: a call that cannot be measured is an error even if only the device knows; else its values are NaN.
         """
-        layer = self._owner.get(module)
-        if layer is None or call.kind != "self":
+        owners = self._owners.get(module)
+        if owners is None:
             return
-        if running is not None and self._blocks[running].module is self._blocks[layer].module:
-            layer = running  # which of the runs of a module that runs repeatedly
+        layer = running if running in owners else min(owners)
+        if call.kind == "cross" and not self._panel.listening("on_cross_attention"):
+            micro_batch.attended[layer] += 0  # which is attention all the same
+            return
         self._refuse(layer, call)
         call = call.here()
         if may_wait:
@@ -96,7 +98,8 @@ class AttentionTaps:
         batch, heads, length, _ = call.query.shape
         number = micro_batch.attended[layer]  # how many calls of this layer were before
         micro_batch.attended[layer] += 1
-        micro_batch.positions[layer] += batch * length
+        if call.kind == "self":
+            micro_batch.positions[layer] += batch * length
         if (length, number) not in micro_batch.strata:
             micro_batch.strata[length, number] = self._sampler.draw(length)
         strata = micro_batch.strata[length, number]
@@ -111,13 +114,13 @@ class AttentionTaps:
         with torch.inference_mode():
             stats = stats_of(call, rows)
             valid = micro_batch.valid.of(call, rows, layer in self._decoders)
-        listening = self._panel.listening("on_attention_call")
+        listening = self._panel.listening("on_attention_call") if call.kind == "self" else []
         if listening:
             place = self._place(layer, heads, sums)
             seen = AttentionSeen(layer, place, call, rows, stats, valid, strata.weights)
             self._panel.tell("on_attention_call", listening, micro_batch.piece, seen)
         stats = stats._replace(lse=None)  # which no sum needs
-        micro_batch.waiting.append((layer, stats, valid, strata, number))
+        micro_batch.waiting.append((layer, stats, valid, strata, number, call.kind))
         micro_batch.waiting_bytes += sum(field.nbytes for field in stats if field is not None)
         if micro_batch.waiting_bytes > WAITING_BYTES:
             self.add_up(micro_batch, sums)
@@ -154,16 +157,17 @@ class AttentionTaps:
         """Tell what waits."""
         groups: dict[tuple, list[tuple]] = {}
         for entry in micro_batch.waiting:
-            layer, stats, valid, strata, number = entry
+            layer, stats, valid, strata, number, kind = entry
             sharded = layer in self._layout.sharded_heads
-            groups.setdefault((stats.entropy.shape, sharded, id(valid), id(strata), number), []).append(entry)
-        for (shape, *_), entries in groups.items():
-            layers, stats, (valid, *_), (strata, *_), _ = zip(*entries, strict=True)
+            groups.setdefault((stats.entropy.shape, sharded, id(valid), id(strata), number, kind), []).append(entry)
+        for (shape, *_, kind), entries in groups.items():
+            layers, stats, (valid, *_), (strata, *_), *_ = zip(*entries, strict=True)
             heads = self._place(layers[0], shape[1], sums)
             with torch.no_grad():
                 rows = rows_of(layers, self._indices[layers], heads, stats, valid, strata)
-            listening = self._panel.listening("on_attention")
-            self._panel.tell("on_attention", listening, micro_batch.piece, rows)
+            tap = "on_attention" if kind == "self" else "on_cross_attention"
+            listening = self._panel.listening(tap)
+            self._panel.tell(tap, listening, micro_batch.piece, rows)
         micro_batch.waiting.clear()
         micro_batch.waiting_bytes = 0
 

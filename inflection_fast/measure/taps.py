@@ -33,6 +33,8 @@ from .rows import decoder_layers
 
 __all__ = ["Taps", "device_of"]
 
+_ATTENTION_TAPS = ("on_attention", "on_cross_attention", "on_attention_call")
+
 
 def device_of(blocks: Sequence[Block]) -> torch.device:
     """Where the sums of a model are kept: with the first parameter of its first block."""
@@ -113,7 +115,7 @@ class Taps:
         panel.begin(due, step)
         self._attention.begin(step)
         self.parameters.look()
-        self._sees_attention = bool(panel.listening("on_attention") or panel.listening("on_attention_call"))
+        self._sees_attention = any(map(panel.listening, _ATTENTION_TAPS))
         self._wants_gradients = bool(panel.listening("on_output_gradient"))
         self._attached.callback(self._stop_listening)
         add = self._attached.enter_context
@@ -327,7 +329,7 @@ class Taps:
         except Exception as error:
             if not self.forgives:
                 raise
-            for tap in ("on_attention", "on_attention_call"):
+            for tap in _ATTENTION_TAPS:
                 for quantity in self._panel.listening(tap):
                     self._panel.fail(quantity.name, error, tap)
 

@@ -7,7 +7,7 @@ from importlib.metadata import entry_points
 
 from .activation_grad import ActivationGrad, ProbeActivationGrad
 from .adapter import Adapter
-from .attention import Attention, ProbeEntropy
+from .attention import Attention, CrossAttention, ProbeEntropy
 from .attention_detail import AttentionDetail
 from .delta_cka import DeltaCka
 from .gradient_noise import GradientNoise
@@ -29,7 +29,7 @@ DEFAULT = ("attention", "activation_grad", "parameter_grad", "delta_cka")
 QUANTITIES: dict[str, type[Quantity]] = {
     cls.name: cls
     for cls in (
-        *(Attention, ActivationGrad, ParameterGrad, DeltaCka, ProbeEntropy, ProbeActivationGrad),
+        *(Attention, CrossAttention, ActivationGrad, ParameterGrad, DeltaCka, ProbeEntropy, ProbeActivationGrad),
         *(AttentionDetail, Residual, Update, Adapter, GradientNoise, Rank, Output, Router, Spectrum, Trajectory),
     )
 }

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from .quantity import Accumulator, AlertRule, AttentionRows, Column, Quantity, Sums
 
-__all__ = ["Attention", "ProbeEntropy"]
+__all__ = ["Attention", "CrossAttention", "ProbeEntropy"]
 
 _BY_HEAD = ("layer", "head")
 # What is reported beside the mean entropy: of what else the rows have a mean, and the parts of the variance of the mean
@@ -124,6 +125,22 @@ class Attention(Quantity):
             "collision": part["collision"] / sums["rows"],
             "sink": part["sink"] / sums["rows"],
         }
+
+
+class CrossAttention(Attention):
+    """The same of cross attention, in columns of its own; NaN in layers without it."""
+
+    name = "cross_attention"
+    columns = {
+        f"cross_{name}": replace(column, label=f"cross attention: {column.label}", alerts=())
+        for name, column in Attention.columns.items()
+    }
+    on_attention = Quantity.on_attention  # is not listened to
+    on_cross_attention = Attention.on_attention
+
+    def values(self, sums: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        """As of self-attention."""
+        return {f"cross_{name}": value for name, value in super().values(sums).items()}
 
 
 class ProbeEntropy(Quantity):

@@ -322,6 +322,9 @@ class Quantity:
     def on_attention(self, sums: Sums, rows: AttentionRows) -> None:
         """Statistics of attention rows, for several layers at once. `held` of what follows from them is "heads"."""
 
+    def on_cross_attention(self, sums: Sums, rows: AttentionRows) -> None:
+        """As `on_attention`, of attention to the output of another stack (decoders of T5, BART, Whisper)."""
+
     def on_attention_call(self, sums: Sums, seen: AttentionSeen) -> None:
         """One call of attention, while its tensors are there. `held` is "heads"."""
 

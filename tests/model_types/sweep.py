@@ -29,7 +29,8 @@ TOLERANCE = 1e-4  # nats, of float32 activations against float64
 TOLERANCE_SINGLE = 1e-3  # where the truth itself runs in float32 (experts, masks that overflow)
 SECONDS = 60  # for one type
 
-CONFIG = MonitorConfig(every=1, rows=None, signals=("attention", "activation_grad", "parameter_grad"))
+QUANTITIES = ("attention", "cross_attention", "activation_grad", "parameter_grad")
+CONFIG = MonitorConfig(every=1, rows=None, quantities=QUANTITIES)
 
 
 @dataclass
@@ -80,9 +81,7 @@ def compare(model_type: str, model, batch: dict) -> Result:
     if single:
         truth, result.confirmed, runs, _ = truth_of(eager, batch, find_blocks, double=False)
     wrong, errors = [], [0.0]
-    for name, column in (("self", timeline.entropy), ("cross", getattr(timeline, "cross_entropy", None))):
-        if column is None:
-            continue
+    for name, column in (("self", timeline.entropy), ("cross", timeline.cross_entropy)):
         for layer, block in enumerate(timeline.layers):
             base, _, run = block.partition("@")
             expected = truth.get((base, int(run or 0), name))

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 _SOFTMAX = {torch.softmax, F.softmax, torch.Tensor.softmax}
 _CROSS = re.compile(r"cross|encdec|(^|\.)(encoder_attn|encoder_attention|multihead_attn)", re.IGNORECASE)
-_NOT_ATTENTION = re.compile(r"router|gate|expert|moe|linear_att|pool", re.IGNORECASE)
+_NOT_ATTENTION = re.compile(r"router|gate|expert|moe|linear_att|pool|channel_att", re.IGNORECASE)
 _HEADS = (
     "num_heads",
     "num_attention_heads",
