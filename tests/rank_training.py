@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from packets import ALL
 from torch import distributed as dist
@@ -78,12 +79,29 @@ def update(model, batches, parts_of=lambda batch: [batch]):
     return model
 
 
-def whole(name, config=CONFIG, micro_batches=1, unequal=False):
+def whole(name, config=CONFIG, micro_batches=1, unequal=False, model=None):
     """One process, the whole batch."""
     batches, probe = batches_of(name)
     batches = uneven(batches) if unequal else batches
     parts_of = lambda batch: [part_of(batch, part, micro_batches) for part in range(micro_batches)]  # noqa: E731
-    return as_json(train(model_of(name), batches, probe, config, parts_of=parts_of))
+    return as_json(train(model or model_of(name), batches, probe, config, parts_of=parts_of))
+
+
+def rounding_of(name, config, expected, draws=3):
+    """By signal, by how much values of this training differ where weights begin one rounding of float32 apart.
+
+    Ranks that divide a matrix product add it up in another order, and training multiplies such differences.
+    """
+    moved = {signal: np.zeros_like(expected[signal]) for signal in SIGNALS}
+    for seed in range(draws):
+        model, generator = model_of(name), torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1 + torch.finfo(torch.float32).eps * torch.randn(parameter.shape, generator=generator))
+        found = whole(name, config, model=model)
+        for signal in SIGNALS:
+            moved[signal] = np.fmax(moved[signal], np.abs(np.subtract(found[signal], expected[signal])))
+    return moved
 
 
 def as_json(timeline):
