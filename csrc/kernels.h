@@ -317,9 +317,10 @@ struct CkaBatchArgs {
   CkaSide sides[kCkaSides];   // [layers, rows, dim]
   int64_t layers[kCkaSides];  // 0 of the second: the first with itself
   int64_t rows, tile;
-  int64_t first;     // number of the first batch in work
-  float* block;      // [cka_batch_floats(tile)], scratch of one thread
-  float* triangles;  // [batches in work, layers of both sides, cka_triangle_floats(tile)], scratch
+  const float* factors;  // [layers of both sides] powers of two that rows less their mean are multiplied by; null: 1
+  int64_t first;         // number of the first batch in work
+  float* block;          // [cka_batch_floats(tile)], scratch of one thread
+  float* triangles;      // [batches in work, layers of both sides, cka_triangle_floats(tile)], scratch
   // outputs
   double* sums;   // [layers of both sides, rows] of the rows of K
   double* own;    // [batches, layers of both sides] |K|^2

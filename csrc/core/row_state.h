@@ -9,11 +9,7 @@
 
 #include <math.h>
 
-#ifdef __CUDACC__
-#define IF_HD __host__ __device__ __forceinline__
-#else
-#define IF_HD inline __attribute__((always_inline))
-#endif
+#include "core/host_device.h"
 
 namespace inflection {
 

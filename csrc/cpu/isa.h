@@ -7,6 +7,7 @@
 #include <limits>
 #include <utility>
 
+#include "core/cka_rows.h"
 #include "core/row_state.h"
 #include "kernels.h"
 

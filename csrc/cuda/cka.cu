@@ -13,8 +13,7 @@
 namespace inflection {
 namespace {
 
-constexpr int kShiftThreads = 1024;  // few blocks, so many threads
-constexpr double kLong = 8.0;        // as in csrc/cpu/cka.inc: a row is long beyond so many times the mean of its block
+constexpr int kShiftThreads = 1024;    // few blocks, so many threads
 static_assert(kDepth == kCkaThreads);  // a thread a row, where rows are judged
 
 // |u|^2 of a row of a whole side, in every lane of the warp that asks.
@@ -91,7 +90,7 @@ __global__ void __launch_bounds__(kShiftThreads, 1) find_shift(CkaPushArgs args,
     __syncthreads();
     double total = 0.0;
     for (int i = 0; i < count; ++i) total += memory.norms[i];
-    limit = kLong * total / count;
+    limit = kCkaLong * total / count;
     bool any = false;
     for (int i = 0; i < count; ++i) any = any || memory.norms[i] > limit;
     if (!any) return;
@@ -123,8 +122,8 @@ __global__ void __launch_bounds__(kCkaThreads) judge_rows(CkaPushArgs args, Laye
   const double p = counts ? layer.norms[2 * row] : 0.0, q = counts ? layer.norms[2 * row + 1] : 0.0;
   const double count = block_sum<kCkaThreads>(counts ? 1.0 : 0.0, partial);
   const double all_p = block_sum<kCkaThreads>(p, partial), all_q = block_sum<kCkaThreads>(q, partial);
-  const bool exact =
-      counts && (count <= double(kCkaExactRows) || p > kLong * all_p / count || q > kLong * all_q / count);
+  const bool all = count <= double(kCkaExactRows) || cka_leaves_float(all_p) || cka_leaves_float(all_q);
+  const bool exact = counts && (all || p > kCkaLong * all_p / count || q > kCkaLong * all_q / count);
   if (row < end) layer.kinds[row] = !counts ? kNotCounted : exact ? kInDouble : kInFloat;
   const double of_block = block_sum<kCkaThreads>(exact ? 1.0 : 0.0, partial);
   if (threadIdx.x == 0) args.block_exact[layer.index * blocks + block] = static_cast<int32_t>(of_block);

@@ -1,6 +1,7 @@
 // What the kernels of linear CKA share: where a layer's rows and sums lie, and how its columns are cut into panels.
 #pragma once
 
+#include "core/cka_rows.h"
 #include "kernels.h"
 #include "warp.cuh"
 

@@ -36,7 +36,8 @@ Tensor new_double(const Tensor& like, std::initializer_list<int64_t> sizes) {
                                   ScalarType::Double);
 }
 
-std::tuple<Tensor, Tensor, Tensor> cka_batches(Tensor x, std::optional<Tensor> y, int64_t tile) {
+std::tuple<Tensor, Tensor, Tensor> cka_batches(Tensor x, std::optional<Tensor> y, int64_t tile,
+                                               std::optional<Tensor> factors) {
   std::vector<int64_t> offsets[kCkaSides];
   CkaBatchArgs args{};
   args.sides[0] = side_of(x, "x", offsets[0]);
@@ -44,6 +45,13 @@ std::tuple<Tensor, Tensor, Tensor> cka_batches(Tensor x, std::optional<Tensor> y
   STD_TORCH_CHECK(x.dim() == 3 && (!y || (y->dim() == 3 && y->size(1) == x.size(1))),
                   "x, y: expected features [L, N, D] of as many rows");
   const BatchPlan plan(x.size(0), y ? y->size(0) : 0, x.size(1), tile);
+  if (factors) {
+    check_device(*factors, "factors");
+    STD_TORCH_CHECK(factors->scalar_type() == ScalarType::Float && factors->is_contiguous() && factors->dim() == 1 &&
+                        factors->size(0) == plan.layers,
+                    "factors: expected one contiguous float32 for each layer of x and y");
+    args.factors = static_cast<const float*>(factors->const_data_ptr());
+  }
   args.layers[0] = x.size(0);
   args.layers[1] = plan.layers - args.layers[0];
   args.rows = x.size(1);

@@ -14,7 +14,7 @@ STABLE_TORCH_LIBRARY(inflection_fast, m) {
   m.def("cka_push(Tensor(a!) gram, Tensor(b!) shift, Tensor x, Tensor y, Tensor? mask, bool adopt) -> ()");
   m.def("cka_adopt(Tensor seen, Tensor(a!) shift, Tensor x, Tensor y, Tensor? mask) -> ()");
   m.def("cka_project(Tensor(a!) sums, Tensor x, Tensor y, Tensor shift, Tensor basis, Tensor? mask) -> (Tensor, Tensor)");
-  m.def("cka_batches(Tensor x, Tensor? y, int tile) -> (Tensor cross, Tensor own, Tensor sums)");
+  m.def("cka_batches(Tensor x, Tensor? y, int tile, Tensor? factors=None) -> (Tensor cross, Tensor own, Tensor sums)");
   m.def("cka_batches_bytes(int layers_x, int layers_y, int rows, int tile) -> int");
   m.def("cka_gram_terms(Tensor gram, int dim_x, int dim_y, bool debiased) -> Tensor");
   m.def("cka_terms(Tensor x, Tensor y, bool debiased) -> Tensor");

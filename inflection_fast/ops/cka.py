@@ -114,7 +114,7 @@ def leading(scatter: Tensor, rank: int, differentiable: bool = False) -> Tensor:
 
 def project(x: Tensor, basis: Tensor) -> Tensor:
     """Rows in the basis, ``[..., N, rank]`` float32, less a shift so that an offset costs no digits."""
-    shift = x[..., :SHIFT_ROWS, :].detach().float().mean(-2, keepdim=True)
+    shift = x[..., :SHIFT_ROWS, :].detach().mean(-2, keepdim=True, dtype=torch.float64).float()
     basis = basis.float()
     layers = [(x[i].float() - shift[i]) @ basis[i] for i in layers_of(x)]  # one by one: this copies rows to float32
     if not layers:
@@ -134,8 +134,28 @@ def layers_of(x: Tensor) -> product:
 
 def centred(x: Tensor) -> Tensor:
     """Rows ``[N, D]`` less their mean, float32; the first subtraction takes the offset, the second what it left."""
-    u = x.float() - x[:SHIFT_ROWS].float().mean(0)
+    u = x.float() - x[:SHIFT_ROWS].mean(0, dtype=torch.float64).float()
     return u.sub_(u.mean(0))
+
+
+def scaled(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows ``[N, D]``, centred and divided by a power of two so that their products are float32; and that, float64."""
+    u = centred(x)
+    power = power_of_two(size_of(u))
+    return u.mul_(power.reciprocal()), power.double()
+
+
+def size_of(x: Tensor) -> Tensor:
+    """Largest magnitude, float32 []; `vector_norm` takes ten times as long on a CPU, and `abs` a copy."""
+    low, high = x.aminmax()
+    return torch.maximum(-low, high).float()
+
+
+def power_of_two(size: Tensor) -> Tensor:
+    """That near each size, float32, whose reciprocal is one too; 1 of usual sizes, so that they are left alone."""
+    power = torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent.clamp(-126, 126))
+    usual = (size == 0) | ~size.isfinite() | ((size >= 2**-10) & (size <= 2**16))
+    return torch.where(usual, 1.0, power)
 
 
 @torch.library.register_fake("inflection_fast::cka_terms")
@@ -203,10 +223,11 @@ def pooled(own_x: Tensor, own_y: Tensor, apart: Tensor, n: Tensor | int) -> Tens
 @torch.library.impl("inflection_fast::cka_scatter_backward", "CompositeExplicitAutograd")
 def cka_scatter_backward(grad: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Of the scatter of rows w with mean m, ``sum (w - m) (w - m)^T``: ``(w - m) (g + g^T)``."""
-    grad = (grad + grad.mT).float()
+    grad = grad + grad.mT
     out = new_grads(x, y)
     for i in layers_of(x):
-        rows = centred(torch.cat([x[i], y[i]])) @ grad[i]
+        rows, power = scaled(torch.cat([x[i], y[i]]))
+        rows = rows @ (grad[i] * power).float()
         out[0][i], out[1][i] = rows.chunk(2)
     return out
 
@@ -216,21 +237,22 @@ def cka_terms_backward(grad: Tensor, x: Tensor, y: Tensor, debiased: bool) -> tu
     """With u, v the centred rows, S = u^T v, p = |u|^2, q = |v|^2: the cross term is
     ``|S|^2 - a sum(p q) + b sum(p) sum(q)``, a = n / (n - 2), b = 1 / ((n - 1) (n - 2)); biased, a = b = 0.
     Its derivative by u is ``2 v S^T + 2 (b sum(q) - a q) u``, then centred; a self term is the cross term at v = u.
+    Taken of u / c and v / d, powers of two: the cross term is c^2 d^2 times theirs.
     """  # fmt: skip
     n = x.shape[-2]
     a, b = (n / (n - 2), 1 / ((n - 1) * (n - 2))) if debiased else (0.0, 0.0)
-    grad = grad.float()
     out = new_grads(x, y)
     for i in layers_of(x):
-        u, v = centred(x[i]), centred(y[i])
+        (u, c), (v, d) = scaled(x[i]), scaled(y[i])
         weights = [b * r.sum() - a * r for r in (u.square().sum(1, keepdim=True), v.square().sum(1, keepdim=True))]
         cross = u.mT @ v
-        for mine, other, to_mine, to_other, own, s, result in (
-            (u, v, weights[0], weights[1], grad[i][1], cross, out[0]),
-            (v, u, weights[1], weights[0], grad[i][2], cross.mT, out[1]),
+        for mine, other, to_mine, to_other, own, both, s, result in (
+            (u, v, weights[0], weights[1], grad[i][1] * c**3, grad[i][0] * c * d * d, cross, out[0]),
+            (v, u, weights[1], weights[0], grad[i][2] * d**3, grad[i][0] * d * c * c, cross.mT, out[1]),
         ):
-            by = mine @ (4 * own * (mine.mT @ mine)) + other @ (2 * grad[i][0] * s.mT)
-            by += (4 * own * to_mine + 2 * grad[i][0] * to_other) * mine
+            own, both = 4 * own.float(), 2 * both.float()
+            by = mine @ (own * (mine.mT @ mine)) + other @ (both * s.mT)
+            by += (own * to_mine + both * to_other) * mine
             result[i] = by - by.mean(0)
     return out
 

@@ -164,7 +164,7 @@ def cka_project(
                     u = u.masked_fill_(~mask[layer, part, None], 0.0)
                 torch.mm(u, basis[layer], out=out[-1][layer, part])
                 sums[layer, side] += u.sum(0)
-                sums[layer, 2 * dim + number] += torch.dot(u.flatten(), u.flatten())
+                sums[layer, 2 * dim + number] += torch.ops.inflection_fast.sum_of_squares([u], [0], 1)[0]
     return tuple(out)
 
 

@@ -85,19 +85,22 @@ def without_diagonal(batch: list[Tensor], products: list) -> tuple[Tensor, list[
 
 
 @torch.library.register_fake("inflection_fast::cka_batches")
-def _(x, y, tile):
+def _(x, y, tile, factors=None):
     layers, rows = x.shape[0] + (0 if y is None else y.shape[0]), x.shape[1]
     batches = -(-rows // tile)
     sizes = (batches, x.shape[0], (x if y is None else y).shape[0]), (batches, layers), (layers, rows)
     return tuple(x.new_empty(size, dtype=torch.float64) for size in sizes)
 
 
-def cka_batches(x: Tensor, y: Tensor | None, tile: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Where there is no kernel for it: of the Gram matrices of each batch of `tile` rows, less their near mean and
-    without the diagonals, the inner products ``[batches, L, L2]`` of x with y (None: with itself), of each with itself
+def cka_batches(x: Tensor, y: Tensor | None, tile: int, factors: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Where there is no kernel for it: of the Gram matrices of each batch of `tile` rows, less their near mean,
+    times the power of two of their layer (`factors`, None: 1), and without the diagonals, the inner products
+    ``[batches, L, L2]`` of x with y (None: with itself), of each with itself
     ``[batches, L (+ L2)]``, and the sums of their rows ``[L (+ L2), N]``; float64.
     """
     sides = [x] if y is None else [x, y]
+    layers = [len(side) for side in sides]
+    factors = [1.0] * len(sides) if factors is None else factors[:, None, None].split(layers)
     products = [(Products(), Products()) for _ in sides]
     found, room = [], []
     for part in parts(x.shape[1], tile):
@@ -105,8 +108,8 @@ def cka_batches(x: Tensor, y: Tensor | None, tile: int) -> tuple[Tensor, Tensor,
         even = n + n % 2  # a row of zeros adds nothing
         if not room or room[0].shape[1] != even:
             room = [side.new_zeros((len(side), even, side.shape[2]), dtype=torch.float32) for side in sides]
-        for side, out in zip(sides, room, strict=True):
-            near_mean(side[:, part].float(), out[:, :n])
+        for side, out, factor in zip(sides, room, factors, strict=True):
+            near_mean(side[:, part].float(), out[:, :n]).mul_(factor)
         cross, own, sums = without_diagonal(room, products)
         found.append((cross, torch.cat(own), torch.cat(sums)[:, :n]))
     cross, own, sums = zip(*found, strict=True)

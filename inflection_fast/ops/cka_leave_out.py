@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .cka import MIN_ROWS, centred, check_rows, layers_of, of_terms, pooled_basis, project
+from .cka import MIN_ROWS, centred, check_rows, layers_of, of_terms, pooled_basis, project, scaled
 from .cka_result import CkaResult, jackknife_error, reason_of
 
 __all__ = ["cka_jackknife"]
@@ -62,7 +62,7 @@ def cka_jackknife(
     value = of_terms(terms)
     errors, sums = [], []
     for i in layers_of(x):
-        sides = [centred(side[i]) for side in (x, y)]
+        sides = [scaled(side[i])[0] for side in (x, y)]
         without = [terms_without(*pair, pieces, debiased) for pair in pairs(*sides)]
         errors.append(jackknife_error(of_terms(torch.stack(without, -1))[:, None], pieces[1] > 0))
         sums.append(torch.stack([side.sum() for side in sides]))  # NaN where a feature is NaN or infinite

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .cka import MIN_ROWS, SHIFT_ROWS
+from .cka import MIN_ROWS, SHIFT_ROWS, power_of_two, size_of
 from .cka_batches import RUN, Products, inner, parts, take_diagonal
 
 __all__ = ["cka_matrix"]
@@ -126,12 +126,13 @@ class Rows:
 
     def __init__(self, features: Tensor, order: Tensor | None):
         self.features, self.order = features, order
+        self.factor = factors_of(features)[:, None, None]
         self.shift = mean_of(features[:, :SHIFT_ROWS])  # takes the offset
         self.rest = torch.zeros_like(self.shift)
         n, sums = features.shape[1], 0.0
         for part in parts(n, SHIFT_ROWS):
             sums = sums + self.tile(part).sum(1, keepdim=True).double()
-        self.rest = (sums / n).float()  # what the first subtraction left
+        self.rest = (sums / -n).float()  # minus what the first subtraction left, times the factor
         self.norms = sums.new_zeros(len(features), n)  # |u|^2, filled in as the tiles are multiplied
 
     def tile(self, part: slice, room: Tensor | None = None) -> Tensor:
@@ -142,11 +143,16 @@ class Rows:
             torch.sub(rows, self.shift, out=out)
         else:
             out.copy_(rows).sub_(self.shift)
-        return out.sub_(self.rest)
+        return torch.addcmul(self.rest, out, self.factor, out=out)  # one pass over the rows
 
     def room(self, size: int) -> Tensor:
         """For tiles of at most so many rows."""
         return self.shift.new_empty((len(self.features), min(size, self.norms.shape[1]), self.features.shape[2]))
+
+
+def factors_of(features: Tensor) -> Tensor:
+    """float32 ``[L]``: powers of two that make fourth powers of a layer's rows float32; CKA has no scale."""
+    return power_of_two(torch.stack([size_of(layer) for layer in features])).reciprocal()
 
 
 def mean_of(features: Tensor) -> Tensor:
@@ -253,7 +259,8 @@ def neighbours(i: int, count: int, band: int) -> list[int]:
 def minibatches(sides: list[Tensor], tile: int) -> tuple[Tensor, Tensor, Tensor]:
     """Sums over batches of HSIC_1, each of a batch by itself."""
     x, y = sides[0], sides[1] if len(sides) == 2 else None
-    cross, own, sums = torch.ops.inflection_fast.cka_batches(x, y, tile)
+    factors = torch.cat([factors_of(side) for side in sides])
+    cross, own, sums = torch.ops.inflection_fast.cka_batches(x, y, tile, factors)
     layers, whole, left = [len(side) for side in sides], x.shape[1] // tile, x.shape[1] % tile
     total = [0.0, 0.0, 0.0]
     for first, last, n in ((0, whole, tile), (whole, len(cross), left)):
