@@ -66,21 +66,27 @@ def saved(folder, config):
     tiny.tokenizer().save_pretrained(folder)
 
 
-def test_a_model_that_shares_its_blocks_is_refused(files, tmp_path, capsys, untrained):
-    from transformers import AlbertConfig
+def test_a_model_whose_blocks_never_run_as_modules_is_refused(files, tmp_path, capsys, untrained):
+    from transformers import SqueezeBertConfig
 
-    config = AlbertConfig(
+    config = SqueezeBertConfig(
         vocab_size=64,
-        embedding_size=8,
+        embedding_size=16,
         hidden_size=16,
         num_hidden_layers=3,
         num_attention_heads=2,
         intermediate_size=32,
         max_position_embeddings=64,
+        q_groups=1,
+        k_groups=1,
+        v_groups=1,
+        post_attention_groups=1,
+        intermediate_groups=1,
+        output_groups=1,
     )
-    saved(files / "albert", config)
+    saved(files / "squeezebert", config)
     capsys.readouterr()
-    said = refused(capsys, "run", settings(files, tmp_path, "albert"))
+    said = refused(capsys, "run", settings(files, tmp_path, "squeezebert"))
     assert "cannot be measured" in said
     assert not (tmp_path / "run" / "source").exists()
 

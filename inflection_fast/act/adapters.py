@@ -59,10 +59,14 @@ def adapt(
     small = {name: rank for name, rank in ranks.items() if rank < 1}
     if small:
         raise ValueError(f"ranks: expected at least 1, got {small}")
+    modules = dict(model.named_modules())
+    missing = sorted(set(ranks) - set(modules))
+    if missing and kind != "prefix":
+        raise ValueError(f"ranks: {type(model).__name__} has no modules {missing}")
     common = {"task_type": _task(model), "modules_to_save": _saved(model, find_blocks(model), None) or None}
     names = list(ranks)
     first = max(ranks.values())
-    kin = {"target_modules": names, "fan_in_fan_out": any(isinstance(model.get_submodule(n), Conv1D) for n in names)}
+    kin = {"target_modules": names, "fan_in_fan_out": any(isinstance(modules.get(n), Conv1D) for n in names)}
     patterns = {
         "r": first,
         "lora_alpha": scale * first,

@@ -250,8 +250,8 @@ class Monitor:
             self._taps.detach()
             began = perf_counter() - self._taps.seconds
             packet = self._filled(loss, loss_scale, scaler)
+            finished = self._background.add(packet)  # before copying, whose results are of a later row however soon
             self._background.copy(self._panel.listening("in_background"), self._taps.parameters)
-            finished = self._background.add(packet)
             self._panel.mark_failures(packet, everything=self._taps.failure is not None)
             probed = self._probe is not None and bool(self._due & self._probed)
             of_probe = self._probe.sharded_outputs if probed else set()

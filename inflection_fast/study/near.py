@@ -8,18 +8,20 @@ __all__ = ["LETTERS", "near_duplicates"]
 
 LETTERS = 5  # length of the letter sequences: shorter ones are shared by unrelated texts
 PERMUTATIONS = 128
+CANDIDATES = 0.7  # of the threshold: the estimate of 128 permutations errs by some 0.04
 
 
 def near_duplicates(texts: Sequence[str], others: Sequence[str] | None, threshold: float) -> list[int]:
     """Indices of the texts that resemble one of `others`, or an earlier text where `others` is None.
 
     Two texts resemble each other where the Jaccard similarity of their sets of five consecutive letters is at least
-    `threshold`. Candidates come from MinHash with locality-sensitive hashing (datasketch), which may miss a pair near
-    the threshold; every candidate is confirmed by the exact similarity, so no pair below the threshold is reported.
+    `threshold`. Candidates come from MinHash with locality-sensitive hashing (datasketch), which is asked for pairs well
+    below the threshold so that it seldom misses one; every candidate is confirmed by the exact similarity, so no pair
+    below the threshold is reported.
     """
     from datasketch import MinHash, MinHashLSH
 
-    index = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS)
+    index = MinHashLSH(threshold=CANDIDATES * threshold, num_perm=PERMUTATIONS)
     pieces: dict[int, frozenset[str]] = {}
 
     def sketch(letters: frozenset[str]) -> MinHash:
