@@ -15,9 +15,9 @@ def near_duplicates(texts: Sequence[str], others: Sequence[str] | None, threshol
     """Indices of the texts that resemble one of `others`, or an earlier text where `others` is None.
 
     Two texts resemble each other where the Jaccard similarity of their sets of five consecutive letters is at least
-    `threshold`. Candidates come from MinHash with locality-sensitive hashing (datasketch), which is asked for pairs well
-    below the threshold so that it seldom misses one; every candidate is confirmed by the exact similarity, so no pair
-    below the threshold is reported.
+    `threshold`. Candidates come from MinHash with locality-sensitive hashing (datasketch), asked for pairs well below
+    the threshold so that it seldom misses one; every candidate is confirmed by the exact similarity, so no pair below
+    the threshold is reported.
     """
     from datasketch import MinHash, MinHashLSH
 
