@@ -205,14 +205,14 @@ def test_a_disk_that_fills_stops_the_study_and_loses_nothing(tmp_path, monkeypat
     assert progress_of(config, Shelf.of(config), "one/under/head/1").failed == 0
 
 
-def test_a_cell_that_killed_two_workers_is_given_up(tmp_path):
+def test_a_cell_that_killed_three_workers_is_given_up(tmp_path):
     config = tiny_study(tmp_path)
     shelf = Shelf.of(config)
     begun = shelf.path("claims/one__under__head__1.begun.json")
     begun.parent.mkdir(parents=True)
-    begun.write_text('{"times": 2}')
+    begun.write_text('{"times": 3}')
     work_through(config, only="one/under/head/1")
-    assert "2 workers died" in shelf.find("cells/one/under/head/1.json")["run_info"]["error_msg"]
+    assert "3 workers died" in shelf.find("cells/one/under/head/1.json")["run_info"]["error_msg"]
 
 
 # ---- processes -------------------------------------------------------------------------------------------------------

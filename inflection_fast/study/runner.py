@@ -114,6 +114,7 @@ def _worker(config: StudyConfig, only: str | None) -> None:
     from inflection_fast.run.chatter import quiet_libraries
 
     quiet_libraries()
+    signal.signal(signal.SIGTERM, _interrupted)  # so that a cell that is cut off does not count as one that killed
     parent = multiprocessing.parent_process()
     if parent is not None:  # a parent that was killed stops nobody, and its workers would go on unseen
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
@@ -128,6 +129,10 @@ def _worker(config: StudyConfig, only: str | None) -> None:
         if disk_full(error):
             sys.exit(FULL)
         raise
+
+
+def _interrupted(_number: int, _frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _end_with(parent: multiprocessing.process.BaseProcess) -> None:

@@ -31,6 +31,7 @@ from inflection_fast.timeline import Timeline
 
 __all__ = ["Work", "saturation"]
 
+DEATHS = 3  # workers that a cell may kill before it is given up
 SURE = 0.99  # a largest probability above this counts as saturated
 
 
@@ -323,7 +324,7 @@ class Work:
             deaths = self._begin(cell)
             begin = time.perf_counter()
             try:
-                if deaths >= 2:
+                if deaths >= DEATHS:
                     raise NoArm(f"{deaths} workers died while computing this cell: too little memory, most often")
                 found = self._compute(cell)
             except Busy:
