@@ -16,7 +16,7 @@ from tiny_study import tiny_study
 
 from inflection_fast.run.errors import UserError
 from inflection_fast.study.cells import cells_of
-from inflection_fast.study.config import plain
+from inflection_fast.study.config import WaveConfig, plain
 from inflection_fast.study.estimate import estimate
 from inflection_fast.study.gradients import gradients
 from inflection_fast.study.page import write
@@ -163,6 +163,28 @@ def test_an_arm_that_cannot_be_had_is_recorded_and_the_others_are_computed(tmp_p
     assert retry(config, Shelf.of(config), "one/under/*/1") == 2
 
 
+def test_an_arm_that_breaks_while_rates_are_searched_stops_no_other_cell(tmp_path, monkeypatch):
+    class Broken:
+        draws = False
+
+        def choose(self, seen):
+            raise RuntimeError("shapes do not fit")
+
+    class Point:
+        name, value = "broken", "mine:Broken"
+        load = staticmethod(lambda: Broken)
+
+    monkeypatch.setattr("inflection_fast.study.arms.entry_points", lambda group: [Point])
+    config = tiny_study(tmp_path, waves=(WaveConfig(("broken", "head"), seeds=(1,)),))
+    work_through(config, only="one/under/*")
+    cell = Shelf.of(config).find("cells/one/under/broken/1.json")
+    assert (
+        cell["run_info"]["error_msg"] == "RuntimeError: shapes do not fit"
+        and "choose" in cell["train_info"]["traceback"]
+    )
+    assert not Shelf.of(config).find("cells/one/under/head/1.json")["run_info"]["error_msg"]
+
+
 def test_another_study_s_folder_is_refused_and_more_seeds_are_not(done):
     config, _ = done
     Shelf.of(replace(config, seeds=(1, 2, 3)))
@@ -178,8 +200,6 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 
 
 def test_an_unknown_arm_is_named(tmp_path):
-    from inflection_fast.study.config import WaveConfig
-
     with pytest.raises(UserError, match="there is no arm 'gready'"):
         cells_of(tiny_study(tmp_path, waves=(WaveConfig(("gready",)),)))
 

@@ -192,7 +192,9 @@ def test_costs_and_means_are_read_from_the_cells(tmp_path):
 
 def test_the_page_says_which_selectors_beat_random_layers_and_keeps_leaking_cells_apart(tmp_path):
     planted(tmp_path, 0.08)
-    results = study(tmp_path, [cell("leaky", "over", "greedy", s, np.ones(50), leaking=True) for s in (1, 2)])
+    leaky = [cell("leaky", "over", "greedy", s, np.ones(50), leaking=True) for s in (1, 2)]
+    leaky += [cell("leaky", "over", "random", s, np.zeros(50), leaking=True, draw=0) for s in (1, 2)]
+    results = study(tmp_path, leaky)
     before = [r for r in results.cells if not r.leaking]
     page = write(tmp_path).read_text()
     effect = compare(before, "greedy", "random")

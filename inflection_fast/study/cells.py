@@ -71,8 +71,11 @@ def _of_wave(config: StudyConfig, wave: WaveConfig) -> Iterator[Cell]:
 
 def jobs_of(config: StudyConfig, only: str | None = None) -> list[Job]:
     """The work behind the cells, in the order of computing: what they share stands before the first that needs it."""
-    tuning = [tuple(cell.split("/")) for cell in config.tuning.cells]
     cells = cells_of(config, only)
+    regimes = {cell.regime for cell in cells}
+    tuning = [
+        (transfer, regime) for transfer, regime in (c.split("/") for c in config.tuning.cells) if regime in regimes
+    ]
     jobs = [Job("source", *place) for place in tuning]
     jobs += [Job("tune", *place, SHALLOW, rate) for place in tuning for rate in rates_of(config, SHALLOW)]
     measured = [Job("gradients", *cell.split("/")) for cell in config.gradients if only is None]

@@ -62,8 +62,12 @@ class Work:
                 name = f"gradients/{job.transfer}-{job.regime}-{job.arm}.json"
                 return self._new(name, lambda *place: gradients(self, *place, job.arm, name), job)
             return self._tune(job)
-        except (UserError, NoArm):
-            return False  # the cells that need it say so
+        except Busy:
+            raise
+        except Exception as error:
+            if _no_room(error):
+                raise
+            return False  # the cells that need it meet the same error, and record it
 
     def _new(self, name: str, compute: Any, job: Job) -> bool:
         if self.shelf.find(name) is not None or name in self._failed:
@@ -334,7 +338,7 @@ class Work:
                 self._end(cell)
                 raise
             except Exception as error:
-                if disk_full(error) or (isinstance(error, OSError) and error.errno == errno.EROFS):
+                if _no_room(error):
                     self._end(cell)
                     raise
                 text = "" if isinstance(error, (UserError, NoArm)) else traceback.format_exc()
@@ -366,6 +370,11 @@ class Work:
 
     def _end(self, cell: Cell) -> None:
         self.shelf.path(f"claims/{cell.name.replace('/', '__')}.begun.json").unlink(missing_ok=True)
+
+
+def _no_room(error: Exception) -> bool:
+    """Whether the disk takes no more: no fault of a cell, and nothing could be recorded."""
+    return disk_full(error) or (isinstance(error, OSError) and error.errno == errno.EROFS)
 
 
 def saturation(logits: np.ndarray) -> dict[str, float]:
