@@ -6,7 +6,7 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["UserError", "disk_full", "refused_path", "user_errors"]
+__all__ = ["UserError", "disk_full", "refused_path", "takes_nothing", "user_errors"]
 
 _REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
@@ -46,6 +46,11 @@ def disk_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def takes_nothing(error: Exception) -> bool:
+    """Whether the disk is full, or cannot be written at all: then nothing could be recorded either."""
+    return disk_full(error) or (isinstance(error, OSError) and error.errno == errno.EROFS)
 
 
 def refused_path(error: BaseException | None) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import shutil
 import time
 import traceback
@@ -17,7 +16,7 @@ import torch
 from torch import nn
 
 from inflection_fast.measure import Monitor, MonitorConfig
-from inflection_fast.run.errors import UserError, disk_full
+from inflection_fast.run.errors import UserError, takes_nothing
 from inflection_fast.run.folder import write_json
 from inflection_fast.study.adaptation import Adaptation, NoArm
 from inflection_fast.study.arms import Seen, arm_of
@@ -65,7 +64,7 @@ class Work:
         except Busy:
             raise
         except Exception as error:
-            if _no_room(error):
+            if takes_nothing(error):
                 raise
             return False  # the cells that need it meet the same error, and record it
 
@@ -338,7 +337,7 @@ class Work:
                 self._end(cell)
                 raise
             except Exception as error:
-                if _no_room(error):
+                if takes_nothing(error):
                     self._end(cell)
                     raise
                 text = "" if isinstance(error, (UserError, NoArm)) else traceback.format_exc()
@@ -370,11 +369,6 @@ class Work:
 
     def _end(self, cell: Cell) -> None:
         self.shelf.path(f"claims/{cell.name.replace('/', '__')}.begun.json").unlink(missing_ok=True)
-
-
-def _no_room(error: Exception) -> bool:
-    """Whether the disk takes no more: no fault of a cell, and nothing could be recorded."""
-    return disk_full(error) or (isinstance(error, OSError) and error.errno == errno.EROFS)
 
 
 def saturation(logits: np.ndarray) -> dict[str, float]:
