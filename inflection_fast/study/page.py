@@ -71,8 +71,9 @@ def _first_words(results: Results, cells: Sequence[Result]) -> str:
         "This page is written by `inflection-fast study report` from the JSON files of the cells alone"
         " (`benchmarks/study/cells`). The questions and the configuration were written down before a reported seed ran"
         " (`benchmarks/study/PREREGISTRATION.md`).",
-        f"{len(results.cells)} cells are there: {len(transfers)} transfers, {len({c.regime for c in cells})} regimes of"
-        f" the source, {len(results.arms())} arms, seeds {', '.join(map(str, seeds))}"
+        f"{_count(len(results.cells), 'cell')} {'is' if len(results.cells) == 1 else 'are'} there:"
+        f" {_count(len(transfers), 'transfer')}, {_count(len({c.regime for c in cells}), 'regime')} of the source,"
+        f" {_count(len(results.arms()), 'arm')}, {_count(len(seeds), 'seed')} ({', '.join(map(str, seeds))})"
         + (f"; {len(results.failed)} cells failed" if results.failed else "")
         + ". Cells of one transfer, regime and seed train on the same texts in the same order from the same weights and"
         " are tested on the same texts, so that arms are compared text by text.",
@@ -88,6 +89,10 @@ def _first_words(results: Results, cells: Sequence[Result]) -> str:
             f" {_verdict(effect)}"
         )
     return "\n\n".join(lines)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _verdict(effect: Effect) -> str:
