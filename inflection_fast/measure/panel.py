@@ -18,7 +18,7 @@ from .packet import Fields, Packet, Piece
 
 __all__ = ["FAILED", "MACHINERY", "Panel"]
 
-MACHINERY = "monitor"  # under this name the packet holds what is no quantity: for now who has failed
+MACHINERY = "monitor"  # under this name the packet holds what is no quantity: who has failed
 FAILED = "failed"
 _TAKEN = ("layer", "step", "steps", "layers", "meta", "columns", "truncated")  # by the timeline itself
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
