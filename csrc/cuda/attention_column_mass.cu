@@ -9,8 +9,8 @@
 // sums. By a static estimate (docs/kernels.md) issue slots bound it, 5.8 ms for B8 H32 T4096 D128 bf16, before shared
 // memory (3.5) and mma.sync (1.8); only one tile is in flight, so the latency of loading it comes on top.
 //
-// A probability is e^(s - lse), at most 1. A row at lse = -inf counts nothing, a score of -inf has no probability, NaN stays NaN in the columns that its row
-// attends.
+// A probability is e^(s - lse), at most 1. A row at lse = -inf counts nothing, a score of -inf has no probability, NaN
+// stays NaN in the columns that its row attends.
 #include "qk_tiles.cuh"
 #include "row_lanes.cuh"
 
@@ -38,7 +38,7 @@ struct Sum {
 };
 
 template <class S>
-__global__ void __launch_bounds__(S::kThreads)
+__global__ void __launch_bounds__(S::kThreads, 1)  // or the compiler stops at 128 registers and spills
     columns_of_tile(AttentionColumnMassArgs args, QkForm form, int64_t key_tiles) {
   using T = typename S::Type;
   static_assert(S::kSub == 1);
