@@ -167,6 +167,7 @@ def waits_of(one, name):
                     monitor.step()
                 optimizer.step()
                 optimizer.zero_grad()
+                monitor._background._todo.join()  # so that the third step always has the results of the second
         found.append(counted.found)
     forward = Waits()
     with forward, torch.no_grad():

@@ -138,12 +138,13 @@ def _add(packet: Packet, name: str, found: Mapping[str, np.ndarray]) -> None:
     sums = packet[name]
     for field, value in found.items():
         view = sums[field]
-        host = torch.from_numpy(np.ascontiguousarray(value, np.float64)).to(view.dtype)
-        if host.shape != view.shape:
+        if np.shape(value) != tuple(view.shape):
             raise ValueError(
-                f"accumulator {field!r} has shape {tuple(view.shape)}, in_background gave {tuple(host.shape)}"
+                f"accumulator {field!r} has shape {tuple(view.shape)}, in_background gave {np.shape(value)}"
             )
-        there = (host.pin_memory() if view.is_cuda else host).to(view.device, non_blocking=True)
+        host = torch.empty(view.shape, dtype=view.dtype, pin_memory=view.is_cuda)
+        host.numpy()[...] = value
+        there = host.to(view.device, non_blocking=True)
         if packet.fields.declared[name][field].join == "max":
             torch.maximum(view, there, out=view)
         else:
