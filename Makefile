@@ -9,9 +9,10 @@ PY ?= .venv/bin/python
 PIP = $(PY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 SOURCES = setup.py pyproject.toml $(shell find csrc -type f)
-KERNEL_TESTS = test_attention_logits.py test_attention_logits_backward.py test_attention_qk.py \
-	test_attention_qk_gradients.py test_packed_sequences.py test_column_mass.py test_cka.py test_cka_16bit.py \
-	test_cka_basis.py test_cka_batches.py test_cka_state.py test_norms.py test_activation_moments.py
+KERNEL_TESTS = test_attention_stats.py test_attention_stats_backward.py test_attention_stats_qk.py \
+	test_attention_stats_qk_backward.py test_attention_stats_qk_packed.py test_attention_column_mass.py test_cka.py \
+	test_cka_16bit.py test_cka_basis.py test_cka_batches.py test_cka_state.py test_sum_of_squares.py \
+	test_activation_moments.py
 LIBRARY = inflection_fast/_cpu.abi3.so
 
 .PHONY: demo test test-models test-wide test-emulated test-emulated-sanitized kernels wheel wheel-from-sdist bench lint \

@@ -1,6 +1,6 @@
 """Pytest plugin: every operator that has a CUDA kernel runs it on the GPU, though the tests hold CPU tensors.
 
-    PYTHONPATH=tests python -m pytest -p on_cuda tests/test_norms.py
+    PYTHONPATH=tests python -m pytest -p on_cuda tests/test_sum_of_squares.py
 
 Each call moves its tensors to the device with their strides and their offset, runs the kernel there and moves the
 results back; so the cases are those of the CPU kernels. The session fails if nothing ran on the device.

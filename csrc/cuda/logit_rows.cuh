@@ -11,10 +11,10 @@ constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kVectorBytes = 16;
 constexpr int kDenseSlice = 4 * kVectorBytes;  // what a thread holds at once: 4 loads are in flight per thread
 constexpr int kOtherSlice = kVectorBytes;      // with a mask or strides the addresses cost more than the latency
-constexpr double kSmallestScale = 1e-28, kLargestScale = 1e28;  // as in csrc/cpu/attention_scores.inc
+constexpr double kSmallestScale = 1e-28, kLargestScale = 1e28;  // as in csrc/cpu/logit_rows.inc
 constexpr float kLargeLse = 16.f;  // beyond, the rounding of a float log-sum-exp shows in every probability
 
-// How scores are formed from logits; see Scores in csrc/cpu/attention_scores.inc.
+// How scores are formed from logits; see Scores in csrc/cpu/logit_rows.inc.
 struct Form {
   float factor, factor_low;  // values are multiplied by their sum: 1 or -1, or the whole scale under an additive mask
   double scale;              // what remains to be multiplied by, > 0

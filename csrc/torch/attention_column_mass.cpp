@@ -1,7 +1,7 @@
 // attention_column_mass: sums over the rows of probabilities from Q, K and the log-sum-exp of the rows.
 #include <tuple>
 
-#include "attention_qk.h"
+#include "qk_arguments.h"
 
 namespace inflection {
 namespace {

@@ -4,6 +4,9 @@ Shape letters: B batch, H heads, Q queries, K keys, L layers, N samples, D featu
 """
 
 from .activation_moments import MOMENT_SUMS, ActivationMoments, activation_moments
+from .attention_column_mass import AttentionColumns, attention_column_mass
+from .attention_stats import AttentionStats, attention_entropy, attention_stats
+from .attention_stats_qk import attention_entropy_qk, attention_stats_qk
 from .checks import memory_bytes
 from .cka import delta_cka, linear_cka
 from .cka_basis import CkaBasis
@@ -12,14 +15,10 @@ from .cka_matrix import cka_matrix
 from .cka_result import CkaResult
 from .cka_rows import RowSample, feature_rows
 from .cka_state import CkaState
-from .column_mass import attention_column_mass
-from .entropy import attention_entropy, attention_stats
-from .entropy_qk import attention_entropy_qk, attention_stats_qk
 from .library import build_info
-from .norms import sum_of_squares
 from .rank import AttentionRank, attention_rank
 from .spectrum import PowerLaw, Spectrum, power_law, singular_values, weight_spectrum
-from .stats import AttentionColumns, AttentionStats
+from .sum_of_squares import sum_of_squares
 
 __all__ = [
     "MOMENT_SUMS",

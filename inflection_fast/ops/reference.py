@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .activation_moments import MASSIVE_MAGNITUDE, MASSIVE_OF_MEDIAN, ActivationMoments
-from .stats import AttentionColumns, AttentionStats
+from .attention_column_mass import AttentionColumns
+from .attention_stats import AttentionStats
 
 INF = float("inf")
 

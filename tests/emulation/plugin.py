@@ -1,6 +1,6 @@
 """Pytest plugin: every operator that has a CUDA kernel runs it, compiled as C++ for the emulator, on CPU tensors.
 
-    python -m pytest -p tests.emulation.plugin tests/test_norms.py
+    python -m pytest -p tests.emulation.plugin tests/test_sum_of_squares.py
 
 The tests are those of the CPU kernels; where they run once per instruction set, they run once here. The session fails
 if no kernel was launched.

@@ -1,7 +1,7 @@
 // attention_stats_qk: statistics of softmax rows from Q and K, and their gradients.
 #include <tuple>
 
-#include "attention_qk.h"
+#include "qk_arguments.h"
 
 namespace inflection {
 namespace {

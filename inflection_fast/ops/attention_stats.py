@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from . import checks, library
-from .stats import AttentionStats
 
-__all__ = ["attention_entropy", "attention_stats"]
+__all__ = ["AttentionStats", "attention_entropy", "attention_stats"]
+
+
+class AttentionStats(NamedTuple):
+    """Statistics of softmax rows, each float32 ``[..., Q]``.
+
+    A row without any key has entropy 0, lse -inf, max_logit -inf, keys 0, collision 0 and sink 0. NaN or +inf at a
+    position that is attended makes every field of that row NaN, except `keys`.
+    """
+
+    entropy: Tensor
+    """Entropy of the probabilities, in nats."""
+    lse: Tensor
+    """Log-sum-exp of the scores."""
+    max_logit: Tensor
+    """Largest score that is attended."""
+    keys: Tensor
+    """Number of keys that are attended."""
+    collision: Tensor
+    """Sum of squared probabilities."""
+    sink: Tensor
+    """Probability of key 0, or of the sink column where there is one."""
 
 
 def attention_entropy(

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from . import checks
 from .qk_arguments import qk_arguments
-from .stats import AttentionColumns
 
-__all__ = ["attention_column_mass"]
+__all__ = ["AttentionColumns", "attention_column_mass"]
+
+
+class AttentionColumns(NamedTuple):
+    """What keys receive over the rows of attention, each float32 ``[B, H, K]``.
+
+    A key that no row attends has 0 and 0. A row that holds NaN makes the keys that it attends NaN.
+    """
+
+    mass: Tensor
+    """Sum of the probabilities that rows give to the key."""
+    squares: Tensor
+    """Sum of their squares."""
 
 
 def attention_column_mass(

@@ -7,7 +7,7 @@
 // the longest first. Each logit is read once, and dense rows are bound by memory (docs/kernels.md): at 4096 columns a
 // 16-bit logit takes 17 instructions, against the 20 that an H100 can issue while it arrives, a float32 one 32 of 39.
 //
-// Odd rows and masked columns are as in csrc/cpu/attention_logits.inc.
+// Odd rows and masked columns are as in csrc/cpu/attention_stats.inc.
 #include "logit_rows.cuh"
 
 namespace inflection {

@@ -1,10 +1,10 @@
 // Gradients of the row statistics with respect to Q and K, recomputed from Q, K and what the forward pass reports of a
 // row.
 //
-// As csrc/cpu/attention_qk_backward.inc: dS = p (a + b log p + c p), and + g P at key 0; dQ = scale dS K, dK = scale
-// dS^T Q, of the same products as the forward pass sums, in the same form; in two kernels over the same tiles of scores. One keeps a tile of rows and goes over the keys, the other
-// keeps a tile of keys and goes over the rows; every number has one writer, so the result is the same in every run.
-// Nothing of size Tq x Tk is stored. dS of 16-bit inputs goes to the tensor cores as two numbers of their dtype, value
+// As csrc/cpu/attention_stats_qk_backward.inc, of the same products as the forward pass sums, in the same form; in two
+// kernels over the same tiles of scores. One keeps a tile of rows and goes over the keys, the other keeps a tile of keys
+// and goes over the rows; every number has one writer, so the result is the same in every run. Nothing of size Tq x Tk
+// is stored. dS of 16-bit inputs goes to the tensor cores as two numbers of their dtype, value
 // and remainder; sums are float32.
 //
 // A block makes at most 128 columns of the gradient; for wider heads the scores are computed once for every 128. By a

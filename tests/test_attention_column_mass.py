@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_attention_qk import MASKS, pair, seeded, widened, worst  # noqa: F401  (seeded is used by every test)
+from test_attention_stats_qk import MASKS, pair, seeded, widened, worst  # noqa: F401  (seeded is used by every test)
 
 from inflection_fast import AttentionColumns, attention_column_mass, attention_stats_qk
 from inflection_fast.ops import reference

@@ -10,7 +10,7 @@
 // fit on an H100. By a static estimate (docs/kernels.md) issue slots bound it, 2.3 ms for B8 H32 T4096 D128 bf16,
 // before shared memory (2.0), mma.sync (1.8) and exponentials (1.2); at D = 256 shared memory does.
 //
-// float32 inputs are multiplied in float32 with fused multiply-adds. Odd rows are as in csrc/cpu/attention_qk.inc.
+// float32 inputs are multiplied in float32 with fused multiply-adds. Odd rows: see csrc/cpu/attention_stats_qk.inc.
 #include "qk_tiles.cuh"
 
 namespace inflection {

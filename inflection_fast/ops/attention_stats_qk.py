@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from . import checks, library
+from .attention_stats import AttentionStats
 from .qk_arguments import qk_arguments
-from .stats import AttentionStats
 
 __all__ = ["attention_entropy_qk", "attention_stats_qk"]
 

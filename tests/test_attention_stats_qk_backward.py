@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_attention_qk import MASKS, integers, pair, seeded, widened  # noqa: F401  (seeded is used by every test)
+from test_attention_stats_qk import MASKS, integers, pair, seeded, widened  # noqa: F401  (seeded is used by every test)
 
 from inflection_fast import attention_entropy_qk, attention_stats_qk
 from inflection_fast.ops import reference

@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 import torch
-from test_attention_qk import MASKS, check, pair, seeded  # noqa: F401  (seeded is used by every test)
-from test_attention_qk_gradients import check as check_gradients
+from test_attention_stats_qk import MASKS, check, pair, seeded  # noqa: F401  (seeded is used by every test)
+from test_attention_stats_qk_backward import check as check_gradients
 
 from inflection_fast import attention_entropy_qk, attention_stats_qk
 from inflection_fast.ops.qk_arguments import key_bounds
