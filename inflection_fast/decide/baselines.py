@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from .extremes import Finding
@@ -11,19 +13,21 @@ __all__ = ["BASELINES", "baseline"]
 BASELINES = ("first", "last", "random", "all")
 
 
-def baseline(method: str, k: int, layers: int, seed: int) -> list[Finding]:
-    """The first or last `k` of `layers` blocks, `k` drawn at random from `seed`, or all of them."""
-    chosen = {
+def baseline(method: str, k: int, layers: Sequence[int], seed: int) -> list[Finding]:
+    """The first or last `k` of the blocks `layers`, `k` drawn at random from `seed`, or all of them."""
+    count = len(layers)
+    places = {
         "first": range(k),
-        "last": range(layers - k, layers),
-        "random": sorted(np.random.default_rng(seed).choice(layers, k, replace=False).tolist()),
-        "all": range(layers),
+        "last": range(count - k, count),
+        "random": sorted(np.random.default_rng(seed).choice(count, k, replace=False).tolist()),
+        "all": range(count),
     }[method]
     which = {
-        "first": f"one of the first {k} of {layers}",
-        "last": f"one of the last {k} of {layers}",
-        "random": f"one of {k} of {layers} drawn at random (seed {seed})",
-        "all": f"one of all {layers}",
+        "first": f"one of the first {k} of {count}",
+        "last": f"one of the last {k} of {count}",
+        "random": f"one of {k} of {count} drawn at random (seed {seed})",
+        "all": f"one of all {count}",
     }[method]
+    chosen = [int(layers[place]) for place in places]
     picks = {layer: f"Block {layer} is {which}: a baseline, chosen without the measurement." for layer in chosen}
     return [Finding("baseline", f"A baseline ({method}), chosen without the measurement.", picks)]

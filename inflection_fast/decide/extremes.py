@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -63,37 +64,33 @@ def _lowest_gradient(gradient: Signal, level: float | None) -> Finding:
 
 def _steepest(gradient: Signal, level: float | None) -> Finding:
     name = "gradient cliff"
-    landings = [layer for layer in gradient.layers if layer + 1 in gradient.layers]
-    if not landings:
+    pairs = [(low, high) for low, high in pairwise(gradient.within) if {low, high} <= set(gradient.layers)]
+    if not pairs:
         return Finding(
             name, "No two neighbouring blocks have an activation gradient, so there is no cliff to look for."
         )
-    # Log-norms fall from block l + 1 to block l, where the fall lands: the direction of backpropagation.
-    falls = np.stack([gradient.values[:, layer + 1] - gradient.values[:, layer] for layer in landings], axis=1)
+    # Log-norms fall from a block to the one before it, where the fall lands: the direction of backpropagation.
+    falls = np.stack([gradient.values[:, high] - gradient.values[:, low] for low, high in pairs], axis=1)
     column = int(falls.mean(axis=0).argmax())
-    layer = int(landings[column])
+    layer, upper = map(int, pairs[column])
     # It has to be a fall at all, and steeper than the usual one: a norm that shrinks evenly has no cliff.
-    excess = over_others(falls) if len(landings) > 1 else falls
-    floor = float(np.hypot(gradient.floor[layer], gradient.floor[layer + 1]))
+    excess = over_others(falls) if len(pairs) > 1 else falls
+    floor = float(np.hypot(gradient.floor[layer], gradient.floor[upper]))
     fall, over = (
-        evidence_of(
-            series[:, column], floor, level=level, comparisons=len(landings), correlation=correlation_of(series)
-        )
+        evidence_of(series[:, column], floor, level=level, comparisons=len(pairs), correlation=correlation_of(series))
         for series in (falls, excess)
     )
     weaker = min(fall, over, key=lambda evidence: (evidence.holds, evidence.standard_errors))
     factor = f"{math.exp(fall.difference):.3g} times ({fall.difference:.3g} in the log, the median fall being "
-    factor += f"{fall.difference - over.difference:.3g})" if len(landings) > 1 else "0)"
-    against = _against(weaker, f"the steepest of {len(landings)}")
+    factor += f"{fall.difference - over.difference:.3g})" if len(pairs) > 1 else "0)"
+    against = _against(weaker, f"the steepest of {len(pairs)}")
     if not weaker.holds:
         return Finding(
             name,
             "The activation gradient has no cliff worth the name: its steepest fall, from block "
-            f"{layer + 1} to block {layer}, is {factor}{against}.",
+            f"{upper} to block {layer}, is {factor}{against}.",
         )
-    words = (
-        f"The gradient cliff lands on block {layer}: from block {layer + 1} the activation gradient norm falls {factor}"
-    )
+    words = f"The gradient cliff lands on block {layer}: from block {upper} the activation gradient norm falls {factor}"
     return Finding(name, f"The gradient cliff (steepest fall) lands on block {layer}.", {layer: f"{words}{against}."})
 
 

@@ -16,15 +16,19 @@ import numpy as np
 
 from ..timeline import Timeline
 from .extremes import Finding
+from .profile import only
 
 __all__ = ["collapsed", "column", "lazy"]
 
 _QUANTITY = {"rank_k90": "rank", "column_mass": "rank", "entropy": "attention", "sink": "attention"}
 
 
-def lazy(timeline: Timeline, window: np.ndarray, rank: float, mass: float) -> tuple[Finding, np.ndarray]:
-    """The layers whose attention is of rank one and in one column; scores [L]: 1 / the largest k* of a layer."""
-    ranks, masses = (_mean(column(timeline, name), window) for name in ("rank_k90", "column_mass"))  # [L, H]
+def lazy(
+    timeline: Timeline, window: np.ndarray, within: np.ndarray, rank: float, mass: float
+) -> tuple[Finding, np.ndarray]:
+    """Those `within` whose attention is of rank one and in one column; scores [L]: 1 / the largest k* of a layer."""
+    names = "rank_k90", "column_mass"
+    ranks, masses = (_mean(only(column(timeline, name), within), window) for name in names)  # [L, H]
     largest, share = _over_heads(np.nanmax, ranks), _over_heads(np.nanmean, masses)
     with np.errstate(invalid="ignore"):
         chosen = np.flatnonzero((largest < rank) & (share >= mass))
@@ -49,10 +53,10 @@ def lazy(timeline: Timeline, window: np.ndarray, rank: float, mass: float) -> tu
 
 
 def collapsed(
-    timeline: Timeline, window: np.ndarray, limit: float
+    timeline: Timeline, window: np.ndarray, within: np.ndarray, limit: float
 ) -> tuple[Finding, np.ndarray, dict[int, tuple[int, ...]]]:
-    """Layers with collapsed heads; scores [L]: the share of a layer's heads that are; and those heads by layer."""
-    entropy = _mean(column(timeline, "entropy"), window)  # [L, H]
+    """Those `within` with collapsed heads; scores [L]: the share of a layer's heads that are; and those heads."""
+    entropy = _mean(only(column(timeline, "entropy"), within), window)  # [L, H]
     beside = {name: getattr(timeline, name, None) for name in ("rank_k90", "sink")}
     beside = {name: _mean(values, window) for name, values in beside.items() if values is not None}
     with np.errstate(invalid="ignore"):

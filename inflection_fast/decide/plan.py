@@ -37,7 +37,9 @@ class Plan:
     scores: np.ndarray  # [L] SKI, or the method's own measure; NaN where a layer has none
     profile: dict[str, list[float]]  # name -> [L], the numbers the decision was made from
     config: dict  # the SelectConfig
-    model: dict  # model_type, class, named (blocks given by name?), layers: the names of the L blocks
+    # model_type, class, named (blocks given by name?), layers: the names of the L blocks; and where the model has
+    # several stacks, the one that was looked at, as {"name": ..., "layers": indices of its blocks}
+    model: dict
     found: dict[str, list[int]] = field(default_factory=dict)  # what was looked for -> the blocks that it is, if any
     ranks: dict[int, int] = field(default_factory=dict)  # layer -> rank of its adapters, where it has one of its own
     heads: dict[int, tuple[int, ...]] = field(default_factory=dict)  # layer -> its heads that are meant, if not all
@@ -57,6 +59,8 @@ class Plan:
             raise ValueError(f"layers: expected integers from 0 to {count - 1}, got {list(self.layers)}")
         if list(self.layers) != sorted(set(self.layers)):
             raise ValueError(f"layers: expected sorted and distinct, got {list(self.layers)}")
+        if not set(self.candidates) <= set(range(count)) or not set(self.layers) <= set(self.candidates):
+            raise ValueError(f"model: layers {list(self.layers)} are not those of its stack {self.model['stack']}")
         if set(self.reasons) != set(self.layers):
             raise ValueError(f"reasons: expected one for each of {list(self.layers)}, got {sorted(self.reasons)}")
         if self.scores.shape != (count,):
@@ -72,6 +76,12 @@ class Plan:
         for name, values in self.profile.items():
             if len(values) != count:
                 raise ValueError(f"profile: expected {count} values of {name}, got {len(values)}")
+
+    @property
+    def candidates(self) -> list[int]:
+        """Indices of the blocks that the layers were chosen from: those of one stack of the model."""
+        stack = self.model.get("stack")
+        return list(range(len(self.model["layers"]))) if stack is None else list(stack["layers"])
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the plan as JSON, whole or not at all. NaN becomes null. `OSError` if the disk refuses."""

@@ -11,7 +11,7 @@ from ..timeline import Timeline
 from .evidence import Evidence, correlation_of, evidence_of, over_others
 from .ski import score_of
 
-__all__ = ["Signal", "entropy_of", "gradient_of", "score_signal", "window_of"]
+__all__ = ["Signal", "entropy_of", "gradient_of", "only", "score_signal", "window_of"]
 
 # What the measurement itself can tell apart, whatever the variation between steps: float32 kernels.
 _ENTROPY_PRECISION = 2e-6  # nats
@@ -25,6 +25,8 @@ class Signal:
     steps: np.ndarray  # [S] indices into the timeline
     values: np.ndarray  # [S, L], NaN in the columns of layers without values
     floor: np.ndarray  # [L] the least standard error of a layer's mean to believe
+    # [N] the layers that are looked at, in their order; none has values beside them. Neighbours are neighbours in it.
+    within: np.ndarray
 
     @cached_property
     def layers(self) -> np.ndarray:
@@ -79,13 +81,13 @@ def window_of(timeline: Timeline, steps: tuple[int, int] | float | None) -> np.n
     return chosen
 
 
-def entropy_of(timeline: Timeline, window: np.ndarray, heads: str) -> Signal:
-    """Attention entropy in nats, over the heads of a layer their "mean" or their "min".
+def entropy_of(timeline: Timeline, window: np.ndarray, within: np.ndarray, heads: str) -> Signal:
+    """Attention entropy in nats of the layers `within`, over the heads of a layer their "mean" or their "min".
 
     The row-sampling error of a head mean is taken as the mean of those of the heads: they share the sampled rows, so
     their errors may be fully correlated. It is a floor only, because the variation between steps contains it already.
     """
-    per_head = timeline.entropy[window]
+    per_head = only(timeline.entropy[window], within)
     count, layers, width = per_head.shape
     columns, rows = _complete(per_head.reshape(count, layers * width))
     columns = columns.reshape(layers, width)
@@ -103,17 +105,17 @@ def entropy_of(timeline: Timeline, window: np.ndarray, heads: str) -> Signal:
             error = np.take_along_axis(error, lowest, axis=1)[:, 0]
         if len(error):
             floor[layer] = max(_ENTROPY_PRECISION, np.sqrt((error**2).mean() / len(error)))
-    return Signal(np.flatnonzero(window)[rows], values, floor)
+    return Signal(np.flatnonzero(window)[rows], values, floor, within)
 
 
-def gradient_of(timeline: Timeline, window: np.ndarray) -> Signal:
-    """Natural logarithm of the activation gradient norm. A zero norm has none and counts as no value."""
-    norms = timeline.activation_grad[window]
+def gradient_of(timeline: Timeline, window: np.ndarray, within: np.ndarray) -> Signal:
+    """Logarithm of the activation gradient norm of the layers `within`. A zero norm has none and counts as no value."""
+    norms = only(timeline.activation_grad[window], within)
     with np.errstate(divide="ignore", invalid="ignore"):
         logarithms = np.log(norms)
     columns, rows = _complete(logarithms)
     values = np.where(columns, logarithms, np.nan)[rows]
-    return Signal(np.flatnonzero(window)[rows], values, np.full(values.shape[1], _GRADIENT_PRECISION))
+    return Signal(np.flatnonzero(window)[rows], values, np.full(values.shape[1], _GRADIENT_PRECISION), within)
 
 
 def score_signal(
@@ -138,7 +140,16 @@ def score_signal(
         np.abs(score(profile[0], profile[1] * (1 + sign * gradient.floor)) - score(*profile)) for sign in (1, -1)
     ]
     floor = np.hypot(np.maximum(*shifts[:2]), np.maximum(*shifts[2:]))
-    return score(*profile), Signal(steps, score(at(entropy), np.exp(at(gradient))), floor)
+    return score(*profile), Signal(steps, score(at(entropy), np.exp(at(gradient))), floor, entropy.within)
+
+
+def only(values: np.ndarray, within: np.ndarray) -> np.ndarray:
+    """Values [S, L, ...] with NaN for the layers that are not `within`."""
+    outside = np.ones(values.shape[1], bool)
+    outside[within] = False
+    values = np.array(values, np.float64)
+    values[:, outside] = np.nan
+    return values
 
 
 def _complete(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

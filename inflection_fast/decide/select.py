@@ -15,6 +15,7 @@ from .heads import collapsed, lazy
 from .plan import Plan
 from .profile import Signal, entropy_of, gradient_of, score_signal, window_of
 from .ski import check_options
+from .stacks import Stack, stack_in
 
 __all__ = ["SelectConfig", "select"]
 
@@ -48,6 +49,7 @@ class SelectConfig:
     lazy_rank: float = 1.5  # lazy: the largest k* of a block's heads is below
     lazy_mass: float = 0.5  # lazy: share of the energy of attention in one column, at least
     collapsed_entropy: float = 0.05  # collapsed: nats; below, nearly every query attends to one key
+    stack: str | None = None  # of several ("encoder", "vision_tower"); None: with most trainable, else most parameters
 
     def __post_init__(self):
         _expect("method", self.method, _METHODS)
@@ -64,6 +66,8 @@ class SelectConfig:
             raise ValueError(f"lazy_mass: expected a number in [0, 1], got {self.lazy_mass!r}")
         if not self.collapsed_entropy > 0:
             raise ValueError(f"collapsed_entropy: expected a number > 0, got {self.collapsed_entropy!r}")
+        if self.stack is not None and not (isinstance(self.stack, str) and self.stack):
+            raise ValueError(f"stack: expected the name of a stack of blocks or None, got {self.stack!r}")
         if self.significance is not None and not 0 < self.significance < 0.5:
             raise ValueError(f"significance: expected a number between 0 and 0.5, or None, got {self.significance!r}")
         if (self.k is not None) != (self.method in _COUNTED):
@@ -83,43 +87,45 @@ class SelectConfig:
 def select(timeline: Timeline, config: SelectConfig | None = None) -> Plan:
     """Choose layers from a timeline (`config` None: `SelectConfig()`).
 
-    Deterministic. A minimum, a cliff or a maximum counts only where it exceeds what a flat profile of such values
-    would show: see `evidence.py`. Where nothing does, the plan is empty and its summary says so. `TypeError` if
-    `timeline` is none, `ValueError` where `config` asks for more layers than there are, or for steps that were not
-    measured.
+    Deterministic. Layers of one stack of the model are looked at, those of others have no score. A minimum, a cliff or
+    a maximum counts only where it exceeds what a flat profile of such values would show: see `evidence.py`. Where
+    nothing does, the plan is empty and its summary says so. `TypeError` if `timeline` is none, `ValueError` where
+    `config` asks for more layers than there are, for a stack that is not there, or for steps that were not measured.
     """
     if not isinstance(timeline, Timeline):
         raise TypeError(f"timeline: expected a Timeline (Timeline.load reads a file), got {type(timeline).__name__}")
     config = config or SelectConfig()
-    layers = len(timeline.layers)
-    k = _count(config.k, layers)
+    stack = stack_in(timeline, config.stack)
+    within = stack.layers
+    k = _count(config.k, stack)
     window = window_of(timeline, config.steps)
-    entropy, gradient = entropy_of(timeline, window, config.heads), gradient_of(timeline, window)
+    entropy, gradient = entropy_of(timeline, window, within, config.heads), gradient_of(timeline, window, within)
     alpha, absent = _weight(config.alpha, entropy, gradient)
     scores, score = score_signal(entropy, gradient, alpha, config.normalisation, config.log_gradient)
 
     heads: dict[int, tuple[int, ...]] = {}
     if config.method == "lazy":
-        found, scores = lazy(timeline, window, config.lazy_rank, config.lazy_mass)
+        found, scores = lazy(timeline, window, within, config.lazy_rank, config.lazy_mass)
         findings = [found]
     elif config.method == "collapsed":
-        found, scores, heads = collapsed(timeline, window, config.collapsed_entropy)
+        found, scores, heads = collapsed(timeline, window, within, config.collapsed_entropy)
         findings = [found]
     elif config.method in BASELINES:
-        findings = baseline(config.method, k or layers, layers, config.seed)
+        findings = baseline(config.method, k or len(within), within.tolist(), config.seed)
     elif config.method == "greedy":
         findings = _greedy(entropy, gradient, config)
     elif config.method == "maxima":
         findings = maxima(scores, score, config.significance)
     else:
         findings = top(scores, score, k, config.significance)
-    reasons = _reasons(findings, config.window if config.method == "greedy" else 0, layers)
+    reasons = _reasons(findings, config.window if config.method == "greedy" else 0, within.tolist())
     used = (entropy, gradient) if config.method == "greedy" else (score,)
     ranks_by_ski = config.method not in (*BASELINES, "lazy", "collapsed")
     measured = _measured(timeline, used) + absent if ranks_by_ski else ""
     return Plan(
         layers=tuple(sorted(reasons)),
-        summary=" ".join([_headline(sorted(reasons), layers), *(found.words for found in findings)]) + measured,
+        summary=" ".join([_headline(sorted(reasons), len(within)), *(found.words for found in findings)])
+        + (stack.words + measured),
         reasons=reasons,
         scores=scores,
         profile={
@@ -129,7 +135,7 @@ def select(timeline: Timeline, config: SelectConfig | None = None) -> Plan:
             "log_activation_grad_se": gradient.standard_errors().tolist(),
         },
         config=asdict(config) | {"steps": list(config.steps) if isinstance(config.steps, tuple) else config.steps},
-        model=_model(timeline),
+        model=_model(timeline, stack),
         found={finding.name: list(finding.picks) for finding in findings},
         heads=heads,
     )
@@ -150,16 +156,18 @@ def _weight(alpha: float, entropy: Signal, gradient: Signal) -> tuple[float, str
     return alpha, ""
 
 
-def _reasons(findings: list[Finding], window: int, layers: int) -> dict[int, str]:
+def _reasons(findings: list[Finding], window: int, within: list[int]) -> dict[int, str]:
     sentences: dict[int, list[str]] = {}
     for found in findings:
         for layer, words in found.picks.items():
             sentences.setdefault(layer, []).append(words)
     for found in findings:
         for pick in found.picks:
-            for layer in range(max(0, pick - window), min(layers, pick + window + 1)):
-                if layer != pick:
-                    near = "is next to" if abs(layer - pick) == 1 else f"is within {window} blocks of"
+            at = within.index(pick)
+            for place in range(max(0, at - window), min(len(within), at + window + 1)):
+                if place != at:
+                    layer = within[place]
+                    near = "is next to" if abs(place - at) == 1 else f"is within {window} blocks of"
                     sentences.setdefault(layer, []).append(f"Block {layer} {near} block {pick}, the {found.name}.")
     return {layer: " ".join(sentences[layer]) for layer in sorted(sentences)}
 
@@ -178,25 +186,28 @@ def _measured(timeline: Timeline, used: tuple[Signal, ...]) -> str:
     words = f" Decided from {len(steps)} measured steps ({first} to {last})." if len(steps) > 1 else ""
     if 1 < len(steps) < STEPS_FOR_CORRELATION:
         words += " So few steps do not show how much they resemble each other, so chance is underrated."
-    without = sorted({layer for s in used if len(s.layers) for layer in set(range(s.values.shape[1])) - set(s.layers)})
+    without = sorted({int(layer) for s in used if len(s.layers) for layer in set(s.within) - set(s.layers)})
     return words + (f" Blocks without values: {', '.join(map(str, without))}." if without else "")
 
 
-def _model(timeline: Timeline) -> dict:
+def _model(timeline: Timeline, stack: Stack) -> dict:
     model, config = timeline.meta.get("model") or {}, timeline.meta.get("config") or {}
     return {
         "model_type": model.get("model_type"),
         "class": model.get("class"),
         "named": bool(config.get("blocks")),  # the blocks were given by name, not found by structure
         "layers": list(timeline.layers),
+        **({} if stack.name is None else {"stack": stack.as_dict()}),
     }
 
 
-def _count(k: int | float | None, layers: int) -> int | None:
+def _count(k: int | float | None, stack: Stack) -> int | None:
+    layers = len(stack.layers)
     if isinstance(k, float):
         return max(1, math.floor(k * layers + 0.5))
     if k is not None and k > layers:
-        raise ValueError(f"k: {k} layers were asked for, the model has {layers}")
+        whose = "the model" if stack.name is None else f"the stack {stack.name}"
+        raise ValueError(f"k: {k} layers were asked for, {whose} has {layers}")
     return k
 
 

@@ -33,8 +33,8 @@ def _stated(block: nn.Module) -> int | None:
     return None
 
 
-def meta_of(model: nn.Module, config: MonitorConfig) -> dict:
-    """Model, configuration and versions, as they are stored in the timeline."""
+def meta_of(model: nn.Module, config: MonitorConfig, blocks: Sequence[Block]) -> dict:
+    """Model, stacks of blocks, configuration and versions, as they are stored in the timeline."""
     inner = getattr(model, "module", model) if isinstance(model, nn.parallel.DistributedDataParallel) else model
     if hasattr(inner, "get_base_model"):
         inner = inner.get_base_model()
@@ -44,6 +44,26 @@ def meta_of(model: nn.Module, config: MonitorConfig) -> dict:
             "model_type": getattr(getattr(inner, "config", None), "model_type", None),
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
         },
+        "stacks": _stacks_of(blocks),
         "config": config.as_dict(),
         "versions": {name: version(name) for name in _PACKAGES if find_spec(name)},
     }
+
+
+def _stacks_of(blocks: Sequence[Block]) -> list[dict]:
+    """Each stack with the indices of its blocks, its number of parameters, and how many of them train."""
+    stacks: dict[str, list[Block]] = {}
+    for block in blocks:
+        stacks.setdefault(block.stack, []).append(block)
+    described = []
+    for name, held in stacks.items():
+        parameters = {id(p): p for block in held if block.module is not None for p in block.module.parameters()}
+        described.append(
+            {
+                "name": name,
+                "layers": [block.index for block in held],
+                "parameters": sum(p.numel() for p in parameters.values()),
+                "trainable": sum(p.numel() for p in parameters.values() if p.requires_grad),
+            }
+        )
+    return described

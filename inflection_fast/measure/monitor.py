@@ -146,7 +146,7 @@ class Monitor:
         try:
             # Where ranks divide the heads among them, only the first call of attention tells how many there are.
             if self._heads is not None and (self._ranks is None or not self._ranks.divide_batches):
-                self._record.open(self._heads, meta_of(self._model, self._config))
+                self._record.open(self._heads, meta_of(self._model, self._config, self.blocks))
         except ValueError as refused:
             if self._ranks is None:
                 raise
@@ -267,7 +267,7 @@ class Monitor:
         if self._record.recorder is None:
             heads = packet.fields.heads
             if not self._record.is_open(heads):
-                self._record.open_or_keep(heads, meta_of(self._model, self._config))
+                self._record.open_or_keep(heads, meta_of(self._model, self._config, self.blocks))
             self._record.start(packet, self._layout, self._ranks, self._probed, self._rank_timeout_s)
             # Whoever forgets to close loses nothing at the end of the process, and keeps no thread for ever.
             weakref.finalize(self, _end, self._taps, self._record.recorder)

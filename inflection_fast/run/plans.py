@@ -61,8 +61,8 @@ def baseline_plan(plan: Plan, name: str, count: int, others: set[tuple[int, ...]
     It does not look at what was measured. Random layers are drawn again where they are those of `others`, with which
     they are to be compared, unless there are no more choices than that.
     """
-    layers = len(plan.scores)
-    draws, avoid = 1, others if name == "random" and math.comb(layers, count) > len(others) else set()
+    layers = plan.candidates
+    draws, avoid = 1, others if name == "random" and math.comb(len(layers), count) > len(others) else set()
     while True:
         (found,) = baseline(name, count, layers, seed + draws - 1)
         if tuple(found.picks) not in avoid:
