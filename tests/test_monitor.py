@@ -81,6 +81,18 @@ def test_the_folder_of_another_run_is_refused_before_anything_is_attached(tmp_pa
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+def test_a_timeline_that_is_there_is_deleted_or_left_alone_where_that_is_asked_for(tmp_path):
+    (model, batch), out = model_and_batch("bert"), tmp_path / "run"
+    for how, folder, steps in (("error", out, 3), ("new", tmp_path / "run-2", 2), ("overwrite", out, 1)):
+        monitor = train(model, batch, steps, out=out, probe=[batch], if_exists=how)
+        assert monitor.folder == folder and len(Timeline.load(folder).steps) == steps
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "run-2"}
+    train(model, batch, 1, out=out, probe=[batch], if_exists="overwrite", start_step=1)  # goes on all the same
+    assert len(Timeline.load(out).steps) == 2
+    with pytest.raises(ValueError, match="if_exists: expected one of error, overwrite, new, got 'append'"):
+        Monitor(model, if_exists="append")
+
+
 @pytest.mark.parametrize("signals", [("attention",), ("activation_grad",), ("parameter_grad",), ("delta_cka",)])
 def test_only_the_signals_asked_for_are_measured(signals):
     model, batch = model_and_batch("hand-written")

@@ -1,6 +1,7 @@
 """Quantities of a user's own: called as they are told, summed right, and none can harm the training or another."""
 
 import logging
+import threading
 
 import numpy as np
 import pytest
@@ -165,6 +166,31 @@ def test_the_last_step_as_scalars_for_trackers():
     assert found.keys() >= {"activation_grad", "output_rms", "loss"} and "delta_cka" not in found  # there is no probe
     for name in ("activation_grad", "output_rms", "loss"):
         assert found[name] == pytest.approx(getattr(timeline, name)[-1].mean(), rel=1e-6)
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_finished_rows_are_told_by_the_thread_of_the_training_and_once(slow, caplog):
+    model, batch = model_and_batch("bert")
+    told = []
+
+    def on_row(row):
+        told.append((row, threading.current_thread()))
+        if row.step == 2:
+            raise ArithmeticError("of one's own")
+
+    with Monitor(model, MonitorConfig(every=2, quantities=("activation_grad",)), on_row=on_row) as monitor:
+        for step in range(6):
+            loss_of(model(**batch)).backward()
+            monitor.step()
+            if not slow:
+                expected = monitor.scalars()  # waits for the row
+                assert len(told) == (step + 1) // 2  # which the next step tells
+    rows = [row for row, _ in told]
+    assert [row.step for row in rows] == [0, 2, 4]
+    assert {thread for _, thread in told} == {threading.main_thread()}
+    np.testing.assert_array_equal([row.columns["activation_grad"] for row in rows], monitor.timeline.activation_grad)
+    assert slow or rows[-1].scalars() == expected
+    assert caplog.messages == ['on_row failed for the row of step 2: ArithmeticError("of one\'s own")']
 
 
 def test_one_instance_serves_several_monitors():

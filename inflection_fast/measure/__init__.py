@@ -3,5 +3,6 @@
 from .config import MonitorConfig
 from .monitor import Monitor
 from .overhead import Overhead, measure_overhead
+from .recorder import Row
 
-__all__ = ["Monitor", "MonitorConfig", "Overhead", "measure_overhead"]
+__all__ = ["Monitor", "MonitorConfig", "Overhead", "Row", "measure_overhead"]

@@ -18,7 +18,7 @@ from ..blocks import Block, find_blocks
 from ..quantities import Step
 from ..quantities.parameter_grad import ParameterGrad
 from ..quantities.quantity import MeasuredModel, Update
-from ..timeline import Timeline
+from ..timeline import IF_EXISTS, Timeline, folder_for
 from .background import Background
 from .config import MonitorConfig
 from .description import heads_of, meta_of
@@ -26,9 +26,9 @@ from .gradients import scale_of, squares_of_all
 from .packet import Packet
 from .panel import Panel
 from .placements import full_of
-from .probe import Probe
+from .probe import REFERENCE_NAME, Probe
 from .ranks import Layout, Ranks, world_size
-from .recorder import Measured, Record, Recorder
+from .recorder import Measured, Record, Recorder, Row
 from .schedule import ProbeBudget, is_due
 from .taps import Taps, device_of
 from .update import Updates
@@ -68,13 +68,18 @@ class Monitor:
         start_step: the first optimizer step of this run; above 0 the timeline in `out` is continued from there.
         alerts: what is logged as a warning when it goes wrong (`inflection_fast.alerts`); None: nothing.
         on_alert: called with the alerts of a measured step, from the monitor's own thread; what it raises is logged.
+        on_row: called with every finished `Row` (`step`, `columns`, `scalars()`), in order, by the training's thread in
+            a later `step` or in `close`, never by the monitor's own; what it raises is logged once.
+        if_exists: what becomes of a timeline that is in `out` when a run begins at step 0: "error" refuses to begin,
+            "overwrite" deletes it, "new" measures into `out`-2, `out`-3, ... (`folder` tells which).
         rank_timeout_s: how long the sums of a measured step wait for other ranks, in that thread, before this rank
             gives them up and measures on its own, which `missing_ranks` of the timeline and an alert tell.
         accelerator: the Accelerator of a loop with `accumulate`: `step` does nothing where gradients still add up.
 
     Where torch.distributed is in use (DDP, FSDP2, tensor parallelism by DTensor), every rank enters its Monitor and
     calls `step`, and the values are those of the whole batch, whose loss is taken to be the mean of the ranks' losses.
-    Rank 0 keeps the file, logs alerts and calls `on_alert`; with `out`, the timelines of the other ranks stay empty.
+    Rank 0 keeps the file, logs alerts and calls `on_alert` and `on_row`; with `out`, the timelines of the other ranks
+    stay empty.
 
     Raises:
         TypeError: `model` is no module, or an argument is of another type.
@@ -92,6 +97,8 @@ class Monitor:
         start_step: int = 0,
         alerts: AlertConfig | None = AlertConfig(),  # noqa: B008  (frozen)
         on_alert: Callable[[list[Alert]], None] | None = None,
+        on_row: Callable[[Row], None] | None = None,
+        if_exists: str = "error",
         rank_timeout_s: float = 300.0,
         accelerator: object = None,
     ):
@@ -99,12 +106,15 @@ class Monitor:
             raise TypeError(f"config: expected a MonitorConfig, got {type(config).__name__}")
         if operator.index(start_step) < 0:
             raise ValueError(f"start_step: expected a step >= 0, got {start_step}")
+        if if_exists not in IF_EXISTS:
+            raise ValueError(f"if_exists: expected one of {', '.join(IF_EXISTS)}, got {if_exists!r}")
         self.blocks: list[Block] = find_blocks(model, config.blocks)
         if isinstance(model, nn.DataParallel):
             raise ValueError("model: DataParallel runs replicas that cannot be measured; use DistributedDataParallel")
         self._model: nn.Module | None = model
         self._config = config
-        self._out = None if out is None else Path(out)
+        self.folder: Path | None = None if out is None else Path(out)  # of the timeline
+        self._if_exists, self._on_row = if_exists, on_row
         self._rank_timeout_s, self._accelerator = rank_timeout_s, accelerator
         self._ranks: Ranks | None = None
         self._layout = Layout()
@@ -124,7 +134,7 @@ class Monitor:
         self._taps = Taps(model, self.blocks, self._panel, config, heads=heads, counts_all=counts_all)
         watch = None if alerts is None else AlertWatch(alerts, self._panel.columns, self._panel.axes)
         names = [block.name for block in self.blocks]
-        self._record = Record(self._out, names, self._panel, self._resume_at, watch, on_alert)
+        self._record = Record(names, self._panel, self._resume_at, watch, on_alert, keeps_rows=on_row is not None)
         self._updates = Updates(model)
         self._background = Background(self._panel)
         self._budget: ProbeBudget | None = None
@@ -144,6 +154,9 @@ class Monitor:
             self._ranks = Ranks(self._model, self._rank_timeout_s)
             self._record.writes = self._ranks.writes
         try:
+            if self.folder is not None and self._resume_at is None and self._record.writes:
+                self.folder = folder_for(self.folder, self._if_exists, also=(REFERENCE_NAME,))
+            self._record.folder = self.folder
             # Where ranks divide the heads among them, only the first call of attention tells how many there are.
             if self._heads is not None and (self._ranks is None or not self._ranks.divide_batches):
                 self._record.open(self._heads, meta_of(self._model, self._config, self.blocks))
@@ -159,7 +172,7 @@ class Monitor:
                 every, joined = {name: self._every[name] for name in self._probed}, self._ranks is not None
                 budget = self._config.probe_budget(every, self._step, joined=joined, patience_s=self._rank_timeout_s)
                 self._budget = self._record.budget = budget
-                self._probe.begin(self._out, budget, self._record.guarded)
+                self._probe.begin(self.folder, budget, self._record.guarded, keeps=self._record.writes)
             self._arm()
         except BaseException:
             self.close()
@@ -176,7 +189,9 @@ class Monitor:
             "start_step": self._step,
             "probe": self._probe is not None,
         }
-        self._layout = self._ranks.agree(self.blocks, facts, None if error is None else str(error))
+        folder = None if self.folder is None else str(self.folder)
+        self._layout, folder = self._ranks.agree(self.blocks, facts, folder, None if error is None else str(error))
+        self.folder = self._record.folder = None if folder is None else Path(folder)
         self._taps.share(self._layout)
         self._background.share(self._layout)
         if self._probe is not None:
@@ -205,6 +220,7 @@ class Monitor:
         self.blocks = [dataclasses.replace(block, module=None) for block in self.blocks]
         if os.getpid() == self._owner:
             self._record.close()
+            self._tell_rows()
         self._panel.forget()
 
     def _arm(self) -> None:
@@ -246,6 +262,7 @@ class Monitor:
         if not getattr(self._accelerator, "sync_gradients", True):
             return
         self._updates.finish(self._panel, self._taps.parameters, self._hand_over)
+        self._tell_rows()
         if self._due:
             self._taps.detach()
             began = perf_counter() - self._taps.seconds
@@ -262,6 +279,15 @@ class Monitor:
             self._proven = self._taps.forgives = True
         self._step += 1
         self._arm()
+
+    def _tell_rows(self) -> None:
+        if self._on_row is None:
+            return
+        for row in self._record.finished():
+            try:
+                self._on_row(row)
+            except Exception as error:
+                self._record.warn("on_row", f"on_row failed for the row of step {row.step}: {error!r}")
 
     def _hand_over(self, measured: Measured, packet: Packet) -> None:
         if self._record.recorder is None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..atomic import replacing
 from ..blocks import Block
 from ..ops.cka_rows import POOLED, RowSample, feature_rows
 from ..quantities import Step
@@ -80,10 +81,17 @@ class Probe:
         self._indices = LayerIndices(self._device)
         self._reference: list[Tensor] | None = None
 
-    def begin(self, folder: Path | None, budget: ProbeBudget, guarded: Callable[[Callable[[], None]], None]) -> None:
+    def begin(
+        self,
+        folder: Path | None,
+        budget: ProbeBudget,
+        guarded: Callable[[Callable[[], None]], None],
+        *,
+        keeps: bool = True,
+    ) -> None:
         """Take the reference, or that of the run that goes on in `folder`, before the first step.
 
-        `guarded` runs what writes to the disk.
+        `guarded` runs what writes to the disk. Of several ranks, one `keeps` the reference in a file.
         """
         self.budget, resumed, path = budget, budget.first_step > 0, None
         if self.compares and self._config.cka_reference != "adapters_off":
@@ -96,7 +104,7 @@ class Probe:
                     message = "delta_cka is measured against step %d: no reference of the start is there"
                     logger.warning(message, budget.first_step)
                 self.remember()
-                if path is not None:
+                if path is not None and keeps:
                     guarded(lambda: self.save(path))
         self._at, self._training_from = budget.first_step - 1, perf_counter()
 
@@ -120,14 +128,8 @@ class Probe:
         """Write the reference for a resumed run, atomically, as plain float32 arrays."""
         if self._reference is None:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_name(f".{path.name}.tmp")
-        try:
-            with open(fresh, "wb") as file:
-                np.savez(file, *(features.float().cpu().numpy() for features in self._reference))
-            fresh.replace(path)
-        finally:
-            fresh.unlink(missing_ok=True)
+        with replacing(path) as fresh, open(fresh, "wb") as file:
+            np.savez(file, *(features.float().cpu().numpy() for features in self._reference))
 
     def load(self, path: Path) -> None:
         """Take the reference that an earlier run saved. `ValueError` if it is of other blocks or another probe."""

@@ -136,32 +136,35 @@ class Ranks:
         """Whether several ranks compute on one batch."""
         return len(self._mesh.peers) > 1
 
-    def agree(self, blocks: Sequence[Block], facts: dict[str, object], error: str | None = None) -> Layout:
-        """Make sure that all ranks measure the same thing, and learn the layout.
+    def agree(
+        self, blocks: Sequence[Block], facts: dict[str, object], folder: str | None, error: str | None = None
+    ) -> tuple[Layout, str | None]:
+        """Make sure that all ranks measure the same thing, and learn the layout and the folder that rank 0 has chosen.
 
         Args:
             blocks: of the model.
             facts: what has to be equal on all ranks, by name.
+            folder: what rank 0 has chosen; of the others none counts.
             error: why this rank cannot measure; then none does.
 
         Raises:
             ValueError: ranks differ, or one of them has an error; on all ranks alike.
         """
         told: list = [None] * self._world
-        dist.all_gather_object(told, (facts, error, min(self._mesh.peers)), group=self._group)
-        for rank, (_, failed, _) in enumerate(told):
+        dist.all_gather_object(told, (facts, error, min(self._mesh.peers), folder), group=self._group)
+        for rank, (_, failed, *_) in enumerate(told):
             if failed is not None:
                 raise ValueError(failed if rank == self._rank else f"rank {rank}: {failed}")
         for name in facts:
-            values = [other[name] for other, _, _ in told]
+            values = [other[name] for other, *_ in told]
             if any(value != values[0] for value in values):
                 rank = next(i for i, value in enumerate(values) if value != values[0])
                 raise ValueError(
                     f"ranks have to measure alike, but {name} is {values[0]!r} on rank 0 and {values[rank]!r} on rank "
                     f"{rank}; a model whose blocks are spread over ranks (pipeline parallelism) cannot be measured"
                 )
-        batches = sorted({first for _, _, first in told})
-        return Layout(
+        batches = sorted({first for _, _, first, _ in told})
+        layout = Layout(
             self._world,
             len(batches),
             batches.index(min(self._mesh.peers)),
@@ -169,6 +172,7 @@ class Ranks:
             frozenset(block.index for block in blocks if self._mesh.shards_attention(block.module)),
             writes=self.writes,
         )
+        return layout, told[0][-1]
 
     def join(self, step: int, packet: Packet, *, dropped: bool = False) -> bool:
         """Turn the weighed sums and the maxima of this rank, on the host, into those of all ranks.

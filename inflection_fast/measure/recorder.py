@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -29,7 +29,7 @@ from .panel import Panel
 from .ranks import Join, Layout, Ranks
 from .schedule import ProbeBudget
 
-__all__ = ["Measured", "Record", "Recorder", "WarnOnce"]
+__all__ = ["Measured", "Record", "Recorder", "Row", "WarnOnce"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,7 @@ RING_BYTES = 2**20  # of memory for the ring, if that gives a number of slots be
 MIN_SLOTS, MAX_SLOTS = 8, 256
 PATIENCE_S = 60.0  # how long reading or closing a timeline waits for a disk that hangs
 POLL_S = 0.2  # how often somebody who waits looks whether the thread still lives
+KEPT_ROWS = 1024  # finished rows that wait for `Monitor.step` to tell them; of more the oldest go
 
 
 class WarnOnce:
@@ -95,6 +96,19 @@ class Measured:
     began: float  # `perf_counter` at which it would have begun, if all of measuring had been done in one go
 
 
+@dataclass(frozen=True, eq=False)
+class Row:
+    """A measured step as it is in the timeline."""
+
+    step: int
+    columns: Mapping[str, np.ma.MaskedArray | float]  # by name, of the axes of `timeline.columns`; only what there is
+
+    def scalars(self) -> dict[str, float]:
+        """Each column as its mean over the places that were measured; without those of which none was."""
+        means = {name: np.ma.mean(value) for name, value in self.columns.items()}
+        return {name: float(mean) for name, mean in means.items() if mean is not np.ma.masked}
+
+
 class Recorder:
     """Appends packets to a timeline from a thread of its own.
 
@@ -112,7 +126,7 @@ class Recorder:
             wait for.
         decide: called with the row of every step with a run of the probe, of all ranks, or with none where it is not
             known; returns how many steps there are to the next run.
-        told: called with the row of every step that has any values, after it was appended.
+        told: called with every row that has any values, after it was appended.
         keeps: whether rows are appended at all.
         patience_s: how long reading and closing wait for the thread.
     """
@@ -127,13 +141,13 @@ class Recorder:
         *,
         join: Callable[..., int] | None = None,
         decide: Callable[[dict], int] | None = None,
-        told: Callable[[int, dict], None] | None = None,
+        told: Callable[[Row], None] | None = None,
         keeps: bool = True,
         patience_s: float = PATIENCE_S,
     ):
         self._without_slot = self._unfinished = 0  # packets that are missing; each is counted by one thread alone
         self._decide = decide
-        self.last: dict = {}  # the row that was finished last
+        self.last: Row | None = None  # the row that was finished last
         self._join, self._told, self._keeps, self._patience_s = join, told, keeps, patience_s
         self._writer, self._fields, self._row_of, self._warn = writer, packet.fields, row, warn
         pinned = packet.data.device.type == "cuda"
@@ -206,9 +220,9 @@ class Recorder:
             if slot is not None:
                 self._free.append(slot)
         if row:
-            self.last = row
+            self.last = Row(step, row | {"measure_ms": measure_ms})
             if self._told is not None:
-                self._told(step, row)
+                self._told(self.last)
 
     def _row(self, measured: Measured, slot: int, arrival) -> dict:
         """The finished numbers in a slot, which do not refer to its memory."""
@@ -268,25 +282,27 @@ class Record:
     """The timeline of a monitor, opened when the number of heads is known, and its recorder.
 
     Args:
-        out: folder of the file; None: in memory only.
         layers: names of the blocks.
         panel: the quantities, whose columns it has.
         resume_at: the step from which an existing file is continued; None: there must be none.
         watch: raises alerts; None: there are none.
         on_alert: called with them.
+        keeps_rows: finished rows are kept for `finished`.
     """
 
     def __init__(
         self,
-        out: Path | None,
         layers: list[str],
         panel: Panel,
         resume_at: int | None,
         watch: AlertWatch | None,
         on_alert: Callable[[list[Alert]], None] | None,
+        keeps_rows: bool = False,
     ):
-        self._out, self._layers, self._resume_at = out, layers, resume_at
+        self._layers, self._resume_at = layers, resume_at
+        self.folder: Path | None = None  # of the file; None: in memory only
         self._panel, self._watch, self._on_alert = panel, watch, on_alert
+        self._rows: deque[Row] | None = deque(maxlen=KEPT_ROWS) if keeps_rows else None
         self._writer: TimelineWriter | None = None
         self._heads, self.writes = 0, True  # whether this process keeps the file
         self.recorder: Recorder | None = None
@@ -302,7 +318,7 @@ class Record:
 
         `OSError` if the disk refuses.
         """
-        folder = self._out if self.writes else None
+        folder = self.folder if self.writes else None
         if self._writer is not None:  # the number of heads was taken for another, and nothing was written yet
             self._writer.close()
             self._resume_at = self._resume_at or 0
@@ -332,7 +348,7 @@ class Record:
         rank_timeout_s: float,
     ) -> None:
         """Record packets like `packet` from now on, joined with those of `ranks`."""
-        keeps, join, patience_s = layout.writes or self._out is None, None, PATIENCE_S
+        keeps, join, patience_s = layout.writes or self.folder is None, None, PATIENCE_S
         if ranks is not None:
             join = Join(ranks, layout, packet.fields, probed, self.warn)
             patience_s += rank_timeout_s
@@ -340,8 +356,14 @@ class Record:
         budget, decide = self.budget, None
         if join is not None and budget is not None:
             decide = lambda row: budget.decide(*(_number(row.get(name)) for name in ("probe_ms", "step_ms")))  # noqa: E731
-        watch, on_alert = self._watch if layout.writes else None, self._on_alert
-        told = None if watch is None else lambda step, row: log_alerts(watch.push(step, row), on_alert)
+        watch, on_alert, rows = self._watch if layout.writes else None, self._on_alert, self._rows
+
+        def told(row: Row) -> None:
+            if rows is not None and layout.writes:
+                rows.append(row)
+            if watch is not None:
+                log_alerts(watch.push(row.step, row.columns), on_alert)
+
         self.recorder = Recorder(
             self._writer,
             packet,
@@ -368,8 +390,12 @@ class Record:
         if self.recorder is None:
             return {}
         self.recorder.drain()
-        means = {name: np.ma.mean(value) for name, value in self.recorder.last.items()}
-        return {name: float(mean) for name, mean in means.items() if mean is not np.ma.masked}
+        return {} if self.recorder.last is None else self.recorder.last.scalars()
+
+    def finished(self) -> Iterator[Row]:
+        """The rows that were finished since the last call, without waiting for others."""
+        while self._rows:
+            yield self._rows.popleft()
 
     @property
     def dropped(self) -> int:
@@ -392,7 +418,7 @@ class Record:
             self._tell(error)
 
     def _tell(self, error: OSError) -> None:
-        self.warn("disk", f"{self._out}: {error}; measuring goes on in memory")
+        self.warn("disk", f"{self.folder}: {error}; measuring goes on in memory")
 
 
 def _number(value) -> float | None:

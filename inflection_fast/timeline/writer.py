@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..atomic import replacing
 from .arrow import END_OF_STREAM, FORMAT, columns_in, encode, parse, read, schema_of
 from .columns import Column
 from .older import STANDARD
@@ -125,17 +126,8 @@ class TimelineWriter:
 
     def _create(self, messages: list[bytes]) -> None:
         """Write the file as a whole, atomically, and go on appending to it."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = self.path.with_name(f".{self.path.name}.tmp")
-        try:
-            with open(fresh, "wb") as file:
-                file.writelines(messages)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(fresh, self.path)
-        except BaseException:
-            fresh.unlink(missing_ok=True)
-            raise
+        with replacing(self.path) as fresh, open(fresh, "wb") as file:
+            file.writelines(messages)
         if self._file is not None:
             self._file.close()
             self._release()
