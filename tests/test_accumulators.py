@@ -6,7 +6,7 @@ import torch
 from packets import packet_of, row_of, tensors_of
 
 from inflection_fast import quantities
-from inflection_fast.measure.attention_taps import rows_of
+from inflection_fast.measure.attention import rows_of
 from inflection_fast.measure.packet import Packet
 from inflection_fast.measure.schedule import RowSampler
 from inflection_fast.ops import AttentionStats

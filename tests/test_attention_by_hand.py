@@ -9,9 +9,8 @@ from torch import nn
 
 from inflection_fast.blocks import find_blocks
 from inflection_fast.measure import Monitor, MonitorConfig
-from inflection_fast.measure.attention import AttentionSight, stats_of
-from inflection_fast.measure.attention_call import AttentionCall
-from inflection_fast.measure.attention_functions import heads_first
+from inflection_fast.measure.attention_call import AttentionCall, stats_of
+from inflection_fast.measure.attention_sight import AttentionSight, heads_first
 
 WIDTH, HEADS, B, T = 16, 4, 2, 6
 ALL_ROWS = MonitorConfig(every=1, rows=None, quantities=("attention",))
@@ -262,7 +261,7 @@ def test_sinks_of_single_queries_are_one_more_column():
 
 
 def test_an_eager_function_that_adds_its_mask_adds_a_bool_as_a_number():
-    from inflection_fast.measure.attention import _as_added
+    from inflection_fast.measure.attention_sight import _as_added
 
     mask, q = torch.ones(1, 1, T, T, dtype=torch.bool).tril(), torch.randn(1, 1, T, 4)
 
@@ -312,8 +311,8 @@ def test_flex_attention_is_seen_through_its_own_call():
 
 
 def test_flex_attention_of_transformers_is_read_from_its_block_mask():
-    from inflection_fast.measure.attention import _interface_call
-    from inflection_fast.measure.packing import Starts
+    from inflection_fast.measure.attention_call import Starts
+    from inflection_fast.measure.attention_sight import _interface_call
 
     flex = pytest.importorskip("torch.nn.attention.flex_attention")
     torch.manual_seed(0)

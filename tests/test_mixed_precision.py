@@ -8,7 +8,7 @@ from tiny_models import loss_of, model_and_batch, one_thread  # noqa: F401
 
 from inflection_fast.blocks import find_blocks
 from inflection_fast.measure import Monitor
-from inflection_fast.measure.arguments import tensors_of
+from inflection_fast.measure.micro_batch import tensors_of
 
 
 def test_under_autocast_the_values_are_those_of_float32_but_for_rounding():

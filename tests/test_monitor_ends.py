@@ -77,13 +77,13 @@ def test_a_model_that_is_saved_as_a_whole_takes_hooks_along_that_do_nothing(tmp_
 
 
 def test_a_monitor_that_is_collected_while_another_one_attaches_does_not_hang():
-    from inflection_fast.measure import eagerly
+    from inflection_fast.measure import hooks
 
-    forgotten = eagerly.eagerly()
+    forgotten = hooks.eagerly()
     forgotten.__enter__()
 
     def attach():
-        with eagerly._lock:  # a collection may come at any time
+        with hooks._lock:  # a collection may come at any time
             forgotten.__exit__(None, None, None)
 
     thread = threading.Thread(target=attach, daemon=True)

@@ -21,8 +21,8 @@ from tiny_models import (  # noqa: F401
 )
 
 from inflection_fast.measure import Monitor, MonitorConfig
-from inflection_fast.measure.attention import AttentionCall, _interface_call, stats_of
-from inflection_fast.measure.packing import VARLEN, Starts
+from inflection_fast.measure.attention_call import VARLEN, AttentionCall, Starts, stats_of
+from inflection_fast.measure.attention_sight import _interface_call
 from inflection_fast.measure.schedule import RowSampler
 from inflection_fast.ops import reference
 

@@ -9,7 +9,7 @@ import torch
 from tiny_models import loss_of, model_and_batch, one_thread  # noqa: F401
 
 from inflection_fast import Accumulator, AlertConfig, AlertRule, Column, Monitor, MonitorConfig, Quantity
-from inflection_fast.measure import background
+from inflection_fast.measure import parameters
 
 BY_LAYER = ("layer",)
 
@@ -306,7 +306,7 @@ class Largest(Quantity):
 
 @pytest.mark.parametrize("room", [2**28, 1])
 def test_slow_work_on_weights_is_in_the_next_measured_step_or_in_a_last_row(room, monkeypatch):
-    monkeypatch.setattr(background, "COPY_BYTES", room)
+    monkeypatch.setattr(parameters, "COPY_BYTES", room)
     model, batch = model_and_batch("bert")
     weights = [layer.intermediate.dense.weight for layer in model.bert.encoder.layer]
     with Monitor(model, MonitorConfig(every=1, quantities=("activation_grad", Largest()))) as monitor:

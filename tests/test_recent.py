@@ -4,7 +4,7 @@ import torch
 from tiny_models import model_and_batch, one_thread  # noqa: F401
 
 from inflection_fast.blocks import find_blocks
-from inflection_fast.measure import gradients, schedule
+from inflection_fast.measure import parameters, schedule
 from inflection_fast.measure.schedule import Recent
 
 
@@ -18,13 +18,13 @@ def test_a_new_key_takes_the_place_of_the_oldest():
 
 
 def test_layers_that_are_dropped_at_random_fill_no_memory(monkeypatch):
-    for module in (schedule, gradients):
+    for module in (schedule, parameters):
         monkeypatch.setattr(module, "MOST_LISTS", 4)
     model, _ = model_and_batch("bert")
-    parameters = gradients.BlockParameters(find_blocks(model), torch.device("cpu"))
+    of_blocks = parameters.BlockParameters(find_blocks(model), torch.device("cpu"))
     indices = schedule.LayerIndices(torch.device("cpu"))
     for seen in range(8):
         layers = tuple(layer for layer in range(3) if seen >> layer & 1)
         assert indices[layers].tolist() == list(layers)
-        assert parameters.marked(layers).tolist() == [float(layer in layers) for layer in range(3)]
-    assert len(indices) == len(parameters._marks) == 4
+        assert of_blocks.marked(layers).tolist() == [float(layer in layers) for layer in range(3)]
+    assert len(indices) == len(of_blocks._marks) == 4

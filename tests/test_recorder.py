@@ -12,7 +12,9 @@ import torch
 from packets import TRAINING, packet_of, panel_of
 
 from inflection_fast.measure import recorder as module
-from inflection_fast.measure.recorder import Measured, Recorder, WarnOnce
+from inflection_fast.measure.hooks import WarnOnce
+from inflection_fast.measure.packet import Measured
+from inflection_fast.measure.recorder import Recorder
 from inflection_fast.timeline import Timeline, TimelineWriter
 
 L, H = 2, 3
@@ -232,9 +234,10 @@ def test_a_process_that_ends_without_closing_keeps_what_it_measured(tmp_path):
         "import os, sys, logging\n"
         "from inflection_fast.measure import MonitorConfig\n"
         "from inflection_fast.timeline import TimelineWriter\n"
-        "from inflection_fast.measure.packet import Packet\n"
+        "from inflection_fast.measure.hooks import WarnOnce\n"
+        "from inflection_fast.measure.packet import Measured, Packet\n"
         "from inflection_fast.measure.panel import Panel\n"
-        "from inflection_fast.measure.recorder import Measured, Recorder, WarnOnce\n"
+        "from inflection_fast.measure.recorder import Recorder\n"
         "panel = Panel(MonitorConfig().instances())\n"
         "packet = Packet(panel.fields(1, 1))\n"
         "out = TimelineWriter(sys.argv[1], layers=['a'], heads=1, meta={}, columns=panel.columns)\n"

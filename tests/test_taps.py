@@ -108,9 +108,9 @@ def test_a_forward_that_raises_is_forgotten():
 @pytest.fixture
 def in_small_portions(monkeypatch):
     """As of models whose statistics of one forward are too large to be kept until its end."""
-    from inflection_fast.measure import attention_taps
+    from inflection_fast.measure import attention
 
-    monkeypatch.setattr(attention_taps, "WAITING_BYTES", 0)
+    monkeypatch.setattr(attention, "WAITING_BYTES", 0)
 
 
 def test_values_do_not_depend_on_the_portions_in_which_they_are_added_up(request):
@@ -199,8 +199,8 @@ def test_blocks_that_nobody_calls_are_refused_in_words():
 
 
 def test_flex_masks_are_refused_in_words():
-    from inflection_fast.measure.attention import _interface_call
-    from inflection_fast.measure.packing import Starts
+    from inflection_fast.measure.attention_call import Starts
+    from inflection_fast.measure.attention_sight import _interface_call
 
     q = torch.randn(1, HEADS, 6, 4)
     with pytest.raises(ValueError, match="'flex_attention' with a object, which cannot be read"):

@@ -121,7 +121,7 @@ def test_a_model_compiled_away_from_the_monitor_is_measured():
 
 
 def test_a_failing_operator_is_an_error_at_first_and_a_warning_later(monkeypatch, caplog):
-    from inflection_fast.measure import attention_taps as taps
+    from inflection_fast.measure import attention as taps
 
     model, batch = model_and_batch("hand-written")
     stats_of, failing = taps.stats_of, []

@@ -7,7 +7,7 @@ from tiny_models import entropy, one_thread, sharpened  # noqa: F401
 
 from inflection_fast.measure import Monitor, MonitorConfig
 from inflection_fast.measure.attention_call import AttentionCall
-from inflection_fast.measure.rows import ValidRows, token_mask
+from inflection_fast.measure.micro_batch import ValidRows, token_mask
 
 hf = pytest.importorskip("transformers")
 hf.logging.set_verbosity_error()

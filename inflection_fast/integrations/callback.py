@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from inflection_fast.alerts import Alert, AlertConfig
 from inflection_fast.integrations.losses import listen_to_losses
 from inflection_fast.measure import Monitor, MonitorConfig
-from inflection_fast.measure.arguments import loss_of
+from inflection_fast.measure.micro_batch import loss_of
 from inflection_fast.measure.probe import REFERENCE_NAME
 from inflection_fast.timeline import IF_EXISTS, Timeline, folder_for
 

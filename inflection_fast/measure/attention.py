@@ -1,193 +1,236 @@
-"""Where a model attends, and what it attends with: queries, keys and masks, seen while its own implementation runs.
+"""Attention calls of training forwards, on their way to the quantities that listen to them.
 
-Three ways in. Transformers models fetch their attention function from an `AttentionInterface`; other PyTorch models
-call one of torch's attention functions, or a softmax of their own. All of them hand every call to a `see` function and
-then let the original run on the original arguments, so that the model's outputs stay equal to the bit.
+A call is owned by a layer, gets its statistics once, whoever listens, and waits for others of its shape: more layers at
+once are fewer operators. Several calls of self-attention by one layer in one forward add up.
 """
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from ..blocks import Block
+from ..ops import AttentionStats
+from ..quantities.quantity import AttentionRows, AttentionSeen
 from .attention_call import AttentionCall, stats_of
-from .attention_functions import See, seeing_functions
-from .attention_places import AttentionPlaces
-from .packing import Starts, as_packed, takes_flash_masks
+from .attention_sight import AttentionSight, See
+from .micro_batch import MicroBatch, decoder_layers
+from .packet import StepSums
+from .panel import Panel
+from .ranks import Layout
+from .schedule import LayerIndices, RowSampler, Strata
 
-__all__ = ["AttentionCall", "AttentionSight", "See", "interfaces_of", "seeing_interfaces", "stats_of"]
+__all__ = ["ATTENTION_TAPS", "AttentionTaps", "rows_of"]
 
 logger = logging.getLogger(__name__)
 
+ATTENTION_TAPS = ("on_attention", "on_cross_attention", "on_attention_call")
+WAITING_BYTES = 2**18  # of statistics of rows that wait to be added up
 
-class AttentionSight:
-    """All ways in which the blocks of a model may attend."""
 
-    def __init__(self, blocks: Sequence[Block]):
-        self._places = AttentionPlaces(blocks)
-        interfaces = [one for block in blocks for one in interfaces_of(block.module)]
-        self._interfaces = list({id(one): one for one in interfaces}.values())
-        attentions = self._places.innermost
-        self._needs_functions = self._places.unnamed or not all(map(interfaces_of, attentions))
-        if self._places.others:
-            logger.info("attention beside that of the blocks is not measured: %s", ", ".join(self._places.others))
+class AttentionTaps:
+    """Sees the attention calls of one model, and tells them to the quantities of a panel."""
+
+    def __init__(
+        self, model: nn.Module, blocks: Sequence[Block], panel: Panel, rows: int | None, seed: int, device: torch.device
+    ):
+        self._blocks, self._panel = blocks, panel
+        # Several where blocks share a module, or one runs repeatedly: which of them runs is known when it runs.
+        self._owners: dict[nn.Module, set[int]] = {}
+        for block in blocks:
+            for module in block.module.modules():
+                self._owners.setdefault(module, set()).add(block.index)
+        self._decoders = decoder_layers(model, blocks)
+        self._sight: AttentionSight | None = AttentionSight(blocks)
+        self._sampler = RowSampler(rows, seed, device)
+        self._indices = LayerIndices(device)
+        self._layout = Layout()
+        self._told = False  # which blocks have no attention
+        self.widest = 0  # heads of any call so far, on all ranks together
+
+    def share(self, layout: Layout) -> None:
+        """Measure as one of several ranks."""
+        self._layout = layout
+        self._sampler.share = (layout.data_rank, layout.data)
+
+    def begin(self, step: int) -> None:
+        """Draw the query rows of `step` from now on."""
+        self._sampler.begin(step)
+
+    def forget_model(self) -> None:
+        """Hold nothing of the model any more."""
+        self._blocks, self._owners, self._sight = [], {}, None
 
     @contextmanager
     def seeing(self, see: See) -> Iterator[None]:
-        """Hand every attention call of the blocks to `see`, once each."""
-        with ExitStack() as stack:
-            if self._interfaces:
-                stack.enter_context(seeing_interfaces(self._interfaces, self._places, see))
-            if self._needs_functions:
-                stack.enter_context(seeing_functions(self._places, see))
+        """Hand every attention call of the model to `see`."""
+        with self._sight.seeing(see):
             yield
 
+    def see(
+        self,
+        micro_batch: MicroBatch,
+        sums: StepSums,
+        running: int | None,
+        module: nn.Module | None,
+        read: Callable[[], AttentionCall],
+        *,
+        forgives: bool,
+    ) -> None:
+        """Take the statistics of a call by `module`, which is of the block `running` or, where none is, of its owner.
 
-# ---- Transformers ----------------------------------------------------------------------------------------------------
+        A call that cannot be measured is an error, even if only the device knows it, or costs values if it `forgives`.
+        """
+        with self._costs_attention_only(forgives):
+            self._see(micro_batch, sums, running, module, read(), may_wait=not forgives)
+
+    def end_forward(self, micro_batch: MicroBatch, sums: StepSums, *, forgives: bool) -> None:
+        """Tell what is left of a forward, and complain of what went by unseen."""
+        with self._costs_attention_only(forgives):
+            self._refuse_unseen(micro_batch)
+            self._add_up(micro_batch, sums)
+
+    @contextmanager
+    def _costs_attention_only(self, forgives: bool) -> Iterator[None]:
+        """What cannot be measured of attention costs the quantities that listen to it, once a step was measured."""
+        try:
+            yield
+        except Exception as error:
+            if not forgives:
+                raise
+            for tap in ATTENTION_TAPS:
+                for quantity in self._panel.listening(tap):
+                    self._panel.fail(quantity.name, error, tap)
+
+    def _see(
+        self,
+        micro_batch: MicroBatch,
+        sums: StepSums,
+        running: int | None,
+        module: nn.Module | None,
+        call: AttentionCall,
+        *,
+        may_wait: bool,
+    ) -> None:
+        owners = self._owners.get(module)
+        if owners is None:
+            return
+        layer = running if running in owners else min(owners)
+        if call.kind == "cross" and not self._panel.listening("on_cross_attention"):
+            micro_batch.attended[layer] += 0  # which is attention all the same
+            return
+        self._refuse(layer, call)
+        call = call.here()
+        if may_wait:
+            call.refuse_foreign_keys()
+        batch, heads, length, _ = call.query.shape
+        number = micro_batch.attended[layer]  # how many calls of this layer were before
+        micro_batch.attended[layer] += 1
+        if call.kind == "self":
+            micro_batch.positions[layer] += batch * length
+        if (length, number) not in micro_batch.strata:
+            micro_batch.strata[length, number] = self._sampler.draw(length)
+        strata = micro_batch.strata[length, number]
+        if call.cu_seqlens is not None:
+            # Kept together with the starts: an id is unique only as long as its object lives.
+            key = length, number, id(call.cu_seqlens)
+            if key not in micro_batch.strata:
+                micro_batch.strata[key] = strata.within(call.cu_seqlens.to(strata.weights.device)), call.cu_seqlens
+            strata = micro_batch.strata[key][0]
+        rows = None if strata.rows is None else strata.rows.to(call.query.device)
+        # Not only without gradients: what autograd adds to the call of an operator is a fifth of its time.
+        with torch.inference_mode():
+            stats = stats_of(call, rows)
+            valid = micro_batch.valid.of(call, rows, layer in self._decoders)
+        listening = self._panel.listening("on_attention_call") if call.kind == "self" else []
+        if listening:
+            place = self._place(layer, heads, sums)
+            seen = AttentionSeen(layer, place, call, rows, stats, valid, strata.weights)
+            self._panel.tell("on_attention_call", listening, micro_batch.piece, seen)
+        stats = stats._replace(lse=None)  # which no sum needs
+        micro_batch.waiting.append((layer, stats, valid, strata, number, call.kind))
+        micro_batch.waiting_bytes += sum(field.nbytes for field in stats if field is not None)
+        if micro_batch.waiting_bytes > WAITING_BYTES:
+            self._add_up(micro_batch, sums)
+
+    def _refuse(self, layer: int, call: AttentionCall) -> None:
+        name = self._blocks[layer].name
+        if call.query.dim() != 4:
+            raise ValueError(
+                f"attention of block {name!r}: expected queries [B, H, T, D], got shape {tuple(call.query.shape)}"
+            )
+        if call.query.dtype == torch.float64:
+            raise TypeError(
+                f"attention of block {name!r} is in float64, which no operator takes: train in float32 or 16 bits, or "
+                "leave 'attention' out of MonitorConfig.quantities"
+            )
+
+    def _refuse_unseen(self, micro_batch: MicroBatch) -> None:
+        """`ValueError` if no block ran. Blocks that ran and whose attention went by unseen are named, once."""
+        if not micro_batch.entered:
+            raise ValueError(
+                f"none of the blocks {[block.name for block in self._blocks]} ran: the model does not call them as "
+                "modules; name modules that it calls (MonitorConfig.blocks)"
+            )
+        unseen = [self._blocks[layer].name for layer in sorted(micro_batch.entered - set(micro_batch.attended))]
+        if unseen and not self._told:
+            self._told = True
+            logger.warning(
+                "no softmax attention was seen in the blocks %s, so their entropy is NaN: they have none (Mamba, "
+                "linear attention), or compute it otherwise than by a softmax",
+                unseen,
+            )
+
+    def _add_up(self, micro_batch: MicroBatch, sums: StepSums) -> None:
+        """Tell what waits."""
+        groups: dict[tuple, list[tuple]] = {}
+        for entry in micro_batch.waiting:
+            layer, stats, valid, strata, number, kind = entry
+            sharded = layer in self._layout.sharded_heads
+            groups.setdefault((stats.entropy.shape, sharded, id(valid), id(strata), number, kind), []).append(entry)
+        for (shape, *_, kind), entries in groups.items():
+            layers, stats, (valid, *_), (strata, *_), *_ = zip(*entries, strict=True)
+            heads = self._place(layers[0], shape[1], sums)
+            with torch.no_grad():
+                rows = rows_of(layers, self._indices[layers], heads, stats, valid, strata)
+            tap = "on_attention" if kind == "self" else "on_cross_attention"
+            listening = self._panel.listening(tap)
+            self._panel.tell(tap, listening, micro_batch.piece, rows)
+        micro_batch.waiting.clear()
+        micro_batch.waiting_bytes = 0
+
+    def _place(self, layer: int, heads: int, sums: StepSums) -> slice:
+        """Where `heads` heads of a layer on this rank stand among those of all."""
+        sharded = layer in self._layout.sharded_heads
+        first = heads * self._layout.tensor_rank if sharded else 0
+        everywhere = heads * (self._layout.tensor if sharded else 1)
+        self.widest = max(self.widest, everywhere)
+        if everywhere > sums.heads:
+            if sums.fixed:
+                raise ValueError(
+                    f"block {self._blocks[layer].name!r} attends with {everywhere} heads; the first measured step "
+                    f"saw at most {sums.heads} in any block"
+                )
+            sums.resize(everywhere)
+        return slice(first, first + heads)
 
 
-def interfaces_of(module: nn.Module) -> list:
-    """The `AttentionInterface` objects that `module` and its submodules fetch their attention from; none: not seen."""
-    found = {}
-    for cls in {cls for submodule in module.modules() for cls in type(submodule).__mro__}:
-        for function in map(inspect.unwrap, filter(inspect.isfunction, vars(cls).values())):
-            if _INTERFACE in function.__code__.co_names:
-                interface = function.__globals__.get(_INTERFACE)
-                if hasattr(interface, "get_interface"):
-                    found[id(interface)] = interface
-    return list(found.values())
-
-
-_INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # what modeling files call it; some have one of their own
-
-
-@contextmanager
-def seeing_interfaces(interfaces: list, places: AttentionPlaces, see: See) -> Iterator[None]:
-    """Hand every attention call that goes through `interfaces` to `see`, then let the chosen implementation run.
-
-    What that calls in turn (a softmax, torch's SDPA) is the same attention, and is hidden from the other ways in.
-
-    `get_interface` is shadowed on the interface objects, because it is the one place that knows the implementation in
-    use, "eager" included, whose function is private to each model. The names that the model's config carries stay as
-    they are, so the masks it builds and its checks for "flash" do too; a name of our own, registered for attention and
-    for masks, would change both and rebuild a flash model's 2-D mask as a full one.
-    """
-    starts = Starts()
-    with ExitStack() as stack:
-        for interface in interfaces:
-            original = interface.get_interface  # bound, or what somebody else has put there
-
-            def get_interface(name, default, original=original):
-                attend = original(name, default)
-
-                def seen_attend(module, query, key, value, attention_mask, *args, **kwargs):
-                    kind = places.of(module).kind or "self"
-
-                    def read():
-                        settings = _named_arguments(attend, args, kwargs)
-                        mask = _as_added(attention_mask, query, attend) if name == "eager" else attention_mask
-                        call = _interface_call(name, module, query, key, mask, settings, starts)
-                        return replace(call, kind=kind)
-
-                    if kind != "other":
-                        see(module, read)
-                    with places.hidden():
-                        return attend(module, query, key, value, attention_mask, *args, **kwargs)
-
-                return seen_attend
-
-            shadowed = vars(interface).get("get_interface")
-            interface.get_interface = get_interface
-            stack.callback(_unshadow, interface, shadowed)
-        yield
-
-
-def _unshadow(interface, shadowed: Callable | None) -> None:
-    if shadowed is None:
-        del interface.get_interface
-    else:
-        interface.get_interface = shadowed
-
-
-_READS_BOOL = {"masked_fill", "masked_fill_", "where", "logical_not"}
-
-
-def _as_added(mask: Tensor | None, query: Tensor, eager: Callable) -> Tensor | None:
-    """The mask of an eager function, which adds what it gets: True is 1 and False is 0, unless it looks for either."""
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        return mask
-    code = getattr(inspect.unwrap(eager), "__code__", None)
-    adds = code is not None and _READS_BOOL.isdisjoint(code.co_names)
-    return mask.to(query.dtype) if adds else mask
-
-
-_BEFORE_SETTINGS = 5  # module, query, key, value, attention_mask
-
-
-def _named_arguments(function: Callable, args: tuple, kwargs: dict) -> dict:
-    # Almost every model passes keywords; positions differ from one eager function to the next, hence the signature.
-    names = list(inspect.signature(function).parameters)[_BEFORE_SETTINGS:] if args else []
-    return dict(zip(names, args, strict=False)) | kwargs
-
-
-def _interface_call(
-    name: str, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, settings: dict, starts: Starts
-) -> AttentionCall:
-    """What the implementation `name` makes of its arguments: the same ones mean different things to different ones."""
-    mask_mod = None
-    if name == "flex_attention" and hasattr(mask, "mask_mod"):
-        mask, mask_mod = None, mask.mask_mod
-    if mask is not None and not isinstance(mask, Tensor):
-        raise ValueError(
-            f"attention of {type(module).__name__} goes through {name!r} with a {type(mask).__name__}, which cannot be "
-            "read; measure with model.set_attn_implementation('sdpa') or 'eager'"
-        )
-    causal = settings.get("is_causal")
-    causal = getattr(module, "is_causal", True) if causal is None else causal
-    window = cu_seqlens = foreign_keys = None
-    if name in ("eager", "flex_attention"):
-        causal = False  # these functions apply the mask that they are given, and nothing else
-    elif name != "sdpa":
-        reach = settings.get("sliding_window")
-        window = None if reach is None else (reach - 1, reach - 1)
-        if mask is None and takes_flash_masks(name):
-            query, key, cu_seqlens, foreign_keys = as_packed(query, key, settings, starts)
-    if mask is not None and mask.dim() == 2:
-        mask = mask[:, None, None, : key.shape[2]].bool()  # flash: 1 for keys that are not padding
-    elif mask is not None:
-        causal, window = False, None  # a full mask holds both already
-    if name not in ("eager", "sdpa") and query.shape[2] != key.shape[2] and (causal or window):
-        # Flash kernels align at the last key, where torch and the operators align at the first.
-        band = _last_aligned(query.shape[2], key.shape[2], causal, window, query.device)
-        mask, causal, window = band if mask is None else band & mask, False, None
-    sinks = settings.get("s_aux", settings.get("sinks"))
-    if sinks is None and name == "eager":
-        sinks = getattr(module, "sinks", None)  # eager functions reach for the parameter itself
-    return AttentionCall(
-        query,
-        key,
-        mask,
-        settings.get("position_bias"),
-        settings.get("scaling"),
-        bool(causal) and query.shape[2] > 1,
-        window,
-        settings.get("softcap"),
-        sinks if name != "sdpa" else None,  # torch's SDPA has none
-        cu_seqlens=cu_seqlens,
-        foreign_keys=foreign_keys,
-        mask_mod=mask_mod,
-        sparse="indices" in settings or hasattr(module, "indexer"),  # DeepSeek's sparse attention
-    )
-
-
-def _last_aligned(queries: int, keys: int, causal: bool, window: tuple[int, int] | None, device) -> Tensor:
-    distance = torch.arange(keys, device=device) - torch.arange(keys - queries, keys, device=device)[:, None]
-    left, right = window if window is not None else (keys, keys)
-    return (distance >= -left) & (distance <= (0 if causal else right))  # [Tq, Tk]
+def rows_of(
+    layers: tuple[int, ...],
+    index: Tensor,
+    heads: slice,
+    stats: Sequence[AttentionStats],
+    valid: Tensor | None,
+    strata: Strata,
+) -> AttentionRows:
+    """The statistics of some layers as taps get them; see `AttentionRows`."""
+    rows = AttentionRows(layers, index, heads, stats, valid, None, strata.weights, strata.difference_weights)
+    ignored = rows.stacked("keys")[0] == 0  # [G, B, H, R]
+    if valid is not None:
+        ignored |= ~valid[:, None, :].to(index.device)
+    object.__setattr__(rows, "ignored", ignored)  # made with the help of the rest
+    return rows

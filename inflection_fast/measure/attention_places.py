@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..blocks import Block, is_linear_attention, is_named_attention
 
-__all__ = ["AttentionPlaces", "Place"]
+__all__ = ["AttentionPlaces", "Place", "heads_of"]
 
 _CROSS = re.compile(r"cross|enc_?dec|encoder_(attn|attention)$|multihead_attn$", re.IGNORECASE)
 _PLAIN = re.compile(r"(self_?)?(attention|attn|mha)|self|layers?|\d+", re.IGNORECASE)
@@ -169,3 +169,19 @@ def _heads_of(module: nn.Module) -> int | None:
     return next(
         (count for count in counts if isinstance(count, int) and not isinstance(count, bool) and count > 0), None
     )
+
+
+def heads_of(blocks: Sequence[Block]) -> int | None:
+    """The number of attention heads as the modules of the blocks state it, the largest; None if none does."""
+    stated = [_stated(block.module) for block in blocks]
+    return max((count for count in stated if count is not None), default=None)
+
+
+def _stated(block: nn.Module) -> int | None:
+    modules = list(block.modules())
+    for holder in [*modules, *(getattr(module, "config", None) for module in modules)]:
+        for name in _HEAD_COUNTS:
+            count = getattr(holder, name, None)
+            if isinstance(count, int) and count > 0:
+                return count
+    return None

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, asdict, dataclass, replace
+from importlib.metadata import version
+from importlib.util import find_spec
+
+from torch import nn
 
 from .. import quantities as registry
+from ..blocks import Block
 from ..ops.cka_rows import POOLINGS
 from ..quantities import Quantity
 from .schedule import ProbeBudget
 
-__all__ = ["MonitorConfig"]
+__all__ = ["MonitorConfig", "meta_of"]
 
 EVERY = 10
+_PACKAGES = ("inflection_fast", "torch", "transformers", "peft")  # whose versions the timeline has
 _FORWARDS = ("trained", "all")
 _REFERENCES = ("start", "previous", "adapters_off")
 _MIN_SAMPLED_ROWS = 2  # the standard error comes from differences between neighbouring sampled rows
@@ -180,3 +186,39 @@ def _choice(config: MonitorConfig, field: str, accepted: tuple[str, ...]) -> Non
     value = getattr(config, field)
     if value not in accepted:
         raise ValueError(f"{field}: expected one of {accepted}, got {value!r}")
+
+
+def meta_of(model: nn.Module, config: MonitorConfig, blocks: Sequence[Block]) -> dict:
+    """Model, stacks of blocks, configuration and versions, as they are stored in the timeline."""
+    inner = getattr(model, "module", model) if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    if hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()
+    return {
+        "model": {
+            "class": type(inner).__name__,
+            "model_type": getattr(getattr(inner, "config", None), "model_type", None),
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        },
+        "stacks": _stacks_of(blocks),
+        "config": config.as_dict(),
+        "versions": {name: version(name) for name in _PACKAGES if find_spec(name)},
+    }
+
+
+def _stacks_of(blocks: Sequence[Block]) -> list[dict]:
+    """Each stack with the indices of its blocks, its number of parameters, and how many of them train."""
+    stacks: dict[str, list[Block]] = {}
+    for block in blocks:
+        stacks.setdefault(block.stack, []).append(block)
+    described = []
+    for name, held in stacks.items():
+        parameters = {id(p): p for block in held if block.module is not None for p in block.module.parameters()}
+        described.append(
+            {
+                "name": name,
+                "layers": [block.index for block in held],
+                "parameters": sum(p.numel() for p in parameters.values()),
+                "trainable": sum(p.numel() for p in parameters.values() if p.requires_grad),
+            }
+        )
+    return described

@@ -18,20 +18,18 @@ from ..blocks import Block, find_blocks
 from ..quantities import Step
 from ..quantities.parameter_grad import ParameterGrad
 from ..quantities.quantity import MeasuredModel, Update
-from ..timeline import IF_EXISTS, Timeline, folder_for
-from .background import Background
-from .config import MonitorConfig
-from .description import heads_of, meta_of
-from .gradients import scale_of, squares_of_all
-from .packet import Packet
+from ..timeline import Timeline
+from .attention_places import heads_of
+from .config import MonitorConfig, meta_of
+from .packet import Measured, Packet
 from .panel import Panel
+from .parameters import Background, Updates, scale_of, squares_of_all
 from .placements import full_of
 from .probe import REFERENCE_NAME, Probe
 from .ranks import Layout, Ranks, world_size
-from .recorder import Measured, Record, Recorder, Row
+from .recorder import Record, Recorder, Row
 from .schedule import ProbeBudget, is_due
 from .taps import Taps, device_of
-from .update import Updates
 
 __all__ = ["Monitor"]
 
@@ -60,7 +58,7 @@ class Monitor:
     What fails before a first step was measured is an error. From then on it costs a warning and the values of the step.
 
     Args:
-        model: what the training loop calls, wrapped (DDP, peft) or not; Transformers or any other PyTorch model.
+        model: what the training loop calls, wrapped (DDP, peft) or not; of Transformers or any other PyTorch model.
         config: what and when.
         out: folder of the timeline; None: kept in memory only.
         probe: list of model inputs (dicts of tensors) for delta-CKA, and for entropy and activation gradients on data
@@ -106,15 +104,11 @@ class Monitor:
             raise TypeError(f"config: expected a MonitorConfig, got {type(config).__name__}")
         if operator.index(start_step) < 0:
             raise ValueError(f"start_step: expected a step >= 0, got {start_step}")
-        if if_exists not in IF_EXISTS:
-            raise ValueError(f"if_exists: expected one of {', '.join(IF_EXISTS)}, got {if_exists!r}")
         self.blocks: list[Block] = find_blocks(model, config.blocks)
         if isinstance(model, nn.DataParallel):
             raise ValueError("model: DataParallel runs replicas that cannot be measured; use DistributedDataParallel")
         self._model: nn.Module | None = model
-        self._config = config
-        self.folder: Path | None = None if out is None else Path(out)  # of the timeline
-        self._if_exists, self._on_row = if_exists, on_row
+        self._config, heads, counts_all = config, heads_of(self.blocks), config.forwards == "all"
         self._rank_timeout_s, self._accelerator = rank_timeout_s, accelerator
         self._ranks: Ranks | None = None
         self._layout = Layout()
@@ -124,17 +118,14 @@ class Monitor:
         self._panel.prepare(MeasuredModel(model, tuple(self.blocks), device_of(self.blocks), config, world_size()))
         self._every = {name: config.cadence(one) for name, one in self._panel.quantities.items() if name != Step.name}
         self._probed = frozenset(self._panel.of_group("probe"))
-        self._heads = heads_of(self.blocks)
-        self._probe = (
-            Probe(model, self.blocks, probe, config, self._panel, self._heads or 1)
-            if probe is not None and self._probed
-            else None
-        )
-        heads, counts_all = self._heads or 1, config.forwards == "all"
-        self._taps = Taps(model, self.blocks, self._panel, config, heads=heads, counts_all=counts_all)
+        self._heads = heads
+        self._probe: Probe | None = None
+        if probe is not None and self._probed:
+            self._probe = Probe(model, self.blocks, probe, config, self._panel, heads or 1)
+        self._taps = Taps(model, self.blocks, self._panel, config, heads=heads or 1, counts_all=counts_all)
         watch = None if alerts is None else AlertWatch(alerts, self._panel.columns, self._panel.axes)
         names = [block.name for block in self.blocks]
-        self._record = Record(names, self._panel, self._resume_at, watch, on_alert, keeps_rows=on_row is not None)
+        self._record = Record(out, names, self._panel, self._resume_at, watch, on_alert, on_row, if_exists)
         self._updates = Updates(model)
         self._background = Background(self._panel)
         self._budget: ProbeBudget | None = None
@@ -154,9 +145,7 @@ class Monitor:
             self._ranks = Ranks(self._model, self._rank_timeout_s)
             self._record.writes = self._ranks.writes
         try:
-            if self.folder is not None and self._resume_at is None and self._record.writes:
-                self.folder = folder_for(self.folder, self._if_exists, also=(REFERENCE_NAME,))
-            self._record.folder = self.folder
+            self._record.choose_folder(also=(REFERENCE_NAME,))
             # Where ranks divide the heads among them, only the first call of attention tells how many there are.
             if self._heads is not None and (self._ranks is None or not self._ranks.divide_batches):
                 self._record.open(self._heads, meta_of(self._model, self._config, self.blocks))
@@ -172,7 +161,7 @@ class Monitor:
                 every, joined = {name: self._every[name] for name in self._probed}, self._ranks is not None
                 budget = self._config.probe_budget(every, self._step, joined=joined, patience_s=self._rank_timeout_s)
                 self._budget = self._record.budget = budget
-                self._probe.begin(self.folder, budget, self._record.guarded, keeps=self._record.writes)
+                self._probe.begin(self._record.folder, budget, self._record.guarded, keeps=self._record.writes)
             self._arm()
         except BaseException:
             self.close()
@@ -189,9 +178,8 @@ class Monitor:
             "start_step": self._step,
             "probe": self._probe is not None,
         }
-        folder = None if self.folder is None else str(self.folder)
-        self._layout, folder = self._ranks.agree(self.blocks, facts, folder, None if error is None else str(error))
-        self.folder = self._record.folder = None if folder is None else Path(folder)
+        said = None if error is None else str(error)
+        self._layout, self._record.folder = self._ranks.agree(self.blocks, facts, self._record.folder, said)
         self._taps.share(self._layout)
         self._background.share(self._layout)
         if self._probe is not None:
@@ -220,7 +208,7 @@ class Monitor:
         self.blocks = [dataclasses.replace(block, module=None) for block in self.blocks]
         if os.getpid() == self._owner:
             self._record.close()
-            self._tell_rows()
+            self._record.tell_rows()
         self._panel.forget()
 
     def _arm(self) -> None:
@@ -262,7 +250,7 @@ class Monitor:
         if not getattr(self._accelerator, "sync_gradients", True):
             return
         self._updates.finish(self._panel, self._taps.parameters, self._hand_over)
-        self._tell_rows()
+        self._record.tell_rows()
         if self._due:
             self._taps.detach()
             began = perf_counter() - self._taps.seconds
@@ -271,23 +259,13 @@ class Monitor:
             self._background.copy(self._panel.listening("in_background"), self._taps.parameters)
             self._panel.mark_failures(packet, everything=self._taps.failure is not None)
             probed = self._probe is not None and bool(self._due & self._probed)
-            of_probe = self._probe.sharded_outputs if probed else set()
-            outputs = frozenset(self._taps.sharded_outputs | of_probe)
+            outputs = frozenset(self._taps.sharded_outputs | (self._probe.sharded_outputs if probed else set()))
             measured = Measured(self._step, self._panel.due | finished, outputs, probed, began)
             if not self._updates.begin(measured, packet, self._panel.listening("after_update")):
                 self._hand_over(measured, packet)
             self._proven = self._taps.forgives = True
         self._step += 1
         self._arm()
-
-    def _tell_rows(self) -> None:
-        if self._on_row is None:
-            return
-        for row in self._record.finished():
-            try:
-                self._on_row(row)
-            except Exception as error:
-                self._record.warn("on_row", f"on_row failed for the row of step {row.step}: {error!r}")
 
     def _hand_over(self, measured: Measured, packet: Packet) -> None:
         if self._record.recorder is None:
@@ -328,7 +306,7 @@ class Monitor:
             of_step["scaled"].fill_(1)
         taps.gather(loss_scale)
         if self._probe is not None and self._due & self._probed:
-            self._run_probe(self._due & self._probed)
+            self._probe.step(self._step, taps.sums, self._due & self._probed, forgives=self._proven)
         listening = self._panel.listening("before_update")
         self._panel.tell("before_update", listening, taps.sums.packet, Update(taps.parameters, ()))
         of_step = taps.sums.packet[Step.name]  # which the probe may have made anew
@@ -338,15 +316,6 @@ class Monitor:
                 of_step["loss"].copy_(loss.detach().mean(), non_blocking=True)
             else:
                 of_step["loss"].fill_(float(loss))
-
-    def _run_probe(self, due: frozenset[str]) -> None:
-        try:
-            self._probe.step(self._step, self._taps.sums, due)
-        except Exception as error:
-            if not self._proven:
-                raise
-            for name in due:
-                self._panel.fail(name, error, "the probe")
 
     def _known_squares(self) -> Tensor | None:
         """[L]: squares of the gradients of the blocks, as they were at the end of the last backward pass."""
@@ -390,6 +359,11 @@ class Monitor:
     def timeline(self) -> Timeline:
         """All that was measured so far. `RuntimeError` before the context is entered."""
         return self._record.timeline
+
+    @property
+    def folder(self) -> Path | None:
+        """Of the timeline; None: it is in memory only. Known once the context is entered."""
+        return self._record.folder
 
     @property
     def dropped(self) -> int:

@@ -12,8 +12,8 @@ from time import perf_counter
 import torch
 from torch import nn
 
-from .arguments import loss_of, tensors_of
 from .config import EVERY, MonitorConfig
+from .micro_batch import loss_of, tensors_of
 from .monitor import Monitor
 
 __all__ = ["Overhead", "measure_overhead"]

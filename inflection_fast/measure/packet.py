@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..quantities.quantity import Accumulator
 
-__all__ = ["Field", "Fields", "Packet", "Piece", "StepSums"]
+__all__ = ["CudaCopies", "Field", "Fields", "HostCopies", "Measured", "Packet", "Piece", "StepSums"]
 
 _KINDS = (("float64", "sum"), ("float32", "sum"), ("float32", "max"))  # in the order of their memory
 
@@ -279,3 +279,49 @@ class StepSums:
         if packet is not None:
             packet.reset()
             self._free[group].append(packet)
+
+
+# ---- on its way to the host ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the training's thread knows of a measured step, beside its packet."""
+
+    step: int
+    due: frozenset[str]  # quantities that were measured
+    sharded_outputs: frozenset[int]  # layers whose output the ranks of one batch have split
+    probed: bool  # the probe was run
+    began: float  # `perf_counter` at which it would have begun, if all of measuring had been done in one go
+
+
+class HostCopies:
+    """Copies within the memory of the host, which are there at once."""
+
+    def start(self, host: Tensor, source: Tensor) -> None:
+        """Copy `source` into `host`; nothing to wait for afterwards."""
+        host.copy_(source)
+
+    def before_overwriting(self) -> None:
+        """The source may be written again."""
+
+
+class CudaCopies:
+    """Copies into pinned memory on a stream of their own, so that the stream of the training does not wait for them."""
+
+    def __init__(self, device: torch.device):
+        self._device, self._stream, self._last = device, torch.cuda.Stream(device), None
+
+    def start(self, host: Tensor, source: Tensor) -> torch.cuda.Event:
+        """Begin to copy `source` into `host`, which is pinned, and return the event that ends it."""
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            host.copy_(source, non_blocking=True)
+            self._last = torch.cuda.Event(blocking=True)  # whoever waits sleeps
+            self._last.record(self._stream)
+        return self._last
+
+    def before_overwriting(self) -> None:
+        """Make the device, not the host, finish the copy before it writes to its source again."""
+        if self._last is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._last)

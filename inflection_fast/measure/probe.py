@@ -20,18 +20,17 @@ from ..blocks import Block
 from ..ops.cka_rows import POOLED, RowSample, feature_rows
 from ..quantities import Step
 from ..quantities.quantity import ProbeFeatures
-from .arguments import loss_of
 from .config import MonitorConfig
-from .eagerly import trainable_as_before, undisturbed
+from .hooks import trainable_as_before, undisturbed
+from .micro_batch import decoder_layers, loss_of, token_mask
 from .packet import StepSums
 from .panel import Panel
 from .placements import full_of
 from .ranks import Layout
-from .rows import decoder_layers, token_mask
-from .schedule import LayerIndices, ProbeBudget
+from .schedule import LayerIndices, ProbeBudget, ProbeClock
 from .taps import Taps
 
-__all__ = ["REFERENCE_NAME", "Probe", "ProbeClock"]
+__all__ = ["REFERENCE_NAME", "Probe"]
 
 logger = logging.getLogger(__name__)
 
@@ -108,8 +107,18 @@ class Probe:
                     guarded(lambda: self.save(path))
         self._at, self._training_from = budget.first_step - 1, perf_counter()
 
-    def step(self, step: int, sums: StepSums, due: Collection[str]) -> None:
-        """Run the probe in a training step, and decide when it is run again."""
+    def step(self, step: int, sums: StepSums, due: Collection[str], *, forgives: bool) -> None:
+        """Run the probe in a training step; what fails costs the values of `due`, or is raised unless it `forgives`."""
+        try:
+            self._step(step, sums, due)
+        except Exception as error:
+            if not forgives:
+                raise
+            for name in due:
+                self._panel.fail(name, error, "the probe")
+
+    def _step(self, step: int, sums: StepSums, due: Collection[str]) -> None:
+        """Run the probe, and decide when it is run again."""
         step_ms = 1e3 * (perf_counter() - self._training_from) / (step - self._at)
         self.measure(sums, due)
         of_step = sums.packet[Step.name]
@@ -299,32 +308,6 @@ class Probe:
             return places, sequences
         keep = keep.to(places.device)
         return places[keep], sequences[keep]
-
-
-class ProbeClock:
-    """What a run of the probe takes, without waiting for a device: of a GPU, the last run of which the end was seen."""
-
-    def __init__(self, device: torch.device):
-        self._gpu, self._runs, self.last_ms = device.type == "cuda", [], 0.0
-
-    def begin(self) -> None:
-        """Before a run."""
-        if self._gpu:
-            self._runs.append([torch.cuda.Event(enable_timing=True) for _ in range(2)])
-            self._runs[-1][0].record()
-
-    def end(self) -> None:
-        """After it."""
-        if self._gpu:
-            self._runs[-1][1].record()
-
-    def ms(self, host_ms: float) -> float:
-        """Of the run that has ended, whose host time is given."""
-        of_device = [begun.elapsed_time(ended) for begun, ended in self._runs if ended.query()]
-        if self._gpu:
-            self._runs = self._runs[-1:]
-        self.last_ms = max(host_ms, *of_device[-1:], 0.0)
-        return self.last_ms
 
 
 def _fixed(batches: Iterable[Mapping] | Mapping) -> list[dict]:

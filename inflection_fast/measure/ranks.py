@@ -20,6 +20,7 @@ import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -137,8 +138,8 @@ class Ranks:
         return len(self._mesh.peers) > 1
 
     def agree(
-        self, blocks: Sequence[Block], facts: dict[str, object], folder: str | None, error: str | None = None
-    ) -> tuple[Layout, str | None]:
+        self, blocks: Sequence[Block], facts: dict[str, object], folder: Path | None, error: str | None = None
+    ) -> tuple[Layout, Path | None]:
         """Make sure that all ranks measure the same thing, and learn the layout and the folder that rank 0 has chosen.
 
         Args:

@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -19,17 +19,17 @@ from time import perf_counter
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ..alerts import Alert, AlertWatch, log_alerts
-from ..timeline import Timeline, TimelineWriter
+from ..timeline import IF_EXISTS, Timeline, TimelineWriter, folder_for
 from ..timeline.writer import KEPT_BYTES
-from .packet import Packet
+from .hooks import WarnOnce
+from .packet import CudaCopies, HostCopies, Measured, Packet
 from .panel import Panel
 from .ranks import Join, Layout, Ranks
 from .schedule import ProbeBudget
 
-__all__ = ["Measured", "Record", "Recorder", "Row", "WarnOnce"]
+__all__ = ["Record", "Recorder", "Row"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,62 +38,6 @@ MIN_SLOTS, MAX_SLOTS = 8, 256
 PATIENCE_S = 60.0  # how long reading or closing a timeline waits for a disk that hangs
 POLL_S = 0.2  # how often somebody who waits looks whether the thread still lives
 KEPT_ROWS = 1024  # finished rows that wait for `Monitor.step` to tell them; of more the oldest go
-
-
-class WarnOnce:
-    """Warnings of a run, each kind once: what fails in one step fails in thousands."""
-
-    def __init__(self, logger: logging.Logger):
-        self._logger, self._given = logger, set()
-
-    def __call__(self, kind: str, message: str) -> None:
-        """Log `message` unless one of its kind was logged before."""
-        if kind not in self._given:
-            self._given.add(kind)
-            self._logger.warning("%s", message)
-
-
-class HostCopies:
-    """Copies within the memory of the host, which are there at once."""
-
-    def start(self, host: Tensor, source: Tensor) -> None:
-        """Copy `source` into `host`; nothing to wait for afterwards."""
-        host.copy_(source)
-
-    def before_overwriting(self) -> None:
-        """The source may be written again."""
-
-
-class CudaCopies:
-    """Copies into pinned memory on a stream of their own, so that the stream of the training does not wait for them."""
-
-    def __init__(self, device: torch.device):
-        self._device, self._stream, self._last = device, torch.cuda.Stream(device), None
-
-    def start(self, host: Tensor, source: Tensor) -> torch.cuda.Event:
-        """Begin to copy `source` into `host`, which is pinned, and return the event that ends it."""
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            host.copy_(source, non_blocking=True)
-            self._last = torch.cuda.Event(blocking=True)  # whoever waits sleeps
-            self._last.record(self._stream)
-        return self._last
-
-    def before_overwriting(self) -> None:
-        """Make the device, not the host, finish the copy before it writes to its source again."""
-        if self._last is not None:
-            torch.cuda.current_stream(self._device).wait_event(self._last)
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What the training's thread knows of a measured step, beside its packet."""
-
-    step: int
-    due: frozenset[str]  # quantities that were measured
-    sharded_outputs: frozenset[int]  # layers whose output the ranks of one batch have split
-    probed: bool  # the probe was run
-    began: float  # `perf_counter` at which it would have begun, if all of measuring had been done in one go
 
 
 @dataclass(frozen=True, eq=False)
@@ -282,32 +226,44 @@ class Record:
     """The timeline of a monitor, opened when the number of heads is known, and its recorder.
 
     Args:
+        out: folder of the file; None: in memory only.
         layers: names of the blocks.
         panel: the quantities, whose columns it has.
         resume_at: the step from which an existing file is continued; None: there must be none.
         watch: raises alerts; None: there are none.
         on_alert: called with them.
-        keeps_rows: finished rows are kept for `finished`.
+        on_row: called with finished rows by whoever calls `tell_rows`.
+        if_exists: what becomes of a timeline that is in `out`; see `inflection_fast.timeline.folder_for`.
     """
 
     def __init__(
         self,
+        out: str | os.PathLike | None,
         layers: list[str],
         panel: Panel,
         resume_at: int | None,
         watch: AlertWatch | None,
         on_alert: Callable[[list[Alert]], None] | None,
-        keeps_rows: bool = False,
+        on_row: Callable[[Row], None] | None,
+        if_exists: str,
     ):
+        if if_exists not in IF_EXISTS:
+            raise ValueError(f"if_exists: expected one of {', '.join(IF_EXISTS)}, got {if_exists!r}")
         self._layers, self._resume_at = layers, resume_at
-        self.folder: Path | None = None  # of the file; None: in memory only
+        self.folder: Path | None = None if out is None else Path(out)
+        self._if_exists, self._on_row = if_exists, on_row
         self._panel, self._watch, self._on_alert = panel, watch, on_alert
-        self._rows: deque[Row] | None = deque(maxlen=KEPT_ROWS) if keeps_rows else None
+        self._rows: deque[Row] = deque(maxlen=KEPT_ROWS)  # which wait for `tell_rows`
         self._writer: TimelineWriter | None = None
         self._heads, self.writes = 0, True  # whether this process keeps the file
         self.recorder: Recorder | None = None
         self.budget: ProbeBudget | None = None
         self.warn = panel.warn = WarnOnce(logger)
+
+    def choose_folder(self, also: tuple[str, ...]) -> None:
+        """Make room for a new timeline, and for the files `also` beside it, where this process writes one."""
+        if self.folder is not None and self._resume_at is None and self.writes:
+            self.folder = folder_for(self.folder, self._if_exists, also)
 
     def is_open(self, heads: int) -> bool:
         """Whether there is a timeline already, for blocks of so many heads."""
@@ -356,10 +312,11 @@ class Record:
         budget, decide = self.budget, None
         if join is not None and budget is not None:
             decide = lambda row: budget.decide(*(_number(row.get(name)) for name in ("probe_ms", "step_ms")))  # noqa: E731
-        watch, on_alert, rows = self._watch if layout.writes else None, self._on_alert, self._rows
+        watch, on_alert = self._watch if layout.writes else None, self._on_alert
+        rows = self._rows if layout.writes and self._on_row is not None else None
 
         def told(row: Row) -> None:
-            if rows is not None and layout.writes:
+            if rows is not None:
                 rows.append(row)
             if watch is not None:
                 log_alerts(watch.push(row.step, row.columns), on_alert)
@@ -392,10 +349,14 @@ class Record:
         self.recorder.drain()
         return {} if self.recorder.last is None else self.recorder.last.scalars()
 
-    def finished(self) -> Iterator[Row]:
-        """The rows that were finished since the last call, without waiting for others."""
+    def tell_rows(self) -> None:
+        """Call `on_row` with the rows that were finished since the last call, without waiting for others."""
         while self._rows:
-            yield self._rows.popleft()
+            row = self._rows.popleft()
+            try:
+                self._on_row(row)
+            except Exception as error:
+                self.warn("on_row", f"on_row failed for the row of step {row.step}: {error!r}")
 
     @property
     def dropped(self) -> int:

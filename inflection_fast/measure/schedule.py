@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-__all__ = ["MOST_LISTS", "LayerIndices", "ProbeBudget", "Recent", "RowSampler", "Strata", "is_due"]
+__all__ = ["MOST_LISTS", "LayerIndices", "ProbeBudget", "ProbeClock", "Recent", "RowSampler", "Strata", "is_due"]
 
 MOST_LISTS = 512  # of layers, of which tensors are kept: where layers are dropped at random, every step has others
 
@@ -76,6 +76,32 @@ class ProbeBudget:
         self._next = self._at + steps
         self._decided.set()
         return next(step for step in itertools.count(self._next) if self._is_candidate(step)) - self._at
+
+
+class ProbeClock:
+    """What a run of the probe takes, without waiting for a device: of a GPU, the last run of which the end was seen."""
+
+    def __init__(self, device: torch.device):
+        self._gpu, self._runs, self.last_ms = device.type == "cuda", [], 0.0
+
+    def begin(self) -> None:
+        """Before a run."""
+        if self._gpu:
+            self._runs.append([torch.cuda.Event(enable_timing=True) for _ in range(2)])
+            self._runs[-1][0].record()
+
+    def end(self) -> None:
+        """After it."""
+        if self._gpu:
+            self._runs[-1][1].record()
+
+    def ms(self, host_ms: float) -> float:
+        """Of the run that has ended, whose host time is given."""
+        of_device = [begun.elapsed_time(ended) for begun, ended in self._runs if ended.query()]
+        if self._gpu:
+            self._runs = self._runs[-1:]
+        self.last_ms = max(host_ms, *of_device[-1:], 0.0)
+        return self.last_ms
 
 
 FREE_MS = 1000.0  # of runs of the probe in all, before their share of the training time counts

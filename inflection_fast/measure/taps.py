@@ -7,8 +7,8 @@ checkpointing, run without autograd or outside the model's forward.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
 from functools import partial
 
 import torch
@@ -17,23 +17,26 @@ from torch.autograd import Variable
 
 from ..blocks import Block
 from ..quantities.quantity import OutputGradient, ParameterGradient, SubmoduleForward
-from .arguments import hidden_of, named_inputs, requiring_grad, tensors_of
-from .attention import AttentionCall
-from .attention_taps import AttentionTaps
+from .attention import ATTENTION_TAPS, AttentionTaps
+from .attention_call import AttentionCall
 from .config import MonitorConfig
-from .eagerly import eagerly
-from .gradients import BlockParameters
-from .hooks import Nothing, forgiving, removed
-from .micro_batch import MicroBatch, version_of
+from .hooks import Nothing, eagerly, forgiving, removed
+from .micro_batch import (
+    MicroBatch,
+    decoder_layers,
+    hidden_of,
+    named_inputs,
+    requiring_grad,
+    tensors_of,
+    version_of,
+)
 from .packet import StepSums
 from .panel import Panel
+from .parameters import BlockParameters
 from .placements import is_sharded, local_of
 from .ranks import Layout
-from .rows import decoder_layers
 
 __all__ = ["Taps", "device_of"]
-
-_ATTENTION_TAPS = ("on_attention", "on_cross_attention", "on_attention_call")
 
 
 def device_of(blocks: Sequence[Block]) -> torch.device:
@@ -115,7 +118,7 @@ class Taps:
         panel.begin(due, step)
         self._attention.begin(step)
         self.parameters.look()
-        self._sees_attention = any(map(panel.listening, _ATTENTION_TAPS))
+        self._sees_attention = any(map(panel.listening, ATTENTION_TAPS))
         self._wants_gradients = bool(panel.listening("on_output_gradient"))
         self._attached.callback(self._stop_listening)
         add = self._attached.enter_context
@@ -223,9 +226,7 @@ class Taps:
     @forgiving
     def _forward_ended(self, micro_batch: MicroBatch, output: object) -> None:
         if self._sees_attention:
-            with self._costs_attention_only():
-                self._attention.refuse_unseen(micro_batch)
-                self._attention.add_up(micro_batch, self.sums)
+            self._attention.end_forward(micro_batch, self.sums, forgives=self.forgives)
         event = micro_batch.output(output, bool(self._decoders))
         self._panel.tell("on_model_output", self._panel.listening("on_model_output"), micro_batch.piece, event)
         for tensor in tensors_of(output):
@@ -318,20 +319,7 @@ class Taps:
     def _see(self, module: nn.Module | None, read: Callable[[], AttentionCall]) -> None:
         if self._current is not None:
             running = self._running[-1][0] if self._running else None
-            with self._costs_attention_only():
-                self._attention.see(self._current, self.sums, running, module, read(), may_wait=not self.forgives)
-
-    @contextmanager
-    def _costs_attention_only(self) -> Iterator[None]:
-        """What cannot be measured of attention costs the quantities that listen to it, once a step was measured."""
-        try:
-            yield
-        except Exception as error:
-            if not self.forgives:
-                raise
-            for tap in _ATTENTION_TAPS:
-                for quantity in self._panel.listening(tap):
-                    self._panel.fail(quantity.name, error, tap)
+            self._attention.see(self._current, self.sums, running, module, read, forgives=self.forgives)
 
     # ---- backward ----------------------------------------------------------------------------------------------------
 

@@ -166,8 +166,8 @@ class AttentionSeen:
 
     layer: int
     heads: slice  # as in `AttentionRows`
-    # measure.attention.AttentionCall: query [B, H, T, D], key [B, Hkv, Tk, D], mask, bias, scale, is_causal, window,
-    # softcap, sinks, cu_seqlens; or `logits` [B, H, T, Tk] alone, where the model has finished scores
+    # measure.attention_call.AttentionCall: query [B, H, T, D], key [B, Hkv, Tk, D], mask, bias, scale, is_causal,
+    # window, softcap, sinks, cu_seqlens; or `logits` [B, H, T, Tk] alone, where the model has finished scores
     call: object
     rows: Tensor | None  # [R] int64, the sampled query positions; None: all of them
     stats: AttentionStats  # of those rows, [B, H, R] float32

@@ -173,7 +173,7 @@ HOST_READS = {
     ("ops/cka_leave_out.py", "padded"): "which rows are multiplied together follows from the lengths of the sequences",
     ("ops/spectrum.py", "singular_values"): "of a checkpoint, or of a copy of the weights in a thread of its own",
     ("measure/recorder.py", "_row"): "the one copy of a measured step, on a thread that nobody waits for",
-    ("measure/background.py", "_add"): "fills a tensor of the host that no device holds",
+    ("measure/parameters.py", "_add"): "fills a tensor of the host that no device holds",
     ("measure/overhead.py", "_forward_backward"): "a stopwatch has to wait for the device",
     ("measure/probe.py", "save"): "the reference goes to a file once, at entering",
 }

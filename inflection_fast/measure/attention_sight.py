@@ -1,0 +1,327 @@
+"""Where a model attends, and what it attends with: queries, keys and masks, seen while its own implementation runs.
+
+Three ways in. Transformers models fetch their attention function from an `AttentionInterface`; other PyTorch models
+call one of torch's attention functions, or a softmax of their own. All of them hand every call to a `see` function and
+then let the original run on the original arguments, so that the model's outputs stay equal to the bit. While torch's
+functions are watched, every call of one takes a detour of about a microsecond, in measured steps alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from types import FunctionType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..blocks import Block
+from .attention_call import AttentionCall, Starts, as_packed, takes_flash_masks
+from .attention_places import AttentionPlaces
+
+__all__ = ["AttentionSight", "See", "heads_first", "interfaces_of", "seeing_functions", "seeing_interfaces"]
+
+logger = logging.getLogger(__name__)
+
+# Takes the attention module, where it is known, and what reads its call: reading may fail, and is for `see` to forgive.
+See = Callable[[nn.Module | None, Callable[[], AttentionCall]], None]
+
+_SOFTMAX = {torch.softmax, F.softmax, Tensor.softmax, torch.special.softmax}
+_SOFTMAX |= {torch.log_softmax, F.log_softmax, Tensor.log_softmax, torch.special.log_softmax}
+_BY_HAND_KINDS = ("self", "cross")
+
+
+class AttentionSight:
+    """All ways in which the blocks of a model may attend."""
+
+    def __init__(self, blocks: Sequence[Block]):
+        self._places = AttentionPlaces(blocks)
+        interfaces = [one for block in blocks for one in interfaces_of(block.module)]
+        self._interfaces = list({id(one): one for one in interfaces}.values())
+        attentions = self._places.innermost
+        self._needs_functions = self._places.unnamed or not all(map(interfaces_of, attentions))
+        if self._places.others:
+            logger.info("attention beside that of the blocks is not measured: %s", ", ".join(self._places.others))
+
+    @contextmanager
+    def seeing(self, see: See) -> Iterator[None]:
+        """Hand every attention call of the blocks to `see`, once each."""
+        with ExitStack() as stack:
+            if self._interfaces:
+                stack.enter_context(seeing_interfaces(self._interfaces, self._places, see))
+            if self._needs_functions:
+                stack.enter_context(seeing_functions(self._places, see))
+            yield
+
+
+# ---- Transformers ----------------------------------------------------------------------------------------------------
+
+
+def interfaces_of(module: nn.Module) -> list:
+    """The `AttentionInterface` objects that `module` and its submodules fetch their attention from; none: not seen."""
+    found = {}
+    for cls in {cls for submodule in module.modules() for cls in type(submodule).__mro__}:
+        for function in map(inspect.unwrap, filter(inspect.isfunction, vars(cls).values())):
+            if _INTERFACE in function.__code__.co_names:
+                interface = function.__globals__.get(_INTERFACE)
+                if hasattr(interface, "get_interface"):
+                    found[id(interface)] = interface
+    return list(found.values())
+
+
+_INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # what modeling files call it; some have one of their own
+
+
+@contextmanager
+def seeing_interfaces(interfaces: list, places: AttentionPlaces, see: See) -> Iterator[None]:
+    """Hand every attention call that goes through `interfaces` to `see`, then let the chosen implementation run.
+
+    What that calls in turn (a softmax, torch's SDPA) is the same attention, and is hidden from the other ways in.
+
+    `get_interface` is shadowed on the interface objects, because it is the one place that knows the implementation in
+    use, "eager" included, whose function is private to each model. The names that the model's config carries stay as
+    they are, so the masks it builds and its checks for "flash" do too; a name of our own, registered for attention and
+    for masks, would change both and rebuild a flash model's 2-D mask as a full one.
+    """
+    starts = Starts()
+    with ExitStack() as stack:
+        for interface in interfaces:
+            original = interface.get_interface  # bound, or what somebody else has put there
+
+            def get_interface(name, default, original=original):
+                attend = original(name, default)
+
+                def seen_attend(module, query, key, value, attention_mask, *args, **kwargs):
+                    kind = places.of(module).kind or "self"
+
+                    def read():
+                        settings = _named_arguments(attend, args, kwargs)
+                        mask = _as_added(attention_mask, query, attend) if name == "eager" else attention_mask
+                        call = _interface_call(name, module, query, key, mask, settings, starts)
+                        return replace(call, kind=kind)
+
+                    if kind != "other":
+                        see(module, read)
+                    with places.hidden():
+                        return attend(module, query, key, value, attention_mask, *args, **kwargs)
+
+                return seen_attend
+
+            shadowed = vars(interface).get("get_interface")
+            interface.get_interface = get_interface
+            stack.callback(_unshadow, interface, shadowed)
+        yield
+
+
+def _unshadow(interface, shadowed: Callable | None) -> None:
+    if shadowed is None:
+        del interface.get_interface
+    else:
+        interface.get_interface = shadowed
+
+
+_READS_BOOL = {"masked_fill", "masked_fill_", "where", "logical_not"}
+
+
+def _as_added(mask: Tensor | None, query: Tensor, eager: Callable) -> Tensor | None:
+    """The mask of an eager function, which adds what it gets: True is 1 and False is 0, unless it looks for either."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        return mask
+    code = getattr(inspect.unwrap(eager), "__code__", None)
+    adds = code is not None and _READS_BOOL.isdisjoint(code.co_names)
+    return mask.to(query.dtype) if adds else mask
+
+
+_BEFORE_SETTINGS = 5  # module, query, key, value, attention_mask
+
+
+def _named_arguments(function: Callable, args: tuple, kwargs: dict) -> dict:
+    # Almost every model passes keywords; positions differ from one eager function to the next, hence the signature.
+    names = list(inspect.signature(function).parameters)[_BEFORE_SETTINGS:] if args else []
+    return dict(zip(names, args, strict=False)) | kwargs
+
+
+def _interface_call(
+    name: str, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, settings: dict, starts: Starts
+) -> AttentionCall:
+    """What the implementation `name` makes of its arguments: the same ones mean different things to different ones."""
+    mask_mod = None
+    if name == "flex_attention" and hasattr(mask, "mask_mod"):
+        mask, mask_mod = None, mask.mask_mod
+    if mask is not None and not isinstance(mask, Tensor):
+        raise ValueError(
+            f"attention of {type(module).__name__} goes through {name!r} with a {type(mask).__name__}, which cannot be "
+            "read; measure with model.set_attn_implementation('sdpa') or 'eager'"
+        )
+    causal = settings.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    window = cu_seqlens = foreign_keys = None
+    if name in ("eager", "flex_attention"):
+        causal = False  # these functions apply the mask that they are given, and nothing else
+    elif name != "sdpa":
+        reach = settings.get("sliding_window")
+        window = None if reach is None else (reach - 1, reach - 1)
+        if mask is None and takes_flash_masks(name):
+            query, key, cu_seqlens, foreign_keys = as_packed(query, key, settings, starts)
+    if mask is not None and mask.dim() == 2:
+        mask = mask[:, None, None, : key.shape[2]].bool()  # flash: 1 for keys that are not padding
+    elif mask is not None:
+        causal, window = False, None  # a full mask holds both already
+    if name not in ("eager", "sdpa") and query.shape[2] != key.shape[2] and (causal or window):
+        # Flash kernels align at the last key, where torch and the operators align at the first.
+        band = _last_aligned(query.shape[2], key.shape[2], causal, window, query.device)
+        mask, causal, window = band if mask is None else band & mask, False, None
+    sinks = settings.get("s_aux", settings.get("sinks"))
+    if sinks is None and name == "eager":
+        sinks = getattr(module, "sinks", None)  # eager functions reach for the parameter itself
+    return AttentionCall(
+        query,
+        key,
+        mask,
+        settings.get("position_bias"),
+        settings.get("scaling"),
+        bool(causal) and query.shape[2] > 1,
+        window,
+        settings.get("softcap"),
+        sinks if name != "sdpa" else None,  # torch's SDPA has none
+        cu_seqlens=cu_seqlens,
+        foreign_keys=foreign_keys,
+        mask_mod=mask_mod,
+        sparse="indices" in settings or hasattr(module, "indexer"),  # DeepSeek's sparse attention
+    )
+
+
+def _last_aligned(queries: int, keys: int, causal: bool, window: tuple[int, int] | None, device) -> Tensor:
+    distance = torch.arange(keys, device=device) - torch.arange(keys - queries, keys, device=device)[:, None]
+    left, right = window if window is not None else (keys, keys)
+    return (distance >= -left) & (distance <= (0 if causal else right))  # [Tq, Tk]
+
+
+# ---- torch's functions -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def seeing_functions(places: AttentionPlaces, see: See) -> Iterator[None]:
+    """Hand every attention that ends in one of torch's functions to `see`, and then let the function run.
+
+    A softmax over the last dimension counts as attention if it runs inside a module that is called attention (or in a
+    block that has none such), and if one of the other dimensions is that of the module's heads. So a router, a pooling
+    and a vocabulary are none.
+    """
+    with places.followed(), _FunctionMode(places, see):
+        yield
+
+
+class _FunctionMode(TorchFunctionMode):
+    # A mode is off inside its own handler: what a function that was seen calls in turn is not seen a second time.
+    def __init__(self, places: AttentionPlaces, see: See):
+        super().__init__()
+        self._places, self._see = places, see
+        self._flex = _flex_attention()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in _SOFTMAX:
+            self._see_softmax(*args, **kwargs)
+        elif func is F.scaled_dot_product_attention:
+            return _seen_sdpa(self._see_here)(*args, **kwargs)
+        elif func is F.multi_head_attention_forward:
+            return _seen_multi_head(self._see_here, *args, **kwargs)
+        elif func is self._flex:
+            self._see_flex(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _see_here(self, read: Callable[[], AttentionCall]) -> None:
+        place = self._places.running
+        if place is None:  # outside of all blocks, or seen already
+            return
+        kind = place.kind or "self"
+        if kind in _BY_HAND_KINDS:
+            self._see(self._places.module, lambda: replace(read(), kind=kind))
+
+    def _see_softmax(self, input=None, dim=None, *args, **kwargs) -> None:
+        place = self._places.running
+        if place is None or place.kind not in _BY_HAND_KINDS or not isinstance(input, Tensor):
+            return
+        if dim not in (-1, input.dim() - 1) or not input.is_floating_point():
+            return
+        logits = heads_first(input, place.heads, self._places.sizes)
+        if logits is not None:
+            self._see_here(lambda: AttentionCall(logits, logits, logits=logits))
+
+    def _see_flex(self, query, key, value, score_mod, block_mask, scale, *args, **kwargs) -> None:
+        mask_mod = block_mask[-1] if isinstance(block_mask, tuple) else None
+        self._see_here(lambda: AttentionCall(query, key, scale=scale, score_mod=score_mod, mask_mod=mask_mod))
+
+
+def _flex_attention() -> object:
+    """The operator that `flex_attention` ends in. `None`: this build of torch has none."""
+    return getattr(torch.ops.higher_order, "flex_attention", None)
+
+
+# ---- softmax ---------------------------------------------------------------------------------------------------------
+
+
+def heads_first(logits: Tensor, heads: int | None, sizes: tuple[int, ...] = ()) -> Tensor | None:
+    """Scores before a softmax as [B, H, Q, K]; None where no dimension is that of the `heads` (None: not known).
+
+    `sizes` are the leading ones of the hidden state, batch and length in either order, where they are known.
+
+    Dimensions before the queries that are not the heads (windows, blocks of a sequence) join the batch. Known forms
+    are [B, H, Q, K], [B * H, Q, K], [B, Q, H, K], [H, B, Q, K], and with windows W, [B, W, H, Q, K] and the like; for
+    grouped queries also [B, Hkv, H / Hkv, Q, K].
+    """
+    dims = logits.dim()
+    if dims < 3:
+        return None
+    if dims == 3:
+        heads = heads or 1
+        batches = [size * heads for size in sizes] or [heads]
+        return logits.unflatten(0, (-1, heads)) if any(len(logits) % size == 0 for size in batches if size) else None
+    if heads is None:
+        return logits if dims == 4 else None
+    # The usual place first, then before the queries, then behind them, then at the front.
+    for at in (1, *range(dims - 3, 1, -1), dims - 2, 0):
+        if logits.shape[at] == heads:
+            return logits.movedim(at, dims - 3).flatten(0, dims - 4)
+    if dims == 5 and logits.shape[1] * logits.shape[2] == heads:
+        return logits.flatten(1, 2)
+    return None
+
+
+# ---- torch's own attention -------------------------------------------------------------------------------------------
+
+
+def _seen_sdpa(see: Callable) -> Callable:
+    def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **kwargs):
+        see(lambda: AttentionCall(query, key, attn_mask, scale=kwargs.get("scale"), is_causal=is_causal))
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **kwargs)
+
+    return scaled_dot_product_attention
+
+
+_MULTI_HEAD_NAMES = tuple(inspect.signature(F.multi_head_attention_forward).parameters)
+
+
+def _seen_multi_head(see: Callable, *args, **kwargs):
+    # A function mode is off inside its own handler, so the inner call of SDPA would go by unseen, and calling again
+    # with the mode on would come straight back here. The same code with two names looked up elsewhere sees it, without
+    # touching torch's own namespace: SDPA, and the softmax that stands in its place when weights are asked for.
+    heads = (dict(zip(_MULTI_HEAD_NAMES, args, strict=False)) | kwargs)["num_heads"]
+
+    def softmax(logits, dim):
+        scores = logits.unflatten(0, (-1, heads))  # [B * H, Tq, Tk]
+        see(lambda: AttentionCall(scores, scores, logits=scores))
+        return F.softmax(logits, dim=dim)
+
+    original = F.multi_head_attention_forward
+    names = {**original.__globals__, "scaled_dot_product_attention": _seen_sdpa(see), "softmax": softmax}
+    twin = FunctionType(original.__code__, names, original.__name__, original.__defaults__, original.__closure__)
+    twin.__kwdefaults__ = original.__kwdefaults__
+    names[original.__name__] = twin  # what the function hands to other function modes, if there are any
+    return twin(*args, **kwargs)
