@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from inflection_fast import CkaBasis, CkaState
-from inflection_fast.ops import cka_basis, reference
+from inflection_fast.ops import reference
+from inflection_fast.ops.cka import basis as cka_basis
 
 BOTH = pytest.mark.parametrize("debiased", [True, False], ids=["debiased", "biased"])
 DIM = 60
@@ -95,8 +96,8 @@ def test_the_block_method_filters_a_slowly_falling_spectrum():
 def test_a_block_method_that_has_not_arrived_says_so(monkeypatch):
     x, y = features(fade=1e4)  # eigenvalues side by side
     start = CkaBasis(torch.linalg.qr(torch.randn(2, DIM, 6)).Q, torch.ones(2), torch.ones(2))
-    monkeypatch.setattr("inflection_fast.ops.cka_basis.ROUNDS", 1)
-    monkeypatch.setattr("inflection_fast.ops.cka_basis.DEGREE", 2)
+    monkeypatch.setattr("inflection_fast.ops.cka.basis.ROUNDS", 1)
+    monkeypatch.setattr("inflection_fast.ops.cka.basis.DEGREE", 2)
     assert (pushed(x, y).basis(start=start).residual > 1e-3).all()
 
 

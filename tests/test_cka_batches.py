@@ -5,11 +5,11 @@ import torch
 from cases import extra_bytes
 
 from inflection_fast import cka_matrix
-from inflection_fast.ops import cka_batches
-from inflection_fast.ops.cka_matrix import bytes_needed, debias
+from inflection_fast.ops.cka import matrix
+from inflection_fast.ops.cka.matrix import bytes_needed, debias
 
 ERROR = 1e-6
-KINDS = {"kernel": torch.ops.inflection_fast.cka_batches, "torch": cka_batches.cka_batches}
+KINDS = {"kernel": torch.ops.inflection_fast.cka_batches, "torch": matrix.cka_batches}
 EITHER = pytest.mark.parametrize("products", KINDS.values(), ids=KINDS)
 SHAPES = [(1, 4, 1, 4), (2, 9, 5, 9), (3, 61, 17, 19), (5, 130, 128, 64), (4, 300, 131, 145), (13, 70, 40, 33)]
 # layers, rows, features, rows of a batch: the last batch has at least 4
@@ -150,7 +150,7 @@ def test_torchs_products_take_the_memory_that_is_said_of_devices_without_the_ker
     x = torch.randn(4, 3000, 80)
     for sides in ([x], [x[:2], x[2:]]):
         need = bytes_needed([side.to("meta") for side in sides], "minibatch", 300)
-        peak = extra_bytes(lambda sides=sides: cka_batches.cka_batches(sides[0], (*sides, None)[1], 300))
+        peak = extra_bytes(lambda sides=sides: matrix.cka_batches(sides[0], (*sides, None)[1], 300))
         assert 0.5 * need < peak <= need
 
 

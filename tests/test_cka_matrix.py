@@ -6,7 +6,7 @@ from cases import extra_bytes
 
 from inflection_fast import cka_matrix, linear_cka
 from inflection_fast.ops import checks, reference
-from inflection_fast.ops.cka_matrix import bytes_needed, neighbours
+from inflection_fast.ops.cka.matrix import bytes_needed, neighbours
 
 ERROR = 1e-6
 BOTH = pytest.mark.parametrize("debiased", [True, False], ids=["debiased", "biased"])

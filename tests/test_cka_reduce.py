@@ -32,7 +32,7 @@ def pushed(rank, ranks, early, **options):
     for number, rows in enumerate(parts):
         state.push(x[:, rows], y[:, rows], sequences=ids[rows] if options.get("groups") else None)
         if early and number == 0:
-            state.agree()
+            state.sync_shift()
     return state
 
 
@@ -49,6 +49,15 @@ def work(rank, ranks, store, results):
             told[f"again, early {early}"] = state.all_reduce().value()
             total.push(*(side[:, :1] for side in features()))
             told[f"rows, early {early}"] = total.rows
+        state = pushed(rank, ranks, False)
+        state.sync()
+        told["synced"] = state.compute()
+        for again in (state.sync, lambda: state.update(*features()), lambda: state.merge_state(total)):
+            with pytest.raises(RuntimeError, match="holds the rows of all ranks since"):
+                again()
+        state.reset()
+        state.update(*features())
+        told["reset"] = state.compute()
         groups = pushed(rank, ranks, True, groups=3).all_reduce().result()
         told |= {"error": groups.standard_error, "sequences": groups.sequences}
         projected = pushed(rank, ranks, False, basis=basis()).all_reduce().result()
@@ -78,6 +87,8 @@ def test_any_number_of_ranks_gives_the_value_of_all_rows(ranks, tmp_path):
             assert torch.equal(told[f"again, early {early}"], told[f"value, early {early}"])
             assert told[f"kept, early {early}"] or early
             assert told[f"rows, early {early}"].tolist() == [ROWS + 1] * LAYERS
+        for name in ("synced", "reset"):
+            torch.testing.assert_close(told[name], linear_cka(x, y), rtol=0, atol=1e-6)
         torch.testing.assert_close(told["error"], groups.standard_error, rtol=1e-5, atol=0)
         assert told["sequences"] == groups.sequences == ROWS // 5
         torch.testing.assert_close(told["projected"], projected.value, rtol=0, atol=1e-6)

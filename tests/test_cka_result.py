@@ -8,7 +8,7 @@ from cases import extra_bytes
 
 from inflection_fast import CkaResult, CkaState, cka_jackknife, linear_cka
 from inflection_fast.ops import checks, reference
-from inflection_fast.ops.cka_leave_out import bytes_needed
+from inflection_fast.ops.cka.jackknife import bytes_needed
 
 BOTH = pytest.mark.parametrize("debiased", [True, False], ids=["debiased", "biased"])
 LENGTHS = [7, 1, 30, 12, 12, 5, 18, 2, 25, 9, 40, 3]  # of the sequences
@@ -61,7 +61,7 @@ def test_rows_of_a_sequence_may_stand_anywhere_under_any_number(debiased):
 def test_more_sequences_than_are_multiplied_at_a_time(monkeypatch):
     x, y, ids = texts()
     whole = cka_jackknife(x, y, ids).standard_error
-    monkeypatch.setattr("inflection_fast.ops.cka_leave_out.PADDED_ROWS", 20)
+    monkeypatch.setattr("inflection_fast.ops.cka.jackknife.PADDED_ROWS", 20)
     torch.testing.assert_close(cka_jackknife(x, y, ids).standard_error, whole)
 
 

@@ -230,3 +230,18 @@ def test_wrong_merges_and_values_are_named():
         CkaState(2, 4, 5).value(rank=2, debiased=False)
     with pytest.raises(TypeError, match="debiased: expected a bool"):
         state.value(debiased=None)
+
+
+def test_earlier_names_are_the_same_methods():
+    pairs = ("push", "update"), ("value", "compute"), ("merge", "merge_state"), ("agree", "sync_shift")
+    assert all(getattr(CkaState, old) is getattr(CkaState, new) for old, new in pairs)
+
+
+def test_a_state_that_was_reset_is_like_new():
+    state, (x, y) = CkaState(2, 5, groups=2), torch.randn(2, 2, 30, 5)
+    state.update(x * 7, y - 3, sequences=torch.arange(30))
+    state.reset()
+    assert not state.rows.any() and state.compute().isnan().all()
+    state.update(x, y, sequences=torch.arange(30) // 3)
+    assert state.result().sequences == 10
+    assert (state.compute() - linear_cka(x, y)).abs().max() <= ERROR

@@ -12,7 +12,7 @@ from torch import nn
 
 from .. import quantities as registry
 from ..blocks import Block
-from ..ops.cka_rows import POOLINGS
+from ..ops.cka import POOLINGS
 from ..quantities import Quantity
 from .schedule import ProbeBudget
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..atomic import replacing
 from ..blocks import Block
-from ..ops.cka_rows import POOLED, RowSample, feature_rows
+from ..ops.cka import RowSample, feature_rows, mean_rows
 from ..quantities import Step
 from ..quantities.quantity import ProbeFeatures
 from .config import MonitorConfig
@@ -292,7 +292,7 @@ class Probe:
         places, sequences = self._kept[key]
         if pooling == "mean":
             tokens = torch.ones(output.shape[:2], dtype=torch.bool, device=output.device) if tokens is None else tokens
-            rows = POOLED["mean"](output, tokens)  # one row per sequence
+            rows = mean_rows(output, tokens)  # one row per sequence
         else:
             rows = output.flatten(0, 1)
         return rows.index_select(0, places.to(rows.device)), sequences.to(rows.device)

@@ -8,13 +8,17 @@ from .attention_column_mass import AttentionColumns, attention_column_mass
 from .attention_stats import AttentionStats, attention_entropy, attention_stats
 from .attention_stats_qk import attention_entropy_qk, attention_stats_qk
 from .checks import memory_bytes
-from .cka import delta_cka, linear_cka
-from .cka_basis import CkaBasis
-from .cka_leave_out import cka_jackknife
-from .cka_matrix import cka_matrix
-from .cka_result import CkaResult
-from .cka_rows import RowSample, feature_rows
-from .cka_state import CkaState
+from .cka import (
+    CkaBasis,
+    CkaResult,
+    CkaState,
+    RowSample,
+    cka_jackknife,
+    cka_matrix,
+    delta_cka,
+    feature_rows,
+    linear_cka,
+)
 from .library import build_info
 from .rank import AttentionRank, attention_rank
 from .spectrum import PowerLaw, Spectrum, power_law, singular_values, weight_spectrum

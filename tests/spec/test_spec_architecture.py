@@ -168,9 +168,9 @@ def test_no_file_is_longer_than_its_budget():
 
 # (file, name of the enclosing function) -> why a number may come to the host there.
 HOST_READS = {
-    ("ops/cka_result.py", "reasons"): "sentences for a reader",
-    ("ops/cka_result.py", "__repr__"): "numbers for a reader",
-    ("ops/cka_leave_out.py", "padded"): "which rows are multiplied together follows from the lengths of the sequences",
+    ("ops/cka/result.py", "reasons"): "sentences for a reader",
+    ("ops/cka/result.py", "__repr__"): "numbers for a reader",
+    ("ops/cka/jackknife.py", "padded"): "which rows are multiplied together follows from the lengths of the sequences",
     ("ops/spectrum.py", "singular_values"): "of a checkpoint, or of a copy of the weights in a thread of its own",
     ("measure/recorder.py", "_row"): "the one copy of a measured step, on a thread that nobody waits for",
     ("measure/parameters.py", "_add"): "fills a tensor of the host that no device holds",

@@ -5,16 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import checks
+from .. import checks
 
-__all__ = ["POOLINGS", "RowSample", "feature_rows"]
+__all__ = ["POOLINGS", "RowSample", "feature_rows", "mean_rows"]
 
 
 def every_token(output: Tensor, tokens: Tensor) -> Tensor:
     return output[tokens]
 
 
-def mean_token(output: Tensor, tokens: Tensor) -> Tensor:
+def mean_rows(output: Tensor, tokens: Tensor) -> Tensor:
+    """The mean over the tokens of every sequence of ``[B, T, D]``, float32 ``[B, D]``; 0 for one without tokens."""
     weights = tokens.float() / tokens.sum(1, keepdim=True).clamp(min=1)
     return torch.einsum("btd,bt->bd", output.float().masked_fill(~tokens[..., None], 0.0), weights)
 
@@ -28,7 +29,7 @@ def last_token(output: Tensor, tokens: Tensor) -> Tensor:
     return output[torch.arange(len(output), device=output.device), last]
 
 
-POOLED = {"tokens": every_token, "mean": mean_token, "first": first_token, "last": last_token}
+POOLED = {"tokens": every_token, "mean": mean_rows, "first": first_token, "last": last_token}
 POOLINGS = tuple(POOLED)
 
 

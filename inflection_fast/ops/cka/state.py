@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import math
 
-from . import checks, cka_basis
-from .cka import HEAD, MIN_ROWS, check_rank, leading, moved, of_terms, packed, pooled, unpack
-from .cka_basis import CkaBasis, Projection
-from .cka_reduce import agree, all_reduce
-from .cka_result import CkaResult, jackknife_error, reason_of
+import torch
+from torch import Tensor, distributed
+
+from .. import checks
+from .basis import CkaBasis, Projection, check_fits, check_rank, check_same_on_ranks, find, leading, variance_share
+from .gram import HEAD, MIN_ROWS, Grams, moved, of_terms, packed
+from .result import CkaResult, jackknife_error, reason_of
 
 __all__ = ["CkaState"]
 
 
 class CkaState:
-    """CKA of `layers` pairs of features whose rows are pushed batch by batch.
+    """CKA of `layers` pairs of features whose rows come batch by batch.
+
+    Named as torchmetrics names it: `update`, `compute`, `merge_state`, `reset`, and over ranks `sync`, or `all_reduce`,
+    which returns a new state. `push`, `value`, `merge` and `agree` are earlier names of `update`, `compute`,
+    `merge_state` and `sync_shift`.
 
     Holds, per layer, the Gram matrix of ``(1, |u|^2, |v|^2, u, v)`` over all rows, with u and v the features less a
     shift: everything that biased and debiased CKA of all rows together need. Any split of the rows, any order of
@@ -23,8 +28,8 @@ class CkaState:
     rows depend on each other, as tokens of one text do.
 
     Memory: 4 (dim + dim_y + 3)^2 bytes per layer in float64, 9.5 MB at dim = 768; with `groups` so much for each of
-    them; with `basis` of rank k 4 (2 k + 3)^2, 0.27 MB at k = 128. `bytes_needed` says it beforehand. A push reads and
-    writes that once per 256 rows, so few rows at a time cost nearly as much as 256.
+    them; with `basis` of rank k 4 (2 k + 3)^2, 0.27 MB at k = 128. `bytes_needed` says it beforehand. An update reads
+    and writes that once per 256 rows, so few rows at a time cost nearly as much as 256.
 
     Attributes:
         gram: float64 ``[layers, K (K + 1) / 2]``, with groups ``[groups, layers, K (K + 1) / 2]``, upper triangles row
@@ -37,15 +42,15 @@ class CkaState:
         dim: width of x.
         dim_y: width of y; None: that of x.
         shift: as the attribute, near the means of the features; not copied. None: every layer takes the mean of the
-            first rows that are pushed to it (of at most 256, but for rows far longer than the others). A first batch
-            of nothing but such rows makes a bad shift: push ordinary rows first, or give one.
+            first rows that it gets (of at most 256, but for rows far longer than the others). A first batch
+            of nothing but such rows makes a bad shift: begin with ordinary rows, or give one.
         basis: a frozen shared basis (`CkaState.basis` finds one): rows are projected as they come, and biased and
             debiased values are those in the basis. For the same layer before and after: both sides of one width.
         groups: number of groups of sequences for a delete-a-group jackknife (`result`), at least 2. Exact and one-pass,
             but it takes `groups` Gram matrices where a plain state takes one, because what a group contributes to
             the value depends on all rows, also those to come. Where all rows are at hand, `cka_jackknife` leaves out
             single sequences and holds one matrix. None: no standard error.
-        device: of the state and of everything pushed.
+        device: of the state and of all features.
 
     Raises:
         TypeError, ValueError: a number or `shift` is none such, or the state is larger than the memory of the device.
@@ -67,7 +72,8 @@ class CkaState:
         self.groups = None if groups is None else checks.integer(groups, "groups", 2)
         dims = self.dim + self.dim_y
         device = torch.empty(0, device=device if shift is None else checks.tensor(shift, "shift").device).device
-        self._check_basis(basis, device)
+        if basis is not None:
+            check_fits(basis, self.layers, self.dim, self.dim_y, device)
         self.frozen = basis
         rank = None if basis is None else basis.rank
         need = self.bytes_needed(layers, dim, dim_y, groups=groups, rank=rank)
@@ -78,7 +84,7 @@ class CkaState:
             raise ValueError("shift: expected a contiguous tensor")
         if shift is not None and shift.requires_grad:
             raise ValueError("shift: expected a tensor that does not require a gradient")
-        self._adopt = shift is None
+        self._adopt, self._synced = shift is None, False
         self.shift = torch.zeros(self.layers, dims, device=device) if shift is None else shift
         self._allocate(device)
 
@@ -91,37 +97,22 @@ class CkaState:
         width, sums = (dim + dim_y, 0) if rank is None else (2 * rank, dim + dim_y + 2)
         return layers * (8 * (groups or 1) * packed(HEAD + width) + 8 * sums + 4 * (dim + dim_y))
 
-    def _check_basis(self, basis: CkaBasis | None, device: torch.device) -> None:
-        if basis is None:
-            return
-        if not isinstance(basis, CkaBasis):
-            raise TypeError(f"basis: expected a CkaBasis, got {type(basis).__name__}")
-        if self.dim != self.dim_y:
-            raise ValueError(
-                f"basis: a shared basis needs both sides of the same width, got {self.dim} and {self.dim_y}"
-            )
-        if (basis.layers, basis.dim) != (self.layers, self.dim):
-            got = f"{basis.layers} of {basis.dim}"
-            raise ValueError(f"basis: expected one for {self.layers} layers of {self.dim}, got {got}")
-        if basis.vectors.device != device:
-            raise ValueError(f"basis: is on {basis.vectors.device}, but the state is on {device}")
-
     def _allocate(self, device: torch.device) -> None:
         """Everything that adds up, in one piece, so that one reduction adds it."""
-        self._width = (self.dim, self.dim_y) if self.frozen is None else (self.frozen.rank, self.frozen.rank)
-        shape = (self.layers, packed(HEAD + sum(self._width)))
-        shape = shape if self.groups is None else (self.groups, *shape)
-        grams = torch.Size(shape).numel()
+        self._widths = (self.dim, self.dim_y) if self.frozen is None else (self.frozen.rank, self.frozen.rank)
+        shape = [self.layers, packed(HEAD + sum(self._widths))]
+        shape = shape if self.groups is None else [self.groups, *shape]
+        grams = math.prod(shape)
         extra = 0 if self.frozen is None else self.layers * (self.dim + self.dim_y + 2)
         self._sums = torch.zeros(grams + extra + 1, dtype=torch.float64, device=device)
         self.gram = self._sums[:grams].view(shape)
-        self._sequences = self._sums[-1]  # how many have begun; NaN where a push did not tell them
-        self._last = torch.full((), -1, dtype=torch.int64, device=device)  # of the sequence that was pushed last
+        self._sequences = self._sums[-1]  # how many have begun; NaN where an update did not tell them
+        self._last = torch.full((), -1, dtype=torch.int64, device=device)  # of the last row's sequence
         self._turn = 0
         self._projection = None
         if self.frozen is not None:
             self._projection = Projection(self.frozen, self._sums[grams:-1].view(self.layers, -1))
-            self._no_shift = torch.zeros(self.layers, sum(self._width), device=device)
+            self._no_shift = torch.zeros(self.layers, sum(self._widths), device=device)
 
     @property
     def rows(self) -> Tensor:
@@ -129,17 +120,22 @@ class CkaState:
         counts = self.gram[..., 0]
         return counts if self.groups is None else counts.sum(0)
 
-    def push(self, x: Tensor, y: Tensor, mask: Tensor | None = None, sequences: Tensor | None = None) -> None:
+    def update(self, x: Tensor, y: Tensor, mask: Tensor | None = None, sequences: Tensor | None = None) -> None:
         """Add rows x ``[layers, N, dim]`` and y ``[layers, N, dim_y]``; any N, strides, float32, bfloat16 or float16.
 
         `mask`: bool ``[N]`` or ``[layers, N]``, True counts; other rows are not read, whatever they hold. Never
         synchronises; rows are read as values.
 
         `sequences`: int64 ``[N]``, at least 0, only with `groups`: which sequence of the whole stream a row is of;
-        rows of a sequence follow each other. Sequence s is of group s modulo `groups`. Without it, all rows of a push
-        belong to one group, the next one in turn: then no sequence may go on in another push. That costs no more than
-        a plain push, while a batch that several groups share is multiplied in as many short pieces.
+        rows of a sequence follow each other. Sequence s is of group s modulo `groups`. Without it, all rows of an
+        update belong to one group, the next one in turn: then no sequence may go on in another update. That costs no
+        more than one without groups, while a batch that several groups share is multiplied in as many short pieces.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit the state.
+            RuntimeError: after `sync`.
         """
+        self._check_not_synced("update")
         checks.paired_features(x, y, ("x", "y"))
         for value, name, dim in ((x, "x", self.dim), (y, "y", self.dim_y)):
             if value.ndim != 3 or value.shape[0] != self.layers or value.shape[2] != dim:
@@ -160,21 +156,24 @@ class CkaState:
             x, y = self._projection.push(x, y, shift, mask)
             shift = self._no_shift
         if self.groups is not None:
-            return self._push_groups(x, y, shift, mask, sequences)
-        torch.ops.inflection_fast.cka_push(self.gram, shift, x, y, mask, adopt)
+            self._update_groups(self.groups, x, y, shift, mask, sequences)
+        else:
+            torch.ops.inflection_fast.cka_push(self.gram, shift, x, y, mask, adopt)
 
-    def _push_groups(self, x: Tensor, y: Tensor, shift: Tensor, mask: Tensor | None, sequences: Tensor | None) -> None:
+    def _update_groups(
+        self, number: int, x: Tensor, y: Tensor, shift: Tensor, mask: Tensor | None, sequences: Tensor | None
+    ) -> None:
         if sequences is None:
             self._sequences += torch.nan
-            torch.ops.inflection_fast.cka_push(self.gram[self._turn % self.groups], shift, x, y, mask, False)
+            torch.ops.inflection_fast.cka_push(self.gram[self._turn % number], shift, x, y, mask, False)
             self._turn += 1
             return
         self._count(sequences, mask)
-        groups = torch.arange(self.groups, device=x.device)
-        own = (sequences % self.groups == groups[:, None])[:, None].expand(-1, *x.shape[:2])
+        groups = torch.arange(number, device=x.device)
+        own = (sequences % number == groups[:, None])[:, None].expand(-1, *x.shape[:2])
         own = own if mask is None else own & mask
-        x, y = (side.expand(self.groups, *side.shape) for side in (x, y))
-        torch.ops.inflection_fast.cka_push(self.gram, shift.repeat(self.groups, 1), x, y, own.flatten(0, 1), False)
+        x, y = (side.expand(number, *side.shape) for side in (x, y))
+        torch.ops.inflection_fast.cka_push(self.gram, shift.repeat(number, 1), x, y, own.flatten(0, 1), False)
 
     def _count(self, sequences: Tensor, mask: Tensor | None) -> None:
         """Adds the sequences that begin among these rows; a masked row is of the sequence before it."""
@@ -187,8 +186,9 @@ class CkaState:
         self._sequences += (ids[1:] != ids[:-1]).sum()
         self._last = ids[-1]
 
-    def merge(self, other: CkaState) -> None:
+    def merge_state(self, other: CkaState) -> None:
         """Add the rows of another state, which stays as it is: exact for any shifts, one addition for a shared one."""
+        self._check_not_synced("merge_state")
         if not isinstance(other, CkaState):
             raise TypeError(f"other: expected a CkaState, got {type(other).__name__}")
         mine, theirs = (self.layers, self.dim, self.dim_y), (other.layers, other.dim, other.dim_y)
@@ -214,32 +214,65 @@ class CkaState:
             self.layers, self.dim, self.dim_y, shift=self.shift.clone(), basis=self.frozen, groups=self.groups
         )
         state._sums.copy_(self._sums)
-        state._adopt, state._last, state._turn = self._adopt, self._last, self._turn
+        state._adopt, state._last, state._turn, state._synced = self._adopt, self._last, self._turn, self._synced
         return state
 
     def like(self) -> CkaState:
-        """An empty state with this one's shift, which must be there: rows were pushed, or it was given."""
+        """An empty state with this one's shift, which must be there: rows came, or it was given."""
         state = CkaState(self.layers, self.dim, self.dim_y, shift=self.shift, basis=self.frozen, groups=self.groups)
         self._adopt = False  # a layer that is still empty must not move the shift of the other
         return state
 
-    def agree(self, group: object = None) -> None:
-        """Let all ranks of a process group go on with one shift, so that `all_reduce` need not move any sums.
+    def reset(self) -> None:
+        """Forget all rows. The shift stays, and rows that come later may still move it if it was not given."""
+        self._sums.zero_()
+        self._last.fill_(-1)
+        self._turn, self._synced = 0, False
 
-        Collective: every rank calls it, after its first push. A layer must have seen rows on some rank.
+    def sync(self, group: distributed.ProcessGroup | None = None) -> None:
+        """Let this state hold the rows of all ranks of a process group, as a torchmetrics metric does after `sync`.
+
+        Collective: one packed sum. A state that is synced takes no more rows, which would count once for every rank;
+        `all_reduce` leaves this state as it is and returns another one.
         """
-        agree(self, group)
+        self._check_not_synced("sync")
+        self.sync_shift(group)
+        distributed.all_reduce(self._sums, group=group)
+        self._synced = True
 
-    def all_reduce(self, group: object = None) -> CkaState:
-        """A new state with the rows of all ranks of a process group: one packed sum, the shift agreed before it.
+    def all_reduce(self, group: distributed.ProcessGroup | None = None) -> CkaState:
+        """A new state with the rows of all ranks of a process group: one packed sum, one shift for all before it.
 
         Collective. The value is the same, to 1e-6, for any number of ranks that the rows are dealt out to; this state
         stays as it is. Needs the memory of a second state. A rank without rows takes part. `ValueError` on every rank
         where their frozen bases differ.
         """
-        return all_reduce(self, group)
+        total = self.copy()
+        total.sync(group)
+        total._synced = False
+        return total
 
-    def value(self, rank: int | None = None, debiased: bool = True) -> Tensor:
+    def sync_shift(self, group: distributed.ProcessGroup | None = None) -> None:
+        """Let all ranks of a process group go on with one shift, so that `all_reduce` need not move any sums.
+
+        Collective: every rank calls it, after its first update; no rows are exchanged. The shift is the mean of the
+        ranks' shifts, weighted by their rows. A layer must have seen rows on some rank.
+        """
+        check_same_on_ranks(self.frozen, group, self.gram.device)
+        rows = self.rows[:, None]
+        sums = torch.cat([rows, torch.where(rows > 0, self.shift.double() * rows, 0.0)], 1)
+        distributed.all_reduce(sums, group=group)
+        self.rebase((sums[:, 1:] / sums[:, :1].clamp(min=1)).float().contiguous())
+        self._adopt = False
+
+    def _check_not_synced(self, call: str) -> None:
+        if self._synced:
+            raise RuntimeError(
+                f"{call}: this state holds the rows of all ranks since sync(); call reset(), or instead of sync() take "
+                "all_reduce(), which returns a new state"
+            )
+
+    def compute(self, rank: int | None = None, debiased: bool = True) -> Tensor:
         """CKA of all rows so far, float32 ``[layers]``, as `linear_cka` gives it for all of them at once.
 
         `rank`: the leading directions of both sides pooled, chosen from the same sums; only with ``debiased=False``,
@@ -247,23 +280,24 @@ class CkaState:
         fewer than 4 rows (2 if biased): a state knows their number only on its device.
         """
         self._check_value(rank, debiased)
-        return of_terms(self._terms(self._total(), debiased, self._bases(rank))).float()
+        grams = self._grams()
+        return of_terms(grams.terms(debiased, self._bases(grams, rank))).float()
 
     def result(self, rank: int | None = None, debiased: bool = True) -> CkaResult:
         """The value with its standard error, number of rows and sequences, rank and variance kept, and reasons for NaN.
 
         The standard error needs `groups` (each in turn is left out, in a basis that stays that of all rows); otherwise
-        it is NaN. Arguments as for `value`.
+        it is NaN. Arguments as for `compute`.
         """
         self._check_value(rank, debiased)
-        gram = self._total()
-        bases = self._bases(rank)
-        terms = self._terms(gram, debiased, bases)
-        nothing = torch.full((), torch.nan, dtype=torch.float64, device=gram.device)
+        grams = self._grams()
+        bases = self._bases(grams, rank)
+        terms = grams.terms(debiased, bases)
+        nothing = torch.full((), torch.nan, dtype=torch.float64, device=terms.device)
         error, units = nothing.expand(self.layers), torch.zeros_like(nothing)
         if self.groups is not None:
             there = (self.gram[..., 0] > 0).any(-1)
-            without = [of_terms(self._terms(gram - one, debiased, bases)) for one in self.gram]
+            without = [of_terms(grams.without(one).terms(debiased, bases)) for one in self.gram]
             error, units = jackknife_error(torch.stack(without), there), there.sum().double()
         value = of_terms(terms)
         return CkaResult(
@@ -274,9 +308,9 @@ class CkaState:
             units=units,
             sequences=nothing if self.groups is None else self._sequences.clone(),
             rank=rank if self.frozen is None else self.frozen.rank,
-            variance_kept=self._kept(bases),
+            variance_kept=self._kept(grams, bases),
             debiased=debiased,
-            reason=reason_of(terms, self.rows, gram[:, 1:HEAD], MIN_ROWS[debiased]),
+            reason=reason_of(terms, self.rows, grams.packed[:, 1:HEAD], MIN_ROWS[debiased]),
         )
 
     def basis(
@@ -303,7 +337,7 @@ class CkaState:
         if (rank is None) + (variance is None) + (start is None) != 2:
             raise ValueError("rank, variance, start: expected exactly one of them")
         if start is not None:
-            self._check_basis(start, self.gram.device)
+            check_fits(start, self.layers, self.dim, self.dim_y, self.gram.device)
             rank = start.rank
             if 3 * rank > self.dim:
                 raise ValueError(f"start: expected a rank of at most a third of {self.dim}, got {rank}")
@@ -311,14 +345,12 @@ class CkaState:
             raise ValueError(f"variance: expected a share above 0 to 1, got {variance}")
         check_rank(self.dim if rank is None else rank, self.dim, self.dim_y)
         checks.flag(mean_term, "mean_term")
-        gram = self._total()
-        scatters = [self._scatter(gram[layer], layer, mean_term)[1] for layer in range(self.layers)]
-        return cka_basis.find(torch.stack(scatters), rank, variance, start)
+        return find(self._grams().pooled_scatters(mean_term), rank, variance, start)
 
     # ---- sums ----
 
-    def _total(self) -> Tensor:
-        return self.gram if self.groups is None else self.gram.sum(0)
+    def _grams(self) -> Grams:
+        return Grams(self.gram if self.groups is None else self.gram.sum(0), self._widths, self._moves(self.shift))
 
     def _check_value(self, rank: int | None, debiased: bool) -> None:
         checks.flag(debiased, "debiased")
@@ -333,47 +365,16 @@ class CkaState:
                 "leave out rank, freeze a basis (CkaState.basis), or call linear_cka with all rows"
             )
 
-    def _bases(self, rank: int | None) -> list[Tensor] | None:
+    def _bases(self, grams: Grams, rank: int | None) -> Tensor | None:
         """The basis of every layer that `rank` asks for."""
-        if rank is None:
-            return None
-        gram = self._total()
-        return [leading(self._scatter(gram[layer], layer)[1], rank) for layer in range(self.layers)]
+        return None if rank is None else leading(grams.pooled_scatters(), rank)
 
-    def _kept(self, bases: list[Tensor] | None) -> Tensor:
+    def _kept(self, grams: Grams, bases: Tensor | None) -> Tensor:
         """float64 ``[layers]``: the share of the variance of both sides pooled in these bases, or in the frozen one."""
-        gram = self._total()
-        if bases is None and self._projection is None:
-            return torch.ones(self.layers, dtype=torch.float64, device=gram.device)
-        scatters = [self._scatter(gram[layer], layer)[1] for layer in range(self.layers)]
         if self._projection is not None:
-            within = torch.stack([scatter.trace() for scatter in scatters])
-            return within / self._projection.variance(self.shift, self.rows)
-        shares = [((s @ basis) * basis).sum() / s.trace() for s, basis in zip(scatters, bases, strict=True)]
-        return torch.stack(shares)
-
-    def _terms(self, gram: Tensor, debiased: bool, bases: list[Tensor] | None) -> Tensor:
-        """float64 ``[layers, 3]``: the cross term and both self terms, in the full space or in bases."""
-        if bases is None:
-            return torch.ops.inflection_fast.cka_gram_terms(gram, *self._width, debiased)
-        rows = []
-        for layer, basis in enumerate(bases):
-            blocks = self._scatter(gram[layer], layer)[0]
-            rows.append(torch.stack([(basis.mT @ block @ basis).square().sum() for block in blocks]))
-        return torch.stack(rows)
-
-    def _scatter(self, triangle: Tensor, layer: int, mean_term: bool = True) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Of one layer: the centred scatters xy, xx and yy, and that of both sides pooled."""
-        dim = self._width[0]
-        full = unpack(triangle, HEAD + sum(self._width))
-        n, sums = full[0, 0], full[0, HEAD:]
-        scatter = full[HEAD:, HEAD:] - torch.outer(sums, sums / n)
-        own_x, own_y = scatter[:dim, :dim], scatter[dim:, dim:]
-        if self._width[0] != self._width[1]:
-            return (scatter[:dim, dim:], own_x, own_y), own_x
-        means = self._moves(self.shift)[layer] + sums / n
-        apart = (means[:dim] - means[dim:]) * mean_term
-        return (scatter[:dim, dim:], own_x, own_y), pooled(own_x, own_y, apart, n)
+            traces = grams.pooled_scatters().diagonal(dim1=1, dim2=2).sum(1)
+            return traces / self._projection.variance(self.shift, self.rows)
+        return self.gram.new_ones(self.layers) if bases is None else variance_share(grams.pooled_scatters(), bases)
 
     def _moves(self, move: Tensor) -> Tensor:
         """A move of the shift ``[layers, dim + dim_y]`` as the Gram matrix sees it, float64: itself, or projected."""
@@ -389,7 +390,9 @@ class CkaState:
         moves = self._moves(far)
         for gram in self.gram if self.groups is not None else (self.gram,):
             for layer in range(self.layers):
-                gram[layer] = moved(gram[layer], moves[layer], self._width[0])
+                gram[layer] = moved(gram[layer], moves[layer], self._widths[0])
         if self._projection is not None:
             self._projection.rebase(far, self.rows)
         self.shift = shift
+
+    push, value, merge, agree = update, compute, merge_state, sync_shift  # earlier names

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
-from . import checks
+from .. import checks, library
+from .gram import HEAD, SHIFT_ROWS, layers_of, new_grads, packed, pooled, scaled, unpack
 
 __all__ = ["CkaBasis"]
 
@@ -58,6 +59,73 @@ class CkaBasis:
     def same_as(self, other: CkaBasis | None) -> bool:
         """Whether the columns are equal to the bit."""
         return other is self or (other is not None and torch.equal(self.vectors, other.vectors))
+
+
+def check_fits(basis: object, layers: int, dim: int, dim_y: int, device: torch.device) -> None:
+    """Refuse what is no basis for so many layers of sides of these widths."""
+    if not isinstance(basis, CkaBasis):
+        raise TypeError(f"basis: expected a CkaBasis, got {type(basis).__name__}")
+    if dim != dim_y:
+        raise ValueError(f"basis: a shared basis needs both sides of the same width, got {dim} and {dim_y}")
+    if (basis.layers, basis.dim) != (layers, dim):
+        raise ValueError(f"basis: expected one for {layers} layers of {dim}, got {basis.layers} of {basis.dim}")
+    if basis.vectors.device != device:
+        raise ValueError(f"basis: is on {basis.vectors.device}, but the state is on {device}")
+
+
+def check_same_on_ranks(basis: CkaBasis | None, group: distributed.ProcessGroup | None, device: torch.device) -> None:
+    """`ValueError` on every rank where one has another basis: sums in different bases do not add. Collective."""
+    mark = torch.zeros((), dtype=torch.float64, device=device)
+    if basis is not None:
+        vectors = basis.vectors.double().flatten()
+        mark = vectors @ torch.arange(1, len(vectors) + 1, device=device, dtype=torch.float64).sqrt()
+    bounds = torch.stack([mark, -mark])
+    distributed.all_reduce(bounds, op=distributed.ReduceOp.MAX, group=group)
+    if bounds[0] != -bounds[1]:
+        raise ValueError("basis: the ranks have different ones; broadcast one before the first update")
+
+
+def check_rank(rank, dim_x, dim_y) -> None:
+    checks.integer(rank, "rank", 1, dim_x)
+    if dim_x != dim_y:
+        raise ValueError(f"rank: a shared basis needs both sides of the same width, got {dim_x} and {dim_y}")
+
+
+def variance_share(scatters: Tensor, bases: Tensor) -> Tensor:
+    """``[layers]``: the share of the traces of ``[layers, D, D]`` that lies in the columns of ``[layers, D, k]``."""
+    return ((scatters @ bases) * bases).sum((1, 2)) / scatters.diagonal(dim1=1, dim2=2).sum(1)
+
+
+def pooled_basis(x: Tensor, y: Tensor, rank: int) -> Tensor:
+    """Leading eigenvectors ``[..., D, rank]`` of the scatter of the rows of both sides, float64.
+
+    Differentiable as a subspace: to first order, it turns towards the other eigenvectors by their coupling over the
+    gap. Turns within the subspace change nothing that is computed from it, so their gaps, which may be 0, do not occur.
+    """
+    scatter = torch.ops.inflection_fast.cka_scatter(x, y)
+    return leading(scatter, rank, x.requires_grad or y.requires_grad)
+
+
+def leading(scatter: Tensor, rank: int, differentiable: bool = False) -> Tensor:
+    finite = scatter.isfinite().all(-1).all(-1)[..., None, None]
+    scatter = torch.where(finite, scatter, 0.0)  # the rows themselves make the values of such a layer NaN
+    values, vectors = torch.linalg.eigh(scatter.detach())
+    rest, top = vectors[..., :-rank], vectors[..., -rank:]
+    if not differentiable:
+        return top
+    gap = values[..., None, -rank:] - values[..., :-rank, None]
+    turn = rest @ ((rest.mT @ scatter @ top) / torch.where(gap > 0, gap, torch.inf))
+    return top + (turn - turn.detach())
+
+
+def project(x: Tensor, basis: Tensor) -> Tensor:
+    """Rows in the basis, ``[..., N, rank]`` float32, less a shift so that an offset costs no digits."""
+    shift = x[..., :SHIFT_ROWS, :].detach().mean(-2, keepdim=True, dtype=torch.float64).float()
+    basis = basis.float()
+    layers = [(x[i].float() - shift[i]) @ basis[i] for i in layers_of(x)]  # one by one: this copies rows to float32
+    if not layers:
+        return x.new_empty((*x.shape[:-1], basis.shape[-1]), dtype=torch.float32)
+    return torch.stack(layers).reshape(*x.shape[:-1], basis.shape[-1])
 
 
 def find(scatters: Tensor, rank: int | None, variance: float | None, start: CkaBasis | None) -> CkaBasis:
@@ -152,9 +220,9 @@ def cka_project(
 ) -> tuple[Tensor, Tensor]:
     """Where there is no kernel for it: ``(x - c) P`` of both sides, and the sums of `Projection` added to `sums`."""
     dim = x.shape[2]
-    out = []
+    shape = (*x.shape[:2], basis.shape[2])
+    out = x.new_empty(shape, dtype=torch.float32), y.new_empty(shape, dtype=torch.float32)
     for number, rows in enumerate((x, y)):
-        out.append(rows.new_empty((*rows.shape[:2], basis.shape[2]), dtype=torch.float32))
         side = slice(number * dim, (number + 1) * dim)
         for layer in range(rows.shape[0]):
             for first in range(0, rows.shape[1], PROJECTED_ROWS):
@@ -162,10 +230,65 @@ def cka_project(
                 u = rows[layer, part].float() - shift[layer, side]  # before the product: an offset costs no digits
                 if mask is not None:
                     u = u.masked_fill_(~mask[layer, part, None], 0.0)
-                torch.mm(u, basis[layer], out=out[-1][layer, part])
+                torch.mm(u, basis[layer], out=out[number][layer, part])
                 sums[layer, side] += u.sum(0)
                 sums[layer, 2 * dim + number] += torch.ops.inflection_fast.sum_of_squares([u], [0], 1)[0]
-    return tuple(out)
+    return out
 
 
 torch.library.impl("inflection_fast::cka_project", "CompositeExplicitAutograd", cka_project)
+
+
+# ---- of all rows at once ----
+
+
+@torch.library.register_fake("inflection_fast::cka_scatter")
+def _(x, y):
+    return x.new_empty((*x.shape[:-2], x.shape[-1], x.shape[-1]), dtype=torch.float64)
+
+
+@torch.library.register_fake("inflection_fast::cka_scatter_backward")
+def _(grad, x, y):
+    return new_grads(x, y)
+
+
+@torch.library.impl("inflection_fast::cka_scatter", "CompositeExplicitAutograd")
+def cka_scatter(x: Tensor, y: Tensor) -> Tensor:
+    """Centred scatter of the rows of both sides together: see `pooled`.
+
+    Each side has a Gram matrix of its own, because one shift would be far from the mean of one of them.
+    """
+    dim, n = x.shape[-1], x.shape[-2]
+    out = x.new_empty((*x.shape[:-2], dim, dim), dtype=torch.float64)
+    for i in layers_of(x):
+        scatters, means = [], []
+        for side in (x[i][None], y[i][None]):
+            gram = x.new_zeros((1, packed(HEAD + dim)), dtype=torch.float64)
+            shift = x.new_zeros((1, dim), dtype=torch.float32)
+            torch.ops.inflection_fast.cka_push(gram, shift, side, side[..., :0], None, True)
+            full = unpack(gram[0], HEAD + dim)
+            mean = full[0, HEAD:] / n
+            scatters.append(full[HEAD:, HEAD:] - torch.outer(full[0, HEAD:], mean))
+            means.append(shift[0] + mean)
+        out[i] = pooled(scatters[0], scatters[1], means[0] - means[1], n)
+    return out
+
+
+@torch.library.impl("inflection_fast::cka_scatter_backward", "CompositeExplicitAutograd")
+def cka_scatter_backward(grad: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the scatter of rows w with mean m, ``sum (w - m) (w - m)^T``: ``(w - m) (g + g^T)``."""
+    grad = grad + grad.mT
+    out = new_grads(x, y)
+    for i in layers_of(x):
+        rows, power = scaled(torch.cat([x[i], y[i]]))
+        rows = rows @ (grad[i] * power).float()
+        out[0][i], out[1][i] = rows.chunk(2)
+    return out
+
+
+torch.library.register_autograd(
+    "inflection_fast::cka_scatter",
+    lambda ctx, grad: torch.ops.inflection_fast.cka_scatter_backward(grad, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+library.refuse_second_derivative("inflection_fast::cka_scatter_backward")

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import checks
-from .cka import MIN_ROWS, centred, check_rows, layers_of, of_terms, pooled_basis, project, scaled
-from .cka_result import CkaResult, jackknife_error, reason_of
+from .. import checks
+from .basis import pooled_basis, project
+from .gram import MIN_ROWS, centred, layers_of, of_terms, scaled
+from .linear import check_rows
+from .result import CkaResult, jackknife_error, reason_of
 
 __all__ = ["cka_jackknife"]
 
@@ -68,7 +70,6 @@ def cka_jackknife(
         sums.append(torch.stack([side.sum() for side in sides]))  # NaN where a feature is NaN or infinite
     count, units = x.shape[-2], len(pieces[1])
     rows = kept.new_full(kept.shape, count)
-    sums = torch.stack(sums) if sums else kept.new_zeros(0, 2)
     return CkaResult(
         value=value.float(),
         delta=(1 - value).float(),
@@ -79,7 +80,7 @@ def cka_jackknife(
         rank=rank,
         variance_kept=kept,
         debiased=debiased,
-        reason=reason_of(terms, rows, sums, MIN_ROWS[debiased]),
+        reason=reason_of(terms, rows, torch.stack(sums) if sums else kept.new_zeros(0, 2), MIN_ROWS[debiased]),
     )
 
 
@@ -155,8 +156,7 @@ def terms_without(u: Tensor, v: Tensor, pieces: tuple[list, Tensor], debiased: b
             sum_p, sum_q = p.sum() - own_p.sum(1), q.sum() - own_q.sum(1)
             kl = p @ q - (own_p * own_q).sum(1) + 4 * form / n**2 + bb * sum_p + aa * sum_q - 3 * n * aa * bb
             kl += 2 / n * (b @ w_pv - (own_p * along_b).sum(1) + a @ w_qu - (own_q * along_a).sum(1))
-            sums = (sum_p - n * aa) * (sum_q - n * bb)
-            squares = squares - n / (n - 2) * kl + sums / ((n - 1) * (n - 2))
+            squares = squares - n / (n - 2) * kl + (sum_p - n * aa) * (sum_q - n * bb) / ((n - 1) * (n - 2))
             squares = torch.where(n >= MIN_ROWS[True], squares, torch.nan)
         out.append(squares)
     return torch.cat(out)

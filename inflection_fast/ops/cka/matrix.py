@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import checks
-from .cka import MIN_ROWS, SHIFT_ROWS, power_of_two, size_of
-from .cka_batches import RUN, Products, inner, parts, take_diagonal
+from .. import checks
+from .gram import MIN_ROWS, RUN, SHIFT_ROWS, Products, inner, parts, power_of_two, size_of, take_diagonal
 
 __all__ = ["cka_matrix"]
 
 METHODS = ("exact", "banded", "minibatch")
+# Relative, of a float32 mean: 100 times its unit, which covers sums in blocks of any number of rows.
+MEAN_ROUNDING = 2**-16
 BLOCK = 4  # tiles of rows that are held while the tiles after them pass by
 
 
@@ -94,9 +95,10 @@ def cka_matrix(
 
 def check(value: object, name: str) -> Tensor:
     """`value`, if it is features ``[L, N, D]``."""
-    if checks.float_tensor(value, name).ndim != 3 or 0 in (value.shape[0], value.shape[2]):
-        raise ValueError(f"{name}: expected features [L, N, D], got shape {list(value.shape)}")
-    return value
+    features = checks.float_tensor(value, name)
+    if features.ndim != 3 or 0 in (features.shape[0], features.shape[2]):
+        raise ValueError(f"{name}: expected features [L, N, D], got shape {list(features.shape)}")
+    return features
 
 
 def bytes_needed(sides: list[Tensor], method: str, tile: int) -> int:
@@ -129,7 +131,7 @@ class Rows:
         self.factor = factors_of(features)[:, None, None]
         self.shift = mean_of(features[:, :SHIFT_ROWS])  # takes the offset
         self.rest = torch.zeros_like(self.shift)
-        n, sums = features.shape[1], 0.0
+        n, sums = features.shape[1], self.rest.double()
         for part in parts(n, SHIFT_ROWS):
             sums = sums + self.tile(part).sum(1, keepdim=True).double()
         self.rest = (sums / -n).float()  # minus what the first subtraction left, times the factor
@@ -176,7 +178,8 @@ def whole(sides: list[Tensor], tile: int, band: int | None, seed: int, debiased:
     norms = [side.norms for side in rows]
     cross, own = sums.cross * scale, [one * scale for one in sums.own]
     if not debiased:
-        return cross + norms[0] @ norms[-1].mT, *(own[i] + norms[i].square().sum(1) for i in (0, -1))
+        own = [one + side.square().sum(1) for one, side in zip(own, norms, strict=True)]
+        return cross + norms[0] @ norms[-1].mT, own[0], own[-1]
     return debias(cross, own, [-side for side in norms])
 
 
@@ -262,11 +265,77 @@ def minibatches(sides: list[Tensor], tile: int) -> tuple[Tensor, Tensor, Tensor]
     factors = torch.cat([factors_of(side) for side in sides])
     cross, own, sums = torch.ops.inflection_fast.cka_batches(x, y, tile, factors)
     layers, whole, left = [len(side) for side in sides], x.shape[1] // tile, x.shape[1] % tile
-    total = [0.0, 0.0, 0.0]
+    total: list[Tensor] = []
     for first, last, n in ((0, whole, tile), (whole, len(cross), left)):
         if first == last:
             continue
         rows = sums[:, first * tile : first * tile + (last - first) * n].unflatten(1, (-1, n)).transpose(0, 1)
         terms = debias(cross[first:last], own[first:last].split(layers, 1), rows.split(layers, 1))
-        total = [one + term.sum(0) / (n * (n - 3)) for one, term in zip(total, terms, strict=True)]
-    return tuple(total)
+        found = [term.sum(0) / (n * (n - 3)) for term in terms]
+        total = [one + term for one, term in zip(total, found, strict=True)] if total else found
+    return total[0], total[1], total[2]
+
+
+def near_mean(rows: Tensor, out: Tensor) -> Tensor:
+    """Rows ``[L, n, D]`` less something near their mean, which is all that HSIC_1 needs: it centres them itself.
+
+    A float32 mean of equal numbers need not be that number; there the first row is taken, so that a constant leaves 0.
+    """
+    mean, first = rows.mean(1, keepdim=True), rows[:, :1]
+    return torch.sub(rows, torch.where((mean - first).abs() <= MEAN_ROUNDING * first.abs(), first, mean), out=out)
+
+
+def without_diagonal(batch: list[Tensor], products: list) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Of the Gram matrices of rows ``[L, n, D]``, n even: inner products, as `inner`, and sums of rows ``[L, n]``.
+
+    In halves of the rows: of the four products one is the mirror image of another and left out. `products`: of every
+    model two, for those that are at once.
+    """
+    half = batch[0].shape[1] // 2
+    own, beside, sums = [], [], []
+    for rows, (of_halves, across) in zip(batch, products, strict=True):
+        halves = rows.view(2 * len(rows), half, -1)
+        own.append(of_halves(halves, halves))
+        beside.append(across(rows[:, :half], rows[:, half:]))
+        diagonal = take_diagonal(own[-1]).view(len(rows), -1)
+        sums.append((rows @ rows.sum(1, keepdim=True).mT)[..., 0] - diagonal)
+    cross, squares = inner([gram.view(len(rows), -1) for gram, rows in zip(own, batch, strict=True)])
+    twice, more = inner(beside)
+    return cross + 2 * twice, [a + 2 * b for a, b in zip(squares, more, strict=True)], sums
+
+
+@torch.library.register_fake("inflection_fast::cka_batches")
+def _(x, y, tile, factors=None):
+    layers, rows = x.shape[0] + (0 if y is None else y.shape[0]), x.shape[1]
+    batches = -(-rows // tile)
+    sizes = (batches, x.shape[0], (x if y is None else y).shape[0]), (batches, layers), (layers, rows)
+    return tuple(x.new_empty(size, dtype=torch.float64) for size in sizes)
+
+
+def cka_batches(x: Tensor, y: Tensor | None, tile: int, factors: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Where there is no kernel for it: of the Gram matrices of each batch of `tile` rows, less their near mean,
+    times the power of two of their layer (`factors`, None: 1), and without the diagonals, the inner products
+    ``[batches, L, L2]`` of x with y (None: with itself), of each with itself
+    ``[batches, L (+ L2)]``, and the sums of their rows ``[L (+ L2), N]``; float64.
+    """
+    sides = [x] if y is None else [x, y]
+    layers = [len(side) for side in sides]
+    if factors is None:
+        factors = x.new_ones(sum(layers), dtype=torch.float32)
+    products = [(Products(), Products()) for _ in sides]
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    room: list[Tensor] = []
+    for part in parts(x.shape[1], tile):
+        n = part.stop - part.start
+        even = n + n % 2  # a row of zeros adds nothing
+        if not room or room[0].shape[1] != even:
+            room = [side.new_zeros((len(side), even, side.shape[2]), dtype=torch.float32) for side in sides]
+        for side, out, factor in zip(sides, room, factors[:, None, None].split(layers), strict=True):
+            near_mean(side[:, part].float(), out[:, :n]).mul_(factor)
+        cross, own, sums = without_diagonal(room, products)
+        found.append((cross, torch.cat(own), torch.cat(sums)[:, :n]))
+    by_batch = list(zip(*found, strict=True))
+    return torch.stack(by_batch[0]), torch.stack(by_batch[1]), torch.cat(by_batch[2], 1)
+
+
+torch.library.impl("inflection_fast::cka_batches", "CompositeExplicitAutograd", cka_batches)
