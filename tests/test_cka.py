@@ -266,3 +266,16 @@ def test_delta_names_its_own_arguments_and_needs_one_width():
 def test_no_layers_give_no_values():
     for options in ({}, {"rank": 2}):
         assert linear_cka(X[:0], Y[:0], **options).shape == (0,)
+
+
+def test_feature_maps_are_refused_or_named():
+    maps = torch.randn(6, 3, 7, 7)
+    with pytest.raises(
+        ValueError, match=r"x: expected features \[..., N, D\], got \[6, 3, 7, 7\]; .* by x.flatten\(1\)"
+    ):
+        linear_cka(maps, maps)
+    with pytest.raises(ValueError, match="before: expected features"):
+        delta_cka(maps, maps)
+    with pytest.warns(UserWarning, match="is read as 6 x 3 layers of 5 samples with 7 features"):
+        assert linear_cka(maps[:, :, :5], maps[:, :, :5]).shape == (6, 3)
+    assert linear_cka(maps.flatten(1), maps.flatten(1)) == 1

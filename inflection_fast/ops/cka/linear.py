@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,8 @@ def linear_cka(x: Tensor, y: Tensor, *, rank: int | None = None, debiased: bool 
     layer, of as many layers as 64 MiB hold (1 GiB on CUDA), and on the CPU 3 (D + D2) KiB of packed rows per thread.
 
     Args:
-        x: ``[..., N, D]``, float32, bfloat16 or float16, any strides.
+        x: ``[..., N, D]``, float32, bfloat16 or float16, any strides. Feature maps ``[N, C, H, W]`` are rows after
+            ``x.flatten(1)``: four dimensions give a warning, and an error where the last two are equal.
         y: ``[..., N, D2]``, dtype and device of `x`; D2 may differ from D without `rank`.
         rank: k: compare in the leading k principal directions of the rows of both sides pooled, 1 to D, of the same
             layer before and after a change: not invariant to a rotation of one side. A second pass over the rows; also
@@ -64,8 +67,25 @@ def ratio(x, y, rank, debiased, names) -> Tensor:
     return of_terms(torch.ops.inflection_fast.cka_terms(x, y, debiased))
 
 
+def refuse_feature_maps(x: Tensor, name: str) -> None:
+    """Refuse features of four dimensions whose last two are equal, as those of images are, and name others.
+
+    ``[N, C, H, W]`` would be read as N C layers of H samples: a number for each of them, and none of these is a CKA of
+    the N images. Layers in two leading dimensions, of as many samples as features, are rare and easy to flatten.
+    """
+    if x.ndim != 4:
+        return
+    shape, ways = list(x.shape), "feature maps [N, C, H, W] are rows by x.flatten(1), layers in two dimensions one by"
+    if shape[-1] == shape[-2]:
+        raise ValueError(f"{name}: expected features [..., N, D], got {shape}; {ways} x.flatten(0, 1)")
+    if not torch.compiler.is_compiling():
+        taken = f"{shape[0]} x {shape[1]} layers of {shape[2]} samples with {shape[3]} features"
+        warnings.warn(f"{name}: {shape} is read as {taken}; {ways} x.flatten(0, 1)", stacklevel=5)
+
+
 def check_rows(x, y, rank, debiased, names) -> None:
     checks.paired_features(x, y, names)
+    refuse_feature_maps(x, names[0])
     checks.flag(debiased, "debiased")
     if x.shape[-2] < MIN_ROWS[debiased]:
         kind = "debiased" if debiased else "biased"
