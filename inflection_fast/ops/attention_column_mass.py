@@ -79,7 +79,7 @@ def attention_column_mass(
     shape = [*query.shape[:2], query.shape[2] if rows is None else rows.shape[0]]
     if list(lse.shape) != shape:
         raise ValueError(f"lse: expected one per row, {shape}, got {list(lse.shape)}")
-    query, key, attn_mask = (None if x is None else x.detach() for x in (query, key, attn_mask))
+    query, key, attn_mask = query.detach(), key.detach(), None if attn_mask is None else attn_mask.detach()
     lse = lse.detach().contiguous()  # one number per row
     return AttentionColumns(*torch.ops.inflection_fast.attention_column_mass(query, key, lse, attn_mask, *options))
 

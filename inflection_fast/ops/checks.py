@@ -25,9 +25,10 @@ def tensor(value: object, name: str) -> Tensor:
 
 def float_tensor(value: object, name: str) -> Tensor:
     """`value`, if it is a tensor in one of the dtypes that the kernels read."""
-    if tensor(value, name).dtype not in FLOATS:
-        raise TypeError(f"{name}: expected dtype {FLOAT_NAMES}, got {value.dtype}")
-    return value
+    found = tensor(value, name)
+    if found.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected dtype {FLOAT_NAMES}, got {found.dtype}")
+    return found
 
 
 def no_tangent(operator: str, *values: Tensor | None) -> None:
@@ -47,21 +48,23 @@ def same_device(value: Tensor, name: str, like: Tensor, like_name: str) -> None:
 
 def device_tensor(value: object, name: str, like: Tensor, like_name: str) -> Tensor:
     """`value`, if it is a tensor on the device of `like`."""
-    same_device(tensor(value, name), name, like, like_name)
-    return value
+    found = tensor(value, name)
+    same_device(found, name, like, like_name)
+    return found
 
 
 def attn_mask(value: object, shape: Sequence[int], like: Tensor, like_name: str) -> Tensor | None:
     """`value`, if it is None or a mask that broadcasts to the scores, of `shape`, on the device of `like`."""
     if value is None:
         return None
-    if tensor(value, "attn_mask").dtype not in (torch.bool, *FLOATS):
-        raise TypeError(f"attn_mask: expected dtype bool (True attends), {FLOAT_NAMES} (added), got {value.dtype}")
-    same_device(value, "attn_mask", like, like_name)
-    tail = shape[len(shape) - value.ndim :] if value.ndim <= len(shape) else ()
-    if value.ndim > len(shape) or any(have not in (1, want) for have, want in zip(value.shape, tail, strict=True)):
-        raise ValueError(f"attn_mask: shape {list(value.shape)} does not broadcast to the scores' {list(shape)}")
-    return value
+    mask = tensor(value, "attn_mask")
+    if mask.dtype not in (torch.bool, *FLOATS):
+        raise TypeError(f"attn_mask: expected dtype bool (True attends), {FLOAT_NAMES} (added), got {mask.dtype}")
+    same_device(mask, "attn_mask", like, like_name)
+    tail = shape[len(shape) - mask.ndim :] if mask.ndim <= len(shape) else ()
+    if mask.ndim > len(shape) or any(have not in (1, want) for have, want in zip(mask.shape, tail, strict=True)):
+        raise ValueError(f"attn_mask: shape {list(mask.shape)} does not broadcast to the scores' {list(shape)}")
+    return mask
 
 
 def flag(value: object, name: str) -> bool:
@@ -82,9 +85,18 @@ def finite(value: object, name: str) -> float:
 
 def positive(value: object, name: str) -> float:
     """`value` as a float, if it is a finite number above 0."""
-    if finite(value, name) <= 0:
+    number = finite(value, name)
+    if number <= 0:
         raise ValueError(f"{name}: expected a number above 0, got {value}")
-    return float(value)
+    return number
+
+
+def attention_operand(value: object, name: str) -> Tensor:
+    """`value`, if it is a tensor ``[B, H, T, D]`` in one of the dtypes that the kernels read."""
+    found = float_tensor(value, name)
+    if found.ndim != 4:
+        raise ValueError(f"{name}: expected 4 dimensions [batch, heads, length, head_dim], got {list(found.shape)}")
+    return found
 
 
 MAX_HEAD_DIM = 512  # kMaxHeadDim in csrc/kernels.h
@@ -92,21 +104,19 @@ MAX_HEAD_DIM = 512  # kMaxHeadDim in csrc/kernels.h
 
 def query_key(query: object, key: object) -> tuple[Tensor, Tensor]:
     """Both, if they are ``[B, H, Q, D]`` and ``[B, Hkv, K, D]`` of one dtype and device, H a multiple of Hkv."""
-    for value, name in ((query, "query"), (key, "key")):
-        if float_tensor(value, name).ndim != 4:
-            raise ValueError(f"{name}: expected 4 dimensions [batch, heads, length, head_dim], got {list(value.shape)}")
-    if key.dtype != query.dtype:
-        raise TypeError(f"key: dtype {key.dtype}, but query has {query.dtype}")
-    same_device(key, "key", query, "query")
-    if key.shape[0] != query.shape[0]:
-        raise ValueError(f"key: batch size {key.shape[0]}, but query has {query.shape[0]}")
-    if key.shape[3] != query.shape[3]:
-        raise ValueError(f"key: head dimension {key.shape[3]}, but query has {query.shape[3]}")
-    if not 1 <= query.shape[3] <= MAX_HEAD_DIM:
-        raise ValueError(f"query: head dimension must be in [1, {MAX_HEAD_DIM}], got {query.shape[3]}")
-    if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
-        raise ValueError(f"key: {key.shape[1]} heads do not divide the {query.shape[1]} heads of query")
-    return query, key
+    q, k = attention_operand(query, "query"), attention_operand(key, "key")
+    if k.dtype != q.dtype:
+        raise TypeError(f"key: dtype {k.dtype}, but query has {q.dtype}")
+    same_device(k, "key", q, "query")
+    if k.shape[0] != q.shape[0]:
+        raise ValueError(f"key: batch size {k.shape[0]}, but query has {q.shape[0]}")
+    if k.shape[3] != q.shape[3]:
+        raise ValueError(f"key: head dimension {k.shape[3]}, but query has {q.shape[3]}")
+    if not 1 <= q.shape[3] <= MAX_HEAD_DIM:
+        raise ValueError(f"query: head dimension must be in [1, {MAX_HEAD_DIM}], got {q.shape[3]}")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"key: {k.shape[1]} heads do not divide the {q.shape[1]} heads of query")
+    return q, k
 
 
 def window(value: object) -> tuple[int, int]:
@@ -128,41 +138,44 @@ def window(value: object) -> tuple[int, int]:
 
 def sinks(value: object, query: Tensor) -> Tensor:
     """`value`, if it is one float per head of `query`."""
-    if float_tensor(value, "sinks").shape != query.shape[1:2]:
-        raise ValueError(f"sinks: expected one per head, [{query.shape[1]}], got {list(value.shape)}")
-    same_device(value, "sinks", query, "query")
-    return value
+    found = float_tensor(value, "sinks")
+    if found.shape != query.shape[1:2]:
+        raise ValueError(f"sinks: expected one per head, [{query.shape[1]}], got {list(found.shape)}")
+    same_device(found, "sinks", query, "query")
+    return found
 
 
 def rows(value: object, queries: int, query: Tensor) -> Tensor:
     """`value`, if it is a vector of positions in [0, queries); read only on the CPU, and not while compiling."""
-    if tensor(value, "rows").dtype != torch.int64:
-        raise TypeError(f"rows: expected dtype torch.int64, got {value.dtype}")
-    if value.ndim != 1:
-        raise ValueError(f"rows: expected one dimension, got {list(value.shape)}")
-    same_device(value, "rows", query, "query")
-    if value.is_cpu and value.numel() and not torch.compiler.is_compiling():
-        low, high = (int(bound) for bound in value.aminmax())
+    found = tensor(value, "rows")
+    if found.dtype != torch.int64:
+        raise TypeError(f"rows: expected dtype torch.int64, got {found.dtype}")
+    if found.ndim != 1:
+        raise ValueError(f"rows: expected one dimension, got {list(found.shape)}")
+    same_device(found, "rows", query, "query")
+    if found.is_cpu and found.numel() and not torch.compiler.is_compiling():
+        low, high = (int(bound) for bound in found.aminmax())
         if low < 0 or high >= queries:
             raise ValueError(f"rows: expected positions in [0, {queries}), got {low if low < 0 else high}")
-    return value
+    return found
 
 
 def cu_seqlens(value: object, query: Tensor, key: Tensor) -> Tensor:
     """`value`, if it is a vector of cumulative lengths that packed sequences have; read where `rows` are."""
-    if tensor(value, "cu_seqlens").dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"cu_seqlens: expected dtype torch.int32 or torch.int64, got {value.dtype}")
-    if value.ndim != 1 or value.shape[0] < 2:
-        raise ValueError(f"cu_seqlens: expected one dimension of at least 2 numbers, got shape {list(value.shape)}")
-    same_device(value, "cu_seqlens", query, "query")
+    found = tensor(value, "cu_seqlens")
+    if found.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens: expected dtype torch.int32 or torch.int64, got {found.dtype}")
+    if found.ndim != 1 or found.shape[0] < 2:
+        raise ValueError(f"cu_seqlens: expected one dimension of at least 2 numbers, got shape {list(found.shape)}")
+    same_device(found, "cu_seqlens", query, "query")
     length = query.shape[2]
     if key.shape[2] != length:
         raise ValueError(f"cu_seqlens: needs as many queries as keys, got {length} queries and {key.shape[2]} keys")
-    if value.is_cpu and not torch.compiler.is_compiling():
-        first, last = int(value[0]), int(value[-1])
-        if first < 0 or last > length or bool((value[1:] < value[:-1]).any()):
-            raise ValueError(f"cu_seqlens: expected numbers in [0, {length}] that never fall, got {value}")
-    return value
+    if found.is_cpu and not torch.compiler.is_compiling():
+        first, last = int(found[0]), int(found[-1])
+        if first < 0 or last > length or bool((found[1:] < found[:-1]).any()):
+            raise ValueError(f"cu_seqlens: expected numbers in [0, {length}] that never fall, got {found}")
+    return found
 
 
 def integer(value: object, name: str, low: int, high: int | None = None) -> int:
@@ -174,39 +187,48 @@ def integer(value: object, name: str, low: int, high: int | None = None) -> int:
     return value
 
 
-def paired_features(x: object, y: object, names: tuple[str, str]) -> None:
-    """Refuse anything but features [..., N, D] and [..., N, D2] of one dtype on one device."""
-    for value, name in zip((x, y), names, strict=True):
-        if float_tensor(value, name).ndim < 2:
-            raise ValueError(f"{name}: expected features [..., N, D], got shape {list(value.shape)}")
-        if value.shape[-1] == 0:
-            raise ValueError(f"{name}: expected features of at least one dimension, got shape {list(value.shape)}")
+def features(value: object, name: str) -> Tensor:
+    """`value`, if it is features ``[..., N, D]`` in one of the dtypes that the kernels read."""
+    found = float_tensor(value, name)
+    if found.ndim < 2:
+        raise ValueError(f"{name}: expected features [..., N, D], got shape {list(found.shape)}")
+    if found.shape[-1] == 0:
+        raise ValueError(f"{name}: expected features of at least one dimension, got shape {list(found.shape)}")
+    return found
+
+
+def paired_features(first: object, second: object, names: tuple[str, str]) -> tuple[Tensor, Tensor]:
+    """Both, if they are features ``[..., N, D]`` and ``[..., N, D2]`` of one dtype on one device."""
+    x, y = features(first, names[0]), features(second, names[1])
     if x.dtype != y.dtype:
         raise TypeError(f"{names[1]}: expected dtype {x.dtype} as {names[0]} has, got {y.dtype}")
     same_device(y, names[1], x, names[0])
     if x.shape[:-1] != y.shape[:-1]:
         shape = ", ".join(map(str, (*x.shape[:-1], "D")))
         raise ValueError(f"{names[1]}: expected shape [{shape}] as {names[0]} has, got {list(y.shape)}")
+    return x, y
 
 
 def row_mask(value: object, name: str, like: Tensor) -> Tensor:
     """`value`, if it is a bool mask [N] or [L, N] of the rows of `like` [L, N, D]."""
-    if tensor(value, name).dtype != torch.bool:
-        raise TypeError(f"{name}: expected dtype bool (True counts), got {value.dtype}")
-    same_device(value, name, like, "x")
-    if tuple(value.shape) not in (tuple(like.shape[:2]), (like.shape[1],)):
-        raise ValueError(f"{name}: expected shape [{like.shape[1]}] or {list(like.shape[:2])}, got {list(value.shape)}")
-    return value
+    mask = tensor(value, name)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name}: expected dtype bool (True counts), got {mask.dtype}")
+    same_device(mask, name, like, "x")
+    if tuple(mask.shape) not in (tuple(like.shape[:2]), (like.shape[1],)):
+        raise ValueError(f"{name}: expected shape [{like.shape[1]}] or {list(like.shape[:2])}, got {list(mask.shape)}")
+    return mask
 
 
 def sequences(value: object, like: Tensor) -> Tensor:
     """`value`, if it is a vector [N] that says of which sequence each row of `like` [L, N, D] is."""
-    if tensor(value, "sequences").dtype != torch.int64:
-        raise TypeError(f"sequences: expected dtype torch.int64, got {value.dtype}")
-    same_device(value, "sequences", like, "x")
-    if tuple(value.shape) != (like.shape[-2],):
-        raise ValueError(f"sequences: expected shape [{like.shape[-2]}], got {list(value.shape)}")
-    return value
+    found = tensor(value, "sequences")
+    if found.dtype != torch.int64:
+        raise TypeError(f"sequences: expected dtype torch.int64, got {found.dtype}")
+    same_device(found, "sequences", like, "x")
+    if tuple(found.shape) != (like.shape[-2],):
+        raise ValueError(f"sequences: expected shape [{like.shape[-2]}], got {list(found.shape)}")
+    return found
 
 
 def memory_bytes(device: torch.device) -> int:

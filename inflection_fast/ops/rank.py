@@ -87,19 +87,19 @@ def attention_rank(
         checks.device_tensor(valid, "valid", query, "query")
         if valid.dtype != torch.bool or valid.shape != (batch, queries):
             raise ValueError(f"valid: expected bool [{batch}, {queries}], got {valid.dtype} {list(valid.shape)}")
-    options = (attn_mask, checks.flag(is_causal, "is_causal"), scale, checks.window(window), softcap, sinks)
+    options = (checks.flag(is_causal, "is_causal"), scale, checks.window(window), softcap, sinks)
     results = []
     with torch.no_grad():
         for b in range(batch):
-            rows = _Rows(query[b : b + 1], key[b : b + 1], *_of_batch(options, b), None if valid is None else valid[b])
+            mask = _of_batch(attn_mask, b)
+            rows = _Rows(query[b : b + 1], key[b : b + 1], mask, *options, valid=None if valid is None else valid[b])
             squares, columns = _exact(rows) if keys <= exact_keys else _krylov(rows, block, steps)
             results.append(_summary(squares, columns, share))
     return AttentionRank(*(torch.stack(field) for field in zip(*results, strict=True)))
 
 
-def _of_batch(options: tuple, b: int) -> tuple:
-    mask, *rest = options
-    return (mask[b : b + 1] if mask is not None and mask.ndim == 4 and mask.shape[0] > 1 else mask, *rest)
+def _of_batch(mask: Tensor | None, b: int) -> Tensor | None:
+    return mask[b : b + 1] if mask is not None and mask.ndim == 4 and mask.shape[0] > 1 else mask
 
 
 def _summary(squares: Tensor, columns: Tensor, share: float) -> tuple[Tensor, ...]:

@@ -86,7 +86,7 @@ def weight_spectrum(weight: Tensor) -> Spectrum:
     """
     s = singular_values(weight)
     if s[0] == 0:
-        return Spectrum(*[math.nan] * 5, 0, 0.0)
+        return Spectrum(math.nan, math.nan, math.nan, math.nan, math.nan, 0, 0.0)
     p = s / s.sum()
     p = p[p > 0]
     squares = (s / s[0]) ** 2
