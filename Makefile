@@ -79,9 +79,9 @@ test-emulated-sanitized: build
 		$(PY) -m pytest -p tests.emulation.sanitized $(addprefix tests/,$(KERNEL_TESTS)) \
 		-k "(not cka or tiles or long_rows or infinite or strides) and not memory_beyond"
 
-# Every CUDA kernel for every architecture: registers, shared memory; a spill fails.
+# Every CUDA kernel for every architecture, or for those in ARCH: registers, shared memory; a spill fails.
 kernels:
-	$(PY) benchmarks/compile_report.py
+	$(PY) benchmarks/compile_report.py $(if $(ARCH),--arch $(ARCH))
 
 # With the CUDA library, which needs nvcc and a quarter of an hour, but no GPU and no CUDA build of torch.
 wheel: $(READY)
