@@ -153,7 +153,7 @@ def _config(parser: Any, parsed: Any) -> Any:
 
 
 def _stages(config: Any, console: Console) -> Any:
-    from inflection_fast.run.chatter import quiet_libraries
+    from inflection_fast.run.quiet import quiet_libraries
     from inflection_fast.run.stages import Stages
 
     quiet_libraries()
@@ -168,9 +168,9 @@ def _wants_screen(argv: list[str], parser: Any, command: str) -> bool:
     if argv[asked + 1 : asked + 2] == ["all"]:
         parser.print_help()
         return True
-    from inflection_fast.run.screen import screen
+    from inflection_fast.run.usual_options import usual_options
 
-    print(screen(parser, command, COMMANDS[command]))
+    print(usual_options(parser, command, COMMANDS[command]))
     return True
 
 
@@ -188,21 +188,23 @@ def _init(argv: list[str]) -> int:
     parser.add_argument("--label", help="column of the label (found where it is not named)")
     parser.add_argument("--out", default="run.yaml", help="file to write (run.yaml)")
     given = parser.parse_args(argv)
-    from inflection_fast.run.chatter import quiet_libraries
-    from inflection_fast.run.starter import write_starter
+    from inflection_fast.run.init_config import write_init_config
+    from inflection_fast.run.quiet import quiet_libraries
 
     quiet_libraries()
     path = Path(given.out).expanduser()
-    data = write_starter(path, model=given.model, data=given.data, task=given.task, text=given.text, label=given.label)
+    data = write_init_config(
+        path, model=given.model, data=given.data, task=given.task, text=given.text, label=given.label
+    )
     print(f"{given.data}: {len(data.train)} texts to train on, {len(data.test)} to test on")
     print(f"settings: {path}; look at them, then: inflection-fast run --config {path}")
     return 0
 
 
-def _rehearse(stages: Any, *, measure: bool = False, tune: bool = False, report: bool = False) -> None:
-    from inflection_fast.run.rehearsal import rehearse
+def _check_before_training(stages: Any, *, measure: bool = False, tune: bool = False, report: bool = False) -> None:
+    from inflection_fast.run.preflight import check_before_training
 
-    rehearse(stages, measure=measure, tune=tune, report=report)
+    check_before_training(stages, measure=measure, tune=tune, report=report)
 
 
 def _measure(argv: list[str]) -> int:
@@ -210,7 +212,7 @@ def _measure(argv: list[str]) -> int:
     if _wants_screen(argv, parser, "measure"):
         return 0
     stages = _stages(_config(parser, _parse(parser, argv)), _console())
-    _rehearse(stages, measure=True)
+    _check_before_training(stages, measure=True)
     stages.source()
     stages.measure()
     return 0
@@ -230,7 +232,7 @@ def _tune(argv: list[str]) -> int:
     if parsed.plan is not None:
         adopt_plan(stages.folder.path, Path(parsed.plan).expanduser())
     stages.plan()  # says so where there is nothing to make one of
-    _rehearse(stages, tune=True)
+    _check_before_training(stages, tune=True)
     stages.tune()
     for name in stages.config.baselines:
         stages.baseline(name)
@@ -243,7 +245,7 @@ def _run(argv: list[str]) -> int:
     if _wants_screen(argv, parser, "run"):
         return 0
     stages = _stages(_config(parser, _parse(parser, argv)), console)
-    _rehearse(stages, measure=True, tune=True, report=True)
+    _check_before_training(stages, measure=True, tune=True, report=True)
     stages.source()
     stages.measure()
     stages.plan()

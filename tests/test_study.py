@@ -19,10 +19,10 @@ from inflection_fast.study.cells import cells_of
 from inflection_fast.study.config import WaveConfig, plain
 from inflection_fast.study.estimate import estimate
 from inflection_fast.study.gradients import gradients
-from inflection_fast.study.page import write
 from inflection_fast.study.publish import publish
+from inflection_fast.study.report import write
 from inflection_fast.study.runner import progress_of, retry, work_through
-from inflection_fast.study.shelf import Busy, Shelf
+from inflection_fast.study.store import Busy, Store
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -93,7 +93,7 @@ def test_the_reported_seeds_and_the_search_use_other_texts(done):
     from inflection_fast.study.texts import texts_of
 
     config, _ = done
-    texts = texts_of(config, "one", Shelf.of(config))
+    texts = texts_of(config, "one", Store.of(config))
     for seed in config.seeds:
         split = texts.split(seed)
         parts = [{tuple(row) for row in part.ids.tolist()} for part in (split.train, split.test, split.validation)]
@@ -144,8 +144,8 @@ def test_a_killed_study_goes_on_without_loss_and_two_workers_share_it(done, tmp_
 
 
 def test_work_that_another_process_holds_is_busy_and_free_again_when_it_lets_go(tmp_path):
-    shelf, other = Shelf(tmp_path), Shelf(tmp_path)
-    with shelf.claim("cells/a.json"), pytest.raises(Busy):
+    store, other = Store(tmp_path), Store(tmp_path)
+    with store.claim("cells/a.json"), pytest.raises(Busy):
         other.get("cells/a.json", lambda: 1)
     assert other.get("cells/a.json", lambda: 1) == 1
 
@@ -156,11 +156,11 @@ def test_work_that_another_process_holds_is_busy_and_free_again_when_it_lets_go(
 def test_an_arm_that_cannot_be_had_is_recorded_and_the_others_are_computed(tmp_path):
     config = tiny_study(tmp_path, blocks=4, rank=1)
     work_through(config, only="one/under/*/1")
-    progress = progress_of(config, Shelf.of(config), "one/under/*/1")
+    progress = progress_of(config, Store.of(config), "one/under/*/1")
     assert progress.left == 0 and progress.failed == 2
     cell = json.loads((config.folder / "cells/one/under/random-0/1.json").read_text())
     assert "4 blocks were asked for, the model has 3" in cell["run_info"]["error_msg"]
-    assert retry(config, Shelf.of(config), "one/under/*/1") == 2
+    assert retry(config, Store.of(config), "one/under/*/1") == 2
 
 
 def test_an_arm_that_breaks_while_rates_are_searched_stops_no_other_cell(tmp_path, monkeypatch):
@@ -177,26 +177,26 @@ def test_an_arm_that_breaks_while_rates_are_searched_stops_no_other_cell(tmp_pat
     monkeypatch.setattr("inflection_fast.study.arms.entry_points", lambda group: [Point])
     config = tiny_study(tmp_path, waves=(WaveConfig(("broken", "head"), seeds=(1,)),))
     work_through(config, only="one/under/*")
-    cell = Shelf.of(config).find("cells/one/under/broken/1.json")
+    cell = Store.of(config).find("cells/one/under/broken/1.json")
     assert (
         cell["run_info"]["error_msg"] == "RuntimeError: shapes do not fit"
         and "choose" in cell["train_info"]["traceback"]
     )
-    assert not Shelf.of(config).find("cells/one/under/head/1.json")["run_info"]["error_msg"]
+    assert not Store.of(config).find("cells/one/under/head/1.json")["run_info"]["error_msg"]
 
 
 def test_another_study_s_folder_is_refused_and_more_seeds_are_not(done):
     config, _ = done
-    Shelf.of(replace(config, seeds=(1, 2, 3)))
-    Shelf.of(config)
+    Store.of(replace(config, seeds=(1, 2, 3)))
+    Store.of(config)
     with pytest.raises(UserError, match="other settings: rank was 3 and is 5"):
-        Shelf.of(replace(config, rank=5))
+        Store.of(replace(config, rank=5))
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "letter.txt").write_text("dear")
     with pytest.raises(UserError, match="is not empty and holds no study"):
-        Shelf.of(tiny_study(tmp_path, output=str(tmp_path)))
+        Store.of(tiny_study(tmp_path, output=str(tmp_path)))
 
 
 def test_an_unknown_arm_is_named(tmp_path):
@@ -222,17 +222,17 @@ def test_a_disk_that_fills_stops_the_study_and_loses_nothing(tmp_path, monkeypat
     assert not list((config.folder / "cells").rglob("*.json"))
     full["is"] = False
     work_through(config, only="one/under/head/1")
-    assert progress_of(config, Shelf.of(config), "one/under/head/1").failed == 0
+    assert progress_of(config, Store.of(config), "one/under/head/1").failed == 0
 
 
 def test_a_cell_that_killed_three_workers_is_given_up(tmp_path):
     config = tiny_study(tmp_path)
-    shelf = Shelf.of(config)
-    begun = shelf.path("claims/one__under__head__1.begun.json")
+    store = Store.of(config)
+    begun = store.path("claims/one__under__head__1.begun.json")
     begun.parent.mkdir(parents=True)
     begun.write_text('{"times": 3}')
     work_through(config, only="one/under/head/1")
-    assert "3 workers died" in shelf.find("cells/one/under/head/1.json")["run_info"]["error_msg"]
+    assert "3 workers died" in store.find("cells/one/under/head/1.json")["run_info"]["error_msg"]
 
 
 # ---- processes -------------------------------------------------------------------------------------------------------
@@ -275,7 +275,7 @@ def test_the_command_restarts_a_worker_that_dies_and_its_workers_end_with_it(tmp
     first.wait()
     until(lambda: not alive(worker))
     assert subprocess.run(arguments, env=environment, timeout=240).returncode == 0
-    assert progress_of(config, Shelf.of(config), "one/under/*/1").left == 0
+    assert progress_of(config, Store.of(config), "one/under/*/1").left == 0
 
 
 def test_the_plan_names_every_cell_and_a_time(tmp_path):
@@ -306,7 +306,7 @@ def test_gradients_are_measured_all_along(tmp_path):
     work_through(config, only="no cell")
     from inflection_fast.study.work import Work
 
-    work = Work(config, Shelf.of(config))
+    work = Work(config, Store.of(config))
     for arm in ("greedy", "head"):
         found = gradients(work, "one", "under", arm, f"gradients/one-under-{arm}.json")
         grads = np.array(found["activation_grad"], float)

@@ -17,7 +17,7 @@ from inflection_fast.study.analysis import (
     means,
     stability,
 )
-from inflection_fast.study.page import write
+from inflection_fast.study.report import write
 from inflection_fast.study.results import read_results
 
 COSTS = {"wall_s": 2.0, "cpu_s": 1.0, "steps": 5}

@@ -12,7 +12,7 @@ from inflection_fast.study.adaptation import NoArm, Spending
 from inflection_fast.study.arms import arm_of, arms
 from inflection_fast.study.arms_data import breakpoints
 from inflection_fast.study.arms_weights import marchenko_pastur_median, signal_ratio
-from inflection_fast.study.shelf import Shelf
+from inflection_fast.study.store import Store
 from inflection_fast.study.work import Work
 
 LORA_ARMS = ("kappa", "spectrum", "eva", "gradient_high", "gradient_low", "auto_rgn", "block_cka", "breakpoints",
@@ -25,7 +25,7 @@ OTHERS = ("ia3", "dora", "vera", "prefix", "bottleneck", "ia3_planned", "dora_pl
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     config = tiny_study(tmp_path_factory.mktemp("study"))
-    return Work(config, Shelf.of(config))
+    return Work(config, Store.of(config))
 
 
 def chosen(work, name):
@@ -106,11 +106,11 @@ def test_ranks_are_as_even_as_whole_numbers_allow():
 
 def test_lisa_trains_few_blocks_at_a_time(work):
     from inflection_fast.blocks import find_blocks
-    from inflection_fast.study.manners import manners
+    from inflection_fast.study.training_hooks import training_hooks
 
     adaptation, _ = chosen(work, "lisa")
     model = adaptation.apply(work.start("one", "under", 1), 4)
-    manners(adaptation, model, 4, seed=1)["before_step"](0)
+    training_hooks(adaptation, model, 4, seed=1)["before_step"](0)
     on = [all(p.requires_grad for p in block.module.parameters()) for block in find_blocks(model)]
     assert sum(on) == 2 and len(on) == 3
 

@@ -10,10 +10,10 @@ from tiny_study import tiny_study, write_texts
 from inflection_fast.run.config import DataConfig
 from inflection_fast.run.errors import UserError
 from inflection_fast.study.config import RegimeConfig, SizesConfig, StudyConfig, TransferConfig, TuningConfig
-from inflection_fast.study.loop import batch_of, batches_of
-from inflection_fast.study.near import jaccard, letters_of, near_duplicates
-from inflection_fast.study.shelf import Shelf
+from inflection_fast.study.near_duplicates import jaccard, letters_of, near_duplicates
+from inflection_fast.study.store import Store
 from inflection_fast.study.texts import texts_of
+from inflection_fast.study.training_loop import batch_of, batches_of
 
 
 def write_rows(path, rows):
@@ -38,7 +38,7 @@ def shared(tmp_path):
 
 
 def test_texts_on_both_sides_are_removed_exactly_and_nearly(shared):
-    facts = texts_of(shared, "one", Shelf.of(shared)).facts
+    facts = texts_of(shared, "one", Store.of(shared)).facts
     assert facts["dropped"] == {"source texts that stand in the target": 5, "source texts like a target text": 3}
     assert facts["source"]["texts"] == 160 and not facts["leaking"]
 
@@ -46,24 +46,24 @@ def test_texts_on_both_sides_are_removed_exactly_and_nearly(shared):
 def test_the_leaking_variant_keeps_them_and_says_so(shared):
     leaking = {"one": replace(shared.transfers["one"], leaking=True)}
     config = replace(shared, transfers=leaking)
-    facts = texts_of(config, "one", Shelf.of(config)).facts
+    facts = texts_of(config, "one", Store.of(config)).facts
     assert facts["leaking"] and facts["source"]["texts"] == 168
     assert facts["dropped"] == {"none: source texts left in that stand in the target": 5}
 
 
 def test_near_duplicates_can_be_left_in(shared):
     config = replace(shared, near_duplicates=None)
-    facts = texts_of(config, "one", Shelf.of(config)).facts
+    facts = texts_of(config, "one", Store.of(config)).facts
     assert facts["dropped"] == {"source texts that stand in the target": 5}
 
 
 def test_the_order_of_a_file_does_not_matter(tmp_path):
     config = tiny_study(tmp_path)
-    texts = texts_of(config, "one", Shelf.of(config))
+    texts = texts_of(config, "one", Store.of(config))
     rows = (tmp_path / "b.csv").read_text().splitlines()
     (tmp_path / "b.csv").write_text("\n".join([rows[0], *reversed(rows[1:])]) + "\n")
     other = replace(config, output=str(tmp_path / "other"))
-    again = texts_of(other, "one", Shelf.of(other))
+    again = texts_of(other, "one", Store.of(other))
     assert (texts.split(1).test.ids == again.split(1).test.ids).all()
 
 
@@ -74,7 +74,7 @@ def test_groups_are_never_split(tmp_path):
     write_rows(tmp_path / "b.csv", rows)
     target = replace(config.transfers["one"].target, group="group")
     config = replace(config, transfers={"one": replace(config.transfers["one"], target=target)})
-    texts = texts_of(config, "one", Shelf.of(config))
+    texts = texts_of(config, "one", Store.of(config))
     where = {tuple(row): group for row, group in zip(texts.target.ids.tolist(), texts.groups, strict=True)}
     split = texts.split(3)
     parts = [{where[tuple(row)] for row in part.ids.tolist()} for part in (split.train, split.test, split.validation)]
@@ -87,8 +87,8 @@ def test_labels_that_differ_need_a_new_head(tmp_path):
     three = DataConfig(str(tmp_path / "c.csv"), labels=("bad", "good", "odd"))
     transfer = replace(config.transfers["one"], target=three)
     with pytest.raises(UserError, match=r"transfers\.one: the source has the labels .* head to \"new\""):
-        texts_of(replace(config, transfers={"one": transfer}), "one", Shelf.of(config))
-    texts = texts_of(replace(config, transfers={"one": replace(transfer, head="new")}), "one", Shelf.of(config))
+        texts_of(replace(config, transfers={"one": transfer}), "one", Store.of(config))
+    texts = texts_of(replace(config, transfers={"one": replace(transfer, head="new")}), "one", Store.of(config))
     assert texts.facts["target"]["labels"] == ["bad", "good", "odd"]
 
 
@@ -96,20 +96,20 @@ def test_too_few_texts_after_removing_duplicates_are_named(shared, tmp_path):
     sizes = SizesConfig(train=200, test=48, least_test=16, validation=32)
     config = replace(shared, target=sizes, output=str(tmp_path / "x"))
     with pytest.raises(UserError, match=r"240 target texts are left .* and 248 are needed"):
-        texts_of(config, "one", Shelf.of(config))
+        texts_of(config, "one", Store.of(config))
     same = {"one": TransferConfig(shared.transfers["one"].target, shared.transfers["one"].target)}
     config = replace(shared, transfers=same, output=str(tmp_path / "y"))
     with pytest.raises(UserError, match="0 source texts are left"):
-        texts_of(config, "one", Shelf.of(config))
+        texts_of(config, "one", Store.of(config))
 
 
 def test_damaged_data_is_named(tmp_path):
     config = tiny_study(tmp_path)
-    shelf = Shelf.of(config)
-    texts_of(config, "one", shelf)
-    shelf.path("data/one.npz").write_bytes(b"PK")
+    store = Store.of(config)
+    texts_of(config, "one", store)
+    store.path("data/one.npz").write_bytes(b"PK")
     with pytest.raises(UserError, match=r"one\.npz is damaged: remove it"):
-        texts_of(config, "one", shelf)
+        texts_of(config, "one", store)
 
 
 # ---- near-duplicates -------------------------------------------------------------------------------------------------
@@ -135,7 +135,7 @@ def test_short_texts_are_compared_whole():
 
 def test_every_text_comes_once_in_a_pass_and_batches_are_cut_to_their_longest(tmp_path):
     config = tiny_study(tmp_path)
-    train = texts_of(config, "one", Shelf.of(config)).split(1).train
+    train = texts_of(config, "one", Store.of(config)).split(1).train
     batches = list(batches_of(train, 16, 4, seed=1))
     assert sorted(np.concatenate(batches).tolist()) == list(range(64))
     for rows in batches:

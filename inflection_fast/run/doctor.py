@@ -118,8 +118,8 @@ def _cuda() -> list[Finding]:
     findings = []
     nvcc = shutil.which("nvcc", path=os.pathsep.join([os.environ.get("CUDA_HOME", "") + "/bin", os.environ["PATH"]]))
     if nvcc:
-        told = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
-        release = next((line for line in told.splitlines() if "release" in line), "version unknown")
+        printed = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+        release = next((line for line in printed.splitlines() if "release" in line), "version unknown")
         findings.append(Finding("CUDA toolkit", f"{release.strip()} ({nvcc})"))
     else:
         findings.append(Finding("CUDA toolkit", "none (needed only to build the CUDA kernels)"))

@@ -57,6 +57,6 @@ def refused_path(error: BaseException | None) -> str | None:
     """The file or folder that this error, or one that it was raised from, says the system refused, and why."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in _REFUSALS and error.filename is not None:
-            return f"{error.filename}: {error.strerror.lower()}"
+            return f"{error.filename}: {(error.strerror or type(error).__name__).lower()}"
         error = error.__cause__ or error.__context__
     return None

@@ -41,18 +41,18 @@ def adopt_plan(run: Path, path: Path) -> None:
     """Makes a plan from elsewhere the plan of a run."""
     with user_errors(ValueError, FileNotFoundError):
         plan = Plan.load(path)
-    own = run / "plan.json"
-    if own.is_file() and path.samefile(own):
+    stored = run / "plan.json"
+    if stored.is_file() and path.samefile(stored):
         return
     _not_in_use(run, plan.layers, "choose another output folder")
-    plan.save(own)
+    plan.save(stored)
 
 
 def _not_in_use(run: Path, layers: tuple[int, ...], instead: str) -> None:
     """Refuses to change a plan that models were trained on: the report would then show one plan and other models."""
-    own = run / "plan.json"
-    if (run / "tune").is_dir() and own.is_file() and Plan.load(own).layers != layers:
-        raise UserError(f"{run} holds a model trained on layers {list(Plan.load(own).layers)}: {instead}")
+    stored = run / "plan.json"
+    if (run / "tune").is_dir() and stored.is_file() and Plan.load(stored).layers != layers:
+        raise UserError(f"{run} holds a model trained on layers {list(Plan.load(stored).layers)}: {instead}")
 
 
 def baseline_plan(plan: Plan, name: str, count: int, others: set[tuple[int, ...]], seed: int) -> tuple[Plan, int]:

@@ -70,16 +70,16 @@ def score_rule(cells: Sequence[Result]) -> Score | None:
     if len(places) < 3:
         return None
     folds = []
-    for left_out, mine in places.items():
+    for left_out, selected in places.items():
         others = [place for name, found in places.items() if name != left_out for place in found]
         rule, always = fit_rule(others), _best_family(others)
         folds.append(
             Fold(
                 left_out,
                 str(rule),
-                float(np.mean([accuracy[rule.family(sure)] for sure, accuracy in mine])),
-                float(np.mean([accuracy[always] for _, accuracy in mine])),
-                float(np.mean([max(accuracy.values()) for _, accuracy in mine])),
+                float(np.mean([accuracy[rule.family(sure)] for sure, accuracy in selected])),
+                float(np.mean([accuracy[always] for _, accuracy in selected])),
+                float(np.mean([max(accuracy.values()) for _, accuracy in selected])),
             )
         )
     everything = [place for found in places.values() for place in found]

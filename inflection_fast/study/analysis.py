@@ -104,11 +104,11 @@ def holm(effects: dict[str, Effect | None]) -> dict[str, float]:
     """The p of every comparison after Holm's correction over all of them."""
     from statsmodels.stats.multitest import multipletests
 
-    there = {name: effect.p for name, effect in effects.items() if effect is not None}
-    if not there:
+    present = {name: effect.p for name, effect in effects.items() if effect is not None}
+    if not present:
         return {}
-    corrected = multipletests(list(there.values()), method="holm")[1]
-    return dict(zip(there, map(float, corrected), strict=True))
+    corrected = multipletests(list(present.values()), method="holm")[1]
+    return dict(zip(present, map(float, corrected), strict=True))
 
 
 def means(cells: Sequence[Result]) -> dict[str, float]:
@@ -127,14 +127,14 @@ def parameters(cells: Sequence[Result], arm: str) -> tuple[int, int]:
 
 def costs(cells: Sequence[Result], arm: str) -> dict[str, float]:
     """Means over the cells of an arm: seconds of training and of choosing, steps of choosing, bytes of a step."""
-    mine = [cell for cell in cells if cell.arm == arm]
-    chosen = [cell.content["run_info"]["selection"]["cost"] for cell in mine]
+    selected = [cell for cell in cells if cell.arm == arm]
+    chosen = [cell.content["run_info"]["selection"]["cost"] for cell in selected]
     return {
-        "train_cpu_s": float(np.mean([cell.content["train_info"]["train_cpu_time"] for cell in mine])),
+        "train_cpu_s": float(np.mean([cell.content["train_info"]["train_cpu_time"] for cell in selected])),
         "choose_cpu_s": float(np.mean([cost["cpu_s"] for cost in chosen])),
         "choose_steps": float(np.mean([cost["steps"] for cost in chosen])),
-        "step_bytes": float(np.mean([cell.content["train_info"]["step_bytes"] for cell in mine])),
-        "forgotten": 100 * float(np.mean([cell.forgotten for cell in mine])),
+        "step_bytes": float(np.mean([cell.content["train_info"]["step_bytes"] for cell in selected])),
+        "forgotten": 100 * float(np.mean([cell.forgotten for cell in selected])),
     }
 
 
@@ -147,18 +147,18 @@ def block_effects(cells: Sequence[Result], arm: str = "random") -> list[tuple[in
     """
     import statsmodels.api as sm
 
-    mine = [cell for cell in cells if cell.arm == arm]
-    if not mine:
+    selected = [cell for cell in cells if cell.arm == arm]
+    if not selected:
         return []
-    count = 1 + max(max(cell.layers) for cell in mine)
-    places = sorted({(cell.transfer, cell.regime, cell.seed) for cell in mine})
-    if len(mine) < len(places) + count:
+    count = 1 + max(max(cell.layers) for cell in selected)
+    places = sorted({(cell.transfer, cell.regime, cell.seed) for cell in selected})
+    if len(selected) < len(places) + count:
         return []
     if count < 3:
         return []
-    drawn = np.array([[layer in cell.layers for layer in range(count)] for cell in mine], float)
-    y = np.array([100 * cell.accuracy for cell in mine])
-    which = np.array([places.index((cell.transfer, cell.regime, cell.seed)) for cell in mine])
+    drawn = np.array([[layer in cell.layers for layer in range(count)] for cell in selected], float)
+    y = np.array([100 * cell.accuracy for cell in selected])
+    which = np.array([places.index((cell.transfer, cell.regime, cell.seed)) for cell in selected])
     for place in range(len(places)):
         inside = which == place
         drawn[inside] -= drawn[inside].mean(axis=0)
@@ -167,7 +167,7 @@ def block_effects(cells: Sequence[Result], arm: str = "random") -> list[tuple[in
     basis = np.linalg.svd(np.ones((1, count)))[2][1:].T  # [count, count - 1], orthogonal to the constant
     if np.linalg.matrix_rank(drawn @ basis) < count - 1:
         return []
-    groups = np.unique([f"{c.transfer} {c.seed}" for c in mine], return_inverse=True)[1]
+    groups = np.unique([f"{c.transfer} {c.seed}" for c in selected], return_inverse=True)[1]
     if len(set(groups)) < 3:
         return []
     fit = sm.OLS(y, drawn @ basis).fit(cov_type="cluster", cov_kwds={"groups": groups}, use_t=True)

@@ -18,8 +18,8 @@ from inflection_fast.decide import SelectConfig, select
 from inflection_fast.run.errors import UserError
 from inflection_fast.study.adaptation import Adaptation, NoArm, Spending, on_layers
 from inflection_fast.study.config import StudyConfig
-from inflection_fast.study.loop import Clock
 from inflection_fast.study.texts import Split
+from inflection_fast.study.training_loop import Clock
 from inflection_fast.timeline import Timeline
 
 __all__ = ["ENTRY_POINTS", "Arm", "Seen", "arm_of", "arms"]

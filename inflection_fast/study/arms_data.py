@@ -16,7 +16,7 @@ from inflection_fast.blocks import find_blocks
 from inflection_fast.ops import linear_cka
 from inflection_fast.study.adaptation import Adaptation, on_modules
 from inflection_fast.study.arms import Seen
-from inflection_fast.study.loop import batch_of, batches_of, forward
+from inflection_fast.study.training_loop import batch_of, batches_of, forward
 
 __all__ = ["BlockSimilarity", "Breakpoints", "Eva", "FirstOrderGain", "GradientRule", "breakpoints"]
 

@@ -12,8 +12,8 @@ from torch import nn
 from inflection_fast.blocks import find_blocks
 from inflection_fast.study.adaptation import Adaptation, Spending, on_layers
 from inflection_fast.study.arms import Seen
-from inflection_fast.study.loop import evaluate, train
 from inflection_fast.study.texts import Tokens
+from inflection_fast.study.training_loop import evaluate, train
 
 __all__ = ["AdaLora", "Lisa", "SuccessiveHalving", "TrialShare"]
 

@@ -83,9 +83,9 @@ def jobs_of(config: StudyConfig, only: str | None = None) -> list[Job]:
         for arm in wave.arms:
             if any(cell.arm == arm for cell in cells):
                 jobs += [Job("tune", *place, arm, rate) for place in tuning for rate in rates_of(config, arm)]
-        mine = set(_of_wave(config, wave))
+        selected = set(_of_wave(config, wave))
         for cell in cells:
-            if cell in mine:
+            if cell in selected:
                 jobs += [
                     Job("source", cell.transfer, cell.regime),
                     Job("cell", cell.transfer, cell.regime, cell.arm, cell=cell),

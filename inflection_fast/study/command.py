@@ -41,7 +41,7 @@ def study(argv: list[str]) -> int:
     with user_errors(about="settings"):
         config = StudyConfig(**{name: getattr(parsed, name) for name in StudyConfig.__dataclass_fields__})
     console = Console(highlight=False, soft_wrap=True)
-    from inflection_fast.run.chatter import quiet_libraries
+    from inflection_fast.run.quiet import quiet_libraries
 
     quiet_libraries()
     if parsed.plan_only:
@@ -62,12 +62,12 @@ def _run(config: Any, parsed: Any, console: Any) -> int:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from inflection_fast.study.runner import progress_of, retry, run
-    from inflection_fast.study.shelf import Shelf
+    from inflection_fast.study.store import Store
 
-    shelf = Shelf.of(config)
+    store = Store.of(config)
     if parsed.retry:
-        console.print(f"{retry(config, shelf, parsed.only)} failed cells will be computed again", markup=False)
-    before = progress_of(config, shelf, parsed.only)
+        console.print(f"{retry(config, store, parsed.only)} failed cells will be computed again", markup=False)
+    before = progress_of(config, store, parsed.only)
     columns = (TextColumn("cells"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(elapsed_when_finished=True))
     with Progress(*columns, console=console, disable=not sys.stderr.isatty(), speed_estimate_period=600) as bar:
         task = bar.add_task("cells", total=before.cells, completed=before.done)
@@ -78,7 +78,7 @@ def _run(config: Any, parsed: Any, console: Any) -> int:
             only=parsed.only,
             show=(lambda: None)
             if bar.disable
-            else lambda: bar.update(task, completed=progress_of(config, shelf, parsed.only).done),
+            else lambda: bar.update(task, completed=progress_of(config, store, parsed.only).done),
         )
     failed = f", {end.failed} of them failed (their files say why)" if end.failed else ""
     console.print(f"{end.done} of {end.cells} cells{failed}: {config.folder / 'cells'}", markup=False)
@@ -104,7 +104,7 @@ def _report(argv: list[str]) -> int:
         "--out", default=None, help="the page to write; pictures lie beside it (default: study.md there)"
     )
     args = parser.parse_args(argv)
-    from inflection_fast.study.page import write
+    from inflection_fast.study.report import write
 
     with user_errors(ValueError, FileNotFoundError):
         print(f"report: {write(args.folder, args.out)}")

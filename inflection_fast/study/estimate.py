@@ -14,8 +14,8 @@ from inflection_fast.study.adaptation import Spending, on_layers
 from inflection_fast.study.arms import arm_of
 from inflection_fast.study.cells import Job, jobs_of
 from inflection_fast.study.config import StudyConfig
-from inflection_fast.study.loop import logits_of, train
 from inflection_fast.study.texts import TASK, Tokens
+from inflection_fast.study.training_loop import logits_of, train
 
 __all__ = ["estimate"]
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from inflection_fast.measure import Monitor, MonitorConfig
-from inflection_fast.study.loop import batch_of, evaluate, train
-from inflection_fast.study.manners import manners
 from inflection_fast.study.probes import block_probes
+from inflection_fast.study.training_hooks import training_hooks
+from inflection_fast.study.training_loop import batch_of, evaluate, train
 from inflection_fast.timeline import Timeline
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ MEASURED_STEPS = 7
 
 def gradients(work: Work, transfer: str, regime: str, arm: str, name: str) -> dict[str, Any]:
     """Measures one arm at the first seed; the result is kept under `name`."""
-    return work.shelf.get(name, lambda: _measured(work, transfer, regime, arm, name))
+    return work.store.get(name, lambda: _measured(work, transfer, regime, arm, name))
 
 
 def _measured(work: Work, transfer: str, regime: str, arm: str, name: str) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def _measured(work: Work, transfer: str, regime: str, arm: str, name: str) -> di
     del probe["labels"]
     every = max(1, steps // (MEASURED_STEPS - 1))
     settings = MonitorConfig(every=every, signals=("activation_grad", "delta_cka"), cka_pooling="mean")
-    folder = work.shelf.path(name.removesuffix(".json"))
+    folder = work.store.path(name.removesuffix(".json"))
     shutil.rmtree(folder, ignore_errors=True)
     with Monitor(adapted, settings, folder, probe=[probe], alerts=None) as monitor:
         trained = train(
@@ -52,7 +52,7 @@ def _measured(work: Work, transfer: str, regime: str, arm: str, name: str) -> di
             learning_rate=rate,
             seed=seed,
             after_backward=lambda step: monitor.step(),
-            **manners(adaptation, adapted, steps, seed),
+            **training_hooks(adaptation, adapted, steps, seed),
         )
     timeline = Timeline.load(folder)
     metrics = evaluate(adapted, split.test, loop)

@@ -8,8 +8,8 @@ from torch import nn
 
 from inflection_fast.blocks import find_blocks
 from inflection_fast.study.config import LoopConfig
-from inflection_fast.study.loop import batch_of
 from inflection_fast.study.texts import Tokens
+from inflection_fast.study.training_loop import batch_of
 
 __all__ = ["block_probes", "pooled_features", "ridge_accuracy"]
 

@@ -16,7 +16,7 @@ from typing import Any
 from inflection_fast.run.errors import UserError, disk_full
 from inflection_fast.study.cells import Job, cells_of, jobs_of
 from inflection_fast.study.config import StudyConfig
-from inflection_fast.study.shelf import Busy, Shelf
+from inflection_fast.study.store import Busy, Store
 
 __all__ = ["Progress", "progress_of", "retry", "run", "work_through"]
 
@@ -40,25 +40,25 @@ class Progress:
         return self.cells - self.done
 
 
-def progress_of(config: StudyConfig, shelf: Shelf, only: str | None = None) -> Progress:
+def progress_of(config: StudyConfig, store: Store, only: str | None = None) -> Progress:
     """How many cells there are, are done, and failed."""
     states = Counter()
     for cell in cells_of(config, only):
-        path = shelf.path(f"cells/{cell.name}.json")
+        path = store.path(f"cells/{cell.name}.json")
         if path.is_file():
-            found = shelf.find(f"cells/{cell.name}.json")
+            found = store.find(f"cells/{cell.name}.json")
             states["failed" if found["run_info"]["error_msg"] else "good"] += 1
         states["all"] += 1
     return Progress(states["all"], states["good"] + states["failed"], states["failed"])
 
 
-def retry(config: StudyConfig, shelf: Shelf, only: str | None = None) -> int:
+def retry(config: StudyConfig, store: Store, only: str | None = None) -> int:
     """Removes the cells that failed, so that they are computed again, and says how many there were."""
     removed = 0
     for cell in cells_of(config, only):
-        found = shelf.find(f"cells/{cell.name}.json")
+        found = store.find(f"cells/{cell.name}.json")
         if found is not None and found["run_info"]["error_msg"]:
-            shelf.path(f"cells/{cell.name}.json").unlink()
+            store.path(f"cells/{cell.name}.json").unlink()
             removed += 1
     return removed
 
@@ -71,7 +71,7 @@ def work_through(config: StudyConfig, only: str | None = None, begun: Callable[[
     """
     from inflection_fast.study.work import Work
 
-    work = Work(config, Shelf.of(config))
+    work = Work(config, Store.of(config))
     left = jobs_of(config, only)
     while left:
         waiting = []
@@ -104,14 +104,14 @@ def run(
 
     UserError where the disk is full, or workers keep dying: what is finished stays, and the same call goes on.
     """
-    shelf = Shelf.of(config)
+    store = Store.of(config)
     cells_of(config, only)  # an unknown arm is told before anything is computed
     (_with_ray if executor == "ray" else _with_processes)(config, jobs, only, show)
-    return progress_of(config, shelf, only)
+    return progress_of(config, store, only)
 
 
 def _worker(config: StudyConfig, only: str | None) -> None:
-    from inflection_fast.run.chatter import quiet_libraries
+    from inflection_fast.run.quiet import quiet_libraries
 
     quiet_libraries()
     signal.signal(signal.SIGTERM, _interrupted)  # so that a cell that is cut off does not count as one that killed
@@ -183,8 +183,8 @@ def _with_ray(config: StudyConfig, jobs: int, only: str | None, show: Callable[[
     except ModuleNotFoundError as error:
         raise UserError("--executor ray needs the package ray: pip install ray") from error
 
-    own = not ray.is_initialized()
-    if own:
+    started_here = not ray.is_initialized()
+    if started_here:
         ray.init(log_to_driver=False)
     device = config.train.device
     remote = ray.remote(num_cpus=max(1, config.train.threads), num_gpus=0 if device == "cpu" else 1, max_retries=DEATHS)
@@ -206,5 +206,5 @@ def _with_ray(config: StudyConfig, jobs: int, only: str | None, show: Callable[[
     finally:
         for task in tasks:
             ray.cancel(task, force=True)
-        if own:
+        if started_here:
             ray.shutdown()

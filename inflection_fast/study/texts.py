@@ -15,8 +15,8 @@ from inflection_fast.run.data import normalised, read
 from inflection_fast.run.errors import UserError
 from inflection_fast.run.folder import write_json
 from inflection_fast.study.config import StudyConfig, TransferConfig
-from inflection_fast.study.near import near_duplicates
-from inflection_fast.study.shelf import Shelf, damaged
+from inflection_fast.study.near_duplicates import near_duplicates
+from inflection_fast.study.store import Store, damaged
 
 __all__ = ["Split", "Texts", "Tokens", "texts_of"]
 
@@ -77,10 +77,10 @@ class Texts:
         return Split(*(self.target.take(rows) for rows in (train, test, validation)))
 
 
-def texts_of(config: StudyConfig, name: str, shelf: Shelf) -> Texts:
+def texts_of(config: StudyConfig, name: str, store: Store) -> Texts:
     """The texts of a transfer, from the folder of the study or made for it."""
-    facts = shelf.get(f"data/{name}.json", lambda: _prepare(config, name, shelf))
-    path = shelf.path(f"data/{name}.npz")
+    facts = store.get(f"data/{name}.json", lambda: _prepare(config, name, store))
+    path = store.path(f"data/{name}.npz")
     try:
         with np.load(path) as arrays:
             source, target = (Tokens(*(arrays[f"{side}_{part}"] for part in PARTS)) for side in ("source", "target"))
@@ -92,7 +92,7 @@ def texts_of(config: StudyConfig, name: str, shelf: Shelf) -> Texts:
 PARTS = ("ids", "lengths", "labels")
 
 
-def _prepare(config: StudyConfig, name: str, shelf: Shelf) -> dict[str, Any]:
+def _prepare(config: StudyConfig, name: str, store: Store) -> dict[str, Any]:
     transfer = config.transfers[name]
     dropped: dict[str, int] = {}
     source, source_labels = _rows(transfer.source, dropped, "source")
@@ -122,13 +122,13 @@ def _prepare(config: StudyConfig, name: str, shelf: Shelf) -> dict[str, Any]:
         arrays.update({f"{side}_{k}": v for k, v in zip(PARTS, _tokenised(tokenizer, rows, config), strict=True)})
     numbers = {group: i for i, group in enumerate(dict.fromkeys(row["group"] for row in target))}
     arrays["groups"] = np.array([numbers[row["group"]] for row in target])
-    path = shelf.path(f"data/{name}.npz")
+    path = store.path(f"data/{name}.npz")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}")
     with open(partial, "wb") as file:
         np.savez_compressed(file, **arrays)
     partial.replace(path)
-    write_json(shelf.path(f"data/{name}.facts.json"), facts)
+    write_json(store.path(f"data/{name}.facts.json"), facts)
     return facts
 
 
@@ -206,9 +206,9 @@ def _tokenised(tokenizer: Any, rows: list[dict[str, Any]], config: StudyConfig) 
 
 def _first_groups(rows: np.ndarray, groups: np.ndarray, count: int, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """`rows` in two parts, the first of at most `count` rows: whole groups, drawn at random."""
-    mine = groups[rows]
-    names, sizes = np.unique(mine, return_counts=True)
+    selected = groups[rows]
+    names, sizes = np.unique(selected, return_counts=True)
     order = np.random.default_rng(seed).permutation(len(names))
     inside = names[order[np.cumsum(sizes[order]) <= count]]
-    chosen = np.isin(mine, inside)
+    chosen = np.isin(selected, inside)
     return rows[chosen], rows[~chosen]

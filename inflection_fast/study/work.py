@@ -22,10 +22,10 @@ from inflection_fast.study.adaptation import Adaptation, NoArm
 from inflection_fast.study.arms import Seen, arm_of
 from inflection_fast.study.cells import SHALLOW, Cell, Job, rates_of
 from inflection_fast.study.config import StudyConfig
-from inflection_fast.study.loop import Clock, Trained, evaluate, logits_of, train
 from inflection_fast.study.record import failed, record
-from inflection_fast.study.shelf import Busy, Shelf
+from inflection_fast.study.store import Busy, Store
 from inflection_fast.study.texts import TASK, Texts, Tokens, texts_of
+from inflection_fast.study.training_loop import Clock, Trained, evaluate, logits_of, train
 from inflection_fast.timeline import Timeline
 
 __all__ = ["Work", "saturation"]
@@ -37,11 +37,11 @@ SURE = 0.99  # a largest probability above this counts as saturated
 class Work:
     """One process's hands on a study. Every result is looked for in the folder before it is computed."""
 
-    def __init__(self, config: StudyConfig, shelf: Shelf):
+    def __init__(self, config: StudyConfig, store: Store):
         self.config = config
-        self.shelf = shelf
+        self.store = store
         self._failed: dict[str, str] = {}  # shared work that failed: not tried again by this process
-        self._texts = lru_cache(maxsize=16)(lambda name: texts_of(config, name, shelf))
+        self._texts = lru_cache(maxsize=16)(lambda name: texts_of(config, name, store))
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
 
@@ -69,7 +69,7 @@ class Work:
             return False  # the cells that need it meet the same error, and record it
 
     def _new(self, name: str, compute: Any, job: Job) -> bool:
-        if self.shelf.find(name) is not None or name in self._failed:
+        if self.store.find(name) is not None or name in self._failed:
             return False
         compute(job.transfer, job.regime)
         return True
@@ -96,7 +96,7 @@ class Work:
     def source(self, transfer: str, regime: str) -> dict[str, Any]:
         """The source training of a transfer and regime: its facts; the weights lie beside them."""
         name = self._source_name(transfer, regime)
-        return self._once(name, lambda: self.shelf.get(f"{name}.json", lambda: self._train_source(transfer, regime)))
+        return self._once(name, lambda: self.store.get(f"{name}.json", lambda: self._train_source(transfer, regime)))
 
     def _train_source(self, transfer: str, regime: str) -> dict[str, Any]:
         texts, settings = self.texts(transfer), self.config.source
@@ -120,7 +120,7 @@ class Work:
                 "train": saturation(logits_of(model, tokens.take(np.arange(min(400, len(tokens)))), self.config.train)),
             },
         }
-        folder = self.shelf.path(f"{self._source_name(transfer, regime)}/model")
+        folder = self.store.path(f"{self._source_name(transfer, regime)}/model")
         partial = folder.with_name(f"{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         model.save_pretrained(partial)
@@ -139,7 +139,7 @@ class Work:
         """The model of a cell before it has seen the target."""
         self.source(transfer, regime)
         facts = self.texts(transfer).facts
-        folder = self.shelf.path(f"{self._source_name(transfer, regime)}/model")
+        folder = self.store.path(f"{self._source_name(transfer, regime)}/model")
         labels = tuple(facts["target"]["labels"])
         model = self._load(seed, labels, folder)
         if self.config.transfers[transfer].head == "new" and len(labels) == len(facts["source"]["labels"]):
@@ -152,12 +152,12 @@ class Work:
     def measured(self, transfer: str, regime: str, seed: int) -> tuple[Timeline, dict[str, Any]]:
         """The timeline of the measured training, which is that of the arm `shallow`, and what it took."""
         name = f"measured/{transfer}-{regime}-{seed}"
-        facts = self.shelf.get(f"{name}.json", lambda: self._measure(transfer, regime, seed, name))
-        return Timeline.load(self.shelf.path(name)), facts
+        facts = self.store.get(f"{name}.json", lambda: self._measure(transfer, regime, seed, name))
+        return Timeline.load(self.store.path(name)), facts
 
     def _measure(self, transfer: str, regime: str, seed: int, name: str) -> dict[str, Any]:
         rate, settings = self.rate(SHALLOW, regime), self.config.measured
-        folder = self.shelf.path(name)
+        folder = self.store.path(name)
         shutil.rmtree(folder, ignore_errors=True)
         signals = ("attention", "activation_grad", "parameter_grad")
         config = MonitorConfig(every=settings.every, rows=settings.rows, signals=signals)
@@ -187,7 +187,7 @@ class Work:
 
     def _tune(self, job: Job) -> bool:
         name = self._tuning_name(job.arm, job.transfer, job.regime, job.rate)
-        if self.shelf.find(name) is not None:
+        if self.store.find(name) is not None:
             return False
         self._tried(job.arm, job.transfer, job.regime, job.rate)
         return True
@@ -207,7 +207,7 @@ class Work:
             facts = {"learning_rate": rate, "layers": list(adaptation.layers), "training": result["key"]}
             return {**facts, **{k: result["metrics"][k] for k in ("accuracy", "loss", "n")}}
 
-        return self.shelf.get(self._tuning_name(arm, transfer, regime, rate), compute)
+        return self.store.get(self._tuning_name(arm, transfer, regime, rate), compute)
 
     def rate(self, arm: str, regime: str) -> float:
         """The learning rate of an arm in a regime: that of the lowest mean validation loss over the searched cells.
@@ -232,7 +232,7 @@ class Work:
                 "transfers": [transfer for transfer, _ in cells],
             }
 
-        return self.shelf.get(f"rates/{arm}-{regime}.json", compute)["learning_rate"]
+        return self.store.get(f"rates/{arm}-{regime}.json", compute)["learning_rate"]
 
     # ---- cells -----------------------------------------------------------------------------------------------------
 
@@ -289,13 +289,13 @@ class Work:
                 result["source_after"] = self._remembered(texts, regime, adapted)
             return result
 
-        return self.shelf.get(f"trainings/{key}.json", compute)
+        return self.store.get(f"trainings/{key}.json", compute)
 
     def _plain(self, adaptation: Adaptation, rate: float, seed: int) -> Any:
-        from inflection_fast.study.manners import manners
+        from inflection_fast.study.training_hooks import training_hooks
 
         def how(model: nn.Module, tokens: Tokens) -> Trained:
-            more = manners(adaptation, model, self.config.train.steps, seed)
+            more = training_hooks(adaptation, model, self.config.train.steps, seed)
             return train(model, tokens, self.config.train, learning_rate=rate, seed=seed, **more)
 
         return how
@@ -315,14 +315,14 @@ class Work:
         return {**_without_bits(evaluate(model, test, self.config.train)), "head": "the source's"}
 
     def _source_folder(self, transfer: str, regime: str) -> Path:
-        return self.shelf.path(f"{self._source_name(transfer, regime)}/model")
+        return self.store.path(f"{self._source_name(transfer, regime)}/model")
 
     def _cell(self, cell: Cell) -> bool:
         name = f"cells/{cell.name}.json"
-        if self.shelf.path(name).is_file():
+        if self.store.path(name).is_file():
             return False
-        with self.shelf.claim(name):
-            if self.shelf.path(name).is_file():
+        with self.store.claim(name):
+            if self.store.path(name).is_file():
                 return False
             deaths = self._begin(cell)
             begin = time.perf_counter()
@@ -344,7 +344,7 @@ class Work:
                 found = failed(self.config, cell, error, text)
             found["run_info"]["created_at"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
             found["run_info"]["total_time"] = round(time.perf_counter() - begin, 3)
-            write_json(self.shelf.path(name), found)
+            write_json(self.store.path(name), found)
             self._end(cell)
             return True
 
@@ -363,12 +363,12 @@ class Work:
 
     def _begin(self, cell: Cell) -> int:
         path = f"claims/{cell.name.replace('/', '__')}.begun.json"
-        begun = (self.shelf.find(path) or {"times": 0})["times"]
-        write_json(self.shelf.path(path), {"times": begun + 1})
+        begun = (self.store.find(path) or {"times": 0})["times"]
+        write_json(self.store.path(path), {"times": begun + 1})
         return begun
 
     def _end(self, cell: Cell) -> None:
-        self.shelf.path(f"claims/{cell.name.replace('/', '__')}.begun.json").unlink(missing_ok=True)
+        self.store.path(f"claims/{cell.name.replace('/', '__')}.begun.json").unlink(missing_ok=True)
 
 
 def saturation(logits: np.ndarray) -> dict[str, float]:

@@ -201,7 +201,7 @@ def test_what_any_stage_needs_is_known_before_the_first(files, tmp_path, capsys,
     assert message in refused(capsys, "run", settings(files, tmp_path, **tree, **changes))
 
 
-def test_a_target_with_more_labels_than_the_source_is_rehearsed_with_its_own(files, tmp_path, monkeypatch):
+def test_a_target_with_more_labels_than_the_source_is_checked_with_its_own(files, tmp_path, monkeypatch):
     class Began(Exception):
         pass
 

@@ -149,11 +149,11 @@ def train(
 def _counting(on: bool, model: nn.Module) -> Iterator[Callable[[], int]]:
     """Counts the bytes of the tensors that autograd saves, each storage once, without the model's own parameters."""
     seen: dict[int, int] = {}
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    parameter_storages = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
+        if storage.data_ptr() not in parameter_storages:
             seen[storage.data_ptr()] = storage.nbytes()
         return tensor
 

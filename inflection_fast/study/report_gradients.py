@@ -10,8 +10,8 @@ import numpy as np
 
 from inflection_fast.study.advice import FAMILIES, score_rule
 from inflection_fast.study.analysis import compare
+from inflection_fast.study.formatting import interval, mean, p_value, signed, table
 from inflection_fast.study.results import Result, Results
-from inflection_fast.study.words import interval, mean, p_value, signed, table
 
 __all__ = ["claims", "gradients", "regimes"]
 

@@ -11,12 +11,12 @@ from inflection_fast.run.data import TextData, read
 from inflection_fast.run.errors import UserError
 from inflection_fast.run.files import column_names, load_rows
 
-__all__ = ["write_starter"]
+__all__ = ["write_init_config"]
 
 SAMPLE = 1000  # rows that are looked at to tell the text from the labels
 
 
-def write_starter(
+def write_init_config(
     path: Path, *, model: str, data: str, task: str, text: str | None = None, label: str | None = None
 ) -> TextData:
     """Writes the settings of a first run to `path` and returns the data set as the run will read it.

@@ -11,10 +11,10 @@ from torch import nn
 from inflection_fast.blocks import find_blocks
 from inflection_fast.study.adaptation import Adaptation
 
-__all__ = ["manners"]
+__all__ = ["training_hooks"]
 
 
-def manners(adaptation: Adaptation, model: nn.Module, steps: int, seed: int) -> dict[str, Callable[..., Any]]:
+def training_hooks(adaptation: Adaptation, model: nn.Module, steps: int, seed: int) -> dict[str, Callable[..., Any]]:
     """Arguments of `train` for a kind of adaptation; none for most."""
     if adaptation.kind == "adalora":
         return _adalora(model)

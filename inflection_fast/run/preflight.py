@@ -12,12 +12,12 @@ from inflection_fast.decide import Plan
 from inflection_fast.run.errors import user_errors
 from inflection_fast.run.stages import Stages
 
-__all__ = ["rehearse"]
+__all__ = ["check_before_training"]
 
 TEXTS = 2
 
 
-def rehearse(stages: Stages, *, measure: bool, tune: bool, report: bool = False) -> None:
+def check_before_training(stages: Stages, *, measure: bool, tune: bool, report: bool = False) -> None:
     """Reads the data, builds the model, measures one step of it and injects, for the stages that are still to be done.
 
     UserError for what would fail later: packages, data, training arguments, modules to train, attention that cannot be

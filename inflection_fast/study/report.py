@@ -17,8 +17,9 @@ from inflection_fast.study.analysis import (
     parameters,
 )
 from inflection_fast.study.drawings import draw_effects
-from inflection_fast.study.page_gradients import claims, gradients, regimes
-from inflection_fast.study.page_more import (
+from inflection_fast.study.formatting import interval, names, p_value, table
+from inflection_fast.study.report_gradients import claims, gradients, regimes
+from inflection_fast.study.report_sections import (
     EVERYWHERE,
     RANDOM,
     blocks,
@@ -30,7 +31,6 @@ from inflection_fast.study.page_more import (
     stable,
 )
 from inflection_fast.study.results import Result, Results, read_results
-from inflection_fast.study.words import interval, names, p_value, table
 
 __all__ = ["write"]
 

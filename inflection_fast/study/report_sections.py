@@ -14,8 +14,8 @@ from inflection_fast.study.analysis import (
     stability,
 )
 from inflection_fast.study.drawings import draw_blocks, draw_pareto
+from inflection_fast.study.formatting import interval, mean, signed, table
 from inflection_fast.study.results import Result, Results
-from inflection_fast.study.words import interval, mean, signed, table
 
 __all__ = ["EVERYWHERE", "RANDOM", "blocks", "by_transfer", "how", "leaking", "pareto", "selectors_of", "stable"]
 
@@ -28,10 +28,10 @@ RANDOM, EVERYWHERE = "random", "all"
 
 def selectors_of(cells: Sequence[Result]) -> list[str]:
     """Arms that choose where LoRA goes: our own in their order, then those of users."""
-    there = {cell.arm for cell in cells}
+    present = {cell.arm for cell in cells}
     known = {cell.arm for cell in cells if cell.content["run_info"]["peft_config"]["kind"] == "lora"}
     extra = sorted(known - {*SELECTORS, RANDOM, EVERYWHERE, "all_equal"})  # arms of users
-    return [arm for arm in SELECTORS if arm in there] + extra
+    return [arm for arm in SELECTORS if arm in present] + extra
 
 
 def by_transfer(cells: Sequence[Result]) -> str:
@@ -39,16 +39,16 @@ def by_transfer(cells: Sequence[Result]) -> str:
     arms = [arm for arm in ("greedy", "last", "first", EVERYWHERE) if any(cell.arm == arm for cell in cells)]
     rows = []
     for transfer in dict.fromkeys(cell.transfer for cell in cells):
-        mine = [cell for cell in cells if cell.transfer == transfer]
-        for regime in dict.fromkeys(cell.regime for cell in mine):
-            here = [cell for cell in mine if cell.regime == regime and cell.arm == RANDOM]
+        selected = [cell for cell in cells if cell.transfer == transfer]
+        for regime in dict.fromkeys(cell.regime for cell in selected):
+            here = [cell for cell in selected if cell.regime == regime and cell.arm == RANDOM]
             if not here:
                 continue
             base = means(here)[RANDOM]
             source = here[0].content["meta_info"]["dataset_info"]["source_training"]
             sure = source["saturation"]["test"]
             row = [transfer, regime, f"{base:.1f}", f"{100 * sure['share_above_099']:.0f} %"]
-            rows.append([*row, *(interval(compare(mine, arm, RANDOM, regime=regime), 1) for arm in arms)])
+            rows.append([*row, *(interval(compare(selected, arm, RANDOM, regime=regime), 1) for arm in arms)])
     if not rows:
         return ""
     pooled = []
@@ -93,10 +93,10 @@ def stable(results: Results, cells: Sequence[Result]) -> str:
     """How much choices agree over seeds and over the options of the selectors."""
     rows = []
     for arm in selectors_of(cells):
-        mine = [cell for cell in cells if cell.arm == arm]
-        common = dict.fromkeys(cell.layers for cell in mine)
-        often = max(common, key=lambda layers: sum(cell.layers == layers for cell in mine))
-        share = sum(cell.layers == often for cell in mine) / len(mine)
+        selected = [cell for cell in cells if cell.arm == arm]
+        common = dict.fromkeys(cell.layers for cell in selected)
+        often = max(common, key=lambda layers: sum(cell.layers == layers for cell in selected))
+        share = sum(cell.layers == often for cell in selected) / len(selected)
         value = stability(cells, arm)
         rows.append([f"`{arm}`", "" if value != value else f"{value:.2f}", f"{list(often)} ({100 * share:.0f} %)"])
     if not rows:
@@ -136,10 +136,10 @@ def pareto(cells: Sequence[Result], pictures: Path) -> str:
     usual = max(len(found) for found in have.values())
     arms = [arm for arm in arms if len(have[arm]) * 4 >= usual]
     shared = set.intersection(places, *(have[arm] for arm in arms))
-    mine = [c for c in cells if (c.transfer, c.regime, c.seed) in shared and c.arm in arms]
-    if not mine:
+    selected = [c for c in cells if (c.transfer, c.regime, c.seed) in shared and c.arm in arms]
+    if not selected:
         return ""
-    draw_pareto(mine, arms, pictures / "pareto.png")
+    draw_pareto(selected, arms, pictures / "pareto.png")
     return "\n\n".join(
         [
             "## Accuracy against cost",
@@ -157,10 +157,10 @@ def leaking(results: Results) -> str:
         return ""
     rows = []
     for transfer in dict.fromkeys(cell.transfer for cell in leaking):
-        mine = [cell for cell in leaking if cell.transfer == transfer]
-        accuracy = means(mine)
+        selected = [cell for cell in leaking if cell.transfer == transfer]
+        accuracy = means(selected)
         rows += [
-            [transfer, f"`{arm}`", f"{accuracy[arm]:.1f}", interval(compare(mine, arm, RANDOM))] for arm in accuracy
+            [transfer, f"`{arm}`", f"{accuracy[arm]:.1f}", interval(compare(selected, arm, RANDOM))] for arm in accuracy
         ]
     return "\n\n".join(
         [

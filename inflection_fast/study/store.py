@@ -14,14 +14,14 @@ from inflection_fast.run.errors import UserError
 from inflection_fast.run.folder import load_settings, write_json, write_text
 from inflection_fast.study.config import StudyConfig, changed, plain
 
-__all__ = ["Busy", "Shelf", "damaged"]
+__all__ = ["Busy", "Store", "damaged"]
 
 
 class Busy(Exception):
     """Another process is computing this; there is other work."""
 
 
-class Shelf:
+class Store:
     """Results by name under one folder.
 
     A claim is a lock on a file (flock), which the system releases when its process dies: nothing has to be cleaned up
@@ -32,8 +32,8 @@ class Shelf:
         self.folder = folder
 
     @classmethod
-    def of(cls, config: StudyConfig) -> Shelf:
-        """The shelf of a study; UserError where the folder holds another study."""
+    def of(cls, config: StudyConfig) -> Store:
+        """The store of a study; UserError where the folder holds another study."""
         folder, settings = config.folder, plain(config)
         saved = folder / "study.yaml"
         if folder.exists() and not folder.is_dir():

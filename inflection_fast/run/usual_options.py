@@ -6,7 +6,7 @@ import textwrap
 import typing
 from typing import Any
 
-__all__ = ["screen"]
+__all__ = ["usual_options"]
 
 USUAL = (
     "config",
@@ -42,7 +42,7 @@ WIDTH = 100
 NAMES = 31
 
 
-def screen(parser: Any, command: str, what: str) -> str:
+def usual_options(parser: Any, command: str, what: str) -> str:
     """Usage, the usual options with their choices, a sentence and the default, and where the others are."""
     actions = {action.dest: action for action in parser._actions}
     lines = [f"usage: inflection-fast {command} --config FILE [--SETTING VALUE ...]", "", f"{what.capitalize()}.", ""]
