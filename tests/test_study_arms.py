@@ -131,7 +131,7 @@ def test_pure_noise_has_no_signal_and_a_planted_one_is_found(shape):
 
 @pytest.mark.parametrize("beta", [0.1, 0.5, 1.0])
 def test_the_median_of_marchenko_and_pastur_is_that_of_noise(beta):
-    n = 1500
+    n = 600
     x = np.random.default_rng(0).standard_normal((round(beta * n), n))
     eigenvalues = np.linalg.svd(x, compute_uv=False) ** 2 / n
     assert marchenko_pastur_median(beta) == pytest.approx(np.median(eigenvalues), rel=0.02)
