@@ -101,6 +101,8 @@ class AlertConfig:
             return math.nan if self.not_finite else None
         if (rule.kind or rule.test) == "rank_lost" and not self.rank_lost:
             return None
+        if rule.limit is None:
+            return None
         if not isinstance(rule.limit, str):
             return float(rule.limit)
         if rule.limit not in _LIMITS:
@@ -152,7 +154,8 @@ class AlertWatch:
         self._rules = {name: rules for name, rules in self._rules.items() if rules}
         self._conditions: dict[tuple[str, str], _Condition] = {}
         of_history = [n for n, rules in self._rules.items() if any(rule.test in _OF_HISTORY for rule in rules)]
-        self._logs = {name: deque(maxlen=config.history) for name in of_history}  # log values, oldest first
+        # Log values, oldest first.
+        self._logs: dict[str, deque[np.ndarray]] = {name: deque(maxlen=config.history) for name in of_history}
         self._had_value: dict[str, np.ndarray] = {}
         self._was_higher: dict[str, np.ndarray] = {}  # places that have been at or above the limit
 
@@ -162,7 +165,7 @@ class AlertWatch:
         own = (rule.kind or rule.test for rules in self._rules.values() for rule in rules)
         return tuple(dict.fromkeys((*ALERT_KINDS, *own)))
 
-    def push(self, step: int, signals: Mapping[str, np.ndarray]) -> list[Alert]:
+    def push(self, step: int, signals: Mapping[str, np.ndarray | float]) -> list[Alert]:
         """Look at one measurement: arrays or scalars by the names of columns, missing ones ignored.
 
         A masked array says where nobody measured anything. In a plain one NaN does so until there was a number.
@@ -239,12 +242,12 @@ class AlertWatch:
             beyond = apart > distance if up else -apart > distance
             if beyond.any() and margins is None:  # seldom, and deviations cost as much as all the rest
                 margins = config.deviations * _MAD_TO_DEVIATION * _median(np.abs(history - middle))
-            distance = np.maximum(distance, 0.0 if margins is None else margins)
+            needed = np.maximum(distance, 0.0 if margins is None else margins)
             if up:
-                yield rule, (apart > distance) & np.isfinite(logs), np.exp(middle + distance)
+                yield rule, (apart > needed) & np.isfinite(logs), np.exp(middle + needed)
             else:
-                least = np.nan_to_num(np.exp(middle - distance), nan=0.0)  # without a history, 0 alone is dead
-                yield rule, (-apart > distance) | (norms == 0), least
+                least = np.nan_to_num(np.exp(middle - needed), nan=0.0)  # without a history, 0 alone is dead
+                yield rule, (-apart > needed) | (norms == 0), least
 
     def _lost(self, name: str, values: np.ndarray, measured: np.ndarray, known: bool) -> np.ndarray:
         finite = np.isfinite(values)
@@ -338,8 +341,8 @@ def _alert(
 ) -> Alert:
     places = dict(zip(axes, place, strict=True))
     layer, head = places.get("layer"), next((places[axis] for axis in axes if axis != "layer"), None)
-    places = {axis: named[axis][at] if axis in named else at for axis, at in places.items()}
-    names = [f"{'block' if axis == 'layer' else axis} {at}" for axis, at in places.items()]
+    called = {axis: named[axis][at] if axis in named else at for axis, at in places.items()}
+    names = [f"{'block' if axis == 'layer' else axis} {at}" for axis, at in called.items()]
     where = " ".join(names) if names else "the step"
     words = (rule.words or _WORDS[rule.test]).format(signal=signal, place=where, value=value, limit=limit)
     return Alert(step, kind, signal, layer, head, value, limit, f"Step {step}: {words}.")

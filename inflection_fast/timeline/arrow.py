@@ -94,7 +94,8 @@ def parse(path: Path, data: bytes) -> tuple[list, dict, int]:
     except broken as error:
         raise ValueError(f"{path} is not a timeline: its Arrow schema cannot be read ({error})") from error
     meta, columns = _checked_meta(path, schema)
-    rows, good = [], source.tell()
+    rows: list[tuple[int, dict]] = []
+    good = source.tell()
     while good < len(data):
         try:
             batch = pa.ipc.read_record_batch(pa.ipc.read_message(source), schema)

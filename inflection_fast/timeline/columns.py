@@ -88,4 +88,5 @@ class Column:
         values = {name: value for name, value in saved.items() if name in known}
         of_rules = {field.name for field in fields(AlertRule)}
         rules = [rule for rule in values.pop("alerts", ()) if rule.get("test") in TESTS]
-        return cls(**values, alerts=[AlertRule(**{k: v for k, v in rule.items() if k in of_rules}) for rule in rules])
+        alerts = (AlertRule(**{k: v for k, v in rule.items() if k in of_rules}) for rule in rules)
+        return cls(**values, alerts=tuple(alerts))

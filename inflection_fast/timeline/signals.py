@@ -58,7 +58,7 @@ def checked(values: Mapping, columns: Mapping[str, Column], shapes: Mapping[str,
             continue
         value = values[name]
         try:
-            array = np.array(np.ma.getdata(value), dtype)
+            array: np.ndarray = np.array(np.ma.getdata(value), dtype)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{name}: expected numbers, got {type(value).__name__}") from error
         if array.shape != shape:

@@ -8,7 +8,8 @@ import operator
 import os
 import weakref
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +79,8 @@ class TimelineWriter:
         self.given_up = 0  # rows of which neither file nor memory has a trace
         self._last: int | None = None  # step of the last row
         self.path: Path | None = None  # None: in memory only
-        self._file = None
+        self._file: FileIO | None = None
+        self._release: Callable[[], object] = lambda: None
         self._closed = False
         if folder is not None:
             self._open(Path(folder), resume_at)
@@ -88,7 +90,8 @@ class TimelineWriter:
         self._shapes = shapes_of(self._columns, self._meta)
 
     def _open(self, folder: Path, resume_at: int | None) -> None:
-        path, rows = folder / FILE_NAME, []
+        path = folder / FILE_NAME
+        rows: list[tuple[int, dict]] = []
         if path.exists():
             if resume_at is None:
                 raise ValueError(
@@ -104,7 +107,7 @@ class TimelineWriter:
                 rows = [(step, checked(values, self._columns, self._shapes)) for step, values in rows]
         self._schema, self.path = schema_of(self._meta), path
         self._last = rows[-1][0] if rows else None
-        self._create([self._schema.serialize().to_pybytes(), *(self._encoded(row) for row in rows)])
+        self._create(path, [self._schema.serialize().to_pybytes(), *(self._encoded(row) for row in rows)])
 
     def _encoded(self, row: tuple[int, dict]) -> bytes:
         return encode(row, self._schema, len(self._meta["layers"]))
@@ -124,16 +127,16 @@ class TimelineWriter:
         self._meta["axes"] = {**old.get("axes", {}), **self._meta["axes"]}
         self._describe()
 
-    def _create(self, messages: list[bytes]) -> None:
+    def _create(self, path: Path, messages: list[bytes]) -> None:
         """Write the file as a whole, atomically, and go on appending to it."""
-        with replacing(self.path) as fresh, open(fresh, "wb") as file:
+        with replacing(path) as fresh, open(fresh, "wb") as file:
             file.writelines(messages)
         if self._file is not None:
             self._file.close()
             self._release()
-        self._file = open(self.path, "r+b", buffering=0)
+        self._file = open(path, "r+b", buffering=0)
         # A second handle, which stays open as long as somebody holds the writer, because `timeline` reads from it.
-        self._reader = open(self.path, "rb", buffering=0)
+        self._reader = open(path, "rb", buffering=0)
         self._release = weakref.finalize(self, self._reader.close)
         self._offset = sum(map(len, messages))  # where the last whole batch ends
 
@@ -154,7 +157,7 @@ class TimelineWriter:
         """
         self.keep(step, **signals)
         if self.path is not None:
-            self._flush()
+            self._flush(self.path)
 
     def keep(self, step: int, **signals: np.ndarray) -> None:
         """As `append`, but the row stays in memory until the next `append` or `close`."""
@@ -176,23 +179,23 @@ class TimelineWriter:
             logger.warning("%s: memory for rows that cannot be written is full; those from step %d go", where, step)
         self.given_up += 1
 
-    def _flush(self) -> None:
+    def _flush(self, path: Path) -> None:
         if self._pending:
-            self._stay_in_place()
+            self._stay_in_place(path)
         while self._pending:
             self._write(self._encoded(self._pending[0]))
             self._pending.popleft()
 
-    def _stay_in_place(self) -> None:
+    def _stay_in_place(self, path: Path) -> None:
         """Make sure that the open file is still the one that a reader finds: writing to a deleted one succeeds."""
         try:
-            found = os.stat(self.path)
+            found = os.stat(path)
         except FileNotFoundError:
-            self._create([self._written()])
-            logger.warning("%s was deleted; all that was measured so far was written to it again", self.path)
+            self._create(path, [self._written()])
+            logger.warning("%s was deleted; all that was measured so far was written to it again", path)
             return
         if not os.path.samestat(found, os.fstat(self._reader.fileno())):
-            raise OSError(f"{self.path} was replaced by another process")
+            raise OSError(f"{path} was replaced by another process")
 
     def _written(self) -> bytes:
         """All whole batches that the file holds."""
@@ -206,6 +209,8 @@ class TimelineWriter:
         return bytes(data)
 
     def _write(self, message: bytes) -> None:
+        if self._file is None:
+            raise ValueError("the timeline has no file")
         try:
             self._file.seek(self._offset)
             view = memoryview(message)
@@ -224,10 +229,10 @@ class TimelineWriter:
         if self._closed:
             return
         self._closed = True
-        if self.path is None:
+        if self.path is None or self._file is None:
             return
         try:
-            self._flush()
+            self._flush(self.path)
             self._write(END_OF_STREAM)
             self._offset -= len(END_OF_STREAM)  # no batch
             os.fsync(self._file.fileno())
