@@ -34,7 +34,7 @@ class Block:
     # forward is several blocks, named "layer@0", "layer@1", ... after its runs.
     name: str
     path: str  # qualified name as model.get_submodule() takes it
-    module: nn.Module | None  # None: of a monitor that was closed
+    module: nn.Module  # an empty one in the blocks of a monitor that was closed
     stack: str = ""  # which stack of the model it is in: "encoder", "decoder", "vision_tower", ...
 
 

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from inflection_fast.blocks import find_blocks
 from inflection_fast.measure import Monitor, MonitorConfig
 
-GRADIENTS = MonitorConfig(every=1, signals=("activation_grad", "parameter_grad"))
+GRADIENTS = MonitorConfig(every=1, signals=("activation_grad", "parameter_grad"), frozen_share=1.0)
 
 
 def measured(model, batch, config=GRADIENTS):

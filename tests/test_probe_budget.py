@@ -9,6 +9,7 @@ from test_monitor import train
 from test_probe import CKA, measured_after_moving, moved
 from tiny_models import model_and_batch, one_thread  # noqa: F401
 
+from inflection_fast import Quantity, ops
 from inflection_fast.measure import Monitor, MonitorConfig, schedule
 from inflection_fast.measure import probe as probing
 
@@ -34,10 +35,51 @@ def test_a_probe_may_be_what_a_tokenizer_or_a_loader_gives():
         Monitor(model, CKA, probe=torch.utils.data.DataLoader(rows, batch_size=1, shuffle=True))
 
 
+class Seen(Quantity):
+    name, data = "seen", "probe"
+
+    def __init__(self):
+        self.events = []
+
+    def on_probe(self, sums, probe):
+        self.events.append(probe)
+
+    def values(self, sums):
+        return {}
+
+
+@pytest.mark.parametrize(("compare_ms", "rows"), [(9.0, 29), (35.0, 8), (900.0, 5)])
+def test_the_budget_thins_out_rows_until_comparing_takes_what_the_forwards_take(compare_ms, rows, monkeypatch):
+    monkeypatch.setattr(schedule, "FREE_MS", 0.0)
+    monkeypatch.setattr(probing, "FEWEST_ROWS", 4)
+
+    def end(clock):
+        clock.last_ms, clock.after_ms = 1e6 + compare_ms * 1e5, compare_ms * 1e5
+
+    monkeypatch.setattr(schedule.ProbeClock, "end", end)
+    model, batch = model_and_batch("bert")
+    own, all_rows = Seen(), Seen()
+    monkeypatch.setattr(schedule.ProbeBudget, "due", lambda self, step: frozenset(self._every))
+    config = MonitorConfig(every=1, quantities=("delta_cka", own), seed=3)
+    timeline = train(model, batch, 2, config, probe=[batch]).timeline
+    model, batch = model_and_batch("bert")
+    whole = MonitorConfig(every=1, quantities=("delta_cka", all_rows), seed=3, probe_share=None)
+    exact = train(model, batch, 2, whole, probe=[batch]).timeline
+    assert timeline.probe_rows.tolist() == [29, rows] and exact.probe_rows.tolist() == [29, 29]
+    thinned, of_all = own.events[1], all_rows.events[1]
+    thinning = {29: 1, 8: 4, 5: 7}[rows]
+    for found, expected in (("features",) * 2, ("reference",) * 2, ("sequences",) * 2):
+        for one, other in zip(getattr(thinned, found), getattr(of_all, expected), strict=True):
+            torch.testing.assert_close(one, other[::thinning], rtol=0, atol=0)
+    x, y = torch.stack(thinned.reference), torch.stack(thinned.features)
+    np.testing.assert_allclose(timeline.delta_cka[1], ops.delta_cka(x, y).numpy(), atol=1e-6)
+
+
 def test_the_budget_spreads_runs_of_the_probe_out(monkeypatch):
     monkeypatch.setattr(schedule, "FREE_MS", 0.0)
     times = iter(range(10**6))
-    monkeypatch.setattr(probing, "perf_counter", lambda: next(times) * 1e-3)  # a millisecond between two looks
+    for module in (probing, schedule):
+        monkeypatch.setattr(module, "perf_counter", lambda: next(times) * 1e-3)  # a millisecond between two looks
     model, batch = model_and_batch("bert")
     config = MonitorConfig(every=2, signals=("activation_grad", "delta_cka"), probe_share=0.2)
     timeline = train(model, batch, 20, config, probe=[batch]).timeline

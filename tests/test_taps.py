@@ -1,5 +1,6 @@
 """Taps leave a model as it is, count only what is part of training, and refuse what they cannot see."""
 
+import dataclasses
 import logging
 
 import numpy as np
@@ -171,6 +172,30 @@ def test_a_second_model_inside_the_first_does_not_count():
     timeline = measured(model, batch)
     handle.remove()
     torch.testing.assert_close(timeline.entropy, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("name", ["llama", "encoder", "hand-written"])
+def test_two_monitors_of_one_model_see_what_each_sees_alone(name, frozen):
+    model, batch = model_and_batch(name)
+    if frozen:
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        for parameter in [*model.parameters()][-2:]:
+            parameter.requires_grad_(True)
+    config = dataclasses.replace(ALL_ROWS, frozen_share=0.5)
+    expected = measured(model, batch, dataclasses.replace(ALL_ROWS, frozen_share=1.0))
+    model.zero_grad()
+    with Monitor(model, config) as first, Monitor(model, config) as second:
+        loss_of(model(**batch)).backward()
+        first.step()
+        second.step()
+    for monitor in (first, second):
+        for signal in ("entropy", "max_logit", "activation_grad"):
+            if not (frozen and signal == "activation_grad" and monitor is first):  # which takes samples
+                actual = getattr(monitor.timeline, signal)
+                np.testing.assert_allclose(actual, getattr(expected, signal), rtol=1e-5, err_msg=signal)
+        assert np.isfinite(monitor.timeline.activation_grad).all()
 
 
 # ---- what cannot be measured -----------------------------------------------------------------------------------------

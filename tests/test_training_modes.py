@@ -11,7 +11,7 @@ from torch import nn
 
 from inflection_fast.measure import Monitor, MonitorConfig
 
-EVERYTHING = MonitorConfig(every=1, rows=None)
+EVERYTHING = MonitorConfig(every=1, rows=None, frozen_share=1.0)
 VALUES = ("entropy", "max_logit", "collision", "sink", "activation_grad", "parameter_grad", "loss")
 
 

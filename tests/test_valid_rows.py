@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tiny_models import entropy, one_thread, sharpened  # noqa: F401
+from tiny_models import HandWritten, entropy, loss_of, one_thread, plain_text, sharpened  # noqa: F401
 
 from inflection_fast.measure import Monitor, MonitorConfig
 from inflection_fast.measure.attention_call import AttentionCall
@@ -31,6 +31,22 @@ def test_decoder_rows_are_those_up_to_the_last_label():
     assert token_mask({"labels": labels, "decoder_attention_mask": given}, decoder=True) is given
     assert token_mask({"labels": labels}, decoder=False) is None
     assert token_mask({"labels": torch.tensor([0, 1, 1])}, decoder=True) is None  # of classes
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_padded_rows_that_no_mask_tells_are_included_and_said(fits):
+    class Pooled(HandWritten):
+        def forward(self, input_ids, attention_mask, labels):
+            return super().forward(input_ids, labels)
+
+    torch.manual_seed(0)
+    model, batch = Pooled().train(), plain_text()
+    mask = torch.ones(3, 12 if fits else 24, dtype=torch.long)
+    mask[0, 6:] = 0
+    with Monitor(model, MonitorConfig(every=1, quantities=("attention",))) as monitor:
+        loss_of(model(**batch, attention_mask=mask)).backward()
+        monitor.step()
+    assert monitor.timeline.padded_rows.tolist() == [0.0 if fits else 1.0]
 
 
 def test_texts_in_a_padded_batch_are_the_texts_one_by_one():

@@ -3,6 +3,6 @@
 from .config import MonitorConfig
 from .monitor import Monitor
 from .overhead import Overhead, measure_overhead
-from .recorder import Row
+from .packet import Row
 
 __all__ = ["Monitor", "MonitorConfig", "Overhead", "Row", "measure_overhead"]

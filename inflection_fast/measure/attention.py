@@ -68,8 +68,9 @@ class AttentionTaps:
     @contextmanager
     def seeing(self, see: See) -> Iterator[None]:
         """Hand every attention call of the model to `see`."""
-        with self._sight.seeing(see):
-            yield
+        if self._sight is not None:
+            with self._sight.seeing(see):
+                yield
 
     def see(
         self,
@@ -116,7 +117,7 @@ class AttentionTaps:
         *,
         may_wait: bool,
     ) -> None:
-        owners = self._owners.get(module)
+        owners = None if module is None else self._owners.get(module)
         if owners is None:
             return
         layer = running if running in owners else min(owners)
@@ -137,21 +138,21 @@ class AttentionTaps:
         strata = micro_batch.strata[length, number]
         if call.cu_seqlens is not None:
             # Kept together with the starts: an id is unique only as long as its object lives.
-            key = length, number, id(call.cu_seqlens)
-            if key not in micro_batch.strata:
-                micro_batch.strata[key] = strata.within(call.cu_seqlens.to(strata.weights.device)), call.cu_seqlens
-            strata = micro_batch.strata[key][0]
+            key, known = (length, number, id(call.cu_seqlens)), micro_batch.packed_strata
+            if key not in known:
+                known[key] = strata.within(call.cu_seqlens.to(strata.weights.device)), call.cu_seqlens
+            strata = known[key][0]
         rows = None if strata.rows is None else strata.rows.to(call.query.device)
         # Not only without gradients: what autograd adds to the call of an operator is a fifth of its time.
         with torch.inference_mode():
             stats = stats_of(call, rows)
-            valid = micro_batch.valid.of(call, rows, layer in self._decoders)
+            valid = micro_batch.valid_rows(call, rows, layer in self._decoders)
         listening = self._panel.listening("on_attention_call") if call.kind == "self" else []
         if listening:
             place = self._place(layer, heads, sums)
             seen = AttentionSeen(layer, place, call, rows, stats, valid, strata.weights)
             self._panel.tell("on_attention_call", listening, micro_batch.piece, seen)
-        stats = stats._replace(lse=None)  # which no sum needs
+        stats = stats._replace(lse=stats.entropy)  # no sum needs its memory
         micro_batch.waiting.append((layer, stats, valid, strata, number, call.kind))
         micro_batch.waiting_bytes += sum(field.nbytes for field in stats if field is not None)
         if micro_batch.waiting_bytes > WAITING_BYTES:
@@ -228,9 +229,7 @@ def rows_of(
     strata: Strata,
 ) -> AttentionRows:
     """The statistics of some layers as taps get them; see `AttentionRows`."""
-    rows = AttentionRows(layers, index, heads, stats, valid, None, strata.weights, strata.difference_weights)
-    ignored = rows.stacked("keys")[0] == 0  # [G, B, H, R]
+    ignored = torch.stack([one.keys.to(index.device) for one in stats]) == 0  # [G, B, H, R]
     if valid is not None:
         ignored |= ~valid[:, None, :].to(index.device)
-    object.__setattr__(rows, "ignored", ignored)  # made with the help of the rest
-    return rows
+    return AttentionRows(layers, index, heads, stats, valid, ignored, strata.weights, strata.difference_weights)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, fields
 
 import torch
@@ -52,8 +53,11 @@ class AttentionCall:
                 f"attention on queries placed as {self.query.placements} over ranks cannot be measured: heads may be "
                 "sharded, batch and sequence may not"
             )
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return AttentionCall(**{name: local_of(v) if isinstance(v, Tensor) else v for name, v in values.items()})
+        call = copy(self)
+        for field in fields(self):
+            if isinstance(value := getattr(self, field.name), Tensor):
+                object.__setattr__(call, field.name, local_of(value))
+        return call
 
 
 def stats_of(call: AttentionCall, rows: Tensor | None) -> ops.AttentionStats:
@@ -63,18 +67,19 @@ def stats_of(call: AttentionCall, rows: Tensor | None) -> ops.AttentionStats:
     """
     stats = _stats_of(call, rows)
     if call.cu_seqlens is not None and call.sinks is None:
-        stats = stats._replace(sink=_sink_of_sequence(call, rows, stats))
+        stats = stats._replace(sink=_sink_of_sequence(call, call.cu_seqlens.long(), rows, stats))
     if call.foreign_keys is not None:
         stats = type(stats)(*(field.masked_fill(call.foreign_keys, torch.nan) for field in stats))
     return stats
 
 
-def _sink_of_sequence(call: AttentionCall, rows: Tensor | None, stats: ops.AttentionStats) -> Tensor:
+def _sink_of_sequence(
+    call: AttentionCall, cu_seqlens: Tensor, rows: Tensor | None, stats: ops.AttentionStats
+) -> Tensor:
     """[1, H, R]: the probability of the first key of each row's sequence, where the operator has that of the tensor's.
 
     The log-sum-exp of a row with one key is the score of that key.
     """
-    cu_seqlens = call.cu_seqlens.long()
     if rows is None:
         rows = torch.arange(call.query.shape[2], device=call.query.device)
     before = torch.searchsorted(cu_seqlens, rows, right=True) - 1  # the last start that is not after the row
@@ -98,13 +103,13 @@ def _stats_of(call: AttentionCall, rows: Tensor | None) -> ops.AttentionStats:
     if call.mask_mod is not None or call.score_mod is not None:
         return _flex_stats(call, rows)
     if call.sinks is not None and call.sinks.dim() > 1:
-        return _stats_with_sinks(call, rows)
+        return _stats_with_sinks(call, call.sinks.detach(), rows)
     query, mask = call.query.detach(), call.mask if call.bias is None else call.bias.detach()
     if call.bias is not None and call.mask is not None:
         if not call.is_causal and call.window is None:  # nothing else depends on where a row stands
             query, mask, rows = _at(query, rows), _biased(_at(call.bias.detach(), rows), _at(call.mask, rows)), None
         else:
-            mask = _biased(mask, call.mask)
+            mask = _biased(call.bias.detach(), call.mask)
     return ops.attention_stats_qk(
         query,
         call.key.detach(),
@@ -119,7 +124,7 @@ def _stats_of(call: AttentionCall, rows: Tensor | None) -> ops.AttentionStats:
     )
 
 
-def _stats_with_sinks(call: AttentionCall, rows: Tensor | None) -> ops.AttentionStats:
+def _stats_with_sinks(call: AttentionCall, sinks: Tensor, rows: Tensor | None) -> ops.AttentionStats:
     """With a sink for every query, which stands before its scores as one more column."""
     scores = _scores(call, rows)
     for added in (call.bias, call.mask):
@@ -130,7 +135,7 @@ def _stats_with_sinks(call: AttentionCall, rows: Tensor | None) -> ops.Attention
         ahead = torch.arange(scores.shape[-1], device=scores.device) - _at(queries[:, None], rows)
         left, right = call.window or (len(queries), scores.shape[-1])
         scores = scores.masked_fill((ahead < -left) | (ahead > (0 if call.is_causal else right)), -torch.inf)
-    stats = ops.attention_stats(torch.cat([_at(call.sinks.detach(), rows).to(scores), scores], -1))
+    stats = ops.attention_stats(torch.cat([_at(sinks, rows).to(scores), scores], -1))
     return stats._replace(keys=stats.keys - 1)
 
 
@@ -219,11 +224,12 @@ def as_packed(
     Raises:
         ValueError: they are others, as shapes tell.
     """
-    cu_seqlens, of_keys, *_ = varlen = [settings.get(name) for name in VARLEN]
-    if all(value is not None for value in varlen):
+    varlen = [settings.get(name) for name in VARLEN]
+    cu_seqlens, of_keys, *_ = varlen
+    if cu_seqlens is not None and of_keys is not None and all(value is not None for value in varlen):
         if cu_seqlens.shape != of_keys.shape or query.shape[2] != key.shape[2]:
             raise ValueError(FOREIGN_KEYS)
-        foreign_keys = None if cu_seqlens is of_keys else (cu_seqlens != of_keys).any()
+        foreign_keys = None if cu_seqlens is of_keys else torch.ne(cu_seqlens, of_keys).any()
         return _one_row(query), _one_row(key), cu_seqlens, foreign_keys
     positions = settings.get("position_ids")
     if positions is None or len(query) != 1 or positions.dim() != 2 or len(positions) != 1 or positions.numel() == 1:

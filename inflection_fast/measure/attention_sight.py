@@ -152,7 +152,7 @@ def _interface_call(
     """What the implementation `name` makes of its arguments: the same ones mean different things to different ones."""
     mask_mod = None
     if name == "flex_attention" and hasattr(mask, "mask_mod"):
-        mask, mask_mod = None, mask.mask_mod
+        mask_mod, mask = getattr(mask, "mask_mod"), None  # noqa: B009  (a BlockMask)
     if mask is not None and not isinstance(mask, Tensor):
         raise ValueError(
             f"attention of {type(module).__name__} goes through {name!r} with a {type(mask).__name__}, which cannot be "
@@ -229,9 +229,9 @@ class _FunctionMode(TorchFunctionMode):
         if func in _SOFTMAX:
             self._see_softmax(*args, **kwargs)
         elif func is F.scaled_dot_product_attention:
-            return _seen_sdpa(self._see_here)(*args, **kwargs)
-        elif func is F.multi_head_attention_forward:
-            return _seen_multi_head(self._see_here, *args, **kwargs)
+            return _seen_sdpa(self._see_here, func)(*args, **kwargs)
+        elif getattr(func, "__code__", None) is F.multi_head_attention_forward.__code__:  # or a twin of it, see below
+            return _seen_multi_head(self._see_here, func, *args, **kwargs)
         elif func is self._flex:
             self._see_flex(*args, **kwargs)
         return func(*args, **kwargs)
@@ -297,10 +297,10 @@ def heads_first(logits: Tensor, heads: int | None, sizes: tuple[int, ...] = ()) 
 # ---- torch's own attention -------------------------------------------------------------------------------------------
 
 
-def _seen_sdpa(see: Callable) -> Callable:
+def _seen_sdpa(see: Callable, attend: Callable) -> Callable:
     def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **kwargs):
         see(lambda: AttentionCall(query, key, attn_mask, scale=kwargs.get("scale"), is_causal=is_causal))
-        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **kwargs)
+        return attend(query, key, value, attn_mask, dropout_p, is_causal, **kwargs)
 
     return scaled_dot_product_attention
 
@@ -308,7 +308,7 @@ def _seen_sdpa(see: Callable) -> Callable:
 _MULTI_HEAD_NAMES = tuple(inspect.signature(F.multi_head_attention_forward).parameters)
 
 
-def _seen_multi_head(see: Callable, *args, **kwargs):
+def _seen_multi_head(see: Callable, original: FunctionType, *args, **kwargs):
     # A function mode is off inside its own handler, so the inner call of SDPA would go by unseen, and calling again
     # with the mode on would come straight back here. The same code with two names looked up elsewhere sees it, without
     # touching torch's own namespace: SDPA, and the softmax that stands in its place when weights are asked for.
@@ -317,11 +317,11 @@ def _seen_multi_head(see: Callable, *args, **kwargs):
     def softmax(logits, dim):
         scores = logits.unflatten(0, (-1, heads))  # [B * H, Tq, Tk]
         see(lambda: AttentionCall(scores, scores, logits=scores))
-        return F.softmax(logits, dim=dim)
+        return original.__globals__["softmax"](logits, dim=dim)
 
-    original = F.multi_head_attention_forward
-    names = {**original.__globals__, "scaled_dot_product_attention": _seen_sdpa(see), "softmax": softmax}
+    names = {**original.__globals__, "softmax": softmax}
+    names["scaled_dot_product_attention"] = _seen_sdpa(see, names["scaled_dot_product_attention"])
     twin = FunctionType(original.__code__, names, original.__name__, original.__defaults__, original.__closure__)
     twin.__kwdefaults__ = original.__kwdefaults__
-    names[original.__name__] = twin  # what the function hands to other function modes, if there are any
+    names[original.__name__] = twin  # what it hands to the function mode of another monitor, which makes a twin of it
     return twin(*args, **kwargs)

@@ -19,6 +19,7 @@ from .schedule import ProbeBudget
 __all__ = ["MonitorConfig", "meta_of"]
 
 EVERY = 10
+FROZEN_SHARE = 0.125
 _PACKAGES = ("inflection_fast", "torch", "transformers", "peft")  # whose versions the timeline has
 _FORWARDS = ("trained", "all")
 _REFERENCES = ("start", "previous", "adapters_off")
@@ -45,12 +46,17 @@ class MonitorConfig:
     quantities: tuple[str | Quantity, ...] = registry.DEFAULT
     blocks: tuple[str, ...] | None = None  # module names of the blocks in forward order; None: found by structure
     # Run the probe every so many steps (a multiple of every). None: as `every`, but once its runs have taken a second
-    # in all, so seldom that a run takes at most `probe_share` of the time of the steps until the next. What was chosen
-    # is in the timeline's column `probe_every`.
+    # in all, so seldom that a run takes at most `probe_share` of the time of the steps until the next. Before that,
+    # where comparing features takes longer than the forward passes, fewer rows are compared, one out of two, three, ...
+    # What was chosen is in the timeline's columns `probe_every` and `probe_rows`.
     probe_every: int | None = None
     probe_share: float | None = 0.01  # None: no bound
     # Which forwards under autograd count: "trained", those that a backward pass has gone through; "all".
     forwards: str = "trained"
+    # Of the sequences of each micro-batch, for gradients of activations below the lowest block that trains, which cost
+    # a walk back that the training does not need. At least one sequence; 1.0: all, exactly. Always exact are
+    # batches of one, packed sequences, batch norm in a block, several stacks, FSDP2 and tensor parallelism.
+    frozen_share: float = FROZEN_SHARE
     cka_rank: int | None = None  # shared PCA basis of this rank; None: full space
     cka_debiased: bool = True  # debiased (may leave [0, 1]) or biased CKA
     cka_pooling: str = "tokens"  # "tokens": every valid token is a row; "mean", "first", "last": a row per sequence
@@ -77,11 +83,8 @@ class MonitorConfig:
         _integer(self, "probe_every", at_least=1, optional=True)
         if self.probe_every is not None and isinstance(self.every, int) and self.probe_every % self.every:
             raise ValueError(f"probe_every: expected a multiple of every ({self.every}), got {self.probe_every}")
-        if self.probe_share is not None:
-            if isinstance(self.probe_share, bool) or not isinstance(self.probe_share, (int, float)):
-                raise TypeError(f"probe_share: expected a number or None, got {self.probe_share!r}")
-            if not 0 < self.probe_share <= 1:
-                raise ValueError(f"probe_share: expected a share above 0 and up to 1, got {self.probe_share}")
+        _share(self, "probe_share", optional=True)
+        _share(self, "frozen_share")
         _choice(self, "forwards", _FORWARDS)
         _integer(self, "cka_rank", at_least=1, optional=True)
         if not isinstance(self.cka_debiased, bool):
@@ -160,6 +163,16 @@ class MonitorConfig:
         }
 
 
+def _share(config: MonitorConfig, field: str, *, optional: bool = False) -> None:
+    value = getattr(config, field)
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{field}: expected a number{' or None' if optional else ''}, got {value!r}")
+    if not 0 < value <= 1:
+        raise ValueError(f"{field}: expected a share above 0 and up to 1, got {value}")
+
+
 def _integer(
     config: MonitorConfig, field: str, *, at_least: int, at_most: int | None = None, optional: bool = False
 ) -> None:
@@ -191,8 +204,7 @@ def _choice(config: MonitorConfig, field: str, accepted: tuple[str, ...]) -> Non
 def meta_of(model: nn.Module, config: MonitorConfig, blocks: Sequence[Block]) -> dict:
     """Model, stacks of blocks, configuration and versions, as they are stored in the timeline."""
     inner = getattr(model, "module", model) if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    if hasattr(inner, "get_base_model"):
-        inner = inner.get_base_model()
+    inner = getattr(inner, "get_base_model", lambda: inner)()
     return {
         "model": {
             "class": type(inner).__name__,
@@ -212,7 +224,7 @@ def _stacks_of(blocks: Sequence[Block]) -> list[dict]:
         stacks.setdefault(block.stack, []).append(block)
     described = []
     for name, held in stacks.items():
-        parameters = {id(p): p for block in held if block.module is not None for p in block.module.parameters()}
+        parameters = {id(p): p for block in held for p in block.module.parameters()}
         described.append(
             {
                 "name": name,

@@ -52,7 +52,7 @@ class Nothing:
         pass
 
     _forward_begins = _forward_ends = _block_begins = _block_ends = _do_nothing
-    _submodule_ends = _parameter_gradient = _do_nothing
+    _block_follows = _submodule_ends = _parameter_gradient = _do_nothing
 
 
 @contextmanager
@@ -68,7 +68,8 @@ class WarnOnce:
     """Warnings of a run, each kind once: what fails in one step fails in thousands."""
 
     def __init__(self, logger: logging.Logger):
-        self._logger, self._given = logger, set()
+        self._logger = logger
+        self._given: set[str] = set()
 
     def __call__(self, kind: str, message: str) -> None:
         """Log `message` unless one of its kind was logged before."""
@@ -94,7 +95,7 @@ def eagerly() -> Iterator[None]:
     finally:
         with _lock:
             _holders -= 1
-            if _holders == 0:
+            if _holders == 0 and _stance is not None:
                 _stance.__exit__(None, None, None)
 
 

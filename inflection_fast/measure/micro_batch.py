@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,10 @@ from ..quantities.quantity import BlockForward, ModelOutput
 from .attention_call import AttentionCall
 from .packet import Piece
 from .placements import local_of
+from .schedule import Strata
+
+if TYPE_CHECKING:
+    from .frozen import Chain
 
 __all__ = [
     "MicroBatch",
@@ -43,22 +48,29 @@ class MicroBatch:
         # (layer, statistics [B, H, R], valid rows [B, R], strata, how many calls of the layer were before)
         self.waiting: list[tuple] = []
         self.waiting_bytes = 0
-        # (query length, number of the call) -> sampled positions, and with the id of starts of packed sequences as well
-        self.strata: dict[tuple, object] = {}
+        self.strata: dict[tuple[int, int], Strata] = {}  # (query length, number of the call) -> sampled positions
+        self.packed_strata: dict[
+            tuple[int, int, int], tuple[Strata, Tensor]
+        ] = {}  # and with the id of starts: kept, too
         self.positions: Counter = Counter()  # layer -> queries of a head, of all rows of the batch
         self.awaits_gradient: set[int] = set()  # layers whose output has a hook
         self.reached: set[int] = set()  # layers whose output a gradient has reached
         self.went_back = False  # a backward pass went through it
         self.reads_parameters = False  # an engine callback is on its way
+        self.chain: Chain | None = None  # of its frozen blocks
         self._tokens: dict[bool, Tensor | None] = {}
 
     def tokens(self, shape: tuple[int, ...], decoder: bool) -> Tensor | None:
         """[B, T] bool, True at tokens, for a tensor [B, T, ...]; None: all, or nobody knows."""
         if decoder not in self._tokens:
-            mask = token_mask(self.inputs, decoder)
+            mask = token_mask(self.inputs or {}, decoder)
             self._tokens[decoder] = None if mask is None else mask.bool()
         mask = self._tokens[decoder]
         return mask if mask is not None and mask.shape == shape[:2] else None
+
+    def valid_rows(self, call: AttentionCall, rows: Tensor | None, decoder: bool) -> Tensor | None:
+        """[B, R] bool; see `ValidRows.of`."""
+        return None if self.valid is None else self.valid.of(call, rows, decoder)
 
     def tokens_of(self, tensor: Tensor | None, decoder: bool) -> Tensor | None:
         """The same for a tensor that may not be there."""
@@ -76,15 +88,18 @@ class MicroBatch:
     def output(self, output: object, decoder: bool) -> ModelOutput:
         """What the model returned, for taps."""
         logits = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)
-        logits, labels = (x if isinstance(x, Tensor) else None for x in (logits, self.inputs.get("labels")))
+        inputs = self.inputs or {}
+        logits, labels = (x if isinstance(x, Tensor) else None for x in (logits, inputs.get("labels")))
         tokens = self.tokens_of(logits, decoder)
-        return ModelOutput(self.inputs, output, logits, labels, loss_of(output), tokens, self.index)
+        untold = self.valid is not None and self.valid.untold
+        return ModelOutput(inputs, output, logits, labels, loss_of(output), tokens, self.index, untold)
 
     def end_forward(self) -> None:
         """Let go of what only the forward needs: among it are the masks of the batch, which may be large."""
         self.inputs = self.valid = None
         self._tokens.clear()
         self.strata.clear()
+        self.packed_strata.clear()
         self.waiting.clear()
 
 
@@ -193,6 +208,7 @@ class ValidRows:
         self._inputs = inputs
         self._tokens: dict[bool, Tensor | None] = {}
         self._known: dict[tuple, tuple[object, Tensor | None]] = {}
+        self.untold = False  # the model was given a mask of tokens, and of some call nobody knows which rows they are
 
     def of(self, call: AttentionCall, rows: Tensor | None, decoder: bool) -> Tensor | None:
         """[B, R] bool of the query rows `rows` (None: all); None where every row is valid.
@@ -204,7 +220,7 @@ class ValidRows:
         batch, length = call.query.shape[0], call.query.shape[2]
         if decoder not in self._tokens:
             self._tokens[decoder] = token_mask(self._inputs, decoder)
-        tokens = self._tokens[decoder]
+        tokens = given = self._tokens[decoder]
         if tokens is not None and tokens.shape != (batch, length):
             tokens = None
         source = tokens
@@ -214,6 +230,7 @@ class ValidRows:
         key = (id(source), batch, length)
         if key not in self._known:
             self._known[key] = (source, self._valid(tokens, source, batch, length, rows))
+        self.untold |= given is not None and tokens is None and self._known[key][1] is None
         return self._known[key][1]
 
     def _valid(self, tokens, source, batch: int, length: int, rows: Tensor | None) -> Tensor | None:

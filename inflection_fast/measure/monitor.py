@@ -21,13 +21,13 @@ from ..quantities.quantity import MeasuredModel, Update
 from ..timeline import Timeline
 from .attention_places import heads_of
 from .config import MonitorConfig, meta_of
-from .packet import Measured, Packet
+from .packet import Measured, Packet, Row
 from .panel import Panel
 from .parameters import Background, Updates, scale_of, squares_of_all
 from .placements import full_of
 from .probe import REFERENCE_NAME, Probe
 from .ranks import Layout, Ranks, world_size
-from .recorder import Record, Recorder, Row
+from .recorder import Record, Recorder
 from .schedule import ProbeBudget, is_due
 from .taps import Taps, device_of
 
@@ -107,7 +107,7 @@ class Monitor:
         self.blocks: list[Block] = find_blocks(model, config.blocks)
         if isinstance(model, nn.DataParallel):
             raise ValueError("model: DataParallel runs replicas that cannot be measured; use DistributedDataParallel")
-        self._model: nn.Module | None = model
+        self._model = model
         self._config, heads, counts_all = config, heads_of(self.blocks), config.forwards == "all"
         self._rank_timeout_s, self._accelerator = rank_timeout_s, accelerator
         self._ranks: Ranks | None = None
@@ -154,7 +154,7 @@ class Monitor:
                 raise
             error = refused
         if self._ranks is not None:
-            self._agree(error)
+            self._agree(self._ranks, error)
         self._open = True
         try:
             if self._probe is not None:
@@ -168,7 +168,7 @@ class Monitor:
             raise
         return self
 
-    def _agree(self, error: ValueError | None) -> None:
+    def _agree(self, ranks: Ranks, error: ValueError | None) -> None:
         """All ranks measure the same way, or none does."""
         facts = {
             "blocks": [block.name for block in self.blocks],
@@ -179,7 +179,7 @@ class Monitor:
             "probe": self._probe is not None,
         }
         said = None if error is None else str(error)
-        self._layout, self._record.folder = self._ranks.agree(self.blocks, facts, self._record.folder, said)
+        self._layout, self._record.folder = ranks.agree(self.blocks, facts, self._record.folder, said)
         self._taps.share(self._layout)
         self._background.share(self._layout)
         if self._probe is not None:
@@ -203,9 +203,9 @@ class Monitor:
                 )
         self._due, self._open, self._closed = frozenset(), False, True
         # Whoever keeps the monitor for its timeline keeps no model.
-        self._model = self._probe = None
+        self._model, self._probe = nn.Identity(), None
         self._taps.forget_model()
-        self.blocks = [dataclasses.replace(block, module=None) for block in self.blocks]
+        self.blocks = [dataclasses.replace(block, module=nn.Identity()) for block in self.blocks]
         if os.getpid() == self._owner:
             self._record.close()
             self._record.tell_rows()
@@ -258,9 +258,9 @@ class Monitor:
             finished = self._background.add(packet)  # before copying, whose results are of a later row however soon
             self._background.copy(self._panel.listening("in_background"), self._taps.parameters)
             self._panel.mark_failures(packet, everything=self._taps.failure is not None)
-            probed = self._probe is not None and bool(self._due & self._probed)
-            outputs = frozenset(self._taps.sharded_outputs | (self._probe.sharded_outputs if probed else set()))
-            measured = Measured(self._step, self._panel.due | finished, outputs, probed, began)
+            probe = self._probe if self._due & self._probed else None
+            outputs = frozenset(self._taps.sharded_outputs | (set() if probe is None else probe.sharded_outputs))
+            measured = Measured(self._step, self._panel.due | finished, outputs, probe is not None, began)
             if not self._updates.begin(measured, packet, self._panel.listening("after_update")):
                 self._hand_over(measured, packet)
             self._proven = self._taps.forgives = True
@@ -272,10 +272,10 @@ class Monitor:
             heads = packet.fields.heads
             if not self._record.is_open(heads):
                 self._record.open_or_keep(heads, meta_of(self._model, self._config, self.blocks))
-            self._record.start(packet, self._layout, self._ranks, self._probed, self._rank_timeout_s)
+            recorder = self._record.start(packet, self._layout, self._ranks, self._probed, self._rank_timeout_s)
             # Whoever forgets to close loses nothing at the end of the process, and keeps no thread for ever.
-            weakref.finalize(self, _end, self._taps, self._record.recorder)
-        self._record.recorder.record(measured, packet)
+            weakref.finalize(self, _end, self._taps, recorder)
+        self._record.record(measured, packet)
 
     def _filled(self, *known) -> Packet:
         """The local sums of this step."""

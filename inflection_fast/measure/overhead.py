@@ -63,7 +63,9 @@ def measure_overhead(
         raise ValueError(f"pairs: expected at least 3, got {pairs}")
     every_step = replace(config, every=dict.fromkeys(config.names, 1), probe_every=None)
     spread = config.every if isinstance(config.every, int) else min(config.every.values(), default=EVERY)
-    off, on, again = [], [], []
+    off: list[float] = []
+    on: list[float] = []
+    again: list[float] = []
     with _gradients_set_aside(model):
         for pair in range(_WARM_UP_PAIRS + pairs):
             # The order turns round with every pair, so that drift of the machine favours nobody.

@@ -10,12 +10,13 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..quantities.quantity import Accumulator
 
-__all__ = ["CudaCopies", "Field", "Fields", "HostCopies", "Measured", "Packet", "Piece", "StepSums"]
+__all__ = ["CudaCopies", "Field", "Fields", "HostCopies", "Measured", "Packet", "Piece", "Row", "StepSums"]
 
 _KINDS = (("float64", "sum"), ("float32", "sum"), ("float32", "max"))  # in the order of their memory
 
@@ -132,7 +133,7 @@ class Packet:
     def __init__(self, fields: Fields, device: torch.device | str = "cpu", data: Tensor | None = None):
         self.fields = fields
         fresh = data is None
-        self.data = torch.zeros(fields.nbytes, dtype=torch.uint8, device=device) if fresh else data
+        self.data = torch.zeros(fields.nbytes, dtype=torch.uint8, device=device) if data is None else data
         views: dict[str, dict[str, Tensor]] = {name: {} for name in fields.declared}
         for field in fields.all:
             dtype = torch.float64 if field.kind == 0 else torch.float32
@@ -144,7 +145,7 @@ class Packet:
         if fresh:
             self.reset()
 
-    def __getitem__(self, quantity: str) -> Mapping[str, Tensor]:
+    def __getitem__(self, quantity: str) -> Views:
         return self._views[quantity]
 
     def __contains__(self, quantity: str) -> bool:
@@ -191,6 +192,8 @@ class Piece:
     def __getitem__(self, quantity: str) -> Views:
         """The accumulators of a quantity."""
         packet = self.backward if self.backward is not None and quantity in self.backward else self.forward
+        if packet is None:
+            raise KeyError(quantity)
         return packet[quantity]
 
 
@@ -310,18 +313,34 @@ class CudaCopies:
     """Copies into pinned memory on a stream of their own, so that the stream of the training does not wait for them."""
 
     def __init__(self, device: torch.device):
-        self._device, self._stream, self._last = device, torch.cuda.Stream(device), None
+        self._device, self._stream = device, torch.cuda.Stream(device)
+        self._last: torch.cuda.Event | None = None
 
     def start(self, host: Tensor, source: Tensor) -> torch.cuda.Event:
         """Begin to copy `source` into `host`, which is pinned, and return the event that ends it."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             host.copy_(source, non_blocking=True)
-            self._last = torch.cuda.Event(blocking=True)  # whoever waits sleeps
-            self._last.record(self._stream)
-        return self._last
+            self._last = copied = torch.cuda.Event(blocking=True)  # whoever waits sleeps
+            copied.record(self._stream)
+        return copied
 
     def before_overwriting(self) -> None:
         """Make the device, not the host, finish the copy before it writes to its source again."""
         if self._last is not None:
             torch.cuda.current_stream(self._device).wait_event(self._last)
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """A measured step as it is in the timeline."""
+
+    step: int
+    columns: Mapping[
+        str, np.ndarray | float
+    ]  # masked arrays, or numbers of the step, by name, of the axes of `timeline.columns`; only what there is
+
+    def scalars(self) -> dict[str, float]:
+        """Each column as its mean over the places that were measured; without those of which none was."""
+        means = {name: np.ma.mean(value) for name, value in self.columns.items()}
+        return {name: float(mean) for name, mean in means.items() if mean is not np.ma.masked}

@@ -54,7 +54,7 @@ class Panel:
                 )
             self.quantities[name] = copy.copy(quantity)
         self._listeners = {tap: tuple(q for q in self.quantities.values() if _overrides(q, tap)) for tap in TAPS}
-        self._probing = False
+        self.probing = False  # it is about the probe set
         self._step = 0  # the last that has begun
         self.due: frozenset[str] = frozenset()
         self.failures: dict[str, Exception] = {}  # of the step under way, by quantity
@@ -139,12 +139,12 @@ class Panel:
         panel = Panel((), with_step=False)
         panel.quantities = {name: one for name, one in self.quantities.items() if one.data == "probe"}
         panel._listeners = {tap: tuple(q for q in of if q.data == "probe") for tap, of in self._listeners.items()}
-        panel._probing, panel.warn = True, lambda kind, message: self.warn(kind, message)
+        panel.probing, panel.warn = True, lambda kind, message: self.warn(kind, message)
         return panel
 
     def of_group(self, group: str) -> list[str]:
         """Names of the quantities with memory of a kind: "backward", "forward", "whole" or "probe"; see `StepSums`."""
-        return [name for name, quantity in self.quantities.items() if _group(quantity, self._probing) == group]
+        return [name for name, quantity in self.quantities.items() if _group(quantity, self.probing) == group]
 
     def fields(self, layers: int, heads: int) -> Fields:
         """The layout of a packet."""
@@ -173,7 +173,7 @@ class Panel:
             for quantity in self._listeners[tap]
             if quantity.name in self.due
             and quantity.name not in self.failures
-            and (quantity.data == "probe") == self._probing
+            and (quantity.data == "probe") == self.probing
         ]
 
     def tell(self, tap: str, quantities: Iterable[Quantity], packet: Packet | Piece, event: object) -> None:
@@ -229,7 +229,7 @@ class Panel:
             alone: other ranks are missing, so what is no sum of their batches alone has no value.
         """
         failed = np.from_dlpack(packet[MACHINERY][FAILED])
-        row = {}
+        row: dict[str, np.ma.MaskedArray] = {}
         for place, (name, quantity) in enumerate(self.quantities.items()):
             if name not in due or failed[place] != 0 or (alone and _needs_all_ranks(quantity)):
                 continue

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
 
 from .. import ops
 from ..blocks import Block
@@ -54,7 +55,8 @@ class BlockParameters:
             for name, parameter in block.module.named_parameters():
                 first.setdefault(parameter, (block.index, name))
         self.parameters = tuple(first)
-        self.layers, self.names = (tuple(one[i] for one in first.values()) for i in (0, 1))
+        self.layers = tuple(layer for layer, _ in first.values())
+        self.names = tuple(name for _, name in first.values())
 
     def share(self, layout: Layout) -> None:
         """Hold them as one of several ranks."""
@@ -77,8 +79,7 @@ class BlockParameters:
     def gradients(self) -> tuple[list[int], list[str], list[Tensor]]:
         """Layers, names and gradients of the trainable ones that have a gradient; of a sparse one its values."""
         found = [(layer, name, p) for layer, name, p in self if p.requires_grad and p.grad is not None]
-        layers, names = ([one[i] for one in found] for i in (0, 1))
-        return layers, names, gradients_of(p for _, _, p in found)
+        return [layer for layer, *_ in found], [name for _, name, _ in found], gradients_of(p for _, _, p in found)
 
     def squares(self, tensors: Sequence[Tensor], layers: Sequence[int]) -> Tensor:
         """[L] float64: this rank's part of the summed squares by layer."""
@@ -140,7 +141,7 @@ class Updates:
     def __init__(self, model: nn.Module):
         self._waiting: tuple[Measured, Packet, list[Quantity]] | None = None
         self._stepped: dict[int, Optimizer] = {}
-        self._handle = None
+        self._handle: RemovableHandle | None = None
 
     def begin(self, measured: Measured, packet: Packet, listening: Sequence[Quantity]) -> bool:
         """Keep a copy of the packet, because the next step writes to the same memory; False if nobody listens."""
@@ -161,7 +162,8 @@ class Updates:
         if self._waiting is None:
             return
         (measured, packet, listening), self._waiting = self._waiting, None
-        self._handle.remove()
+        if self._handle is not None:
+            self._handle.remove()
         ours = {id(parameter) for parameter in parameters.parameters}
         optimizers = tuple(
             optimizer

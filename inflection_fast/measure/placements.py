@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from torch import distributed as dist
 
 from ..blocks import is_named_attention
 
-__all__ = ["BatchMesh", "full_of", "is_sharded", "local_of", "reshard", "sharded_over"]
+if TYPE_CHECKING:
+    from typing import TypeGuard
+
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor, Placement
+
+__all__ = ["BatchMesh", "full_of", "is_fully_sharded", "is_part", "local_of", "reshard", "sharded_over"]
 
 
-def _is_dtensor(tensor: object) -> bool:
+def _is_dtensor(tensor: object) -> TypeGuard[DTensor]:
     module = sys.modules.get("torch.distributed.tensor")  # whoever has one has imported it
     return module is not None and isinstance(tensor, module.DTensor)
 
@@ -32,7 +39,7 @@ def full_of(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if _is_dtensor(tensor) else tensor
 
 
-def _settled(placements: tuple) -> list:
+def _settled(placements: tuple[Placement, ...]) -> list[Placement]:
     from torch.distributed.tensor import Replicate
 
     return [Replicate() if placement.is_partial() else placement for placement in placements]
@@ -48,12 +55,13 @@ def sharded_over(tensor: Tensor) -> int:
     return parts
 
 
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether this rank holds only a part of a tensor."""
-    return sharded_over(tensor) > 1
+def is_part(gradient: Tensor, positions: int | None, ranks: int) -> bool:
+    """Whether the `ranks` of one batch have split the output of a block, which has fewer positions than queries."""
+    split = gradient.shape[:2].numel() * ranks == positions
+    return sharded_over(gradient) > 1 or (gradient.dim() > 2 and split)
 
 
-def _is_shard(placement: object) -> bool:
+def _is_shard(placement: Placement) -> bool:
     return not placement.is_replicate() and not placement.is_partial()  # strided shards included
 
 
@@ -72,11 +80,11 @@ class BatchMesh:
             return
         mesh = max((parameter.device_mesh for parameter in parameters), key=lambda mesh: mesh.ndim)
         placements = [parameter.placements for parameter in parameters]
-        if _is_fully_sharded(model):
+        if is_fully_sharded(model):
             self._first = 1 if any(_is_shard(one[0]) for one in placements) else 2
         whole = [one for one in placements if len(one) == mesh.ndim]
         dims = [dim for dim in range(self._first, mesh.ndim) if any(_is_shard(one[dim]) for one in whole)]
-        ranks, coordinate = mesh.mesh, mesh.get_coordinate()
+        ranks, coordinate = mesh.mesh, mesh.get_coordinate() or ()
         for dim in reversed(range(mesh.ndim)):
             if dim not in dims:
                 ranks = ranks.select(dim, coordinate[dim])
@@ -91,11 +99,12 @@ class BatchMesh:
         )
 
 
-def _is_fully_sharded(model: nn.Module) -> bool:
+def is_fully_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 has parts of a model."""
     return next(_fsdp_modules(model), None) is not None
 
 
-def _fsdp_modules(model: nn.Module) -> Iterator[nn.Module]:
+def _fsdp_modules(model: nn.Module) -> Iterator[FSDPModule]:
     module = sys.modules.get("torch.distributed.fsdp")  # whoever shards a model has imported it
     if module is not None:
         yield from (part for part in model.modules() if isinstance(part, module.FSDPModule))

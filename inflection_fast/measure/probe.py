@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 REFERENCE_NAME = "probe_reference.npz"  # in the folder of the timeline
 
+FEWEST_ROWS = 256  # to which `probe_share` thins out what is compared
 _MIN_ROWS = 4  # debiased CKA is undefined below
 
 
@@ -79,6 +81,8 @@ class Probe:
         self._kept: dict[tuple, tuple[Tensor, Tensor]] = {}
         self._indices = LayerIndices(self._device)
         self._reference: list[Tensor] | None = None
+        self._thinning = 1  # of the rows that are kept, one out of so many is compared
+        self._rows_kept = 0
 
     def begin(
         self,
@@ -124,9 +128,26 @@ class Probe:
         of_step = sums.packet[Step.name]
         of_step["step_ms"].fill_(step_ms)
         of_step["steps"].fill_(1)
+        self._thin_out(step_ms)
         steps = self.budget.run(step, due, self._clock.last_ms, step_ms)
         of_step["probe_every"].fill_(steps or 0)  # else those that join the ranks' sums know
         self._at, self._training_from = step, perf_counter()
+
+    def _thin_out(self, step_ms: float) -> None:
+        """Compare fewer rows from now on, where a run is too long and comparing is most of it: until it is half."""
+        forwards_ms = self._clock.last_ms - self._clock.after_ms
+        if self.budget.is_over(self._clock.last_ms, step_ms) and self._clock.after_ms > forwards_ms > 0:
+            most = max(self._rows_kept // FEWEST_ROWS, 1)
+            self._thinning = min(self._thinning * math.ceil(self._clock.after_ms / forwards_ms), most)
+
+    def _thinned(self, event: ProbeFeatures) -> ProbeFeatures:
+        """Every n-th row of all that is compared, so that every sequence keeps its share of them."""
+        self._rows_kept = min(len(one) for one in event.features)
+        if self._thinning == 1:
+            return event
+        thin = lambda of: tuple(one[:: self._thinning] for one in of)  # noqa: E731
+        reference = None if event.reference is None else thin(event.reference)
+        return replace(event, features=thin(event.features), sequences=thin(event.sequences), reference=reference)
 
     def remember(self) -> None:
         """Take the model as it is now for the reference; with "adapters_off" there is nothing to store."""
@@ -161,7 +182,6 @@ class Probe:
 
     def measure(self, sums: StepSums, due: Collection[str]) -> None:
         """Run the probe set once and write what the quantities `due` make of it, and what it took, into `sums`."""
-        started = perf_counter()
         self._clock.begin()
         listening, taps = self._listening, None
         if self.taps is not None and not listening.quantities.keys().isdisjoint(due):
@@ -185,8 +205,10 @@ class Probe:
             else [(self._panel, sums.packet), (listening, taps.sums.packet)]
         )
         told = [(panel, of, panel.listening("on_probe")) for panel, of in panels]
+        self._clock.seen()
         if any(quantities for _, _, quantities in told):
-            event = self._beside_reference(features)
+            event = self._thinned(self._beside_reference(features))
+            self._clock.seen()
             for panel, of, quantities in told:
                 panel.tell("on_probe", quantities, of, event)
         if taps is not None:
@@ -196,7 +218,8 @@ class Probe:
             self._panel.failures |= listening.failures
         self._clock.end()
         of_step = sums.packet[Step.name]
-        of_step["probe_ms"].fill_(self._clock.ms(1e3 * (perf_counter() - started)))
+        of_step["probe_ms"].fill_(self._clock.last_ms)
+        of_step["probe_rows"].fill_(max(-(-len(one) // self._thinning) for one in features))
         of_step["probes"].fill_(1)
 
     @property
@@ -208,16 +231,19 @@ class Probe:
         """[L] float32: 1 - CKA between the reference and the model as it is now."""
         event = self._beside_reference(self._features())
         found = torch.empty(len(event.features), device=self._device)
-        options = {"rank": self._config.cka_rank, "debiased": self._config.cka_debiased}
+        if event.reference is None:
+            raise RuntimeError("Probe.delta_cka before `remember`: there is nothing to compare with")
+        rank, debiased = self._config.cka_rank, self._config.cka_debiased
         for layers, index in zip(event.stacks, event.indices, strict=True):
             x, y = (torch.stack([of[i] for i in layers]) for of in (event.reference, event.features))
-            found.index_copy_(0, index, ops.delta_cka(x, y, **options).float())
+            found.index_copy_(0, index, ops.delta_cka(x, y, rank=rank, debiased=debiased).float())
         return found
 
     def _beside_reference(self, after: list[Tensor]) -> ProbeFeatures:
         before = self._reference
         if self._config.cka_reference == "adapters_off":
-            with trainable_as_before(self._model), _peft_of(self._model).disable_adapter():
+            disabled: Callable[[], AbstractContextManager] = getattr(_peft_of(self._model), "disable_adapter")  # noqa: B009
+            with trainable_as_before(self._model), disabled():
                 before = self._features()
         if self._config.cka_reference == "previous":
             self._reference = after

@@ -17,7 +17,7 @@ process.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -72,7 +72,8 @@ class Layout:
         missing = -len(squares) % len(distinct)  # the last layer may have no gradient of the last weight
         squares = torch.cat([squares, squares.new_zeros(missing)]).view(-1, len(distinct))
         # Numbers of Python's own: a tensor of weights would be a copy from the host.
-        return sum(weight * of_weight for weight, of_weight in zip(distinct, squares.unbind(1), strict=True))
+        first, *others = (weight * of_weight for weight, of_weight in zip(distinct, squares.unbind(1), strict=True))
+        return sum(others, first)
 
     def weigh(self, packet: Packet, sharded_outputs: Collection[int], probed: Collection[str]) -> None:
         """Scale the local sums of a step so that they add up over the ranks; see `Accumulator.held`.
@@ -138,7 +139,7 @@ class Ranks:
         return len(self._mesh.peers) > 1
 
     def agree(
-        self, blocks: Sequence[Block], facts: dict[str, object], folder: Path | None, error: str | None = None
+        self, blocks: Sequence[Block], facts: Mapping[str, object], folder: Path | None, error: str | None = None
     ) -> tuple[Layout, Path | None]:
         """Make sure that all ranks measure the same thing, and learn the layout and the folder that rank 0 has chosen.
 

@@ -11,25 +11,23 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
 from pathlib import Path
 from queue import SimpleQueue
 from time import perf_counter
 
-import numpy as np
 import torch
 
 from ..alerts import Alert, AlertWatch, log_alerts
 from ..timeline import IF_EXISTS, Timeline, TimelineWriter, folder_for
 from ..timeline.writer import KEPT_BYTES
 from .hooks import WarnOnce
-from .packet import CudaCopies, HostCopies, Measured, Packet
+from .packet import CudaCopies, HostCopies, Measured, Packet, Row
 from .panel import Panel
 from .ranks import Join, Layout, Ranks
 from .schedule import ProbeBudget
 
-__all__ = ["Record", "Recorder", "Row"]
+__all__ = ["Record", "Recorder"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,19 +36,6 @@ MIN_SLOTS, MAX_SLOTS = 8, 256
 PATIENCE_S = 60.0  # how long reading or closing a timeline waits for a disk that hangs
 POLL_S = 0.2  # how often somebody who waits looks whether the thread still lives
 KEPT_ROWS = 1024  # finished rows that wait for `Monitor.step` to tell them; of more the oldest go
-
-
-@dataclass(frozen=True, eq=False)
-class Row:
-    """A measured step as it is in the timeline."""
-
-    step: int
-    columns: Mapping[str, np.ma.MaskedArray | float]  # by name, of the axes of `timeline.columns`; only what there is
-
-    def scalars(self) -> dict[str, float]:
-        """Each column as its mean over the places that were measured; without those of which none was."""
-        means = {name: np.ma.mean(value) for name, value in self.columns.items()}
-        return {name: float(mean) for name, mean in means.items() if mean is not np.ma.masked}
 
 
 class Recorder:
@@ -146,10 +131,11 @@ class Recorder:
         step, row, decided = measured.step, {}, self._decide is None or not measured.probed
         try:
             if slot is None:
-                self._join(step, None)
+                if self._join is not None:
+                    self._join(step, None)
                 return
             row = self._row(measured, slot, arrival)
-            if not decided and row["missing_ranks"] == 0:
+            if not decided and self._decide is not None and row["missing_ranks"] == 0:
                 row["probe_every"], decided = float(self._decide(row)), True
             if self._keeps:
                 store(step, **row, measure_ms=measure_ms)
@@ -159,7 +145,7 @@ class Recorder:
             self._unfinished += slot is not None  # else it was counted when it was dropped
             self._warn("row", f"step {step} is missing from the timeline: {error!r}")
         finally:
-            if not decided:
+            if not decided and self._decide is not None:
                 self._decide({})
             if slot is not None:
                 self._free.append(slot)
@@ -215,7 +201,7 @@ class Recorder:
             self._thread.join(POLL_S if self._hangs else self._patience_s)
             if self._thread.is_alive():
                 return  # it hangs in the disk, which `drain` has told
-            self._row_of = None  # whoever keeps a closed recorder keeps no quantity, which may know the model
+            self._row_of = _forgotten  # whoever keeps a closed recorder keeps no quantity, which may know the model
         try:
             self._writer.close()
         except OSError as error:
@@ -288,9 +274,17 @@ class Record:
             self._tell(error)
             self._writer, self._heads = self._opened(None, heads, meta, keep_bytes=KEPT_BYTES), heads
 
-    def _opened(self, folder: Path | None, heads: int, meta: dict, **options) -> TimelineWriter:
-        described = {"columns": self._panel.columns, "axes": self._panel.axes, "resume_at": self._resume_at}
-        writer = TimelineWriter(folder, layers=self._layers, heads=heads, meta=meta, **described, **options)
+    def _opened(self, folder: Path | None, heads: int, meta: dict, keep_bytes: int | None = None) -> TimelineWriter:
+        writer = TimelineWriter(
+            folder,
+            layers=self._layers,
+            heads=heads,
+            meta=meta,
+            columns=self._panel.columns,
+            axes=self._panel.axes,
+            resume_at=self._resume_at,
+            keep_bytes=keep_bytes,
+        )
         if self._watch is not None:
             self._watch.resume(writer.timeline)
         return writer
@@ -302,8 +296,10 @@ class Record:
         ranks: Ranks | None,
         probed: Collection[str],
         rank_timeout_s: float,
-    ) -> None:
-        """Record packets like `packet` from now on, joined with those of `ranks`."""
+    ) -> Recorder:
+        """Record packets like `packet` from now on, joined with those of `ranks`. `open` has been called."""
+        if self._writer is None:
+            raise RuntimeError("Record.start before open: there is no timeline")
         keeps, join, patience_s = layout.writes or self.folder is None, None, PATIENCE_S
         if ranks is not None:
             join = Join(ranks, layout, packet.fields, probed, self.warn)
@@ -332,6 +328,12 @@ class Record:
             keeps=keeps,
             patience_s=patience_s,
         )
+        return self.recorder
+
+    def record(self, measured: Measured, packet: Packet) -> None:
+        """Copy the packet as it is now; see `Recorder`."""
+        if self.recorder is not None:
+            self.recorder.record(measured, packet)
 
     @property
     def timeline(self) -> Timeline:
@@ -351,7 +353,7 @@ class Record:
 
     def tell_rows(self) -> None:
         """Call `on_row` with the rows that were finished since the last call, without waiting for others."""
-        while self._rows:
+        while self._rows and self._on_row is not None:
             row = self._rows.popleft()
             try:
                 self._on_row(row)
@@ -384,3 +386,7 @@ class Record:
 
 def _number(value) -> float | None:
     return None if value is None or value.mask else float(value)
+
+
+def _forgotten(*args: object, **options: object) -> dict:
+    raise RuntimeError("the recorder is closed")

@@ -7,11 +7,22 @@ import math
 import threading
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from time import perf_counter
 
 import torch
 from torch import Tensor
 
-__all__ = ["MOST_LISTS", "LayerIndices", "ProbeBudget", "ProbeClock", "Recent", "RowSampler", "Strata", "is_due"]
+__all__ = [
+    "MOST_LISTS",
+    "LayerIndices",
+    "ProbeBudget",
+    "ProbeClock",
+    "Recent",
+    "RowSampler",
+    "Strata",
+    "is_due",
+    "seed_of",
+]
 
 MOST_LISTS = 512  # of layers, of which tensors are kept: where layers are dropped at random, every step has others
 
@@ -59,6 +70,12 @@ class ProbeBudget:
     def _is_candidate(self, step: int) -> bool:
         return any(is_due(step, every) for every in self._every.values())
 
+    def is_over(self, probe_ms: float, step_ms: float) -> bool:
+        """Whether a run takes more than its share of the steps from one to the next, as quantities ask for them."""
+        if self._share is None or self._spent_ms + probe_ms <= FREE_MS:
+            return False
+        return probe_ms > self._share * step_ms * min(self._every.values())
+
     def run(self, step: int, quantities: Collection[str], probe_ms: float, step_ms: float) -> int | None:
         """The probe was run at `step`. Returns the steps to the next run, where other ranks need not be asked."""
         self._last |= dict.fromkeys(quantities, step)
@@ -79,29 +96,43 @@ class ProbeBudget:
 
 
 class ProbeClock:
-    """What a run of the probe takes, without waiting for a device: of a GPU, the last run of which the end was seen."""
+    """What a run of the probe takes, without waiting for a device: of a GPU, the last run of which the end was seen.
+
+    A run has two parts: the forward passes, and what is made of them.
+    """
 
     def __init__(self, device: torch.device):
-        self._gpu, self._runs, self.last_ms = device.type == "cuda", [], 0.0
+        self._gpu = device.type == "cuda"
+        self._runs: list[list[torch.cuda.Event]] = []
+        self._times = [0.0, 0.0, 0.0]
+        self.last_ms = self.after_ms = 0.0  # of the whole run, and of its second part
 
     def begin(self) -> None:
         """Before a run."""
+        self._times[0] = perf_counter()
         if self._gpu:
-            self._runs.append([torch.cuda.Event(enable_timing=True) for _ in range(2)])
+            self._runs.append([torch.cuda.Event(enable_timing=True) for _ in range(3)])
             self._runs[-1][0].record()
 
-    def end(self) -> None:
-        """After it."""
-        if self._gpu:
-            self._runs[-1][1].record()
+    def seen(self) -> None:
+        """After the forward passes."""
+        self._mark(1)
 
-    def ms(self, host_ms: float) -> float:
-        """Of the run that has ended, whose host time is given."""
-        of_device = [begun.elapsed_time(ended) for begun, ended in self._runs if ended.query()]
+    def end(self) -> None:
+        """After the run: fix its times."""
+        self._mark(2)
+        begun, seen, ended = self._times
+        parts = [(1e3 * (ended - begun), 1e3 * (ended - seen))]
+        for first, between, last in self._runs:
+            if last.query():
+                parts.append((first.elapsed_time(last), between.elapsed_time(last)))
+        self._runs = self._runs[-1:]
+        self.last_ms, self.after_ms = max(parts[0], parts[-1])
+
+    def _mark(self, place: int) -> None:
+        self._times[place] = perf_counter()
         if self._gpu:
-            self._runs = self._runs[-1:]
-        self.last_ms = max(host_ms, *of_device[-1:], 0.0)
-        return self.last_ms
+            self._runs[-1][place].record()
 
 
 FREE_MS = 1000.0  # of runs of the probe in all, before their share of the training time counts
@@ -174,23 +205,23 @@ class RowSampler:
 
     def begin(self, step: int) -> None:
         """Start the draws of one step, whatever was drawn before: a resumed run samples the same rows."""
-        self._generator.manual_seed(_STEP_STRIDE * step + self._seed)
+        self._generator.manual_seed(seed_of(step, self._seed))
 
     def draw(self, length: int) -> Strata:
         """Positions out of [0, length), fresh with every call; all of them if there are no more than `rows`."""
         if self._rows is None or length <= self._rows:
             ones = torch.ones(length, dtype=torch.float64, device=self._device)
             return Strata(None, ones, ones[:0])
-        starts, sizes, weights = self._shape_of(length)
+        starts, sizes, weights = self._shape_of(length, self._rows)
         ends = torch.cat([starts[1:], starts.new_tensor([length])])
         own, samplers = self.share
         draws = torch.rand(samplers, self._rows, generator=self._generator, dtype=torch.float64)
         offsets = draws[own] * (ends - starts)
         return Strata(self._there(starts + offsets.long()), sizes, weights)
 
-    def _shape_of(self, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _shape_of(self, length: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
         if length not in self._shapes:
-            starts, sizes = _strata(length, self._rows)
+            starts, sizes = _strata(length, rows)
             self._shapes[length] = (starts, self._there(sizes), self._there(_difference_weights(sizes)))
         return self._shapes[length]
 
@@ -203,6 +234,11 @@ MOST_LENGTHS = 32  # of sequences, of which the strata are kept: batches may all
 
 # Knuth's multiplier scatters the steps over the 32 bits that torch's generator on the CPU takes of a seed.
 _STEP_STRIDE = 2654435761
+
+
+def seed_of(step: int, seed: int) -> int:
+    """Of what is drawn at a step of a run with `seed`."""
+    return _STEP_STRIDE * step + seed
 
 
 def _strata(length: int, rows: int) -> tuple[Tensor, Tensor]:

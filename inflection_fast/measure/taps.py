@@ -20,20 +20,13 @@ from ..quantities.quantity import OutputGradient, ParameterGradient, SubmoduleFo
 from .attention import ATTENTION_TAPS, AttentionTaps
 from .attention_call import AttentionCall
 from .config import MonitorConfig
+from .frozen import FrozenBlocks
 from .hooks import Nothing, eagerly, forgiving, removed
-from .micro_batch import (
-    MicroBatch,
-    decoder_layers,
-    hidden_of,
-    named_inputs,
-    requiring_grad,
-    tensors_of,
-    version_of,
-)
+from .micro_batch import MicroBatch, decoder_layers, hidden_of, named_inputs, requiring_grad, tensors_of, version_of
 from .packet import StepSums
 from .panel import Panel
 from .parameters import BlockParameters
-from .placements import is_sharded, local_of
+from .placements import is_part, local_of
 from .ranks import Layout
 
 __all__ = ["Taps", "device_of"]
@@ -83,6 +76,8 @@ class Taps:
         self._going_back: MicroBatch | None = None  # whose backward pass began last
         self.micro_batches: list[MicroBatch] = []
         self._running: list[tuple[int | None, tuple]] = []  # blocks that run, the innermost last, and what went in
+        share = 1.0 if panel.probing else config.frozen_share
+        self._frozen = FrozenBlocks(model, blocks, share, config.seed, self._tell_gradient, panel)
         self._layout = Layout()
         self.sharded_outputs: set[int] = set()  # layers whose output the ranks of one batch have split
         self.parameters_read = False
@@ -95,6 +90,7 @@ class Taps:
         """Measure as one of several ranks."""
         self._layout = layout
         self._attention.share(layout)
+        self._frozen.share(layout)
         self.parameters.share(layout)
 
     @property
@@ -120,6 +116,7 @@ class Taps:
         self.parameters.look()
         self._sees_attention = any(map(panel.listening, ATTENTION_TAPS))
         self._wants_gradients = bool(panel.listening("on_output_gradient"))
+        self._frozen.begin(step)
         self._attached.callback(self._stop_listening)
         add = self._attached.enter_context
         add(eagerly())
@@ -129,6 +126,8 @@ class Taps:
             begins, ends = partial(self._block_begins, layers), partial(self._block_ends, layers)
             add(removed(module.register_forward_pre_hook(begins, with_kwargs=True)))
             add(removed(module.register_forward_hook(ends, always_call=True)))
+            if self._wants_gradients and self._frozen.possible:  # before whoever else looks at outputs
+                add(removed(module.register_forward_hook(self._block_follows, prepend=True)))
         for quantity in panel.listening("on_submodule"):
             for layers in self._layers.values():
                 for name, module in quantity.submodules(self._blocks[layers[0]]).items():
@@ -157,8 +156,9 @@ class Taps:
     def forget_model(self) -> None:
         """Hold nothing of the model any more: these taps are not attached again."""
         self.reset()
-        self._model, self._blocks, self._layers = None, [], {}
+        self._model, self._blocks, self._layers = nn.Identity(), [], {}
         self._attention.forget_model()
+        self._frozen.forget_model()
         self.parameters = BlockParameters([], self.device)
 
     def reset(self) -> None:
@@ -192,6 +192,7 @@ class Taps:
         if self.stepped_inside:
             inside = "no parameter has a gradient when the backward pass ends, as with optimizers that step inside it"
             return "stepped", f"{inside}; parameter_grad has no values"
+        ran -= set().union(*(one.chain.layers for one in back if one.chain is not None and one.chain.failure))  # told
         if ran - reached and self._panel.listening("on_output_gradient"):
             names = [self._blocks[layer].name for layer in sorted(ran - reached)]
             return "unreached", f"no gradient reached the outputs of {names}; their activation_grad is NaN"
@@ -206,6 +207,8 @@ class Taps:
         self._current = MicroBatch(len(self.micro_batches), named_inputs(model, args, kwargs), self.sums.piece())
         self.micro_batches.append(self._current)
         self._running.clear()
+        if (functions := self._frozen.forward_begins(self._current)) is not None:
+            self._listening.enter_context(functions)
         if self._sees_attention:
             self._listening.enter_context(self._attention.seeing(self._see))
 
@@ -250,7 +253,9 @@ class Taps:
             return None
         self._block_entered(layers, block, args, kwargs)
         if self._wants_gradients and torch.is_grad_enabled():
-            return requiring_grad(args, kwargs)  # whatever failed before: recomputing must meet the same graph
+            # Whatever failed before: recomputing must meet the same graph.
+            of_chain = self._frozen.block_begins(self._current or self.micro_batches, layers[0], block, args, kwargs)
+            return of_chain or requiring_grad(args, kwargs)
         return None
 
     @forgiving
@@ -270,6 +275,13 @@ class Taps:
         self._running.append((layers[visit], (hidden, version_of(hidden))))
 
     @forgiving
+    def _block_follows(self, block: nn.Module, args: tuple, output: object) -> object:
+        layer = self._running[-1][0] if self._running else None
+        return (
+            None if layer is None or not self._is_own(block) else self._frozen.block_ends(self._current, layer, output)
+        )
+
+    @forgiving
     def _block_ends(self, layers: list[int], block: nn.Module, args: tuple, output: object) -> None:
         if not self._is_own(block):
             return
@@ -277,7 +289,7 @@ class Taps:
         layer, before = self._running.pop() if micro_batch is not None and self._running else (None, ())
         if hidden is None or not torch.is_grad_enabled():
             return
-        if layer is not None:
+        if micro_batch is not None and layer is not None:
             self._tell_block(micro_batch, layer, block, before, hidden)
         if not self._wants_gradients or not hidden.requires_grad:
             return
@@ -285,7 +297,7 @@ class Taps:
             # A block that is recomputed inside backward. Where its output had no graph the first time (reentrant
             # checkpointing), this is the one that gradients go through; otherwise they go through the first.
             micro_batch, layer = self._recomputed(layers)
-        if layer is not None:
+        if micro_batch is not None and layer is not None:
             micro_batch.awaits_gradient.add(layer)
             hidden.register_hook(partial(self._gradient_arrives, micro_batch, layer))
 
@@ -326,18 +338,20 @@ class Taps:
     @forgiving
     def _gradient_arrives(self, micro_batch: MicroBatch, layer: int, gradient: Tensor) -> None:
         if micro_batch.live:
-            if self._layout.tensor > 1 and self._is_part(gradient, micro_batch.positions.get(layer)):
+            if self._layout.tensor > 1 and is_part(gradient, micro_batch.positions.get(layer), self._layout.tensor):
                 self.sharded_outputs.add(layer)
-            micro_batch.reached.add(layer)
-            event = OutputGradient(layer, local_of(gradient.detach()), micro_batch.index)
-            listening = self._panel.listening("on_output_gradient")
-            self._panel.tell("on_output_gradient", listening, micro_batch.piece, event)
+            if self._frozen.is_whole(micro_batch, layer):
+                self._tell_gradient(micro_batch, layer, local_of(gradient.detach()))
+                self._frozen.walk_down(micro_batch, layer, gradient)
         self._backward_begins(micro_batch, gradient)  # for a loss that is computed from something else than the outputs
 
-    def _is_part(self, gradient: Tensor, positions: int | None) -> bool:
-        """Whether the ranks of one batch have split the output of a block: it has fewer positions than queries."""
-        split = gradient.shape[:2].numel() * self._layout.tensor == positions
-        return is_sharded(gradient) or (gradient.dim() > 2 and split)
+    def _tell_gradient(
+        self, micro_batch: MicroBatch, layer: int, gradient: Tensor, sequences: int | None = None
+    ) -> None:
+        micro_batch.reached.add(layer)
+        event = OutputGradient(layer, gradient, micro_batch.index, sequences)
+        listening = self._panel.listening("on_output_gradient")
+        self._panel.tell("on_output_gradient", listening, micro_batch.piece, event)
 
     def _backward_begins(self, micro_batch: MicroBatch, gradient: Tensor) -> None:
         # The outputs of the model are where its backward pass begins, also under checkpointing, whose blocks run

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .quantity import Accumulator, AlertRule, Column, MeasuredModel, Parameters, Quantity, Sums
-from .update import local
+from .quantity import Accumulator, AlertRule, Column, MeasuredModel, Parameters, Quantity, Sums, Update
+from .update import is_dtensor, local
 
 __all__ = ["LARGEST_PRODUCT", "Adapter"]
 
@@ -47,7 +48,7 @@ class Adapter(Quantity):
       `idle_adapter`. Missing for adapters that are switched off.
 
     Adapters of other kinds have their gradient and `adapter_idle` alone. Factors that ranks have divided (FSDP2, tensor
-    parallelism) have no products without gathering them: there norm, rank and share are missing.
+    parallelism) are gathered in `Monitor.step`, one after the other, which all ranks call at the same steps.
 
     Cost: products of r x in and out x r in float64, and one read of the adapters' gradients. Memory: 8 r^2 + 56 bytes
     per adapter, r at most 64.
@@ -120,16 +121,16 @@ class Adapter(Quantity):
             "adapter_row": self._rank,
             "adapter_column": self._rank,
         }
-        one, alike = ("adapter",), {"held": "alike"}
+        one, alike = ("adapter",), partial(Accumulator, held="alike")
         self.accumulators = {
-            "product": Accumulator((*one, "adapter_row", "adapter_column"), **alike),
-            "squares": Accumulator(one, **alike),
-            "of_b": Accumulator(one, **alike),
-            "factored": Accumulator(one, **alike),
-            "small": Accumulator(one, **alike),
+            "product": alike((*one, "adapter_row", "adapter_column")),
+            "squares": alike(one),
+            "of_b": alike(one),
+            "factored": alike(one),
+            "small": alike(one),
             "gradient": Accumulator(one, held="part", gradient_power=2),
             "reached": Accumulator(one, held="part"),
-            "active": Accumulator(one, **alike),
+            "active": alike(one),
         }
         self._layers, self._blocks = [f.layer for f in self._found], len(model.blocks)
 
@@ -138,7 +139,8 @@ class Adapter(Quantity):
         gradients, places, shares = [], [], []
         device = sums["squares"].device
         for place, found in enumerate(self._found):
-            sums["active"][place].fill_(float(found.adapter in found.module.active_adapters))
+            active: Sequence[str] = getattr(found.module, "active_adapters", ())
+            sums["active"][place].fill_(float(found.adapter in active))
         for place, found in enumerate(self._found):
             for parameter in found.parameters:
                 if parameter.grad is not None:
@@ -146,7 +148,7 @@ class Adapter(Quantity):
                     gradients.append(local(gradient.coalesce().values() if gradient.is_sparse else gradient))
                     places.append(place)
                     shares.append(parts_of(parameter) / self._ranks)  # ranks add up: what several hold counts once
-            if found.factors is not None and not any(hasattr(p, "to_local") for p in found.factors):
+            if found.factors is not None and not any(map(is_dtensor, found.factors)):
                 self._write_product(sums, place, *(p.detach() for p in found.factors))
         sums["gradient"].zero_()
         sums["reached"].zero_()
@@ -159,10 +161,17 @@ class Adapter(Quantity):
             key = tuple(places)
             if key not in self._indices:  # brought to the device once: a copy from the host takes its time
                 scales = torch.tensor(shares, dtype=torch.float64)
-                self._indices = {key: tuple(x.to(device, non_blocking=True) for x in (torch.tensor(places), scales))}
+                index = torch.tensor(places).to(device, non_blocking=True)
+                self._indices = {key: (index, scales.to(device, non_blocking=True))}
             index, scales = self._indices[key]
             sums["gradient"].index_add_(0, index, squares * scales)
             sums["reached"].index_fill_(0, index, 1.0)
+
+    def before_update(self, sums: Sums, update: Update) -> None:
+        """Write what ranks have to come together for: the backward pass of some may have nothing to measure."""
+        for place, found in enumerate(self._found):
+            if found.factors is not None and any(map(is_dtensor, found.factors)):
+                self._write_product(sums, place, *(full_of(p.detach()) for p in found.factors))
 
     def _write_product(self, sums: Sums, place: int, a: Tensor, b: Tensor) -> None:
         a, b = a.double().flatten(1), b.double()  # a convolution's A has its window behind the channels
@@ -198,11 +207,17 @@ class Adapter(Quantity):
         }
 
 
+def full_of(tensor: Tensor) -> Tensor:
+    """The whole of a tensor; a collective call where ranks have divided it."""
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor
+
+
 def parts_of(tensor: Tensor) -> int:
     """Into how many parts ranks have divided a tensor; 1: all of them hold all of it."""
     parts = 1
-    for axis, placement in enumerate(getattr(tensor, "placements", ())):
-        parts *= tensor.device_mesh.size(axis) if placement.is_shard() else 1
+    if is_dtensor(tensor):
+        for axis, placement in enumerate(tensor.placements):
+            parts *= tensor.device_mesh.size(axis) if placement.is_shard() else 1
     return parts
 
 
@@ -224,8 +239,8 @@ def adapters_of(measured: MeasuredModel) -> list[_Found]:
             continue
         seen.add(id(module))
         layer, name = layers.get(id(module), (None, path.removeprefix("base_model.model.")))
-        holders = [getattr(module, attribute, None) for attribute in module.adapter_layer_names]
-        holders = [h for h in holders if isinstance(h, (nn.ModuleDict, nn.ParameterDict))]
+        held = (getattr(module, attribute, None) for attribute in module.adapter_layer_names)
+        holders = [one for one in held if isinstance(one, (nn.ModuleDict, nn.ParameterDict))]
         for adapter in dict.fromkeys(key for holder in holders for key in holder.keys()):
             members = [holder[adapter] for holder in holders if adapter in holder]
             parameters = [

@@ -48,15 +48,15 @@ class DeltaCka(Quantity):
         """Write the values of all layers."""
         if probe.reference is None:
             return
-        options = {"rank": self._config.cka_rank, "debiased": self._config.cka_debiased}
+        rank, debiased = self._config.cka_rank, self._config.cka_debiased
         for layers, index in zip(probe.stacks, probe.indices, strict=True):
             x, y = (torch.stack([features[i] for i in layers]) for features in (probe.reference, probe.features))
             if self._config.cka_se:
-                result = ops.cka_jackknife(x, y, probe.sequences[layers[0]], **options)
+                result = ops.cka_jackknife(x, y, probe.sequences[layers[0]], rank=rank, debiased=debiased)
                 delta = result.delta
                 sums["error"].index_copy_(0, index, result.standard_error.double())
             else:
-                delta = ops.delta_cka(x, y, **options)
+                delta = ops.delta_cka(x, y, rank=rank, debiased=debiased)
             sums["delta"].index_copy_(0, index, delta.double())
         sums["count"].fill_(1)
         if self._config.cka_se:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 
@@ -67,7 +68,7 @@ class GradientNoise(Quantity):
     def prepare(self, model: MeasuredModel) -> None:
         """Give every parameter of the blocks a place."""
         self._places: dict[int, int] = {}
-        layers = []
+        layers: list[int] = []
         for block in model.blocks:
             for parameter in block.module.parameters():
                 if id(parameter) not in self._places:
@@ -77,10 +78,10 @@ class GradientNoise(Quantity):
             raise ValueError("gradient_noise: the blocks have no parameters; leave the quantity 'gradient_noise' out")
         self._layers, self._told = np.array(layers), False
         self.axes = {"parameter_place": len(layers)}
-        squares = {"held": "part", "gradient_power": 2}
+        squares = partial(Accumulator, held="part", gradient_power=2)
         self.accumulators = {
-            "of_pieces": Accumulator("parameter_place", **squares),
-            "of_whole": Accumulator("layer", **squares),
+            "of_pieces": squares("parameter_place"),
+            "of_whole": squares("layer"),
             "seen": Accumulator("parameter_place", held="part"),
             "pieces": Accumulator("layer"),
             "sequences": Accumulator(()),
@@ -138,7 +139,7 @@ class GradientNoise(Quantity):
             "noise_scale": np.nansum(variance) / np.nansum(signal),
         }
 
-    def _tell(self, pieces: float) -> None:
+    def _tell(self, pieces: np.ndarray) -> None:
         if not self._told:
             self._told = True
             logger.warning(

@@ -88,7 +88,7 @@ class Accumulator:
         ValueError: names the field, what came and what is accepted.
     """
 
-    axes: tuple[str, ...] = ("layer",)
+    axes: str | tuple[str, ...] = ("layer",)  # a tuple from then on
     dtype: str = "float64"  # float32 is for what needs no more than seven digits: the memory is copied every step
     join: str = "sum"  # or "max"
     held: str = "batch"
@@ -117,7 +117,7 @@ class MeasuredModel:
     model: nn.Module  # what the training loop calls
     blocks: tuple[Block, ...]  # L blocks in forward order; one module may be several (layers that run repeatedly)
     device: object  # torch.device of the accumulators
-    config: object  # the MonitorConfig
+    config: Settings  # the MonitorConfig
     ranks: int = 1  # processes that train together
     data_ranks: int = 1  # those, or groups of them, that have a batch of their own
 
@@ -160,15 +160,67 @@ class AttentionRows:
         return self.counted() @ self.weights
 
 
+class Call(Protocol):
+    """What attention is called with; `inflection_fast.measure.attention_call.AttentionCall`.
+
+    query [B, H, T, D], key [B, Hkv, Tk, D]; or `logits` [B, H, T, Tk] alone, where the model has finished scores.
+    `mask` is bool (True: attend) or additive, `bias` additive on top. The rest is as in `ops.attention_stats_qk`.
+    """
+
+    @property
+    def query(self) -> Tensor: ...
+
+    @property
+    def key(self) -> Tensor: ...
+
+    @property
+    def logits(self) -> Tensor | None: ...
+
+    @property
+    def mask(self) -> Tensor | None: ...
+
+    @property
+    def bias(self) -> Tensor | None: ...
+
+    @property
+    def scale(self) -> float | None: ...
+
+    @property
+    def is_causal(self) -> bool: ...
+
+    @property
+    def window(self) -> tuple[int, int] | None: ...
+
+    @property
+    def softcap(self) -> float | None: ...
+
+    @property
+    def sinks(self) -> Tensor | None: ...
+
+    @property
+    def cu_seqlens(self) -> Tensor | None: ...
+
+
+class Settings(Protocol):
+    """Those of the MonitorConfig that quantities look at."""
+
+    @property
+    def cka_rank(self) -> int | None: ...
+
+    @property
+    def cka_debiased(self) -> bool: ...
+
+    @property
+    def cka_se(self) -> bool: ...
+
+
 @dataclass(frozen=True, eq=False)
 class AttentionSeen:
     """One call of attention by one layer, with the tensors that it attends with."""
 
     layer: int
     heads: slice  # as in `AttentionRows`
-    # measure.attention_call.AttentionCall: query [B, H, T, D], key [B, Hkv, Tk, D], mask, bias, scale, is_causal,
-    # window, softcap, sinks, cu_seqlens; or `logits` [B, H, T, Tk] alone, where the model has finished scores
-    call: object
+    call: Call
     rows: Tensor | None  # [R] int64, the sampled query positions; None: all of them
     stats: AttentionStats  # of those rows, [B, H, R] float32
     valid: Tensor | None  # [B, R] bool; None: all
@@ -207,6 +259,9 @@ class OutputGradient:
     layer: int
     gradient: Tensor  # [B, T, D] as a rule
     micro_batch: int
+    # Of how many sequences `gradient` holds the gradients of a random sample, [n, T, D]; None: it holds all. Only where
+    # all that listen `take_samples`; see MonitorConfig.frozen_share.
+    sequences: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,7 +285,10 @@ class Parameters(Protocol):
     layers: tuple[int, ...]
     names: tuple[str, ...]  # inside the block
     parameters: tuple[nn.Parameter, ...]  # with `grad`, where there is one, whole over the micro-batches so far
-    trained: tuple[int, ...]  # layers with trainable parameters
+
+    @property
+    def trained(self) -> tuple[int, ...]:
+        """Layers with trainable parameters."""
 
     def gradients(self) -> tuple[list[int], list[str], list[Tensor]]:
         """(layers, names, gradients) of the trainable ones that have a gradient; of a sparse one its values.
@@ -269,6 +327,7 @@ class ModelOutput:
     loss: Tensor | None  # [] what it returned under that name, else None
     tokens: Tensor | None  # [B, T] bool; None: all, or nobody knows
     micro_batch: int
+    untold_padding: bool = False  # there was a mask of tokens, and some attention whose rows it does not fit
 
 
 @dataclass(frozen=True, eq=False)
@@ -296,6 +355,7 @@ class Quantity:
     # What the taps listen to: "training", the batches that the model trains on; or "probe", the fixed probe set of the
     # Monitor, whenever it is run: in evaluation mode, gradients as far as blocks' outputs, the same rows every time.
     data: ClassVar[str] = "training"
+    take_samples: ClassVar[bool] = False  # `on_output_gradient` looks at `OutputGradient.sequences`
     # Its cadence in optimizer steps where MonitorConfig.every is one number; None: that number.
     every: int | None = None
     # Sizes of axes of its own: a number, or the names of the places. May be set in `prepare`.

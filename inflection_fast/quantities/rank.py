@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from .. import ops
-from .quantity import Accumulator, AlertRule, AttentionSeen, BlockForward, Column, MeasuredModel, Quantity, Sums
+from .quantity import Accumulator, AlertRule, AttentionSeen, BlockForward, Call, Column, MeasuredModel, Quantity, Sums
 
 __all__ = ["LAZY_RANK", "Rank"]
 
@@ -162,7 +162,7 @@ class Rank(Quantity):
         }
 
 
-def _joined(call: object) -> torch.Tensor | None:
+def _joined(call: Call) -> torch.Tensor | None:
     """Mask and bias of a call as one."""
     if call.bias is None:
         return call.mask

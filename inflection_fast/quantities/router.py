@@ -60,7 +60,8 @@ class Router(Quantity):
 
     def prepare(self, model: MeasuredModel) -> None:
         """Find the routers; `ValueError` where there is none."""
-        experts = [module.num_experts for block in model.blocks for module in self.submodules(block).values()]
+        routers = [module for block in model.blocks for module in self.submodules(block).values()]
+        experts = [int(getattr(module, "num_experts")) for module in routers]  # noqa: B009  (no attribute of all modules)
         if not experts:
             raise ValueError(
                 "router: this model has no router with `top_k` and `num_experts` inside its blocks; leave the quantity "

@@ -22,8 +22,8 @@ class Step(Quantity):
     accumulators = {
         name: Accumulator(())
         for name in (
-            *("forwards", "loss", "losses", "skipped", "scaled"),
-            *("probe_ms", "probes", "step_ms", "steps", "probe_every"),
+            *("forwards", "loss", "losses", "skipped", "scaled", "untold"),
+            *("probe_ms", "probes", "step_ms", "steps", "probe_every", "probe_rows"),
         )
     }
     columns = {
@@ -52,6 +52,13 @@ class Step(Quantity):
                 ),
             ),
         ),
+        "padded_rows": _of_step(
+            "1",
+            "padded rows included",
+            "1 if means over attention rows include those of padding: no mask tells which they are; else 0.",
+            count="forwards",
+            drawn="none",
+        ),
         "measure_ms": _of_step("ms", "time for measuring", "Host time of measuring, the probe included.", drawn="none"),
         "probe_ms": _of_step("ms", "time for the probe", "Time of the run of the probe.", count="probes", drawn="none"),
         "step_ms": _of_step(
@@ -59,6 +66,13 @@ class Step(Quantity):
             "time of a step",
             "Time of a training step, mean over those since the run of the probe before, without what the probe took.",
             count="steps",
+            drawn="none",
+        ),
+        "probe_rows": _of_step(
+            "1",
+            "rows of the probe",
+            "Feature rows that were compared, of the layer with most of them.",
+            count="probes",
             drawn="none",
         ),
         "probe_every": _of_step(
@@ -73,6 +87,8 @@ class Step(Quantity):
     def on_model_output(self, sums: Sums, output: ModelOutput) -> None:
         """Add the loss of a micro-batch."""
         sums["forwards"] += 1
+        if output.untold_padding:
+            sums["untold"].fill_(1)
         if output.loss is not None:
             sums["loss"] += output.loss.detach().mean().to(sums["loss"].device, non_blocking=True)
             sums["losses"] += 1
@@ -82,7 +98,9 @@ class Step(Quantity):
         return {
             "loss": sums["loss"] / sums["losses"],
             "skipped": np.minimum(sums["skipped"], 1.0),
+            "padded_rows": np.minimum(sums["untold"], 1.0),
             "probe_ms": sums["probe_ms"] / sums["probes"],
             "step_ms": sums["step_ms"] / sums["steps"],
+            "probe_rows": sums["probe_rows"] / sums["probes"],
             "probe_every": sums["probe_every"] / sums["probes"],
         }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import numpy as np
 import torch
@@ -92,11 +93,9 @@ class Trajectory(Quantity):
         self._stack_of = [getattr(block, "stack", "") for block in model.blocks]
         layers = len(model.blocks)
         self.axes = {"other_layer": layers}
-        alike = {"held": "alike"}
+        alike = partial(Accumulator, held="alike")
         names = ("distance", "angle", "cka", "pairs", "contraction", "measured", "transport", "transported", "stack")
-        self.accumulators = {name: Accumulator("layer", **alike) for name in names} | {
-            "gram": Accumulator(("layer", "other_layer"), **alike)
-        }
+        self.accumulators = {name: alike("layer") for name in names} | {"gram": alike(("layer", "other_layer"))}
 
     def on_probe(self, sums: Sums, probe: ProbeFeatures) -> None:
         """Write everything."""
@@ -106,14 +105,14 @@ class Trajectory(Quantity):
             for stack in dict.fromkeys(self._stack_of)
         ]
         for layers in filter(None, apart):
-            before = None
-            for place, layer in enumerate(layers):
+            before: Tensor | None = None
+            for layer in layers:
                 features = probe.features[layer].float()
                 centred = features - features.mean(0)
                 sums["measured"][layer].fill_(1)
                 sums["stack"][layer].fill_(layers[0])
                 sums["contraction"][layer] = tail_exponent(centred)
-                if place:
+                if before is not None:
                     self._write_pair(sums, layer, before, features)
                 before = features
             means = torch.stack([probe.features[layer].double().mean(0) for layer in layers])
@@ -229,7 +228,10 @@ _NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "layer_norm", "
 def head_of(model: nn.Module):
     """What makes token logits of features [N, D] of the last width: final norm and output embeddings; None: neither."""
     whole = next((m for m in model.modules() if callable(getattr(m, "get_output_embeddings", None))), None)
-    head = whole.get_output_embeddings() if whole is not None else None
+    if whole is None:
+        return None
+    get_head: Callable[[], object] = getattr(whole, "get_output_embeddings")  # noqa: B009  (no attribute of all modules)
+    head = get_head()
     if not isinstance(head, nn.Linear):
         return None
     base = getattr(whole, getattr(whole, "base_model_prefix", ""), whole)

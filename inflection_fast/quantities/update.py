@@ -14,7 +14,11 @@ from .quantity import Accumulator, AlertRule, Column, MeasuredModel, Parameters,
 from .quantity import Update as UpdateSeen
 
 if TYPE_CHECKING:
+    from typing import TypeGuard
+
+    from torch.distributed.tensor import DTensor
     from torch.optim import Optimizer
+    from torch.utils.hooks import RemovableHandle
 
 __all__ = ["Update"]
 
@@ -67,7 +71,8 @@ class Update(Quantity):
 
     def prepare(self, model: MeasuredModel) -> None:
         """Begin without a step under way."""
-        self._hooks, self._changes = [], None
+        self._hooks: list[RemovableHandle] = []
+        self._changes: _Changes | None = None
 
     def before_update(self, sums: Sums, update: UpdateSeen) -> None:
         """Write the norms, and listen for the optimizers that step."""
@@ -81,10 +86,10 @@ class Update(Quantity):
         sums["weights"].copy_(parameters.squares([p.detach() for p in weights], layers))
         sums["trained"].copy_(parameters.marked(layers))
         self._stop()
-        self._changes = _Changes(parameters, dict(zip(weights, layers, strict=True)), self.copy_bytes)
+        self._changes = changes = _Changes(parameters, dict(zip(weights, layers, strict=True)), self.copy_bytes)
         self._hooks = [
-            register_optimizer_step_pre_hook(self._changes.before),
-            register_optimizer_step_post_hook(self._changes.after),
+            register_optimizer_step_pre_hook(changes.before),
+            register_optimizer_step_post_hook(changes.after),
         ]
 
     def after_update(self, sums: Sums, update: UpdateSeen) -> None:
@@ -136,8 +141,8 @@ class _Changes:
                     by_layer.setdefault(self._layers[p], []).append((p, group))
         with torch.no_grad():
             for layer, members in by_layer.items():  # one block at a time: its changes are as large as its weights
-                told = [change_of(optimizer, p, group) for p, group in members if p not in self._copies]
-                told = [change for change in told if change is not None]
+                known = (change_of(optimizer, p, group) for p, group in members if p not in self._copies)
+                told = [change for change in known if change is not None]
                 seen = [_difference(p, self._copies.pop(p), self._stride) for p, _ in members if p in self._copies]
                 for changes, weight in ((told, 1), (seen, self._stride)):
                     if changes:
@@ -148,9 +153,14 @@ class _Changes:
         self._copies = {}
 
 
+def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether ranks hold a tensor together."""
+    return hasattr(tensor, "to_local")
+
+
 def local(tensor: Tensor) -> Tensor:
     """The part of a tensor that this rank holds."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def _thinned(tensor: Tensor, stride: int) -> Tensor:
@@ -158,7 +168,7 @@ def _thinned(tensor: Tensor, stride: int) -> Tensor:
     if stride == 1:
         return tensor
     kept = local(tensor).flatten()[::stride]
-    if not hasattr(tensor, "to_local"):
+    if not is_dtensor(tensor):
         return kept
     return type(tensor).from_local(kept, tensor.device_mesh, tensor.placements, run_check=False)
 
