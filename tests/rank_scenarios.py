@@ -26,10 +26,12 @@ from rank_training import (
     batches_of,
     mine,
     model_of,
+    of_parameters,
     part_of,
     train,
     uneven,
     update,
+    with_adapters,
 )
 from torch import distributed as dist
 from torch import nn
@@ -69,6 +71,15 @@ def fsdp(out):
     batches, probe = batches_of("llama")
     model = model_of("llama")
     return as_json(train(_fully_sharded(model, model.model.layers), batches, probe, parts_of=mine, out=out / "run"))
+
+
+def ddp_of_parameters(out):
+    return of_parameters(nn.parallel.DistributedDataParallel(with_adapters("bert")), "bert", mine)
+
+
+def fsdp_of_parameters(out):
+    model = with_adapters("llama")
+    return of_parameters(_fully_sharded(model, model.base_model.model.model.layers), "llama", mine)
 
 
 def replicated_shards(out):
@@ -362,10 +373,10 @@ def killed_rank(out):
 
 
 SCENARIOS = (
-    ddp, ddp_sampled, ddp_accumulated, fsdp, replicated_shards, tensor_parallel, tensor_parallel_mlp_only,
-    sharded_and_tensor_parallel, sequence_parallel, one_rank_without_a_batch, no_rank_with_a_batch,
-    other_config, other_model, folder_of_another_run, resumed, resumed_from_one, trainer, trainer_accumulated,
-    trainer_that_adds_means, trainer_that_adds_means_accumulated, dropped_on_one_rank,
+    ddp, ddp_sampled, ddp_accumulated, ddp_of_parameters, fsdp, fsdp_of_parameters, replicated_shards, tensor_parallel,
+    tensor_parallel_mlp_only, sharded_and_tensor_parallel, sequence_parallel, one_rank_without_a_batch,
+    no_rank_with_a_batch, other_config, other_model, folder_of_another_run, resumed, resumed_from_one, trainer,
+    trainer_accumulated, trainer_that_adds_means, trainer_that_adds_means_accumulated, dropped_on_one_rank,
     failed_on_one_rank, late_rank, killed_rank,
 )  # fmt: skip
 

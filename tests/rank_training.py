@@ -13,6 +13,9 @@ from inflection_fast.timeline import HEAD_SIGNALS, LAYER_SIGNALS
 BATCH, LENGTH, STEPS = 4, 12, 4
 CONFIG = MonitorConfig(every=2, rows=None, signals=ALL, cka_se=True)
 SAMPLED = MonitorConfig(every=2, rows=4, signals=ALL, cka_se=True)
+OF_PARAMETERS = MonitorConfig(every=1, quantities=("adapter", "update", "gradient_noise"))
+OF_ADAPTERS = ("adapter_norm", "adapter_rank", "adapter_gradient", "adapter_idle", "adapter_share")
+OF_UPDATES, OF_NOISE = ("weight_norm", "update_ratio"), ("gradient_signal", "gradient_variance", "noise_scale")
 SIGNALS = (*HEAD_SIGNALS, *LAYER_SIGNALS, "loss")
 
 
@@ -21,6 +24,14 @@ def model_of(name):
 
     torch.manual_seed(0)
     return tiny.sharpened(tiny.CASES[name].build().train())
+
+
+def with_adapters(name):
+    """The same with LoRA that has learned something already."""
+    import peft
+
+    targets = ["query", "value"] if name == "bert" else ["q_proj", "v_proj"]
+    return peft.get_peft_model(model_of(name), peft.LoraConfig(r=3, target_modules=targets, init_lora_weights=False))
 
 
 def batches_of(name):
@@ -104,8 +115,15 @@ def rounding_of(name, config, expected, draws=3):
     return moved
 
 
-def as_json(timeline):
-    return {"steps": timeline.steps.tolist()} | {name: getattr(timeline, name).tolist() for name in SIGNALS}
+def as_json(timeline, names=SIGNALS):
+    return {"steps": timeline.steps.tolist()} | {name: getattr(timeline, name).tolist() for name in names}
+
+
+def of_parameters(model, name, parts_of):
+    """Of every step, what follows from parameters and their gradients."""
+    batches, _ = batches_of(name)
+    timeline = train(model, batches, None, OF_PARAMETERS, parts_of=parts_of)
+    return as_json(timeline, (*OF_ADAPTERS, *OF_UPDATES, *OF_NOISE))
 
 
 def mine(batch):

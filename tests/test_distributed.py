@@ -111,6 +111,19 @@ def test_two_processes_measure_what_one_does_on_the_whole_batch(pair, name, mode
         assert_same(other, expected, rounding=rounding)
 
 
+@pytest.mark.parametrize(("name", "model"), [("ddp_of_parameters", "bert"), ("fsdp_of_parameters", "llama")])
+def test_what_follows_from_parameters_is_that_of_one_process(pair, name, model):
+    found = told(pair, name)
+    halves = lambda batch: [training.part_of(batch, part) for part in range(2)]  # noqa: E731
+    expected = training.of_parameters(training.with_adapters(model), model, halves)
+    for column in (*training.OF_ADAPTERS, *training.OF_UPDATES, *training.OF_NOISE):
+        assert np.isfinite(expected[column]).all(), column
+    signals = (*training.OF_ADAPTERS, *training.OF_UPDATES)
+    assert_same(found, expected, signals if name.startswith("fsdp") else (*signals, *training.OF_NOISE))
+    if name.startswith("fsdp"):  # which shows the gradient of no piece
+        assert all(np.isnan(found[column]).all() for column in training.OF_NOISE)
+
+
 def test_sequences_that_ranks_have_split_count_once(pair):
     batches, _ = training.batches_of("llama")
     expected = training.as_json(training.train(scenarios.split_model(), batches, None, scenarios.NO_PROBE))
