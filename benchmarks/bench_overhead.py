@@ -8,7 +8,6 @@ import torch
 from cases import extra_bytes, race
 
 from inflection_fast import Monitor, MonitorConfig, find_blocks
-from inflection_fast.quantities import QUANTITIES
 
 ROUNDS = 60
 # What a measured step costs, spread over so many: steps between have no hooks, which "attached, not measuring" and the
@@ -81,9 +80,9 @@ def added(median, label):
 
 
 @contextmanager
-def measuring(training, rows=64, quantities=SIGNALS, **options):
+def measuring(training, rows=64, quantities=SIGNALS, monitor=None, **settings):
     """A function that trains one measured step and stops before the next one is armed, so that others find no hooks."""
-    with Monitor(training.model, _config(quantities, rows), **options) as monitor:
+    with monitor or Monitor(training.model, _config(quantities, rows, **settings)) as monitor:
 
         def measured():
             monitor.step()  # ends a step that is not measured: whoever trained since then found the model without hooks
@@ -96,9 +95,10 @@ def measuring(training, rows=64, quantities=SIGNALS, **options):
         yield measured
 
 
-def _config(quantities, rows=64):
+def _config(quantities, rows=64, **settings):
     """Every second step, also of what has a slower cadence of its own, and without a bound on the probe."""
-    return MonitorConfig(every=dict.fromkeys(quantities, 2), rows=rows, quantities=quantities, probe_share=None)
+    every = dict.fromkeys(quantities, 2)
+    return MonitorConfig(every=every, rows=rows, quantities=quantities, probe_share=None, **settings)
 
 
 @contextmanager
@@ -152,27 +152,39 @@ def bench_training_step(benchmark, shape):
         )
 
 
-ELSEWHERE = ("adapter", "router")  # of models with adapters or experts, which none of these has
+def shallow(training, trains):
+    """The same training of the uppermost blocks and what lies above them alone."""
+    blocks = find_blocks(training.model)
+    last = blocks[-1].path.rpartition(".")[0]
+    for name, parameter in training.model.named_parameters():
+        above = name.startswith(("classifier", "bert.pooler"))
+        parameter.requires_grad_(above or name.startswith(tuple(f"{last}.{b.index}." for b in blocks[-trains:])))
+    return training
 
 
-@pytest.mark.parametrize("quantity", [name for name in QUANTITIES if name not in ELSEWHERE])
-@pytest.mark.parametrize("shape", SHAPES)
-def bench_quantity(benchmark, shape, quantity):
-    """What one quantity alone costs a step in which it is measured; a probe has the texts of the batch."""
-    training = SHAPES[shape]()
-
-    def percent(median):
-        shares = {f"% at every {n} steps": added(median, "measured") / n for n in EVERY}
-        return shares | {"% of noise": added(median, "unmonitored, again")}
-
-    with measuring(training, quantities=(quantity,), probe=[training.batch]) as measured:
+@pytest.mark.parametrize("trains", [1, 2])
+def bench_shallow_training(benchmark, trains):
+    """Blocks below the lowest that trains: the training does not walk back through them, a measured step does."""
+    training = shallow(minilm(), trains)
+    with ExitStack() as stack:
+        measured = stack.enter_context(measuring(training))
+        exact = stack.enter_context(measuring(training, frozen_share=1.0))
         race(
             benchmark,
-            f"{quantity} on a training step of {shape}",
-            {"measured": measured, "unmonitored": training.unmonitored, "unmonitored, again": training.unmonitored},
-            extra=percent,
-            rounds=FEWER_ROUNDS.get(shape, ROUNDS) // 2,
-            device=training.device,
+            f"training step of MiniLM of which {trains} of 6 blocks train",
+            {
+                "measured": measured,
+                "unmonitored": training.unmonitored,
+                "unmonitored, again": training.unmonitored,
+                "measured, frozen_share=1.0": exact,
+            },
+            goals={"unmonitored": 1 / 1.1},
+            extra=lambda median: {
+                "% of a measured step": added(median, "measured"),
+                "% of one with frozen_share=1.0": added(median, "measured, frozen_share=1.0"),
+                "% of noise": added(median, "unmonitored, again"),
+            },
+            rounds=ROUNDS,
         )
 
 
