@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import sys
 import time
@@ -31,6 +30,7 @@ from rank_training import (
     train,
     uneven,
     update,
+    warnings_of_monitors,
     with_adapters,
 )
 from torch import distributed as dist
@@ -349,18 +349,6 @@ def _alone_from(step, out, leave, timeout_s):
             model.zero_grad()
     missing = monitor.timeline.missing_ranks.tolist()
     return as_json(monitor.timeline) | {"messages": messages, "waits": waits, "missing_ranks": missing}
-
-
-@contextlib.contextmanager
-def warnings_of_monitors():
-    messages = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())
-    logging.getLogger("inflection_fast").addHandler(handler)
-    try:
-        yield messages
-    finally:
-        logging.getLogger("inflection_fast").removeHandler(handler)
 
 
 def late_rank(out):

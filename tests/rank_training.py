@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+
 import numpy as np
 import torch
 from packets import ALL
@@ -128,3 +131,15 @@ def of_parameters(model, name, parts_of):
 
 def mine(batch):
     return [part_of(batch, dist.get_rank())]
+
+
+@contextlib.contextmanager
+def warnings_of_monitors():
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logging.getLogger("inflection_fast").addHandler(handler)
+    try:
+        yield messages
+    finally:
+        logging.getLogger("inflection_fast").removeHandler(handler)

@@ -323,7 +323,7 @@ def test_the_probe_shows_what_training_on_it_would_show(frozen):
     probe = [classify(), classify()]
     for parameter in list(model.parameters())[:-2]:
         parameter.requires_grad_(not frozen)
-    both = MonitorConfig(every=1, rows=None)
+    both = MonitorConfig(every=1, rows=None, frozen_share=1.0)
     with Monitor(model, both) as monitor:
         for one in probe:
             model(**one).loss.backward()

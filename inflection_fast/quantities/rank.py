@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from .. import ops
-from .quantity import Accumulator, AlertRule, AttentionSeen, BlockForward, Call, Column, MeasuredModel, Quantity, Sums
+from .protocols import Call
+from .quantity import Accumulator, AlertRule, AttentionSeen, BlockForward, Column, MeasuredModel, Quantity, Sums
 
 __all__ = ["LAZY_RANK", "Rank"]
 
