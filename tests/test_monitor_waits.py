@@ -14,6 +14,8 @@ from inflection_fast.measure import Monitor, MonitorConfig
 from inflection_fast.ops import checks
 
 WAITING = ("_local_scalar_dense", "item", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim")
+# The host waits to hear whether these have gone well.
+WAITING += ("_linalg_check_errors", "_linalg_eigh", "_linalg_eigvals", "_linalg_svd", "linalg_eig", "linalg_lstsq")
 
 
 class Waits(TorchDispatchMode):

@@ -126,8 +126,7 @@ class Monitor:
         watch = None if alerts is None else AlertWatch(alerts, self._panel.columns, self._panel.axes)
         names = [block.name for block in self.blocks]
         self._record = Record(out, names, self._panel, self._resume_at, watch, on_alert, on_row, if_exists)
-        self._updates = Updates(model)
-        self._background = Background(self._panel)
+        self._updates, self._background = Updates(model), Background(self._panel)
         self._budget: ProbeBudget | None = None
         self._open = self._closed = False
         self._due: frozenset[str] = frozenset()  # what the step under way measures; its hooks are attached
@@ -198,9 +197,8 @@ class Monitor:
             if self._background.close() and self._record.recorder is not None:
                 self._record.recorder.before_overwriting()
                 finished = self._background.alone(self._taps.sums)
-                self._hand_over(
-                    Measured(self._step, finished, frozenset(), False, perf_counter()), self._taps.sums.packet
-                )
+                last = Measured(self._step, finished, frozenset(), False, perf_counter())
+                self._hand_over(last, self._taps.sums.packet)
         self._due, self._open, self._closed = frozenset(), False, True
         # Whoever keeps the monitor for its timeline keeps no model.
         self._model, self._probe = nn.Identity(), None
@@ -260,7 +258,8 @@ class Monitor:
             self._panel.mark_failures(packet, everything=self._taps.failure is not None)
             probe = self._probe if self._due & self._probed else None
             outputs = frozenset(self._taps.sharded_outputs | (set() if probe is None else probe.sharded_outputs))
-            measured = Measured(self._step, self._panel.due | finished, outputs, probe is not None, began)
+            due, later = self._panel.due | finished, tuple(self._panel.later)
+            measured = Measured(self._step, due, outputs, probe is not None, began, later)
             if not self._updates.begin(measured, packet, self._panel.listening("after_update")):
                 self._hand_over(measured, packet)
             self._proven = self._taps.forgives = True

@@ -7,7 +7,7 @@ is not linear in the pieces (means, square roots, standard errors) is left to ea
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..quantities.quantity import Accumulator
 
-__all__ = ["CudaCopies", "Field", "Fields", "HostCopies", "Measured", "Packet", "Piece", "Row", "StepSums"]
+__all__ = ["CudaCopies", "Field", "Fields", "HostCopies", "Later", "Measured", "Packet", "Piece", "Row", "StepSums"]
 
 _KINDS = (("float64", "sum"), ("float32", "sum"), ("float32", "max"))  # in the order of their memory
 
@@ -287,6 +287,27 @@ class StepSums:
 # ---- on its way to the host ------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, eq=False)
+class Later:
+    """Work of a quantity on a step whose sums are on the host; see `Quantity.later`."""
+
+    quantity: str
+    finish: Callable[..., None]
+    tensors: Sequence[Tensor]  # on the host once they have `arrived`
+    arrived: torch.cuda.Event | None
+
+    @classmethod
+    def of(cls, quantity: str, finish: Callable[..., None], tensors: Sequence[Tensor]) -> Later:
+        """Begin to bring the tensors to the host."""
+        if not any(tensor.is_cuda for tensor in tensors):
+            return cls(quantity, finish, tensors, None)
+        pinned = [torch.empty(one.shape, dtype=one.dtype, pin_memory=True) for one in tensors]
+        copies = [host.copy_(one, non_blocking=True) for host, one in zip(pinned, tensors, strict=True)]
+        arrived = torch.cuda.Event(blocking=True)  # whoever waits sleeps
+        arrived.record()
+        return cls(quantity, finish, copies, arrived)
+
+
 @dataclass(frozen=True)
 class Measured:
     """What the training's thread knows of a measured step, beside its packet."""
@@ -296,6 +317,7 @@ class Measured:
     sharded_outputs: frozenset[int]  # layers whose output the ranks of one batch have split
     probed: bool  # the probe was run
     began: float  # `perf_counter` at which it would have begun, if all of measuring had been done in one go
+    later: tuple[Later, ...] = ()  # what is left to do on the host
 
 
 class HostCopies:

@@ -7,14 +7,17 @@ import logging
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from time import perf_counter
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..quantities import Step
-from ..quantities.quantity import Accumulator, Column, MeasuredModel, Quantity
+from ..quantities.quantity import Accumulator, Column, MeasuredModel, Quantity, Sums
 from ..timeline import Timeline
-from .packet import Fields, Packet, Piece
+from .packet import Fields, Later, Packet, Piece
 
 __all__ = ["FAILED", "MACHINERY", "Panel"]
 
@@ -53,11 +56,13 @@ class Panel:
                     f"quantity {name!r} listens to the training and to the probe; state data = 'probe', or make it two"
                 )
             self.quantities[name] = copy.copy(quantity)
+            vars(self.quantities[name])["later"] = partial(self._keep, name)
         self._listeners = {tap: tuple(q for q in self.quantities.values() if _overrides(q, tap)) for tap in TAPS}
         self.probing = False  # it is about the probe set
         self._step = 0  # the last that has begun
         self.due: frozenset[str] = frozenset()
         self.failures: dict[str, Exception] = {}  # of the step under way, by quantity
+        self.later: list[Later] = []  # of the step under way
         self.warn: Callable[[str, str], None] = _log_only
 
     # ---- what they declare -------------------------------------------------------------------------------------------
@@ -164,7 +169,7 @@ class Panel:
         """Begin `step`, at which the quantities `due` are measured; the step's own always are."""
         self._step = step
         self.due = (frozenset(due) | {Step.name}) & set(self.quantities)
-        self.failures = {}
+        self.failures, self.later = {}, []
 
     def listening(self, tap: str) -> list[Quantity]:
         """The quantities that a tap has to be told to: due, not failed, and on the data that this panel is about."""
@@ -190,12 +195,16 @@ class Panel:
     def tell_late(self, tap: str, quantities: Iterable[Quantity], packet: Packet, event: object) -> None:
         """As `tell`, about a step that is over: who raises is marked in its packet at once."""
         for quantity in quantities:
-            try:
-                with torch.no_grad():
-                    getattr(quantity, tap)(packet[quantity.name], event)
-            except Exception as error:
-                packet[MACHINERY][FAILED][list(self.quantities).index(quantity.name)] = 1
-                self._say(quantity.name, error, tap)
+            self.tell_to(packet, quantity.name, tap, partial(getattr(quantity, tap), packet[quantity.name], event))
+
+    def tell_to(self, packet: Packet, name: str, where: str, call: Callable[[], None]) -> None:
+        """Call a quantity about a step that is over: if it raises, that is marked in its packet at once."""
+        try:
+            with torch.no_grad():
+                call()
+        except Exception as error:
+            packet[MACHINERY][FAILED][list(self.quantities).index(name)] = 1
+            self._say(name, error, where)
 
     def fail(self, name: str, error: Exception, where: str) -> None:
         """A quantity has no values in this step."""
@@ -217,6 +226,18 @@ class Panel:
         for place, name in enumerate(self.quantities):
             if name in self.failures:
                 flags[place] = 1
+
+    def _keep(self, name: str, sums: Sums, finish: Callable[..., None], *tensors: Tensor) -> None:
+        self.later.append(Later.of(name, finish, tensors))
+
+    def finish_later(self, packet: Packet, later: Iterable[Later]) -> float:
+        """Do what quantities have left for the host, whose sums are in `packet`; returns the milliseconds it took."""
+        started = perf_counter()
+        for work in later:
+            if work.arrived is not None:
+                work.arrived.synchronize()
+            self.tell_to(packet, work.quantity, "later", partial(work.finish, packet[work.quantity], *work.tensors))
+        return 1e3 * (perf_counter() - started)
 
     # ---- what their sums amount to -----------------------------------------------------------------------------------
 

@@ -129,7 +129,7 @@ class Probe:
         of_step["step_ms"].fill_(step_ms)
         of_step["steps"].fill_(1)
         self._thin_out(step_ms)
-        steps = self.budget.run(step, due, self._clock.last_ms, step_ms)
+        steps = self.budget.run(step, due, self._clock.last_ms + self.budget.later_ms, step_ms)
         of_step["probe_every"].fill_(steps or 0)  # else those that join the ranks' sums know
         self._at, self._training_from = step, perf_counter()
 

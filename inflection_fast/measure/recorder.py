@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 from time import perf_counter
@@ -19,10 +19,11 @@ from time import perf_counter
 import torch
 
 from ..alerts import Alert, AlertWatch, log_alerts
+from ..quantities import Step
 from ..timeline import IF_EXISTS, Timeline, TimelineWriter, folder_for
 from ..timeline.writer import KEPT_BYTES
 from .hooks import WarnOnce
-from .packet import CudaCopies, HostCopies, Measured, Packet, Row
+from .packet import CudaCopies, HostCopies, Later, Measured, Packet, Row
 from .panel import Panel
 from .ranks import Join, Layout, Ranks
 from .schedule import ProbeBudget
@@ -53,6 +54,7 @@ class Recorder:
         join: makes the packet of this process that of all, in place, for every step in order, and returns how many
             processes are missing from it; called with None for a step that was dropped here, which the others must not
             wait for.
+        finish: does what quantities have left for the host, in the sums of a packet, before it is joined.
         decide: called with the row of every step with a run of the probe, of all ranks, or with none where it is not
             known; returns how many steps there are to the next run.
         told: called with every row that has any values, after it was appended.
@@ -69,13 +71,14 @@ class Recorder:
         copies=None,
         *,
         join: Callable[..., int] | None = None,
+        finish: Callable[[Packet, Sequence[Later]], None] | None = None,
         decide: Callable[[dict], int] | None = None,
         told: Callable[[Row], None] | None = None,
         keeps: bool = True,
         patience_s: float = PATIENCE_S,
     ):
         self._without_slot = self._unfinished = 0  # packets that are missing; each is counted by one thread alone
-        self._decide = decide
+        self._decide, self._finish_later = decide, finish
         self.last: Row | None = None  # the row that was finished last
         self._join, self._told, self._keeps, self._patience_s = join, told, keeps, patience_s
         self._writer, self._fields, self._row_of, self._warn = writer, packet.fields, row, warn
@@ -159,6 +162,8 @@ class Recorder:
         if arrival is not None:
             arrival.synchronize()
         packet = Packet(self._fields, data=self._ring[slot])
+        if measured.later and self._finish_later is not None:
+            self._finish_later(packet, measured.later)
         missing = 0 if self._join is None else self._join(measured.step, packet, measured.sharded_outputs)
         return self._row_of(packet, measured.due, alone=missing > 0) | {"missing_ranks": float(missing)}
 
@@ -201,7 +206,8 @@ class Recorder:
             self._thread.join(POLL_S if self._hangs else self._patience_s)
             if self._thread.is_alive():
                 return  # it hangs in the disk, which `drain` has told
-            self._row_of = _forgotten  # whoever keeps a closed recorder keeps no quantity, which may know the model
+            # Whoever keeps a closed recorder keeps no quantity, which may know the model.
+            self._row_of, self._finish_later = (lambda *_, **__: {}), None
         try:
             self._writer.close()
         except OSError as error:
@@ -256,10 +262,7 @@ class Record:
         return self._writer is not None and self._heads == heads
 
     def open(self, heads: int, meta: dict) -> None:
-        """Open the timeline, in memory where this process does not write. `ValueError` if it is of another run.
-
-        `OSError` if the disk refuses.
-        """
+        """Open the timeline, in memory where this process does not write. `ValueError` if it is of another run."""
         folder = self.folder if self.writes else None
         if self._writer is not None:  # the number of heads was taken for another, and nothing was written yet
             self._writer.close()
@@ -305,15 +308,20 @@ class Record:
             join = Join(ranks, layout, packet.fields, probed, self.warn)
             patience_s += rank_timeout_s
         # The recorder outlives a monitor that is forgotten: nothing here may hold on to it.
-        budget, decide = self.budget, None
+        budget, panel, decide = self.budget, self._panel, None
         if join is not None and budget is not None:
             decide = lambda row: budget.decide(*(_number(row.get(name)) for name in ("probe_ms", "step_ms")))  # noqa: E731
         watch, on_alert = self._watch if layout.writes else None, self._on_alert
-        rows = self._rows if layout.writes and self._on_row is not None else None
+        rows = self._rows if layout.writes and self._on_row is not None else deque(maxlen=0)
+
+        def finish(packet: Packet, later: Sequence[Later]) -> None:
+            took_ms = panel.finish_later(packet, later)
+            packet[Step.name]["probe_ms"] += took_ms
+            if budget is not None:
+                budget.later_ms = took_ms
 
         def told(row: Row) -> None:
-            if rows is not None:
-                rows.append(row)
+            rows.append(row)
             if watch is not None:
                 log_alerts(watch.push(row.step, row.columns), on_alert)
 
@@ -323,6 +331,7 @@ class Record:
             self._panel.row,
             self.warn,
             join=join,
+            finish=finish,
             decide=decide,
             told=told,
             keeps=keeps,
@@ -386,7 +395,3 @@ class Record:
 
 def _number(value) -> float | None:
     return None if value is None or value.mask else float(value)
-
-
-def _forgotten(*args: object, **options: object) -> dict:
-    raise RuntimeError("the recorder is closed")

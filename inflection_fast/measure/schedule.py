@@ -54,7 +54,7 @@ class ProbeBudget:
         self.first_step = first_step
         self._last = dict.fromkeys(every, first_step - 1)
         self._next = self._at = first_step
-        self._spent_ms = 0.0
+        self._spent_ms = self.later_ms = 0.0  # the latter is what a run took after it, in another thread
         self._decided = threading.Event()
         self._decided.set()
 

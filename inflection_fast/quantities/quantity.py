@@ -26,7 +26,7 @@ Rules for taps, which run in the middle of the training:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
@@ -368,6 +368,14 @@ class Quantity:
 
     def on_probe(self, sums: Sums, probe: ProbeFeatures) -> None:
         """After a run of the probe set. `held` is "alike"."""
+
+    def later(self, sums: Sums, finish: Callable[..., None], *tensors: Tensor) -> None:
+        """Leave work that would wait for a device, such as eigenvalues, to the thread that finishes rows.
+
+        For taps of the probe set and of the whole step. `finish(sums, *tensors)` gets the sums of the step and copies
+        on the host. `tensors` are not written to any more. Without a monitor it is called at once.
+        """
+        finish(sums, *tensors)
 
     # ---- slow work on parameters, in a thread of its own -------------------------------------------------------------
 

@@ -111,7 +111,8 @@ class Trajectory(Quantity):
                 centred = features - features.mean(0)
                 sums["measured"][layer].fill_(1)
                 sums["stack"][layer].fill_(layers[0])
-                sums["contraction"][layer] = tail_exponent(centred)
+                gram = gram_of(centred)
+                self.later(sums, partial(_write_contraction, layer, min(len(gram), len(centred) - 1)), gram)
                 if before is not None:
                     self._write_pair(sums, layer, before, features)
                 before = features
@@ -197,15 +198,27 @@ def _from_chord(gram: np.ndarray, first: int, last: int, points: np.ndarray) -> 
 
 def tail_exponent(centred: Tensor) -> Tensor:
     """-slope of log s_k against log k, least squares over the tail of the singular values of [N, D]; float64 []."""
+    gram = gram_of(centred)
+    return _tail_exponent(gram, min(len(gram), len(centred) - 1))  # centring takes one rank away
+
+
+def gram_of(centred: Tensor) -> Tensor:
+    """The smaller Gram matrix of [N, D], float64, whose eigenvalues are the squared singular values."""
     x = centred.double()
-    gram = x @ x.mT if x.shape[0] < x.shape[1] else x.mT @ x
+    return x @ x.mT if x.shape[0] < x.shape[1] else x.mT @ x
+
+
+def _write_contraction(layer: int, count: int, sums: Sums, gram: Tensor) -> None:
+    sums["contraction"][layer].copy_(_tail_exponent(gram, count))
+
+
+def _tail_exponent(gram: Tensor, count: int) -> Tensor:
     broken = ~torch.isfinite(gram).all()
     squares = torch.linalg.eigvalsh(gram.masked_fill(broken, 0.0)).flip(0)
-    count = min(len(squares), x.shape[0] - 1)  # centring takes one rank away
     begin, end = int(TAIL[0] * count), max(int(TAIL[1] * count), int(TAIL[0] * count) + 2)
     if end > count:
-        return torch.full((), torch.nan, dtype=torch.float64, device=x.device)
-    k = torch.arange(begin + 1, end + 1, dtype=torch.float64, device=x.device).log()
+        return gram.new_full((), torch.nan)
+    k = torch.arange(begin + 1, end + 1, dtype=torch.float64, device=gram.device).log()
     s = squares[begin:end].clamp(min=0.0).log() / 2
     k = k - k.mean()
     return (-(k * s).sum() / k.square().sum()).masked_fill(broken, torch.nan)

@@ -174,6 +174,7 @@ HOST_READS = {
     ("ops/spectrum.py", "singular_values"): "of a checkpoint, or of a copy of the weights in a thread of its own",
     ("measure/recorder.py", "_row"): "the one copy of a measured step, on a thread that nobody waits for",
     ("measure/parameters.py", "_add"): "fills a tensor of the host that no device holds",
+    ("measure/panel.py", "finish_later"): "of what is on its way to the host, on a thread that nobody waits for",
     ("measure/overhead.py", "_forward_backward"): "a stopwatch has to wait for the device",
     ("measure/probe.py", "save"): "the reference goes to a file once, at entering",
 }
