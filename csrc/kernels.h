@@ -1,8 +1,8 @@
 // The border between tensors and kernels: every argument struct and every launcher.
 //
 // Launchers take raw pointers and strides in elements, write only where an output pointer says, never allocate, never
-// synchronise and never throw. A `_cpu` launcher does the items [begin, end) of its work: the caller owns the threads.
-// A `_cuda` launcher enqueues everything on `stream` and returns a cudaError_t as int.
+// synchronise and never throw. A `_cpu` launcher (all of them in the list at the end) does the items [begin, end) of its
+// work: the caller owns the threads. A `_cuda` launcher enqueues everything on `stream` and returns a cudaError_t as int.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,6 @@ namespace inflection {
 enum class DType : int32_t { f32, bf16, f16, boolean };
 
 constexpr int kMaxDims = 8;  // dimensions in front of the rows of an operand
-
 // ---- sum_of_squares -------------------------------------------------------------------------------------------------
 
 // One tensor, its dimensions sorted by stride and merged where they are contiguous: the innermost is dimension 0.
@@ -39,8 +38,6 @@ struct SumOfSquaresArgs {
   // outputs
   double* out;  // [groups]: the square of a float is no float
 };
-void sum_of_squares_cpu(const SumOfSquaresArgs&, int64_t begin, int64_t end);  // work items: chunks; fills `partial`
-void sum_of_squares_merge_cpu(const SumOfSquaresArgs&, int64_t begin, int64_t end);  // work items: groups; fills `out`
 int sum_of_squares_cuda(const SumOfSquaresArgs&, void* stream);
 int sum_of_squares_merge_cuda(const SumOfSquaresArgs&, void* stream);
 
@@ -64,7 +61,7 @@ struct RowOutputs {
   float* max_logit;  // largest attendable score; -inf without keys
   float* keys;       // attendable keys
   float* collision;  // sum of squared probabilities
-  float* sink;       // probability of key 0, or of the sink column where there is one
+  float* sink;       // probability of key 0, of the first key of a packed row's sequence, or of the sink column if any
 };
 
 // The GPU cuts rows that are few and long: blocks take the statistics of parts, warps the gradient of slices. Where
@@ -99,16 +96,13 @@ struct AttentionStatsArgs {
   double scale;  // not rounded to float: 20 nats^2 of variance would make 1e-6 of that
   bool causal;   // row i attends columns j <= i
   Mask mask;
-  RowPart* parts;  // [batch * rows, row_parts] scratch of the GPU where row_parts is above 1; in the backward
-                   // pass where row_slices is
+  RowPart* parts;  // [batch * rows, row_parts] scratch of the GPU where row_parts, or backward row_slices, is above 1
   // outputs
   RowOutputs out;
 };
-void attention_stats_cpu(const AttentionStatsArgs&, int64_t begin, int64_t end);  // work items: batch * rows
 int attention_stats_cuda(const AttentionStatsArgs&, void* stream);
 
-// d(loss)/d(score) of a row is p * (g_lse - g_entropy * (s - lse + H) + 2 g_collision * (p - C) - g_sink * P)
-// plus g_sink * P at key 0, with P its probability. Masked columns get 0.
+// What the gradient of a row with respect to its scores is made of (core/row_gradient.h).
 struct RowGradients {
   const float* entropy;  // [batch * rows], saved by the forward pass
   const float* lse;
@@ -129,7 +123,6 @@ struct AttentionStatsBackwardArgs {
   void* grad;  // [batch..., rows, cols] contiguous, dtype `grad_dtype`
   DType grad_dtype;
 };
-void attention_stats_backward_cpu(const AttentionStatsBackwardArgs&, int64_t begin, int64_t end);
 int attention_stats_backward_cuda(const AttentionStatsBackwardArgs&, void* stream);
 
 // ---- attention_stats_qk: the same, fused from Q and K ---------------------------------------------------------------
@@ -151,8 +144,7 @@ struct AttentionStatsQkArgs {
   Mask mask;             // batch dimensions B, H; rows are positions in [0, Tq)
   const float* sinks;    // [H] scores of a virtual column without value, already in softmax units; null: none
   bool has_sinks;        // the backward pass needs no more than this: a sink's own gradient is O(rows)
-  const int64_t* rows;   // [num_rows] query positions; null: all of them, num_rows = Tq. Positions outside
-                         // [0, Tq) read nothing and give NaN
+  const int64_t* rows;   // [num_rows] query positions, NaN outside [0, Tq); null: all of them, num_rows = Tq
   int64_t num_rows;
   // [Tq, 2] the sequence [begin, end) that a position is in, of Tq = Tk packed ones: its row attends no other keys. Any
   // values: nothing outside [0, Tk) is read. Null: one sequence.
@@ -160,8 +152,6 @@ struct AttentionStatsQkArgs {
   // outputs
   RowOutputs out;  // [B, H, num_rows]
 };
-int64_t attention_stats_qk_items(const AttentionStatsQkArgs&);  // number of work items on the CPU
-void attention_stats_qk_cpu(const AttentionStatsQkArgs&, int64_t begin, int64_t end);
 int attention_stats_qk_cuda(const AttentionStatsQkArgs&, void* stream);
 
 struct AttentionStatsQkBackwardArgs {
@@ -172,10 +162,6 @@ struct AttentionStatsQkBackwardArgs {
   float* grad_key;    // [B, Hkv, Tk, D] contiguous
 };
 // Two passes, each deterministic for any number of threads: row blocks fill grad_query, blocks of keys fill grad_key.
-int64_t attention_stats_qk_grad_query_items(const AttentionStatsQkBackwardArgs&);
-void attention_stats_qk_grad_query_cpu(const AttentionStatsQkBackwardArgs&, int64_t begin, int64_t end);
-int64_t attention_stats_qk_grad_key_items(const AttentionStatsQkBackwardArgs&);
-void attention_stats_qk_grad_key_cpu(const AttentionStatsQkBackwardArgs&, int64_t begin, int64_t end);
 int attention_stats_qk_grad_query_cuda(const AttentionStatsQkBackwardArgs&, void* stream);
 int attention_stats_qk_grad_key_cuda(const AttentionStatsQkBackwardArgs&, void* stream);
 
@@ -189,8 +175,6 @@ struct AttentionColumnMassArgs {
   float* squares;  // [B, H, Tk] sum of their squares
 };
 // Every number has one writer, which adds the rows in a fixed order.
-int64_t attention_column_mass_items(const AttentionColumnMassArgs&);  // number of work items on the CPU
-void attention_column_mass_cpu(const AttentionColumnMassArgs&, int64_t begin, int64_t end);
 int attention_column_mass_cuda(const AttentionColumnMassArgs&, void* stream);
 
 // ---- cka: the sums over rows behind linear CKA ----------------------------------------------------------------------
@@ -199,8 +183,11 @@ int attention_column_mass_cuda(const AttentionColumnMassArgs&, void* stream);
 // debiased CKA need is the Gram matrix of z = (1, p, q, u, v): one symmetric matrix of K = 3 + Dx + Dy rows per layer.
 constexpr int64_t kCkaHead = 3;  // 1, p, q
 
-// Upper triangle, row by row: element (i, j), j >= i, is number i * K - i * (i - 1) / 2 + j - i.
+// Upper triangle, row by row: element (i, j), j >= i, is number cka_row(k, i) + j.
 constexpr int64_t cka_packed(int64_t k) { return k * (k + 1) / 2; }
+constexpr int64_t cka_row(int64_t k, int64_t i) {
+  return i * k - i * (i - 1) / 2 - i;
+}  // element (i, 0) would be there
 
 constexpr int64_t kCkaDepth = 256;      // rows of a block: float32 sums no longer; 16 columns of it fill half of L1
 constexpr int64_t kCkaExactRows = 32;   // so few rows are multiplied in float64: adding the Gram matrix costs as much
@@ -211,7 +198,8 @@ constexpr int64_t kCkaPanel = 96;       // packed widths are padded to a multipl
 constexpr int64_t kCkaSides = 2;        // shift items of a layer
 constexpr int64_t kCkaGpuPanel = 128;   // columns of one side that make up one edge of a tile on the GPU
 constexpr int64_t kCkaTermRows = 64;    // rows of the Gram matrix in one item of the terms
-constexpr int64_t kCkaTermSums = 6;
+constexpr int64_t kCkaTermSums = 6;     // squares of S_xy, S_xx, S_yy; then s_x M_xy s_y, s_x M_xx s_x, s_y M_yy s_y
+constexpr int64_t kCkaLeastRows = 4;    // that the debiased terms need
 
 struct CkaSide {
   const void* data;
@@ -250,13 +238,7 @@ struct CkaPushArgs {
   float* shift;  // [layers, Dx + Dy]
   double* gram;  // [layers, cka_packed(K)], added to
 };
-// The rows that count, the shifts; then, for every block of kCkaDepth rows, packing, its long rows, and products.
-void cka_rows_cpu(const CkaPushArgs&, int64_t begin, int64_t end);       // work items: layers
-void cka_shift_cpu(const CkaPushArgs&, int64_t begin, int64_t end);      // layers * kCkaSides
-void cka_pack_cpu(const CkaPushArgs&, int64_t begin, int64_t end);       // layers * kCkaDepth / kCkaRowChunk
-void cka_long_rows_cpu(const CkaPushArgs&, int64_t begin, int64_t end);  // layers
-void cka_product_cpu(const CkaPushArgs&, int64_t begin, int64_t end);    // layers * cka_product_items
-int cka_push_cuda(const CkaPushArgs&, void* stream);                     // all of it
+int cka_push_cuda(const CkaPushArgs&, void* stream);
 int cka_adopt_cuda(const CkaPushArgs&, void* stream);  // the shifts alone: rows, seen and shift are used
 
 // Rows in a frozen basis, and what tells how much of their variance it keeps; on the GPU torch's products do this.
@@ -272,8 +254,6 @@ struct CkaProjectArgs {
   float* out[kCkaSides];  // [layers, rows, rank] (x - c) P; rows that do not count are 0
   double* sums;           // [layers, 2 dim + 2] u, v, |u|^2, |v|^2, added to
 };
-void cka_project_cpu(const CkaProjectArgs&, int64_t begin, int64_t end);  // work items: layers * kCkaSides
-
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t cka_gpu_panels(int64_t dx, int64_t dy) {
   return ceil_div(dx, kCkaGpuPanel) + ceil_div(dy, kCkaGpuPanel);
@@ -291,8 +271,6 @@ struct CkaTermsArgs {
   // outputs
   double* terms;  // [layers, 3]: xy, xx, yy; a self term that rounding could have made is 0
 };
-void cka_terms_cpu(const CkaTermsArgs&, int64_t begin, int64_t end);        // work items: layers * cka_term_items
-void cka_terms_merge_cpu(const CkaTermsArgs&, int64_t begin, int64_t end);  // layers
 int cka_terms_cuda(const CkaTermsArgs&, void* stream);
 int cka_terms_merge_cuda(const CkaTermsArgs&, void* stream);
 
@@ -326,10 +304,6 @@ struct CkaBatchArgs {
   double* own;    // [batches, layers of both sides] |K|^2
   double* cross;  // [batches, layers, layers of the other side] <K, L>
 };
-// Work items: batches in work * layers of both sides, which fill `triangles`; then batches in work * ceil_div(layers,
-// kCkaPairRows).
-void cka_batch_triangles_cpu(const CkaBatchArgs&, int64_t begin, int64_t end);
-void cka_batch_products_cpu(const CkaBatchArgs&, int64_t begin, int64_t end);
 
 // ---- activation_moments: one pass over what a block takes in and gives out ------------------------------------------
 
@@ -378,12 +352,45 @@ struct ActivationMomentsArgs {
   double* sums;    // [kMomentSums]
   float* largest;  // [1] largest magnitude of y
 };
-void activation_moments_cpu(const ActivationMomentsArgs&, int64_t begin, int64_t end);        // moment_parts(rows)
-void activation_moments_merge_cpu(const ActivationMomentsArgs&, int64_t begin, int64_t end);  // kMomentSums + 1
 int activation_moments_cuda(const ActivationMomentsArgs&, void* stream);
 int activation_moments_merge_cuda(const ActivationMomentsArgs&, void* stream);
 
-// ---- instruction sets of the CPU kernels ----------------------------------------------------------------------------
+// ---- every CPU kernel -----------------------------------------------------------------------------------------------
+
+// X(name, arguments), and what the work items are. The launchers name_cpu, their dispatch by instruction set and the
+// tables of kernels follow from this list alone.
+#define INFLECTION_KERNEL_LIST(X)                                                                                   \
+  X(sum_of_squares, SumOfSquaresArgs)                            /* chunks; fills `partial` */                      \
+  X(sum_of_squares_merge, SumOfSquaresArgs)                      /* groups; fills `out` */                          \
+  X(activation_moments, ActivationMomentsArgs)                   /* moment_parts(rows) */                           \
+  X(activation_moments_merge, ActivationMomentsArgs)             /* kMomentSums + 1 */                              \
+  X(attention_stats, AttentionStatsArgs)                         /* batch * rows */                                 \
+  X(attention_stats_backward, AttentionStatsBackwardArgs)        /* batch * rows */                                 \
+  X(attention_stats_qk, AttentionStatsQkArgs)                    /* its _items */                                   \
+  X(attention_stats_qk_grad_query, AttentionStatsQkBackwardArgs) /* its _items */                                   \
+  X(attention_stats_qk_grad_key, AttentionStatsQkBackwardArgs)   /* its _items */                                   \
+  X(attention_column_mass, AttentionColumnMassArgs)              /* its _items */                                   \
+  X(cka_rows, CkaPushArgs)                                       /* layers: the rows that count */                  \
+  X(cka_shift, CkaPushArgs)                                      /* layers * kCkaSides; then, by kCkaDepth rows: */ \
+  X(cka_pack, CkaPushArgs)                                       /* layers * kCkaDepth / kCkaRowChunk */            \
+  X(cka_long_rows, CkaPushArgs)                                  /* layers */                                       \
+  X(cka_product, CkaPushArgs)                                    /* layers * cka_product_items */                   \
+  X(cka_project, CkaProjectArgs)                                 /* layers * kCkaSides */                           \
+  X(cka_batch_triangles, CkaBatchArgs)                           /* batches in work * layers of both sides */       \
+  X(cka_batch_products, CkaBatchArgs) /* batches in work * ceil_div(layers, kCkaPairRows) */                        \
+  X(cka_terms, CkaTermsArgs)          /* layers * cka_term_items */                                                 \
+  X(cka_terms_merge, CkaTermsArgs)    /* layers */
+// Those whose number of work items the instruction set decides: name_items(arguments).
+#define INFLECTION_ITEMS_LIST(X)                                 \
+  X(attention_stats_qk, AttentionStatsQkArgs)                    \
+  X(attention_stats_qk_grad_query, AttentionStatsQkBackwardArgs) \
+  X(attention_stats_qk_grad_key, AttentionStatsQkBackwardArgs)   \
+  X(attention_column_mass, AttentionColumnMassArgs)
+
+#define INFLECTION_DECLARE(name, Args) void name##_cpu(const Args&, int64_t begin, int64_t end);
+INFLECTION_KERNEL_LIST(INFLECTION_DECLARE)
+#define INFLECTION_DECLARE_ITEMS(name, Args) int64_t name##_items(const Args&);
+INFLECTION_ITEMS_LIST(INFLECTION_DECLARE_ITEMS)
 
 enum class Isa : int32_t { portable, avx2, avx512 };
 // The best instruction set that this CPU has and this library was built with, at most `limit`; it is the one used from

@@ -1,4 +1,4 @@
-// Statistics of one softmax row in one pass and O(1) memory; host and device.
+// Statistics of one softmax row in one pass and O(1) memory: sums, how they move onto another maximum, what is reported.
 //
 //   m = max s,  x = s - m,  l = sum e^x,  t = sum e^x x,  c = sum e^2x,  n = number of keys
 //   entropy = log l - t / l,  log-sum-exp = m + log l,  collision = c / l^2
@@ -7,11 +7,58 @@
 // scores: l >= 1, t <= 0, both terms of the entropy are >= 0 and nothing cancels. Peaked rows are as exact as flat ones.
 #pragma once
 
-#include <math.h>
-
 #include "core/host_device.h"
+#include "kernels.h"
 
-namespace inflection {
+namespace INFLECTION_CORE {
+
+// Moves sums onto a score that lies -d above what they are centred on, f = e^d: l <- f l, t <- f (t + d l), c <- f^2 c.
+// Numbers or vectors; d and t in any unit, if it is the same.
+template <class V>
+IF_HD void rebase_sums(V d, V f, V& sum, V& dot) {
+  dot = f * (dot + d * sum);
+  sum = f * sum;
+}
+template <class V, class S>
+IF_HD void rebase_sums(V d, V f, V& sum, V& dot, S& square) {
+  rebase_sums(d, f, sum, dot);
+  square = static_cast<S>(f * f) * square;
+}
+
+// Roundings may take a probability over 1. NaN stays NaN.
+IF_HD double probability(double p) { return p > 1.0 ? 1.0 : p; }
+
+// The finished sums of one row. In float64: entropy is a difference of two numbers of up to 9.
+struct RowTotals {
+  double centre;     // what the sums are centred on: m, or near it
+  double sum;        // l
+  double log_sum;    // log l
+  double dot;        // t, in nats
+  double square;     // c
+  double first;      // e^(s - centre) of the column that `sink` reports; 0 where it is not attended
+  double max_logit;  // largest score of a key
+  float keys;
+  bool empty;   // nothing is attended
+  bool broken;  // NaN or +inf is
+};
+
+// Writes what is wanted of row `at`.
+IF_HD void report(const RowTotals& row, int64_t at, const RowOutputs& out) {
+  const auto put = [&](float* to, double value, double when_empty) {
+    if (to != nullptr) to[at] = static_cast<float>(row.broken ? double(NAN) : row.empty ? when_empty : value);
+  };
+  const double inverse = 1.0 / row.sum;  // one division a row
+  const double entropy = row.log_sum - row.dot * inverse, lse = row.centre + row.log_sum;
+  put(out.entropy, entropy > 0.0 ? entropy : 0.0, 0.0);
+  put(out.lse, lse, -INFINITY);
+  // Without this e^(score - lse) is off by 6e-8 |lse|.
+  if (out.lse_low != nullptr)
+    out.lse_low[at] = row.broken || row.empty ? 0.f : static_cast<float>(lse - static_cast<float>(lse));
+  put(out.max_logit, row.max_logit, -INFINITY);
+  put(out.collision, probability(row.square * inverse * inverse), 0.0);
+  put(out.sink, probability(row.first * inverse), 0.0);
+  if (out.keys != nullptr) out.keys[at] = row.keys;
+}
 
 struct RowState {
   float max = -INFINITY;    // m
@@ -32,54 +79,33 @@ struct RowState {
     merge(one);
   }
 
-  // Rebase both onto the larger maximum: e^(s - m) = e^(s - m_i) f with d = m_i - m, f = e^d, so
-  // l = sum f l_i, t = sum f (t_i + d l_i), c = sum f^2 c_i.
-  IF_HD void merge(const RowState& other) {
+  IF_HD void merge(RowState other) {
     first = other.first > first ? other.first : first;  // at most one side has seen the column
     keys += other.keys;
-    if (other.sum == 0.f) return;  // both empty: -inf - -inf would be NaN
-    if (sum == 0.f) {
-      max = other.max, sum = other.sum, dot = other.dot, square = other.square;
+    const float highest = other.max > max ? other.max : max;
+    rebase(highest);
+    other.rebase(highest);
+    sum += other.sum;
+    dot += other.dot;
+    square += other.square;
+  }
+
+  IF_HD void rebase(float highest) {
+    constexpr float kLeast =
+        -200.f;        // e^kLeast is 0; of finite numbers the difference may be -inf, and 0 * -inf is NaN
+    if (sum == 0.f) {  // -inf - -inf would be NaN
+      max = highest;
       return;
     }
-    const float m = other.max > max ? other.max : max;
-    rebase(m);
-    const float d = difference(other.max, m), f = expf(d);
-    sum += f * other.sum;
-    dot += f * (other.dot + d * other.sum);
-    square += f * f * other.square;
+    const float d = max - highest < kLeast ? kLeast : max - highest;
+    rebase_sums(d, expf(d), sum, dot, square);
+    max = highest;
   }
 
-  IF_HD void rebase(float m) {
-    const float d = difference(max, m), f = expf(d);
-    dot = f * (dot + d * sum);
-    sum *= f;
-    square *= f * f;
-    max = m;
+  IF_HD RowTotals totals() const {
+    const bool broken = !(sum >= 0.f) || !(max < INFINITY);
+    return {max, sum, logf(sum), dot, square, expf(first - max), max, keys, sum == 0.f, broken};
   }
-
-  // a - b; of finite numbers it may be -inf, and 0 * -inf would be NaN. e^kLeast is 0.
-  static IF_HD float difference(float a, float b) {
-    constexpr float kLeast = -200.f;
-    const float d = a - b;
-    return d < kLeast ? kLeast : d;
-  }
-  // Roundings may take a probability over 1. NaN stays NaN.
-  static IF_HD float probability(float p) { return p > 1.f ? 1.f : p; }
-
-  // A row without keys has entropy 0, log-sum-exp -inf, collision 0 and sink 0.
-  IF_HD float entropy() const { return entropy_of(logf(sum)); }
-  IF_HD float entropy_of(float log_sum) const { return sum == 0.f ? 0.f : log_sum - dot / sum; }
-  IF_HD float lse() const { return sum == 0.f ? -INFINITY : max + logf(sum); }
-  // The log-sum-exp rounded, and what it lost: without that e^(score - lse) is off by 6e-8 |lse|. Knuth's exact sum.
-  IF_HD void lse_of(float log_sum, float& high, float& low) const {
-    high = max + log_sum;
-    const float from_log = high - max, from_max = high - from_log;
-    low = (max - from_max) + (log_sum - from_log);
-    if (sum == 0.f) high = -INFINITY, low = 0.f;
-  }
-  IF_HD float collision() const { return sum == 0.f ? 0.f : probability(square / (sum * sum)); }
-  IF_HD float sink() const { return sum == 0.f ? 0.f : probability(expf(first - max) / sum); }
 };
 
-}  // namespace inflection
+}  // namespace INFLECTION_CORE

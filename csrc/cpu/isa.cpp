@@ -44,67 +44,11 @@ int cpu_isa(int64_t limit) {
   return static_cast<int>(current.load());
 }
 
-void sum_of_squares_cpu(const SumOfSquaresArgs& args, int64_t begin, int64_t end) {
-  kernels().sum_of_squares(args, begin, end);
-}
-void sum_of_squares_merge_cpu(const SumOfSquaresArgs& args, int64_t begin, int64_t end) {
-  kernels().sum_of_squares_merge(args, begin, end);
-}
-void activation_moments_cpu(const ActivationMomentsArgs& args, int64_t begin, int64_t end) {
-  kernels().activation_moments(args, begin, end);
-}
-void activation_moments_merge_cpu(const ActivationMomentsArgs& args, int64_t begin, int64_t end) {
-  kernels().activation_moments_merge(args, begin, end);
-}
-void attention_stats_cpu(const AttentionStatsArgs& args, int64_t begin, int64_t end) {
-  kernels().attention_stats(args, begin, end);
-}
-void attention_stats_backward_cpu(const AttentionStatsBackwardArgs& args, int64_t begin, int64_t end) {
-  kernels().attention_stats_backward(args, begin, end);
-}
-void cka_rows_cpu(const CkaPushArgs& args, int64_t begin, int64_t end) { kernels().cka_rows(args, begin, end); }
-void cka_shift_cpu(const CkaPushArgs& args, int64_t begin, int64_t end) { kernels().cka_shift(args, begin, end); }
-void cka_pack_cpu(const CkaPushArgs& args, int64_t begin, int64_t end) { kernels().cka_pack(args, begin, end); }
-void cka_long_rows_cpu(const CkaPushArgs& args, int64_t begin, int64_t end) {
-  kernels().cka_long_rows(args, begin, end);
-}
-void cka_product_cpu(const CkaPushArgs& args, int64_t begin, int64_t end) { kernels().cka_product(args, begin, end); }
-void cka_project_cpu(const CkaProjectArgs& args, int64_t begin, int64_t end) {
-  kernels().cka_project(args, begin, end);
-}
-void cka_batch_triangles_cpu(const CkaBatchArgs& args, int64_t begin, int64_t end) {
-  kernels().cka_batch_triangles(args, begin, end);
-}
-void cka_batch_products_cpu(const CkaBatchArgs& args, int64_t begin, int64_t end) {
-  kernels().cka_batch_products(args, begin, end);
-}
-void cka_terms_cpu(const CkaTermsArgs& args, int64_t begin, int64_t end) { kernels().cka_terms(args, begin, end); }
-void cka_terms_merge_cpu(const CkaTermsArgs& args, int64_t begin, int64_t end) {
-  kernels().cka_terms_merge(args, begin, end);
-}
-
-int64_t attention_stats_qk_items(const AttentionStatsQkArgs& args) { return kernels().attention_stats_qk_items(args); }
-void attention_stats_qk_cpu(const AttentionStatsQkArgs& args, int64_t begin, int64_t end) {
-  kernels().attention_stats_qk(args, begin, end);
-}
-int64_t attention_stats_qk_grad_query_items(const AttentionStatsQkBackwardArgs& args) {
-  return kernels().attention_stats_qk_grad_query_items(args);
-}
-void attention_stats_qk_grad_query_cpu(const AttentionStatsQkBackwardArgs& args, int64_t begin, int64_t end) {
-  kernels().attention_stats_qk_grad_query(args, begin, end);
-}
-int64_t attention_stats_qk_grad_key_items(const AttentionStatsQkBackwardArgs& args) {
-  return kernels().attention_stats_qk_grad_key_items(args);
-}
-void attention_stats_qk_grad_key_cpu(const AttentionStatsQkBackwardArgs& args, int64_t begin, int64_t end) {
-  kernels().attention_stats_qk_grad_key(args, begin, end);
-}
-
-int64_t attention_column_mass_items(const AttentionColumnMassArgs& args) {
-  return kernels().attention_column_mass_items(args);
-}
-void attention_column_mass_cpu(const AttentionColumnMassArgs& args, int64_t begin, int64_t end) {
-  kernels().attention_column_mass(args, begin, end);
-}
+#define INFLECTION_LAUNCHER(name, Args) \
+  void name##_cpu(const Args& args, int64_t begin, int64_t end) { kernels().name(args, begin, end); }
+#define INFLECTION_ITEMS(name, Args) \
+  int64_t name##_items(const Args& args) { return kernels().name##_items(args); }
+INFLECTION_KERNEL_LIST(INFLECTION_LAUNCHER)
+INFLECTION_ITEMS_LIST(INFLECTION_ITEMS)
 
 }  // namespace inflection

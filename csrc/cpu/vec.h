@@ -1,14 +1,24 @@
 // Vectors of float in the width of the instruction set that the including file is compiled for.
 //
-// GCC's and Clang's vector extensions, so that one source serves AVX-512, AVX2 and any other CPU. Included by every
-// <isa>.cpp inside its own namespace INFLECTION_ISA, because inline functions compiled for different instruction sets
-// must never be merged by the linker. No include guard against that: each <isa>.cpp includes it once.
+// GCC's and Clang's vector extensions, so that one source serves AVX-512, AVX2 and any other CPU. Each <isa>.cpp has it in
+// a namespace of its own, because inline functions compiled for different instruction sets must never be merged by the
+// linker.
+#pragma once
+
 #include "isa.h"
+
+#include "core/dtypes.h"
 
 namespace inflection::INFLECTION_ISA {
 
 #define IF_INLINE inline __attribute__((always_inline))
 #define IF_LAMBDA __attribute__((always_inline))  // behind the parameters of a lambda
+
+constexpr float kInf = std::numeric_limits<float>::infinity(), kNan = std::numeric_limits<float>::quiet_NaN();
+
+IF_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+IF_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+IF_INLINE int64_t round_up(int64_t a, int64_t step) { return ceil_div(a, step) * step; }
 
 constexpr int W = INFLECTION_VECTOR_BYTES / 4;  // floats in a vector
 typedef float vf __attribute__((vector_size(INFLECTION_VECTOR_BYTES)));
@@ -19,8 +29,6 @@ typedef uint16_t vh __attribute__((vector_size(INFLECTION_VECTOR_BYTES / 2)));  
 
 IF_INLINE vf splat(float x) { return x - vf{}; }
 IF_INLINE vu splat_u(uint32_t x) { return x + vu{}; }
-IF_INLINE vf bits_to_float(vi x) { return (vf)x; }
-IF_INLINE vi float_to_bits(vf x) { return (vi)x; }
 IF_INLINE vf select(vi mask, vf a, vf b) { return mask ? a : b; }
 // One instruction each on x86. Where either is NaN the result is b: max(limit, x) keeps a NaN in x, max(x, limit) drops
 // it.
@@ -35,13 +43,6 @@ IF_INLINE float f16_to_float(uint16_t x) {
   const uint32_t special = (x & 0x7c00) == 0x7c00 ? 0x7f800000u : 0u;
   return std::bit_cast<float>(std::bit_cast<uint32_t>(magnitude) | special | uint32_t(x & 0x8000) << 16);
 }
-
-struct BF16 {
-  uint16_t bits;
-};
-struct F16 {
-  uint16_t bits;
-};
 
 IF_INLINE float to_float(float x) { return x; }
 IF_INLINE float to_float(BF16 x) { return bf16_to_float(x.bits); }
@@ -137,21 +138,32 @@ struct Larger {
 IF_INLINE float sum(vf x) { return across<W>(x, Plus{}); }
 IF_INLINE float max(vf x) { return across<W>(x, Larger{}); }
 
-// The halves of a vector added up in float64.
-IF_INLINE vd widened(vf x) {
+// The halves of a vector in float64, and added up.
+IF_INLINE void widen(vf x, vd& low, vd& high) {
   typename Floats<W / 2>::type a, b;
   __builtin_memcpy(&a, &x, sizeof a);
   __builtin_memcpy(&b, reinterpret_cast<const char*>(&x) + sizeof a, sizeof b);
-  return __builtin_convertvector(a, vd) + __builtin_convertvector(b, vd);
+  low = __builtin_convertvector(a, vd), high = __builtin_convertvector(b, vd);
+}
+IF_INLINE vd widened(vf x) {
+  vd low, high;
+  widen(x, low, high);
+  return low + high;
+}
+// p[0], p[1], ... += x
+IF_INLINE void add_to_double(double* p, vf x) {
+  typename Floats<W / 2>::type part[2];  // copied as a whole: in two steps accumulators would leave their registers
+  __builtin_memcpy(part, &x, sizeof x);
+  for (int h = 0; h < 2; ++h) store(p + h * (W / 2), load(p + h * (W / 2)) + __builtin_convertvector(part[h], vd));
 }
 
-// The sum of the lanes in float64.
-IF_INLINE double wide_sum(vf x) {
-  const vd both = widened(x);
+// The sum of the lanes.
+IF_INLINE double sum(vd x) {
   double total = 0.0;
-  for (int lane = 0; lane < W / 2; ++lane) total += both[lane];
+  for (int lane = 0; lane < W / 2; ++lane) total += x[lane];
   return total;
 }
+IF_INLINE double wide_sum(vf x) { return sum(widened(x)); }
 
 // Sums of pairs of neighbours, of a and then of b.
 template <int... I>

@@ -4,7 +4,7 @@
 // A second launch adds the parts in an order that their number alone fixes, so the result is the same in every run.
 // Bound by memory: each element is read once from it. Only a row with a massive activation is read again, from the
 // cache, to find its median bit by bit.
-#include "kernels.h"
+#include "core/moments.h"
 #include "warp.cuh"
 
 namespace inflection {
@@ -54,28 +54,17 @@ __device__ int64_t at_most(const MomentRow<T>& row, float limit) {  // how many 
   return warp_sum(count);
 }
 
-// As on the CPU: the lower median is the least number that half of the row reaches.
 template <class T>
 __device__ double massive_of_row(const MomentRow<T>& row, float largest) {
-  const int64_t half = (row.dim + 1) / 2;
-  if (at_most(row, static_cast<float>(largest / kMassiveOfMedian)) < half) return 0.0;
-  unsigned low = 0, high = __float_as_uint(largest);  // magnitudes are ordered like their bits
-  while (low < high) {
-    const unsigned middle = low + (high - low) / 2;
-    if (at_most(row, __uint_as_float(middle)) >= half) high = middle;
-    else low = middle + 1;
-  }
-  const double limit = __uint_as_float(low) * kMassiveOfMedian;
+  const double limit = massive_limit(row.dim, largest, [&](float x) { return at_most(row, x); });
   double count = 0.0;
+  if (limit != limit) return count;
   each(row, MomentRow<T>{nullptr, 1, 0}, [&](float y, float) {
     const double x = fabsf(y);
     count += x > kMassiveMagnitude && x >= limit;
   });
   return warp_sum(count);
 }
-
-// The larger one; NaN where one of the two is.
-__device__ __forceinline__ float larger_or_nan(float a, float b) { return a != a || a > b ? a : b; }
 
 template <class Y, class X>
 __global__ void __launch_bounds__(kWarps* kWarpSize, kBlocks) moments_of_parts(ActivationMomentsArgs args) {
@@ -88,53 +77,39 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kBlocks) moments_of_parts(A
   const auto add = [&](int k, double x) { sum += lane == k ? x : 0.0; };
   float largest = 0.f;
   for (int64_t row = part * rows; row < end; ++row) {
-    int64_t index = row, of_y = 0, of_x = 0, of_mask = 0;
-    for (int d = args.dims - 1; d >= 0; --d) {
-      const int64_t i = index % args.sizes[d];
-      index /= args.sizes[d];
+    int64_t of_y = 0, of_x = 0, of_mask = 0;
+    for_indices(row, args.sizes, args.dims, [&](int32_t d, int64_t i) {
       of_y += i * args.y.strides[d];
       of_x += i * args.x.strides[d];
       of_mask += i * args.mask.strides[d];
-    }
+    });
     if (args.mask.data && !static_cast<const bool*>(args.mask.data)[of_mask]) continue;
     const MomentRow<Y> y{static_cast<const Y*>(args.y.data) + of_y, args.y.col_stride, args.dim};
     const bool both = args.x.data != nullptr;
     const MomentRow<X> x{both ? static_cast<const X*>(args.x.data) + of_x : nullptr, args.x.col_stride, args.dim};
-    double first = 0.0, second = 0.0, third = 0.0, fourth = 0.0, input = 0.0, product = 0.0, change = 0.0;
+    RowMoments sums{};
     float top = 0.f;
     each(y, x, [&](float ys, float xs) {
       const double b = ys, a = xs, square = b * b, moved = b - a;
       top = larger_or_nan(fabsf(ys), top);
-      first += b;
-      second += square;
-      third += square * b;
-      fourth += square * square;
-      input += a * a;
-      product += a * b;
-      change += moved * moved;
+      sums.first += b;
+      sums.second += square;
+      sums.third += square * b;
+      sums.fourth += square * square;
+      sums.input += a * a;
+      sums.product += a * b;
+      sums.change += moved * moved;
     });
-    const double squares = warp_sum(second);
+    sums.first = warp_sum(sums.first), sums.second = warp_sum(sums.second);
+    sums.third = warp_sum(sums.third), sums.fourth = warp_sum(sums.fourth);
+    if (both)
+      sums.input = warp_sum(sums.input), sums.product = warp_sum(sums.product), sums.change = warp_sum(sums.change);
     for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2)
       top = larger_or_nan(top, __shfl_xor_sync(kAllLanes, top, lanes));
-    if (squares != squares) top = NAN;
-    add(kMomentRows, 1.0);
-    add(kMomentElements, static_cast<double>(args.dim));
-    add(kMomentFirst, warp_sum(first));
-    add(kMomentSecond, squares);
-    add(kMomentThird, warp_sum(third));
-    add(kMomentFourth, warp_sum(fourth));
-    if (top != top) add(kMomentMassive, top);
-    else if (top > kMassiveMagnitude) add(kMomentMassive, massive_of_row(y, top));
+    if (sums.second != sums.second) top = NAN;
+    const double massive = top > kMassiveMagnitude ? massive_of_row(y, top) : top != top ? double(top) : 0.0;
+    add_row(sums, args.dim, massive, both, add);
     largest = larger_or_nan(top, largest);
-    if (!both) continue;
-    const double length = warp_sum(input), products = warp_sum(product), changes = warp_sum(change);
-    add(kMomentInput, length);
-    if (length == 0.0) continue;  // an input of zeros has neither a length to compare with nor a direction
-    add(kMomentPairs, 1.0);
-    add(kMomentRatio, sqrt(changes / length));
-    if (squares == 0.0) continue;
-    add(kMomentCosines, 1.0);
-    add(kMomentCosine, products / sqrt(length) / sqrt(squares));
   }
   if (lane < kMomentSums) args.partial[lane * parts + part] = sum;
   if (lane == 0) args.partial_largest[part] = largest;
@@ -169,27 +144,16 @@ template <class Y, class X>
 int run(const ActivationMomentsArgs& args, void* stream) {
   const int64_t parts = args.parts;
   if (parts == 0) return cudaSuccess;
-  return launch(moments_of_parts<Y, X>, dim3(static_cast<unsigned>((parts + kWarps - 1) / kWarps)),
-                dim3(kWarps * kWarpSize), 0, stream, args);
-}
-
-template <class Y>
-int run(const ActivationMomentsArgs& args, void* stream) {
-  switch (args.x.dtype) {
-    case DType::f32: return run<Y, float>(args, stream);
-    case DType::bf16: return run<Y, BF16>(args, stream);
-    default: return run<Y, F16>(args, stream);
-  }
+  return launch(moments_of_parts<Y, X>, dim3(static_cast<unsigned>(ceil_div(parts, kWarps))), dim3(kWarps * kWarpSize),
+                0, stream, args);
 }
 
 }  // namespace
 
 int activation_moments_cuda(const ActivationMomentsArgs& args, void* stream) {
-  switch (args.y.dtype) {
-    case DType::f32: return run<float>(args, stream);
-    case DType::bf16: return run<BF16>(args, stream);
-    default: return run<F16>(args, stream);
-  }
+  return for_dtype(args.y.dtype, [&](auto y) {
+    return for_dtype(args.x.dtype, [&](auto x) { return run<decltype(y), decltype(x)>(args, stream); });
+  });
 }
 
 int activation_moments_merge_cuda(const ActivationMomentsArgs& args, void* stream) {

@@ -11,8 +11,8 @@
 //
 // A probability is e^(s - lse), at most 1. A row at lse = -inf counts nothing, a score of -inf has no probability, NaN
 // stays NaN in the columns that its row attends.
+#include "core/exact_sum.h"
 #include "qk_tiles.cuh"
-#include "row_lanes.cuh"
 
 namespace inflection {
 namespace {
@@ -24,11 +24,7 @@ constexpr float kMostLse = 0x1p10f;    // up to which lse * log2(e) may be round
 struct Sum {
   float high = 0.f, low = 0.f;
 
-  __device__ __forceinline__ void add(float x) {
-    const float before = high;
-    high += x;
-    low += lost_in_sum(before, x, high);
-  }
+  __device__ __forceinline__ void add(float x) { add_exactly(x, high, low); }
   // Over the lanes that share a left row.
   __device__ __forceinline__ float over_lanes() const {
     double total = double(high) + low;
@@ -130,7 +126,7 @@ int run(const AttentionColumnMassArgs& args, void* stream) {
   const AttentionStatsQkArgs& forward = args.forward;
   QkForm form = QkForm::of(forward);
   form.group = 1;
-  const int64_t key_tiles = (forward.keys + S::kLeft - 1) / S::kLeft;
+  const int64_t key_tiles = ceil_div(forward.keys, S::kLeft);
   const int64_t blocks = forward.batch * forward.heads * key_tiles;
   if (blocks == 0) return cudaSuccess;
   if (blocks > kMostBlocks || forward.keys > kMostKeys || forward.queries > kMostKeys) return cudaErrorInvalidValue;
@@ -143,13 +139,7 @@ int run(const AttentionColumnMassArgs& args, void* stream) {
 }  // namespace
 
 int attention_column_mass_cuda(const AttentionColumnMassArgs& args, void* stream) {
-  switch (args.forward.dtype) {
-    case DType::f32:
-      if (args.forward.head_dim <= 256) return run<Shape<float, 1, 4, 8>>(args, stream);
-      return run<Shape<float, 1, 2, 4>>(args, stream);
-    case DType::bf16: return run<Shape<BF16, 1, 4, 8>>(args, stream);
-    default: return run<Shape<F16, 1, 4, 8>>(args, stream);
-  }
+  return with_shape(args.forward, [&](auto shape) { return run<decltype(shape)>(args, stream); });
 }
 
 }  // namespace inflection

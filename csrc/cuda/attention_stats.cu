@@ -26,10 +26,13 @@ __device__ double first_score(const AttentionStatsArgs& args, const Form& form, 
   if (row.cols == 0) return -kInf;
   const float v = to_float(static_cast<const T*>(args.logits)[row.logits]);
   if (v <= args.floor) return -kInf;
-  if (args.mask.data == nullptr) return v * form.factor;
-  if (!form.low) return static_cast<const uint8_t*>(args.mask.data)[row.mask] ? v * form.factor : -kInf;
-  const float bias = mask_value(args.mask, row.mask);
-  return bias <= args.mask.floor ? -double(kInf) : v * args.scale + bias;
+  float bias = 0.f;
+  if (args.mask.data != nullptr && !attends(args.mask, row.mask, bias)) return -kInf;
+  const float product = __fmul_rn(v, form.factor);
+  if (!form.low) return product;
+  float score, low;
+  add_bias(v, product, fmaf(v, form.factor, -product), form.factor_low, bias, score, low);
+  return double(score) + low;
 }
 
 template <class T, bool kVector, bool kMask>
@@ -40,7 +43,7 @@ __global__ void __launch_bounds__(kThreads, kResident<kMask>)
   const int thread = threadIdx.x % kWarpSize;
   const Row row = row_of(args, item);
   int keys = 0;
-  const RowTotal total =
+  const MergedRow total =
       total_of<T, kVector, kMask, kSlice<kVector, kMask>>(args, form, row, 0, thread, kWarpSize, keys);
   keys = warp_sum(keys);
   if (thread != 0) return;
@@ -49,7 +52,7 @@ __global__ void __launch_bounds__(kThreads, kResident<kMask>)
 }
 
 struct BlockMemory {
-  RowTotal totals[kWarps];
+  MergedRow totals[kWarps];
   int keys[kWarps];
 };
 
@@ -64,14 +67,14 @@ __global__ void __launch_bounds__(kThreads, kResident<kMask>)
   const int64_t begin = blockIdx.x % cuts.count * cuts.cols;
   if (begin + cuts.cols < row.cols) row.cols = begin + cuts.cols;
   int keys = 0;
-  RowTotal total =
+  MergedRow total =
       total_of<T, kVector, kMask, kSlice<kVector, kMask>>(args, form, row, begin, threadIdx.x, kThreads, keys);
   keys = warp_sum(keys);
   const int warp = threadIdx.x / kWarpSize;
   if (threadIdx.x % kWarpSize == 0) memory.totals[warp] = total, memory.keys[warp] = keys;
   __syncthreads();
   if (warp != 0) return;
-  total = threadIdx.x < kWarps ? memory.totals[threadIdx.x] : RowTotal{};
+  total = threadIdx.x < kWarps ? memory.totals[threadIdx.x] : MergedRow{};
   total = merge_warp(total, form.exponential);
   keys = warp_sum(threadIdx.x < kWarps ? memory.keys[threadIdx.x] : 0);
   if (threadIdx.x != 0) return;
@@ -91,7 +94,7 @@ __global__ void __launch_bounds__(kThreads)
   if (item >= items) return;
   const Row row = row_of(args, item);
   int keys;
-  const RowTotal total = merge_parts(args.parts + item * parts, parts, form.exponential, keys);
+  const MergedRow total = merge_parts(args.parts + item * parts, parts, form.exponential, keys);
   if (threadIdx.x % kWarpSize != 0) return;
   const double first = form.first ? first_score<T>(args, form, row) : -kInf;
   write_row(total, keys, first, form.scale, form.exponential, row.index, args.out);
@@ -127,11 +130,7 @@ int run(const AttentionStatsArgs& args, const float* large, void* stream) {
 }
 
 int run(const AttentionStatsArgs& args, const float* large, void* stream) {
-  switch (args.dtype) {
-    case DType::f32: return run<float>(args, large, stream);
-    case DType::bf16: return run<BF16>(args, large, stream);
-    default: return run<F16>(args, large, stream);
-  }
+  return for_dtype(args.dtype, [&](auto zero) { return run<decltype(zero)>(args, large, stream); });
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 // probability. In rows where all is finite and masked columns are far below, 16-bit logits are not looked at singly.
 #include <type_traits>
 
+#include "core/row_gradient.h"
 #include "logit_rows.cuh"
 
 namespace inflection {
@@ -13,29 +14,20 @@ namespace {
 template <bool kMask>
 constexpr int kResidentBackward = kMask ? 1 : 2;
 
-__device__ __forceinline__ float at(const float* values, int64_t i) { return values == nullptr ? 0.f : values[i]; }
-
 constexpr float kNothing = -100.f;  // e^x is 0 from here on: below the smallest normal number
 
-// d(loss)/d(score) of a row as a function of log p; see RowGradients.
+// The gradient of a row as a function of its values.
 struct RowSlope {
   float top, scale, log_sum;  // log p = x * scale - log_sum, x = value - top
-  float entropy, collision;   // what p log p and p^2 are multiplied by
-  float constant, sink;       // and p; what is added at key 0
+  RowGradient gradient;
 
   __device__ __forceinline__ float log_p(float x) const { return fmaf(x, scale, -log_sum); }
   __device__ __forceinline__ float at(float log_p) const {
-    const float p = exp2_approx(log_p * static_cast<float>(kLog2e));
-    return p * (fmaf(p, collision, constant) - entropy * log_p);
-  }
-  // What comes in may be infinite: then every attended column is NaN.
-  __device__ __forceinline__ void spread_infinity() {
-    const float all = entropy + collision + constant + sink;
-    if (all - all != 0.f) constant = NAN;
+    return gradient.at(exp2_approx(log_p * static_cast<float>(kLog2e)), log_p);
   }
   // Columns at `floor` and below get 0 without being looked for, as everything is finite.
   __device__ __forceinline__ bool is_plain(float floor) const {
-    const float all = log_sum + entropy + collision + constant + sink;
+    const float all = log_sum + gradient.constant;
     return all - all == 0.f && log_p(floor - top) < kNothing;
   }
 };
@@ -70,21 +62,14 @@ __global__ void __launch_bounds__(kThreads, kResidentBackward<kMask>)
   slope.top = 0.f, slope.log_sum = args.rows.lse[row.index], slope.scale = static_cast<float>(form.scale);
   if (is_large(slope.log_sum)) {
     int keys = 0;
-    const RowTotal total =
+    const MergedRow total =
         args.forward.parts != nullptr
             ? merge_parts(args.forward.parts + item * parts, parts, form.exponential, keys)
             : total_of<T, kVector, kMask, kOtherSlice>(args.forward, form, row, 0, thread, kWarpSize, keys);
     slope.top = total.max;
     slope.log_sum = static_cast<float>(log1p(total.below + (total.tops - 1)));
   }
-  slope.entropy = at(args.rows.grad_entropy, row.index) * args.out_scale;
-  slope.collision = 2.f * at(args.rows.grad_collision, row.index) * args.out_scale;
-  slope.sink = at(args.rows.grad_sink, row.index) * args.out_scale;
-  if (slope.sink != 0.f) slope.sink *= args.rows.sink[row.index];
-  slope.constant =
-      at(args.rows.grad_lse, row.index) * args.out_scale - slope.entropy * args.rows.entropy[row.index] - slope.sink;
-  if (slope.collision != 0.f) slope.constant -= slope.collision * args.rows.collision[row.index];
-  slope.spread_infinity();
+  slope.gradient = RowGradient::of(args.rows, row.index, args.out_scale, true);
 
   const bool plain = kPlain && form.factor == 1.f && slope.is_plain(args.forward.floor);
   G* out = static_cast<G*>(args.grad) + row.index * args.forward.cols;
@@ -117,7 +102,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBackward<kMask>)
         slopes[i] = part.value[i] == -kInf ? 0.f : found;  // also in a row without keys, or one that is NaN
       }
     }
-    if (col == 0 && (plain || part.value[0] != -kInf)) slopes[0] += slope.sink;
+    if (col == 0 && (plain || part.value[0] != -kInf)) slopes[0] += slope.gradient.first;
     if constexpr (kVector) {
       if (whole_runs) {
         if (col < args.forward.cols) store_run(out + col, slopes);
@@ -160,13 +145,10 @@ int run_backward(const AttentionStatsBackwardArgs& args, void* stream) {
 }  // namespace
 
 int attention_stats_backward_cuda(const AttentionStatsBackwardArgs& args, void* stream) {
-  const bool of_scores = args.grad_dtype == DType::f32;
-  switch (args.forward.dtype) {
-    case DType::f32: return run_backward<float, float>(args, stream);
-    case DType::bf16:
-      return of_scores ? run_backward<BF16, float>(args, stream) : run_backward<BF16, BF16>(args, stream);
-    default: return of_scores ? run_backward<F16, float>(args, stream) : run_backward<F16, F16>(args, stream);
-  }
+  return for_dtype(args.forward.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    return args.grad_dtype == DType::f32 ? run_backward<T, float>(args, stream) : run_backward<T, T>(args, stream);
+  });
 }
 
 }  // namespace inflection

@@ -11,6 +11,7 @@
 // before shared memory (2.0), mma.sync (1.8) and exponentials (1.2); at D = 256 shared memory does.
 //
 // float32 inputs are multiplied in float32 with fused multiply-adds. Odd rows: see csrc/cpu/attention_stats_qk.inc.
+#include "core/row_state.h"
 #include "qk_tiles.cuh"
 
 namespace inflection {
@@ -48,9 +49,7 @@ struct QkLane {
     float d = at_least(fmaf(now.base - next.base, exponent, now.reference - next.reference), kLeastExponent);
     if (max == -kInf) d = kLeastExponent;
     const float f = exp2_approx(d);
-    dot = f * (dot + d * sum);
-    sum *= f;
-    square *= f * f;
+    rebase_sums(d, f, sum, dot, square);
     max = highest;
     reference = next.reference;
   }
@@ -98,36 +97,29 @@ struct QkLane {
 
 __device__ __forceinline__ void write_row(const AttentionStatsQkArgs& args, const QkForm& form, const RowPlace& row,
                                           QkLane state, int keys, float first) {
-  const float max_logit = state.max * form.scale;
-  bool empty = state.max == -kInf && state.dot == state.dot;
+  RowTotals total{};
+  total.max_logit = state.max * form.scale;
+  total.empty = state.max == -kInf && state.dot == state.dot;
   if (args.sinks != nullptr) {
     first = args.sinks[row.head];
     if (first != -kInf) {
       state.rebase(fmaxf(state.max, first), form.exponent);
       if (Centre::is_large(state.max, form.exponent)) state.template add<true, true>(first, form.exponent);
       else state.template add<true, false>(first, form.exponent);
-      empty = false;
+      total.empty = false;
     }
   }
-  const bool broken = !row.inside || state.dot != state.dot || state.max == kInf;
-  const bool single = keys == 1 && args.sinks == nullptr;  // exactly one-hot, as 2^x of a rounded reference is not
   const Centre centre = Centre::of(state.max, form.exponent);
-  const double sum = state.sum, log_sum = logf(state.sum), entropy = single ? 0.0 : log_sum - kLn2 * state.dot / sum;
-  const double above = single ? 0.0 : log_sum - kLn2 * centre.distance(state.max, form.exponent);
-  const double lse = double(state.max) * form.scale + above;
-  const double collision = single ? 1.0 : state.square / (sum * sum);
-  const double p = first == -kInf ? 0.0 : exp2_approx(centre.distance(first, form.exponent)) / sum;
-  const auto write = [&](float* to, double value, float when_empty) {
-    if (to != nullptr) to[row.out] = broken ? NAN : empty ? when_empty : static_cast<float>(value);
-  };
-  write(args.out.entropy, entropy > 0.0 ? entropy : 0.0, 0.f);
-  write(args.out.lse, lse, -kInf);
-  if (args.out.lse_low != nullptr)
-    args.out.lse_low[row.out] = broken || empty ? 0.f : static_cast<float>(lse - static_cast<float>(lse));
-  write(args.out.max_logit, max_logit, -kInf);
-  write(args.out.collision, collision < 1.0 ? collision : 1.0, 0.f);
-  write(args.out.sink, p < 1.0 ? p : 1.0, 0.f);
-  if (args.out.keys != nullptr) args.out.keys[row.out] = row.inside ? static_cast<float>(keys) : NAN;
+  total.sum = state.sum, total.log_sum = logf(state.sum), total.dot = kLn2 * state.dot, total.square = state.square;
+  total.centre = double(state.max) * form.scale - kLn2 * centre.distance(state.max, form.exponent);
+  if (keys == 1 && args.sinks == nullptr) {  // exactly one-hot, as 2^x of a rounded reference is not
+    total.square = total.sum * total.sum, total.dot = total.log_sum = 0.0;
+    total.centre = double(state.max) * form.scale;
+  }
+  total.first = first == -kInf ? 0.f : exp2_approx(centre.distance(first, form.exponent));
+  total.keys = row.inside ? static_cast<float>(keys) : NAN;
+  total.broken = !row.inside || state.dot != state.dot || state.max == kInf;
+  report(total, row.out, args.out);
 }
 
 template <class S, bool kAll>
@@ -151,9 +143,9 @@ __global__ void __launch_bounds__(S::kThreads, S::kSub > 1 ? 3 : 4)
   const auto left_row = [&](int s, int h) { return (warp * S::kSub + s) * 16 + h * 8 + lane / kLanesPerRow; };
   QkLane state[S::kSub][2];
   int attended[S::kSub][2] = {};
-  float first_key[S::kSub][2];
+  float sink[S::kSub][2];  // scores of the keys that `sink` reports, in the lane that has them
 #pragma unroll
-  for (int s = 0; s < S::kSub; ++s) first_key[s][0] = first_key[s][1] = -kInf;
+  for (int s = 0; s < S::kSub; ++s) sink[s][0] = sink[s][1] = -kInf;
 
   load_queries<T, S::kLeft, S::kThreads>(queries, args, form, head, first_row);
   if (begin < end) load_keys<T, S::kRight, S::kThreads>(keys, args, form, head, begin);
@@ -195,7 +187,11 @@ __global__ void __launch_bounds__(S::kThreads, S::kSub > 1 ? 3 : 4)
           } else {
             attended[s][h] += 2 * S::kRightTiles;
           }
-          if (j == 0 && lane % kLanesPerRow == 0) first_key[s][h] = score[0];
+          if (j == 0 || args.key_bounds != nullptr) {
+            const int at = memory.rows.sink[left_row(s, h)] - j - lane % kLanesPerRow * 2;
+#pragma unroll
+            for (int i = 0; i < 2 * S::kRightTiles; ++i) sink[s][h] = at == i / 2 * 8 + i % 2 ? score[i] : sink[s][h];
+          }
           state[s][h].template push<kAll>(score, form.exponent);
         }
       }
@@ -213,10 +209,10 @@ __global__ void __launch_bounds__(S::kThreads, S::kSub > 1 ? 3 : 4)
     for (int h = 0; h < 2; ++h) {
       state[s][h].merge_lanes(form.exponent);
       for (int lanes = kLanesPerRow / 2; lanes > 0; lanes /= 2)
-        attended[s][h] += __shfl_xor_sync(kAllLanes, attended[s][h], lanes);
+        attended[s][h] += __shfl_xor_sync(kAllLanes, attended[s][h], lanes),
+            sink[s][h] = fmaxf(sink[s][h], __shfl_xor_sync(kAllLanes, sink[s][h], lanes));
       const RowPlace row = RowPlace::of(args, form, head, first_row + left_row(s, h));
-      if (lane % kLanesPerRow == 0 && row.there)
-        write_row(args, form, row, state[s][h], attended[s][h], first_key[s][h]);
+      if (lane % kLanesPerRow == 0 && row.there) write_row(args, form, row, state[s][h], attended[s][h], sink[s][h]);
     }
   }
 }
@@ -224,7 +220,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kSub > 1 ? 3 : 4)
 template <class S, bool kAll = true>
 int run(const AttentionStatsQkArgs& args, int stages, void* stream) {
   const QkForm form = QkForm::of(args);
-  const int64_t row_tiles = (args.num_rows * form.group + S::kLeft - 1) / S::kLeft;
+  const int64_t row_tiles = ceil_div(args.num_rows * form.group, S::kLeft);
   const int64_t blocks = args.batch * args.kv_heads * row_tiles;
   if (blocks == 0 || args.heads == 0) return cudaSuccess;
   if (blocks > kMostBlocks || args.keys > kMostKeys) return cudaErrorInvalidValue;
@@ -234,26 +230,21 @@ int run(const AttentionStatsQkArgs& args, int stages, void* stream) {
                 form, row_tiles, stages);
 }
 
-// The largest tiles that leave room for a second block on a multiprocessor, or fit at all.
-template <class T>
-int run_16_bit(const AttentionStatsQkArgs& args, void* stream) {
-  if (args.head_dim <= kWholeDepth) {
-    return args.out.collision ? run<Shape<T, 2, 4, 8>, true>(args, 2, stream)
-                              : run<Shape<T, 2, 4, 8>, false>(args, 2, stream);
-  }
-  return run<Shape<T, 1, 4, 8>>(args, args.head_dim <= 256 ? 2 : 1, stream);
-}
-
 }  // namespace
 
+// The largest tiles that leave room for a second block on a multiprocessor, or fit at all.
 int attention_stats_qk_cuda(const AttentionStatsQkArgs& args, void* stream) {
-  switch (args.dtype) {
-    case DType::f32:
-      if (args.head_dim <= 256) return run<Shape<float, 1, 4, 8>>(args, args.head_dim <= 128 ? 2 : 1, stream);
-      return run<Shape<float, 1, 2, 4>>(args, 1, stream);
-    case DType::bf16: return run_16_bit<BF16>(args, stream);
-    default: return run_16_bit<F16>(args, stream);
-  }
+  return with_shape(args, [&](auto shape) {
+    using T = typename decltype(shape)::Type;
+    constexpr int64_t kDeepest = 512 / sizeof(T);  // two tiles of keys beside the rows
+    if constexpr (sizeof(T) == 2) {
+      if (args.head_dim <= kWholeDepth) {
+        return args.out.collision ? run<Shape<T, 2, 4, 8>, true>(args, 2, stream)
+                                  : run<Shape<T, 2, 4, 8>, false>(args, 2, stream);
+      }
+    }
+    return run<decltype(shape)>(args, args.head_dim <= kDeepest ? 2 : 1, stream);
+  });
 }
 
 }  // namespace inflection

@@ -12,6 +12,7 @@
 // slots; with one tile in flight the latency of loading it comes on top.
 #include <type_traits>
 
+#include "core/row_gradient.h"
 #include "qk_tiles.cuh"
 
 namespace inflection {
@@ -22,44 +23,25 @@ constexpr int kOutColumns = 8 * kOutTiles;
 constexpr float kLeastLogP = -100.f;  // finite, or 0 * -inf would be NaN; e^x is 0
 
 struct Coefficients {
-  float a, b, c, lse, lse_low, first;
+  RowGradient gradient;
+  float lse, lse_low;
 
   static __device__ __forceinline__ Coefficients of(const AttentionStatsQkBackwardArgs& args, const RowPlace& row) {
-    Coefficients k{};
-    if (!row.inside) return k;
-    const RowGradients& g = args.rows;
-    const auto get = [&](const float* from) { return from == nullptr ? 0.f : from[row.out]; };
-    if (g.lse[row.out] == -kInf) return k;  // no keys: nothing depends on anything
-    k.lse = g.lse[row.out], k.lse_low = g.lse_low[row.out];
-    k.a = get(g.grad_lse);
-    if (g.grad_entropy != nullptr) {
-      k.b = -get(g.grad_entropy);
-      k.a += k.b * g.entropy[row.out];
-    }
-    if (g.grad_collision != nullptr) {
-      k.c = 2.f * get(g.grad_collision);
-      k.a -= k.c * g.collision[row.out];
-    }
-    if (g.grad_sink != nullptr) {
-      const float share = get(g.grad_sink) * g.sink[row.out];
-      k.a -= share;
-      k.first = args.forward.has_sinks ? 0.f : share;
-    }
-    const float all = k.a + k.b + k.c + k.first;
-    if (all - all != 0.f) k.a = NAN;  // an infinite gradient comes in: every attended key is NaN
-    return k;
+    if (!row.inside) return {};
+    const float lse = args.rows.lse[row.out];
+    return {RowGradient::of(args.rows, row.out, args.forward.scale, !args.forward.has_sinks), lse == -kInf ? 0.f : lse,
+            args.rows.lse_low[row.out]};
   }
 
-  // d(loss) / d(score) of a key that is attended and not the first; the score is in units of 1 / `scale`.
-  __device__ __forceinline__ float gradient(float score, float scale) const {
+  // d(loss) / d(product) of a key that is attended and not the one of `sink`; the score is in units of 1 / `scale`.
+  __device__ __forceinline__ float of_score(float score, float scale) const {
     float log_p = at_least(fmaf(score, scale, -lse) - lse_low, kLeastLogP);
     log_p = log_p > 0.f ? 0.f : log_p;
-    const float p = exp2_approx(log_p * static_cast<float>(kLog2e));
-    return p * fmaf(c, p, fmaf(b, log_p, a));
+    return gradient.at(exp2_approx(log_p * static_cast<float>(kLog2e)), log_p);
   }
-  // d(loss) / d(product), where `score` and `slope` are those of score_of.
-  __device__ __forceinline__ float gradient(float score, float scale, float slope, bool is_first) const {
-    return score == -kInf ? 0.f : (gradient(score, scale) + (is_first ? first : 0.f)) * slope;
+  // The same of any key, where `score` and `slope` are those of score_of.
+  __device__ __forceinline__ float of_score(float score, float scale, float slope, bool is_sink) const {
+    return score == -kInf ? 0.f : (of_score(score, scale) + (is_sink ? gradient.first : 0.f)) * slope;
   }
 };
 
@@ -69,7 +51,7 @@ __device__ __forceinline__ bool is_finite(F16 x) { return (x.bits & 0x7c00) != 0
 
 // Whether an element of four words is not finite: one more in its exponent then carries into the sign.
 template <class T>
-__device__ __forceinline__ bool has_poison(const uint4& raw) {
+__device__ __forceinline__ bool has_non_finite(const uint4& raw) {
   constexpr unsigned kSigns = sizeof(T) == 4 ? 0x80000000u : 0x80008000u;
   constexpr unsigned kOne = sizeof(T) == 4 ? 0x00800000u : std::is_same_v<T, BF16> ? 0x00800080u : 0x04000400u;
   const auto carried = [](unsigned word) { return (word & ~kSigns) + kOne; };
@@ -78,13 +60,13 @@ __device__ __forceinline__ bool has_poison(const uint4& raw) {
 
 // What is not finite becomes 0: the rows that attend it have NaN in dS already, and no other may get one from 0 * NaN.
 template <class T, int N, int kThreads>
-__device__ __forceinline__ void drop_poison(T* tile, const QkForm& form) {
+__device__ __forceinline__ void zero_non_finite(T* tile, const QkForm& form) {
   constexpr int kPerRow = 8, kElements = kCopyBytes / sizeof(T);
   for (int r = threadIdx.x / kPerRow; r < N; r += kThreads / kPerRow) {
     for (int k = threadIdx.x % kPerRow * kElements; k < form.depth; k += kPerRow * kElements) {
       uint4* const at = reinterpret_cast<uint4*>(tile + r * form.pitch + k);
       const uint4 raw = *at;
-      if (!has_poison<T>(raw)) continue;
+      if (!has_non_finite<T>(raw)) continue;
       T values[kElements];
       memcpy(values, &raw, sizeof raw);
 #pragma unroll
@@ -229,7 +211,7 @@ __global__ void __launch_bounds__(S::kThreads)
     if (meets) multiply<S>(left, right, form, c);
     const int first_key = static_cast<int>(kOfKeys ? first_left : j);
     const bool whole = forward.mask.data == nullptr && forward.softcap == 0.f &&
-                       (first_key > 0 || args.rows.grad_sink == nullptr) &&
+                       (args.rows.grad_sink == nullptr || (first_key > 0 && forward.key_bounds == nullptr)) &&
                        memory.rows.cover(first_key, first_key + (kOfKeys ? S::kLeft : S::kRight));
     // of_product(row, key, product): d(loss) / d(product).
     const auto put_tile = [&](const auto& of_product) {
@@ -240,8 +222,7 @@ __global__ void __launch_bounds__(S::kThreads)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int left_at = left_row + i / 2 * 8, right_at = r + i % 2;
-          value[i] = forward.scale *
-                     of_product(kOfKeys ? right_at : left_at, first_key + (kOfKeys ? left_at : right_at), c[0][n][i]);
+          value[i] = of_product(kOfKeys ? right_at : left_at, first_key + (kOfKeys ? left_at : right_at), c[0][n][i]);
         }
 #pragma unroll
         for (int h = 0; h < 2; ++h)
@@ -250,18 +231,18 @@ __global__ void __launch_bounds__(S::kThreads)
     };
     if (meets && whole) {
       put_tile([&](int row, int, float product) {
-        return memory.coefficients[row].gradient(product * form.factor, form.scale);
+        return memory.coefficients[row].of_score(product * form.factor, form.scale);
       });
     } else if (meets) {
       put_tile([&](int row, int key, float product) {
         float score, slope;
         score_of(forward, form, memory.rows.mask[row], memory.rows.low[row], memory.rows.high[row], key, product, score,
                  slope);
-        return memory.coefficients[row].gradient(score, form.scale, slope, key == 0);
+        return memory.coefficients[row].of_score(score, form.scale, slope, key == memory.rows.sink[row]);
       });
     }
     __syncthreads();
-    drop_poison<T, S::kRight, S::kThreads>(right, form);
+    zero_non_finite<T, S::kRight, S::kThreads>(right, form);
     __syncthreads();
 #pragma unroll
     for (int piece = 0; meets && piece < kSlopePieces<S>; ++piece)
@@ -298,8 +279,7 @@ int run(const AttentionStatsQkBackwardArgs& args, void* stream) {
   const AttentionStatsQkArgs& forward = args.forward;
   const QkForm form = QkForm::of(forward);
   const int64_t left = kOfKeys ? forward.keys : forward.num_rows * form.group;
-  const int64_t left_tiles = (left + S::kLeft - 1) / S::kLeft,
-                parts = (forward.head_dim + kOutColumns - 1) / kOutColumns;
+  const int64_t left_tiles = ceil_div(left, S::kLeft), parts = ceil_div(forward.head_dim, kOutColumns);
   const int64_t blocks = forward.batch * forward.kv_heads * left_tiles * parts;
   if (blocks == 0) return cudaSuccess;
   if (blocks > kMostBlocks || forward.keys > kMostKeys || forward.queries > kMostKeys) return cudaErrorInvalidValue;
@@ -311,25 +291,14 @@ int run(const AttentionStatsQkBackwardArgs& args, void* stream) {
                 args, form, left_tiles, parts);
 }
 
-template <bool kOfKeys>
-int run(const AttentionStatsQkBackwardArgs& args, void* stream) {
-  switch (args.forward.dtype) {
-    case DType::f32:
-      if (args.forward.head_dim <= 256) return run<Shape<float, 1, 4, 8>, kOfKeys>(args, stream);
-      return run<Shape<float, 1, 2, 4>, kOfKeys>(args, stream);
-    case DType::bf16: return run<Shape<BF16, 1, 4, 8>, kOfKeys>(args, stream);
-    default: return run<Shape<F16, 1, 4, 8>, kOfKeys>(args, stream);
-  }
-}
-
 }  // namespace
 
 int attention_stats_qk_grad_query_cuda(const AttentionStatsQkBackwardArgs& args, void* stream) {
-  return run<false>(args, stream);
+  return with_shape(args.forward, [&](auto shape) { return run<decltype(shape), false>(args, stream); });
 }
 
 int attention_stats_qk_grad_key_cuda(const AttentionStatsQkBackwardArgs& args, void* stream) {
-  return run<true>(args, stream);
+  return with_shape(args.forward, [&](auto shape) { return run<decltype(shape), true>(args, stream); });
 }
 
 }  // namespace inflection

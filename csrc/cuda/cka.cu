@@ -14,7 +14,7 @@ namespace inflection {
 namespace {
 
 constexpr int kShiftThreads = 1024;    // few blocks, so many threads
-static_assert(kDepth == kCkaThreads);  // a thread a row, where rows are judged
+static_assert(kDepth == kCkaThreads);  // a thread a row, where rows are classified
 
 // |u|^2 of a row of a whole side, in every lane of the warp that asks.
 template <class T>
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kShiftThreads, 1) find_shift(CkaPushArgs args,
     __syncthreads();
     double total = 0.0;
     for (int i = 0; i < count; ++i) total += memory.norms[i];
-    limit = kCkaLong * total / count;
+    limit = cka_long(total, count);
     bool any = false;
     for (int i = 0; i < count; ++i) any = any || memory.norms[i] > limit;
     if (!any) return;
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kShiftThreads, 1) find_shift(CkaPushArgs args,
 
 // A block per layer and kCkaDepth rows: the norms of the rows, and how each of them is to be multiplied.
 template <class T>
-__global__ void __launch_bounds__(kCkaThreads) judge_rows(CkaPushArgs args, Layers layers, int64_t blocks) {
+__global__ void __launch_bounds__(kCkaThreads) classify_rows(CkaPushArgs args, Layers layers, int64_t blocks) {
   double* const partial = &shared<double>();
   const Layer layer = Layer::of(args, layers, blockIdx.x / blocks);
   const Panel x = Panel::of(args.x, layer.offsets[0], 0, args.x.dim, 0);
@@ -122,8 +122,8 @@ __global__ void __launch_bounds__(kCkaThreads) judge_rows(CkaPushArgs args, Laye
   const double p = counts ? layer.norms[2 * row] : 0.0, q = counts ? layer.norms[2 * row + 1] : 0.0;
   const double count = block_sum<kCkaThreads>(counts ? 1.0 : 0.0, partial);
   const double all_p = block_sum<kCkaThreads>(p, partial), all_q = block_sum<kCkaThreads>(q, partial);
-  const bool all = count <= double(kCkaExactRows) || cka_leaves_float(all_p) || cka_leaves_float(all_q);
-  const bool exact = counts && (all || p > kCkaLong * all_p / count || q > kCkaLong * all_q / count);
+  const bool exact =
+      counts && (cka_all_exact(count, all_p, all_q) || p > cka_long(all_p, count) || q > cka_long(all_q, count));
   if (row < end) layer.kinds[row] = !counts ? kNotCounted : exact ? kInDouble : kInFloat;
   const double of_block = block_sum<kCkaThreads>(exact ? 1.0 : 0.0, partial);
   if (threadIdx.x == 0) args.block_exact[layer.index * blocks + block] = static_cast<int32_t>(of_block);
@@ -350,7 +350,7 @@ int push(const CkaPushArgs& args, void* stream) {
   const int64_t panels = cka_gpu_panels(args.x.dim, args.y.dim), blocks = ceil_div(args.rows, kDepth);
   return launch_layers(args, stream, [&](const auto& go) {
     if (args.adopt) go(find_shift<T>, kCkaSides, kShiftThreads, sizeof(ShiftMemory));
-    go(judge_rows<T>, blocks, kCkaThreads, sizeof(double) * kCkaWarps, blocks);
+    go(classify_rows<T>, blocks, kCkaThreads, sizeof(double) * kCkaWarps, blocks);
     go(sum_columns<T>, panels * (kPanel / kColumns), kCkaThreads, sizeof(ColumnMemory), panels);
     if constexpr (sizeof(T) == 2) {
       const int64_t tiles = Tiles<kLeftPanels>::count(panels);

@@ -1,8 +1,7 @@
 // What the kernels of linear CKA share: where a layer's rows and sums lie, and how its columns are cut into panels.
 #pragma once
 
-#include "core/cka_rows.h"
-#include "kernels.h"
+#include "core/cka.h"
 #include "warp.cuh"
 
 namespace inflection {
@@ -42,7 +41,7 @@ struct Layer {
 
   static __device__ __forceinline__ Layer of(const CkaPushArgs& args, const Layers& layers, int64_t number) {
     const int64_t index = layers.first + number, dims = args.x.dim + args.y.dim, k = kCkaHead + dims;
-    double* const gram = args.gram + index * (k * (k + 1) / 2);
+    double* const gram = args.gram + index * cka_packed(k);
     return {index,
             k,
             {layers.x[number], layers.y[number]},
@@ -52,7 +51,7 @@ struct Layer {
             args.row_kinds + index * args.rows};
   }
   // Row i of the Gram matrix: element j, j >= i, is number j of it.
-  __device__ __forceinline__ double* row(int64_t i) const { return gram + i * k - i * (i - 1) / 2 - i; }
+  __device__ __forceinline__ double* row(int64_t i) const { return gram + cka_row(k, i); }
 };
 
 // Up to kPanel columns of one side.
@@ -121,13 +120,5 @@ struct Tiles {
     return false;
   }
 };
-
-// Calls body(T{}) for the type of the rows.
-template <class Body>
-auto for_dtype(DType dtype, const Body& body) {
-  if (dtype == DType::bf16) return body(BF16{});
-  if (dtype == DType::f16) return body(F16{});
-  return body(float{});
-}
 
 }  // namespace inflection

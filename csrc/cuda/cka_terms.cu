@@ -2,7 +2,7 @@
 //
 // A block takes kCkaTermRows rows of a layer's matrix, another launch adds their sums in order: the same in every run.
 // Bound by memory: the upper triangle is read once.
-#include "kernels.h"
+#include "core/cka.h"
 #include "warp.cuh"
 
 namespace inflection {
@@ -11,19 +11,17 @@ namespace {
 constexpr int kThreads = 256;
 constexpr size_t kSumsMemory = sizeof(double) * kThreads / kWarpSize;
 
-// A block per item: kCkaTermRows rows of the Gram matrix. partial: squares of S_xy, S_xx, S_yy; then s_x M_xy s_y,
-// s_x M_xx s_x, s_y M_yy s_y.
+// A block per item: kCkaTermRows rows of the Gram matrix.
 __global__ void __launch_bounds__(kThreads) sum_terms(CkaTermsArgs args, int64_t items) {
   double* const memory = &shared<double>();
   const int64_t dims = args.dim_x + args.dim_y, k = kCkaHead + dims, item = blockIdx.x;
-  const double* gram = args.gram + item / items * (k * (k + 1) / 2);
+  const double* gram = args.gram + item / items * cka_packed(k);
   const double n = gram[0];
   const double* s = gram + kCkaHead;  // [dims]: the row of 1 holds s_u, s_v
   const int64_t first = item % items * kCkaTermRows, last = first + kCkaTermRows < dims ? first + kCkaTermRows : dims;
   double sums[kCkaTermSums] = {};
   for (int64_t a = first; a < last; ++a) {
-    const int64_t i = a + kCkaHead;
-    const double* m = gram + i * k - i * (i - 1) / 2 - a;  // m[b] is element (a, b) of the moments
+    const double* m = gram + cka_row(k, kCkaHead + a) + kCkaHead;  // m[b] is element (a, b) of the moments
     const bool left = a < args.dim_x;
     for (int64_t b = a + threadIdx.x; b < dims; b += kThreads) {
       const bool cross = left && b >= args.dim_x;
@@ -41,50 +39,36 @@ __global__ void __launch_bounds__(kThreads) sum_terms(CkaTermsArgs args, int64_t
   }
 }
 
-// A block per layer; see cka_terms_merge in csrc/cpu/cka.inc.
+// A block per layer.
 __global__ void __launch_bounds__(kThreads) merge_terms(CkaTermsArgs args, int64_t items) {
-  constexpr double kNoise = 1e-12;  // rounding of the products, squared, as a share of the moments of the mean
   double* const memory = &shared<double>();
   const int64_t dims = args.dim_x + args.dim_y, k = kCkaHead + dims, layer = blockIdx.x;
-  const double* gram = args.gram + layer * (k * (k + 1) / 2);
+  const double* gram = args.gram + layer * cka_packed(k);
   const double n = gram[0], *s = gram + kCkaHead;
-  double sums[kCkaTermSums], mean[2] = {}, of_p[2] = {}, of_q[2] = {};  // |d|^2, d . w_p, d . w_q by side
+  CkaSums sums{n, {gram[1], gram[2]}, {}, {}, {}, {gram[k + 1], gram[k], gram[2 * k - 1]}, {}};
 #pragma unroll
   for (int i = 0; i < kCkaTermSums; ++i) {
     double total = 0.0;
     for (int64_t item = threadIdx.x; item < items; item += kThreads)
       total += args.partial[(layer * items + item) * kCkaTermSums + i];
-    sums[i] = block_sum<kThreads>(total, memory);
+    sums.terms[i] = block_sum<kThreads>(total, memory);
   }
 #pragma unroll
   for (int side = 0; side < 2; ++side) {
-    double own_mean = 0.0, own_p = 0.0, own_q = 0.0;
+    double mean = 0.0, of_p = 0.0, of_q = 0.0;
     for (int64_t j = (side ? args.dim_x : 0) + threadIdx.x; j < (side ? dims : args.dim_x); j += kThreads) {
       const double d = s[j] / n;
-      own_mean += d * d;
-      own_p += d * gram[k + 2 + j];
-      own_q += d * gram[2 * k + j];
+      mean += d * d;
+      of_p += d * gram[k + 2 + j];
+      of_q += d * gram[2 * k + j];
     }
-    mean[side] = block_sum<kThreads>(own_mean, memory);
-    of_p[side] = block_sum<kThreads>(own_p, memory);
-    of_q[side] = block_sum<kThreads>(own_q, memory);
+    sums.mean[side] = block_sum<kThreads>(mean, memory);
+    sums.of_p[side] = block_sum<kThreads>(of_p, memory);
+    sums.of_q[side] = block_sum<kThreads>(of_q, memory);
   }
   if (threadIdx.x != 0) return;
-  const double norm[2] = {gram[1], gram[2]};
-  const auto term = [&](int t, int i, int j, double square, double dots) {
-    double out = sums[t];
-    if (args.debiased) {
-      const double kl = square - 2.0 * dots + 4.0 * sums[3 + t] / (n * n) + mean[j] * norm[i] + mean[i] * norm[j] -
-                        3.0 * n * mean[i] * mean[j];
-      const double total = (norm[i] - n * mean[i]) * (norm[j] - n * mean[j]);
-      out = n < 4.0 ? NAN : sums[t] - n / (n - 2.0) * kl + total / ((n - 1.0) * (n - 2.0));
-    }
-    if (t > 0 && out <= kNoise * (n * mean[i]) * (n * mean[i])) out = 0.0;
-    args.terms[layer * 3 + t] = out;
-  };
-  term(0, 0, 1, gram[k + 1], of_p[1] + of_q[0]);
-  term(1, 0, 0, gram[k], 2.0 * of_p[0]);
-  term(2, 1, 1, gram[2 * k - 1], 2.0 * of_q[1]);
+#pragma unroll
+  for (int t = 0; t < 3; ++t) args.terms[layer * 3 + t] = cka_term(sums, t, args.debiased);
 }
 
 }  // namespace

@@ -2,6 +2,8 @@
 // lies, and the slices that a thread holds at once.
 #pragma once
 
+#include "core/score_form.h"
+#include "mask.cuh"
 #include "row_lanes.cuh"
 
 namespace inflection {
@@ -11,29 +13,17 @@ constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kVectorBytes = 16;
 constexpr int kDenseSlice = 4 * kVectorBytes;  // what a thread holds at once: 4 loads are in flight per thread
 constexpr int kOtherSlice = kVectorBytes;      // with a mask or strides the addresses cost more than the latency
-constexpr double kSmallestScale = 1e-28, kLargestScale = 1e28;  // as in csrc/cpu/logit_rows.inc
-constexpr float kLargeLse = 16.f;  // beyond, the rounding of a float log-sum-exp shows in every probability
+constexpr float kLargeLse = 16.f;              // beyond, the rounding of a float log-sum-exp shows in every probability
 
-// How scores are formed from logits; see Scores in csrc/cpu/logit_rows.inc.
-struct Form {
-  float factor, factor_low;  // values are multiplied by their sum: 1 or -1, or the whole scale under an additive mask
-  double scale;              // what remains to be multiplied by, > 0
-  bool low;                  // an additive mask: scores are value + low, two floats
-  bool first;                // the score of key 0 is wanted
-  Exponential exponential;   // of `scale`
+// How scores are formed from logits.
+struct Form : LogitForm {
+  bool first;               // the score of key 0 is wanted
+  Exponential exponential;  // of `scale`
 };
 
 inline Form form_of(const AttentionStatsArgs& args) {
-  Form form;
-  const double magnitude = args.scale < 0.0 ? -args.scale : args.scale;
-  form.low = args.mask.data != nullptr && args.mask.dtype != DType::boolean;
-  const bool keep = !form.low && magnitude >= kSmallestScale && magnitude <= kLargestScale;
-  const double factor = keep ? (args.scale < 0.0 ? -1.0 : 1.0) : args.scale;
-  form.factor = static_cast<float>(factor), form.factor_low = static_cast<float>(factor - form.factor);
-  form.scale = keep ? magnitude : 1.0;
-  form.first = args.out.keys != nullptr;
-  form.exponential = Exponential::of(form.scale);
-  return form;
+  const LogitForm form = LogitForm::of(args);
+  return {form, args.out.keys != nullptr, Exponential::of(form.scale)};
 }
 
 struct Row {
@@ -45,21 +35,12 @@ struct Row {
 __device__ __forceinline__ Row row_of(const AttentionStatsArgs& args, int64_t item) {
   const int64_t b = item / args.rows, r = args.rows - 1 - (item - b * args.rows);
   Row row{r * args.row_stride, r * args.mask.row_stride, b * args.rows + r, args.cols};
-  int64_t rest = b;
-  for (int32_t d = args.dims - 1; d >= 0; --d) {
-    const int64_t i = rest % args.sizes[d];
-    rest /= args.sizes[d];
+  for_indices(b, args.sizes, args.dims, [&](int32_t d, int64_t i) {
     row.logits += i * args.strides[d];
     row.mask += i * args.mask.strides[d];
-  }
+  });
   if (args.causal && r + 1 < row.cols) row.cols = r + 1;
   return row;
-}
-
-__device__ __forceinline__ float mask_value(const Mask& mask, int64_t offset) {
-  if (mask.dtype == DType::f32) return static_cast<const float*>(mask.data)[offset];
-  if (mask.dtype == DType::bf16) return to_float(static_cast<const BF16*>(mask.data)[offset]);
-  return to_float(static_cast<const F16*>(mask.data)[offset]);
 }
 
 // How a slice of one row is laid out over threads: N values of each, runs of neighbours where they are read as vectors.
@@ -176,20 +157,13 @@ struct Slice : SliceColumns<T, kVector, kBytes> {
       value[i] = v < kInf ? __fmul_rn(v, form.factor) : NAN;
       low[i] = 0.f;
       if (kMask && !masked) {
-        const int64_t at = row.mask + Columns::column(begin, i, thread, threads) * args.mask.col_stride;
-        if (!form.low) {
-          masked = !static_cast<const uint8_t*>(args.mask.data)[at];
-        } else {
-          const float bias = mask_value(args.mask, at);
-          masked = bias <= args.mask.floor;
-          // Product and sum without their roundings: scores of 1e4 would err by 5e-4 otherwise.
-          const float product = value[i], total = product + bias;
-          float rest = fmaf(v, form.factor, -product) + (v * form.factor_low + lost_in_sum(product, bias, total));
-          rest = rest - rest == 0.f ? rest : 0.f;  // beyond the range of a float nothing was lost that counts
-          const float score =
-              total + rest;  // where the mask cancels the product, `rest` is more than half an ulp of it
-          low[i] = score - score == 0.f ? rest - (score - total) : 0.f;
-          value[i] = v < kInf ? score : NAN;
+        float bias;
+        masked =
+            !attends(args.mask, row.mask + Columns::column(begin, i, thread, threads) * args.mask.col_stride, bias);
+        if (!masked && form.low) {
+          const float product = value[i];
+          add_bias(v, product, fmaf(v, form.factor, -product), form.factor_low, bias, value[i], low[i]);
+          if (!(v < kInf)) value[i] = NAN;
         }
       }
       if (masked) value[i] = -kInf;
@@ -199,8 +173,8 @@ struct Slice : SliceColumns<T, kVector, kBytes> {
 
 // Columns [begin, row.cols) by the calling threads, merged over each warp.
 template <class T, bool kVector, bool kMask, int kBytes>
-__device__ __forceinline__ RowTotal total_of(const AttentionStatsArgs& args, const Form& form, const Row& row,
-                                             int64_t begin, int thread, int threads, int& keys) {
+__device__ __forceinline__ MergedRow total_of(const AttentionStatsArgs& args, const Form& form, const Row& row,
+                                              int64_t begin, int thread, int threads, int& keys) {
   using Part = Slice<T, kVector, kMask, kBytes>;
   RowLane lane;
   for (; begin < row.cols; begin += int64_t{Part::N} * threads) {
@@ -223,7 +197,7 @@ __device__ __forceinline__ RowTotal total_of(const AttentionStatsArgs& args, con
     if (kMask && form.low) lane.template push<Part::N, kMask>(part.value, part.low, form.exponential);
     else lane.template push<Part::N, false>(part.value, part.low, form.exponential);
   }
-  return merge_warp(RowTotal::of(lane), form.exponential);
+  return merge_warp(MergedRow::of(lane), form.exponential);
 }
 
 // How a row is cut: into `count` pieces of `cols` columns, the last ones shorter or empty.
@@ -232,7 +206,7 @@ struct Cuts {
 
   static Cuts of(int64_t count, int64_t all) {
     constexpr int64_t kAlign = kLeastSlice;  // pieces begin where whole vectors of a warp do
-    return {count, ((all + count - 1) / count + kAlign - 1) / kAlign * kAlign};
+    return {count, ceil_div(ceil_div(all, count), kAlign) * kAlign};
   }
 };
 
@@ -247,7 +221,7 @@ inline bool vectors_fit(const AttentionStatsArgs& args, size_t size) {
   return fits;
 }
 
-inline dim3 grid_of_warps(int64_t items) { return dim3(static_cast<unsigned>((items + kWarps - 1) / kWarps)); }
+inline dim3 grid_of_warps(int64_t items) { return dim3(static_cast<unsigned>(ceil_div(items, kWarps))); }
 
 // The states of the parts of those rows whose log-sum-exp is large, in args.parts.
 int stats_of_large_rows_cuda(const AttentionStatsArgs& args, const float* lse, void* stream);

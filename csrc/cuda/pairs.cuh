@@ -1,6 +1,8 @@
 // Two 16-bit numbers in a word, and the instructions that take both at once; the emulator has its own of them.
 #pragma once
 
+#include <type_traits>
+
 #include "warp.cuh"
 
 namespace inflection {
@@ -54,48 +56,19 @@ inline uint32_t equal(uint32_t a, uint32_t b) {
 
 #else
 
-template <class T>
-__device__ __forceinline__ uint32_t pack(float a, float b);
-template <>
-__device__ __forceinline__ uint32_t pack<BF16>(float a, float b) {
-  uint32_t pair;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(b), "f"(a));
-  return pair;
-}
-template <>
-__device__ __forceinline__ uint32_t pack<F16>(float a, float b) {
-  uint32_t pair;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(b), "f"(a));
-  return pair;
-}
-template <class T>
-__device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b);
-template <>
-__device__ __forceinline__ uint32_t larger<BF16>(uint32_t a, uint32_t b) {
-  uint32_t pair;
-  asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
-  return pair;
-}
-template <>
-__device__ __forceinline__ uint32_t larger<F16>(uint32_t a, uint32_t b) {
-  uint32_t pair;
-  asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
-  return pair;
-}
-template <class T>
-__device__ __forceinline__ uint32_t smaller(uint32_t a, uint32_t b);
-template <>
-__device__ __forceinline__ uint32_t smaller<BF16>(uint32_t a, uint32_t b) {
-  uint32_t pair;
-  asm("min.bf16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
-  return pair;
-}
-template <>
-__device__ __forceinline__ uint32_t smaller<F16>(uint32_t a, uint32_t b) {
-  uint32_t pair;
-  asm("min.f16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
-  return pair;
-}
+// One instruction of two operands, which has a name for each of the two formats.
+#define IF_PAIR(name, Operand, constraint, before, after)                                                          \
+  template <class T>                                                                                               \
+  __device__ __forceinline__ uint32_t name(Operand a, Operand b) {                                                 \
+    uint32_t pair;                                                                                                 \
+    if constexpr (std::is_same_v<T, BF16>) asm(before "bf16x2" after : "=r"(pair) : constraint(a), constraint(b)); \
+    else asm(before "f16x2" after : "=r"(pair) : constraint(a), constraint(b));                                    \
+    return pair;                                                                                                   \
+  }
+IF_PAIR(pack, float, "f", "cvt.rn.", ".f32 %0, %2, %1;")
+IF_PAIR(larger, uint32_t, "r", "max.NaN.", " %0, %1, %2;")
+IF_PAIR(smaller, uint32_t, "r", "min.", " %0, %1, %2;")
+#undef IF_PAIR
 __device__ __forceinline__ uint32_t equal(uint32_t a, uint32_t b) {
   uint32_t mask;
   asm("set.eq.u32.f16x2 %0, %1, %2;" : "=r"(mask) : "r"(a), "r"(b));

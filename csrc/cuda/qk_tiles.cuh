@@ -8,8 +8,9 @@
 // Rows of a shared tile are an odd multiple of 16 bytes apart, so that eight of them lie in different banks.
 #pragma once
 
+#include "core/score_form.h"
 #include "exponential.cuh"
-#include "kernels.h"
+#include "mask.cuh"
 #include "mma.cuh"
 
 namespace inflection {
@@ -18,9 +19,9 @@ constexpr int kTileAlign = 16;  // elements that the depth is padded to, with ze
 constexpr int kCopyBytes = 16;  // of one asynchronous copy
 constexpr int kDepthPart = 64;  // products summed in one piece: short sums round less than one long one, and tensor
                                 // cores cut off what they do not keep
-constexpr int kWholeDepth =
-    128;  // 16-bit rows up to here are summed in one piece by every kernel, as that with kSub > 1
-          // has no registers for two sums: large scores have to be the same ones everywhere
+// 16-bit rows up to here are summed in one piece by every kernel, as that with kSub > 1 has no registers for two sums:
+// large scores have to be the same ones everywhere.
+constexpr int kWholeDepth = 128;
 constexpr int64_t kMostBlocks = 0x7fffffff, kMostKeys = 0x7fffff00;  // of one launch; keys are counted in 32 bits
 constexpr int kLanesPerRow = 4;                                      // lanes that hold a piece of the same left row
 
@@ -33,6 +34,17 @@ struct Shape {
   static constexpr int kRight = 8 * kRightTiles;
   static constexpr bool kTensorCores = sizeof(T) == 2;
 };
+
+// body(Shape{}) with the tiles of one row block at a time that fit an input.
+template <class Body>
+int with_shape(const AttentionStatsQkArgs& args, const Body& body) {
+  return for_dtype(args.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    if constexpr (sizeof(T) == sizeof(float))
+      if (args.head_dim > 256) return body(Shape<T, 1, 2, 4>{});
+    return body(Shape<T, 1, 4, 8>{});
+  });
+}
 
 // How scores are formed from dot products.
 struct QkForm {
@@ -47,19 +59,16 @@ struct QkForm {
   int group;       // query heads whose rows are packed: all that share a key head, or one
 
   static QkForm of(const AttentionStatsQkArgs& args) {
-    constexpr float kSmallest = 1e-28f, kLargest = 1e28f;  // beyond, unscaled scores could leave the range of a float
-    const float magnitude = args.scale < 0.f ? -args.scale : args.scale;
-    const bool additive = args.mask.data != nullptr && args.mask.dtype != DType::boolean;
-    const bool keep = !additive && args.softcap == 0.f && !args.has_sinks && !args.sinks && magnitude >= kSmallest &&
-                      magnitude <= kLargest;
+    const bool keep = !is_additive(args.mask) && args.softcap == 0.f && !args.has_sinks && !args.sinks;
+    const ScoreScale scale = ScoreScale::of(args.scale, keep);
     QkForm form{};
-    form.factor = keep ? (args.scale < 0.f ? -1.f : 1.f) : args.scale;
-    form.scale = keep ? magnitude : 1.f;
+    form.factor = static_cast<float>(scale.factor);
+    form.scale = static_cast<float>(scale.scale);
     form.exponent = static_cast<float>(form.scale * kLog2e);
     form.softcap = args.softcap;
     form.plain = form.factor == 1.f && args.mask.data == nullptr && args.softcap == 0.f;
     const int64_t size = args.dtype == DType::f32 ? 4 : 2;
-    form.depth = static_cast<int>((args.head_dim + kTileAlign - 1) / kTileAlign * kTileAlign);
+    form.depth = static_cast<int>(ceil_div(args.head_dim, kTileAlign) * kTileAlign);
     form.pitch = form.depth + static_cast<int>(kCopyBytes / size);
     form.group = static_cast<int>(args.heads / (args.kv_heads ? args.kv_heads : 1));
     const auto whole = [size](int64_t elements) { return elements * size % kCopyBytes == 0; };
@@ -86,23 +95,17 @@ struct HeadPlace {
   }
 };
 
-// What a sequence of packed ones leaves of [low, high).
-__device__ __forceinline__ void narrow(const int64_t* key_bounds, int64_t position, int64_t& low, int64_t& high) {
-  if (key_bounds == nullptr) return;
-  const int64_t begin = key_bounds[2 * position], end = key_bounds[2 * position + 1];
-  low = begin > low ? begin : low;
-  high = end < high ? end : high;
-}
-
 struct RowPlace {
   int64_t position, head, out;  // `out` in [B, H, num_rows]
   int low, high;                // keys inside causal and window bounds and the row's sequence; none where the position
                                 // is out of range
+  int sink;                     // the key that `sink` reports; -1 where it is outside of them
   bool there, inside;           // the packed row exists; its position does
 
   static __device__ __forceinline__ RowPlace of(const AttentionStatsQkArgs& args, const QkForm& form,
                                                 const HeadPlace& head, int64_t packed) {
     RowPlace row{};
+    row.sink = -1;
     row.there = packed < head.packed_rows;
     if (!row.there) return row;
     const int64_t i = packed / form.group;
@@ -111,14 +114,9 @@ struct RowPlace {
     row.position = args.rows ? args.rows[i] : i;
     row.inside = row.position >= 0 && row.position < args.queries;
     if (!row.inside) return row;
-    int64_t low = 0, high = args.keys;
-    if (args.window_left >= 0 && row.position - args.window_left > low) low = row.position - args.window_left;
-    if (args.window_right >= 0 && row.position + args.window_right + 1 < high)
-      high = row.position + args.window_right + 1;
-    if (args.causal && row.position + 1 < high) high = row.position + 1;
-    narrow(args.key_bounds, row.position, low, high);
-    row.low = static_cast<int>(low < args.keys ? low : args.keys);
-    row.high = static_cast<int>(high > row.low ? high : row.low);
+    const auto [low, high] = keys_of_row(args, row.position);
+    row.low = static_cast<int>(low), row.high = static_cast<int>(high);
+    row.sink = low < high && sink_key(args, row.position) == low ? row.low : -1;
     return row;
   }
 };
@@ -126,7 +124,7 @@ struct RowPlace {
 // Bounds of the rows of a tile, in shared memory.
 template <int N>
 struct RowBounds {
-  int low[N], high[N];
+  int low[N], high[N], sink[N];
   int64_t mask[N];                                // offset of the row in the mask
   int lowest, highest, highest_low, lowest_high;  // over the rows that exist; highest <= lowest: nothing to attend
 
@@ -138,7 +136,7 @@ struct RowBounds {
     __syncthreads();
     for (int r = threadIdx.x; r < N; r += kThreads) {
       const RowPlace row = RowPlace::of(args, form, head, first + r);
-      low[r] = row.low, high[r] = row.high;
+      low[r] = row.low, high[r] = row.high, sink[r] = row.sink;
       mask[r] =
           head.batch * args.mask.strides[0] + row.head * args.mask.strides[1] + row.position * args.mask.row_stride;
       if (!row.inside) continue;
@@ -158,8 +156,7 @@ struct RowBounds {
   }
 };
 
-// Positions [begin, end) of the rows that attend a key of a tile, in shared memory. Packed sequences are taken to be
-// what they are: a row attends those keys whose rows attend its own.
+// Positions [begin, end) of the rows that attend a key of a tile, in shared memory.
 struct RowSpan {
   int begin, end;
 
@@ -170,11 +167,7 @@ struct RowSpan {
     if (threadIdx.x == 0) begin = queries, end = 0;
     __syncthreads();
     for (int64_t key = first_key + threadIdx.x; key < first_key + N && key < args.keys; key += kThreads) {
-      int64_t low = 0, high = queries;
-      if (args.causal && key > low) low = key;
-      if (args.window_right >= 0 && key - args.window_right > low) low = key - args.window_right;
-      if (args.window_left >= 0 && key + args.window_left + 1 < high) high = key + args.window_left + 1;
-      narrow(args.key_bounds, key, low, high);
+      const auto [low, high] = rows_of_key(args, key);
       if (low < high) atomicMin(&begin, static_cast<int>(low)), atomicMax(&end, static_cast<int>(high));
     }
     __syncthreads();
@@ -332,16 +325,6 @@ __device__ __forceinline__ void multiply(const typename S::Type* left, const typ
 
 // ---- masks ----------------------------------------------------------------------------------------------------------
 
-// What the mask says of one element: hidden, or what it adds.
-__device__ __forceinline__ bool attends(const Mask& mask, int64_t at, float& bias) {
-  bias = 0.f;
-  if (mask.dtype == DType::boolean) return static_cast<const uint8_t*>(mask.data)[at] != 0;
-  if (mask.dtype == DType::f32) bias = static_cast<const float*>(mask.data)[at];
-  else if (mask.dtype == DType::bf16) bias = to_float(static_cast<const BF16*>(mask.data)[at]);
-  else bias = to_float(static_cast<const F16*>(mask.data)[at]);
-  return !(bias <= mask.floor);
-}
-
 // True if a mask that is the same for all rows of the tile hides all keys of [begin, end): nothing of it need be
 // computed. Every warp finds the same.
 __device__ __forceinline__ bool hidden_for_all(const AttentionStatsQkArgs& args, const HeadPlace& head,
@@ -375,9 +358,7 @@ __device__ __forceinline__ bool score_of(const AttentionStatsQkArgs& args, const
   if (args.mask.data != nullptr && !attends(args.mask, mask_row + key * args.mask.col_stride, bias)) return false;
   score = product * form.factor;
   if (form.softcap > 0.f) {
-    const float capped = tanhf(score / form.softcap);
-    slope = 1.f - capped * capped;
-    score = capped * form.softcap;
+    score = softcapped(score, form.softcap, slope, [](float x) { return tanhf(x); });
   }
   score += bias;
   return true;

@@ -1,19 +1,14 @@
 // A softmax row shared by the threads that read it: a state each (csrc/core/row_state.h), merged once at its end.
 #pragma once
 
+#include "core/exact_sum.h"
+#include "core/row_state.h"
 #include "exponential.cuh"
-#include "kernels.h"
 #include "pairs.cuh"
 
 namespace inflection {
 
 constexpr float kLowest = -3.402823466e38f;
-
-// What a + b lost when it was rounded to `total`, exactly (Knuth).
-__device__ __forceinline__ float lost_in_sum(float a, float b, float total) {
-  const float from_b = total - a, from_a = total - from_b;
-  return (a - from_a) + (b - from_b);
-}
 
 // Sums over the columns of a slice that are not at the maximum, of e^x / Exponential::kLower.
 struct SliceSums {
@@ -91,11 +86,11 @@ struct RowLane {
   __device__ __forceinline__ void rebase(float highest, const Exponential& exponential) {
     if (highest == max) return;
     const float d = at_least(fmaxf(max, kLowest) - highest, exponential.floor), f = exponential(d);
-    const float count = static_cast<float>(tops), all = below + count;
-    below_low += lost_in_sum(below, count, all);
-    dot = f * (dot + d * all), dot_low = f * (dot_low + d * below_low);
-    below = f * all, below_low *= f;
-    square = f * f * (square + count);
+    const float count = static_cast<float>(tops);
+    add_exactly(count, below, below_low);
+    square += count;
+    rebase_sums(d, f, below, dot, square);
+    rebase_sums(d, f, below_low, dot_low);
     tops = 0;
     max = highest;
   }
@@ -106,39 +101,28 @@ struct RowLane {
     add_exactly((sums.dot[0] + sums.dot[1]) * Exponential::kLower, dot, dot_low);
     square += sums.square * (Exponential::kLower * Exponential::kLower);
   }
-  static __device__ __forceinline__ void add_exactly(float x, float& sum, float& low) {
-    const float before = sum;
-    sum += x;
-    low += lost_in_sum(before, x, sum);
-  }
 };
 
-__device__ __forceinline__ float warp_max(float x) {
-  for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, lanes));
-  return x;
-}
-
 // The lanes of a warp, or of a block, as one. In float64: entropy is a difference of two numbers of up to 9.
-struct RowTotal {
+struct MergedRow {
   float max = -kInf;
   int tops = 0;
   double below = 0.0, dot = 0.0;
   float square = 0.f;
 
-  static __device__ __forceinline__ RowTotal of(const RowLane& lane) {
+  static __device__ __forceinline__ MergedRow of(const RowLane& lane) {
     return {lane.max, lane.tops, double(lane.below) + lane.below_low, double(lane.dot) + lane.dot_low, lane.square};
   }
   __device__ __forceinline__ void rebase(float highest, const Exponential& exponential) {
     if (highest == max) return;
     const float d = at_least(fmaxf(max, kLowest) - highest, exponential.floor);
-    const double f = exponential(d), all = below + tops;
-    dot = f * (dot + d * all);
-    below = f * all;
-    square = static_cast<float>(f * f) * (square + static_cast<float>(tops));
+    below += tops;
+    square += static_cast<float>(tops);
+    rebase_sums(double(d), double(exponential(d)), below, dot, square);
     tops = 0;
     max = highest;
   }
-  __device__ __forceinline__ void merge(RowTotal other, const Exponential& exponential) {
+  __device__ __forceinline__ void merge(MergedRow other, const Exponential& exponential) {
     const float highest = fmaxf(max, other.max);
     rebase(highest, exponential);
     other.rebase(highest, exponential);
@@ -150,7 +134,7 @@ struct RowTotal {
 };
 
 // One state of the lanes of a warp, in every lane.
-__device__ __forceinline__ RowTotal merge_warp(RowTotal row, const Exponential& exponential) {
+__device__ __forceinline__ MergedRow merge_warp(MergedRow row, const Exponential& exponential) {
   row.rebase(warp_max(row.max), exponential);
   row.tops = warp_sum(row.tops);
   row.below = warp_sum(row.below);
@@ -160,9 +144,9 @@ __device__ __forceinline__ RowTotal merge_warp(RowTotal row, const Exponential& 
 }
 
 // The whole of a row that was cut into `count` parts, in every lane of a warp.
-__device__ __forceinline__ RowTotal merge_parts(const RowPart* parts, int64_t count, const Exponential& exponential,
-                                                int& keys) {
-  RowTotal row;
+__device__ __forceinline__ MergedRow merge_parts(const RowPart* parts, int64_t count, const Exponential& exponential,
+                                                 int& keys) {
+  MergedRow row;
   keys = 0;
   for (int64_t i = threadIdx.x % kWarpSize; i < count; i += kWarpSize) {
     const RowPart& part = parts[i];
@@ -174,23 +158,14 @@ __device__ __forceinline__ RowTotal merge_parts(const RowPart* parts, int64_t co
 }
 
 // Writes what is wanted of row `index`; `first` is the unscaled score of key 0, -inf where it is masked.
-__device__ __forceinline__ void write_row(const RowTotal& row, int keys, double first, double scale,
+__device__ __forceinline__ void write_row(const MergedRow& row, int keys, double first, double scale,
                                           const Exponential& exponential, int64_t index, const RowOutputs& out) {
   const bool broken = row.dot != row.dot, empty = !broken && row.max == -kInf;
-  const double beyond = row.below + (row.tops - 1), sum = beyond + 1.0;
-  const double log_sum = log1p(beyond), entropy = log_sum - row.dot * scale / sum;
-  const double top = row.max;
-  const auto write = [&](float* to, double value, float when_empty) {
-    to[index] = empty ? when_empty : broken ? NAN : static_cast<float>(value);
-  };
-  write(out.entropy, entropy > 0.0 ? entropy : 0.0, 0.f);
-  write(out.lse, top * scale + log_sum, -kInf);
-  if (out.keys == nullptr) return;
-  const float d = static_cast<float>(first - top);
-  write(out.max_logit, top * scale, -kInf);
-  out.keys[index] = static_cast<float>(keys);
-  write(out.collision, (double(row.square) + row.tops) / (sum * sum), 0.f);
-  write(out.sink, d > exponential.floor ? exponential(d) / sum : 0.0, 0.f);
+  const double beyond = row.below + (row.tops - 1), top = row.max * scale;
+  const float d = static_cast<float>(first - row.max);
+  const double at_first = d > exponential.floor ? exponential(d) : 0.f, square = double(row.square) + row.tops;
+  report({top, beyond + 1.0, log1p(beyond), row.dot * scale, square, at_first, top, float(keys), empty, broken}, index,
+         out);
 }
 
 }  // namespace inflection

@@ -3,7 +3,6 @@
 // A block sums one chunk of one tensor in float64; a second launch adds each group's chunks in order, so the result is
 // the same in every run. The table of tensors travels as a kernel parameter: no copy to the device, nothing to wait
 // for. Bound by memory: each element is read once, 16 bytes a thread; a chunk writes 8 bytes.
-#include "kernels.h"
 #include "warp.cuh"
 
 namespace inflection {
@@ -70,10 +69,8 @@ __global__ void __launch_bounds__(kThreads) sum_chunks(Table table, double* part
   const Entry& entry = table.entries[which];
   const int64_t begin = (chunk - table.first_chunk[which]) * kSquaresChunk;
   const int64_t count = entry.numel - begin < kSquaresChunk ? entry.numel - begin : kSquaresChunk;
-  double total = 0.0;
-  if (entry.dtype == DType::f32) total = squares(static_cast<const float*>(entry.data) + begin, count);
-  if (entry.dtype == DType::bf16) total = squares(static_cast<const BF16*>(entry.data) + begin, count);
-  if (entry.dtype == DType::f16) total = squares(static_cast<const F16*>(entry.data) + begin, count);
+  double total = for_dtype(
+      entry.dtype, [&](auto zero) { return squares(static_cast<const decltype(zero)*>(entry.data) + begin, count); });
   total = block_sum<kThreads>(total, &shared<double>());
   if (threadIdx.x == 0) partial[chunk] = total;
 }
@@ -89,10 +86,8 @@ __global__ void __launch_bounds__(kThreads) sum_strided(Operand op, double* part
       offset += index % op.sizes[d] * op.strides[d];
       index /= op.sizes[d];
     }
-    double x = 0.0;
-    if (op.dtype == DType::f32) x = to_float(static_cast<const float*>(op.data)[offset]);
-    if (op.dtype == DType::bf16) x = to_float(static_cast<const BF16*>(op.data)[offset]);
-    if (op.dtype == DType::f16) x = to_float(static_cast<const F16*>(op.data)[offset]);
+    const double x =
+        for_dtype(op.dtype, [&](auto zero) { return to_float(static_cast<const decltype(zero)*>(op.data)[offset]); });
     total += x * x;
   }
   total = block_sum<kThreads>(total, &shared<double>());

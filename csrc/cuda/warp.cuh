@@ -1,6 +1,7 @@
 // Reductions over the lanes of a warp, and the conversion of stored numbers.
 #pragma once
 
+#include "core/dtypes.h"
 #include "launch.cuh"
 
 namespace inflection {
@@ -8,6 +9,11 @@ namespace inflection {
 template <class T>
 __device__ __forceinline__ T warp_sum(T x) {
   for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2) x += __shfl_xor_sync(kAllLanes, x, lanes);
+  return x;
+}
+
+__device__ __forceinline__ float warp_max(float x) {
+  for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, lanes));
   return x;
 }
 
@@ -23,13 +29,6 @@ __device__ __forceinline__ double block_sum(double x, double* partial) {
   for (int warp = 0; warp < kThreads / kWarpSize; ++warp) total += partial[warp];
   return total;
 }
-
-struct BF16 {
-  uint16_t bits;
-};
-struct F16 {
-  uint16_t bits;
-};
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(BF16 x) { return __uint_as_float(unsigned{x.bits} << 16); }

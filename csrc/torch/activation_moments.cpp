@@ -1,6 +1,5 @@
 // activation_moments: what a block gives out, and how far it moved what it took in, from one read of both.
 #include <algorithm>
-#include <optional>
 #include <tuple>
 
 #include "dispatch.h"
@@ -31,7 +30,7 @@ MomentRows rows_of(const Tensor& tensor, const Tensor& like, const char* name, b
   return rows;
 }
 
-std::tuple<Tensor, Tensor> activation_moments(Tensor output, std::optional<Tensor> input, std::optional<Tensor> mask) {
+std::tuple<Tensor, Tensor> activation_moments(Tensor output, MaybeTensor input, MaybeTensor mask) {
   const int64_t dims = output.dim() - 1;
   STD_TORCH_CHECK(dims >= 0 && dims <= kMaxDims, "output: need 1 to ", kMaxDims + 1, " dimensions");
   ActivationMomentsArgs args{};
@@ -44,15 +43,12 @@ std::tuple<Tensor, Tensor> activation_moments(Tensor output, std::optional<Tenso
   args.dim = output.size(dims);
   args.part_rows = moment_part_rows(args.rows);
   const int64_t parts = args.parts = moment_parts(args.rows);
-  const int64_t scratch_sizes[] = {parts * kMomentSums}, sums_sizes[] = {kMomentSums};
-  Tensor partial = torch::stable::new_empty(output, {scratch_sizes, 1}, ScalarType::Double);
-  Tensor partial_largest = new_float(output, {parts});
-  Tensor sums = torch::stable::new_empty(output, {sums_sizes, 1}, ScalarType::Double);
-  Tensor largest = new_float(output, {});
-  args.partial = static_cast<double*>(partial.mutable_data_ptr());
-  args.partial_largest = static_cast<float*>(partial_largest.mutable_data_ptr());
-  args.sums = static_cast<double*>(sums.mutable_data_ptr());
-  args.largest = static_cast<float*>(largest.mutable_data_ptr());
+  Tensor partial = new_double(output, {parts * kMomentSums}), partial_largest = new_float(output, {parts});
+  Tensor sums = new_double(output, {kMomentSums}), largest = new_float(output, {});
+  args.partial = data<double>(partial);
+  args.partial_largest = data<float>(partial_largest);
+  args.sums = data<double>(sums);
+  args.largest = data<float>(largest);
   [[maybe_unused]] const int64_t elements = std::max<int64_t>(1, args.dim * args.part_rows);
   INFLECTION_RUN(activation_moments, args, output, parts, std::max<int64_t>(1, kGrain / elements));
   INFLECTION_RUN(activation_moments_merge, args, output, kMomentSums + 1, kMomentSums + 1);
@@ -60,6 +56,12 @@ std::tuple<Tensor, Tensor> activation_moments(Tensor output, std::optional<Tenso
 }
 
 }  // namespace
+
+// clang-format off
+INFLECTION_SCHEMAS(m) {
+  m.def("activation_moments(Tensor output, Tensor? input, Tensor? mask) -> (Tensor sums, Tensor largest)");
+}
+// clang-format on
 
 STABLE_TORCH_LIBRARY_IMPL(inflection_fast, INFLECTION_DEVICE_KEY, m) {
   m.impl("activation_moments", TORCH_BOX(&activation_moments));

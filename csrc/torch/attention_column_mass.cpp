@@ -14,22 +14,24 @@ std::tuple<Tensor, Tensor> attention_column_mass(Tensor query, Tensor key, Tenso
   args.forward =
       qk_arguments(query, key, attn_mask, is_causal, scale, window_left, window_right, softcap, rows, key_bounds);
   const AttentionStatsQkArgs& forward = args.forward;
-  check_device(lse, "lse");
   STD_TORCH_CHECK(lse.get_device() == query.get_device(), "lse: must be on the device of query");
-  STD_TORCH_CHECK(lse.dim() == 3 && lse.size(0) == forward.batch && lse.size(1) == forward.heads &&
-                      lse.size(2) == forward.num_rows && lse.is_contiguous() && lse.scalar_type() == ScalarType::Float,
-                  "lse: need one contiguous float32 for each of the rows");
-  args.lse = static_cast<const float*>(lse.const_data_ptr());
+  args.lse = row_values(lse, "lse", forward.batch * forward.heads * forward.num_rows);
   Tensor mass = new_float(query, {forward.batch, forward.heads, forward.keys});
   Tensor squares = new_float(query, {forward.batch, forward.heads, forward.keys});
-  args.mass = static_cast<float*>(mass.mutable_data_ptr());
-  args.squares = static_cast<float*>(squares.mutable_data_ptr());
+  args.mass = data<float>(mass);
+  args.squares = data<float>(squares);
   INFLECTION_RUN(attention_column_mass, args, query, attention_column_mass_items(args),
                  grain_of(forward, attention_column_mass_items(args)));
   return {mass, squares};
 }
 
 }  // namespace
+
+// clang-format off
+INFLECTION_SCHEMAS(m) {
+  m.def("attention_column_mass(Tensor query, Tensor key, Tensor lse, Tensor? attn_mask, bool is_causal, float scale, int window_left, int window_right, float softcap, Tensor? rows, Tensor? key_bounds) -> (Tensor mass, Tensor squares)");
+}
+// clang-format on
 
 STABLE_TORCH_LIBRARY_IMPL(inflection_fast, INFLECTION_DEVICE_KEY, m) {
   m.impl("attention_column_mass", TORCH_BOX(&attention_column_mass));

@@ -3,15 +3,14 @@
 #include <tuple>
 #include <vector>
 
-#include "mask.h"
+#include "attention.h"
 
 namespace inflection {
 namespace {
 
 constexpr int64_t kColumnsPerTask = 1 << 15;  // some 10 us: large against handing a range to a thread
 
-AttentionStatsArgs arguments(const Tensor& logits, const std::optional<Tensor>& attn_mask, bool is_causal,
-                             double scale) {
+AttentionStatsArgs arguments(const Tensor& logits, const MaybeTensor& attn_mask, bool is_causal, double scale) {
   check_device(logits, "logits");
   const int64_t dims = logits.dim();
   STD_TORCH_CHECK(dims >= 2, "logits: expected [..., queries, keys], got ", dims, " dimensions");
@@ -69,23 +68,22 @@ constexpr bool kCutsRows = true;
 #endif
 
 // Scratch for rows that the GPU cuts into `cuts` pieces; it has to live until the kernels are enqueued.
-std::optional<Tensor> new_parts(const Tensor& logits, AttentionStatsArgs& args, int64_t cuts) {
+MaybeTensor new_parts(const Tensor& logits, AttentionStatsArgs& args, int64_t cuts) {
   if (!kCutsRows || cuts <= 1) return std::nullopt;
   const int64_t items = args.batch * args.rows, parts = row_parts(items, args.cols);
-  const int64_t sizes[] = {items * parts, static_cast<int64_t>(sizeof(RowPart) / sizeof(double))};
   static_assert(sizeof(RowPart) % sizeof(double) == 0);
-  Tensor scratch = torch::stable::new_empty(logits, {sizes, 2}, ScalarType::Double);
-  args.parts = static_cast<RowPart*>(scratch.mutable_data_ptr());
+  Tensor scratch = new_double(logits, {items * parts, static_cast<int64_t>(sizeof(RowPart) / sizeof(double))});
+  args.parts = data<RowPart>(scratch);
   return scratch;
 }
 
 using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Six attention_stats(Tensor logits, std::optional<Tensor> attn_mask, bool is_causal, double scale, bool entropy_only) {
+Six attention_stats(Tensor logits, MaybeTensor attn_mask, bool is_causal, double scale, bool entropy_only) {
   AttentionStatsArgs args = arguments(logits, attn_mask, is_causal, scale);
   const auto fresh = [&](bool wanted, float*& pointer) {
     Tensor tensor = new_rows(logits, wanted);
-    pointer = wanted ? static_cast<float*>(tensor.data_ptr()) : nullptr;
+    pointer = wanted ? data<float>(tensor) : nullptr;
     return tensor;
   };
   Tensor entropy = fresh(true, args.out.entropy), lse = fresh(true, args.out.lse);
@@ -97,28 +95,14 @@ Six attention_stats(Tensor logits, std::optional<Tensor> attn_mask, bool is_caus
 }
 
 // `of_scores`: float32 gradient of logits * scale + mask, rather than that of the logits in their dtype.
-Tensor attention_stats_backward(std::optional<Tensor> grad_entropy, std::optional<Tensor> grad_lse,
-                                std::optional<Tensor> grad_collision, std::optional<Tensor> grad_sink, Tensor entropy,
-                                Tensor lse, Tensor collision, Tensor sink, Tensor logits,
-                                std::optional<Tensor> attn_mask, bool is_causal, double scale, bool of_scores) {
+Tensor attention_stats_backward(MaybeTensor grad_entropy, MaybeTensor grad_lse, MaybeTensor grad_collision,
+                                MaybeTensor grad_sink, Tensor entropy, Tensor lse, Tensor collision, Tensor sink,
+                                Tensor logits, MaybeTensor attn_mask, bool is_causal, double scale, bool of_scores) {
   AttentionStatsBackwardArgs args{};
   args.forward = arguments(logits, attn_mask, is_causal, scale);
   const int64_t count = args.forward.batch * args.forward.rows;
-  const auto rows_of = [&](const std::optional<Tensor>& tensor, const char* name) -> const float* {
-    if (!tensor) return nullptr;
-    check_device(*tensor, name);
-    STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::Float && tensor->is_contiguous() && tensor->numel() == count,
-                    name, ": expected one contiguous float32 value for each of the ", count, " rows");
-    return static_cast<const float*>(tensor->const_data_ptr());
-  };
-  args.rows = {.entropy = rows_of(entropy, "entropy"),
-               .lse = rows_of(lse, "lse"),
-               .collision = grad_collision ? rows_of(collision, "collision") : nullptr,
-               .sink = grad_sink ? rows_of(sink, "sink") : nullptr,
-               .grad_entropy = rows_of(grad_entropy, "grad_entropy"),
-               .grad_lse = rows_of(grad_lse, "grad_lse"),
-               .grad_collision = rows_of(grad_collision, "grad_collision"),
-               .grad_sink = rows_of(grad_sink, "grad_sink")};
+  args.rows = row_gradients(count, grad_entropy, grad_lse, grad_collision, grad_sink, entropy, lse, collision, sink,
+                            std::nullopt);
   args.out_scale = of_scores ? 1.f : static_cast<float>(scale);
   args.grad_dtype = of_scores ? DType::f32 : args.forward.dtype;
 
@@ -133,6 +117,13 @@ Tensor attention_stats_backward(std::optional<Tensor> grad_entropy, std::optiona
 }
 
 }  // namespace
+
+// clang-format off
+INFLECTION_SCHEMAS(m) {
+  m.def("attention_stats(Tensor logits, Tensor? attn_mask, bool is_causal, float scale, bool entropy_only) -> (Tensor entropy, Tensor lse, Tensor max_logit, Tensor keys, Tensor collision, Tensor sink)");
+  m.def("attention_stats_backward(Tensor? grad_entropy, Tensor? grad_lse, Tensor? grad_collision, Tensor? grad_sink, Tensor entropy, Tensor lse, Tensor collision, Tensor sink, Tensor logits, Tensor? attn_mask, bool is_causal, float scale, bool of_scores) -> Tensor");
+}
+// clang-format on
 
 STABLE_TORCH_LIBRARY_IMPL(inflection_fast, INFLECTION_DEVICE_KEY, m) {
   m.impl("attention_stats", TORCH_BOX(&attention_stats));

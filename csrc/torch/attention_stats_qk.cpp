@@ -18,21 +18,18 @@ RowTensors attention_stats_qk(Tensor query, Tensor key, MaybeTensor attn_mask, b
     STD_TORCH_CHECK(sinks->dim() == 1 && sinks->size(0) == args.heads && sinks->is_contiguous() &&
                         sinks->scalar_type() == ScalarType::Float,
                     "sinks: need one contiguous float32 per head");
-    args.sinks = static_cast<const float*>(sinks->const_data_ptr());
+    args.sinks = const_data<float>(*sinks);
   }
   const auto full = [&] { return new_float(query, {args.batch, args.heads, args.num_rows}); };
   const auto wanted = [&] { return entropy_only ? new_float(query, {0}) : full(); };
   Tensor entropy = full(), lse = full(), lse_low = full(), max_logit = wanted(), keys = wanted(), collision = wanted(),
          sink = wanted();
-  const auto data = [](Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); };
-  args.out.entropy = data(entropy);
-  args.out.lse = data(lse);
-  args.out.lse_low = data(lse_low);
+  args.out = {.entropy = data<float>(entropy), .lse = data<float>(lse), .lse_low = data<float>(lse_low)};
   if (!entropy_only) {
-    args.out.max_logit = data(max_logit);
-    args.out.keys = data(keys);
-    args.out.collision = data(collision);
-    args.out.sink = data(sink);
+    args.out.max_logit = data<float>(max_logit);
+    args.out.keys = data<float>(keys);
+    args.out.collision = data<float>(collision);
+    args.out.sink = data<float>(sink);
   }
   INFLECTION_RUN(attention_stats_qk, args, query, attention_stats_qk_items(args),
                  grain_of(args, attention_stats_qk_items(args)));
@@ -52,26 +49,12 @@ std::tuple<Tensor, Tensor> attention_stats_qk_backward(MaybeTensor grad_entropy,
   args.forward.has_sinks = has_sinks;
   const AttentionStatsQkArgs& forward = args.forward;
   const int64_t count = forward.batch * forward.heads * forward.num_rows;
-  const auto rows_of = [&](const MaybeTensor& tensor, const char* name) -> const float* {
-    if (!tensor) return nullptr;
-    check_device(*tensor, name);
-    STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::Float && tensor->is_contiguous() && tensor->numel() == count,
-                    name, ": expected one contiguous float32 value for each of the ", count, " rows");
-    return static_cast<const float*>(tensor->const_data_ptr());
-  };
-  args.rows = {.entropy = rows_of(entropy, "entropy"),
-               .lse = rows_of(lse, "lse"),
-               .lse_low = rows_of(lse_low, "lse_low"),
-               .collision = grad_collision ? rows_of(collision, "collision") : nullptr,
-               .sink = grad_sink ? rows_of(sink, "sink") : nullptr,
-               .grad_entropy = rows_of(grad_entropy, "grad_entropy"),
-               .grad_lse = rows_of(grad_lse, "grad_lse"),
-               .grad_collision = rows_of(grad_collision, "grad_collision"),
-               .grad_sink = rows_of(grad_sink, "grad_sink")};
+  args.rows =
+      row_gradients(count, grad_entropy, grad_lse, grad_collision, grad_sink, entropy, lse, collision, sink, lse_low);
   Tensor grad_query = new_float(query, {forward.batch, forward.heads, forward.num_rows, forward.head_dim});
   Tensor grad_key = new_float(query, {forward.batch, forward.kv_heads, forward.keys, forward.head_dim});
-  args.grad_query = static_cast<float*>(grad_query.mutable_data_ptr());
-  args.grad_key = static_cast<float*>(grad_key.mutable_data_ptr());
+  args.grad_query = data<float>(grad_query);
+  args.grad_key = data<float>(grad_key);
   INFLECTION_RUN(attention_stats_qk_grad_query, args, query, attention_stats_qk_grad_query_items(args),
                  grain_of(forward, attention_stats_qk_grad_query_items(args)));
   INFLECTION_RUN(attention_stats_qk_grad_key, args, query, attention_stats_qk_grad_key_items(args), 1);
@@ -79,6 +62,13 @@ std::tuple<Tensor, Tensor> attention_stats_qk_backward(MaybeTensor grad_entropy,
 }
 
 }  // namespace
+
+// clang-format off
+INFLECTION_SCHEMAS(m) {
+  m.def("attention_stats_qk(Tensor query, Tensor key, Tensor? attn_mask, bool is_causal, float scale, int window_left, int window_right, float softcap, Tensor? sinks, Tensor? rows, Tensor? key_bounds, bool entropy_only) -> (Tensor entropy, Tensor lse, Tensor max_logit, Tensor keys, Tensor collision, Tensor sink, Tensor lse_low)");
+  m.def("attention_stats_qk_backward(Tensor? grad_entropy, Tensor? grad_lse, Tensor? grad_collision, Tensor? grad_sink, Tensor entropy, Tensor lse, Tensor collision, Tensor sink, Tensor lse_low, Tensor query, Tensor key, Tensor? attn_mask, bool is_causal, float scale, int window_left, int window_right, float softcap, bool has_sinks, Tensor? rows, Tensor? key_bounds) -> (Tensor grad_query, Tensor grad_key)");
+}
+// clang-format on
 
 STABLE_TORCH_LIBRARY_IMPL(inflection_fast, INFLECTION_DEVICE_KEY, m) {
   m.impl("attention_stats_qk", TORCH_BOX(&attention_stats_qk));

@@ -44,14 +44,14 @@ struct PushScratch {
     if (part.mask != nullptr) part.mask += layer * args.mask_layer_stride;
     part.shift += layer * dims;
     part.seen += layer * args.seen_stride;
-    part.counts = static_cast<int64_t*>(ints.data_ptr()) + slot * (args.rows + kCkaDepth + 2);
+    part.counts = data<int64_t>(ints) + slot * (args.rows + kCkaDepth + 2);
     part.exact_counts = part.counts + 1;
     part.exact = part.counts + 2;
     part.kept = part.exact + kCkaDepth;
-    part.chunks = static_cast<float*>(packed.data_ptr()) + slot * 3 * padded * kCkaDepth;
+    part.chunks = data<float>(packed) + slot * 3 * padded * kCkaDepth;
     part.left = part.chunks + padded * kCkaDepth;
     part.right = part.left + padded * kCkaDepth;
-    part.norms = static_cast<double*>(norms.data_ptr()) + slot * kCkaDepth * 2;
+    part.norms = data<double>(norms) + slot * kCkaDepth * 2;
     return part;
   }
 
@@ -73,7 +73,7 @@ void push(const CkaPushArgs& args, const Tensor& like) {
     return part;
   };
   if (whole > 0) {
-    take_turns(whole, threads, [&](int64_t layer, int64_t thread) {
+    parallel_items(whole, threads, [&](int64_t layer, int64_t thread) {
       CkaPushArgs part = one(layer, thread);
       push_layer(part, [&](Kernel kernel, int64_t items) { kernel(part, 0, items); });
     });
@@ -81,7 +81,7 @@ void push(const CkaPushArgs& args, const Tensor& like) {
   for (int64_t layer = whole; layer < args.layers; ++layer) {
     CkaPushArgs part = one(layer, 0);
     push_layer(part, [&](Kernel kernel, int64_t items) {
-      take_turns(items, std::min(threads, items), [&](int64_t item, int64_t) { kernel(part, item, item + 1); });
+      parallel_items(items, std::min(threads, items), [&](int64_t item, int64_t) { kernel(part, item, item + 1); });
     });
   }
 }
@@ -104,12 +104,12 @@ void push(CkaPushArgs args, const Tensor& like) {
   Tensor kinds = scratch(like, layers * args.rows, ScalarType::Byte);
   Tensor exact = scratch(like, layers * ceil_div(args.rows, kCkaDepth), ScalarType::Int);
   Tensor shifts = scratch(like, layers * cka_gpu_columns(args.x.dim, args.y.dim), ScalarType::Short);
-  args.row_norms = static_cast<double*>(sums.data_ptr());
+  args.row_norms = data<double>(sums);
   args.float_rows = args.row_norms + layers * args.rows * 2;
   args.column_sums = args.float_rows + layers;
-  args.row_kinds = static_cast<uint8_t*>(kinds.data_ptr());
-  args.block_exact = static_cast<int32_t*>(exact.data_ptr());
-  args.column_shifts = static_cast<uint16_t*>(shifts.data_ptr());
+  args.row_kinds = data<uint8_t>(kinds);
+  args.block_exact = data<int32_t>(exact);
+  args.column_shifts = data<uint16_t>(shifts);
   INFLECTION_RUN(cka_push, args, like, 0, 0);
 }
 
@@ -128,8 +128,8 @@ void check_pair(const Tensor& x, const Tensor& y) {
 }
 
 // Points a pair of features and their mask out to the kernels; the offsets are kept by the caller.
-CkaPushArgs rows_of(const Tensor& x, const Tensor& y, const std::optional<Tensor>& mask,
-                    std::vector<int64_t>& x_offsets, std::vector<int64_t>& y_offsets) {
+CkaPushArgs rows_of(const Tensor& x, const Tensor& y, const MaybeTensor& mask, std::vector<int64_t>& x_offsets,
+                    std::vector<int64_t>& y_offsets) {
   CkaPushArgs args{};
   args.x = side_of(x, "x", x_offsets);
   args.y = side_of(y, "y", y_offsets);
@@ -141,7 +141,7 @@ CkaPushArgs rows_of(const Tensor& x, const Tensor& y, const std::optional<Tensor
     STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && mask->dim() == 2 && mask->size(0) == args.layers &&
                         mask->size(1) == args.rows,
                     "mask: expected bool [layers, rows]");
-    args.mask = static_cast<const bool*>(mask->const_data_ptr());
+    args.mask = const_data<bool>(*mask);
     args.mask_layer_stride = mask->stride(0);
     args.mask_row_stride = mask->stride(1);
   }
@@ -154,10 +154,10 @@ float* shift_of(const Tensor& shift, const CkaPushArgs& args) {
   STD_TORCH_CHECK(
       shift.scalar_type() == ScalarType::Float && shift.is_contiguous() && shift.numel() == args.layers * dims,
       "shift: expected contiguous float32 [layers, ", dims, "]");
-  return static_cast<float*>(shift.data_ptr());
+  return data<float>(shift);
 }
 
-void cka_push(Tensor gram, Tensor shift, Tensor x, Tensor y, std::optional<Tensor> mask, bool adopt) {
+void cka_push(Tensor gram, Tensor shift, Tensor x, Tensor y, MaybeTensor mask, bool adopt) {
   std::vector<int64_t> x_offsets, y_offsets;
   CkaPushArgs args = rows_of(x, y, mask, x_offsets, y_offsets);
   const int64_t packed = cka_packed(kCkaHead + args.x.dim + args.y.dim);
@@ -166,7 +166,7 @@ void cka_push(Tensor gram, Tensor shift, Tensor x, Tensor y, std::optional<Tenso
       gram.scalar_type() == ScalarType::Double && gram.is_contiguous() && gram.numel() == args.layers * packed,
       "gram: expected contiguous float64 [layers, ", packed, "]");
   args.shift = shift_of(shift, args);
-  args.gram = static_cast<double*>(gram.data_ptr());
+  args.gram = data<double>(gram);
   args.adopt = adopt;
   args.seen = args.gram;
   args.seen_stride = packed;
@@ -174,22 +174,21 @@ void cka_push(Tensor gram, Tensor shift, Tensor x, Tensor y, std::optional<Tenso
 }
 
 // The shift alone, for layers that have seen no row.
-void cka_adopt(Tensor seen, Tensor shift, Tensor x, Tensor y, std::optional<Tensor> mask) {
+void cka_adopt(Tensor seen, Tensor shift, Tensor x, Tensor y, MaybeTensor mask) {
   std::vector<int64_t> x_offsets, y_offsets;
   CkaPushArgs args = rows_of(x, y, mask, x_offsets, y_offsets);
   check_device(seen, "seen");
   STD_TORCH_CHECK(seen.scalar_type() == ScalarType::Double && seen.dim() == 1 && seen.numel() == args.layers,
                   "seen: expected float64 [layers]");
   args.shift = shift_of(shift, args);
-  args.seen = static_cast<const double*>(seen.const_data_ptr());
+  args.seen = const_data<double>(seen);
   args.seen_stride = seen.stride(0);
   if (args.mask == nullptr) args.rows = std::min(args.rows, kCkaDepth);
   adopt(args, x);
 }
 
 #ifdef INFLECTION_CPU_KERNELS  // other devices project by torch's products, see ops/cka_basis.py
-std::tuple<Tensor, Tensor> cka_project(Tensor sums, Tensor x, Tensor y, Tensor shift, Tensor basis,
-                                       std::optional<Tensor> mask) {
+std::tuple<Tensor, Tensor> cka_project(Tensor sums, Tensor x, Tensor y, Tensor shift, Tensor basis, MaybeTensor mask) {
   std::vector<int64_t> x_offsets, y_offsets;
   const CkaPushArgs rows = rows_of(x, y, mask, x_offsets, y_offsets);
   const int64_t dim = rows.x.dim, layers = rows.layers;
@@ -210,13 +209,13 @@ std::tuple<Tensor, Tensor> cka_project(Tensor sums, Tensor x, Tensor y, Tensor s
                             layers,
                             rows.rows,
                             shift_of(shift, rows),
-                            static_cast<const float*>(basis.const_data_ptr()),
+                            const_data<float>(basis),
                             rank,
                             basis.stride(0),
                             basis.stride(1),
                             basis.stride(2),
-                            {static_cast<float*>(on_x.data_ptr()), static_cast<float*>(on_y.data_ptr())},
-                            static_cast<double*>(sums.data_ptr())};
+                            {data<float>(on_x), data<float>(on_y)},
+                            data<double>(sums)};
   const int64_t work = std::max<int64_t>(rows.rows * dim * rank, 1);
   INFLECTION_RUN(cka_project, args, x, layers * kCkaSides, ceil_div(kSerialWork, work));
   return {on_x, on_y};
@@ -236,8 +235,7 @@ Tensor cka_gram_terms(Tensor gram, int64_t dim_x, int64_t dim_y, bool debiased) 
   const int64_t layers = gram.size(0);
   Tensor terms = new_terms(gram, {layers});
   Tensor partial = scratch(gram, layers * cka_term_items(dim_x, dim_y) * kCkaTermSums, ScalarType::Double);
-  read_terms({static_cast<const double*>(gram.const_data_ptr()), layers, dim_x, dim_y, debiased,
-              static_cast<double*>(partial.data_ptr()), static_cast<double*>(terms.data_ptr())},
+  read_terms({const_data<double>(gram), layers, dim_x, dim_y, debiased, data<double>(partial), data<double>(terms)},
              gram);
   return terms;
 }
@@ -259,9 +257,9 @@ Tensor cka_terms(Tensor x, Tensor y, bool debiased) {
   Tensor terms = new_terms(x, sizes);
   Tensor gram = scratch(x, group * packed, ScalarType::Double), shift = scratch(x, group * dims, ScalarType::Float);
   Tensor partial = scratch(x, group * cka_term_items(args.x.dim, args.y.dim) * kCkaTermSums, ScalarType::Double);
-  args.gram = static_cast<double*>(gram.data_ptr());
+  args.gram = data<double>(gram);
   args.seen = args.gram;
-  args.shift = static_cast<float*>(shift.data_ptr());
+  args.shift = data<float>(shift);
 #ifndef INFLECTION_CPU_KERNELS
   args.fresh = args.rows > 0;  // saves the GPU to write the matrix once and to read it once
 #endif
@@ -271,14 +269,27 @@ Tensor cka_terms(Tensor x, Tensor y, bool debiased) {
     args.x.offsets = x_offsets.data() + layer;
     args.y.offsets = y_offsets.data() + layer;
     push(args, x);
-    read_terms({args.gram, args.layers, args.x.dim, args.y.dim, debiased, static_cast<double*>(partial.data_ptr()),
-                static_cast<double*>(terms.data_ptr()) + layer * 3},
+    read_terms({args.gram, args.layers, args.x.dim, args.y.dim, debiased, data<double>(partial),
+                data<double>(terms) + layer * 3},
                x);
   }
   return terms;
 }
 
 }  // namespace
+
+// clang-format off
+INFLECTION_SCHEMAS(m) {
+  m.def("cka_push(Tensor(a!) gram, Tensor(b!) shift, Tensor x, Tensor y, Tensor? mask, bool adopt) -> ()");
+  m.def("cka_adopt(Tensor seen, Tensor(a!) shift, Tensor x, Tensor y, Tensor? mask) -> ()");
+  m.def("cka_project(Tensor(a!) sums, Tensor x, Tensor y, Tensor shift, Tensor basis, Tensor? mask) -> (Tensor, Tensor)");
+  m.def("cka_gram_terms(Tensor gram, int dim_x, int dim_y, bool debiased) -> Tensor");
+  m.def("cka_terms(Tensor x, Tensor y, bool debiased) -> Tensor");
+  m.def("cka_terms_backward(Tensor grad, Tensor x, Tensor y, bool debiased) -> (Tensor, Tensor)");
+  m.def("cka_scatter(Tensor x, Tensor y) -> Tensor");
+  m.def("cka_scatter_backward(Tensor grad, Tensor x, Tensor y) -> (Tensor, Tensor)");
+}
+// clang-format on
 
 STABLE_TORCH_LIBRARY_IMPL(inflection_fast, INFLECTION_DEVICE_KEY, m) {
   m.impl("cka_push", TORCH_BOX(&cka_push));

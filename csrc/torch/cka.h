@@ -1,4 +1,4 @@
-// What the operators of CKA have in common: features as the kernels read them, scratch, and work shared out in turns.
+// What the operators of CKA have in common: features as the kernels read them, scratch, and work shared out item by item.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,7 @@ constexpr int64_t kSerialWork = 1 << 20;  // multiplications that one thread doe
 // Work items of unequal cost: each thread takes the next one. Which thread does it changes nothing in its result.
 // `work` is called with the number of the item and that of the thread.
 template <class Work>
-void take_turns(int64_t items, int64_t threads, const Work& work) {
+void parallel_items(int64_t items, int64_t threads, const Work& work) {
   std::atomic<int64_t> next{0}, arrived{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     const int64_t thread = arrived++;
@@ -48,8 +48,7 @@ inline CkaSide side_of(const Tensor& features, const char* name, std::vector<int
 }
 
 inline Tensor scratch(const Tensor& like, int64_t numel, ScalarType dtype) {
-  const int64_t size[] = {std::max<int64_t>(numel, 1)};
-  return torch::stable::new_empty(like, {size, 1}, dtype);
+  return new_tensor(like, {std::max<int64_t>(numel, 1)}, dtype);
 }
 
 }  // namespace inflection

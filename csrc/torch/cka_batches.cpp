@@ -1,4 +1,4 @@
-// cka_batches: what minibatch CKA takes of each batch of rows, on the CPU; other devices: see ops/cka_batches.py.
+// cka_batches: what minibatch CKA takes of each batch of rows, on the CPU; other devices: see ops/cka/gram.py.
 #include <tuple>
 
 #include "cka.h"
@@ -31,13 +31,7 @@ struct BatchPlan {
   int64_t bytes;             // of these and of the results
 };
 
-Tensor new_double(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()),
-                                  ScalarType::Double);
-}
-
-std::tuple<Tensor, Tensor, Tensor> cka_batches(Tensor x, std::optional<Tensor> y, int64_t tile,
-                                               std::optional<Tensor> factors) {
+std::tuple<Tensor, Tensor, Tensor> cka_batches(Tensor x, MaybeTensor y, int64_t tile, MaybeTensor factors) {
   std::vector<int64_t> offsets[kCkaSides];
   CkaBatchArgs args{};
   args.sides[0] = side_of(x, "x", offsets[0]);
@@ -50,7 +44,7 @@ std::tuple<Tensor, Tensor, Tensor> cka_batches(Tensor x, std::optional<Tensor> y
     STD_TORCH_CHECK(factors->scalar_type() == ScalarType::Float && factors->is_contiguous() && factors->dim() == 1 &&
                         factors->size(0) == plan.layers,
                     "factors: expected one contiguous float32 for each layer of x and y");
-    args.factors = static_cast<const float*>(factors->const_data_ptr());
+    args.factors = const_data<float>(*factors);
   }
   args.layers[0] = x.size(0);
   args.layers[1] = plan.layers - args.layers[0];
@@ -60,22 +54,22 @@ std::tuple<Tensor, Tensor, Tensor> cka_batches(Tensor x, std::optional<Tensor> y
   Tensor own = new_double(x, {plan.batches, plan.layers}), sums = new_double(x, {plan.layers, args.rows});
   Tensor blocks = scratch(x, plan.threads * plan.block, ScalarType::Float);
   Tensor triangles = scratch(x, plan.group * plan.triangles, ScalarType::Float);
-  args.cross = static_cast<double*>(cross.data_ptr());
-  args.own = static_cast<double*>(own.data_ptr());
-  args.sums = static_cast<double*>(sums.data_ptr());
-  args.triangles = static_cast<float*>(triangles.data_ptr());
+  args.cross = data<double>(cross);
+  args.own = data<double>(own);
+  args.sums = data<double>(sums);
+  args.triangles = data<float>(triangles);
 
   const int64_t work = plan.layers * args.rows * plan.tile * std::max(args.sides[0].dim, args.sides[1].dim);
   const int64_t threads = work <= kSerialWork ? 1 : plan.threads;
   for (args.first = 0; args.first < plan.batches; args.first += plan.group) {
     const int64_t now = std::min(plan.group, plan.batches - args.first);
-    take_turns(now * plan.layers, threads, [&](int64_t item, int64_t thread) {
+    parallel_items(now * plan.layers, threads, [&](int64_t item, int64_t thread) {
       CkaBatchArgs part = args;
-      part.block = static_cast<float*>(blocks.data_ptr()) + thread * plan.block;
+      part.block = data<float>(blocks) + thread * plan.block;
       cka_batch_triangles_cpu(part, item, item + 1);
     });
-    take_turns(now * ceil_div(args.layers[0], kCkaPairRows), threads,
-               [&](int64_t item, int64_t) { cka_batch_products_cpu(args, item, item + 1); });
+    parallel_items(now * ceil_div(args.layers[0], kCkaPairRows), threads,
+                   [&](int64_t item, int64_t) { cka_batch_products_cpu(args, item, item + 1); });
   }
   return {cross, own, sums};
 }
@@ -85,6 +79,13 @@ int64_t cka_batches_bytes(int64_t layers_x, int64_t layers_y, int64_t rows, int6
 }
 
 }  // namespace
+
+// clang-format off
+INFLECTION_SCHEMAS(m) {
+  m.def("cka_batches(Tensor x, Tensor? y, int tile, Tensor? factors=None) -> (Tensor cross, Tensor own, Tensor sums)");
+  m.def("cka_batches_bytes(int layers_x, int layers_y, int rows, int tile) -> int");
+}
+// clang-format on
 
 STABLE_TORCH_LIBRARY_IMPL(inflection_fast, INFLECTION_DEVICE_KEY, m) { m.impl("cka_batches", TORCH_BOX(&cka_batches)); }
 STABLE_TORCH_LIBRARY_IMPL(inflection_fast, CompositeExplicitAutograd, m) {

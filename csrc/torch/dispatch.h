@@ -10,7 +10,6 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <optional>
-#include <string>
 
 #include "kernels.h"
 
@@ -58,6 +57,16 @@ void launch_cpu(void (*kernel)(const Args&, int64_t, int64_t), const Args& args,
 #define INFLECTION_RUN(stem, args, on, items, grain) ::inflection::launch_cpu(&stem##_cpu, args, items, grain)
 #endif
 
+// The schemas of the operators of a file. Fakes and derivatives stand beside the Python wrappers. The CPU library, which is
+// always loaded, defines them; the others only add kernels.
+#ifdef INFLECTION_CPU_KERNELS
+#define INFLECTION_SCHEMAS(m) STABLE_TORCH_LIBRARY_FRAGMENT(inflection_fast, m)
+#else
+#define INFLECTION_SCHEMAS(m) [[maybe_unused]] static void schemas(torch::stable::detail::StableLibrary& m)
+#endif
+
+using MaybeTensor = std::optional<Tensor>;
+
 inline DType dtype_of(const Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float: return DType::f32;
@@ -72,9 +81,24 @@ inline void check_device(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(kCuda ? tensor.is_cuda() : tensor.is_cpu(), name, ": expected a ", kCuda ? "CUDA" : "CPU", " tensor");
 }
 
+inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
+}
 inline Tensor new_float(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()),
-                                  ScalarType::Float);
+  return new_tensor(like, sizes, ScalarType::Float);
+}
+inline Tensor new_double(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  return new_tensor(like, sizes, ScalarType::Double);
+}
+
+// What a tensor holds, to be written or to be read.
+template <class T>
+T* data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+template <class T>
+const T* const_data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
 }
 
 }  // namespace inflection

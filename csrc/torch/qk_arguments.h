@@ -3,11 +3,9 @@
 
 #include <algorithm>
 
-#include "mask.h"
+#include "attention.h"
 
 namespace inflection {
-
-using MaybeTensor = std::optional<Tensor>;
 
 inline AttentionStatsQkArgs qk_arguments(const Tensor& query, const Tensor& key, const MaybeTensor& attn_mask,
                                          bool is_causal, double scale, int64_t window_left, int64_t window_right,
@@ -55,7 +53,7 @@ inline AttentionStatsQkArgs qk_arguments(const Tensor& query, const Tensor& key,
     check_device(*rows, "rows");
     STD_TORCH_CHECK(rows->dim() == 1 && rows->is_contiguous() && rows->scalar_type() == ScalarType::Long,
                     "rows: need one contiguous int64 dimension");
-    args.rows = static_cast<const int64_t*>(rows->const_data_ptr());
+    args.rows = const_data<int64_t>(*rows);
     args.num_rows = rows->size(0);
   }
   if (key_bounds) {
@@ -64,7 +62,7 @@ inline AttentionStatsQkArgs qk_arguments(const Tensor& query, const Tensor& key,
                         key_bounds->is_contiguous() && key_bounds->scalar_type() == ScalarType::Long,
                     "key_bounds: need contiguous int64 [queries, 2]");
     STD_TORCH_CHECK(args.queries == args.keys, "key_bounds: packed sequences need as many queries as keys");
-    args.key_bounds = static_cast<const int64_t*>(key_bounds->const_data_ptr());
+    args.key_bounds = const_data<int64_t>(*key_bounds);
   }
   return args;
 }

@@ -30,17 +30,17 @@ Operand operand_of(const Tensor& tensor, int32_t group) {
 }
 
 // One float32 on the device of the tensors, read there; null without one.
-const float* scale_of(const std::optional<Tensor>& inv_scale, const Tensor& like) {
+const float* scale_of(const MaybeTensor& inv_scale, const Tensor& like) {
   if (!inv_scale.has_value()) return nullptr;
   check_device(*inv_scale, "inv_scale");
   STD_TORCH_CHECK(inv_scale->scalar_type() == ScalarType::Float && inv_scale->numel() == 1 &&
                       inv_scale->get_device() == like.get_device(),
                   "inv_scale: expected one float32 on the device of the tensors");
-  return static_cast<const float*>(inv_scale->const_data_ptr());
+  return const_data<float>(*inv_scale);
 }
 
 Tensor sum_of_squares(std::vector<Tensor> tensors, std::vector<int64_t> groups, int64_t num_groups,
-                      std::optional<Tensor> inv_scale) {
+                      MaybeTensor inv_scale) {
   STD_TORCH_CHECK(tensors.size() == groups.size() && !tensors.empty(),
                   "tensors and groups: need equally many, at least one");
   std::vector<Operand> operands;
@@ -51,26 +51,30 @@ Tensor sum_of_squares(std::vector<Tensor> tensors, std::vector<int64_t> groups, 
     STD_TORCH_CHECK(groups[i] >= 0 && groups[i] < num_groups, "groups: ", groups[i], " is outside [0, ", num_groups,
                     ")");
     operands.push_back(operand_of(tensors[i], static_cast<int32_t>(groups[i])));
-    first_chunk.push_back(first_chunk.back() + (operands.back().numel + kSquaresChunk - 1) / kSquaresChunk);
+    first_chunk.push_back(first_chunk.back() + ceil_div(operands.back().numel, kSquaresChunk));
   }
   const int64_t chunks = first_chunk.back();
-  const int64_t partial_size[] = {chunks + num_groups}, out_size[] = {num_groups};
-  Tensor partial = torch::stable::new_empty(tensors[0], {partial_size, 1}, ScalarType::Double);
-  Tensor out = torch::stable::new_empty(tensors[0], {out_size, 1}, ScalarType::Double);
+  Tensor partial = new_double(tensors[0], {chunks + num_groups}), out = new_double(tensors[0], {num_groups});
   const SumOfSquaresArgs args{operands.data(),
                               first_chunk.data(),
                               static_cast<int64_t>(operands.size()),
                               num_groups,
                               scale_of(inv_scale, tensors[0]),
-                              static_cast<double*>(partial.data_ptr()),
-                              static_cast<double*>(partial.data_ptr()) + chunks,
-                              static_cast<double*>(out.data_ptr())};
+                              data<double>(partial),
+                              data<double>(partial) + chunks,
+                              data<double>(out)};
   INFLECTION_RUN(sum_of_squares, args, tensors[0], chunks, 4);
   INFLECTION_RUN(sum_of_squares_merge, args, tensors[0], num_groups, 64);
   return out;
 }
 
 }  // namespace
+
+// clang-format off
+INFLECTION_SCHEMAS(m) {
+  m.def("sum_of_squares(Tensor[] tensors, int[] groups, int num_groups, Tensor? inv_scale=None) -> Tensor");
+}
+// clang-format on
 
 STABLE_TORCH_LIBRARY_IMPL(inflection_fast, INFLECTION_DEVICE_KEY, m) {
   m.impl("sum_of_squares", TORCH_BOX(&sum_of_squares));

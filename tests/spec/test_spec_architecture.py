@@ -1,7 +1,9 @@
 """Imports point left, the border is narrow, files are short, and the hot path does not synchronise."""
 
 import ast
+import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -111,18 +113,36 @@ def test_the_import_reader_sees_lazy_relative_and_typing_imports(tmp_path, monke
                                    ("peft", None), ("torch", False)]  # fmt: skip
 
 
-NATIVE = {".h", ".hpp", ".cuh", ".cpp", ".cc", ".cu", ".inl"}
+NATIVE = {".h", ".hpp", ".cuh", ".cpp", ".cc", ".cu", ".inl", ".inc"}
 UNSTABLE = ("ATen/", "torch/extension.h", "torch/torch.h", "torch/all.h")
+OPERATORS = (
+    "activation_moments", "attention_column_mass", "attention_stats", "attention_stats_qk", "cka", "sum_of_squares",
+)  # fmt: skip
 
 
 def native():
-    return sorted(
-        p for p in (ROOT / "csrc").rglob("*") if p.suffix in {".h", ".hpp", ".cuh", ".cpp", ".cc", ".cu", ".inl"}
-    )
+    return sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in NATIVE)
+
+
+def included(path):
+    """(as written, the file of ours or None) for every include of a source."""
+    for line in re.findall(r"^\s*#\s*include\s+(\S+)", path.read_text(encoding="utf-8"), re.MULTILINE):
+        found = [p for p in (path.parent / line.strip('"'), ROOT / "csrc" / line.strip('"')) if p.is_file()]
+        yield line, found[0].resolve() if line.startswith('"') and found else None
+
+
+def reached(path, seen=None):
+    """Every file of ours that a source includes, directly or not."""
+    seen = set() if seen is None else seen
+    for _, target in included(path):
+        if target is not None and target not in seen:
+            seen.add(target)
+            reached(target, seen)
+    return seen
 
 
 INCLUDES = {  # folder -> folders of ours it may include
-    "core": {"core"}, "cpu": {"core", "cpu", "kernels.h"}, "cuda": {"core", "cuda", "kernels.h"},
+    "core": {"core", "kernels.h"}, "cpu": {"core", "cpu", "kernels.h"}, "cuda": {"core", "cuda", "kernels.h"},
     "torch": {"torch", "kernels.h"}, "kernels.h": set(),
 }  # fmt: skip
 
@@ -130,7 +150,7 @@ INCLUDES = {  # folder -> folders of ours it may include
 @pytest.mark.parametrize("path", native(), ids=lambda p: str(p.relative_to(ROOT)))
 def test_includes_point_left_and_torch_stays_in_its_folder(path):
     folder = path.relative_to(ROOT / "csrc").parts[0]
-    for line in re.findall(r"^\s*#\s*include\s+(\S+)", path.read_text(encoding="utf-8"), re.MULTILINE):
+    for line, target in included(path):
         name = line.strip("<>\"'")
         outside = name.split("/")[0]
         if folder != "torch":
@@ -138,9 +158,7 @@ def test_includes_point_left_and_torch_stays_in_its_folder(path):
         if folder not in {"torch", "cuda"}:
             assert not name.startswith("cuda"), f"{path} includes {name}"
         if line.startswith('"'):
-            near, far = path.parent / name, ROOT / "csrc" / name
-            target = (near if near.exists() else far).resolve()
-            assert target.is_relative_to(ROOT / "csrc"), f"{path} includes {name} from outside"
+            assert target is not None, f"{path} includes {name} from outside"
             assert target.relative_to(ROOT / "csrc").parts[0] in INCLUDES[folder] | {folder}, f"{path} includes {name}"
 
 
@@ -148,6 +166,66 @@ def test_only_the_stable_surface_of_torch_is_included():
     for path in native():
         for name in re.findall(r"#\s*include\s+[<\"]([^>\"]+)", path.read_text(encoding="utf-8")):
             assert not name.startswith(UNSTABLE), f"{path}: {name}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ids=lambda p: p.stem)
+def test_the_maths_of_a_kernel_is_that_of_csrc_core_on_both_devices(path):
+    """The CPU and the CUDA kernel of one name reach the same headers of core, one at least."""
+    core = [
+        {p.name for p in reached(source) if p.parent.name == "core"}
+        for source in (path, ROOT / "csrc" / "cpu" / f"{path.stem}.inc")
+    ]
+    assert core[0] and core[0] == core[1]
+
+
+def test_a_formula_of_core_is_written_nowhere_else():
+    formulas = {  # what the code of each looks like, whatever its names
+        "entropy": r"log_?sum\w*(\[\w+\])? - [\w.\[\]>-]*dot\b",
+        "rebasing": r"= f \* \([\w.\[\]]*dot",
+        "two-sum": r"\(\w+ - from_\w+\) \+ \(",
+        "gradient": r"grad_entropy\[",
+        "debiasing": r"/ \(\(\w[\w.]* - 1\.0\) \*",
+    }
+    for name, pattern in formulas.items():
+        holders = [p.name for p in native() if re.search(pattern, p.read_text(encoding="utf-8"))]
+        assert len(holders) == 1, f"{name}: {holders}"
+        assert (ROOT / "csrc" / "core" / holders[0]).exists(), f"{name}: {holders}"
+
+
+@pytest.mark.parametrize("stem", OPERATORS)
+def test_an_operator_has_one_stem_from_kernel_to_benchmark(stem):
+    places = (
+        f"csrc/cpu/{stem}.inc", f"csrc/cuda/{stem}.cu", f"csrc/torch/{stem}.cpp", f"inflection_fast/ops/{stem}",
+        f"tests/test_{stem}.py", f"benchmarks/bench_{stem}.py",
+    )  # fmt: skip
+    missing = [place for place in places if not any((ROOT / f"{place}{end}").exists() for end in ("", ".py"))]
+    assert not missing
+
+
+def test_there_is_no_kernel_of_another_stem():
+    for folder, suffix in (("cuda", ".cu"), ("torch", ".cpp")):
+        stems = {p.stem for p in (ROOT / "csrc" / folder).glob(f"*{suffix}")} - {"isa"}
+        assert not {stem for stem in stems if not stem.startswith(OPERATORS)}
+
+
+def test_every_cpu_kernel_is_in_the_one_list():
+    listed = re.findall(r"^  X\((\w+), \w+\)", (ROOT / "csrc" / "kernels.h").read_text(encoding="utf-8"), re.MULTILINE)
+    defined = {
+        name
+        for path in (ROOT / "csrc" / "cpu").glob("*.inc")
+        for name in re.findall(r"^void (\w+)\(const \w+Args&", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert len(listed) > 20 and set(listed) <= defined
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "csrc" / "cpu").glob("*.inc")), ids=lambda p: p.stem)
+def test_every_part_of_the_cpu_kernels_compiles_alone(path):
+    flags = ["-fsyntax-only", "-std=c++20", "-Wno-psabi", f"-I{ROOT / 'csrc'}"]
+    isa = ["-DINFLECTION_ISA=portable", "-DINFLECTION_TABLE=kPortableKernels", "-DINFLECTION_VECTOR_BYTES=16"]
+    done = subprocess.run(
+        ["c++", *flags, *isa, "-include", str(path), "-x", "c++", os.devnull], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def tracked():
@@ -172,6 +250,15 @@ HOST_READS = {
     ("ops/cka/result.py", "__repr__"): "numbers for a reader",
     ("ops/cka/jackknife.py", "padded"): "which rows are multiplied together follows from the lengths of the sequences",
     ("ops/spectrum.py", "singular_values"): "of a checkpoint, or of a copy of the weights in a thread of its own",
+    ("ops/cka/basis.py", "same_as"): "two bases are compared once, where states are merged",
+    ("ops/cka/basis.py", "find"): "the rank that keeps a share of the variance is a shape",
+    ("ops/checks.py", "cu_seqlens"): "on the CPU only, and not while compiling",
+    ("ops/spectrum.py", "weight_spectrum"): "of singular values that are on the host",
+    ("ops/spectrum.py", "outliers"): "of singular values that are on the host",
+    ("quantities/gradient_noise.py", "values"): "sums that are on the host",
+    ("quantities/trajectory.py", "bends"): "a curve that is on the host",
+    ("measure/attention_call.py", "refuse_foreign_keys"): "at a first step alone, to raise what is wrong at once",
+    ("measure/ranks.py", "__call__"): "sums that are on the host",
     ("measure/recorder.py", "_row"): "the one copy of a measured step, on a thread that nobody waits for",
     ("measure/parameters.py", "_add"): "fills a tensor of the host that no device holds",
     ("measure/panel.py", "finish_later"): "of what is on its way to the host, on a thread that nobody waits for",
@@ -180,20 +267,69 @@ HOST_READS = {
 }
 
 
-def host_reads(path):
-    """Calls that make the host wait for a device, with the function that holds them."""
-    found = []
+READS = {"item", "cpu", "tolist", "numpy", "synchronize", "nonzero", "print"}
+REDUCTIONS = {
+    "all", "allclose", "amax", "amin", "aminmax", "any", "argmax", "argmin", "count_nonzero", "equal", "is_nonzero",
+    "isfinite", "isinf", "isnan", "max", "mean", "min", "norm", "sum",
+}  # fmt: skip
+FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
+TENSORS = {"Tensor", "Tensor | None", "torch.Tensor"}
 
-    def walk(node, inside):
+
+def named_tensors(node, kind):
+    """Names that annotations below `node` say are tensors: of parameters (`ast.arg`) or of fields (`ast.AnnAssign`)."""
+    found = [n for n in ast.walk(node) if isinstance(n, kind) and n.annotation and ast.unparse(n.annotation) in TENSORS]
+    return {getattr(n, "arg", None) or ast.unparse(n.target).split(".")[-1] for n in found}
+
+
+def is_tensor(node, names, fields):
+    """Whether an expression is a tensor as far as its text tells: a named one, arithmetic on one, a reduction."""
+    if isinstance(node, ast.Call):
+        return isinstance(node.func, ast.Attribute) and node.func.attr in REDUCTIONS
+    if isinstance(node, ast.Name):
+        return node.id in names
+    if isinstance(node, ast.Attribute):
+        return node.attr in fields
+    if isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Is | ast.IsNot | ast.In | ast.NotIn):
+        return False
+    parts = [getattr(node, part, None) for part in ("value", "left", "right", "operand")]
+    return any(is_tensor(part, names, fields) for part in (*parts, *getattr(node, "comparators", ())) if part)
+
+
+def conditions(node):
+    """Expressions of which `node` asks whether they are true, or which number they are."""
+    if isinstance(node, ast.If | ast.While | ast.IfExp | ast.Assert):
+        return [node.test]
+    if isinstance(node, ast.BoolOp):
+        return node.values
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        return [node.operand]
+    if isinstance(node, ast.comprehension):
+        return node.ifs
+    return node.args if isinstance(node, ast.Call) and getattr(node.func, "id", "") in {"bool", "int", "float"} else []
+
+
+def host_reads(path):
+    """What makes the host wait for a device, with the function that holds it: calls, and truth values of tensors."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    fields, found = named_tensors(tree, ast.AnnAssign), []
+
+    def walk(node, inside, names):
         for child in ast.iter_child_nodes(node):
-            here = child.name if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) else inside
+            here, known = inside, names
+            if isinstance(child, FUNCTIONS | ast.ClassDef):
+                here = child.name
+                known = names | named_tensors(child.args, ast.arg) if isinstance(child, FUNCTIONS) else names
             if isinstance(child, ast.Call):
                 called = getattr(child.func, "attr", getattr(child.func, "id", ""))
-                if called in {"item", "cpu", "tolist", "numpy", "synchronize", "nonzero", "print"}:
+                if called in READS:
                     found.append((path.relative_to(PACKAGE).as_posix(), here, called, child.lineno))
-            walk(child, here)
+            for condition in conditions(child):
+                if is_tensor(condition, names, fields):
+                    found.append((path.relative_to(PACKAGE).as_posix(), here, ast.unparse(condition), child.lineno))
+            walk(child, here, known)
 
-    walk(ast.parse(path.read_text(encoding="utf-8")), "<module>")
+    walk(tree, "<module>", set())
     return found
 
 
@@ -208,10 +344,14 @@ def test_ops_and_measure_read_no_number_on_the_host_without_a_reason():
 def test_the_reader_of_host_reads_sees_them(tmp_path, monkeypatch):
     monkeypatch.setattr("test_spec_architecture.PACKAGE", tmp_path)
     (tmp_path / "x.py").write_text(
-        "class A:\n    def f(self, t):\n        print(t.item())\n        return t.sum().cpu()\n"
+        "class A:\n    seen: Tensor\n    def f(self, t):\n        print(t.item())\n        return t.sum().cpu()\n"
+        "    def g(self, t: Tensor | None, n: int):\n        if t is not None and n > 1: return int(t[0])\n"
+        "        return bool(self.seen) if (n * t).any() else n\n"
+        "def h(t: Tensor, n):\n    assert n\n    while t > n: n = float(n)\n"
     )
     assert [(inside, what) for _, inside, what, _ in host_reads(tmp_path / "x.py")] == [
-        ("f", "print"), ("f", "item"), ("f", "cpu")]  # fmt: skip
+        ("f", "print"), ("f", "item"), ("f", "cpu"), ("g", "t[0]"), ("g", "(n * t).any()"), ("g", "self.seen"),
+        ("h", "t > n")]  # fmt: skip
 
 
 LOADERS = r"pickle\.load|allow_pickle=True|weights_only=False|joblib|(?<![.\w])(eval|exec)\("
