@@ -115,14 +115,29 @@ def machine(device: str = "cpu") -> dict:
     from inflection_fast import build_info
 
     info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.*)", info.read_text()) if info.exists() else None
-    model = " ".join((found.group(1) if found else platform.processor() or platform.machine()).split())
     threads = torch.get_num_threads()
+    model = cpu_model(info.read_text() if info.exists() else "") or platform.processor() or platform.machine()
     return {
         "name": f"{model}, {threads} threads, {build_info()['cpu']['isa']}",
         "torch": torch.__version__,
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
     }
+
+
+def cpu_model(cpuinfo: str) -> str:
+    """Name and generation of the first processor that /proc/cpuinfo lists; "" where it names none.
+
+    Virtual machines often give the vendor alone as the name: family and model, or implementer and part on Arm, tell the
+    generations apart.
+    """
+    fields: dict[str, str] = {}
+    for line in cpuinfo.splitlines():
+        key, _, value = line.partition(":")
+        fields.setdefault(key.strip().lower(), " ".join(value.split()))
+    words = {"cpu family": "family", "model": "model", "cpu implementer": "implementer", "cpu part": "part"}
+    generation = ", ".join(f"{word} {fields[key]}" for key, word in words.items() if fields.get(key))
+    name = fields.get("model name") or ("Arm" if "cpu part" in fields else "")
+    return f"{name} ({generation})" if name and generation else name
 
 
 def _record(times: dict[str, list[float]], warmup: int, goals: dict[str, float], extra) -> dict:
