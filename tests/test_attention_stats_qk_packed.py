@@ -8,6 +8,7 @@ from test_attention_stats_qk import MASKS, check, pair, seeded  # noqa: F401  (s
 from test_attention_stats_qk_backward import check as check_gradients
 
 from inflection_fast import attention_entropy_qk, attention_stats_qk
+from inflection_fast.ops import PackedSequences
 from inflection_fast.ops.qk_arguments import key_bounds
 
 LENGTHS = {
@@ -57,8 +58,7 @@ def test_a_sequence_has_the_statistics_that_it_has_alone(isa, options):
     for begin, end in itertools.pairwise(cu_seqlens.tolist()):
         alone = attention_stats_qk(query[:, :, begin:end], key[:, :, begin:end], **options)
         for name, ours, theirs in zip(alone._fields, packed, alone, strict=True):
-            if name != "sink":  # the probability of key 0 of the tensor, which is one of the first sequence
-                torch.testing.assert_close(ours[:, :, begin:end], theirs, rtol=0, atol=1e-5, msg=name)
+            torch.testing.assert_close(ours[:, :, begin:end], theirs, rtol=0, atol=1e-5, msg=name)
 
 
 def test_positions_outside_every_sequence_attend_nothing_and_are_attended_by_nobody(isa):
@@ -80,7 +80,8 @@ def test_positions_outside_every_sequence_attend_nothing_and_are_attended_by_nob
 @pytest.mark.parametrize("lengths", [LENGTHS["a boundary in every block"], [3, 700, 2]], ids=str)
 def test_gradients_equal_autograd_in_float64(isa, lengths, options):
     T = sum(lengths)
-    check_gradients([*pair(1, 4, 2, T, T, 24), torch.randn(4)], cu_seqlens=cumulative(lengths), **options)
+    sinks = [] if "is_causal" in options else [torch.randn(4)]  # without them `sink` is of the sequence's first key
+    check_gradients([*pair(1, 4, 2, T, T, 24), *sinks], cu_seqlens=cumulative(lengths), **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -138,6 +139,20 @@ def test_the_operator_reads_nothing_outside_whatever_the_bounds_are(isa):
         results.append([*stats, grads[0]])
     assert results[0][3][0, 0, :5].tolist() == [200.0, 0.0, 7.0, 10.0, 0.0]
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_layers_share_what_is_made_of_the_lengths_once():
+    query, key = pair(1, 4, 2, 60, 60, 16)
+    lengths = cumulative([20, 40])
+    packed = PackedSequences(lengths, 60)
+    for ours, theirs in zip(
+        attention_stats_qk(query, key, cu_seqlens=packed),
+        attention_stats_qk(query, key, cu_seqlens=lengths),
+        strict=True,
+    ):
+        assert torch.equal(ours, theirs)
+    with pytest.raises(ValueError, match="cu_seqlens: made for 60 queries and keys, got 50"):
+        attention_stats_qk(query[:, :, :50], key[:, :, :50], cu_seqlens=packed)
 
 
 def test_compiled_in_one_graph_for_any_length_and_number_of_sequences():

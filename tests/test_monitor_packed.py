@@ -24,7 +24,7 @@ from inflection_fast.measure import Monitor, MonitorConfig
 from inflection_fast.measure.attention_call import VARLEN, AttentionCall, Starts, stats_of
 from inflection_fast.measure.attention_sight import _interface_call
 from inflection_fast.measure.schedule import RowSampler
-from inflection_fast.ops import reference
+from inflection_fast.ops import qk_arguments, reference
 
 hf.logging.set_verbosity_error()
 
@@ -125,6 +125,15 @@ def test_packed_equals_padded_and_one_by_one(name, flash):  # noqa: F811
         for other in (together, monitor.timeline):
             actual, expected = (torch.from_numpy(getattr(one, signal)) for one in (packed, other))
             torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5, msg=lambda text: f"{signal}: {text}")  # noqa: B023
+
+
+def test_the_layers_of_a_forward_share_what_is_made_of_the_lengths(flash, monkeypatch):  # noqa: F811
+    made = []
+    bounds = qk_arguments.key_bounds
+    monkeypatch.setattr(qk_arguments, "key_bounds", lambda *lengths: made.append(1) or bounds(*lengths))
+    model = model_of("llama", flash)
+    timeline = measured(model, flattened(texts(), "lengths"))
+    assert len(timeline.layers) > 1 and len(made) == 1
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt-oss"])

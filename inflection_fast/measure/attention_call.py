@@ -32,6 +32,7 @@ class AttentionCall:
     sinks: Tensor | None = None  # [H], or [B, H, Tq, 1] where every query has one of its own
     logits: Tensor | None = None  # [B, H, Tq, Tk], finished scores where the caller had them; key is then unused
     cu_seqlens: Tensor | None = None  # [S + 1], where sequences begin that are packed into one row, without a mask
+    packed: ops.PackedSequences | None = None  # what the operators need of them, once for all layers
     # What FlexAttention makes of (scores, b, h, q, k) and whether (b, h, q, k) attends, for tensors that broadcast.
     score_mod: Callable | None = None
     mask_mod: Callable | None = None
@@ -61,40 +62,11 @@ class AttentionCall:
 
 
 def stats_of(call: AttentionCall, rows: Tensor | None) -> ops.AttentionStats:
-    """The statistics of the query rows `rows` (None: all) of a call, [B, H, R] each; NaN for `foreign_keys`.
-
-    `sink` of packed sequences is the probability of the first key of the row's own sequence.
-    """
+    """The statistics of the query rows `rows` (None: all) of a call, [B, H, R] each; NaN for `foreign_keys`."""
     stats = _stats_of(call, rows)
-    if call.cu_seqlens is not None and call.sinks is None:
-        stats = stats._replace(sink=_sink_of_sequence(call, call.cu_seqlens.long(), rows, stats))
     if call.foreign_keys is not None:
         stats = type(stats)(*(field.masked_fill(call.foreign_keys, torch.nan) for field in stats))
     return stats
-
-
-def _sink_of_sequence(
-    call: AttentionCall, cu_seqlens: Tensor, rows: Tensor | None, stats: ops.AttentionStats
-) -> Tensor:
-    """[1, H, R]: the probability of the first key of each row's sequence, where the operator has that of the tensor's.
-
-    The log-sum-exp of a row with one key is the score of that key.
-    """
-    if rows is None:
-        rows = torch.arange(call.query.shape[2], device=call.query.device)
-    before = torch.searchsorted(cu_seqlens, rows, right=True) - 1  # the last start that is not after the row
-    first = cu_seqlens.index_select(0, before.clamp(min=0))
-    query, key = call.query.detach().index_select(2, rows), call.key.detach().index_select(2, first)
-    by_row = (x.permute(2, 1, 0, 3) for x in (query, key))  # [R, H, 1, D]: a batch of single rows with a single key
-    bias = None
-    if call.bias is not None:
-        every = call.bias.detach().expand(-1, -1, call.query.shape[2], call.query.shape[2])
-        bias = every[0, :, rows, first].mT[:, :, None, None]
-    score = ops.attention_stats_qk(*by_row, attn_mask=bias, scale=call.scale, softcap=call.softcap).lse.permute(2, 1, 0)
-    hidden = stats.keys == 0
-    if call.window is not None:
-        hidden = hidden | (rows - first > call.window[0])
-    return (score - stats.lse).exp().masked_fill(hidden, 0.0)
 
 
 def _stats_of(call: AttentionCall, rows: Tensor | None) -> ops.AttentionStats:
@@ -120,7 +92,7 @@ def _stats_of(call: AttentionCall, rows: Tensor | None) -> ops.AttentionStats:
         softcap=call.softcap,
         sinks=None if call.sinks is None else call.sinks.detach(),
         rows=rows,
-        cu_seqlens=call.cu_seqlens,
+        cu_seqlens=call.cu_seqlens if call.packed is None else call.packed,
     )
 
 

@@ -20,6 +20,7 @@ from .cka import (
     linear_cka,
 )
 from .library import build_info
+from .qk_arguments import PackedSequences
 from .rank import AttentionRank, attention_rank
 from .spectrum import PowerLaw, Spectrum, power_law, singular_values, weight_spectrum
 from .sum_of_squares import sum_of_squares
@@ -33,6 +34,7 @@ __all__ = [
     "CkaBasis",
     "CkaResult",
     "CkaState",
+    "PackedSequences",
     "PowerLaw",
     "RowSample",
     "Spectrum",

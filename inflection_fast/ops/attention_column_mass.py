@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .qk_arguments import qk_arguments
+from .qk_arguments import PackedSequences, qk_arguments
 
 __all__ = ["AttentionColumns", "attention_column_mass"]
 
@@ -36,7 +36,7 @@ def attention_column_mass(
     window: tuple[int | None, int | None] | None = None,
     softcap: float | None = None,
     rows: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
+    cu_seqlens: Tensor | PackedSequences | None = None,
 ) -> AttentionColumns:
     """How much attention every key receives, and how concentrated it is.
 
@@ -62,7 +62,7 @@ def attention_column_mass(
         softcap: c > 0 makes the scores ``c * tanh(s / c)`` before the mask; None leaves them.
         rows: int64 ``[R]``, the query positions to sum over; one that repeats counts as often. On CUDA, and under
             torch.compile, a position outside ``[0, Q)`` counts nothing.
-        cu_seqlens: int32 or int64 ``[S + 1]``, cumulative lengths of packed sequences.
+        cu_seqlens: where packed sequences begin, as in `attention_stats_qk`.
 
     Returns:
         `AttentionColumns`: `mass` and `squares`, each float32 ``[B, H, K]``.

@@ -30,7 +30,7 @@ class AttentionStats(NamedTuple):
     collision: Tensor
     """Sum of squared probabilities."""
     sink: Tensor
-    """Probability of key 0, or of the sink column where there is one."""
+    """Probability of key 0, of the first key of a packed row's sequence, or of the sink column where there is one."""
 
 
 def attention_entropy(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import checks, library
 from .attention_stats import AttentionStats
-from .qk_arguments import qk_arguments
+from .qk_arguments import PackedSequences, qk_arguments
 
 __all__ = ["attention_entropy_qk", "attention_stats_qk"]
 
@@ -23,7 +23,7 @@ def attention_entropy_qk(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     rows: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
+    cu_seqlens: Tensor | PackedSequences | None = None,
 ) -> Tensor:
     """Entropy of every row of attention probabilities, in nats, from queries and keys.
 
@@ -49,7 +49,7 @@ def attention_stats_qk(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     rows: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
+    cu_seqlens: Tensor | PackedSequences | None = None,
 ) -> AttentionStats:
     """Statistics of every row of attention probabilities, from queries and keys.
 
@@ -69,6 +69,10 @@ def attention_stats_qk(
         sinks: ``[H]``, scores of one more column per head, which has no value. Entropy, lse and collision count it.
         rows: int64 ``[R]``, query positions in ``[0, Q)``, any order: only these rows are computed. On CUDA, and under
             torch.compile, where looking at the values would cost a synchronisation, a position outside gives NaN.
+        cu_seqlens: int32 or int64 ``[S + 1]``, numbers in ``[0, Q]`` that never fall, or the `PackedSequences` that
+            layers share: sequence s lies at positions ``cu_seqlens[s]`` to ``cu_seqlens[s + 1] - 1`` of queries and
+            keys alike (Q = K). A row attends keys of its own sequence only; one that is in none attends nothing. `sink`
+            is then the probability of the first key of the row's sequence. Checked where `rows` are.
 
     Returns:
         `AttentionStats`, each float32 ``[B, H, Q]``, or ``[B, H, R]`` with `rows`. A row without keys has entropy 0 and

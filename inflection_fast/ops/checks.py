@@ -160,17 +160,22 @@ def rows(value: object, queries: int, query: Tensor) -> Tensor:
     return found
 
 
-def cu_seqlens(value: object, query: Tensor, key: Tensor) -> Tensor:
-    """`value`, if it is a vector of cumulative lengths that packed sequences have; read where `rows` are."""
+def packed_lengths(query: Tensor, key: Tensor, length: int) -> None:
+    """Refuse packed sequences that are not over `length` queries and as many keys."""
+    queries, keys = query.shape[2], key.shape[2]
+    if queries != keys:
+        raise ValueError(f"cu_seqlens: needs as many queries as keys, got {queries} queries and {keys} keys")
+    if queries != length:
+        raise ValueError(f"cu_seqlens: made for {length} queries and keys, got {queries}")
+
+
+def cu_seqlens(value: object, length: int) -> Tensor:
+    """`value`, if it is a vector of cumulative lengths of sequences packed into `length`; read where `rows` are."""
     found = tensor(value, "cu_seqlens")
     if found.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens: expected dtype torch.int32 or torch.int64, got {found.dtype}")
     if found.ndim != 1 or found.shape[0] < 2:
         raise ValueError(f"cu_seqlens: expected one dimension of at least 2 numbers, got shape {list(found.shape)}")
-    same_device(found, "cu_seqlens", query, "query")
-    length = query.shape[2]
-    if key.shape[2] != length:
-        raise ValueError(f"cu_seqlens: needs as many queries as keys, got {length} queries and {key.shape[2]} keys")
     if found.is_cpu and not torch.compiler.is_compiling():
         first, last = int(found[0]), int(found[-1])
         if first < 0 or last > length or bool((found[1:] < found[:-1]).any()):

@@ -74,7 +74,11 @@ def attention_stats_qk(
 ) -> AttentionStats:
     """Statistics of every softmax row of the attention of `query` ``[B, H, Q, D]`` to `key` ``[B, Hkv, K, D]``."""
     scores, attend = qk_scores(query, key, attn_mask, is_causal, scale, window, softcap, rows, cu_seqlens)
-    return row_stats(scores, attend, None if sinks is None else wide(sinks)[:, None, None])
+    first = None
+    if cu_seqlens is not None:
+        position = torch.arange(query.shape[2], device=query.device) if rows is None else rows
+        first = torch.where(cu_seqlens <= position[:, None], cu_seqlens, 0).amax(-1).long()
+    return row_stats(scores, attend, None if sinks is None else wide(sinks)[:, None, None], first)
 
 
 def attention_column_mass(
@@ -186,8 +190,13 @@ def activation_moments(output: Tensor, input: Tensor | None = None, *, mask: Ten
     return ActivationMoments(torch.stack([torch.as_tensor(s, dtype=torch.float64) for s in sums]), largest.float())
 
 
-def row_stats(scores: Tensor, attend: Tensor, sinks: Tensor | None = None) -> AttentionStats:
-    """Statistics over the last dimension of `scores` where `attend`; `sinks` is one more column without a value."""
+def row_stats(
+    scores: Tensor, attend: Tensor, sinks: Tensor | None = None, first: Tensor | None = None
+) -> AttentionStats:
+    """Statistics over the last dimension of `scores` where `attend`; `sinks` is one more column without a value.
+
+    `first` ``[R]`` are the keys whose probability `sink` is where there are no sinks; None: key 0.
+    """
     keys = attend.sum(-1)
     broken = (attend & (scores.isnan() | (scores == INF))).any(-1)
     scores = torch.nn.functional.pad(scores.masked_fill(~attend, -INF), (1, 0), value=-INF)
@@ -200,14 +209,19 @@ def row_stats(scores: Tensor, attend: Tensor, sinks: Tensor | None = None) -> At
 
     log_p = scores.log_softmax(-1)
     p = log_p.exp()
-    first = p[..., 0] if sinks is not None else p[..., 1:2].sum(-1)
+    if sinks is not None:
+        sink = p[..., 0]
+    elif first is None:
+        sink = p[..., 1:2].sum(-1)
+    else:
+        sink = p.gather(-1, (first + 1).expand(p.shape[:-1])[..., None]).squeeze(-1)
     stats = AttentionStats(
         entropy=(p * -log_p.masked_fill(scores == -INF, 0.0)).sum(-1).masked_fill(empty, 0.0),
         lse=scores.logsumexp(-1).masked_fill(empty, -INF),
         max_logit=top.detach(),
         keys=keys.to(scores.dtype),
         collision=p.square().sum(-1).masked_fill(empty, 0.0),
-        sink=first.masked_fill(empty, 0.0),
+        sink=sink.masked_fill(empty, 0.0),
     )
     nan = float("nan")
     return AttentionStats(*(x if name == "keys" else x.masked_fill(broken, nan) for name, x in stats._asdict().items()))
