@@ -200,6 +200,9 @@ def test_steps_that_lack_the_values_of_other_ranks_are_said(finished):
     run.timeline.missing_ranks[3:] = 7
     said = f"In {steps - 3} of {steps} measured steps, from step 30 on, a rank was lost"
     assert any(sentence.startswith(said) for sentence in sections.missing_parts(run))
+    assert not any("Padded rows are included" in sentence for sentence in sections.missing_parts(run))
+    run.timeline.padded_rows[1] = 1.0
+    assert any("Padded rows are included" in sentence for sentence in sections.missing_parts(run))
 
 
 def test_a_run_that_has_only_begun_still_has_a_page(tmp_path):

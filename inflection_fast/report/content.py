@@ -35,6 +35,7 @@ class Measured:
     steps: np.ndarray
     missing_ranks: np.ndarray
     measure_ms: np.ndarray
+    padded_rows: np.ndarray
     layers: list[str]
     heads: int
     meta: dict
@@ -73,7 +74,7 @@ class Content:
         self.alerts_in_all = 0
         self._watch = AlertWatch()
         self._steps: list[int] = []
-        self._raw: dict[str, list[float]] = {"missing_ranks": [], "measure_ms": []}
+        self._raw: dict[str, list[float]] = {"missing_ranks": [], "measure_ms": [], "padded_rows": []}
         self._restarts = 0
 
     # ---- reading -----------------------------------------------------------------------------------------------------
