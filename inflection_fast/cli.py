@@ -1,4 +1,4 @@
-"""The command line: `inflection-fast measure | plan | tune | report | run | study | doctor`.
+"""The command line: `inflection-fast measure | plan | tune | report | scan | compare | run | study | doctor`.
 
 Each command builds its own parser when it is asked for, because the settings of a run are defined beside the code that
 they steer, and `inflection-fast --help` should not have to load it.
@@ -40,6 +40,8 @@ COMMANDS = {
     "tune": "put LoRA on the planned layers, train, and compare with other layers",
     "report": "write the report of a run, or of several side by side",
     "watch": "serve the page of a run on this machine, following it while it trains",
+    "scan": "say what is unusual in any checkpoint, from its weights, and with texts from attention and gradients",
+    "compare": "compare two checkpoints layer by layer: features, what is measured on both, weights",
     "run": "measure, plan, tune and report in this order, continuing where an interrupted run stopped",
     "study": "compare many ways to place adapters over transfers and seeds, and report what they say",
     "doctor": "say what is installed, what is loaded, and what is missing",
@@ -330,6 +332,18 @@ def _doctor(argv: list[str]) -> int:
     return show(examine())
 
 
+def _scan(argv: list[str]) -> int:
+    from inflection_fast.checkpoints.commands import scan_command
+
+    return scan_command(argv, _console())
+
+
+def _compare(argv: list[str]) -> int:
+    from inflection_fast.checkpoints.commands import compare_command
+
+    return compare_command(argv, _console())
+
+
 def _study(argv: list[str]) -> int:
     from inflection_fast.study.command import study
 
@@ -343,6 +357,8 @@ _DISPATCH: dict[str, Callable[[list[str]], int]] = {
     "tune": _tune,
     "report": _report,
     "watch": _watch,
+    "scan": _scan,
+    "compare": _compare,
     "run": _run,
     "study": _study,
     "doctor": _doctor,

@@ -17,6 +17,8 @@ __all__ = ["PowerLaw", "Spectrum", "marchenko_pastur_median", "power_law", "sing
 TRACY_WIDOM = 3.27  # the 99.9 % quantile of the distribution of order 1
 MP_POINTS = 20_001  # of the integral of the Marchenko-Pastur density
 LEAST_TAIL = 10  # eigenvalues that a power law is fitted to
+KS_CELLS = 2**18  # differences of distribution functions that are held at a time
+GRAM_COLUMNS = 2048  # of the longer side that are in float64 at a time
 
 
 class PowerLaw(NamedTuple):
@@ -57,7 +59,8 @@ def singular_values(weight: Tensor) -> np.ndarray:
     """Singular values of a matrix, float64, falling, from the eigenvalues of W W^T or W^T W, whichever is smaller.
 
     The product is summed in float64, so a singular value s errs by about 1e-16 s_1^2 / s: by 1e-9 of s_1 where it is
-    1e-7 of s_1, and what is below 1e-8 s_1 is noise. Memory: the matrix and its smaller Gram matrix in float64.
+    1e-7 of s_1, and what is below 1e-8 s_1 is noise. Memory beside the matrix: two of its smaller Gram matrix in float64
+    and 2048 of its columns (rows), however long its longer side is.
 
     Raises:
         TypeError: `weight` is no floating-point tensor.
@@ -68,14 +71,18 @@ def singular_values(weight: Tensor) -> np.ndarray:
     if weight.ndim != 2 or 0 in weight.shape:
         raise ValueError(f"weight: expected a matrix, got shape {list(weight.shape)}")
     with torch.no_grad():
-        matrix = weight.double() if weight.shape[0] <= weight.shape[1] else weight.mT.double()
-        largest = matrix.abs().max()
+        matrix = weight if weight.shape[0] <= weight.shape[1] else weight.mT
+        low, high = matrix.aminmax()
+        largest = torch.maximum(-low, high).double()
         if not torch.isfinite(largest):
             raise ValueError("weight: holds NaN or infinity, so it has no singular values")
         if largest == 0:
             return np.zeros(matrix.shape[0])
-        matrix = matrix / largest  # squares of 1e-200 or 1e200 are no numbers
-        values = torch.linalg.eigvalsh(matrix @ matrix.mT).flip(0).clamp(min=0.0)
+        gram = torch.zeros(len(matrix), len(matrix), dtype=torch.float64, device=matrix.device)
+        for columns in matrix.split(GRAM_COLUMNS, 1):
+            columns = columns.double() / largest  # squares of 1e-200 or 1e200 are no numbers
+            gram.addmm_(columns, columns.mT)
+        values = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0.0)
         return (values.sqrt() * largest).cpu().numpy()
 
 
@@ -109,22 +116,25 @@ def power_law(values: np.ndarray) -> PowerLaw:
     likelihood; the xmin with the smallest Kolmogorov-Smirnov distance wins. NaN for fewer than 10 values.
     """
     x = np.sort(np.asarray(values, np.float64))
-    best = PowerLaw(math.nan, math.nan, math.nan, math.nan, 0)
     logs = np.log(x)
     above = np.cumsum(logs[::-1])[::-1]  # sums of the logarithms from each value on
-    for first in range(len(x) - LEAST_TAIL + 1):
-        if first and x[first] == x[first - 1]:
-            continue
-        n = len(x) - first
-        excess = above[first] - n * logs[first]
-        if excess <= 0:
-            continue
-        alpha = 1 + n / excess
-        fitted = 1 - np.exp((1 - alpha) * (logs[first:] - logs[first]))
-        steps = np.arange(n + 1) / n
-        distance = max(np.abs(steps[1:] - fitted).max(), np.abs(steps[:-1] - fitted).max())
-        if not distance >= best.distance:
-            best = PowerLaw(float(alpha), float((alpha - 1) / math.sqrt(n)), float(distance), float(x[first]), n)
+    best = PowerLaw(math.nan, math.nan, math.nan, math.nan, 0)
+    firsts = np.arange(max(0, len(x) - LEAST_TAIL + 1))
+    tails = len(x) - firsts
+    excess = above[firsts] - tails * logs[firsts]
+    usable = (excess > 0) & np.concatenate([[True], x[1:] > x[:-1]])[firsts]
+    firsts, tails, alphas = firsts[usable], tails[usable], 1 + tails[usable] / excess[usable]
+    per_part = max(1, KS_CELLS // max(len(x), 1))
+    for part in range(0, len(firsts), per_part):
+        first, tail, alpha = (of[part : part + per_part, None] for of in (firsts, tails, alphas))
+        at = np.arange(first[0, 0], len(x))[None]  # values from the first start of this part on
+        fitted = 1 - np.exp((1 - alpha) * np.maximum(logs[at] - logs[first], 0.0))
+        gaps = np.maximum(np.abs((at - first + 1) / tail - fitted), np.abs((at - first) / tail - fitted))
+        distances = np.where(at >= first, gaps, 0.0).max(1)
+        i = int(distances.argmin())
+        if not distances[i] >= best.distance:
+            a, n = float(alpha[i, 0]), int(tail[i, 0])
+            best = PowerLaw(a, (a - 1) / math.sqrt(n), float(distances[i]), float(x[first[i, 0]]), n)
     return best
 
 

@@ -10,7 +10,9 @@ from .adapter import Adapter
 from .attention import Attention, CrossAttention, ProbeEntropy
 from .attention_detail import AttentionDetail
 from .delta_cka import DeltaCka
+from .first_order import FirstOrder
 from .gradient_noise import GradientNoise
+from .layer_cka import LayerCka
 from .output import Output
 from .parameter_grad import ParameterGrad
 from .quantity import Accumulator, AlertRule, Column, Quantity
@@ -31,6 +33,7 @@ QUANTITIES: dict[str, type[Quantity]] = {
     for cls in (
         *(Attention, CrossAttention, ActivationGrad, ParameterGrad, DeltaCka, ProbeEntropy, ProbeActivationGrad),
         *(AttentionDetail, Residual, Update, Adapter, GradientNoise, Rank, Output, Router, Spectrum, Trajectory),
+        *(LayerCka, FirstOrder),
     )
 }
 

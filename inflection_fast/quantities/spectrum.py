@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from ..ops.spectrum import Spectrum as SpectrumOfMatrix
 from ..ops.spectrum import weight_spectrum
 from .quantity import Accumulator, Column, MeasuredModel, Quantity
 
-__all__ = ["Spectrum", "spectra_of_checkpoint"]
+__all__ = ["Spectrum", "matrices_of_checkpoint", "spectra_of_checkpoint"]
 
 LEAST_SIDE = 16  # of a matrix that is looked at
 _FIELDS = ("stable_rank", "effective_rank", "alpha", "alpha_error", "alpha_distance", "outliers")
@@ -109,10 +110,10 @@ class Spectrum(Quantity):
 def spectra_of_checkpoint(path: str | Path) -> Iterator[tuple[str, SpectrumOfMatrix]]:
     """Spectra of the matrices of a checkpoint, tensor by tensor, without the model.
 
-    Memory: the largest matrix, in its dtype and in float64, and its smaller Gram matrix.
+    Memory: that of `matrices_of_checkpoint`, and of `ops.singular_values`.
 
     Args:
-        path: a safetensors file, or a folder of them (the shards of a checkpoint), in the order of their names.
+        path: as for `matrices_of_checkpoint`.
 
     Yields:
         (name of the tensor, its `ops.Spectrum`) for every floating-point matrix with both sides at least 16.
@@ -120,17 +121,57 @@ def spectra_of_checkpoint(path: str | Path) -> Iterator[tuple[str, SpectrumOfMat
     Raises:
         ValueError: there is no such file, or the folder holds none.
     """
-    from safetensors import safe_open
+    for name, matrix in matrices_of_checkpoint(path):
+        yield name, weight_spectrum(matrix)
 
-    path = Path(path)
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path] * path.is_file()
+
+def matrices_of_checkpoint(path: str | Path | Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
+    """The weight matrices of a checkpoint one after the other, as they are stored, or dequantised to float32.
+
+    Memory: the largest matrix; of a GGUF file that is quantised, in float32.
+
+    Args:
+        path: a safetensors or GGUF file, a folder of safetensors files (the shards of a checkpoint), which are read in
+            the order of their names, or such files.
+
+    Yields:
+        (name of the tensor, floating-point ``[m, n]``) for every one with both sides at least 16.
+
+    Raises:
+        ValueError: there is no such file, or the folder holds none.
+    """
+    if isinstance(path, (str, Path)):
+        path = Path(path)
+        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path] * path.is_file()
+    else:
+        files = list(path)
     if not files:
         raise ValueError(f"path: {path} is no safetensors file and no folder with one")
     for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():
-                shape = tensors.get_slice(name).get_shape()
-                if len(shape) == 2 and min(shape) >= LEAST_SIDE:
-                    tensor = tensors.get_tensor(name)
-                    if tensor.is_floating_point():
-                        yield name, weight_spectrum(tensor)
+        yield from _of_gguf(file) if file.suffix == ".gguf" else _of_safetensors(file)
+
+
+def _is_matrix(shape: Sequence[int]) -> bool:
+    return len(shape) == 2 and min(shape) >= LEAST_SIDE
+
+
+def _of_safetensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as tensors:
+        for name in tensors.keys():
+            if _is_matrix(tensors.get_slice(name).get_shape()):
+                tensor = tensors.get_tensor(name)
+                if tensor.is_floating_point():
+                    yield name, tensor
+
+
+def _of_gguf(file: Path) -> Iterator[tuple[str, Tensor]]:
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+
+    for tensor in GGUFReader(file).tensors:
+        if _is_matrix([int(side) for side in tensor.shape]):
+            values = dequantize(tensor.data, tensor.tensor_type)
+            if np.issubdtype(values.dtype, np.floating):
+                yield tensor.name, torch.from_numpy(np.array(values))

@@ -7,6 +7,7 @@ from html import escape
 
 import numpy as np
 
+from inflection_fast.decide import Plan
 from inflection_fast.report.answer import Answer, answer
 from inflection_fast.report.content import Content
 from inflection_fast.report.data import described
@@ -16,7 +17,7 @@ from inflection_fast.report.sections import missing_parts, model_name, overhead,
 from inflection_fast.report.verdict import NOISE, compare, verdict
 from inflection_fast.report.words import MISSING, accuracy, count, percent, score, significant
 
-__all__ = ["answer_block", "fragments", "table", "title"]
+__all__ = ["answer_block", "choice_block", "fragments", "table", "title"]
 
 PLOT = (220.0, 22.0)  # width and height of the small interval plots in a table
 SHOWN_ALERTS = 12  # more than this are folded away
@@ -33,7 +34,7 @@ def fragments(content: Content) -> dict[str, str]:
         "heading": _heading(content),
         "answer": answer_block(answer(content)),
         "alert-list": _alerts(content),
-        "choice-words": _choice(content.run),
+        "choice-words": choice_block(content.run.plan),
         "stages-words": _stages(content.run),
         "settings-words": _settings(content),
         "missing-words": _missing(content),
@@ -98,10 +99,10 @@ def _alerts(content: Content) -> str:
     return f"<details{opened}><summary>{count(len(rows))} alerts in words</summary>{listed}</details>{note}"
 
 
-def _choice(run: Run) -> str:
-    if run.plan is None:
+def choice_block(plan: Plan | None) -> str:
+    """Which layers were chosen, and why."""
+    if plan is None:
         return "<p>No layers have been chosen: there is no plan.json.</p>"
-    plan = run.plan
     entropy, error, gradient = by_name(plan, "entropy"), by_name(plan, "entropy_se"), log_gradient(plan)
     reasons = "".join(
         f'<li value="{layer}"><b>Layer {layer}</b> {escape(plan.reasons[layer])}</li>' for layer in plan.layers

@@ -13,12 +13,15 @@ from typing import Any
 
 import numpy as np
 
+from inflection_fast.decide import Plan
 from inflection_fast.report.content import Content, Series
 from inflection_fast.report.fragments import fragments, title
 from inflection_fast.report.packing import pack, pack_text
 from inflection_fast.report.profile import by_name, components, log_gradient
 
-__all__ = ["State", "html", "state", "write_html"]
+PAIRS = ("layer", "other_layer")  # axes of columns that are drawn as matrices
+
+__all__ = ["State", "html", "plan_entry", "state", "write_html"]
 
 
 class State:
@@ -50,16 +53,19 @@ def state(content: Content) -> State:
             {"step": a.step, "kind": a.kind, "signal": a.signal, "layer": a.layer, "head": a.head, "message": a.message}
             for a in content.alerts
         ],
-        "plan": _plan(run.plan),
+        "plan": plan_entry(run.plan),
+        "matrices": [
+            entry for name, series in content.series.items() if (entry := _matrix(made, name, series)) is not None
+        ],
         "fragments": fragments(content),
     }
     return made
 
 
 def _column(made: State, name: str, series: Series, every: dict[str, Series]) -> dict[str, Any] | None:
-    """None for a column without any value."""
+    """None for a column without any value, and for one of pairs of layers, which is a matrix."""
     places, column = series.places, series.column
-    if not len(places.steps):
+    if not len(places.steps) or column.axes == PAIRS:
         return None
     error = every.get(f"{name}_se")
     entry = {
@@ -90,6 +96,26 @@ def _column(made: State, name: str, series: Series, every: dict[str, Series]) ->
     return entry
 
 
+def _matrix(made: State, name: str, series: Series) -> dict[str, Any] | None:
+    """A column of pairs of layers as it was last measured; None for other columns, and without any value."""
+    column, parts = series.column, series.parts
+    if column.axes != PAIRS or parts is None or not len(parts.steps):
+        return None
+    first, last = parts.steps[-1].tolist()
+    return {
+        "name": name,
+        "label": column.label[:1].upper() + column.label[1:],
+        "unit": column.unit,
+        "explanation": f"{column.explanation} At step {last}."
+        if first == last
+        else f"{column.explanation} Mean over the measurements from step {first} to {last}.",
+        "rows": "layer",
+        "columns": "other layer",
+        "unitInterval": "delta" not in name,
+        **made.add(parts.mean[-1]),
+    }
+
+
 def _statistics(buckets: Any) -> np.ndarray:
     """Mean, least and largest value, steps last; the mean alone where all three are the same."""
     three = np.stack([np.moveaxis(part, 0, -1) for part in (buckets.mean, buckets.low, buckets.high)])
@@ -97,7 +123,8 @@ def _statistics(buckets: Any) -> np.ndarray:
     return three[:1] if same else three
 
 
-def _plan(plan: Any) -> dict[str, Any] | None:
+def plan_entry(plan: Plan | None) -> dict[str, Any] | None:
+    """A plan as the page draws it; None without one."""
     if plan is None:
         return None
     return {
@@ -143,8 +170,8 @@ def html(made: State, *, live: bool = False) -> str:
     if not live:
         data += [_data(f"array-{i}", "text/plain", pack_text(array)) for i, array in enumerate(made.arrays)]
     page = _file("page.html")
-    kind = "several" if "several" in made.manifest else "one"
-    for name, text in _WORDS[kind].items():
+    kind = "several" if "several" in made.manifest else made.manifest.get("look", "one")
+    for name, text in (_WORDS["one"] | _WORDS[kind]).items():
         page = page.replace(f"<!--{name}-->", text)
     for name, part in {
         "policy": policy,
@@ -163,21 +190,43 @@ def binary(made: State, number: int) -> bytes:
     return pack(made.arrays[number])
 
 
+_ZOOM = " Drag to zoom all charts to some steps, double-click to see all again."
+_BY_LAYER = "Layers from the input to the right, bars one standard error to each side; orange: named in the findings."
 _WORDS = {
     "one": {
         "note:overview": "Every measured quantity over the training: the line is the mean over layers and heads, the "
-        "band goes from the lowest to the highest value of any of them.",
+        f"band goes from the lowest to the highest value of any of them.{_ZOOM}",
         "note:maps": "Orange triangles: chosen layers. Red marks: alerts. Click a layer, or press Enter, for its heads "
         "or its course.",
+        "note:matrices": "Every layer against every other, as last measured. Colours of CKA run from 0 to 1.",
         "stages": "Stages",
-        "single": "",
+        "alerts": "",
+        "maps": "",
+        "choice": "",
     },
     "several": {
         "note:overview": "Every measured quantity, mean over layers and heads: a line for each group of runs that "
-        "differ in the seed alone, with a 95 % interval of the mean over its runs where there are several.",
+        "differ in the seed alone, with a 95 % interval of the mean over its runs where there are several." + _ZOOM,
         "note:maps": "Blue: lower than the first, orange: higher.",
         "stages": "Runs",
-        "single": " hidden",
+        "alerts": " hidden",
+        "choice": " hidden",
+    },
+    "scan": {
+        "note:overview": "What was measured on the texts, by layer: on the texts as they are, on the same words in "
+        f"random order, and with the weights of the blocks replaced by random matrices of their sizes. {_BY_LAYER}",
+        "note:matrices": "Every layer against every other. Colours of CKA run from 0 to 1.",
+        "stages": "Numbers",
+        "alerts": " hidden",
+        "maps": " hidden",
+    },
+    "comparison": {
+        "note:overview": f"What was measured on both models, by layer. {_BY_LAYER}",
+        "note:matrices": "Layers of A upwards, of B to the right. Colours of CKA run from 0 to 1.",
+        "stages": "Numbers",
+        "alerts": " hidden",
+        "maps": " hidden",
+        "choice": " hidden",
     },
 }
 

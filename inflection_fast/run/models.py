@@ -15,7 +15,7 @@ from inflection_fast.run.errors import UserError, user_errors
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["check_model", "load_model", "load_tokenizer", "parameter_counts", "unfreeze"]
+__all__ = ["check_model", "load_model", "load_tokenizer", "most_tokens", "parameter_counts", "unfreeze"]
 
 
 @contextmanager
@@ -66,7 +66,7 @@ def check_model(config: ModelConfig, task: str, names: tuple[str, ...] | None) -
         settings = AutoConfig.from_pretrained(expanduser(config.path), **_options(config))
     with _loading(config), torch.device("meta"):
         model = _class_of(task).from_config(settings, trust_remote_code=config.trust_remote_code)
-    longest = _most_tokens(model)
+    longest = most_tokens(model)
     if longest is not None and config.max_length > longest:
         raise UserError(f"model.max_length is {config.max_length}, and {config.path} takes at most {longest} tokens")
     with user_errors(about=f"model {config.path}"):
@@ -80,7 +80,7 @@ def _check_gguf(config: ModelConfig, path: Path) -> None:
         raise UserError(f"model.gguf_file: there is no {config.gguf_file} in {config.path}; it has {found or 'none'}")
 
 
-def _most_tokens(model: PreTrainedModel) -> int | None:
+def most_tokens(model: PreTrainedModel) -> int | None:
     """The longest text that the model takes, where its configuration says.
 
     A table of positions with a padding index (RoBERTa's kind) counts from the position after that.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from inflection_fast.act.ranking import eva_ranks
 from inflection_fast.blocks import find_blocks
 from inflection_fast.ops import linear_cka
+from inflection_fast.quantities.first_order import top_squares
 from inflection_fast.study.adaptation import Adaptation, on_modules
 from inflection_fast.study.arms import Seen
 from inflection_fast.study.training_loop import batch_of, batches_of, forward
@@ -92,8 +93,8 @@ class FirstOrderGain:
         scores = {}
         with _gradients(seen) as model:
             for layer, names in seen.modules.items():
-                gains = [torch.linalg.svdvals(model.get_submodule(name).weight.grad.float()) for name in names]
-                scores[layer] = float(sum(gain[: seen.config.rank].square().sum() for gain in gains))
+                weights = [model.get_submodule(name).weight for name in names]
+                scores[layer] = float(sum(top_squares(weight.grad, seen.config.rank) for weight in weights))
         return seen.best(scores)
 
 

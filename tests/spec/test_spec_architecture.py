@@ -12,31 +12,32 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "inflection_fast"
 pytestmark = pytest.mark.sources
 MEASURING, DECIDING = {"ops", "blocks", "timeline", "alerts", "quantities", "measure"}, {"timeline", "decide"}
-ALL = MEASURING | DECIDING | {"act", "integrations", "report", "run"}
-TORCH = {"ops", "blocks", "quantities", "measure", "act", "integrations", "run", "study"}
+ALL = MEASURING | DECIDING | {"act", "integrations", "report", "run", "checkpoints"}
+TORCH = {"ops", "blocks", "quantities", "measure", "act", "integrations", "run", "study", "checkpoints"}
 OWN = {  # part -> parts of ours that it may import; the table of docs/design.md
     "atomic": set(), "records": {"atomic"},
     "ops": set(), "blocks": set(), "timeline": {"atomic"}, "alerts": {"timeline"},
     "quantities": {"ops", "blocks", "timeline"}, "measure": (MEASURING - {"measure"}) | {"atomic"},
     "decide": {"timeline", "atomic"},
     "act": {"blocks", "decide", "ops", "quantities", "measure", "timeline"},
-    "integrations": {"measure", "timeline", "alerts"}, "report": DECIDING | {"records", "alerts"},
-    "run": (ALL - {"run"}) | {"atomic", "records"}, "study": ALL, "cli": {"run", "report", "decide", "study"},
+    "integrations": {"measure", "timeline", "alerts"}, "report": DECIDING | {"records", "alerts", "atomic"},
+    "run": (ALL - {"run", "checkpoints"}) | {"atomic", "records"}, "checkpoints": (ALL - {"checkpoints"}) | {"atomic"},
+    "study": ALL, "cli": {"run", "report", "decide", "study", "checkpoints"},
     "__main__": {"cli"}, "__init__": ALL,
 }  # fmt: skip
 TYPES = {"decide": {"torch", "peft"}}  # for type checkers only
 LATER = {"decide": {"act"}}  # inside functions only: methods of a plan that take a model
 GUARDED = {  # third party -> parts that may name it at all, and those among them that may do so at import time
     "torch": (
-        {"ops", "blocks", "quantities", "measure", "act", "integrations", "run", "study"},
-        {"ops", "blocks", "quantities", "measure", "act", "integrations", "run", "study"},
+        TORCH,
+        TORCH,
     ),
     "numpy": (ALL | {"cli", "study"}, ALL | {"study"}),
     "pyarrow": ({"timeline", "run"}, set()),
-    "transformers": ({"measure", "act", "integrations", "run", "study"}, {"act", "integrations", "run"}),
+    "transformers": ({"measure", "act", "integrations", "run", "study", "checkpoints"}, {"act", "integrations", "run"}),
     "peft": ({"act"}, {"act"}),
     "matplotlib": ({"report", "study"}, set()),
-    "rich": ({"report", "run", "cli", "study"}, set()),
+    "rich": ({"report", "run", "cli", "study", "checkpoints"}, set()),
     "scipy": ({"study"}, set()),
     "statsmodels": ({"study"}, set()),
     "datasketch": ({"study"}, set()),

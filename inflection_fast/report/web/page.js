@@ -351,7 +351,10 @@ class HeatMap {
         y: { auto: false, range: (_, low, high) => [low, high] },
       },
       axes: [
-        axis({ values: integerTicks, grid: { show: false }, size: 28, space: 60 }),
+        axis({
+          values: integerTicks, grid: { show: false }, size: 28, space: this.columnName ? 26 : 60,
+          ...(this.columnName ? { label: this.columnName, labelSize: 18, labelFont: FONT, labelGap: 0, incrs: [1, 2, 4, 5, 10, 20, 50] } : {}),
+        }),
         axis({
           values: integerTicks, grid: { show: false }, size: (_, values) => wide(values) + 4, space: 18,
           label: this.rowName, labelSize: 16, labelFont: FONT, labelGap: 0, incrs: [1, 2, 4, 8, 10, 16, 20, 32, 50, 64, 100],
@@ -811,9 +814,11 @@ function drawAlerts() {
 
 let choiceEntries = [];
 
-function drawChoice() {
-  choiceEntries.forEach(erase);
-  choiceEntries = [];
+function drawChoice(again = true) {
+  if (again) {
+    choiceEntries.forEach(erase);
+    choiceEntries = [];
+  }
   $("choice-charts").replaceChildren();
   const { plan } = manifest;
   if (!plan) return;
@@ -825,29 +830,37 @@ function drawChoice() {
   byLayer(gradient.label, gradient.unit, [{ name: gradient.label, ...gradient }], plan.layers, found("gradient cliff"));
 }
 
-function byLayer(title, unit, lines, chosen, rings = []) {
+const LINES = ["accent", "second", "third", "faint"], LINE_WORDS = ["blue", "yellow", "green", "grey"];
+
+function byLayer(title, unit, lines, chosen, rings = [], { into = $("choice-charts"), log = false, explanation = null, mark = "chosen" } = {}) {
   if (lines.every(({ values }) => values.every((value) => value === null))) return;
-  const count = lines[0].values.length, colours = ["accent", "second"];
+  const count = Math.max(...lines.map(({ values }) => values.length)), colours = LINES;
   const value = make("span", { class: "value" }), box = make("div", { class: "plot", role: "img", "aria-label": `${title} by layer; the table holds the numbers.` });
   const caption = make("figcaption", {}, make("span", { text: title }), make("span", { class: "unit", text: unit }), value);
-  $("choice-charts").append(make("figure", { class: "card multiple" }, caption, box, tableBehind(`${title} by layer`, () => ({
+  into.append(make("figure", { class: "card multiple", title: explanation }, caption, box, tableBehind(`${title} by layer`, () => ({
     head: ["layer", ...lines.flatMap(({ name, error }) => (error ? [name, "standard error"] : [name]))],
-    rows: [...Array(count).keys()].map((i) => [String(i), ...lines.flatMap(({ values, error }) => (error ? [values[i], error[i]] : [values[i]]))]),
+    rows: [...Array(count).keys()].map((i) => [String(i), ...lines.flatMap(({ values, error }) => (error ? [values[i] ?? null, error[i] ?? null] : [values[i] ?? null]))]),
   }))));
   const say = (i) => {
-    const said = i === null ? lines.length > 1 ? lines.map(({ name }, k) => `${name}: ${k ? "yellow" : "blue"}`).join(", ")
-      : [chosen.length ? "Orange: chosen layers." : "", ...rings.map(({ name, layer }) => `Ring: ${name}, layer ${layer}.`)].join(" ")
-      : `layer ${i}: ${lines.map(({ name, values, error }) => (lines.length > 1 ? `${name} ` : "") + format(values[i]) + (error && error[i] !== null && values[i] !== null ? ` ± ${format(error[i], 2)}` : "")).join(", ")}${chosen.includes(i) ? ", chosen" : ""}`;
+    const said = i === null ? lines.length > 1 ? lines.map(({ name }, k) => `${name}: ${LINE_WORDS[k]}`).join(", ")
+      : [chosen.length ? `Orange: ${mark} layers.` : "", ...rings.map(({ name, layer }) => `Ring: ${name}, layer ${layer}.`)].join(" ")
+      : `layer ${i}: ${lines.map(({ name, values, error }) => (lines.length > 1 ? `${name} ` : "") + format(values[i]) + (error && (error[i] ?? null) !== null && values[i] !== null ? ` ± ${format(error[i], 2)}` : "")).join(", ")}${chosen.includes(i) ? `, ${mark}` : ""}`;
     value.textContent = said;
   };
   const reach = lines.flatMap(({ values, error }) => values.flatMap((v, i) => (v === null ? [] : [v - (error?.[i] ?? 0), v + (error?.[i] ?? 0)])));
+  const known = lines.flatMap(({ values }) => values.filter((v) => v !== null));
+  const positive = log && known.every((v) => v > 0);
   const bottom = Math.min(...reach), top = Math.max(...reach), room = 0.1 * (top - bottom) || 0.5;
+  const low = Math.min(...known), high = Math.max(...known);
   choiceEntries.push(draw(box, {
     group: "layers",
-    scales: { x: { time: false, auto: false, range: (_, low, high) => [low, high] }, y: { range: () => [bottom - room, top + room] } },
+    scales: { x: { time: false, auto: false, range: (_, low, high) => [low, high] }, y: positive ? { distr: 3, range: () => [low / 1.3, high * 1.3] } : { range: () => [bottom - room, top + room] } },
     axes: [
       axis({ values: integerTicks, grid: { show: false }, size: 26, space: 26, incrs: [1, 2, 4, 5, 10, 20, 50] }),
-      axis({ values: numberTicks, size: (_, values) => wide(values), space: 32 }),
+      axis({
+        values: numberTicks, size: (_, values) => wide(values), space: 32,
+        ...(positive ? { splits: (plot) => logSplits(plot.scales.y.min, plot.scales.y.max) } : {}),
+      }),
     ],
     series: [{}, ...lines.map((_, k) => ({
       stroke: () => palette[colours[k]], width: 1.75, points: { show: count <= 64, size: 5, fill: () => palette[colours[k]] },
@@ -857,10 +870,10 @@ function byLayer(title, unit, lines, chosen, rings = []) {
       draw: [(plot) => {
         const pen = plot.ctx, ratio = devicePixelRatio, place = (i, v) => [plot.valToPos(i, "x", true), plot.valToPos(v, "y", true)];
         pen.lineWidth = 1.25 * ratio;
-        for (const { values, error } of lines) {
-          pen.strokeStyle = palette.accent;
+        for (const [k, { values, error }] of lines.entries()) {
+          pen.strokeStyle = palette[colours[k]];
           error?.forEach((e, i) => {
-            if (e === null || values[i] === null) return;
+            if (e === null || values[i] === null || (positive && values[i] - e <= 0)) return;
             const [x, low] = place(i, values[i] - e), [, high] = place(i, values[i] + e);
             pen.beginPath();
             pen.moveTo(x, low); pen.lineTo(x, high);
@@ -881,7 +894,7 @@ function byLayer(title, unit, lines, chosen, rings = []) {
         }
       }],
     },
-  }, [[...Array(count).keys()], ...lines.map(({ values }) => values)], { height: () => 190 }));
+  }, [[...Array(count).keys()], ...lines.map(({ values }) => [...Array(count).keys()].map((i) => values[i] ?? null))], { height: () => (into.classList.contains("wide") ? 190 : 150) }));
   choiceEntries.at(-1).plot.setScale("x", { min: -0.5, max: count - 0.5 });
   say(null);
 }
@@ -893,6 +906,81 @@ const idle = (work) => ("requestIdleCallback" in window ? requestIdleCallback(wo
 function near(element) {
   const { top } = element.getBoundingClientRect();
   return top < innerHeight * 1.3;
+}
+
+// ---- layers against layers --------------------------------------------------------------------------------------------
+
+class MatrixCard {
+  constructor(matrix) {
+    this.box = make("div", { class: "plot" });
+    this.readout = make("output", { class: "readout", "aria-live": "polite" });
+    this.scale = make("span", { class: "scale" });
+    this.about = make("p", {});
+    this.article = make("article", { class: "card map" },
+      make("div", { class: "head" }, make("div", {}, make("h3", {}, `${matrix.label} `, make("span", { class: "unit", text: matrix.unit })), this.about)),
+      this.box, make("div", { class: "under" }, this.readout, this.scale), tableBehind(matrix.label, () => this.table()));
+    $("matrix-cards").append(this.article);
+  }
+
+  async update(matrix) {
+    const values = await array(matrix), [rows, columns] = matrix.shape;
+    Object.assign(this, { matrix, values, rows, columns });
+    this.about.textContent = matrix.explanation;
+    const left = [...Array(columns).keys()].map((i) => i - 0.5), right = left.map((border) => border + 1);
+    const data = { rows, left, right, values, range: matrix.unitInterval ? [0, 1] : undefined };
+    if (this.map) this.map.setData(data);
+    else {
+      this.map = new HeatMap(this.box, {
+        ...data, group: "matrix", rowName: matrix.rows, columnName: matrix.columns,
+        height: (width) => Math.max(170, Math.min(460, (width * rows) / columns)) + 30,
+        label: `${matrix.label}: ${matrix.rows} by ${matrix.columns}. Arrow keys move.`, readout: (cell) => this.say(cell),
+      });
+    }
+    this.scale.replaceChildren();
+    if (this.map.low <= this.map.high) {
+      const bar = make("i", { "aria-hidden": true });
+      bar.style.background = gradient("even");
+      this.scale.append(format(this.map.low), bar, format(this.map.high));
+    }
+  }
+
+  say(cell) {
+    this.readout.textContent = !cell || cell.column < 0 ? ""
+      : `${this.matrix.rows} ${cell.row}, ${this.matrix.columns} ${cell.column}: ${format(this.values[cell.row * this.columns + cell.column])}`;
+  }
+
+  table() {
+    return {
+      head: [`${this.matrix.rows} \\ ${this.matrix.columns}`, ...[...Array(this.columns).keys()].map(String)],
+      rows: [...Array(this.rows).keys()].map((row) => [String(row), ...this.values.subarray(row * this.columns, (row + 1) * this.columns)]),
+      note: "",
+    };
+  }
+}
+
+const matrices = new Map();  // label -> MatrixCard
+
+async function drawMatrices() {
+  const wanted = manifest.matrices ?? [];
+  for (const part of document.querySelectorAll('#matrices, nav a[href="#matrices"]')) part.hidden = !wanted.length;
+  for (const matrix of wanted) {
+    if (!matrices.has(matrix.label)) matrices.set(matrix.label, new MatrixCard(matrix));
+    await matrices.get(matrix.label).update(matrix);
+  }
+}
+
+async function drawLook() {
+  shownSteps = [0, 1];
+  for (const { label, unit, lines, marked, log, explanation } of manifest.profiles) {
+    byLayer(label, unit, lines, marked, [], { into: $("multiples"), log, explanation, mark: "found" });
+  }
+  if (!manifest.profiles.length) $("overview").hidden = true;
+  performance.mark("drawn");
+  await drawMatrices();
+  if (manifest.plan) drawChoice(false);
+  else for (const part of document.querySelectorAll('#choice, nav a[href="#choice"]')) part.hidden = true;
+  performance.mark("complete");
+  document.documentElement.dataset.complete = "1";
 }
 
 // ---- several runs ------------------------------------------------------------------------------------------------------
@@ -1061,6 +1149,7 @@ async function refresh() {
     if (next) { await next[0].update(next[1]).catch(superseded); idle(rest); return; }
     drawAlerts();
     drawChoice();
+    await drawMatrices().catch(superseded);
     if (!zoomedByHand) zoomSteps(null);
     performance.mark("complete");
     document.documentElement.dataset.complete = String(version);
@@ -1126,7 +1215,7 @@ async function poll() {
 }
 
 setTheme(preferred.matches ? "dark" : "light");
-(manifest.several ? drawSeveral() : refresh()).catch(superseded);
+(manifest.several ? drawSeveral() : manifest.look ? drawLook() : refresh()).catch(superseded);
 if (LIVE) {
   $("status").hidden = false;
   $("status").textContent = "following";

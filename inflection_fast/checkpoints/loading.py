@@ -1,0 +1,124 @@
+"""A model and its tokenizer from a checkpoint, as it was saved, for measuring alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from inflection_fast.checkpoints.files import Source
+from inflection_fast.run.errors import UserError, user_errors
+from inflection_fast.run.models import most_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["Loaded", "load", "tokenizer_of"]
+
+# Ends of class names in `architectures` -> what the texts are to such a model.
+_TASKS = {
+    "ForCausalLM": "causal",
+    "LMHeadModel": "causal",
+    "ForMaskedLM": "masked",
+    "ForPreTraining": "masked",
+    "ForConditionalGeneration": "translated",
+}
+LOSSES = {
+    "causal": "the next token",
+    "masked": "15 % of the tokens, masked",
+    "translated": "the second half of a text from its first",
+    "embedded": "which two halves belong to one text",
+}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to be measured: in evaluation mode, no parameter trainable."""
+
+    model: PreTrainedModel
+    task: str  # of `LOSSES`: what its own loss on plain texts is
+    device: torch.device
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of the weights; shared ones count once."""
+        return sum(p.numel() * p.element_size() for p in self.model.parameters())
+
+    @property
+    def longest(self) -> int | None:
+        """Tokens that the model takes, where its configuration says."""
+        return most_tokens(self.model)
+
+
+def load(source: Source, *, device: str | None = None) -> Loaded:
+    """The model of a checkpoint, in float32 on the CPU and as it was saved on a GPU.
+
+    UserError where Transformers cannot build it, or its folder has no configuration.
+    """
+    import transformers
+
+    if not source.described:
+        raise UserError(f"{source.name}: has no config.json, so only its weights can be read; leave --data out")
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    about = f"{source.name} could not be loaded"
+    options: dict[str, object] = {"dtype": torch.float32 if where.type == "cpu" else "auto"}
+    with user_errors(OSError, ValueError, ImportError, KeyError, about=about):
+        if source.gguf is not None:
+            options["gguf_file"] = source.gguf
+            if hasattr(transformers, "GgufConfig"):
+                options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        else:
+            options["use_safetensors"] = True
+        named = {"gguf_file": source.gguf} if source.gguf is not None else {}
+        config = transformers.AutoConfig.from_pretrained(source.folder, **named)
+        task = _task_of(config)
+        kinds = {
+            "causal": transformers.AutoModelForCausalLM,
+            "masked": transformers.AutoModelForMaskedLM,
+            "translated": transformers.AutoModelForSeq2SeqLM,
+            "embedded": transformers.AutoModel,
+        }
+        model = kinds[task].from_pretrained(source.folder, **options)
+    if source.gguf is not None and getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer.remove_quantization_config(model)
+    model.to(where).eval().requires_grad_(False)
+    return Loaded(model, task, where)
+
+
+def _task_of(config: object) -> str:
+    names = getattr(config, "architectures", None) or [""]
+    return next((task for end, task in _TASKS.items() if names[0].endswith(end)), "embedded")
+
+
+def tokenizer_of(source: Source) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint, able to pad on the right. UserError where there is none."""
+    from transformers import AutoTokenizer
+
+    if not source.has_tokenizer:
+        raise UserError(f"{source.name}: has no tokenizer, so no text can be given to it; leave --data out for the weights")
+    named = {"gguf_file": source.gguf} if source.gguf is not None else {}
+    with user_errors(OSError, ValueError, ImportError, KeyError, about=f"the tokenizer of {source.name}"):
+        tokenizer = AutoTokenizer.from_pretrained(source.folder, **named)
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise UserError(f"{source.name}: its tokenizer has neither a padding nor an end token")
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def halves_loss(embedded: Tensor, tokens: Tensor) -> Tensor:
+    """[]: cross entropy of finding the other half of each text by the cosine of mean embeddings, at temperature 0.05.
+
+    Args:
+        embedded: [2 B, T, D], the first halves of B texts, then the second ones.
+        tokens: [2 B, T], 1 at tokens.
+    """
+    weights = tokens.to(embedded.dtype)[..., None]
+    means = (embedded * weights).sum(1) / weights.sum(1).clamp(min=1.0)
+    first, second = nn.functional.normalize(means, dim=-1).chunk(2)
+    logits = first @ second.mT / 0.05  # the temperature of SimCSE (arXiv 2104.08821)
+    own = torch.arange(len(logits), device=logits.device)
+    return (nn.functional.cross_entropy(logits, own) + nn.functional.cross_entropy(logits.mT, own)) / 2

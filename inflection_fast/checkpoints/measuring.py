@@ -1,0 +1,145 @@
+"""One model, measured on batches by a Monitor, and left as it was."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor, nn
+
+from inflection_fast.measure import Monitor, MonitorConfig
+from inflection_fast.measure.arguments import loss_of
+from inflection_fast.measure.eagerly import undisturbed
+from inflection_fast.ops.cka_rows import RowSample, feature_rows
+from inflection_fast.quantities.quantity import BlockForward, Quantity, Sums
+from inflection_fast.timeline import Timeline
+
+__all__ = ["Features", "Inputs", "measure"]
+
+logger = logging.getLogger(__name__)
+
+Inputs = Mapping[str, Tensor]
+
+
+class Features(Quantity):
+    """Keeps feature rows of every block's output, for a comparison with those of another model.
+
+    `rows[layer]` and `sequences[layer]` are lists of tensors [n, D] and [n], one of each batch. Memory: at most `budget`
+    rows of every layer, in float32.
+
+    Args:
+        batches: how many are to come; each step of the monitor is one.
+        budget: rows of a layer.
+        pooling: as for `feature_rows`.
+        seed: of the choice of rows.
+    """
+
+    name = "kept_features"
+
+    def __init__(self, batches: int, budget: int, pooling: str, seed: int = 0):
+        self.pooling, self._sample = pooling, RowSample(budget, batches, seed)
+        self.rows: dict[int, list[Tensor]] = {}
+        self.sequences: dict[int, list[Tensor]] = {}
+
+    def on_block(self, sums: Sums, block: BlockForward) -> None:
+        """Keep the rows of a batch."""
+        tokens = block.tokens
+        tokens = tokens if tokens is not None and tokens.shape == block.output.shape[:2] else None
+        rows, of = feature_rows(block.output, tokens, self.pooling)
+        rows = rows.float()
+        kept, sequences = self.rows.setdefault(block.layer, []), self.sequences.setdefault(block.layer, [])
+        begun = 1 + int(sequences[-1][-1]) if sequences and len(sequences[-1]) else 0
+        keep = self._sample.keep(len(kept), len(rows), sum(map(len, kept)))
+        if keep is not None:
+            keep = keep.to(rows.device)
+            rows, of = rows[keep], of[keep]
+        kept.append(rows)
+        sequences.append(begun + of)
+
+    def values(self, sums: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        """Nothing for the timeline."""
+        return {}
+
+
+def measure(
+    model: nn.Module,
+    batches: Sequence[Inputs],
+    config: MonitorConfig,
+    *,
+    out: Path | None = None,
+    probe: Sequence[Inputs] | None = None,
+    gradients: bool = False,
+    loss: Callable[[Inputs, object], Tensor | None] | None = None,
+    weights: frozenset[nn.Parameter] = frozenset(),
+) -> Timeline:
+    """The timeline of `model` on `batches`, one measured step for each.
+
+    The model runs in evaluation mode; modes, `requires_grad`, gradients and random generators are as before afterwards.
+
+    Args:
+        model: any that a Monitor takes, on the device of the batches.
+        batches: its inputs.
+        config: what is measured.
+        out: folder of the timeline; None: in memory.
+        probe: as for a Monitor.
+        gradients: whether a backward pass goes through every forward, as far as to the first block.
+        loss: makes it, of inputs and output; None: what the model returns.
+        weights: parameters that have a gradient in the first step, each only as long as it takes to measure it.
+
+    Raises:
+        ValueError: there is no loss to go back from, or the Monitor refuses the model.
+    """
+    device = next(model.parameters()).device
+    with ExitStack() as stack:
+        stack.enter_context(_frozen(model))
+        stack.enter_context(undisturbed(model, device, autograd=True))
+        wanted = stack.enter_context(_wanted(weights))  # before the monitor, which looks at what trains
+        monitor = stack.enter_context(Monitor(model, config, out, probe=probe, alerts=None))
+        for batch in batches:
+            inputs = {name: value.to(device) for name, value in batch.items()}
+            output = model(**inputs)
+            found = loss_of(output) if loss is None else loss(inputs, output)
+            if gradients:
+                if found is None:
+                    raise ValueError("loader: a batch gives no loss; put labels into the batches")
+                found.backward()
+            monitor.step(None if found is None else found.detach())
+            wanted.close()
+            del output, found  # before the next forward makes its own
+        timeline = monitor.timeline
+        if monitor.dropped:
+            logger.warning("%d of %d measured batches are missing from the timeline", monitor.dropped, len(batches))
+    return timeline
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter trains; the Monitor lets gradients begin at the first block."""
+    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    try:
+        for parameter, _, _ in before:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, flag, gradient in before:
+            parameter.requires_grad_(flag)
+            parameter.grad = gradient
+
+
+@contextmanager
+def _wanted(weights: frozenset[nn.Parameter]) -> Iterator[ExitStack]:
+    """These parameters train until the stack is closed, and let go of their gradients as soon as they are whole."""
+
+    def let_go(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    with ExitStack() as stack:
+        for parameter in weights:
+            parameter.requires_grad_(True)
+            stack.callback(parameter.requires_grad_, False)
+            stack.callback(parameter.register_post_accumulate_grad_hook(let_go).remove)
+        yield stack
