@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; the same names as in th
     )
     from .alerts import Alert as Alert, AlertConfig as AlertConfig, find_alerts as find_alerts
     from .blocks import find_blocks as find_blocks
+    from .checkpoints import Comparison as Comparison, Scan as Scan, compare as compare, scan as scan
     from .decide import Plan as Plan, SelectConfig as SelectConfig, select as select, ski as ski
     from .integrations import InflectionCallback as InflectionCallback
     from .measure import Monitor as Monitor, MonitorConfig as MonitorConfig, measure_overhead as measure_overhead
@@ -71,6 +72,10 @@ _HOMES = {
     "SelectConfig": "decide",
     "select": "decide",
     "ski": "decide",
+    "Comparison": "checkpoints",
+    "Scan": "checkpoints",
+    "compare": "checkpoints",
+    "scan": "checkpoints",
     "attention_temperature": "act",
     "dead_adapters": "act",
     "drop": "act",

@@ -173,7 +173,8 @@ def test_every_picture_is_shown_once_and_nothing_else_lies_in_the_folder(finishe
     _, _, path = finished
     text = path.read_text(encoding="utf-8")
     there = {file.name for file in path.parent.iterdir()} - {"index.md", "index.html"}
-    assert there == set(pictures.FILES.values())
+    signals = ("entropy", "max_logit", "collision", "sink", "activation_grad", "parameter_grad", "delta_cka")
+    assert there == {*pictures.FILES.values(), *(f"{name}.png" for name in signals)}
     for name in there:
         assert text.count(f"]({name})") == 1
     assert not list(path.parent.parent.glob(".report*"))
@@ -220,7 +221,7 @@ def test_signals_without_values_are_said_to_be_missing(tmp_path):
     run = tmp_path / "run"
     write_run(run, drop=("delta_cka", "sink", "activation_grad"), steps=3)
     text = report.write(run).read_text(encoding="utf-8")
-    assert "Representation drift (1 - CKA): no value was measured: it needs a fixed set of probe texts." in text
+    assert "Representation drift: no value was measured: it needs a fixed set of probe texts." in text
     assert "Attention on the first token: no finite value was measured." in text
     assert "SKI by layer" in text and "the scores rest on the attention entropy alone" in text
     assert not (run / "report" / "sink.png").exists() and (run / "report" / "entropy.png").exists()
@@ -322,10 +323,13 @@ def test_an_older_report_is_replaced_and_a_readers_notes_are_kept(tmp_path):
     (run / "run.json").write_text('{"format": 2, "finished": []}')
     (run / "report").mkdir()
     for name in ("index.md", "sink.png", "notes.txt"):
-        (run / "report" / name).write_text("old")
+        (run / "report" / name).write_text("![a picture](sink.png) of an earlier page" if name == "index.md" else "old")
     report.write(run)
     assert {path.name for path in (run / "report").iterdir()} == {"index.md", "index.html", "notes.txt"}
-    assert (run / "report" / "index.md").read_text() != "old" and (run / "report" / "notes.txt").read_text() == "old"
+    assert (
+        "earlier page" not in (run / "report" / "index.md").read_text()
+        and (run / "report" / "notes.txt").read_text() == "old"
+    )
     assert not list(run.glob(".report*"))
 
 

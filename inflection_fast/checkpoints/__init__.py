@@ -4,5 +4,6 @@ Everything is measured by a `Monitor` and the quantities; weights alone are read
 """
 
 from .comparison import Comparison, compare
+from .scanning import Scan, scan
 
-__all__ = ["Comparison", "compare"]
+__all__ = ["Comparison", "Scan", "compare", "scan"]

@@ -17,6 +17,7 @@ from inflection_fast.run.errors import UserError, user_errors
 
 if TYPE_CHECKING:
     from rich.console import Console
+
     from inflection_fast.checkpoints.loading import Loaded
 
 __all__ = ["compare_command", "scan_command"]
@@ -33,10 +34,14 @@ def _parser(name: str, description: str) -> argparse.ArgumentParser:
 
 
 def _about_texts(parser: argparse.ArgumentParser, default: str) -> None:
-    parser.add_argument("--data", metavar="FILE", help=f"texts: .txt with one on each line, .csv, .jsonl, ...; {default}")
+    parser.add_argument(
+        "--data", metavar="FILE", help=f"texts: .txt with one on each line, .csv, .jsonl, ...; {default}"
+    )
     parser.add_argument("--text", metavar="COLUMN", help="the column of the texts (text)")
     parser.add_argument("--texts", type=_positive, default=TEXTS, metavar="N", help=f"the first N of them ({TEXTS})")
-    parser.add_argument("--tokens", type=_positive, default=TOKENS, metavar="N", help=f"cut each to N tokens ({TOKENS})")
+    parser.add_argument(
+        "--tokens", type=_positive, default=TOKENS, metavar="N", help=f"cut each to N tokens ({TOKENS})"
+    )
 
 
 def _positive(text: str) -> int:
@@ -55,12 +60,12 @@ def _folder(given: str | None, kind: str, *models: str) -> Path:
 
 
 def _fresh(folder: Path) -> None:
-    """Earlier timelines of such a folder go; a folder with anything else's run in it stays as it is."""
-    if (folder / "run.json").exists() or (folder / "timeline.arrows").exists() and not (folder / "scan.json").exists():
-        raise UserError(f"{folder}: holds another measurement; name another folder with --out")
-    for path in (*folder.glob("timeline.arrows"), *folder.glob("*/timeline.arrows"), *folder.glob("probe_reference.npz"),
-                 *folder.glob("*/probe_reference.npz")):  # fmt: skip
-        path.unlink()
+    """What an earlier scan or comparison has measured goes; a run is never written into."""
+    if any((folder / name).exists() for name in ("run.json", "timeline.arrows", "measure")):
+        raise UserError(f"{folder}: holds a run; name another folder with --out")
+    for name in ("texts", "shuffled", "random", "a", "b"):
+        for file in ("timeline.arrows", "probe_reference.npz"):
+            (folder / name / file).unlink(missing_ok=True)
 
 
 # ---- compare ---------------------------------------------------------------------------------------------------------
@@ -68,7 +73,9 @@ def _fresh(folder: Path) -> None:
 
 def compare_command(argv: Sequence[str], console: Console) -> int:
     """`inflection-fast compare A B`."""
-    parser = _parser("compare", "Compare two checkpoints of one model, or two models, layer by layer on the same texts.")
+    parser = _parser(
+        "compare", "Compare two checkpoints of one model, or two models, layer by layer on the same texts."
+    )
     parser.add_argument("a", metavar="A", help="a model: a folder, a .gguf file or a name on the hub")
     parser.add_argument("b", metavar="B", help="the other one")
     _about_texts(parser, "without it 64 sentences of our own")
@@ -138,3 +145,66 @@ def _loaders(
         for tokenizer, model in zip(tokenizers, models, strict=True)
     ]
     return [[batch.inputs for batch in side] for side in made], "tokens" if same else "mean"
+
+
+# ---- scan ------------------------------------------------------------------------------------------------------------
+
+
+def scan_command(argv: Sequence[str], console: Console) -> int:
+    """`inflection-fast scan MODEL`."""
+    parser = _parser("scan", "Say what is unusual in a checkpoint, without training it.")
+    parser.add_argument("model", metavar="MODEL", help="a folder, a .safetensors or .gguf file, or a name on the hub")
+    _about_texts(parser, "without it weights alone")
+    parser.add_argument(
+        "--rank", type=_positive, default=4, metavar="R", help="of the adapters that are considered (4)"
+    )
+    parser.add_argument("--plan", metavar="FILE", help="write the plan: layers to adapt, and why (needs --data)")
+    parser.add_argument("--yaml", metavar="TOOL", help="print the plan for axolotl, llama-factory, ms-swift or trl")
+    parser.add_argument("--top", type=_positive, metavar="K", help="plan the best K layers, also where none stands out")
+    parser.add_argument("--no-weights", action="store_true", help="leave the spectra of the weights out")
+    parser.add_argument("--out", metavar="FOLDER", help="for the page, scan.json and timelines (scans/MODEL)")
+    asked = parser.parse_args(argv)
+    _check_scan(asked)
+    quiet_libraries()
+    from inflection_fast.checkpoints.scan_views import scan_look, show_scan
+    from inflection_fast.checkpoints.scanning import scan
+    from inflection_fast.checkpoints.texts import read_texts
+    from inflection_fast.decide import SelectConfig
+    from inflection_fast.report.look import write_look
+
+    began = time.perf_counter()
+    source = find(asked.model)
+    texts = None if asked.data is None else read_texts(asked.data, asked.text, asked.texts)
+    folder = _folder(asked.out, "scans", asked.model)
+    _fresh(folder)
+    chosen = None if asked.top is None else SelectConfig(method="top", k=asked.top, significance=None)
+    with console.status("reading the model") as status:
+        found = scan(
+            source.name, texts, out=folder, rank=asked.rank, tokens=asked.tokens, select_config=chosen, yaml=asked.yaml,
+            weights=not asked.no_weights, told=status.update,
+        )  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    found.save(folder / "scan.json")
+    about = "weights alone" if texts is None else f"{found.texts['texts']} texts of {asked.data}"
+    write_look(scan_look(found, str(folder), about), folder / "index.html")
+    show_scan(found, str(folder), console)
+    if found.plan is not None:
+        plan = folder / "plan.json" if asked.plan is None else Path(asked.plan).expanduser()
+        found.plan.save(plan)
+        console.print(f"plan: {plan}", markup=False)
+    console.print(f"page: {folder / 'index.html'} ({time.perf_counter() - began:.0f} s)", markup=False)
+    if found.yaml is not None:
+        console.print(found.yaml, markup=False, end="")
+    return 0
+
+
+def _check_scan(asked: argparse.Namespace) -> None:
+    from inflection_fast.act.export import TOOLS
+
+    if asked.yaml is not None and asked.yaml not in TOOLS:
+        raise UserError(f"--yaml: expected one of {', '.join(sorted(TOOLS))}, got {asked.yaml}")
+    for option in ("plan", "yaml", "top"):
+        if asked.data is None and getattr(asked, option) is not None:
+            raise UserError(f"--{option}: needs --data, because layers are chosen by what is measured on texts")
+    if asked.no_weights and asked.data is None:
+        raise UserError("--no-weights: leaves nothing to scan without --data")

@@ -59,7 +59,8 @@ class Comparison:
         drift: what was measured on both, by the name of its column.
         weights: by block name, ||W_b - W_a|| / ||W_a||; empty where no block has the same weights in both.
         modules: the same by name of the parameter.
-        settings: rank of the shared basis (None: full space), whether debiased, pooling, rows, sequences, batches; versions of packages.
+        settings: rank of the shared basis (None: full space), whether debiased, pooling, rows, sequences, batches; and
+            versions of packages.
     """
 
     layers: tuple[list[str], list[str]]
@@ -208,16 +209,19 @@ def _same_samples(a: _Side, b: _Side, pooling: str) -> None:
     counts = [sorted({len(rows) for rows in side.rows.values()}) for side in (a, b)]
     if not set(counts[0]) & set(counts[1]):
         hint = "; compare sequences, not tokens: pooling='mean'" if pooling == "tokens" else ""
-        raise ValueError(f"loader_b: the models give {counts[0]} and {counts[1]} feature rows, no samples to pair{hint}")
+        raise ValueError(
+            f"loader_b: the models give {counts[0]} and {counts[1]} feature rows, no samples to pair{hint}"
+        )
 
 
 def _delta(a: _Side, b: _Side, rank: int | None, debiased: bool) -> tuple[dict[str, _Numbers], dict[int, str]]:
     """Both forms of delta-CKA with their errors, and why a layer has none."""
     count = len(a.timeline.layers)
     if count != len(b.timeline.layers):
-        return dict.fromkeys(("delta", "delta_error", "angle", "angle_error"), []), {}
+        return {name: [] for name in ("delta", "delta_error", "angle", "angle_error")}, {}
     value, error = (np.full(count, np.nan) for _ in range(2))
-    reasons, alike = dict.fromkeys(range(count), "the layer did not run, or the models pass other rows to it"), {}
+    reasons = dict.fromkeys(range(count), "the layer did not run, or the models pass other rows to it")
+    alike: dict[tuple[int, ...], list[int]] = {}
     for layer in sorted(a.rows.keys() & b.rows.keys()):
         x, y = a.rows[layer], b.rows[layer]
         if len(x) == len(y) and torch.equal(a.sequences[layer].cpu(), b.sequences[layer].cpu()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -75,7 +76,8 @@ def _basis(found: Comparison) -> str:
         return "No text was given to the models."
     space = "in the full space" if told.get("rank") is None else f"in a shared basis of rank {told['rank']}"
     kind = "debiased" if told.get("debiased") else "biased"
-    return f"{kind.capitalize()} CKA {space} of {count(_int(told, 'rows'))} rows of {count(_int(told, 'sequences'))} texts."
+    rows, texts = count(_int(told, "rows")), count(_int(told, "sequences"))
+    return f"{kind.capitalize()} CKA {space} of {rows} rows of {texts} texts."
 
 
 def comparison_look(found: Comparison, names: tuple[str, str], where: str, source: str) -> Look:
@@ -86,7 +88,7 @@ def comparison_look(found: Comparison, names: tuple[str, str], where: str, sourc
         furthest = [int(np.nanargmax(_array(found.delta)))] if np.isfinite(_array(found.delta)).any() else []
         profiles += [
             Profile("delta-CKA, linear form", "1 - CKA", [Line("delta-CKA", found.delta, found.delta_error)],
-                    "1 - CKA of the same layer in both models; the error leaves out each text in turn.", marked=furthest),
+                    "1 - CKA of the same layer in both models; errors leave out each text in turn.", marked=furthest),
             Profile("delta-CKA, angular form", "rad", [Line("angle", found.angle, found.angle_error)],
                     "arccos CKA of the same layer in both models, which is a distance.", marked=furthest),
         ]  # fmt: skip
@@ -108,7 +110,7 @@ def comparison_look(found: Comparison, names: tuple[str, str], where: str, sourc
         said = "CKA of every layer of A with every layer of B on the same texts, in the full space."
         matrices = [
             Matrix("CKA of A and B", "CKA", values, "layer of A", "layer of B", said),
-            Matrix("delta-CKA of A and B", "1 - CKA", 1 - values, "layer of A", "layer of B", "1 less the CKA beside it.",
+            Matrix("delta-CKA of A and B", "1 - CKA", 1 - values, "layer of A", "layer of B", "1 less that CKA.",
                    unit_interval=False),
         ]  # fmt: skip
     return Look(
@@ -142,10 +144,11 @@ def _absent(found: Comparison) -> list[str]:
 
 
 def _tables(found: Comparison) -> list[Table]:
+    rows: list[Sequence[str]]
     tables = []
     if found.layers[0]:
-        head, rows = _layer_rows(found)
-        tables.append(Table("By layer", head, rows, numbers=tuple(range(len(head)))))
+        head, by_layer = _layer_rows(found)
+        tables.append(Table("By layer", head, by_layer, numbers=tuple(range(len(head)))))
     measured = [
         (str(layer), one.label, *map(_value, (one.a[layer], one.b[layer])), one.unit)
         for one in found.drift.values()

@@ -91,7 +91,7 @@ def _of_folder(model: str, folder: Path) -> Source:
 
 def _pickled(name: str) -> str:
     return (
-        f"the weights are pickled ({name}), and reading a pickle can run any code, so none is ever loaded; save them as "
+        f"the weights are pickled ({name}), and reading a pickle can run code, so none is ever loaded; save them as "
         "safetensors where they come from: model.save_pretrained(folder)"
     )
 

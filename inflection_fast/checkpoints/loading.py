@@ -83,6 +83,7 @@ def load(source: Source, *, device: str | None = None) -> Loaded:
         model = kinds[task].from_pretrained(source.folder, **options)
     if source.gguf is not None and getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.remove_quantization_config(model)
+    model.config.use_cache = False  # keys and values of earlier tokens are not wanted again
     model.to(where).eval().requires_grad_(False)
     return Loaded(model, task, where)
 
@@ -97,7 +98,9 @@ def tokenizer_of(source: Source) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     if not source.has_tokenizer:
-        raise UserError(f"{source.name}: has no tokenizer, so no text can be given to it; leave --data out for the weights")
+        raise UserError(
+            f"{source.name}: has no tokenizer, so no text can be given to it; leave --data out for the weights"
+        )
     named = {"gguf_file": source.gguf} if source.gguf is not None else {}
     with user_errors(OSError, ValueError, ImportError, KeyError, about=f"the tokenizer of {source.name}"):
         tokenizer = AutoTokenizer.from_pretrained(source.folder, **named)

@@ -17,7 +17,7 @@ from inflection_fast.ops.cka_rows import RowSample, feature_rows
 from inflection_fast.quantities.quantity import BlockForward, Quantity, Sums
 from inflection_fast.timeline import Timeline
 
-__all__ = ["Features", "Inputs", "measure"]
+__all__ = ["Features", "Inputs", "can_recompute", "measure"]
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +27,8 @@ Inputs = Mapping[str, Tensor]
 class Features(Quantity):
     """Keeps feature rows of every block's output, for a comparison with those of another model.
 
-    `rows[layer]` and `sequences[layer]` are lists of tensors [n, D] and [n], one of each batch. Memory: at most `budget`
-    rows of every layer, in float32.
+    `rows[layer]` and `sequences[layer]` are lists of tensors [n, D] and [n], one of each batch. Memory: at most
+    `budget` rows of every layer, in float32.
 
     Args:
         batches: how many are to come; each step of the monitor is one.
@@ -74,6 +74,7 @@ def measure(
     gradients: bool = False,
     loss: Callable[[Inputs, object], Tensor | None] | None = None,
     weights: frozenset[nn.Parameter] = frozenset(),
+    recomputes: bool = False,
 ) -> Timeline:
     """The timeline of `model` on `batches`, one measured step for each.
 
@@ -88,6 +89,7 @@ def measure(
         gradients: whether a backward pass goes through every forward, as far as to the first block.
         loss: makes it, of inputs and output; None: what the model returns.
         weights: parameters that have a gradient in the first step, each only as long as it takes to measure it.
+        recomputes: blocks are computed again in the backward pass, and their activations not kept; see `can_recompute`.
 
     Raises:
         ValueError: there is no loss to go back from, or the Monitor refuses the model.
@@ -96,8 +98,11 @@ def measure(
     with ExitStack() as stack:
         stack.enter_context(_frozen(model))
         stack.enter_context(undisturbed(model, device, autograd=True))
+        if recomputes:
+            stack.enter_context(_recomputing(model))
         wanted = stack.enter_context(_wanted(weights))  # before the monitor, which looks at what trains
-        monitor = stack.enter_context(Monitor(model, config, out, probe=probe, alerts=None))
+        given = None if probe is None else [dict(inputs) for inputs in probe]
+        monitor = stack.enter_context(Monitor(model, config, out, probe=given, alerts=None))
         for batch in batches:
             inputs = {name: value.to(device) for name, value in batch.items()}
             output = model(**inputs)
@@ -128,6 +133,39 @@ def _frozen(model: nn.Module) -> Iterator[None]:
         for parameter, flag, gradient in before:
             parameter.requires_grad_(flag)
             parameter.grad = gradient
+
+
+def can_recompute(model: nn.Module) -> bool:
+    """Whether blocks may be computed again in the backward pass, which Transformers does in training mode alone.
+
+    Not where the configuration knows of dropout, which a block could then apply.
+    """
+    to_dict = getattr(getattr(model, "config", None), "to_dict", dict)
+    known = to_dict()
+    drops = any("drop" in name and isinstance(value, (int, float)) and value > 0 for name, value in known.items())
+    return bool(_recomputable(model)) and getattr(model, "supports_gradient_checkpointing", False) and not drops
+
+
+def _recomputable(model: nn.Module) -> list[nn.Module]:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+@contextmanager
+def _recomputing(model: nn.Module) -> Iterator[None]:
+    """Blocks alone, not what is in them, are in training mode, so that Transformers checkpoints them."""
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # the second until Transformers 5
+    next(getattr(model, name) for name in names if hasattr(model, name))()
+    blocks = _recomputable(model)
+    try:
+        for block in blocks:
+            block.training = True
+        yield
+    finally:
+        for block in blocks:
+            block.training = False
+            setattr(block, "gradient_checkpointing", False)  # noqa: B010  (to a type checker, modules hold modules)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from inflection_fast.blocks import find_blocks
 from inflection_fast.checkpoints.loading import Loaded
 from inflection_fast.run.errors import UserError
 
@@ -57,21 +58,24 @@ def read_texts(path: str, column: str | None, most: int) -> list[str]:
     texts = [str(text).strip() for text in found if text is not None and str(text).strip()][:most]
     if len(texts) < LEAST_TEXTS:
         raise UserError(
-            f"{path}: holds {len(texts)} text{'s' * (len(texts) != 1)}, expected at least {LEAST_TEXTS}, one on each line"
+            f"{path}: holds {len(texts)} text{'s' * (len(texts) != 1)}, expected at least {LEAST_TEXTS}, each on a line"
         )
     return texts
 
 
-def token_budget(loaded: Loaded) -> int:
+def token_budget(loaded: Loaded, *, recomputes: bool = False) -> int:
     """Tokens of one batch, so that its activations and logits take a quarter of the weights, or 96 MiB.
 
-    A token keeps what goes into and comes out of every linear map of the blocks; a head keeps its logits, their
-    logarithms and their gradient.
+    A token keeps what goes into and comes out of every linear map of the blocks, or of one block and the outputs of all
+    where blocks are computed again in the backward pass; a head keeps its logits, their logarithms and their gradient.
     """
-    linear = [m for m in loaded.model.modules() if isinstance(m, nn.Linear)]
     head = loaded.model.get_output_embeddings()
-    sides = sum(m.in_features + m.out_features for m in linear if m is not head)
     vocabulary = head.weight.shape[0] if head is not None and loaded.task != "embedded" else 0
+    linear = [m for m in loaded.model.modules() if isinstance(m, nn.Linear) and m is not head]
+    sides = sum(m.in_features + m.out_features for m in linear)
+    if recomputes:
+        blocks = len(find_blocks(loaded.model))
+        sides = sides // blocks + blocks * max((m.in_features for m in linear), default=0)
     return max(1, int(max(loaded.weight_bytes / 4, LEAST_BUDGET) / (4 * (sides + 3 * vocabulary) or 1)))
 
 

@@ -59,8 +59,8 @@ def singular_values(weight: Tensor) -> np.ndarray:
     """Singular values of a matrix, float64, falling, from the eigenvalues of W W^T or W^T W, whichever is smaller.
 
     The product is summed in float64, so a singular value s errs by about 1e-16 s_1^2 / s: by 1e-9 of s_1 where it is
-    1e-7 of s_1, and what is below 1e-8 s_1 is noise. Memory beside the matrix: two of its smaller Gram matrix in float64
-    and 2048 of its columns (rows), however long its longer side is.
+    1e-7 of s_1, and what is below 1e-8 s_1 is noise. Memory beside the matrix: twice its smaller Gram matrix in
+    float64, and 2048 of its columns (rows), however long its longer side is.
 
     Raises:
         TypeError: `weight` is no floating-point tensor.

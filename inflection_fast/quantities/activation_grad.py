@@ -67,10 +67,10 @@ class ActivationGrad(_OutputGradients):
             count="count",
         ),
         "activation_grad": Column(
-            unit="1",
+            unit="l2 norm",
             axes=("layer",),
-            label="activation gradient norm",
-            explanation="l2 norm of the gradient of the loss with respect to the block's output, over the whole batch.",
+            label="activation gradient",
+            explanation="How strongly the loss pulls on the output of a layer. Compare layers of one step.",
             scale="log",
             count="count",
             alerts=(
@@ -112,10 +112,10 @@ class ProbeActivationGrad(_OutputGradients):
     data = "probe"
     columns = {
         "probe_activation_grad": Column(
-            unit="1",
+            unit="l2 norm",
             axes=("layer",),
-            label="activation gradient norm on the probe",
-            explanation="l2 norm of the gradient of the probe's loss with respect to the block's output.",
+            label="activation gradient on the probe",
+            explanation="As the activation gradient, on a fixed set of texts.",
             scale="log",
             count="count",
         )

@@ -42,7 +42,7 @@ class Attention(Quantity):
             unit="nats",
             axes=_BY_HEAD,
             label="attention entropy",
-            explanation="Entropy of the attention probabilities, mean over valid query rows.",
+            explanation="How widely attention is spread: 0 is a single token, the log of their number all alike.",
             count="rows",
             alerts=(
                 AlertRule(
@@ -57,17 +57,15 @@ class Attention(Quantity):
         "entropy_se": Column(
             unit="nats",
             axes=_BY_HEAD,
-            label="standard error of the attention entropy",
-            explanation="Standard error of the mean entropy from sampling query rows; 0 where all rows were measured.",
-            drawn="none",
+            label="standard error of the entropy",
+            explanation="What the sampling of query rows leaves open; 0 where every row was measured.",
             count="rows",
         ),
         "max_logit": Column(
-            unit="1",
+            unit="logit",
             axes=_BY_HEAD,
             label="largest attention logit",
-            explanation="Largest attention score before the softmax, over valid query rows and all keys.",
-            scale="log",
+            explanation="The largest score before the softmax. One that keeps growing often precedes instability.",
             count="rows",
             alerts=(
                 AlertRule(
@@ -79,17 +77,17 @@ class Attention(Quantity):
             ),
         ),
         "collision": Column(
-            unit="1",
+            unit="probability",
             axes=_BY_HEAD,
-            label="collision probability",
-            explanation="Sum of the squared attention probabilities of a row, mean over valid query rows.",
+            label="attention collision",
+            explanation="The chance that two draws from a token's attention hit the same token; 1 is a single token.",
             count="rows",
         ),
         "sink": Column(
-            unit="1",
+            unit="probability",
             axes=_BY_HEAD,
-            label="probability of the first key",
-            explanation="Attention to the first key, or to the sink column where there is one, mean over query rows.",
+            label="attention on the first token",
+            explanation="The share of attention on the first token, where models park attention that they do not need.",
             count="rows",
         ),
     }
@@ -154,7 +152,7 @@ class ProbeEntropy(Quantity):
             unit="nats",
             axes=_BY_HEAD,
             label="attention entropy on the probe",
-            explanation="Entropy of the attention probabilities on the probe set, mean over valid query rows.",
+            explanation="Entropy on a fixed set of texts, so that only the model changes from step to step.",
             count="rows",
         )
     }

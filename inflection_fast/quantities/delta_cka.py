@@ -24,18 +24,17 @@ class DeltaCka(Quantity):
     accumulators = {name: Accumulator(held="alike") for name in ("delta", "count", "error", "error_count")}
     columns = {
         "delta_cka": Column(
-            unit="1",
+            unit="1 - CKA",
             axes=("layer",),
-            label="delta-CKA",
-            explanation="1 - linear CKA between the block's features now and in the reference state, on the probe set.",
+            label="representation drift",
+            explanation="How far a layer's view of fixed texts has moved from the reference state: 0 is unchanged.",
             count="count",
         ),
         "delta_cka_se": Column(
-            unit="1",
+            unit="1 - CKA",
             axes=("layer",),
-            label="standard error of delta-CKA",
-            explanation="Standard error of delta-CKA from leaving out each sequence of the probe, on request.",
-            drawn="none",
+            label="standard error of the drift",
+            explanation="From leaving out each text of the probe in turn.",
             count="error_count",
         ),
     }

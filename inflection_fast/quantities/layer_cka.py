@@ -38,7 +38,7 @@ class LayerCka(Quantity):
             unit="CKA",
             axes=_PAIRS,
             label="CKA of all pairs of layers",
-            explanation="Linear CKA of the features of two layers on the probe set: 1 is alike up to rotation and scale.",
+            explanation="Linear CKA of the features of two layers on the probe: 1 is alike up to rotation and scale.",
             drawn="heatmap",
             count="pairs",
         ),

@@ -24,10 +24,10 @@ class ParameterGrad(Quantity):
     }
     columns = {
         "parameter_grad": Column(
-            unit="1",
+            unit="l2 norm",
             axes=("layer",),
-            label="parameter gradient norm",
-            explanation="l2 norm of the gradient over the block's trainable parameters, before clipping.",
+            label="parameter gradient",
+            explanation="The gradient of a layer's own parameters before clipping. Frozen layers have none.",
             scale="log",
             count="count",
             alerts=(

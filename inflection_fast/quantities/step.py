@@ -28,20 +28,22 @@ class Step(Quantity):
     }
     columns = {
         "loss": _of_step(
-            "1", "loss", "The loss of the step.", count="losses", alerts=(AlertRule("not_finite"),), drawn="lines"
+            "nats",
+            "loss",
+            "The loss that the training loop passed to the monitor, or that the model returned.",
+            count="losses",
+            alerts=(AlertRule("not_finite"),),
         ),
         "skipped": _of_step(
-            "1",
-            "skipped",
-            "1 if a gradient scaler dropped the step, whose gradients were not finite; 0 if it did not.",
+            "0 or 1",
+            "skipped steps",
+            "1: a gradient scaler dropped the step, because its gradients were not finite.",
             count="scaled",
-            drawn="none",
         ),
         "missing_ranks": _of_step(
-            "1",
+            "processes",
             "missing ranks",
-            "Processes that train along and whose share is in no value of the step, being lost.",
-            drawn="none",
+            "Processes whose share is in no value of the step, because they were lost.",
             alerts=(
                 AlertRule(
                     "above",
@@ -59,8 +61,8 @@ class Step(Quantity):
             count="forwards",
             drawn="none",
         ),
-        "measure_ms": _of_step("ms", "time for measuring", "Host time of measuring, the probe included.", drawn="none"),
-        "probe_ms": _of_step("ms", "time for the probe", "Time of the run of the probe.", count="probes", drawn="none"),
+        "measure_ms": _of_step("ms", "time for measuring", "Host time of a measured step's measuring, probe included."),
+        "probe_ms": _of_step("ms", "time for the probe", "Host time of the snapshot of the probe.", count="probes"),
         "step_ms": _of_step(
             "ms",
             "time of a step",

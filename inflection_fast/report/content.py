@@ -13,7 +13,7 @@ from inflection_fast.alerts import Alert, AlertWatch
 from inflection_fast.decide import Plan
 from inflection_fast.report import folder as run_files
 from inflection_fast.report.buckets import Buckets
-from inflection_fast.report.columns import columns_of
+from inflection_fast.timeline import columns_in
 from inflection_fast.timeline.columns import Column
 from inflection_fast.timeline.tail import TimelineTail
 from inflection_fast.timeline.timeline import FILE_NAME
@@ -119,7 +119,7 @@ class Content:
 
     def _add(self, step: int, values: dict[str, np.ndarray]) -> None:
         if not self.series:
-            columns = columns_of(self._tail.meta)
+            columns = columns_in(self._tail.meta)
             self._watch = AlertWatch(columns=columns)
             for name, column in columns.items():
                 if name in values and column.drawn != "none":

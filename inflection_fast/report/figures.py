@@ -18,13 +18,12 @@ import numpy as np
 
 from inflection_fast.decide import Plan
 from inflection_fast.report import canvas
-from inflection_fast.report.columns import columns_of
 from inflection_fast.report.content import Content, Series
 from inflection_fast.report.folder import Run
 from inflection_fast.report.heatmap import draw_heat_map, edges
 from inflection_fast.report.pictures import over_finite
 from inflection_fast.report.profile import by_name
-from inflection_fast.timeline import Timeline
+from inflection_fast.timeline import Timeline, columns_in
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -201,7 +200,7 @@ def _title(column: Any) -> str:
 
 
 def _column(timeline: Timeline, name: str) -> Any:
-    columns = columns_of(timeline.meta)
+    columns = columns_in(timeline.meta)
     if name not in columns:
         raise ValueError(f"name: expected one of {sorted(columns)}, got {name!r}")
     return columns[name]

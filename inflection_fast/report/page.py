@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -59,7 +60,15 @@ def _swap(fresh: Path, target: Path) -> None:
     except OSError:
         aside.rename(target)
         raise
+    own = {PAGE, HTML, FIGURES, *pictures.FILES.values(), *_pictures_of(aside / PAGE)}
     for path in aside.iterdir():
-        if path.name not in (PAGE, HTML, FIGURES, *pictures.FILES.values()):
+        if path.name not in own:
             path.rename(target / path.name)
     shutil.rmtree(aside.parent)
+
+
+def _pictures_of(page: Path) -> list[str]:
+    """The pictures that an earlier page shows, whose columns there may be no more."""
+    if not page.is_file():
+        return []
+    return re.findall(r"!\[[^]]*\]\(([^()/]+\.png)\)", page.read_text(encoding="utf-8", errors="replace"))

@@ -14,13 +14,13 @@ from inflection_fast.report.charts import index_chart, profile_chart, stage_char
 from inflection_fast.report.folder import Run
 from inflection_fast.report.heatmap import heat_map
 from inflection_fast.report.profile import by_name, components, found, last_part, log_gradient
-from inflection_fast.report.similarity import drift_chart
-from inflection_fast.timeline import Timeline
+from inflection_fast.report.similarity import cka_map, drift_chart
+from inflection_fast.timeline import Column, Timeline
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["FILES", "SIGNALS", "Picture", "Pictures", "Signal", "charts", "draw", "over_finite"]
+__all__ = ["FILES", "Picture", "Pictures", "charts", "draw", "drawn_columns", "file_of", "over_finite"]
 
 
 @dataclass(frozen=True)
@@ -40,75 +40,6 @@ class Pictures:
     missing: dict[str, str]
 
 
-@dataclass(frozen=True)
-class Signal:
-    """A measured quantity as a map of layers and steps."""
-
-    title: str
-    unit: str
-    caption: str
-    group: str  # the quantity in MonitorConfig.quantities that switches it on
-    over_heads: Callable[..., np.ndarray] | None = None
-    log: bool = False
-
-
-SIGNALS = {
-    "entropy": Signal(
-        "Attention entropy",
-        "nats, mean over heads",
-        "How widely a layer's attention is spread: near 0 every token looks at a single other one (dark), high values "
-        "look everywhere (bright). A dark row is a layer that has settled on what to look at. A dark column is a "
-        "batch of short texts: the value is at most the logarithm of the number of tokens.",
-        "attention",
-        np.mean,
-    ),
-    "max_logit": Signal(
-        "Largest attention logit",
-        "logit, maximum over heads",
-        "The largest score before the softmax. Rows that keep growing brighter are attention that is about to collapse "
-        "onto single tokens, often followed by unstable training.",
-        "attention",
-        np.max,
-    ),
-    "collision": Signal(
-        "Attention collision",
-        "sum of squared probabilities, mean over heads",
-        "The chance that two draws from a token's attention hit the same token: 1 is attention on a single token. "
-        "Unlike entropy it follows the largest probabilities and ignores the long tail.",
-        "attention",
-        np.mean,
-    ),
-    "sink": Signal(
-        "Attention on the first token",
-        "probability, mean over heads",
-        "The share of attention that goes to the first token, where many models park attention that they do not need. "
-        "Bright rows have low entropy without looking at anything in particular.",
-        "attention",
-        np.mean,
-    ),
-    "activation_grad": Signal(
-        "Activation gradient norm",
-        "l2 norm, log scale",
-        "How strongly the loss pulls on the output of each layer. Only the shape across layers matters, since all rows "
-        "scale with the loss; where the colour changes abruptly from one row to the next is the gradient cliff.",
-        "activation_grad",
-        log=True,
-    ),
-    "parameter_grad": Signal(
-        "Parameter gradient norm",
-        "l2 norm, log scale",
-        "The gradient of each layer's own parameters, before clipping. Frozen layers have none and are hatched.",
-        "parameter_grad",
-        log=True,
-    ),
-    "delta_cka": Signal(
-        "Representation drift (1 - CKA)",
-        "1 - CKA",
-        "How far the layer's representation of a fixed set of texts has moved from where the training started: 0 is "
-        "unchanged up to rotation and scale. The debiased estimate may fall slightly below 0.",
-        "delta_cka",
-    ),
-}
 FOUND = ("entropy minimum", "gradient cliff")  # by row of the profile
 FILES = {
     "stages": "stages.png",
@@ -116,7 +47,25 @@ FILES = {
     "ski": "ski.png",
     "heads": "entropy_by_head.png",
     "drift": "drift_by_layer.png",
-} | {name: f"{name}.png" for name in SIGNALS}
+}
+# Measured at every measured step: a step without a value is a hole.
+STANDARD_QUANTITIES = ("attention", "activation_grad", "parameter_grad", "delta_cka")
+PAIRS = ("layer", "other_layer")  # axes of columns that are drawn as matrices
+
+
+def drawn_columns(timeline: Timeline) -> dict[str, Column]:
+    """The columns of a timeline that have a map: those by layer that their quantity wants drawn, but errors."""
+    return {
+        name: column
+        for name, column in timeline.columns.items()
+        if column.axes[:1] == ("layer",) and column.drawn != "none" and not name.endswith("_se")
+    }
+
+
+def file_of(key: str) -> str:
+    """Name of the picture with this key; a column's is that of the column."""
+    safe = "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in key)
+    return FILES.get(key, f"{safe}.png")
 
 
 def draw(run: Run, folder: Path) -> Pictures:
@@ -124,14 +73,14 @@ def draw(run: Run, folder: Path) -> Pictures:
     drawn = {}
 
     def add(key: str, title: str, caption: str, figure: Figure) -> None:
-        canvas.save(figure, folder / FILES[key])
-        drawn[key] = Picture(FILES[key], title, caption)
+        canvas.save(figure, folder / file_of(key))
+        drawn[key] = Picture(file_of(key), title, caption)
 
     return Pictures(drawn, charts(run, add))
 
 
 def charts(run: Run, add: Callable[[str, str, str, Figure], None]) -> dict[str, str]:
-    """Hands every chart to `add`, with its key in `FILES`, title and caption; what is missing, with the reason."""
+    """Hands every chart to `add`, with its key for `file_of`, title and caption; what is missing, with the reason."""
     missing: dict[str, str] = {}
     _stages(run, add)
     _choice(run, add, missing)
@@ -199,24 +148,34 @@ def _measured(run: Run, add: Callable[..., None], missing: dict[str, str]) -> No
         chosen = run.plan.layers
     if timeline is None or not len(timeline.steps):
         why = "there is no timeline" if timeline is None else "the timeline holds no measured step"
-        for signal in SIGNALS.values():
-            missing[signal.title] = f"{why}: nothing has been measured yet"
+        missing["Maps by layer"] = f"{why}: nothing has been measured yet"
         return
-    for name, signal in SIGNALS.items():
+    for name, column in drawn_columns(timeline).items():
+        title = column.label[:1].upper() + column.label[1:]
+        if column.axes == PAIRS:
+            _pairs(timeline, name, title, column, add)
+            continue
         steps, values = by_layer(timeline, name)
         if not np.isfinite(values).any():
-            missing[signal.title] = _why_missing(timeline, name)
+            if why := _why_missing(timeline, column):
+                missing[title] = why
             continue
+        over = f"mean over {' and '.join(f'{axis}s' for axis in column.axes[1:])}" if column.axes[1:] else ""
         figure = heat_map(
-            values.T, steps, title=signal.title, unit=signal.unit, x="optimizer step", chosen=chosen, log=signal.log
+            values.T,
+            steps,
+            title=title,
+            unit=", ".join(filter(None, ("" if column.unit == "1" else column.unit, over))),
+            x="optimizer step",
+            chosen=chosen,
+            log=column.scale == "log" and bool((values[np.isfinite(values)] > 0).any()),
         )
-        add(name, signal.title, signal.caption, figure)
+        add(name, title, column.explanation, figure)
     _drift(timeline, chosen, add)
     part = last_part(len(timeline.steps))
     values = over_finite(np.mean, timeline.entropy[part], axis=0)  # [L, H]
     if not np.isfinite(values).any():
-        missing["Entropy by head"] = _why_missing(timeline, "entropy")
-        return
+        return  # the map of the entropy is missing too, and says why
     figure = heat_map(
         values, np.arange(values.shape[1]), title="Attention entropy by head", unit="nats", x="head", chosen=chosen
     )
@@ -247,16 +206,35 @@ def _period(steps: np.ndarray) -> str:
     return f"mean over the last {len(steps)} measured steps ({steps[0]} to {steps[-1]})"
 
 
+def _pairs(timeline: Timeline, name: str, title: str, column: Column, add: Callable[..., None]) -> None:
+    """A matrix of layers as it was last measured."""
+    values = np.asarray(getattr(timeline, name), float)
+    there = np.flatnonzero(np.isfinite(values).any((1, 2)))
+    if len(there):
+        step = timeline.steps[there[-1]]
+        limits = (0.0, 1.0) if "delta" not in name else None
+        figure = cka_map(
+            values[there[-1]], title=f"{title} at step {step}", x="other layer", unit=column.unit, limits=limits
+        )
+        add(name, title, f"{column.explanation} At step {step}.", figure)
+
+
 def by_layer(timeline: Timeline, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps [S] and values [S, L] of a signal, reduced over the heads that have a value."""
-    signal, values, steps = SIGNALS[name], getattr(timeline, name), timeline.steps
-    if signal.over_heads is not None:
-        values = over_finite(signal.over_heads, values, axis=-1)
-    every = (timeline.meta.get("config") or {}).get("probe_every") if name == "delta_cka" else None
-    spread = name == "delta_cka" and "probe_every" in timeline.columns  # by the probe's share of the training time
-    if (every or spread) and np.isfinite(values).any():
-        # measured on purpose at these steps only: the columns between are not missing
-        planned = np.isfinite(values).any(axis=1) | (steps % every == 0 if every else False)
+    """Steps [S] and values [S, L] of a column, mean over its other axes where there is a value.
+
+    Steps at which it was not to be measured are left out: what is measured now and then has no holes between.
+    """
+    values, steps = np.asarray(getattr(timeline, name), float), timeline.steps
+    if values.ndim > 2:
+        values = over_finite(np.mean, values.reshape(*values.shape[:2], -1), axis=-1)
+    config = timeline.meta.get("config") or {}
+    every = config.get("probe_every") if name.startswith("delta_cka") else None
+    there = np.isfinite(values).any(axis=1)
+    # By the probe's share of the training time, or by a cadence of the quantity's own, nobody knows what was planned.
+    seldom = name.startswith("delta_cka") and "probe_every" in timeline.columns
+    seldom |= timeline.columns[name].quantity not in STANDARD_QUANTITIES
+    if (every or seldom) and there.any():
+        planned = there | (steps % every == 0 if every else False)
         steps, values = steps[planned], values[planned]
     return steps, values
 
@@ -271,13 +249,13 @@ def over_finite(reduce: Callable[..., Any], values: np.ndarray, axis: int) -> np
     return np.where(empty, np.nan, reduced)
 
 
-def _why_missing(timeline: Timeline, name: str) -> str:
-    signal = SIGNALS[name]
+def _why_missing(timeline: Timeline, column: Column) -> str | None:
+    """Why a column has no value; None where nobody asked for it."""
     config = timeline.meta.get("config") or {}
     asked = config.get("quantities", config.get("signals"))
-    if asked is not None and signal.group not in asked:
-        return f"it was not asked for (`{signal.group}` is not among the monitor's quantities)"
+    if asked is not None and column.quantity not in asked:
+        return None
     return {
         "delta_cka": "no value was measured: it needs a fixed set of probe texts",
         "parameter_grad": "no value was measured: no parameter of any layer was trainable",
-    }.get(name, "no finite value was measured")
+    }.get(column.quantity, "no finite value was measured")

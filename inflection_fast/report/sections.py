@@ -9,7 +9,7 @@ import numpy as np
 from inflection_fast.records import OverheadRecord
 from inflection_fast.report.data import described
 from inflection_fast.report.folder import Run, Stage
-from inflection_fast.report.pictures import SIGNALS, Pictures
+from inflection_fast.report.pictures import Pictures, drawn_columns
 from inflection_fast.report.profile import by_name, log_gradient
 from inflection_fast.report.verdict import NOISE, compare, verdict
 from inflection_fast.report.words import (
@@ -255,7 +255,7 @@ def _signals(run: Run, pictures: Pictures) -> list[str]:
         f"{sampling} In every map the input enters at the bottom, time runs to the right, triangles mark the chosen "
         "layers, and hatching means that there is no value. The numbers are in `measure/timeline.arrows`."
     )
-    blocks += [_picture(pictures, key) for key in (*SIGNALS, "drift", "heads")]
+    blocks += [_picture(pictures, key) for key in (*drawn_columns(timeline), "drift", "heads")]
     return blocks
 
 

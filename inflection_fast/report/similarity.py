@@ -25,11 +25,13 @@ def cka_map(
     title: str = "CKA of layers",
     x: str = "layer",
     y: str = "layer",
+    unit: str = "CKA",
+    limits: tuple[float, float] | None = (0.0, 1.0),
 ) -> Figure:
     """Draws what `cka_matrix` gives, layers of the first model upwards.
 
-    Colours run from 0 to 1 whatever the values are, so that two maps compare; debiased values below 0 have the colour
-    of 0 and keep their number. NaN is hatched.
+    Colours run between `limits` whatever the values are, so that two maps compare (None: between the least and the
+    largest); debiased values below 0 have the colour of 0 and keep their number. NaN is hatched.
     """
     from matplotlib.colors import Normalize
     from matplotlib.patches import Patch, Rectangle
@@ -42,19 +44,21 @@ def cka_map(
     ax.add_patch(Rectangle((0, 0), 1, 1, transform=ax.transAxes, zorder=0, **canvas.NO_VALUE))
     shown = np.ma.masked_invalid(values)
     edges = [np.arange(count + 1) - 0.5 for count in (columns, rows)]
-    mesh = ax.pcolormesh(*edges, shown, cmap=canvas.MAP, norm=Normalize(0, 1), zorder=1, rasterized=True)
+    mesh = ax.pcolormesh(
+        *edges, shown, cmap=canvas.MAP, norm=Normalize(*(limits or (None, None))), zorder=1, rasterized=True
+    )
     ax.set_aspect("equal")
     canvas.dress(ax, title, x, y)
     canvas.layer_axis(ax.xaxis, columns)
     canvas.layer_axis(ax.yaxis, rows)
     if max(rows, columns) <= WRITTEN:
         for i, j in zip(*np.nonzero(np.isfinite(values)), strict=True):
-            colour = "white" if values[i, j] < 0.6 else canvas.INK
+            colour = "white" if mesh.norm(values[i, j]) < 0.6 else canvas.INK
             ax.text(j, i, f"{values[i, j]:.2f}", ha="center", va="center", fontsize=6, color=colour)
     if not np.isfinite(values).all():
         canvas.legend(ax, [Patch(label="no value", **canvas.NO_VALUE)])
     bar = drawn.colorbar(mesh, ax=ax, pad=0.03, fraction=0.05)
-    bar.set_label("CKA", fontsize=canvas.NORMAL, color=canvas.INK)
+    bar.set_label(unit, fontsize=canvas.NORMAL, color=canvas.INK)
     bar.ax.tick_params(labelsize=canvas.SMALL, width=0.6, length=3)
     bar.outline.set_visible(False)
     return drawn

@@ -32,28 +32,49 @@ _NORM = (
     _FINITE,
 )
 
-# name -> axes, unit, quantity, rules
+# name -> axes, unit, quantity, rules: those that the quantities declare
 _COLUMNS = {
     "entropy": (("layer", "head"), "nats", "attention", (_COLLAPSED, _FINITE)),
     "entropy_se": (("layer", "head"), "nats", "attention", ()),
-    "max_logit": (("layer", "head"), "1", "attention", (_LARGE,)),
-    "collision": (("layer", "head"), "1", "attention", ()),
-    "sink": (("layer", "head"), "1", "attention", ()),
+    "max_logit": (("layer", "head"), "logit", "attention", (_LARGE,)),
+    "collision": (("layer", "head"), "probability", "attention", ()),
+    "sink": (("layer", "head"), "probability", "attention", ()),
     "probe_entropy": (("layer", "head"), "nats", "probe_entropy", ()),
-    "activation_grad": (("layer",), "1", "activation_grad", _NORM),
-    "parameter_grad": (("layer",), "1", "parameter_grad", _NORM),
-    "delta_cka": (("layer",), "1", "delta_cka", ()),
-    "delta_cka_se": (("layer",), "1", "delta_cka", ()),
-    "probe_activation_grad": (("layer",), "1", "probe_activation_grad", ()),
-    "loss": ((), "1", "step", (_FINITE,)),
-    "skipped": ((), "1", "step", ()),
-    "missing_ranks": ((), "1", "step", (_LOST,)),
+    "activation_grad": (("layer",), "l2 norm", "activation_grad", _NORM),
+    "parameter_grad": (("layer",), "l2 norm", "parameter_grad", _NORM),
+    "delta_cka": (("layer",), "1 - CKA", "delta_cka", ()),
+    "delta_cka_se": (("layer",), "1 - CKA", "delta_cka", ()),
+    "probe_activation_grad": (("layer",), "l2 norm", "probe_activation_grad", ()),
+    "loss": ((), "nats", "step", (_FINITE,)),
+    "skipped": ((), "0 or 1", "step", ()),
+    "missing_ranks": ((), "processes", "step", (_LOST,)),
     "measure_ms": ((), "ms", "step", ()),
     "probe_ms": ((), "ms", "step", ()),
 }
+_LABELS = {
+    "entropy": "attention entropy",
+    "entropy_se": "standard error of the entropy",
+    "max_logit": "largest attention logit",
+    "collision": "attention collision",
+    "sink": "attention on the first token",
+    "probe_entropy": "attention entropy on the probe",
+    "activation_grad": "activation gradient",
+    "parameter_grad": "parameter gradient",
+    "delta_cka": "representation drift",
+    "delta_cka_se": "standard error of the drift",
+    "probe_activation_grad": "activation gradient on the probe",
+    "measure_ms": "time for measuring",
+    "probe_ms": "time for the probe",
+}
 STANDARD: dict[str, Column] = {
     name: Column(
-        unit, axes, name.replace("_", " "), f"{name} of a timeline of an earlier format.", quantity, alerts=rules
+        unit,
+        axes,
+        _LABELS.get(name, name.replace("_", " ")),
+        f"{name} of a timeline of an earlier format.",
+        quantity,
+        scale="log" if "grad" in name else "linear",
+        alerts=rules,
     )
     for name, (axes, unit, quantity, rules) in _COLUMNS.items()
 }

@@ -1,0 +1,81 @@
+"""Weight matrices beside random matrices of their sizes, one after the other."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from inflection_fast.checkpoints.files import Source
+from inflection_fast.ops import weight_spectrum
+from inflection_fast.ops.spectrum import Spectrum
+from inflection_fast.quantities.spectrum import matrices_of_checkpoint
+
+__all__ = ["MatrixSpectrum", "spectra"]
+
+_NUMBER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
+
+
+@dataclass(frozen=True)
+class MatrixSpectrum:
+    """The singular values of one matrix in numbers, and of a random matrix of its size; None: no value."""
+
+    name: str
+    layer: int | None  # the first number in its name
+    kind: str  # its name without that
+    shape: tuple[int, int]
+    norm: float | None  # None: it holds NaN or infinity
+    stable_rank: float | None
+    effective_rank: float | None
+    alpha: float | None
+    outliers: int
+    random_stable_rank: float
+    random_effective_rank: float
+    random_alpha: float | None
+
+
+def spectra(source: Source, *, seed: int = 0, told: Callable[[int], None] = lambda done: None) -> list[MatrixSpectrum]:
+    """Of every matrix of a checkpoint. One random matrix of independent normal numbers is drawn for each size.
+
+    Memory: the largest matrix as it is stored (dequantised, in float32), and what `ops.singular_values` takes.
+    """
+    random: dict[tuple[int, int], Spectrum] = {}
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for name, matrix in matrices_of_checkpoint(source.weights):
+        shape = (int(matrix.shape[0]), int(matrix.shape[1]))
+        try:
+            said = weight_spectrum(matrix)
+        except ValueError:  # it holds NaN or infinity
+            said = Spectrum(*[math.nan] * 5, 0, math.nan)
+        del matrix  # before the next one is read
+        size = (min(shape), max(shape))
+        if size not in random:
+            random[size] = weight_spectrum(torch.randn(size, generator=generator))
+        null = random[size]
+        number = _NUMBER.search(name)
+        found.append(
+            MatrixSpectrum(
+                name=name,
+                layer=None if number is None else int(number[1]),
+                kind=_NUMBER.sub(".", name, count=1).strip("."),
+                shape=shape,
+                norm=_known(said.norm),
+                stable_rank=_known(said.stable_rank),
+                effective_rank=_known(said.effective_rank),
+                alpha=_known(said.alpha),
+                outliers=said.outliers,
+                random_stable_rank=null.stable_rank,
+                random_effective_rank=null.effective_rank,
+                random_alpha=_known(null.alpha),
+            )
+        )
+        told(len(found))
+    return found
+
+
+def _known(value: float) -> float | None:
+    return value if value == value else None
