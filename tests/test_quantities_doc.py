@@ -21,6 +21,8 @@ NAMES = (
     "router",
     "spectrum",
     "trajectory",
+    "layer_cka",
+    "first_order",
 )
 
 
