@@ -241,3 +241,19 @@ def test_a_run_that_trains_grows_on_the_page(driver, tmp_path):
             until(lambda: "step 200: " in find(driver, "#multiples .value").text, "its value")
     until(lambda: "does not answer" in find(driver, "#status").text, "that the server is gone")
     assert all("Failed to load resource" in entry["message"] for entry in driver.get_log("browser"))
+
+
+def test_a_comparison_draws_profiles_and_matrices(driver, tmp_path):
+    from test_look import look
+
+    from inflection_fast.report.look import write_look
+
+    write_look(look("CKA of A and B"), tmp_path / "index.html")
+    opened(driver, (tmp_path / "index.html").as_uri())
+    assert len(driver.find_elements("css selector", "#multiples canvas")) == 1
+    assert colours_of(driver, "#matrix-cards") > 4
+    box = find(driver, "#matrix-cards .plot")
+    press(driver, box, "ArrowUp", "Home")
+    until(lambda: "layer of A" in find(driver, "#matrix-cards .readout").text, "the value under the cursor")
+    assert not find(driver, "#alerts").is_displayed() and not find(driver, "#choice").is_displayed()
+    quiet(driver)

@@ -141,7 +141,7 @@ def can_recompute(model: nn.Module) -> bool:
     Not where the configuration knows of dropout, which a block could then apply.
     """
     to_dict = getattr(getattr(model, "config", None), "to_dict", dict)
-    known = to_dict()
+    known: dict[str, object] = to_dict()
     drops = any("drop" in name and isinstance(value, (int, float)) and value > 0 for name, value in known.items())
     return bool(_recomputable(model)) and getattr(model, "supports_gradient_checkpointing", False) and not drops
 

@@ -50,7 +50,7 @@ def spectra(source: Source, *, seed: int = 0, told: Callable[[int], None] = lamb
         try:
             said = weight_spectrum(matrix)
         except ValueError:  # it holds NaN or infinity
-            said = Spectrum(*[math.nan] * 5, 0, math.nan)
+            said = Spectrum(math.nan, math.nan, math.nan, math.nan, math.nan, 0, math.nan)
         del matrix  # before the next one is read
         size = (min(shape), max(shape))
         if size not in random:

@@ -75,6 +75,7 @@ class Spectrum(Quantity):
         names = dict.fromkeys(
             name
             for block in model.blocks
+            if block.module is not None
             for name, parameter in block.module.named_parameters()
             if self.wants(block.index, name, parameter)
         )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from inflection_fast.alerts import alert_lines
 from inflection_fast.report.content import Content
+from inflection_fast.report.folder import Stage
 from inflection_fast.report.verdict import compare, verdict
 from inflection_fast.report.words import count, layer_list
 
@@ -27,7 +28,7 @@ def answer(content: Content) -> Answer:
     run, measured = content.run, content.measured
     where = str(content.folder)
     if run.tune is not None and run.tune.layers:
-        return _compared(content, where)
+        return _compared(content, run.tune, where)
     if measured is None or not len(measured.steps):
         state = "The timeline has no measured step yet." if measured else "There is no timeline yet."
         return Answer(
@@ -56,14 +57,14 @@ def answer(content: Content) -> Answer:
     )  # fmt: skip
 
 
-def _compared(content: Content, where: str) -> Answer:
+def _compared(content: Content, tune: Stage, where: str) -> Answer:
     run = content.run
     first = verdict(run)[0]
-    comparisons = [compare(run.tune, stage) for stage in run.baselines]
+    comparisons = [compare(tune, stage) for stage in run.baselines]
     words = "; ".join(f"against {each.stage.label} {each.words}" for each in comparisons)
-    unit = "nats" if run.tune.accuracy is None else "points of accuracy with one standard error"
+    unit = "nats" if tune.accuracy is None else "points of accuracy with one standard error"
     said = f"{words} ({unit})" if words else "there is no baseline to compare with"
-    why = f"LoRA in {layer_list(run.tune.layers)}: {said}."
+    why = f"LoRA in {layer_list(tune.layers or ())}: {said}."
     seeds = "One seed cannot tell how much the training moves by chance: repeat with another seed."
     again = f"inflection-fast run --config {where}/config.yaml --seed {(run.seed or 0) + 1} --output {where}-again"
     return Answer(first, why, seeds, again if run.config else None)

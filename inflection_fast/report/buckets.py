@@ -15,6 +15,11 @@ class Buckets:
     counts as no value; a step without any value is left out, so that a quantity measured more seldom has its own steps.
     """
 
+    _count: np.ndarray
+    _sum: np.ndarray
+    _low: np.ndarray
+    _high: np.ndarray
+
     def __init__(self, shape: tuple[int, ...], limit: int):
         if limit < 2 or limit % 2:
             raise ValueError(f"limit: expected an even number of buckets, at least 2, got {limit}")

@@ -18,8 +18,8 @@ __all__ = ["dress", "figure", "layer_axis", "legend", "save", "save_vectors"]
 # Okabe and Ito's colours: told apart with every common colour blindness, and in grey.
 BLUE, ORANGE, CHOSEN = "#0072B2", "#E69F00", "#D55E00"
 INK, GREY = "#222222", "#8a8a8a"
-NO_VALUE = {"facecolor": "#eeeeee", "edgecolor": "#b5b5b5", "hatch": "//////", "linewidth": 0}
-PLATE = {"facecolor": "white", "edgecolor": "none", "pad": 3}  # behind text on a pattern
+NO_VALUE: dict[str, Any] = {"facecolor": "#eeeeee", "edgecolor": "#b5b5b5", "hatch": "//////", "linewidth": 0}
+PLATE: dict[str, Any] = {"facecolor": "white", "edgecolor": "none", "pad": 3}  # behind text on a pattern
 MAP = "viridis"  # even steps of lightness, so it survives grey printing
 DPI = 200
 SMALL, NORMAL, TITLE = 8, 9, 10.5
@@ -86,8 +86,7 @@ def save_vectors(drawn: Figure, path: Path) -> None:
     import matplotlib
 
     _plain_numbers(drawn)
-    look = {"svg.fonttype": "none", "svg.hashsalt": path.name, "pdf.fonttype": 42}
-    with matplotlib.rc_context(look):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": path.name, "pdf.fonttype": 42}):
         drawn.savefig(path.with_name(f"{path.name}.svg"), format="svg", metadata={"Date": None, "Creator": None})
         nothing = {"Creator": None, "Producer": None, "CreationDate": None}
         drawn.savefig(path.with_name(f"{path.name}.pdf"), format="pdf", metadata=nothing)

@@ -39,8 +39,8 @@ def index_chart(scores: np.ndarray, components: dict[str, np.ndarray], chosen: S
         label = name if np.isfinite(values).any() else f"{name} (no values)"
         shown += _line(below, values, colour, label, marker)
     canvas.legend(below, shown)
-    for ax, values in ((above, [scores]), (below, list(components.values()))):
-        _room(ax, np.concatenate(values))
+    _room(above, scores)
+    _room(below, np.concatenate(list(components.values())))
     _layers(below, len(scores))
     return drawn
 
@@ -80,7 +80,7 @@ def stage_chart(stages: Sequence[Stage], highlighted: str) -> Figure:
     canvas.dress(right, "Trainable parameters", "parameters (log scale)")
     for row, stage in enumerate(stages):
         colour = canvas.CHOSEN if stage.name == highlighted else canvas.BLUE
-        point = {"color": colour, "marker": "o", "markersize": 5, "linestyle": "none"}
+        point: dict[str, Any] = {"color": colour, "marker": "o", "markersize": 5, "linestyle": "none"}
         point["markerfacecolor"] = "white" if stage.name == "source" else colour
         value, error = (stage.loss, None) if language else (stage.accuracy, stage.standard_error)
         scale = 1 if language else 100
@@ -109,7 +109,13 @@ def stage_chart(stages: Sequence[Stage], highlighted: str) -> Figure:
     left.set_axisbelow(True)
     left.margins(x=0.08)
     if not language and any(stage.majority is not None for stage in stages):
-        mark = {"marker": "|", "color": canvas.GREY, "markersize": 9, "markeredgewidth": 1.8, "linestyle": "none"}
+        mark: dict[str, Any] = {
+            "marker": "|",
+            "color": canvas.GREY,
+            "markersize": 9,
+            "markeredgewidth": 1.8,
+            "linestyle": "none",
+        }
         canvas.legend(left, [_handle(label="most frequent answer", **mark)])
     return drawn
 
@@ -118,10 +124,10 @@ def _line(
     ax: Axes, values: np.ndarray, colour: str, label: str, marker: str, error: np.ndarray | None = None
 ) -> list[Any]:
     size = 4 if len(values) <= 64 else 0  # more points than that are a line
-    style = {"color": colour, "marker": marker, "markersize": size, "linewidth": 1.2}
+    style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": size, "linewidth": 1.2}
     ax.plot(np.arange(len(values)), values, zorder=2, **style)
     if error is not None:
-        bars = {"elinewidth": 1, "capsize": 4 if size else 0, "fmt": "none", "ecolor": colour}
+        bars: dict[str, Any] = {"elinewidth": 1, "capsize": 4 if size else 0, "fmt": "none", "ecolor": colour}
         ax.errorbar(np.arange(len(values)), values, yerr=np.where(np.isfinite(error), error, np.nan), zorder=4, **bars)
     return [_handle(label=label, **(style | {"markersize": 4}))]
 
@@ -141,7 +147,12 @@ def _marks(ax: Axes, values: np.ndarray, chosen: Sequence[int], labels: bool = T
     """The chosen layers as points over the line, numbered while there is room; one without a value lies at the foot."""
     if not chosen:
         return []
-    style = {"color": canvas.CHOSEN, "marker": "o", "linestyle": "none", "markersize": 7 if len(values) <= 64 else 4}
+    style: dict[str, Any] = {
+        "color": canvas.CHOSEN,
+        "marker": "o",
+        "linestyle": "none",
+        "markersize": 7 if len(values) <= 64 else 4,
+    }
     having = [layer for layer in chosen if np.isfinite(values[layer])]
     ax.plot(having, values[having], zorder=3, **style)
     if labels and len(having) <= canvas.MAX_LABELS:
@@ -153,7 +164,12 @@ def _marks(ax: Axes, values: np.ndarray, chosen: Sequence[int], labels: bool = T
 
 
 def _ring(ax: Axes, layer: int, value: float, name: str) -> list[Any]:
-    style = {"marker": "o", "markerfacecolor": "none", "markeredgecolor": canvas.INK, "linestyle": "none"}
+    style: dict[str, Any] = {
+        "marker": "o",
+        "markerfacecolor": "none",
+        "markeredgecolor": canvas.INK,
+        "linestyle": "none",
+    }
     ax.plot(layer, value, markersize=12, markeredgewidth=1.2, zorder=4, **style)
     return [_handle(label=name, markersize=8, markeredgewidth=1.2, **style)]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from inflection_fast.alerts import Alert, AlertWatch
 from inflection_fast.decide import Plan
 from inflection_fast.report import folder as run_files
 from inflection_fast.report.buckets import Buckets
-from inflection_fast.timeline import columns_in
+from inflection_fast.timeline import Timeline, columns_in
 from inflection_fast.timeline.columns import Column
 from inflection_fast.timeline.tail import TimelineTail
 from inflection_fast.timeline.timeline import FILE_NAME
@@ -25,6 +25,7 @@ MAP_CELLS = 2**16  # and between those so many cells
 HEAD_COLUMNS = (16, 1024)  # the same for the map of a layer's heads, whose cells count over all layers
 HEAD_CELLS = 2**18
 MOST_ALERTS = 2000  # that are shown: the first and the last half of more
+PAIRS = ("layer", "other_layer")  # axes of columns that are drawn as matrices
 _ERROR = "_se"  # what the name of a column of standard errors ends in
 
 
@@ -84,7 +85,8 @@ class Content:
         changed = self._read_files()
         changed |= self._read_timeline()
         if changed or not self.version:
-            self.run = dataclasses.replace(self._facts, timeline=self.measured)
+            # As far as words need a timeline, what was measured is one.
+            self.run = dataclasses.replace(self._facts, timeline=cast("Timeline | None", self.measured))
             self.version += 1
         return changed
 
@@ -119,7 +121,7 @@ class Content:
 
     def _add(self, step: int, values: dict[str, np.ndarray]) -> None:
         if not self.series:
-            columns = columns_in(self._tail.meta)
+            columns = columns_in((self._tail.meta if self._tail is not None else None) or {})
             self._watch = AlertWatch(columns=columns)
             for name, column in columns.items():
                 if name in values and column.drawn != "none":

@@ -29,7 +29,8 @@ def _data_set(settings: dict[str, Any], stage: Stage | None) -> str:
         sentences[0] += f", {count(data.train)} texts to train on, {count(data.test)} to test on{probe}."
         if data.labels:
             labels = listed([f"`{label}`" for label in data.labels])
-            majority = f"; the most frequent is {percent(stage.majority)} of the test texts" if stage.majority else ""
+            share = None if stage is None else stage.majority
+            majority = f"; the most frequent is {percent(share)} of the test texts" if share else ""
             sentences.append(f"Labels: {labels}{majority}.")
     else:
         sentences[0] += f"; sizes {MISSING}."

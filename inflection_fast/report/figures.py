@@ -18,11 +18,12 @@ import numpy as np
 
 from inflection_fast.decide import Plan
 from inflection_fast.report import canvas
-from inflection_fast.report.content import Content, Series
+from inflection_fast.report.content import PAIRS, Content, Series
 from inflection_fast.report.folder import Run
 from inflection_fast.report.heatmap import draw_heat_map, edges
 from inflection_fast.report.pictures import over_finite
 from inflection_fast.report.profile import by_name
+from inflection_fast.report.similarity import cka_map
 from inflection_fast.timeline import Timeline, columns_in
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def signal_lines(timeline: Timeline, name: str, ax: Axes | None = None, *, layer
     column, steps, values = _by_layer(timeline, name)
     count = values.shape[1]
     if layers is None:
-        layers = np.unique(np.linspace(0, count - 1, min(TRACED, count)).round().astype(int))
+        layers = sorted(set(np.linspace(0, count - 1, min(TRACED, count)).round().astype(int).tolist()))
     wrong = [layer for layer in layers if not 0 <= layer < count]
     if wrong:
         raise ValueError(f"layers: expected numbers from 0 to {count - 1}, got {wrong}")
@@ -112,7 +113,7 @@ def score_line(plan: Plan, ax: Axes | None = None, *, name: str = "SKI") -> Axes
     layers = np.arange(len(values))
     ax.errorbar(layers, values, yerr=error, color=canvas.INK, marker="o", markersize=3.5, linewidth=1.2, capsize=2.5)
     chosen = [layer for layer in plan.layers if np.isfinite(values[layer])]
-    style = {"color": canvas.CHOSEN, "marker": "o", "linestyle": "none", "markersize": 7, "zorder": 5}
+    style: dict[str, Any] = {"color": canvas.CHOSEN, "marker": "o", "linestyle": "none", "markersize": 7, "zorder": 5}
     handles = ax.plot(chosen, values[chosen], label="chosen layer", **style) if chosen else []
     canvas.legend(ax, handles)
     canvas.layer_axis(ax.xaxis, len(values))
@@ -127,7 +128,13 @@ def difference_map(
     finite = np.abs(values[np.isfinite(values)])
     reach = float(finite.max()) if finite.size and finite.max() > 0 else 1.0
     ax = _axis(ax, 7.0, 3.2)
-    options = {"title": title, "unit": unit, "x": "optimizer step", "limits": (-reach, reach), "colours": DIFFERENCE}
+    options: dict[str, Any] = {
+        "title": title,
+        "unit": unit,
+        "x": "optimizer step",
+        "limits": (-reach, reach),
+        "colours": DIFFERENCE,
+    }
     draw_heat_map(ax, values.T, edges(steps), **options)
     return ax
 
@@ -153,6 +160,13 @@ def write_figures(content: Content, run: Run | None, folder: Path) -> list[Path]
         if not len(series.places.steps):
             continue
         safe = "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in name)
+        if series.column.axes == PAIRS and series.parts is not None:
+            limits = (0.0, 1.0) if "delta" not in name else None
+            title, unit = _title(series.column), series.column.unit
+            add(
+                f"matrix_{safe}", cka_map(series.parts.mean[-1], title=title, x="other layer", unit=unit, limits=limits)
+            )
+            continue
         add(f"over_steps_{safe}", _overview(series).figure)
         if series.places.shape:
             add(f"by_layer_{safe}", _reduced_map(series, chosen).figure)

@@ -106,7 +106,7 @@ def _settings(path: Path) -> tuple[str | None, dict[str, Any]]:
     """The configuration as it is written, and what it says."""
     if not path.is_file():
         return None, {}
-    import yaml
+    import yaml  # type: ignore[import-untyped]
 
     try:
         text = path.read_text(encoding="utf-8")

@@ -10,6 +10,7 @@ import numpy as np
 from inflection_fast.report import canvas
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -69,9 +70,9 @@ def draw_heat_map(
     canvas.layer_axis(ax.yaxis, layers)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True))
 
-    handles = []
+    handles: list[Artist] = []
     if chosen:
-        mark = {"marker": "<", "color": canvas.CHOSEN, "linestyle": "none", "markersize": 5}
+        mark: dict[str, Any] = {"marker": "<", "color": canvas.CHOSEN, "linestyle": "none", "markersize": 5}
         ax.plot([1.012] * len(chosen), list(chosen), transform=ax.get_yaxis_transform(), clip_on=False, **mark)
         handles.append(Line2D([], [], label="chosen layer", **mark))
     if not there.all():

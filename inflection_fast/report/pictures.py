@@ -11,6 +11,7 @@ import numpy as np
 
 from inflection_fast.report import canvas
 from inflection_fast.report.charts import index_chart, profile_chart, stage_chart
+from inflection_fast.report.content import PAIRS
 from inflection_fast.report.folder import Run
 from inflection_fast.report.heatmap import heat_map
 from inflection_fast.report.profile import by_name, components, found, last_part, log_gradient
@@ -50,7 +51,6 @@ FILES = {
 }
 # Measured at every measured step: a step without a value is a hole.
 STANDARD_QUANTITIES = ("attention", "activation_grad", "parameter_grad", "delta_cka")
-PAIRS = ("layer", "other_layer")  # axes of columns that are drawn as matrices
 
 
 def drawn_columns(timeline: Timeline) -> dict[str, Column]:
@@ -143,9 +143,8 @@ def _choice(run: Run, add: Callable[..., None], missing: dict[str, str]) -> None
 
 
 def _measured(run: Run, add: Callable[..., None], missing: dict[str, str]) -> None:
-    timeline, chosen = run.timeline, ()
-    if run.fits:
-        chosen = run.plan.layers
+    timeline = run.timeline
+    chosen = run.plan.layers if run.plan is not None and run.fits else ()
     if timeline is None or not len(timeline.steps):
         why = "there is no timeline" if timeline is None else "the timeline holds no measured step"
         missing["Maps by layer"] = f"{why}: nothing has been measured yet"
@@ -157,8 +156,8 @@ def _measured(run: Run, add: Callable[..., None], missing: dict[str, str]) -> No
             continue
         steps, values = by_layer(timeline, name)
         if not np.isfinite(values).any():
-            if why := _why_missing(timeline, column):
-                missing[title] = why
+            if reason := _why_missing(timeline, column):
+                missing[title] = reason
             continue
         over = f"mean over {' and '.join(f'{axis}s' for axis in column.axes[1:])}" if column.axes[1:] else ""
         figure = heat_map(

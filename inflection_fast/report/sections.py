@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from inflection_fast.decide import Plan
 from inflection_fast.records import OverheadRecord
 from inflection_fast.report.data import described
 from inflection_fast.report.folder import Run, Stage
@@ -217,13 +218,12 @@ def _choice(run: Run, pictures: Pictures) -> list[str]:
         reasons,
         _picture(pictures, "profile"),
         _picture(pictures, "ski"),
-        _layer_table(run),
+        _layer_table(plan),
         f"Options of the choice: {options}." if options else "",
     ]
 
 
-def _layer_table(run: Run) -> str:
-    plan = run.plan
+def _layer_table(plan: Plan) -> str:
     entropy, error, gradient = by_name(plan, "entropy"), by_name(plan, "entropy_se"), log_gradient(plan)
     rows = range(len(plan.scores)) if len(plan.scores) <= LONG else plan.layers
     lines = [

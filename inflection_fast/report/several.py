@@ -107,7 +107,7 @@ def write_several(folders: Sequence[str | Path], out: str | Path | None = None) 
 def several_state(runs: Sequence[Content]) -> State:
     """What the page of several runs draws."""
     groups = groups_of(runs)
-    layers = {len(content.measured.layers) for content in runs}
+    layers = {len(content.measured.layers) for content in runs if content.measured is not None}
     made = State()
     names = list(dict.fromkeys(name for content in runs for name, s in content.series.items() if len(s.places.steps)))
     columns = [entry for name in names if (entry := _overlay(made, name, groups))]
@@ -162,7 +162,7 @@ def _differences(made: State, name: str, groups: Sequence[Group]) -> list[dict[s
     found = []
     for i, group in enumerate(groups[1:], 1):
         members = _with(group, name)
-        common = _common([*first, *members]) if members else []
+        common = _common([*first, *members] if members else [])
         if not len(common):
             continue
         (mean, half), (base, base_half) = (interval(_stack(part, common)) for part in (members, first))
@@ -181,6 +181,8 @@ def _with(group: Group, name: str) -> list[Series]:
 
 def _common(members: Sequence[Series]) -> np.ndarray:
     """[B, 2] the buckets that all of them have: nothing is interpolated."""
+    if not members:
+        return np.empty((0, 2), np.int64)
     shared = set.intersection(*(set(map(tuple, series.places.steps.tolist())) for series in members))
     return np.array(sorted(shared), np.int64).reshape(-1, 2)
 
@@ -245,7 +247,8 @@ def _table(groups: Sequence[Group]) -> str:
             last = loss.places.mean[-1] if loss is not None and len(loss.places.steps) else np.nan
             rows.append(
                 (escape(str(content.folder)), escape(model_name(run)), MISSING if run.seed is None else str(run.seed),
-                 count(len(measured.steps)), significant(float(last), 4), count(content.alerts_in_all),
+                 count(0 if measured is None else len(measured.steps)), significant(float(last), 4),
+                 count(content.alerts_in_all),
                  escape(layer_list(run.plan.layers)) if run.plan is not None else "no plan",
                  escape(accuracy(tune.accuracy, tune.standard_error)) if tune is not None else "",
                  count(tune.trainable) if tune is not None else "")
@@ -269,7 +272,7 @@ def _settings(groups: Sequence[Group]) -> str:
 
 
 def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
-    found = {}
+    found: dict[str, Any] = {}
     for name, value in settings.items():
         found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return found

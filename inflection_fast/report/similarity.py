@@ -44,16 +44,15 @@ def cka_map(
     ax.add_patch(Rectangle((0, 0), 1, 1, transform=ax.transAxes, zorder=0, **canvas.NO_VALUE))
     shown = np.ma.masked_invalid(values)
     edges = [np.arange(count + 1) - 0.5 for count in (columns, rows)]
-    mesh = ax.pcolormesh(
-        *edges, shown, cmap=canvas.MAP, norm=Normalize(*(limits or (None, None))), zorder=1, rasterized=True
-    )
+    low, high = limits or ((float(shown.min()), float(shown.max())) if shown.count() else (0.0, 1.0))
+    mesh = ax.pcolormesh(*edges, shown, cmap=canvas.MAP, norm=Normalize(low, high), zorder=1, rasterized=True)
     ax.set_aspect("equal")
     canvas.dress(ax, title, x, y)
     canvas.layer_axis(ax.xaxis, columns)
     canvas.layer_axis(ax.yaxis, rows)
     if max(rows, columns) <= WRITTEN:
         for i, j in zip(*np.nonzero(np.isfinite(values)), strict=True):
-            colour = "white" if mesh.norm(values[i, j]) < 0.6 else canvas.INK
+            colour = "white" if values[i, j] < low + 0.6 * (high - low) else canvas.INK
             ax.text(j, i, f"{values[i, j]:.2f}", ha="center", va="center", fontsize=6, color=colour)
     if not np.isfinite(values).all():
         canvas.legend(ax, [Patch(label="no value", **canvas.NO_VALUE)])
@@ -79,7 +78,7 @@ def drift_chart(
     canvas.dress(above, f"Representation drift at step {steps[last]}", "layer", "1 - CKA")
     _bars(above, layers, delta[last], error[last], canvas.INK, "o", "none")
     if len(chosen):
-        style = {"color": canvas.CHOSEN, "marker": "o", "linestyle": "none", "markersize": 7}
+        style: dict[str, Any] = {"color": canvas.CHOSEN, "marker": "o", "linestyle": "none", "markersize": 7}
         (points,) = above.plot(list(chosen), delta[last][list(chosen)], label="chosen layer", zorder=3, **style)
         canvas.legend(above, [points])
     canvas.layer_axis(above.xaxis, len(layers))

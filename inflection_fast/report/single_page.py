@@ -14,12 +14,10 @@ from typing import Any
 import numpy as np
 
 from inflection_fast.decide import Plan
-from inflection_fast.report.content import Content, Series
+from inflection_fast.report.content import PAIRS, Content, Series
 from inflection_fast.report.fragments import fragments, title
 from inflection_fast.report.packing import pack, pack_text
 from inflection_fast.report.profile import by_name, components, log_gradient
-
-PAIRS = ("layer", "other_layer")  # axes of columns that are drawn as matrices
 
 __all__ = ["State", "html", "plan_entry", "state", "write_html"]
 

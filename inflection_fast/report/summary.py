@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+from inflection_fast.decide import Plan
 from inflection_fast.records import OverheadRecord
 from inflection_fast.report.answer import answer
 from inflection_fast.report.content import Content, timeline_of
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 __all__ = ["summary"]
+
+Justify = Literal["left", "right"]
 
 LONG = 32  # with more layers than this only the chosen ones and their neighbours are listed
 
@@ -53,7 +56,7 @@ def summary(run_folder: str | Path, console: Console) -> None:
     if run.plan is not None:
         show("Chosen layers", "bold")
         show(run.plan.summary)
-        show(_layers(run))
+        show(_layers(run.plan))
         console.print()
     show("Cost of measuring", "bold")
     timed = run.measure.overhead if run.measure else None
@@ -69,7 +72,7 @@ def summary(run_folder: str | Path, console: Console) -> None:
             show(f"- {sentence}")
 
 
-def _table(*columns: tuple[str, str]) -> Table:
+def _table(*columns: tuple[str, Justify]) -> Table:
     from rich import box
     from rich.table import Table
 
@@ -99,16 +102,15 @@ def _stages(run: Run) -> Table:
     return table
 
 
-def _layers(run: Run) -> Table:
+def _layers(plan: Plan) -> Table:
     from rich.text import Text
 
-    plan = run.plan
     layers = len(plan.scores)
-    rows = range(layers)
+    rows = list(range(layers))
     if layers > LONG:
         rows = sorted({i for chosen in plan.layers for i in (chosen - 1, chosen, chosen + 1) if 0 <= i < layers})
     entropy, gradient = by_name(plan, "entropy"), log_gradient(plan)
-    measures = [(name, "right") for name in ("layer", "entropy", "log grad", "SKI")]
+    measures: list[tuple[str, Justify]] = [(name, "right") for name in ("layer", "entropy", "log grad", "SKI")]
     table = _table(*measures, ("", "left"), ("reason", "left"))
     for layer in rows:
         chosen = layer in plan.layers

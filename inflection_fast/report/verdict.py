@@ -32,16 +32,19 @@ class Comparison:
     @property
     def words(self) -> str:
         """The difference in points of accuracy (nats of loss), its standard error, and whether it counts."""
-        if self.outcome == "unknown":
-            return "not known" if self.difference is None else f"{self.difference:+.3f}"
+        if self.difference is None:
+            return "not known"
+        if self.standard_error is None:  # losses come without one
+            return f"{self.difference:+.3f}"
         counts = "within noise" if self.outcome == "tie" else "beyond noise"
         return f"{100 * self.difference:+.1f} ± {100 * self.standard_error:.1f}, {counts}"
 
 
 def compare(injected: Stage, other: Stage) -> Comparison:
     """Compares the accuracy of the injected model with that of another stage."""
-    if injected.accuracy is None and other.accuracy is None and None not in (injected.loss, other.loss):
-        return Comparison(other, "unknown", other.loss - injected.loss)
+    if injected.accuracy is None and other.accuracy is None:
+        if injected.loss is not None and other.loss is not None:
+            return Comparison(other, "unknown", other.loss - injected.loss)
     if injected.accuracy is None or other.accuracy is None or not injected.n or not other.n:
         return _unknown(other, "no accuracy with a number of examples was recorded for both.")
     if injected.n != other.n:
@@ -79,6 +82,8 @@ def _unknown(other: Stage, why: str) -> Comparison:
 def _error(stage: Stage) -> float:
     # One right and one wrong answer are added (Agresti and Caffo 2000): without them a model that has everything right
     # would be without noise, and any difference to it beyond the noise.
+    if stage.accuracy is None or stage.n is None:
+        return math.nan
     share = (stage.accuracy * stage.n + 1) / (stage.n + 2)
     return math.sqrt(share * (1 - share) / (stage.n + 2))
 
@@ -122,7 +127,8 @@ def _overall(comparisons: list[Comparison]) -> str:
 
 
 def _by_loss(comparisons: list[Comparison]) -> str:
-    better, worse = ([c.stage.label for c in comparisons if (c.difference > 0) is lower] for lower in (True, False))
+    known = [(c.stage.label, c.difference) for c in comparisons if c.difference is not None]
+    better, worse = ([name for name, d in known if (d > 0) is lower] for lower in (True, False))
     parts = [
         f"a lower loss than {listed(better)}" if better else "",
         f"no lower loss than {listed(worse)}" if worse else "",
