@@ -18,7 +18,7 @@ from inflection_fast.report.words import layer_list, percent, significant
 from inflection_fast.timeline import Timeline
 
 if TYPE_CHECKING:
-    from inflection_fast.checkpoints.scanning import Module
+    from inflection_fast.checkpoints.on_texts import Module
     from inflection_fast.checkpoints.weights import MatrixSpectrum
 
 __all__ = ["Finding", "Nulls", "findings"]

@@ -9,42 +9,23 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
 from inflection_fast.atomic import write_json
-from inflection_fast.blocks import Block, find_blocks
 from inflection_fast.checkpoints.files import find
 from inflection_fast.checkpoints.findings import Finding, Nulls, findings
-from inflection_fast.checkpoints.loading import LOSSES, Loaded, halves_loss, load, tokenizer_of
-from inflection_fast.checkpoints.measuring import Inputs, can_recompute, measure
-from inflection_fast.checkpoints.texts import Batch, batches_of, shuffled, token_budget
+from inflection_fast.checkpoints.loading import Loaded, load, tokenizer_of
+from inflection_fast.checkpoints.on_texts import Measured, Module, Numbers, numbers
+from inflection_fast.checkpoints.on_texts import measured as measured_on
 from inflection_fast.checkpoints.weights import MatrixSpectrum, spectra
 from inflection_fast.decide import Plan, SelectConfig, select
-from inflection_fast.measure import MonitorConfig
-from inflection_fast.measure.arguments import loss_of
-from inflection_fast.quantities.first_order import FirstOrder, random_share
-from inflection_fast.quantities.layer_cka import LayerCka
-from inflection_fast.quantities.quantity import Quantity
-from inflection_fast.quantities.rank import Rank
 from inflection_fast.run.errors import user_errors
-from inflection_fast.timeline import Timeline
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["Profiled", "Scan", "scan"]
 
 FORMAT = 1
 _KIND = "inflection_fast scan"
-NULL_TEXTS = 24  # on which the nulls are measured
-PROBE_TEXTS = 16  # whose features and attention matrices are compared
-CKA_ROWS = 1024
-ONCE = 4096  # the cadence of what is measured in the first step: a scan has fewer batches
-_Numbers = list[float | None]
 
 
 @dataclass(frozen=True)
@@ -55,21 +36,10 @@ class Profiled:
     unit: str
     explanation: str
     scale: str
-    texts: _Numbers
-    error: _Numbers  # standard error of that over batches
-    shuffled: _Numbers  # on the same words in random order
-    random: _Numbers  # with random matrices of their sizes for the weights of the blocks
-
-
-@dataclass(frozen=True)
-class Module:
-    """The gradient of one weight matrix, as an adapter of low rank could follow it."""
-
-    layer: int
-    name: str
-    gain: float
-    share: float
-    random_share: float
+    texts: Numbers
+    error: Numbers  # standard error of that over batches
+    shuffled: Numbers  # on the same words in random order
+    random: Numbers  # with random matrices of their sizes for the weights of the blocks
 
 
 @dataclass(frozen=True)
@@ -95,7 +65,7 @@ class Scan:
     layers: list[str]
     texts: dict[str, object]
     profiles: dict[str, Profiled]
-    matrices: dict[str, list[_Numbers]]
+    matrices: dict[str, list[Numbers]]
     modules: list[Module]
     weights: list[MatrixSpectrum]
     findings: list[Finding]
@@ -180,7 +150,7 @@ def scan(
     source = find(str(model))
     before = _peak_bytes()
     settings: dict[str, object] = {"rank": rank, "tokens": tokens, "seed": seed}
-    measured: _Measured | None = None
+    measured: Measured | None = None
     about: dict[str, object] = {"name": source.name, "bytes on disk": source.bytes}
     versions = _versions()
     plan, settings_yaml = None, None
@@ -191,7 +161,7 @@ def scan(
         before = max(0, _peak_bytes() - loaded.weight_bytes) if loaded.device.type == "cuda" else before
         about |= _about(loaded)
         with user_errors(ValueError, RuntimeError, about=f"{source.name} cannot be measured"):
-            measured = _measured(loaded, tokenizer, texts, out, rank, tokens, seed, told)
+            measured = measured_on(loaded, tokenizer, texts, out, rank, tokens, seed, told)
         with user_errors(ValueError, about="plan"):
             plan = select(measured.nulls.texts, select_config or SelectConfig())
             if yaml is not None:
@@ -225,112 +195,7 @@ def scan(
     )
 
 
-# ---- on texts --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Measured:
-    nulls: Nulls
-    about: dict[str, object]  # of the texts
-    matrices: dict[str, list[_Numbers]]
-    modules: list[Module]
-
-
-def _measured(
-    loaded: Loaded,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
-    out: str | Path | None,
-    rank: int,
-    tokens: int,
-    seed: int,
-    told: Callable[[str], None],
-) -> _Measured:
-    model = loaded.model
-    longest = max(len(tokenizer(text, truncation=True, max_length=tokens)["input_ids"]) for text in texts)
-    recomputes = longest > token_budget(loaded) and can_recompute(model)
-    budget = token_budget(loaded, recomputes=recomputes)
-    batches = batches_of(texts, tokenizer, loaded, tokens=tokens, budget=budget, seed=seed)
-    blocks = find_blocks(model)
-
-    def folder(name: str) -> Path | None:
-        return None if out is None else Path(out) / name
-
-    def loss(inputs: Inputs, output: object) -> Tensor | None:
-        if loaded.task != "embedded":
-            return loss_of(output)
-        return halves_loss(getattr(output, "last_hidden_state"), inputs["attention_mask"])  # noqa: B009
-
-    told(f"measuring {sum(batch.texts for batch in batches)} texts")
-    first_order = FirstOrder(rank, every=ONCE)
-    timeline = measure(
-        model, [batch.inputs for batch in batches], _config("activation_grad", first_order), out=folder("texts"),
-        probe=_probe(batches), gradients=True, loss=loss, weights=_matrices(blocks, rank), recomputes=recomputes,
-    )  # fmt: skip
-    count = _first(batches, NULL_TEXTS)
-    null_config = _config()
-    told("measuring them with their words in random order")
-    mixed = [shuffled(one, tokenizer.all_special_ids, seed + i) for i, one in enumerate(batches[:count])]
-    of_shuffled = measure(model, [b.inputs for b in mixed], null_config, out=folder("shuffled"), probe=_probe(mixed))
-    told("measuring them with random matrices")
-    _randomise(blocks, seed)
-    plain = [batch.inputs for batch in batches[:count]]
-    of_random = measure(model, plain, null_config, out=folder("random"), probe=_probe(batches[:count]))
-    about: dict[str, object] = {
-        "texts": sum(batch.texts for batch in batches),
-        "batches": len(batches),
-        "tokens": sum(int(batch.inputs["attention_mask"].sum()) for batch in batches),
-        "texts of the nulls": sum(batch.texts for batch in batches[:count]),
-        "loss": LOSSES[loaded.task],
-        "mean loss": _or_none(float(np.nanmean(timeline.loss))),
-        "gradients of weights from": f"{batches[0].texts} texts",
-        "blocks computed again in the backward pass": recomputes,
-    }
-    matrices = {"texts": _matrix(timeline), "random": _matrix(of_random)}
-    return _Measured(Nulls(timeline, of_shuffled, of_random), about, matrices, _modules(timeline, blocks, rank))
-
-
-def _config(*more: str | Quantity) -> MonitorConfig:
-    quantities = ("attention", "residual", Rank(sequences=PROBE_TEXTS, every=ONCE), LayerCka(every=ONCE), *more)
-    forwards = "trained" if more else "all"
-    return MonitorConfig(every=1, rows=None, quantities=quantities, forwards=forwards, cka_rows=CKA_ROWS)
-
-
-def _first(batches: Sequence[Batch], texts: int) -> int:
-    """How many of the batches hold the first texts; at least two, so that they tell chance."""
-    counts = np.cumsum([batch.texts for batch in batches])
-    return min(len(batches), max(2, int(np.searchsorted(counts, texts)) + 1))
-
-
-def _probe(batches: Sequence[Batch]) -> list[Inputs]:
-    """The first texts without labels, so that no gradient is asked for."""
-    chosen = batches[: _first(batches, PROBE_TEXTS)]
-    return [{name: value for name, value in one.inputs.items() if name != "labels"} for one in chosen]
-
-
-def _matrices(blocks: Sequence[Block], rank: int) -> frozenset[nn.Parameter]:
-    """The weights whose gradients `FirstOrder` looks at."""
-    return frozenset(
-        parameter
-        for block in blocks
-        if block.module is not None
-        for parameter in block.module.parameters()
-        if parameter.ndim == 2 and min(parameter.shape) > rank and parameter.is_floating_point()
-    )
-
-
-def _randomise(blocks: Sequence[Block], seed: int) -> None:
-    """Independent normal numbers in place of every matrix of the blocks, with its mean and standard deviation."""
-    done: set[nn.Parameter] = set()
-    with torch.no_grad():
-        for block in blocks:
-            for parameter in () if block.module is None else block.module.parameters():
-                if parameter.ndim < 2 or parameter in done:
-                    continue
-                done.add(parameter)
-                generator = torch.Generator(parameter.device).manual_seed(seed + len(done))
-                mean, spread = float(parameter.float().mean()), float(parameter.float().std())
-                parameter.normal_(mean, spread, generator=generator)
+# ---- in numbers ------------------------------------------------------------------------------------------------------
 
 
 def _profiles(nulls: Nulls) -> dict[str, Profiled]:
@@ -344,8 +209,8 @@ def _profiles(nulls: Nulls) -> dict[str, Profiled]:
         others = {kind: nulls.by_layer(name, kind) for kind in ("shuffled", "random")}
         found[name] = Profiled(
             column.label, column.unit, column.explanation, column.scale,
-            _numbers(_mean(values)), _numbers(_error(values)),
-            *([] if of is None else _numbers(_mean(of)) for of in others.values()),
+            numbers(_mean(values)), numbers(_error(values)),
+            *([] if of is None else numbers(_mean(of)) for of in others.values()),
         )  # fmt: skip
     return found
 
@@ -359,35 +224,6 @@ def _error(values: np.ndarray) -> np.ndarray:
     count = np.isfinite(values).sum(0)
     squares = np.nansum((values - _mean(values)) ** 2, axis=0)
     return np.where(count > 1, np.sqrt(squares / np.maximum(count * (count - 1), 1)), np.nan)
-
-
-def _matrix(timeline: Timeline) -> list[_Numbers]:
-    values = np.asarray(timeline.layer_cka, float)  # [S, L, L], measured in the first step
-    return [_numbers(row) for row in values[0]] if len(values) else []
-
-
-def _modules(timeline: Timeline, blocks: Sequence[Block], rank: int) -> list[Module]:
-    gain, share = np.asarray(timeline.first_order_gain, float)[0], np.asarray(timeline.first_order_share, float)[0]
-    names = [str(name) for name in timeline.meta["axes"]["module"]]
-    found = []
-    for block in blocks:
-        shapes = {name: tuple(p.shape) for name, p in block.module.named_parameters()} if block.module else {}
-        for place, name in enumerate(names):
-            if np.isfinite(gain[block.index, place]) and name in shapes:
-                rows, columns = shapes[name]
-                found.append(
-                    Module(block.index, name.removesuffix(".weight"), float(gain[block.index, place]),
-                           float(share[block.index, place]), random_share(rows, columns, rank))
-                )  # fmt: skip
-    return found
-
-
-def _numbers(values: np.ndarray) -> _Numbers:
-    return [_or_none(float(value)) for value in values]
-
-
-def _or_none(value: float) -> float | None:
-    return value if np.isfinite(value) else None
 
 
 def _about(loaded: Loaded) -> dict[str, object]:

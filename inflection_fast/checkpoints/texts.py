@@ -174,16 +174,22 @@ def _labelled(
 
 
 def shuffled(batch: Batch, special: Sequence[int], seed: int) -> Batch:
-    """The same tokens of every text in random order; special tokens stay where they are, and labels go with inputs."""
+    """The same tokens of every text in random order; special tokens stay where they are.
+
+    Labels that stand for the inputs, position by position, go with them; those of a decoder stay.
+    """
     rng = np.random.default_rng(seed)
     inputs = {name: value.clone() for name, value in batch.inputs.items()}
     keep = torch.tensor(list(special), device=inputs["input_ids"].device)
     free = inputs["attention_mask"].bool() & ~torch.isin(inputs["input_ids"], keep)
-    along = [name for name in ("input_ids", "labels") if name in inputs]
+    labels = inputs.get("labels")
+    paired = labels is not None and labels.shape == free.shape
+    if labels is not None and paired:
+        paired = bool((labels.eq(inputs["input_ids"]) | labels.eq(IGNORED)).all())
+    along = ["input_ids", "labels"] if paired else ["input_ids"]
     for i, row in enumerate(free):
         places = row.argwhere()[:, 0]
         order = places[torch.from_numpy(rng.permutation(len(places))).to(places.device)]
         for name in along:
-            if inputs[name].shape == free.shape:
-                inputs[name][i, places] = batch.inputs[name][i, order]
+            inputs[name][i, places] = batch.inputs[name][i, order]
     return Batch(inputs, batch.texts)
