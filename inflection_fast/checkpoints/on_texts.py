@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 __all__ = ["Measured", "Module", "Numbers", "measured", "numbers"]
 
 NULL_TEXTS = 24  # on which the nulls are measured
-PROBE_TEXTS = 16  # whose features and attention matrices are compared
+PROBE_TEXTS = 12  # whose features and attention matrices are compared
+RANKED = 4  # sequences of each of their batches whose attention matrices are: an eigenvalue problem for every head
 CKA_ROWS = 1024
 ONCE = 4096  # the cadence of what is measured in the first step: a scan has fewer batches
 Numbers = list[float | None]
@@ -122,7 +123,7 @@ def measured(
 
 
 def _config(*more: str | Quantity) -> MonitorConfig:
-    quantities = ("attention", "residual", Rank(sequences=PROBE_TEXTS, every=ONCE), LayerCka(every=ONCE), *more)
+    quantities = ("attention", "residual", Rank(sequences=RANKED, every=ONCE), LayerCka(every=ONCE), *more)
     forwards = "trained" if more else "all"
     return MonitorConfig(every=1, rows=None, quantities=quantities, forwards=forwards, cka_rows=CKA_ROWS)
 
