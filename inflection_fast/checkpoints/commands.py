@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from inflection_fast.checkpoints.files import Source, find
-from inflection_fast.run.chatter import quiet_libraries
 from inflection_fast.run.errors import UserError, user_errors
+from inflection_fast.run.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from rich.console import Console

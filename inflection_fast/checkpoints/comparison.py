@@ -17,7 +17,7 @@ from inflection_fast.blocks import find_blocks
 from inflection_fast.checkpoints.measuring import Features, Inputs, measure
 from inflection_fast.measure import MonitorConfig
 from inflection_fast.ops import cka_jackknife, cka_matrix
-from inflection_fast.ops.cka_rows import POOLINGS
+from inflection_fast.ops.cka import POOLINGS
 from inflection_fast.quantities import Quantity
 from inflection_fast.timeline import Timeline
 

@@ -11,9 +11,9 @@ import numpy as np
 from torch import Tensor, nn
 
 from inflection_fast.measure import Monitor, MonitorConfig
-from inflection_fast.measure.arguments import loss_of
-from inflection_fast.measure.eagerly import undisturbed
-from inflection_fast.ops.cka_rows import RowSample, feature_rows
+from inflection_fast.measure.hooks import undisturbed
+from inflection_fast.measure.micro_batch import loss_of
+from inflection_fast.ops.cka import RowSample, feature_rows
 from inflection_fast.quantities.quantity import BlockForward, Quantity, Sums
 from inflection_fast.timeline import Timeline
 

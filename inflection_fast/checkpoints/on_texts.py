@@ -17,7 +17,7 @@ from inflection_fast.checkpoints.loading import LOSSES, Loaded, halves_loss
 from inflection_fast.checkpoints.measuring import Inputs, can_recompute, measure
 from inflection_fast.checkpoints.texts import Batch, batches_of, shuffled, token_budget
 from inflection_fast.measure import MonitorConfig
-from inflection_fast.measure.arguments import loss_of
+from inflection_fast.measure.micro_batch import loss_of
 from inflection_fast.quantities.first_order import FirstOrder, random_share
 from inflection_fast.quantities.layer_cka import LayerCka
 from inflection_fast.quantities.quantity import Quantity
