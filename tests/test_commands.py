@@ -32,7 +32,7 @@ def models(tmp_path_factory):
 def run(capsys, *argv):
     code = cli.main([str(one) for one in argv])
     said = capsys.readouterr()
-    return code, said.out, said.err
+    return code, " ".join(said.out.split()), said.err  # lines are cut at 80 columns
 
 
 def refused(capsys, *argv):

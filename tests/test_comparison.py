@@ -47,7 +47,7 @@ def test_cka_and_both_forms_of_delta_equal_the_truth(pair):
     np.testing.assert_allclose(np.array(found.matrix), truth, atol=2e-5)
     own = truth.diagonal()
     np.testing.assert_allclose(found.delta, 1 - own, atol=2e-5)
-    np.testing.assert_allclose(found.angle[1:], own[1:].arccos(), atol=1e-4)
+    np.testing.assert_allclose(found.angle[1:], own[1:].arccos(), atol=5e-4)
     assert found.delta[0] == pytest.approx(0, abs=1e-6) and min(found.delta[1:]) > 1e-3  # block 0 has not moved
     assert found.nearest == truth.argmax(1).tolist()
     units = sequences.unique()

@@ -59,8 +59,7 @@ def load(source: Source, *, device: str | None = None) -> Loaded:
     """
     import transformers
 
-    if not source.described:
-        raise UserError(f"{source.name}: has no config.json, so only its weights can be read; leave --data out")
+    _check_described(source)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     about = f"{source.name} could not be loaded"
     options: dict[str, object] = {"dtype": torch.float32 if where.type == "cpu" else "auto"}
@@ -88,6 +87,11 @@ def load(source: Source, *, device: str | None = None) -> Loaded:
     return Loaded(model, task, where)
 
 
+def _check_described(source: Source) -> None:
+    if not source.described:
+        raise UserError(f"{source.name}: has no config.json, so only its weights can be read; leave --data out")
+
+
 def _task_of(config: object) -> str:
     names = getattr(config, "architectures", None) or [""]
     return next((task for end, task in _TASKS.items() if names[0].endswith(end)), "embedded")
@@ -97,6 +101,7 @@ def tokenizer_of(source: Source) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint, able to pad on the right. UserError where there is none."""
     from transformers import AutoTokenizer
 
+    _check_described(source)
     if not source.has_tokenizer:
         raise UserError(
             f"{source.name}: has no tokenizer, so no text can be given to it; leave --data out for the weights"

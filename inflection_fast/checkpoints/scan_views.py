@@ -222,7 +222,7 @@ def show_scan(found: Scan, where: str, console: Console) -> None:
         show(("! " if one.unusual else "  ") + one.words, "bold" if one.unusual else "")
     said = scan_answer(found, where)
     show(said.verdict, "bold")
-    show(said.next)
+    show(" ".join(filter(None, (said.next, said.command))))
 
 
 def _by_kind(found: Scan) -> tuple[list[str], list[list[str]]]:
