@@ -31,9 +31,9 @@ def test_both_matrices_equal_the_truth():
             optimizer.zero_grad()
         timeline = monitor.timeline
     truth = np.array([[float(reference.linear_cka(a, b)) for b in now] for a in now])
-    np.testing.assert_allclose(timeline.layer_cka[1], truth, atol=2e-5)
+    np.testing.assert_allclose(timeline.layer_cka[1], truth, atol=3e-4)
     moved = np.array([[1 - float(reference.linear_cka(a, b)) for b in start] for a in now])
-    np.testing.assert_allclose(timeline.layer_delta_cka[1], moved, atol=2e-5)
+    np.testing.assert_allclose(timeline.layer_delta_cka[1], moved, atol=3e-4)
     assert np.abs(moved - moved.T).max() > 1e-3  # which side is which shows
     assert timeline.columns["layer_cka"].axes == ("layer", "other_layer")
 

@@ -191,15 +191,15 @@ def _gains(modules: Sequence[Module], rank: int) -> list[Finding]:
     if not modules:
         return []
     best = max(modules, key=lambda one: one.gain)
-    shares = np.array([one.share for one in modules])
+    shares = np.array([np.nan if one.share is None else one.share for one in modules])
     null = np.array([one.random_share for one in modules])
     words = (
         f"At first order an adapter of rank {rank} wins most in layer {best.layer}, {best.name}; rank {rank} holds "
-        f"{percent(float(np.mean(shares)), 0)} of the gradients on average, of random matrices "
+        f"{percent(float(np.nanmean(shares)), 0)} of the gradients on average, of random matrices "
         f"{percent(float(np.mean(null)), 0)}."
     )
     found = [Finding("first-order gain", words, [best.layer], unusual=False)]
-    flat = [one for one in modules if one.share <= one.random_share < 1]
+    flat = [one for one in modules if one.share is not None and one.share <= one.random_share < 1]
     if flat:
         layers = sorted({one.layer for one in flat})
         names = ", ".join(f"{one.layer} {one.name}" for one in flat[:NAMED])

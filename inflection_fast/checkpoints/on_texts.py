@@ -44,7 +44,7 @@ class Module:
     layer: int
     name: str
     gain: float
-    share: float
+    share: float | None  # None: there is no gradient
     random_share: float
 
 
@@ -187,7 +187,7 @@ def _modules(timeline: Timeline, blocks: Sequence[Block], rank: int) -> list[Mod
                 rows, columns = shapes[name]
                 found.append(
                     Module(block.index, name.removesuffix(".weight"), float(gain[block.index, place]),
-                           float(share[block.index, place]), random_share(rows, columns, rank))
+                           or_none(float(share[block.index, place])), random_share(rows, columns, rank))
                 )  # fmt: skip
     return found
 

@@ -130,7 +130,7 @@ def _tables(found: Scan) -> list[Table]:
     if found.modules:
         order = sorted(found.modules, key=lambda one: -one.gain)
         rows = [
-            (str(one.layer), one.name, significant(one.gain), percent(one.share), percent(one.random_share))
+            (str(one.layer), one.name, significant(one.gain), _percent(one.share), percent(one.random_share))
             for one in order
         ]
         head = ["Layer", "Module", "First-order gain", "Within the rank", "Random matrix"]
@@ -247,3 +247,7 @@ def _by_kind(found: Scan) -> tuple[list[str], list[list[str]]]:
 
 def _value(value: float | None) -> str:
     return "-" if value is None else significant(value)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else percent(share)
