@@ -53,7 +53,7 @@ def test_entropy_and_loss_equal_the_truth(scanned):
     folder, out, found = scanned
     loaded, batches = batches_of(folder)
     timeline = Timeline.load(out / "texts")
-    assert len(timeline.steps) == len(batches) == found.texts["batches"] == 8
+    assert len(timeline.steps) == len(batches) == found.texts["batches"] == 24
     means = []
     for step, batch in enumerate(batches):
         mask = batch.inputs["attention_mask"].bool()
@@ -99,7 +99,7 @@ def test_a_layer_that_attends_to_everything_alike_is_found(scanned):
 def test_nulls_are_measured_on_the_same_texts(scanned):
     _, out, found = scanned
     texts, mixed, random = (Timeline.load(out / name) for name in ("texts", "shuffled", "random"))
-    assert found.texts["texts of the nulls"] == 24 and len(mixed.steps) == len(random.steps) == 8
+    assert found.texts["texts of the nulls"] == 24 and len(mixed.steps) == len(random.steps) == 24
     assert np.abs(texts.entropy - random.entropy).max() > 0.05
     assert 0 < np.abs(texts.entropy[:, 2] - mixed.entropy[:, 2]).max()
     np.testing.assert_allclose(found.profiles["sink"].random, random.sink.mean((0, 2)), rtol=1e-5)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Measured", "Module", "Numbers", "measured", "numbers"]
 
-NULL_TEXTS = 24  # on which the nulls are measured
+NULL_TEXTS = 32  # on which the nulls are measured
 PROBE_TEXTS = 12  # whose features and attention matrices are compared
 RANKED = 4  # sequences of each of their batches whose attention matrices are: an eigenvalue problem for every head
 CKA_ROWS = 1024

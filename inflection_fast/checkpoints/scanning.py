@@ -125,7 +125,7 @@ def scan(
     """What is in a checkpoint, without training it.
 
     With texts the model is measured on them three times: as they are, with a backward pass of its own loss through
-    every batch; on the first 24 with their words in random order; and on those with random matrices in place of the
+    every batch; on the first 32 with their words in random order; and on those with random matrices in place of the
     weights of its blocks. The weights are read from the file, matrix by matrix.
 
     Memory: the weights (float32 on the CPU), at most a quarter of them or 96 MiB for one batch, the features of 1024
@@ -157,8 +157,8 @@ def scan(
     if texts is not None:
         told("loading the model")
         tokenizer = tokenizer_of(source)  # what lacks is said before the weights are loaded
+        before = _peak_bytes()  # libraries and tokenizer are there
         loaded = load(source)
-        before = max(0, _peak_bytes() - loaded.weight_bytes) if loaded.device.type == "cuda" else before
         about |= _about(loaded)
         with user_errors(ValueError, RuntimeError, about=f"{source.name} cannot be measured"):
             measured = measured_on(loaded, tokenizer, texts, out, rank, tokens, seed, told)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Batch", "batches_of", "own_texts", "read_texts", "shuffled", "token_budget"]
 
-LEAST_BATCHES = 8  # that the texts are spread over, if they are enough: differences between batches tell chance
+LEAST_BATCHES = 16  # that the texts are spread over, if they are enough: differences between batches tell chance
 LEAST_TEXTS = 4  # below, nothing can be said about chance
 LEAST_TOKENS = {"causal": 2, "masked": 2, "translated": 4, "embedded": 4, "plain": 1}
 IGNORED = -100  # the label that the losses of Transformers leave out
