@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from inflection_fast.atomic import write_json
 from inflection_fast.blocks import find_blocks
 from inflection_fast.checkpoints.measuring import Features, Inputs, measure
+from inflection_fast.checkpoints.numbers import Numbers, error_of, mean_of, numbers
 from inflection_fast.measure import MonitorConfig
 from inflection_fast.ops import cka_jackknife, cka_matrix
 from inflection_fast.ops.cka import POOLINGS
@@ -26,7 +27,6 @@ __all__ = ["Comparison", "Drift", "compare"]
 FORMAT = 1
 _KIND = "inflection_fast comparison"
 _ROUNDING = 1e-6  # a CKA above 1 by no more is 1: the kernels sum in float32
-_Numbers = list[float | None]
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ class Drift:
     unit: str
     explanation: str
     scale: str
-    a: _Numbers
-    b: _Numbers
-    difference: _Numbers  # b - a; empty where the models have different numbers of layers
-    error: _Numbers  # standard error of the difference, over the batches
+    a: Numbers
+    b: Numbers
+    difference: Numbers  # b - a; empty where the models have different numbers of layers
+    error: Numbers  # standard error of the difference, over the batches
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,12 @@ class Comparison:
     """
 
     layers: tuple[list[str], list[str]]
-    delta: _Numbers
-    delta_error: _Numbers
-    angle: _Numbers
-    angle_error: _Numbers
+    delta: Numbers
+    delta_error: Numbers
+    angle: Numbers
+    angle_error: Numbers
     reasons: dict[int, str]
-    matrix: list[_Numbers]
+    matrix: list[Numbers]
     nearest: list[int | None]
     drift: dict[str, Drift]
     weights: dict[str, float]
@@ -159,7 +159,7 @@ def compare(
         layers=(list(a.timeline.layers), list(b.timeline.layers)),
         **delta,
         reasons=reasons,
-        matrix=[_numbers(row) for row in matrix],
+        matrix=[numbers(row) for row in matrix],
         nearest=[int(np.nanargmax(row)) if there.any() else None for row, there in zip(matrix, known, strict=True)],
         drift=_drift(a.timeline, b.timeline),
         weights=weights,
@@ -214,7 +214,7 @@ def _same_samples(a: _Side, b: _Side, pooling: str) -> None:
         )
 
 
-def _delta(a: _Side, b: _Side, rank: int | None, debiased: bool) -> tuple[dict[str, _Numbers], dict[int, str]]:
+def _delta(a: _Side, b: _Side, rank: int | None, debiased: bool) -> tuple[dict[str, Numbers], dict[int, str]]:
     """Both forms of delta-CKA with their errors, and why a layer has none."""
     count = len(a.timeline.layers)
     if count != len(b.timeline.layers):
@@ -242,7 +242,7 @@ def _delta(a: _Side, b: _Side, rank: int | None, debiased: bool) -> tuple[dict[s
         angle, spread = np.arccos(cka), np.sqrt(1 - cka**2)
         angle_error = np.where(spread > 0, error / spread, np.nan)
     arrays = {"delta": value, "delta_error": error, "angle": angle, "angle_error": angle_error}
-    return {name: _numbers(array) for name, array in arrays.items()}, reasons
+    return {name: numbers(array) for name, array in arrays.items()}, reasons
 
 
 def _matrix(a: _Side, b: _Side, debiased: bool) -> np.ndarray:
@@ -279,31 +279,17 @@ def _drift(a: Timeline, b: Timeline) -> dict[str, Drift]:
         difference, error = [], []
         if left.shape[1] == right.shape[1]:
             apart = right - left
-            difference, error = _numbers(_mean(apart)), _numbers(_error(apart))
+            difference, error = numbers(mean_of(apart)), numbers(error_of(apart))
         found[name] = Drift(
             column.label, column.unit, column.explanation, column.scale,
-            _numbers(_mean(left)), _numbers(_mean(right)), difference, error,
+            numbers(mean_of(left)), numbers(mean_of(right)), difference, error,
         )  # fmt: skip
     return found
 
 
 def _by_layer(values: np.ndarray) -> np.ndarray:
     """[S, L]: mean over all other axes, of the places that have a value."""
-    return _mean(values.reshape(*values.shape[:2], -1), axis=-1)
-
-
-def _mean(values: np.ndarray, axis: int = 0) -> np.ndarray:
-    there = np.isfinite(values)
-    count = there.sum(axis)
-    return np.where(count > 0, np.where(there, values, 0.0).sum(axis) / np.maximum(count, 1), np.nan)
-
-
-def _error(values: np.ndarray) -> np.ndarray:
-    """[L] standard error of the mean over S; NaN for fewer than two values."""
-    there = np.isfinite(values)
-    count = there.sum(0)
-    squares = np.where(there, (np.where(there, values, 0.0) - _mean(values)) ** 2, 0.0).sum(0)
-    return np.where(count > 1, np.sqrt(squares / np.maximum(count * (count - 1), 1)), np.nan)
+    return mean_of(values.reshape(*values.shape[:2], -1), axis=-1)
 
 
 def _weight_change(model_a: nn.Module, model_b: nn.Module) -> tuple[dict[str, float], dict[str, float]]:
@@ -333,7 +319,3 @@ def _weight_change(model_a: nn.Module, model_b: nn.Module) -> tuple[dict[str, fl
 def _squares(before: Tensor, after: Tensor) -> tuple[float, float]:
     apart = (after.to(before.device).float() - before.float()).double()
     return float(apart.square().sum()), float(before.double().square().sum())
-
-
-def _numbers(values: np.ndarray) -> _Numbers:
-    return [float(value) if np.isfinite(value) else None for value in values]

@@ -15,6 +15,7 @@ from inflection_fast.blocks import Block, find_blocks
 from inflection_fast.checkpoints.findings import Nulls
 from inflection_fast.checkpoints.loading import LOSSES, Loaded, halves_loss
 from inflection_fast.checkpoints.measuring import Inputs, can_recompute, measure
+from inflection_fast.checkpoints.numbers import Numbers, numbers, or_none
 from inflection_fast.checkpoints.texts import Batch, batches_of, shuffled, token_budget
 from inflection_fast.measure import MonitorConfig
 from inflection_fast.measure.micro_batch import loss_of
@@ -27,14 +28,13 @@ from inflection_fast.timeline import Timeline
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Measured", "Module", "Numbers", "measured", "numbers"]
+__all__ = ["Measured", "Module", "measured"]
 
 NULL_TEXTS = 32  # on which the nulls are measured
 PROBE_TEXTS = 12  # whose features and attention matrices are compared
 RANKED = 4  # sequences of each of their batches whose attention matrices are: an eigenvalue problem for every head
 CKA_ROWS = 1024
 ONCE = 4096  # the cadence of what is measured in the first step: a scan has fewer batches
-Numbers = list[float | None]
 
 
 @dataclass(frozen=True)
@@ -190,13 +190,3 @@ def _modules(timeline: Timeline, blocks: Sequence[Block], rank: int) -> list[Mod
                            or_none(float(share[block.index, place])), random_share(rows, columns, rank))
                 )  # fmt: skip
     return found
-
-
-def numbers(values: np.ndarray) -> Numbers:
-    """With None for what is no number."""
-    return [or_none(float(value)) for value in values]
-
-
-def or_none(value: float) -> float | None:
-    """None for what is no number."""
-    return value if np.isfinite(value) else None

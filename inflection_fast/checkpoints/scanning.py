@@ -16,7 +16,8 @@ from inflection_fast.atomic import write_json
 from inflection_fast.checkpoints.files import find
 from inflection_fast.checkpoints.findings import Finding, Nulls, findings
 from inflection_fast.checkpoints.loading import Loaded, load, tokenizer_of
-from inflection_fast.checkpoints.on_texts import Measured, Module, Numbers, numbers
+from inflection_fast.checkpoints.numbers import Numbers, error_of, mean_of, numbers
+from inflection_fast.checkpoints.on_texts import Measured, Module
 from inflection_fast.checkpoints.on_texts import measured as measured_on
 from inflection_fast.checkpoints.weights import MatrixSpectrum, spectra
 from inflection_fast.decide import Plan, SelectConfig, select
@@ -209,21 +210,10 @@ def _profiles(nulls: Nulls) -> dict[str, Profiled]:
         others = {kind: nulls.by_layer(name, kind) for kind in ("shuffled", "random")}
         found[name] = Profiled(
             column.label, column.unit, column.explanation, column.scale,
-            numbers(_mean(values)), numbers(_error(values)),
-            *([] if of is None else numbers(_mean(of)) for of in others.values()),
+            numbers(mean_of(values)), numbers(error_of(values)),
+            *([] if of is None else numbers(mean_of(of)) for of in others.values()),
         )  # fmt: skip
     return found
-
-
-def _mean(values: np.ndarray) -> np.ndarray:
-    there = np.isfinite(values)
-    return np.where(there.any(0), np.where(there, values, 0).sum(0) / np.maximum(there.sum(0), 1), np.nan)
-
-
-def _error(values: np.ndarray) -> np.ndarray:
-    count = np.isfinite(values).sum(0)
-    squares = np.nansum((values - _mean(values)) ** 2, axis=0)
-    return np.where(count > 1, np.sqrt(squares / np.maximum(count * (count - 1), 1)), np.nan)
 
 
 def _about(loaded: Loaded) -> dict[str, object]:
