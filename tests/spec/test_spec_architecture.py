@@ -250,6 +250,7 @@ HOST_READS = {
     ("ops/cka/result.py", "reasons"): "sentences for a reader",
     ("ops/cka/result.py", "__repr__"): "numbers for a reader",
     ("ops/cka/jackknife.py", "padded"): "which rows are multiplied together follows from the lengths of the sequences",
+    ("ops/spectrum.py", "power_law"): "of numbers that are on the host already",
     ("ops/spectrum.py", "singular_values"): "of a checkpoint, or of a copy of the weights in a thread of its own",
     ("ops/cka/basis.py", "same_as"): "two bases are compared once, where states are merged",
     ("ops/cka/basis.py", "find"): "the rank that keeps a share of the variance is a shape",
