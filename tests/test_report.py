@@ -202,7 +202,7 @@ def test_steps_that_lack_the_values_of_other_ranks_are_said(finished):
     said = f"In {steps - 3} of {steps} measured steps, from step 30 on, a rank was lost"
     assert any(sentence.startswith(said) for sentence in sections.missing_parts(run))
     assert not any("Padded rows are included" in sentence for sentence in sections.missing_parts(run))
-    run.timeline.padded_rows[1] = 1.0
+    object.__setattr__(run.timeline, "padded_rows", np.array([0.0, 1.0]))
     assert any("Padded rows are included" in sentence for sentence in sections.missing_parts(run))
 
 

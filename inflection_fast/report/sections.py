@@ -136,7 +136,8 @@ def missing_parts(run: Run) -> list[str]:
             f"In {alone.size} of {run.timeline.steps.size} measured steps, from step {alone[0]} on, a rank was lost: "
             "their values are those of one rank alone, and they have no gradient norms."
         )
-    if run.timeline is not None and (run.timeline.padded_rows > 0).any():
+    padded = getattr(run.timeline, "padded_rows", None)  # timelines of earlier versions do not say
+    if padded is not None and (padded > 0).any():
         absent.append(
             "Padded rows are included in the means over attention rows: the model's mask has another length than its "
             "attention, which has none of its own."
