@@ -281,6 +281,10 @@ LOGGING = {"logging_strategy": "steps", "logging_steps": 1, "max_grad_norm": 1.0
 TIMES = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
 
 
+def of_the_trainer(rows):
+    return [row for row in rows if not any(key.startswith("inflection/") for key in row)]
+
+
 def test_the_trainer_logs_the_rows_that_it_logs_without_the_callback(model, items, tmp_path):
     class Reporter(TrainerCallback):
         def on_log(self, args, state, control, logs=None, **kwargs):
@@ -292,7 +296,7 @@ def test_the_trainer_logs_the_rows_that_it_logs_without_the_callback(model, item
         reporter.rows = []
         trainer = trainer_of(copy.deepcopy(model), items, tmp_path, [*callbacks, reporter], **LOGGING)
         trainer.train()
-        histories.append([trainer.state.log_history, reporter.rows])
+        histories.append([of_the_trainer(trainer.state.log_history), of_the_trainer(reporter.rows)])
     for row in (row for history in histories for rows in history for row in rows):
         for name in TIMES:
             row.pop(name, None)
@@ -315,7 +319,7 @@ def test_rows_may_be_edited_before_they_are_logged(model, items, probe, tmp_path
     trainer.log = edited
     trainer.train()
     assert_same(callback.timeline, expected)
-    rows = trainer.state.log_history[:STEPS]
+    rows = of_the_trainer(trainer.state.log_history)[:STEPS]
     assert {(row["loss"], row["grad_norm"]) for row in rows} == {(-1.0, -1.0)}
     np.testing.assert_array_equal([row["entropy"] for row in rows], callback.timeline.entropy.mean((1, 2)).repeat(2))
 

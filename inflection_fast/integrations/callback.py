@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import nn
@@ -15,14 +16,17 @@ from transformers import TrainerCallback
 
 from inflection_fast.alerts import Alert, AlertConfig
 from inflection_fast.integrations.losses import listen_to_losses
+from inflection_fast.integrations.trainer_log import TrainerLog
 from inflection_fast.measure import Monitor, MonitorConfig
 from inflection_fast.measure.micro_batch import loss_of
 from inflection_fast.measure.probe import REFERENCE_NAME
 from inflection_fast.timeline import IF_EXISTS, Timeline, folder_for
 
-__all__ = ["InflectionCallback"]
+__all__ = ["InflectionCallback", "ReportedTo"]
 
 logger = logging.getLogger(__name__)
+
+_measured_by: weakref.WeakKeyDictionary[nn.Module, InflectionCallback] = weakref.WeakKeyDictionary()
 
 
 class InflectionCallback(TrainerCallback):
@@ -55,6 +59,13 @@ class InflectionCallback(TrainerCallback):
 
         InflectionCallback(config, "runs/a", alerts=AlertConfig(max_logit=500.0), on_alert=send_to_whoever_is_on_duty)
 
+    Every measured step is logged as a row of its own, under the `global_step` that it led to: about a dozen scalars
+    ("inflection/entropy/min", ...; `inflection_fast.integrations.scalars`) in `trainer.state.log_history` and in
+    whatever `report_to` names, and at the end one heat map per signal where TensorBoard, W&B, trackio or MLflow take
+    images. A reporter that raises is told in one warning. With `TrainingArguments(report_to="inflection")`, which
+    importing `inflection_fast.integrations` makes possible, the Trainer makes this callback by itself, with the
+    timeline in `output_dir`/inflection.
+
     In distributed training every process needs the callback. Steps that are not measured find no hooks of it.
 
     Args:
@@ -65,6 +76,8 @@ class InflectionCallback(TrainerCallback):
         on_alert: called with the alerts of a measured step, where there are any, from a thread of the monitor's own.
         if_exists: what becomes of a timeline that is in `out` when a training begins at step 0: "error" refuses to
             begin, "overwrite" deletes it, "new" measures into `out`-2, `out`-3, ... (`folder` tells which).
+        keys: patterns of scalars that are logged beside the dozen ("entropy/layer_07", "max_logit/*"); None: none are
+            logged, and no heat map.
     """
 
     def __init__(
@@ -76,6 +89,7 @@ class InflectionCallback(TrainerCallback):
         alerts: AlertConfig | None = AlertConfig(),  # noqa: B008  frozen
         on_alert: Callable[[list[Alert]], None] | None = None,
         if_exists: str = "error",
+        keys: Iterable[str] | None = (),
     ):
         if if_exists not in IF_EXISTS:
             raise ValueError(f"if_exists: expected one of {', '.join(IF_EXISTS)}, got {if_exists!r}")
@@ -85,6 +99,8 @@ class InflectionCallback(TrainerCallback):
         self.out = out
         self.probe = probe
         self.if_exists = if_exists
+        self.keys = keys
+        self._log = None if keys is None else TrainerLog(self, keys)
         self.folder: Path | None = None  # of the newest timeline
         self.monitor: Monitor | None = None
         self._model: nn.Module | None = None
@@ -92,6 +108,7 @@ class InflectionCallback(TrainerCallback):
         self._start_step = 0
         self._state = "new"  # then "attached", "training", "ended"
         self._optimizer: Any = None  # of the training under way, which tells its losses from those of others
+        self._was_measured = False  # the step that was ended last
         self._own_losses = 0  # forward passes in which the model computed a loss
         self._losses: list[torch.Tensor] = []  # that were differentiated
         self._told = False
@@ -102,7 +119,10 @@ class InflectionCallback(TrainerCallback):
     def timeline(self) -> Timeline:
         """What was measured so far. `RuntimeError` before training has begun."""
         if self.monitor is None:
-            raise RuntimeError("InflectionCallback.timeline before training began: nothing was measured")
+            raise RuntimeError(
+                "InflectionCallback.timeline before training began: nothing was measured. Steps of trainer.train() are,"
+                " evaluate() and predict() are not; `inflection-fast scan` looks at a model without training it"
+            )
         return self.monitor.timeline
 
     def attach(self, model: nn.Module, start_step: int = 0) -> None:
@@ -118,8 +138,16 @@ class InflectionCallback(TrainerCallback):
     def _attach(self, model: nn.Module, start_step: int, *, repeated: bool = False) -> None:
         self.close()
         self._told = False
+        other = _measured_by.get(model)
+        if other is not None and other is not self:
+            raise ValueError(
+                "this model is measured by another InflectionCallback already: give the Trainer one of them only"
+                " (report_to='inflection' and `inflection-fast exec` add one, too)"
+            )
         if self.out is not None:
-            self._choose_folder(start_step, repeated)
+            self._choose_folder(self.out, start_step, repeated)
+        if self.keys is not None:
+            self._log = TrainerLog(self, self.keys)
         monitor = Monitor(
             model,
             self.config,
@@ -128,14 +156,16 @@ class InflectionCallback(TrainerCallback):
             start_step=start_step,
             alerts=self.alerts,
             on_alert=self.on_alert,
+            on_row=None if self._log is None else self._log.take,
         )
         self.monitor = monitor.__enter__()
         self._model = model
+        _measured_by[model] = self
         self._start_step = start_step
         self._arm()
 
-    def _choose_folder(self, start_step: int, repeated: bool) -> None:
-        out = self.folder if self.folder is not None and (repeated or start_step) else self.out
+    def _choose_folder(self, out: str | os.PathLike, start_step: int, repeated: bool) -> None:
+        out = self.folder if self.folder is not None and (repeated or start_step) else out
         how = "overwrite" if repeated else self.if_exists
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else None
         # Rank 0 keeps the timeline. What it refuses, all ranks refuse together, when their monitors agree.
@@ -148,6 +178,10 @@ class InflectionCallback(TrainerCallback):
         self._hooks.close()
         if self.monitor is not None:
             self.monitor.close()
+        if self._log is not None:
+            self._log.close()
+        if self._model is not None:
+            _measured_by.pop(self._model, None)
         self._losses, self._model, self._optimizer = [], None, None
         if self._state != "new":
             self._state = "ended"
@@ -156,21 +190,26 @@ class InflectionCallback(TrainerCallback):
         """Itself: a copy of the model (an average of its weights) carries the hook along, which then does nothing."""
         return self
 
-    def __reduce_ex__(self, protocol: int) -> tuple:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
         """Nothing once it is attached: so the model can be saved as a whole, with its hooks."""
         return super().__reduce_ex__(protocol) if self.monitor is None else (_Nothing, ())
 
     def __enter__(self) -> InflectionCallback:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self.close()
+        if isinstance(error, ValueError) and "did not return a loss" in str(error):
+            logger.error(
+                "nothing was measured, because the model returned no loss: give the data a column `labels`, or name it"
+                " in TrainingArguments(label_names=...), or compute the loss with Trainer(compute_loss_func=...)"
+            )
 
     def _arm(self) -> None:
         """Hooks on the model for the length of a step that is measured."""
         self._hooks.close()
         self._losses, self._own_losses, self._items = [], 0, None
-        if self.monitor.measuring:
+        if self.monitor is not None and self._model is not None and self.monitor.measuring:
             for handle in (
                 self._model.register_forward_pre_hook(self._watch_items, with_kwargs=True),
                 self._model.register_forward_hook(self._count_loss),
@@ -212,7 +251,8 @@ class InflectionCallback(TrainerCallback):
         divides = self._items is None or getattr(self._items, "used", True)
         if divides or self._own_losses != len(self._losses):
             return total, 1.0  # shares of one mean; the monitor takes the mean over ranks
-        scale = len(self._losses) * (self.monitor.data_ranks if self._sums_ranks else 1)
+        ranks = self.monitor.data_ranks if self.monitor is not None and self._sums_ranks else 1
+        scale = len(self._losses) * ranks
         return total / scale, float(scale)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -236,19 +276,54 @@ class InflectionCallback(TrainerCallback):
             repeated = self._state == "training" and args.auto_find_batch_size
             self._attach(model, state.global_step, repeated=repeated)
         self._state, self._optimizer = "training", kwargs.get("optimizer")
+        if self._log is not None:
+            self._log.listen()
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         """Ends a step where a plain loop would: after the backward passes, before the weights change."""
-        if self.monitor.measuring:
+        self._was_measured = self.monitor.measuring
+        if self._was_measured:
             loss, scale = self._loss_and_scale()
             self.monitor.step(loss, loss_scale=scale, scaler=getattr(optimizer, "scaler", None))
         else:
             self.monitor.step()
         self._arm()
 
+    def on_step_end(self, args, state, control, **kwargs):
+        """Logs what was finished since; before a checkpoint, whose log_history is that of its steps, all of it."""
+        if self._log is None or self._state != "training":
+            return
+        if self._was_measured:
+            self._log.measured(state.global_step - 1, state.epoch)
+        if control.should_save:
+            self.monitor.flush()
+        self._log.write(args, state, control)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Logs the rest with the row that the Trainer ends with, while the reporters are still open."""
+        if self._log is not None and self._state == "training" and "train_runtime" in (logs or ()):
+            self._hooks.close()
+            self.monitor.close()
+            self._log.write(args, state, control)
+            if state.is_world_process_zero:
+                self._log.draw(self.monitor.timeline)
+
     def on_train_end(self, args, state, control, **kwargs):
         """Detaches."""
         self.close()
+
+
+class ReportedTo(InflectionCallback):
+    """What `report_to="inflection"` makes: the callback with its defaults, its timeline beside the checkpoints."""
+
+    def __init__(self) -> None:
+        super().__init__(if_exists="overwrite")
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        """As of InflectionCallback, into `output_dir`/inflection."""
+        if self.out is None:
+            self.out = Path(args.output_dir) / "inflection"
+        super().on_train_begin(args, state, control, model=model, **kwargs)
 
 
 class _Nothing:

@@ -57,4 +57,5 @@ def _listened(accelerator: Any, loss: Tensor, **options: Any) -> Any:
         # DeepSpeed divides by itself, and the Trainer asks it not to.
         deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
         listener(accelerator, loss.detach() / (1 if deepspeed else accelerator.gradient_accumulation_steps))
+    assert _backward is not None  # it is set before this function takes its place
     return _backward(accelerator, loss, **options)

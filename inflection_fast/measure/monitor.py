@@ -66,8 +66,8 @@ class Monitor:
         start_step: the first optimizer step of this run; above 0 the timeline in `out` is continued from there.
         alerts: what is logged as a warning when it goes wrong (`inflection_fast.alerts`); None: nothing.
         on_alert: called with the alerts of a measured step, from the monitor's own thread; what it raises is logged.
-        on_row: called with every finished `Row` (`step`, `columns`, `scalars()`), in order, by the training's thread in
-            a later `step` or in `close`, never by the monitor's own; what it raises is logged once.
+        on_row: called with every finished `Row`, in order, by the training's thread in a later `step`, in `flush` or in
+            `close`, never by the monitor's own; what it raises is logged once.
         if_exists: what becomes of a timeline that is in `out` when a run begins at step 0: "error" refuses to begin,
             "overwrite" deletes it, "new" measures into `out`-2, `out`-3, ... (`folder` tells which).
         rank_timeout_s: how long the sums of a measured step wait for other ranks, in that thread, before this rank
@@ -133,8 +133,6 @@ class Monitor:
         # A step was measured: what fails from now on is told, and does not stop the training.
         self._proven = self._taps.forgives = self._step > 0
         self._owner = os.getpid()
-
-    # ---- attaching and detaching -------------------------------------------------------------------------------------
 
     def __enter__(self) -> Monitor:
         if self._open or self._closed:
@@ -352,8 +350,6 @@ class Monitor:
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         return norm
 
-    # ---- state -------------------------------------------------------------------------------------------------------
-
     @property
     def timeline(self) -> Timeline:
         """All that was measured so far. `RuntimeError` before the context is entered."""
@@ -368,6 +364,10 @@ class Monitor:
     def dropped(self) -> int:
         """How many measured steps are missing from the timeline: the disk or a rank was too slow, or a row failed."""
         return self._record.dropped
+
+    def flush(self) -> None:
+        """Wait until every measured step is in the timeline, and tell `on_row` of each."""
+        self._record.tell_rows(wait=True)
 
     def scalars(self) -> dict[str, float]:
         """Of the last measured step, for trackers: every column as its mean over the places that were measured."""

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..alerts import Alert
 from ..quantities.quantity import Accumulator
+from ..timeline import Column
 
 __all__ = ["CudaCopies", "Field", "Fields", "HostCopies", "Later", "Measured", "Packet", "Piece", "Row", "StepSums"]
 
@@ -358,9 +360,10 @@ class Row:
     """A measured step as it is in the timeline."""
 
     step: int
-    columns: Mapping[
-        str, np.ndarray | float
-    ]  # masked arrays, or numbers of the step, by name, of the axes of `timeline.columns`; only what there is
+    # Masked arrays, or numbers of the step, by name, of the axes of `timeline.columns`; only what there is.
+    columns: Mapping[str, np.ndarray | float]
+    described: Mapping[str, Column] = field(default_factory=dict)  # what the columns are
+    alerts: tuple[Alert, ...] = ()  # that it completes
 
     def scalars(self) -> dict[str, float]:
         """Each column as its mean over the places that were measured; without those of which none was."""

@@ -12,6 +12,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 from time import perf_counter
@@ -321,9 +322,9 @@ class Record:
                 budget.later_ms = took_ms
 
         def told(row: Row) -> None:
-            rows.append(row)
-            if watch is not None:
-                log_alerts(watch.push(row.step, row.columns), on_alert)
+            found = [] if watch is None else watch.push(row.step, row.columns)
+            rows.append(replace(row, described=panel.columns, alerts=tuple(found)))
+            log_alerts(found, on_alert)
 
         self.recorder = Recorder(
             self._writer,
@@ -360,8 +361,10 @@ class Record:
         self.recorder.drain()
         return {} if self.recorder.last is None else self.recorder.last.scalars()
 
-    def tell_rows(self) -> None:
-        """Call `on_row` with the rows that were finished since the last call, without waiting for others."""
+    def tell_rows(self, *, wait: bool = False) -> None:
+        """Call `on_row` with the rows that were finished since the last call, or with all that are on their way."""
+        if wait and self.recorder is not None:
+            self.recorder.drain()
         while self._rows and self._on_row is not None:
             row = self._rows.popleft()
             try:

@@ -152,26 +152,17 @@ def unfreeze(model: PreTrainedModel, blocks: list[Any], top: int | None, head: t
         return list(named)
     if top > len(blocks):
         raise UserError(f"measure.unfreeze is {top}, and the model has {len(blocks)} blocks")
-    inside = {id(p): block.index for block in blocks for p in block.module.parameters()}
-    order = list(named)
-    last = max(i for i, name in enumerate(order) if id(named[name]) in inside)
     for prefix in head or ():
-        if not any(name == prefix or name.startswith(prefix + ".") for name in order):
+        if not any(f"{name}.".startswith(f"{prefix}.") for name in named):
             raise UserError(f"measure.head: the model has no parameters under {prefix!r}")
-    trainable = []
-    for i, (name, parameter) in enumerate(named.items()):
-        if id(parameter) in inside:
-            train = inside[id(parameter)] >= len(blocks) - top
-        elif head is None:
-            train = i > last
-        else:
-            train = any(name == prefix or name.startswith(prefix + ".") for prefix in head)
-        parameter.requires_grad_(train)
-        if train:
-            trainable.append(name)
-    if not trainable:
-        raise UserError("measure.unfreeze is 0 and the model has no head of its own: nothing would be trained")
-    return trainable
+    from inflection_fast.act.shallow import unfreeze_top
+
+    try:
+        return unfreeze_top(model, blocks, top, head)
+    except ValueError as error:
+        raise UserError(
+            "measure.unfreeze is 0 and the model has no head of its own: nothing would be trained"
+        ) from error
 
 
 def parameter_counts(model: Any) -> tuple[int, int]:

@@ -20,13 +20,15 @@ OWN = {  # part -> parts of ours that it may import; the table of docs/design.md
     "quantities": {"ops", "blocks", "timeline"}, "measure": (MEASURING - {"measure"}) | {"atomic"},
     "decide": {"timeline", "atomic"},
     "act": {"blocks", "decide", "ops", "quantities", "measure", "timeline"},
-    "integrations": {"measure", "timeline", "alerts"}, "report": DECIDING | {"records", "alerts", "atomic"},
+    "integrations": {"measure", "timeline", "alerts", "blocks", "decide", "act"},
+    "report": DECIDING | {"records", "alerts", "atomic"},
     "run": (ALL - {"run", "checkpoints"}) | {"atomic", "records"}, "checkpoints": (ALL - {"checkpoints"}) | {"atomic"},
-    "study": ALL, "cli": {"run", "report", "decide", "study", "checkpoints"},
+    "study": ALL, "cli": {"run", "report", "decide", "study", "checkpoints", "integrations"},
     "__main__": {"cli"}, "__init__": ALL,
 }  # fmt: skip
 TYPES = {"decide": {"torch", "peft"}}  # for type checkers only
-LATER = {"decide": {"act"}}  # inside functions only: methods of a plan that take a model
+# Inside functions only: methods of a plan that take a model; pictures and the verdict of what was measured.
+LATER = {"decide": {"act"}, "integrations": {"report"}}
 GUARDED = {  # third party -> parts that may name it at all, and those among them that may do so at import time
     "torch": (
         TORCH,
@@ -36,7 +38,7 @@ GUARDED = {  # third party -> parts that may name it at all, and those among the
     "pyarrow": ({"timeline", "run"}, set()),
     "transformers": ({"measure", "act", "integrations", "run", "study", "checkpoints"}, {"act", "integrations", "run"}),
     "peft": ({"act"}, {"act"}),
-    "matplotlib": ({"report", "study"}, set()),
+    "matplotlib": ({"report", "study", "integrations"}, set()),
     "rich": ({"report", "run", "cli", "study", "checkpoints"}, set()),
     "scipy": ({"study"}, set()),
     "statsmodels": ({"study"}, set()),
