@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -20,6 +21,7 @@ from inflection_fast.integrations.trainer_log import TrainerLog
 from inflection_fast.measure import Monitor, MonitorConfig
 from inflection_fast.measure.micro_batch import loss_of
 from inflection_fast.measure.probe import REFERENCE_NAME
+from inflection_fast.measure.zero import reachable
 from inflection_fast.timeline import IF_EXISTS, Timeline, folder_for
 
 __all__ = ["InflectionCallback", "ReportedTo"]
@@ -108,6 +110,7 @@ class InflectionCallback(TrainerCallback):
         self._start_step = 0
         self._state = "new"  # then "attached", "training", "ended"
         self._optimizer: Any = None  # of the training under way, which tells its losses from those of others
+        self._deepspeed = False  # its engine is wrapped around the model
         self._was_measured = False  # the step that was ended last
         self._own_losses = 0  # forward passes in which the model computed a loss
         self._losses: list[torch.Tensor] = []  # that were differentiated
@@ -150,7 +153,7 @@ class InflectionCallback(TrainerCallback):
             self._log = TrainerLog(self, self.keys)
         monitor = Monitor(
             model,
-            self.config,
+            self._reachable(model),
             self.folder,
             probe=self.probe,
             start_step=start_step,
@@ -163,6 +166,17 @@ class InflectionCallback(TrainerCallback):
         _measured_by[model] = self
         self._start_step = start_step
         self._arm()
+
+    def _reachable(self, model: nn.Module) -> MonitorConfig:
+        """The settings without what DeepSpeed hides, also where its engine is wrapped around the model."""
+        if not self._deepspeed:
+            return self.config
+        left = reachable(self.config.instances(), model, deepspeed=True)
+        names = {one.name for one in left}
+        every = self.config.every
+        if isinstance(every, Mapping):
+            every = {name: number for name, number in every.items() if name in names}
+        return dataclasses.replace(self.config, quantities=tuple(left), every=every)
 
     def _choose_folder(self, out: str | os.PathLike, start_step: int, repeated: bool) -> None:
         out = self.folder if self.folder is not None and (repeated or start_step) else out
@@ -264,6 +278,9 @@ class InflectionCallback(TrainerCallback):
                 " show it one GPU with CUDA_VISIBLE_DEVICES, or start one process per GPU with torchrun"
             )
         self._sums_ranks = args.average_tokens_across_devices
+        self._deepspeed = (
+            bool(getattr(args, "deepspeed", None)) or "DeepSpeed" in type(kwargs.get("optimizer")).__name__
+        )
         if self._state == "attached":
             if self._start_step != state.global_step:
                 self.close()

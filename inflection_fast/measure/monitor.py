@@ -30,6 +30,7 @@ from .ranks import Layout, Ranks, world_size
 from .recorder import Record, Recorder
 from .schedule import ProbeBudget, is_due
 from .taps import Taps, device_of
+from .zero import reachable
 
 __all__ = ["Monitor"]
 
@@ -114,7 +115,7 @@ class Monitor:
         self._layout = Layout()
         self._step = operator.index(start_step)
         self._resume_at = self._step or None
-        self._panel = Panel(config.instances())
+        self._panel = Panel(reachable(config.instances(), model))
         self._panel.prepare(MeasuredModel(model, tuple(self.blocks), device_of(self.blocks), config, world_size()))
         self._every = {name: config.cadence(one) for name, one in self._panel.quantities.items() if name != Step.name}
         self._probed = frozenset(self._panel.of_group("probe"))
@@ -204,7 +205,6 @@ class Monitor:
         self.blocks = [dataclasses.replace(block, module=nn.Identity()) for block in self.blocks]
         if os.getpid() == self._owner:
             self._record.close()
-            self._record.tell_rows()
         self._panel.forget()
 
     def _arm(self) -> None:

@@ -379,11 +379,12 @@ class Record:
         return given_up + (0 if self.recorder is None else self.recorder.dropped)
 
     def close(self) -> None:
-        """Finish and close the timeline, which stays readable."""
+        """Finish and close the timeline, which stays readable, and tell the last rows."""
         if self.recorder is not None:
             self.recorder.close()
         elif self._writer is not None:
             self.guarded(self._writer.close)
+        self.tell_rows()
 
     def guarded(self, write: Callable[[], None]) -> None:
         """Run a write to the disk; one that is refused is told."""

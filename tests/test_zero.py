@@ -1,0 +1,62 @@
+"""Under DeepSpeed, gradients of parameters are refused in a sentence; all else is measured."""
+
+import numpy as np
+import pytest
+import tiny_models
+import trainers
+from tiny_models import one_thread  # noqa: F401
+from torch import nn
+
+from inflection_fast import Monitor, MonitorConfig
+from inflection_fast.integrations import InflectionCallback
+
+CONFIG = MonitorConfig(quantities=("attention", "activation_grad", "parameter_grad", "update"), every=1)
+
+
+class DeepSpeedEngine(nn.Module):
+    """Stands in for the class of that name: a wrapper that is called and trained."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+
+def divided(model, mark):
+    """The model with parameters marked as ZeRO marks those that it divides."""
+    for parameter in model.parameters():
+        setattr(parameter, mark, 0)
+    return model
+
+
+@pytest.mark.parametrize("shard", [DeepSpeedEngine, "ds_id", "_hp_mapping"], ids=["engine", "stage 3", "stage 1 and 2"])
+def test_gradients_of_parameters_are_refused_and_the_rest_is_measured(shard, caplog):
+    model, batch = tiny_models.model_and_batch("bert")
+    wrapped = divided(model, shard) if isinstance(shard, str) else shard(model)
+    with Monitor(wrapped, CONFIG) as monitor:
+        wrapped(**batch).loss.backward()
+        monitor.step()
+    timeline = monitor.timeline
+    assert np.isfinite(timeline.entropy).all() and np.isfinite(timeline.activation_grad).all()
+    assert "parameter_grad" not in timeline.columns and "update_ratio" not in timeline.columns
+    assert caplog.text.count("parameter_grad, update: not measured under DeepSpeed") == 1
+
+
+def test_nothing_left_is_an_error():
+    model, _ = tiny_models.model_and_batch("bert")
+    with pytest.raises(ValueError, match="use DDP or FSDP2 to measure them"):
+        Monitor(divided(model, "ds_id"), MonitorConfig(quantities=("parameter_grad",)))
+
+
+def test_the_callback_refuses_where_the_trainer_trains_with_deepspeed(tmp_path, caplog):
+    model = trainers.classifier()
+    args = trainers.arguments(tmp_path)
+    args.deepspeed = {"zero_optimization": {"stage": 0}}  # of which no parameter shows anything
+    callback = InflectionCallback(MonitorConfig(every={"parameter_grad": 2, "attention": 3}))
+    state = type("State", (), {"global_step": 0})()
+    callback.on_train_begin(args, state, None, model=model)
+    callback.close()
+    assert "parameter_grad: not measured under DeepSpeed" in caplog.text
+    assert callback.monitor.timeline.meta["config"]["every"] == {"attention": 3}
