@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -23,7 +24,7 @@ FORMAT = 2
 _KIND = "inflection_fast plan"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Plan:
     """The chosen layers, 0-based transformer blocks in forward order, with what they were chosen from and why.
 
@@ -76,6 +77,14 @@ class Plan:
         for name, values in self.profile.items():
             if len(values) != count:
                 raise ValueError(f"profile: expected {count} values of {name}, got {len(values)}")
+
+    def __repr__(self) -> str:
+        return f"<Plan: {len(self.layers)} of {len(self.scores)} layers, {list(self.layers)}>"
+
+    def _repr_html_(self) -> str:
+        rows = [f"<tr><td>{layer}</td><td>{escape(self.reasons[layer])}</td></tr>" for layer in self.layers]
+        table = f"<table><tr><th>layer</th><th>reason</th></tr>{''.join(rows)}</table>" if rows else ""
+        return f"<p>{escape(self.summary)}</p>{table}"
 
     @property
     def candidates(self) -> list[int]:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .arrow import columns_in, read
 from .columns import Column
+from .frames import frame_of, html_of, words_of
 from .older import STANDARD
 from .signals import shape_of, sizes_of
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.axes import Axes
 
 __all__ = ["FILE_NAME", "Timeline", "stack"]
 
@@ -73,6 +79,29 @@ class Timeline:
 
     def __dir__(self) -> list[str]:
         return [*super().__dir__(), *self._values]
+
+    def __repr__(self) -> str:
+        return words_of(self)
+
+    def _repr_html_(self) -> str:
+        return html_of(self)
+
+    def to_pandas(self, by: str = "layer") -> pandas.DataFrame:
+        """Every column in one frame, with a row per step ("step"), step and layer ("layer"), or also head ("head").
+
+        Axes beyond that are averaged over what has a value, and what has fewer is repeated. `ValueError` for another
+        `by`, `ModuleNotFoundError` without pandas.
+        """
+        return frame_of(self, by)
+
+    def plot(self, name: str, ax: Axes | None = None, *, layers: Sequence[int] | None = None) -> Axes:
+        """Draw a column by layer and step as a map, or as a line for each of `layers`; needs matplotlib.
+
+        `ValueError` for a column that there is not, or that is not by layer.
+        """
+        from ..report import signal_lines, signal_map
+
+        return signal_map(self, name, ax) if layers is None else signal_lines(self, name, ax, layers=layers)
 
     @property
     def heads(self) -> int:
