@@ -20,6 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..decide import Plan
+from .card import write_section
 from .configs import DEFAULT_RANK, check_rank, check_wanted, complete, refuse_mismatch
 from .planned import planned_blocks, unwrapped
 from .targets import Targets
@@ -49,7 +50,8 @@ def inject(
     """Put adapters on the planned blocks of `model`, freeze the rest, and return the model wrapped by peft.
 
     LoRA of rank `r`, or the method of `config`. `save_pretrained` of the returned model writes `inflection_plan.json`
-    beside the adapter, with what was injected and by which rule (`Plan.from_pretrained` reads it).
+    beside the adapter, with what was injected and by which rule (`Plan.from_pretrained` reads it), and tells both in
+    the adapter's card (README.md).
 
     Args:
         model: any model peft can wrap, not wrapped otherwise (DDP, `torch.compile`). A PeftModel gets one more adapter
@@ -152,6 +154,7 @@ def _save_with_plans(adapted: peft.PeftModel, save_directory: str | os.PathLike,
         if writes and name in chosen and name in adapted.peft_config:
             folder = save_directory if name == "default" else os.path.join(save_directory, name)  # as peft does
             plan.save(os.path.join(folder, Plan.FILE))
+            write_section(folder, plan)
     return saved
 
 

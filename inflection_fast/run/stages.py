@@ -231,7 +231,9 @@ class Stages:
     def report(self) -> Path:
         """The Markdown page and its pictures."""
         from inflection_fast import report
+        from inflection_fast.run.cards import tell_comparisons
 
+        tell_comparisons(self.folder.path, self.folder.stage("tune") / "adapter")
         path = report.write(self.folder.path)
         self.folder.finish("report")
         return path
