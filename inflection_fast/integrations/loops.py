@@ -1,0 +1,214 @@
+"""A monitor for a loop that nobody has changed: it finds the model and the ends of the steps by itself."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from inflection_fast.blocks import find_blocks
+from inflection_fast.measure import Monitor, MonitorConfig, Row
+
+__all__ = ["LoopMonitor"]
+
+logger = logging.getLogger(__name__)
+
+
+class LoopMonitor:
+    """Measures the first model of transformer blocks that is called for training by whoever trains it.
+
+    From `start` on it watches which optimizers are made and which modules are called. The first module that is called
+    in training mode under autograd, has transformer blocks, and has parameters that an optimizer of torch holds is the
+    model; a monitor is attached before that call runs, and no module is watched any more. A step ends when the first of
+    the optimizers that hold its parameters steps (also through Accelerate, which steps it when gradients are complete),
+    or when a gradient scaler is asked to step it, whose scale is taken out. What went through `Accelerator.backward` is
+    the loss; else what the model returned as its loss.
+
+    What fails here is told to `said`, costs the measuring, and never stops the training.
+
+    Args:
+        config: what and when.
+        out: folder of the timeline; a timeline that is there is kept, and a new folder beside it is taken.
+        on_row: as for `Monitor`.
+        said: called with why nothing is measured, or no longer.
+    """
+
+    def __init__(
+        self,
+        config: MonitorConfig,
+        out: str | os.PathLike | None = None,
+        *,
+        on_row: Callable[[Row], None] | None = None,
+        said: Callable[[str], None] = logger.warning,
+    ):
+        self._config, self._out, self._on_row, self._said = config, out, on_row, said
+        self.monitor: Monitor | None = None
+        self.accelerator: Any = None  # of Accelerate, if the loop has one
+        self._model: nn.Module | None = None
+        self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._stepping: weakref.ref[Optimizer] | None = None  # whose step ends a step
+        self._seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # modules that are not the model
+        self._patches = ExitStack()
+        self._calls = ExitStack()
+        self._listening = ExitStack()
+        self._losses: list[torch.Tensor] = []
+        self._suspended = 0
+
+    def start(self) -> None:
+        """Watch from now on, the optimizers that there are already, too."""
+        self._optimizers.update(one for one in gc.get_objects() if issubclass(type(one), Optimizer))
+        self._patches.enter_context(_replaced(Optimizer, "__init__", self._note_optimizer))
+        self._patches.enter_context(_replaced(torch.amp.GradScaler, "step", self._step_by_scaler))
+        for register, hook in (
+            (register_optimizer_step_pre_hook, self._before_step),
+            (register_optimizer_step_post_hook, self._after_step),
+        ):
+            self._patches.callback(register(hook).remove)
+        self._calls.enter_context(_replaced(nn.Module, "__call__", self._look_at_call))
+
+    def close(self) -> None:
+        """Detach, and leave everything as it was. Safe to call twice."""
+        self._calls.close()
+        self._listening.close()
+        self._patches.close()
+        if self.monitor is not None:
+            self.monitor.close()
+        self._model = None
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Look at no model meanwhile: somebody else measures it."""
+        self._suspended += 1
+        try:
+            yield
+        finally:
+            self._suspended -= 1
+
+    # ---- finding the model -------------------------------------------------------------------------------------------
+
+    def _note_optimizer(self, original: Callable[..., None], optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
+        original(optimizer, *args, **kwargs)
+        self._optimizers.add(optimizer)
+
+    def _look_at_call(self, original: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if (
+            module.training
+            and torch.is_grad_enabled()
+            and not self._suspended
+            and self._optimizers
+            and module not in self._seen
+            and not torch.compiler.is_compiling()
+            and self._is_trained(module)
+        ):
+            self._attach(module)
+        return original(module, *args, **kwargs)
+
+    def _is_trained(self, module: nn.Module) -> bool:
+        if not any(_holds(optimizer, module) for optimizer in self._optimizers):
+            return False  # not yet: an optimizer may come
+        try:
+            find_blocks(module, self._config.blocks)
+        except ValueError:
+            self._seen.add(module)
+            return False
+        return True
+
+    def _attach(self, model: nn.Module) -> None:
+        self._calls.close()
+        try:
+            monitor = Monitor(model, self._config, self._out, on_row=self._on_row, if_exists="new")
+            self.monitor = monitor.__enter__()
+        except Exception as error:
+            self._fail(error)
+            return
+        self._model = model
+        self._listen()
+
+    # ---- the ends of the steps ---------------------------------------------------------------------------------------
+
+    def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+        if not _closure(args, kwargs):
+            self._end_step(optimizer)
+
+    def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+        if _closure(args, kwargs):  # which has run the forward and backward passes just now
+            self._end_step(optimizer)
+
+    def _step_by_scaler(
+        self, original: Callable[..., Any], scaler: torch.amp.GradScaler, optimizer: Optimizer, *args: Any, **kw: Any
+    ) -> Any:
+        self._end_step(getattr(optimizer, "optimizer", optimizer), scaler)  # Accelerate wraps it
+        with self.suspended():
+            return original(scaler, optimizer, *args, **kw)
+
+    def _by(self) -> Optimizer | None:
+        return None if self._stepping is None else self._stepping()
+
+    def _end_step(self, optimizer: Optimizer, scaler: torch.amp.GradScaler | None = None) -> None:
+        if self.monitor is None or self._model is None or self._suspended:
+            return
+        if self._by() is None and _holds(optimizer, self._model):
+            self._stepping = weakref.ref(optimizer)
+        if self._by() is not optimizer:
+            return
+        loss = torch.stack([one.float().mean() for one in self._losses]).sum() if self._losses else None
+        self._listening.close()
+        try:
+            self.monitor.step(loss, scaler=scaler)
+        except Exception as error:
+            self._fail(error)
+            return
+        self._listen()
+
+    def _listen(self) -> None:
+        self._losses = []
+        if self.monitor is not None and self.monitor.measuring and "accelerate" in sys.modules:
+            from inflection_fast.integrations.losses import listen_to_losses
+
+            self._listening.callback(listen_to_losses(self._keep_loss))
+
+    def _keep_loss(self, accelerator: Any, loss: torch.Tensor) -> None:
+        self.accelerator = accelerator
+        self._losses.append(loss)
+
+    def _fail(self, error: Exception) -> None:
+        if self.monitor is not None:
+            self.monitor.close()
+        self._model = None
+        self._said(f"measuring failed: {error}")
+
+
+def _holds(optimizer: Optimizer, module: nn.Module) -> bool:
+    held = {id(parameter) for group in getattr(optimizer, "param_groups", ()) for parameter in group["params"]}
+    return any(id(parameter) in held for parameter in module.parameters())
+
+
+def _closure(args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether `step` was called with a closure. The optimizer itself is the first of `args`."""
+    return any(callable(one) for one in args[1:]) or callable(kwargs.get("closure"))
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, by: Callable[..., Any]) -> Iterator[None]:
+    """Calls of a method go to `by(original, ...)` meanwhile."""
+    original = getattr(owner, name)
+
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        return by(original, *args, **kwargs)
+
+    replacement.__wrapped__ = original  # type: ignore[attr-defined]
+    setattr(owner, name, replacement)
+    try:
+        yield
+    finally:
+        if getattr(owner, name) is replacement:  # else somebody has replaced it after us, and calls us
+            setattr(owner, name, original)
