@@ -1,0 +1,190 @@
+"""The monitor as a callback of Lightning's Trainer, under both names of the package."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import nn
+
+from inflection_fast.alerts import Alert, AlertConfig
+from inflection_fast.blocks import find_blocks
+from inflection_fast.integrations.scalars import Scalars
+from inflection_fast.measure import Monitor, MonitorConfig, Row
+from inflection_fast.timeline import Timeline
+
+# LightningCallback is made when it is asked for.
+__all__ = ["VARIABLE", "LightningCallback", "LightningMonitoring", "callback_class", "from_environment"]  # noqa: F822
+
+logger = logging.getLogger(__name__)
+
+VARIABLE = "INFLECTION_FAST"  # folder for the timelines of trainings that were not told of the callback
+_NAMESPACES = ("lightning.pytorch", "pytorch_lightning")
+
+
+class LightningMonitoring:
+    """Measures the transformer inside a LightningModule while `fit` trains it.
+
+    ```python
+    Trainer(callbacks=[LightningCallback(MonitorConfig(every=10), out="runs/a")]).fit(module, data)
+    ```
+
+    The model is the child of the LightningModule that holds all the blocks, or the LightningModule itself where its
+    `training_step` calls `self(...)`. A step ends when Lightning has clipped nothing yet and is about to step the first
+    optimizer that holds parameters of the model; gradients are those before clipping and without loss scale. The loss
+    is what Lightning differentiates. Scalars go to every logger of the Trainer, under the optimizer step.
+
+    Args:
+        config: what and when.
+        out: folder of the timeline; None: in memory only.
+        module: name of the model within the LightningModule ("net.encoder"); None: found as said above.
+        probe, alerts, on_alert: as for `Monitor`.
+        if_exists: what becomes of a timeline in `out`: "error", "overwrite" or "new".
+        keys: patterns of scalars beside the dozen; see `inflection_fast.integrations.scalars`. None: none are logged.
+    """
+
+    def __init__(
+        self,
+        config: MonitorConfig = MonitorConfig(),  # noqa: B008  frozen
+        out: str | os.PathLike | None = None,
+        *,
+        module: str | None = None,
+        probe: list[dict[str, torch.Tensor]] | None = None,
+        alerts: AlertConfig | None = AlertConfig(),  # noqa: B008  frozen
+        on_alert: Callable[[list[Alert]], None] | None = None,
+        if_exists: str = "error",
+        keys: Iterable[str] | None = (),
+    ):
+        self.config, self.out, self.module = config, out, module
+        self.probe, self.alerts, self.on_alert, self.if_exists = probe, alerts, on_alert, if_exists
+        self._scalars = None if keys is None else Scalars(keys)
+        self.monitor: Monitor | None = None
+        self._model: nn.Module | None = None
+        self._optimizer: Any = None  # whose step ends a step
+        self._losses: list[torch.Tensor] = []
+        self._loggers: list[Any] = []
+        self._told: set[str] = set()
+
+    @property
+    def timeline(self) -> Timeline:
+        """What was measured so far. `RuntimeError` before training has begun."""
+        if self.monitor is None:
+            raise RuntimeError(
+                "LightningCallback.timeline before training began: nothing was measured. Steps of trainer.fit() are,"
+                " validate() and test() are not"
+            )
+        return self.monitor.timeline
+
+    def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
+        """Attaches. ValueError where no blocks are found, or the strategy shards in a way that is not supported."""
+        self.close()
+        strategy = type(trainer.strategy).__name__
+        if "DeepSpeed" in strategy:
+            raise ValueError(
+                f"the strategy {strategy} keeps gradients where no hook reaches them: use DDP or FSDP to measure"
+            )
+        self._model = self._model_in(pl_module)
+        self._loggers = list(trainer.loggers) if trainer.is_global_zero else []
+        self.monitor = Monitor(
+            self._model,
+            self.config,
+            self.out,
+            probe=self.probe,
+            start_step=trainer.global_step,
+            alerts=self.alerts,
+            on_alert=self.on_alert,
+            on_row=None if self._scalars is None else self._log,
+            if_exists=self.if_exists,
+        )
+        self.monitor.__enter__()
+        self._optimizer, self._losses = None, []
+
+    def on_before_backward(self, trainer: Any, pl_module: nn.Module, loss: torch.Tensor) -> None:
+        """Keeps the loss of a measured step, as it is differentiated."""
+        if self.monitor is not None and self.monitor.measuring:
+            self._losses.append(loss.detach())
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: nn.Module, optimizer: Any) -> None:
+        """Ends a step."""
+        if self.monitor is None or self._model is None:
+            return
+        if self._optimizer is None:
+            held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            if any(id(parameter) in held for parameter in self._model.parameters()):
+                self._optimizer = optimizer
+        if optimizer is not self._optimizer:
+            return
+        loss = torch.stack([one.float().mean() for one in self._losses]).sum() if self._losses else None
+        self.monitor.step(loss, scaler=getattr(trainer.precision_plugin, "scaler", None))
+        self._losses = []
+
+    def on_train_end(self, trainer: Any, pl_module: nn.Module) -> None:
+        """Detaches."""
+        self.close()
+
+    def on_exception(self, trainer: Any, pl_module: nn.Module, exception: BaseException) -> None:
+        """Detaches."""
+        self.close()
+
+    def close(self) -> None:
+        """Detaches; safe to call twice."""
+        if self.monitor is not None:
+            self.monitor.close()
+        self._model, self._optimizer, self._losses = None, None, []
+
+    def _model_in(self, pl_module: nn.Module) -> nn.Module:
+        if self.module is not None:
+            return pl_module.get_submodule(self.module)
+        blocks = {id(block.module) for block in find_blocks(pl_module, self.config.blocks)}
+        for child in pl_module.children():
+            inside = {id(module) for module in child.modules()}
+            if blocks <= inside and not isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+                return child
+        return pl_module
+
+    def _log(self, row: Row) -> None:
+        if self._scalars is None:
+            return
+        scalars = self._scalars.of(row)
+        for one in self._loggers:
+            try:
+                one.log_metrics(scalars, step=row.step)
+            except Exception as error:
+                name = type(one).__name__
+                if name not in self._told:
+                    self._told.add(name)
+                    logger.warning("%s did not take what was measured: %r; the training goes on", name, error)
+
+
+def callback_class(namespace: str | None = None) -> type[LightningMonitoring]:
+    """`LightningMonitoring` as a Callback of "lightning.pytorch" or "pytorch_lightning"; None: of what is there.
+
+    `ModuleNotFoundError` if it is not installed.
+    """
+    if namespace is None:
+        loaded = [name for name in _NAMESPACES if name in sys.modules]
+        namespace = loaded[0] if loaded else None
+    for name in [namespace] if namespace else _NAMESPACES:
+        with suppress(ModuleNotFoundError):
+            base = import_module(name).Callback
+            return type("LightningCallback", (LightningMonitoring, base), {"__doc__": LightningMonitoring.__doc__})
+    raise ModuleNotFoundError("Lightning is not installed: pip install lightning", name="lightning")
+
+
+def from_environment() -> list[Any]:
+    """For Lightning's entry points: the callback, with its timeline in $INFLECTION_FAST, where that is set."""
+    folder = os.environ.get(VARIABLE)
+    return [callback_class()(out=folder, if_exists="new")] if folder else []
+
+
+def __getattr__(name: str) -> Any:
+    if name == "LightningCallback":  # made when it is asked for, of the package that is imported by then
+        globals()[name] = callback_class()
+        return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""Files that other tools are given by their path."""
