@@ -23,7 +23,11 @@ if TYPE_CHECKING:  # what editors and type checkers see; the same names as in th
     from .blocks import find_blocks as find_blocks
     from .checkpoints import Comparison as Comparison, Scan as Scan, compare as compare, scan as scan
     from .decide import Plan as Plan, SelectConfig as SelectConfig, select as select, ski as ski
-    from .integrations import InflectionCallback as InflectionCallback
+    from .integrations import (
+        DiagnoseThenInject as DiagnoseThenInject,
+        InflectionCallback as InflectionCallback,
+        track as track,
+    )
     from .measure import Monitor as Monitor, MonitorConfig as MonitorConfig, measure_overhead as measure_overhead
     from .ops import (
         ActivationMoments as ActivationMoments,
@@ -63,7 +67,9 @@ _HOMES = {
     "AlertRule": "quantities",
     "Column": "quantities",
     "Quantity": "quantities",
+    "DiagnoseThenInject": "integrations",
     "InflectionCallback": "integrations",
+    "track": "integrations",
     "Timeline": "timeline",
     "Alert": "alerts",
     "AlertConfig": "alerts",

@@ -32,6 +32,12 @@ def test_the_plain_loop_measures_and_learns(capsys, tmp_path):
     assert (tmp_path / "out" / "timeline.arrows").is_file() and "blocks.3" in capsys.readouterr().out
 
 
+def test_one_training_diagnoses_and_injects(capsys, tmp_path):
+    plan = load("diagnose_then_inject").main(str(tmp_path))
+    assert len(plan.layers) == 2 and (tmp_path / "adapter" / "inflection_plan.json").is_file()
+    assert plan.summary in capsys.readouterr().out
+
+
 def test_a_quantity_of_ones_own_is_measured_beside_ours(capsys, monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))  # as for a script that is run there
     share = load("own_quantity").main()

@@ -19,7 +19,7 @@ OWN = {  # part -> parts of ours that it may import; the table of docs/design.md
     "ops": set(), "blocks": set(), "timeline": {"atomic"}, "alerts": {"timeline"},
     "quantities": {"ops", "blocks", "timeline"}, "measure": (MEASURING - {"measure"}) | {"atomic"},
     "decide": {"timeline", "atomic"},
-    "act": {"blocks", "decide", "ops", "quantities", "measure", "timeline"},
+    "act": {"blocks", "decide", "ops", "quantities", "measure", "timeline", "atomic"},
     "integrations": {"measure", "timeline", "alerts", "blocks", "decide", "act"},
     "report": DECIDING | {"records", "alerts", "atomic"},
     "run": (ALL - {"run", "checkpoints"}) | {"atomic", "records"}, "checkpoints": (ALL - {"checkpoints"}) | {"atomic"},
@@ -28,7 +28,7 @@ OWN = {  # part -> parts of ours that it may import; the table of docs/design.md
 }  # fmt: skip
 TYPES = {"decide": {"torch", "peft"}}  # for type checkers only
 # Inside functions only: methods of a plan that take a model; pictures and the verdict of what was measured.
-LATER = {"decide": {"act"}, "integrations": {"report"}}
+LATER = {"decide": {"act"}, "integrations": {"report"}, "timeline": {"report"}}
 GUARDED = {  # third party -> parts that may name it at all, and those among them that may do so at import time
     "torch": (
         TORCH,
@@ -38,7 +38,7 @@ GUARDED = {  # third party -> parts that may name it at all, and those among the
     "pyarrow": ({"timeline", "run"}, set()),
     "transformers": ({"measure", "act", "integrations", "run", "study", "checkpoints"}, {"act", "integrations", "run"}),
     "peft": ({"act"}, {"act"}),
-    "matplotlib": ({"report", "study", "integrations"}, set()),
+    "matplotlib": ({"report", "study", "integrations", "timeline"}, set()),
     "rich": ({"report", "run", "cli", "study", "checkpoints"}, set()),
     "scipy": ({"study"}, set()),
     "statsmodels": ({"study"}, set()),
@@ -46,7 +46,7 @@ GUARDED = {  # third party -> parts that may name it at all, and those among the
     "ray": ({"study"}, set()),
     "datasets": ({"run"}, {"run"}),
     "pickle": (set(), set()),
-    "pandas": ({"study"}, set()),
+    "pandas": ({"study", "timeline"}, set()),
 }
 
 
