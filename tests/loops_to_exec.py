@@ -25,17 +25,6 @@ def batches(count=4):
         yield torch.randn(3, 5, WIDTH, generator=generator), torch.tensor([0, 1, 1])
 
 
-def bare(folder):
-    model = Net()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    nn.functional.cross_entropy(model.eval()(torch.randn(3, 5, WIDTH)), torch.tensor([0, 1, 1]))
-    model.train()
-    for x, y in batches():
-        nn.functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
 def distributed(folder):
     torch.distributed.init_process_group("gloo")
     model = nn.parallel.DistributedDataParallel(Net())
@@ -87,6 +76,11 @@ def lightning(folder):
     pl.Trainer(max_epochs=1, accelerator="cpu", default_root_dir=folder, **quiet, enable_model_summary=False).fit(
         Module(), torch.utils.data.DataLoader([*batches()], batch_size=None)
     )
+
+
+def both(folder):
+    lightning(folder)
+    trainer(folder)
 
 
 def collapse(folder):

@@ -12,6 +12,7 @@ from loops_to_exec import Net, batches
 from torch import nn
 
 from inflection_fast import Monitor, MonitorConfig, Timeline
+from inflection_fast.integrations import launch
 from inflection_fast.integrations.loops import LoopMonitor
 
 HERE = Path(__file__).parent
@@ -19,9 +20,9 @@ SCRIPT = str(HERE / "loops_to_exec.py")
 PYTHON = [sys.executable, SCRIPT]
 
 
-def run(folder, *words, options=("--every", "2")):
+def run(folder, *words, options=("--every", "2"), path=HERE):
     """The finished process, with `words` under exec."""
-    path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(path), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-m", "inflection_fast", "exec", *options, "--out", str(folder / "out"), "--", *words]
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
@@ -50,38 +51,32 @@ def assert_same(timeline, truth, ranks=1):
         np.testing.assert_allclose(getattr(timeline, name), scale * getattr(truth, name), rtol=1e-4, err_msg=name)
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        [*PYTHON, "bare"],
-        [*PYTHON, "lightning"],
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", SCRIPT, "distributed"],
-    ],
-    ids=["bare", "lightning", "torchrun"],
-)
-def test_what_a_script_trains_is_measured_as_by_hand(words, truth, tmp_path):
-    done = run(tmp_path, *words, str(tmp_path))
+def test_torchrun_is_measured_over_its_processes_as_by_hand_and_three_lines_are_printed(truth, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    done = run(tmp_path, *torchrun, SCRIPT, "distributed", str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert "the script ran to its end" in done.stdout
-    assert_same(Timeline.load(tmp_path / "out"), truth, ranks=2 if "distributed" in words else 1)
+    assert_same(Timeline.load(tmp_path / "out"), truth, ranks=2)
     said = [line for line in done.stderr.splitlines() if line.startswith("inflection-fast: ")]
     assert len(said) == 3 and said[0] == "inflection-fast: No alert was raised.", done.stderr
     assert said[1].startswith("inflection-fast: why: ") and said[2].startswith("inflection-fast: next: ")
     assert str(tmp_path / "out") in said[2]
 
 
+def test_lightning_and_the_trainer_are_measured_by_their_callbacks_each_into_a_folder(truth, tmp_path):
+    done = run(tmp_path, *PYTHON, "both", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert_same(Timeline.load(tmp_path / "out"), truth)
+    timeline = Timeline.load(tmp_path / "out-2")
+    assert timeline.steps.tolist() == [0, 2] and np.isfinite(timeline.loss).all()
+    assert "training 1 of 2: No alert" in done.stderr and "training 2 of 2: No alert" in done.stderr
+
+
 def test_accelerate_launch_counts_optimizer_steps_and_takes_the_loss_that_was_differentiated(tmp_path):
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "1",
-        "--num_machines",
-        "1",
-    ]
-    words = [*launch, "--mixed_precision", "no", "--dynamo_backend", "no", SCRIPT, "accelerate", str(tmp_path)]
+    options = {"num_processes": "1", "num_machines": "1", "mixed_precision": "no", "dynamo_backend": "no"}
+    words = [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]
+    words += [word for name, value in options.items() for word in (f"--{name}", value)]
+    words += [SCRIPT, "accelerate", str(tmp_path)]
     done = run(tmp_path, *words, options=("--every", "1"))
     assert done.returncode == 0, done.stderr
     timeline = Timeline.load(tmp_path / "out")
@@ -90,46 +85,34 @@ def test_accelerate_launch_counts_optimizer_steps_and_takes_the_loss_that_was_di
     torch.manual_seed(0)
     model = Net()
     losses = [nn.functional.cross_entropy(model(x), y).item() for x, y in batches(2)]
-    assert timeline.loss[0] == pytest.approx(np.mean(losses), rel=1e-5)
-
-
-def test_the_trainer_is_measured_by_the_callback(tmp_path):
-    done = run(tmp_path, *PYTHON, "trainer", str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    timeline = Timeline.load(tmp_path / "out")
-    assert timeline.steps.tolist() == [0, 2] and np.isfinite(timeline.loss).all()
+    assert timeline.loss[0] == pytest.approx(np.mean(losses), rel=1e-5), (timeline.loss, losses)
 
 
 def test_an_alert_to_fail_on_sets_the_exit_status(tmp_path):
-    words = [*PYTHON, "collapse", str(tmp_path)]
-    failed = run(tmp_path, *words, options=("--every", "1", "--fail-on", "max_logit"))
-    assert failed.returncode == 3 and "because of: max_logit" in failed.stderr, failed.stderr
-    assert "the script ran to its end" in failed.stdout
-    other = run(tmp_path / "b", *words, options=("--every", "1", "--fail-on", "rank_lost"))
-    assert other.returncode == 0 and "max logit" in other.stderr, other.stderr
+    done = run(tmp_path, *PYTHON, "collapse", str(tmp_path), options=("--every", "1", "--fail-on", "max_logit"))
+    assert done.returncode == 3 and "because of: max_logit" in done.stderr, done.stderr
+    assert "the script ran to its end" in done.stdout and "was raised: " in done.stderr.replace(
+        "were raised", "was raised"
+    )
+    assert launch._alerted([tmp_path / "out"], ["rank_lost"]) == 0
+    assert launch._alerted([tmp_path / "out"], ["any"]) == launch._alerted([tmp_path / "out"], ["max_logit"]) == 3
 
 
 def test_a_script_that_trains_nothing_is_said_in_one_sentence_and_keeps_its_status(tmp_path):
-    done = run(tmp_path, *PYTHON, "nothing", str(tmp_path), options=("--fail-on", "any"))
-    assert done.returncode == 5 and done.stdout == "no training here\n"
+    """And a sitecustomize of its own is run, though ours hides it."""
+    (tmp_path / "sitecustomize.py").write_text("print('mine')\n")
+    done = run(tmp_path, *PYTHON, "nothing", str(tmp_path), options=("--fail-on", "any"), path=tmp_path)
+    assert done.returncode == 5 and done.stdout.splitlines()[-2:] == ["mine", "no training here"]
     assert done.stderr.count("inflection-fast: ") == 1 and "nothing was measured: the command trained no" in done.stderr
 
 
-def test_misuse_is_named(tmp_path):
-    assert "the command cannot be run" in (done := run(tmp_path, "/no/such/command")).stderr and done.returncode == 127
-    done = run(tmp_path)
-    assert done.returncode == 2 and "expected -- and a command" in done.stderr
-    done = run(tmp_path, *PYTHON, options=("--every", "0"))
-    assert done.returncode == 2 and "at least 1, got '0'" in done.stderr
-
-
-def test_a_sitecustomize_that_is_hidden_is_run(tmp_path):
-    (tmp_path / "sitecustomize.py").write_text("print('mine')\n")
-    words = [sys.executable, "-c", "print('script')"]
-    command = [sys.executable, "-m", "inflection_fast", "exec", "--out", str(tmp_path / "out"), "--", *words]
-    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
-    assert done.stdout.splitlines()[-2:] == ["mine", "script"], done.stderr
+def test_misuse_is_named(tmp_path, capsys):
+    assert launch.command(["--out", str(tmp_path), "--", "/no/such/command"]) == 127
+    assert "the command cannot be run" in capsys.readouterr().err
+    for words, sentence in (([], "expected -- and a command"), (["--every", "0", "--", "true"], "at least 1, got '0'")):
+        with pytest.raises(SystemExit) as stopped:
+            launch.command(words)
+        assert stopped.value.code == 2 and sentence in capsys.readouterr().err
 
 
 # ---- the loop monitor itself -----------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ def unfreeze_top(model: nn.Module, blocks: Sequence[Block], top: int, head: Sequ
         raise ValueError(f"top: expected 0 to {len(blocks)}, the number of blocks, got {top}")
     named = dict(model.named_parameters())
     order = list(named)
-    inside = {id(p): block.index for block in blocks for p in block.module.parameters()}
+    inside = {id(p): block.index for block in blocks if block.module for p in block.module.parameters()}
     last = max(i for i, name in enumerate(order) if id(named[name]) in inside)
     for prefix in head or ():
         if not any(f"{name}.".startswith(f"{prefix}.") for name in order):

@@ -140,5 +140,6 @@ def forgiving(kind: type, said: Callable[[str], None]) -> type:
 
         return call
 
-    events = [name for name in vars(kind) if name.startswith("on_")]
+    ours = [one for one in kind.__mro__ if one.__module__.startswith("inflection_fast.")]
+    events = {name for one in ours for name in vars(one) if name.startswith("on_")}
     return type(kind.__name__, (kind,), {"failed": False, **{name: guarded(name) for name in events}})
