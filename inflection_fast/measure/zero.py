@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 # Of ZeRO 3 every parameter is a share with an id; of ZeRO 1 and 2 it is linked to its share in the optimizer.
 _MARKS = ("ds_id", "_hp_mapping")
-_TAPS = ("on_parameter_gradient", "before_update", "after_update")
+_TAPS = ("on_parameter_gradient", "on_backward_end", "before_update", "after_update")
 
 
 def under_deepspeed(model: nn.Module) -> bool:
