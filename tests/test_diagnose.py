@@ -147,7 +147,8 @@ def test_without_checkpoints_none_is_left(tmp_path):
 def test_no_layer_chosen_leaves_the_model_as_it_was(tmp_path):
     trainer, run = made(tmp_path)
     before = {name: (p.detach().clone(), p.requires_grad) for name, p in trainer.model.named_parameters()}
-    empty = Plan(
+    model = {"layers": ["a", "b", "c"]}
+    empty = Plan(layers=(), scores=[0.0] * 3, reasons={}, summary="Nothing.", profile={}, config={}, model=model)
         layers=(),
         scores=[0.0] * 3,
         reasons={},
