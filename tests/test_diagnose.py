@@ -149,14 +149,6 @@ def test_no_layer_chosen_leaves_the_model_as_it_was(tmp_path):
     before = {name: (p.detach().clone(), p.requires_grad) for name, p in trainer.model.named_parameters()}
     model = {"layers": ["a", "b", "c"]}
     empty = Plan(layers=(), scores=[0.0] * 3, reasons={}, summary="Nothing.", profile={}, config={}, model=model)
-        layers=(),
-        scores=[0.0] * 3,
-        reasons={},
-        summary="Nothing stands out.",
-        profile={},
-        config={},
-        model={"layers": ["a", "b", "c"]},
-    )
     patch = pytest.MonkeyPatch()
     patch.setattr("inflection_fast.integrations.diagnose.select", lambda *args: empty)
     with patch.context(), pytest.raises(ValueError, match="no layer was chosen after 3 steps"):
