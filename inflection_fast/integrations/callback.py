@@ -28,7 +28,7 @@ __all__ = ["InflectionCallback", "ReportedTo"]
 
 logger = logging.getLogger(__name__)
 
-_measured_by: weakref.WeakKeyDictionary[nn.Module, InflectionCallback] = weakref.WeakKeyDictionary()
+_measured_by: weakref.WeakKeyDictionary[nn.Module, weakref.ref[InflectionCallback]] = weakref.WeakKeyDictionary()
 
 
 class InflectionCallback(TrainerCallback):
@@ -141,12 +141,6 @@ class InflectionCallback(TrainerCallback):
     def _attach(self, model: nn.Module, start_step: int, *, repeated: bool = False) -> None:
         self.close()
         self._told = False
-        other = _measured_by.get(model)
-        if other is not None and other is not self:
-            raise ValueError(
-                "this model is measured by another InflectionCallback already: give the Trainer one of them only"
-                " (report_to='inflection' and `inflection-fast exec` add one, too)"
-            )
         if self.out is not None:
             self._choose_folder(self.out, start_step, repeated)
         if self.keys is not None:
@@ -163,7 +157,7 @@ class InflectionCallback(TrainerCallback):
         )
         self.monitor = monitor.__enter__()
         self._model = model
-        _measured_by[model] = self
+        _measured_by[model] = weakref.ref(self)
         self._start_step = start_step
         self._arm()
 
@@ -281,6 +275,7 @@ class InflectionCallback(TrainerCallback):
         self._deepspeed = (
             bool(getattr(args, "deepspeed", None)) or "DeepSpeed" in type(kwargs.get("optimizer")).__name__
         )
+        self._refuse_a_second(model, kwargs.get("optimizer"))
         if self._state == "attached":
             if self._start_step != state.global_step:
                 self.close()
@@ -295,6 +290,20 @@ class InflectionCallback(TrainerCallback):
         self._state, self._optimizer = "training", kwargs.get("optimizer")
         if self._log is not None:
             self._log.listen()
+
+    def _refuse_a_second(self, model: nn.Module, optimizer: Any) -> None:
+        """ValueError where another callback measures this training; one that was left by a training that raised ends."""
+        known = _measured_by.get(model)
+        other = None if known is None else known()
+        if other is None or other is self:
+            return
+        if optimizer is not None and other._optimizer is optimizer:
+            self.close()
+            raise ValueError(
+                "this model is measured by another InflectionCallback already: give the Trainer one of them only"
+                " (report_to='inflection' adds one, too)"
+            )
+        other.close()
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         """Ends a step where a plain loop would: after the backward passes, before the weights change."""
