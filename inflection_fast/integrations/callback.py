@@ -292,7 +292,7 @@ class InflectionCallback(TrainerCallback):
             self._log.listen()
 
     def _refuse_a_second(self, model: nn.Module, optimizer: Any) -> None:
-        """ValueError where another callback measures this training; one that was left by a training that raised ends."""
+        """ValueError where another callback measures this training; one that an earlier training has left ends."""
         known = _measured_by.get(model)
         other = None if known is None else known()
         if other is None or other is self:
