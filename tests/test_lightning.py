@@ -111,7 +111,7 @@ def test_a_logger_that_raises_is_told_once(net, tmp_path, caplog):
 def test_a_training_that_raises_leaves_the_model_as_it_was(net, tmp_path):
     callback = LightningCallback(CONFIG)
     trainer = pl.Trainer(**QUIET, callbacks=[callback], logger=False, default_root_dir=tmp_path)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(AssertionError, match="expecting embedding dimension of 16"):
         trainer.fit(Module(net), loader(width=7))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
 
