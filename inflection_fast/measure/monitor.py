@@ -367,7 +367,8 @@ class Monitor:
 
     def flush(self) -> None:
         """Wait until every measured step is in the timeline, and tell `on_row` of each."""
-        self._record.tell_rows(wait=True)
+        self._record.scalars()  # which waits
+        self._record.tell_rows()
 
     def scalars(self) -> dict[str, float]:
         """Of the last measured step, for trackers: every column as its mean over the places that were measured."""

@@ -6,9 +6,10 @@ is not linear in the pieces (means, square roots, standard errors) is left to ea
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -362,7 +363,7 @@ class Row:
     step: int
     # Masked arrays, or numbers of the step, by name, of the axes of `timeline.columns`; only what there is.
     columns: Mapping[str, np.ndarray | float]
-    described: Mapping[str, Column] = field(default_factory=dict)  # what the columns are
+    described: Mapping[str, Column] = dataclasses.field(default_factory=dict)  # what the columns are
     alerts: tuple[Alert, ...] = ()  # that it completes
 
     def scalars(self) -> dict[str, float]:

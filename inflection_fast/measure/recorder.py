@@ -361,10 +361,8 @@ class Record:
         self.recorder.drain()
         return {} if self.recorder.last is None else self.recorder.last.scalars()
 
-    def tell_rows(self, *, wait: bool = False) -> None:
-        """Call `on_row` with the rows that were finished since the last call, or with all that are on their way."""
-        if wait and self.recorder is not None:
-            self.recorder.drain()
+    def tell_rows(self) -> None:
+        """Call `on_row` with the rows that were finished since the last call, without waiting for others."""
         while self._rows and self._on_row is not None:
             row = self._rows.popleft()
             try:
