@@ -124,7 +124,7 @@ class InflectionCallback(TrainerCallback):
         if self.monitor is None:
             raise RuntimeError(
                 "InflectionCallback.timeline before training began: nothing was measured. Steps of trainer.train() are,"
-                " evaluate() and predict() are not; `inflection-fast scan` looks at a model without training it"
+                " evaluate() and predict() are not: call train() first"
             )
         return self.monitor.timeline
 
