@@ -44,7 +44,6 @@ COMMANDS = {
     "compare": "compare two checkpoints layer by layer: features, what is measured on both, weights",
     "run": "measure, plan, tune and report in this order, continuing where an interrupted run stopped",
     "study": "compare many ways to place adapters over transfers and seeds, and report what they say",
-    "exec": "run a training command, measure it without a line in its code, and say what was seen",
     "doctor": "say what is installed, what is loaded, and what is missing",
 }
 
@@ -345,12 +344,6 @@ def _compare(argv: list[str]) -> int:
     return compare_command(argv, _console())
 
 
-def _exec(argv: list[str]) -> int:
-    from inflection_fast.integrations.launch import command
-
-    return command(argv)
-
-
 def _study(argv: list[str]) -> int:
     from inflection_fast.study.command import study
 
@@ -368,6 +361,5 @@ _DISPATCH: dict[str, Callable[[list[str]], int]] = {
     "compare": _compare,
     "run": _run,
     "study": _study,
-    "exec": _exec,
     "doctor": _doctor,
 }

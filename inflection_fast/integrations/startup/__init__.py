@@ -1,1 +1,0 @@
-"""The folder that `inflection-fast exec` puts on PYTHONPATH: Python runs its sitecustomize when it starts."""
