@@ -176,7 +176,8 @@ def waits_of(one, name):
     return found[0] - found[1] - forward.found
 
 
-KNOWN = {"rank": {"_linalg_eigh"}}  # whose matrices are too large to be brought to the host
+# Whose matrices are too large to be brought to the host.
+KNOWN = {"rank": {"_linalg_eigh"}, "first_order": {"_linalg_eigh"}}
 
 
 @pytest.mark.parametrize("name", quantities.QUANTITIES)
