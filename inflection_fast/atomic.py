@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, also when the machine goes down while they are written."""
+"""Files that are either whole or not there, also when the machine goes down while they are written; JSON files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["replacing", "write_json", "write_text"]
+__all__ = ["read_json", "replacing", "write_json", "write_text"]
 
 
 @contextmanager
@@ -39,3 +39,22 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Writes JSON. ValueError for NaN and infinity, which JSON has not."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file that `write_json` could write again.
+
+    ValueError that says why, without the path, for anything else: no UTF-8, NaN or infinity, nested too deep, halves of
+    surrogate pairs. `OSError` if the file cannot be read.
+    """
+    data = path.read_bytes()
+    try:
+        content = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+        json.dumps(content, ensure_ascii=False, allow_nan=False).encode("utf-8")
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+    return content
+
+
+def _refuse_constant(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import types
 import typing
@@ -11,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from inflection_fast.atomic import write_json
+from inflection_fast.atomic import read_json, write_json
 
 __all__ = ["FORMAT", "DataRecord", "Metrics", "OverheadRecord", "RunRecord", "StageRecord", "load_json"]
 
@@ -184,7 +183,7 @@ class RunRecord(_Record):
 def load_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; ValueError where it holds none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}.") from error
     if not isinstance(content, dict):

@@ -102,7 +102,17 @@ def test_a_file_that_is_not_a_plan_is_refused_with_the_reason(tmp_path, change, 
     assert str(path) in str(refused.value)
 
 
-@pytest.mark.parametrize("text", ["", "[" * 10**5, "\x00", '{"kind": NaN}'], ids=["empty", "deep", "binary", "nan"])
+NOT_JSON = {
+    "empty": "",
+    "deep": "[" * 10**5,
+    "binary": "\x00",
+    "nan": '{"kind": NaN}',
+    "beyond floats": '{"kind": 1e999}',
+    "half a character": '{"kind": "\\ud800"}',
+}
+
+
+@pytest.mark.parametrize("text", NOT_JSON.values(), ids=NOT_JSON)
 def test_what_is_not_json_is_not_a_plan(tmp_path, text):
     (tmp_path / "plan.json").write_text(text)
     with pytest.raises(ValueError, match="is not a plan: it is not JSON"):

@@ -75,7 +75,7 @@ def test_infinity_is_no_number(tmp_path):
     path = tmp_path / "stage.json"
     STAGE.save(path)
     path.write_text(path.read_text().replace('"majority": 0.5', '"majority": Infinity'))
-    with pytest.raises(ValueError, match="majority must be a number"):
+    with pytest.raises(ValueError, match="Infinity is not JSON"):
         StageRecord.load(path)
     with pytest.raises(ValueError, match="JSON"):
         write_json(path, {"a": float("nan")})
@@ -97,3 +97,19 @@ def test_a_file_that_could_not_be_written_leaves_the_old_one(tmp_path, monkeypat
         fresh.write_text("half")
         raise KeyboardInterrupt
     assert json.loads(path.read_text()) == {"a": 1} and [item.name for item in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[" * 10**5, "nested too deep"),
+        ('{"seed": 1e999}', "Out of range"),
+        ('{"a": "\\ud800"}', "surrogates"),
+    ],
+    ids=["deep", "beyond floats", "half a character"],
+)
+def test_what_could_not_be_written_again_is_not_read(tmp_path, text, reason):
+    path = tmp_path / "run.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"run.json is not JSON: .*{reason}"):
+        RunRecord.load(path)

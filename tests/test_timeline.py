@@ -6,6 +6,8 @@ import sys
 import warnings
 
 import numpy as np
+import pyarrow
+import pyarrow.ipc
 import pytest
 
 from inflection_fast.timeline import HEAD_SIGNALS, LAYER_SIGNALS, STEP_SIGNALS, Timeline, TimelineWriter
@@ -194,6 +196,15 @@ def test_another_format_is_named(tmp_path):
     path = written(tmp_path)
     path.write_bytes(path.read_bytes().replace(b'"format": 4', b'"format": 7'))
     with pytest.raises(ValueError, match="format 7; this version reads format 4"):
+        Timeline.load(path)
+
+
+def test_metadata_nested_too_deep_are_no_timeline(tmp_path):
+    path = written(tmp_path)
+    source = pyarrow.BufferReader(path.read_bytes())
+    schema = pyarrow.ipc.read_schema(pyarrow.ipc.read_message(source))
+    path.write_bytes(schema.with_metadata({b"inflection_fast": b"[" * 10**5}).serialize().to_pybytes())
+    with pytest.raises(ValueError, match="no timeline metadata"):
         Timeline.load(path)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from ..atomic import write_text
+from ..atomic import read_json, write_text
 
 if TYPE_CHECKING:
     import peft
@@ -117,10 +117,9 @@ class Plan:
     def load(cls, path: str | os.PathLike) -> Plan:
         """Read a plan. `FileNotFoundError` if there is none, `ValueError` saying why if the file is not a plan."""
         path = Path(path)
-        data = path.read_bytes()
         try:
-            document = json.loads(data.decode("utf-8"), parse_constant=_refuse)
-        except (ValueError, RecursionError) as error:
+            document = read_json(path)
+        except ValueError as error:
             raise ValueError(f"{path} is not a plan: it is not JSON ({error})") from error
         if not isinstance(document, dict) or document.get("kind") != _KIND:
             raise ValueError(f'{path} is not a plan: it lacks "kind": "{_KIND}"')
@@ -204,10 +203,6 @@ def _finite(values) -> list[float | None]:
 
 def _numbers(values: list) -> list[float]:
     return [np.nan if value is None else float(value) for value in values]
-
-
-def _refuse(constant: str):
-    raise ValueError(f"{constant} is not JSON")
 
 
 def _is_integer(value) -> bool:

@@ -28,8 +28,6 @@ __all__ = ["FORMATS", "Rows", "column_names", "load_rows"]
 FORMATS = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".txt")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
-
-
 _NO_COLUMN = "\0"  # which no column is called
 
 
@@ -88,9 +86,10 @@ def load_rows(config: DataConfig, wanted: list[str], test: str | None = None) ->
         raise UserError(f"{source}: there is no such file")
     read = {".csv": _delimited, ".tsv": _delimited, ".parquet": _parquet, ".txt": _plain_text}.get(kind, _json)
     try:
-        rows = read(source, path, kind, config, wanted)
-    except UnicodeError as error:
-        raise UserError(_encoding_advice(source, path, config.encoding)) from error
+        try:
+            rows = read(source, path, kind, config, wanted)
+        except UnicodeError as error:  # the advice reads the file too, which may be damaged further on
+            raise UserError(_encoding_advice(source, path, config.encoding)) from error
     except (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, gzip.BadGzipFile) as error:
         raise UserError(f"{source}: the compressed file is damaged ({error})") from error
     except OSError as error:

@@ -112,7 +112,7 @@ def _checked_meta(path: Path, schema) -> tuple[dict, dict[str, Column]]:
     try:
         meta = json.loads((schema.metadata or {})[_META_KEY])
         version, layers, heads = meta["format"], meta["layers"], meta["heads"]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is an Arrow stream but not a timeline: it carries no timeline metadata") from error
     if not isinstance(version, int) or version not in (*_OLDER, FORMAT):
         raise ValueError(f"{path} is a timeline of format {version}; this version reads format {FORMAT}")
