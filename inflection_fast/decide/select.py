@@ -60,6 +60,13 @@ class SelectConfig:
             raise ValueError(f"window: expected an integer >= 0, got {self.window!r}")
         if not _is_int(self.seed) or self.seed < 0:
             raise ValueError(f"seed: expected an integer >= 0, got {self.seed!r}")
+        if not isinstance(self.log_gradient, bool):
+            raise TypeError(f"log_gradient: expected True or False, got {self.log_gradient!r}")
+        for name in ("lazy_rank", "lazy_mass", "collapsed_entropy", "significance"):
+            value = getattr(self, name)
+            optional = name == "significance" and value is None
+            if not optional and (isinstance(value, bool) or not isinstance(value, (int, float))):
+                raise TypeError(f"{name}: expected a number, got {value!r}")
         if not self.lazy_rank > 0:
             raise ValueError(f"lazy_rank: expected a number > 0, got {self.lazy_rank!r}")
         if not 0 <= self.lazy_mass <= 1:
