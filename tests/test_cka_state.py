@@ -245,3 +245,20 @@ def test_a_state_that_was_reset_is_like_new():
     state.update(x, y, sequences=torch.arange(30) // 3)
     assert state.result().sequences == 10
     assert (state.compute() - linear_cka(x, y)).abs().max() <= ERROR
+
+
+def test_a_state_goes_on_in_memory_that_it_is_given():
+    x, y = features()
+    first = pushed(x[:, :200], y[:, :200], [200])
+    second = CkaState(2, 20, 33, gram=first.gram)
+    second.shift.copy_(first.shift)
+    second.update(x[:, 200:], y[:, 200:])
+    assert second.gram.data_ptr() == first.gram.data_ptr() and first.rows.tolist() == [600, 600]
+    assert error(second.compute(), x, y) <= ERROR
+    for options, words in (
+        ({"gram": first.gram.float()}, r"gram: expected float64 \[2, 1596\], got torch.float32"),
+        ({"gram": first.gram[:, ::2]}, "gram: expected float64"),
+        ({"gram": first.gram, "groups": 3}, "gram: only a state without groups"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            CkaState(2, 20, 33, **options)

@@ -20,7 +20,7 @@ OWN = {  # part -> parts of ours that it may import; the table of docs/design.md
     "quantities": {"ops", "blocks", "timeline"}, "measure": (MEASURING - {"measure"}) | {"atomic"},
     "decide": {"timeline", "atomic"},
     "act": {"blocks", "decide", "ops", "quantities", "measure", "timeline", "atomic"},
-    "integrations": {"measure", "timeline", "alerts", "blocks", "decide", "act"},
+    "integrations": {"ops", "measure", "timeline", "alerts", "blocks", "decide", "act"},
     "report": DECIDING | {"records", "alerts", "atomic"},
     "run": (ALL - {"run", "checkpoints"}) | {"atomic", "records"}, "checkpoints": (ALL - {"checkpoints"}) | {"atomic"},
     "study": ALL, "cli": {"run", "report", "decide", "study", "checkpoints", "integrations"},

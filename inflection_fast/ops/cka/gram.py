@@ -106,6 +106,17 @@ def pooled(own_x: Tensor, own_y: Tensor, apart: Tensor, n: Tensor | int) -> Tens
     return own_x + own_y + torch.outer(apart, apart * (n / 2))
 
 
+def check_memory(value: Tensor, name: str, dtype: torch.dtype, shape: list[int]) -> None:
+    """Refuse what a state cannot write to as it is."""
+    if value.dtype != dtype or list(value.shape) != shape:
+        kind = str(dtype).removeprefix("torch.")
+        raise ValueError(f"{name}: expected {kind} {shape}, got {value.dtype} {list(value.shape)}")
+    if not value.is_contiguous():
+        raise ValueError(f"{name}: expected a contiguous tensor")
+    if value.requires_grad:
+        raise ValueError(f"{name}: expected a tensor that does not require a gradient")
+
+
 @dataclass(frozen=True)
 class Grams:
     """The Gram matrix of the rows ``(1, |u|^2, |v|^2, u, v)`` of every layer, and what CKA takes from it.

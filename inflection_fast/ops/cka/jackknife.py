@@ -27,8 +27,9 @@ def cka_jackknife(
     sequences, not rows. It computes no CKA again: without the rows U, V of a sequence the cross term is a polynomial in
     ``U^T V``, of which ``<S, U^T V> = sum_r u_r^T S v_r`` and ``|U^T V|^2 = <U U^T, V V^T>`` are all that is new. For N
     rows of m per sequence that takes N (6 D^2 + 6 m D) multiplications in float32, summed in float64, whatever the
-    number of sequences: about five times the time of the value at D = 768. In a basis of rank k it is k in place of D,
-    the basis staying that of all rows.
+    number of sequences: about five times the time of the value at D = 768. Where one sequence holds nearly all of the
+    variance, what is left without it is a small difference, and the error is rough. In a basis of rank k it is k in
+    place of D, the basis staying that of all rows.
 
     Extra memory: what `linear_cka` takes; then of one layer at a time at most 12 N D + P (28 D + 20 M) + 8 D^2 bytes,
     with M rows in the longest sequence, P = max(M, 1024) and the wider D. Refused beforehand where the device has less.

@@ -9,7 +9,7 @@ from torch import Tensor, distributed
 
 from .. import checks
 from .basis import CkaBasis, Projection, check_fits, check_rank, check_same_on_ranks, find, leading, variance_share
-from .gram import HEAD, MIN_ROWS, Grams, moved, of_terms, packed
+from .gram import HEAD, MIN_ROWS, Grams, check_memory, moved, of_terms, packed
 from .result import CkaResult, jackknife_error, reason_of
 
 __all__ = ["CkaState"]
@@ -50,7 +50,9 @@ class CkaState:
             but it takes `groups` Gram matrices where a plain state takes one, because what a group contributes to
             the value depends on all rows, also those to come. Where all rows are at hand, `cka_jackknife` leaves out
             single sequences and holds one matrix. None: no standard error.
-        device: of the state and of all features.
+        gram: memory for the attribute of that name, where nothing is kept apart by `groups` or `basis`: zeros, or the
+            sums of another state, whose `shift` then belongs to it. Not copied. None: of its own.
+        device: of the state and of all features, if neither `shift` nor `gram` is given.
 
     Raises:
         TypeError, ValueError: a number or `shift` is none such, or the state is larger than the memory of the device.
@@ -65,28 +67,25 @@ class CkaState:
         shift: Tensor | None = None,
         basis: CkaBasis | None = None,
         groups: int | None = None,
+        gram: Tensor | None = None,
         device: torch.device | str | None = None,
     ):
         self.layers, self.dim = checks.integer(layers, "layers", 1), checks.integer(dim, "dim", 1)
         self.dim_y = self.dim if dim_y is None else checks.integer(dim_y, "dim_y", 1)
         self.groups = None if groups is None else checks.integer(groups, "groups", 2)
         dims = self.dim + self.dim_y
-        device = torch.empty(0, device=device if shift is None else checks.tensor(shift, "shift").device).device
+        given = [checks.tensor(x, name) for x, name in ((shift, "shift"), (gram, "gram")) if x is not None]
+        device = torch.empty(0, device=given[0].device if given else device).device
         if basis is not None:
             check_fits(basis, self.layers, self.dim, self.dim_y, device)
-        self.frozen = basis
-        rank = None if basis is None else basis.rank
+        self.frozen, rank = basis, None if basis is None else basis.rank
         need = self.bytes_needed(layers, dim, dim_y, groups=groups, rank=rank)
         checks.fits(need, device, f"dim: {layers} layers of {dim} and {self.dim_y}")
-        if shift is not None and (shift.dtype, tuple(shift.shape)) != (torch.float32, (self.layers, dims)):
-            raise ValueError(f"shift: expected float32 {[self.layers, dims]}, got {shift.dtype} {list(shift.shape)}")
-        if shift is not None and not shift.is_contiguous():
-            raise ValueError("shift: expected a contiguous tensor")
-        if shift is not None and shift.requires_grad:
-            raise ValueError("shift: expected a tensor that does not require a gradient")
+        if shift is not None:
+            check_memory(shift, "shift", torch.float32, [self.layers, dims])
         self._adopt, self._synced = shift is None, False
         self.shift = torch.zeros(self.layers, dims, device=device) if shift is None else shift
-        self._allocate(device)
+        self._allocate(device, gram)
 
     @staticmethod
     def bytes_needed(
@@ -97,21 +96,27 @@ class CkaState:
         width, sums = (dim + dim_y, 0) if rank is None else (2 * rank, dim + dim_y + 2)
         return layers * (8 * (groups or 1) * packed(HEAD + width) + 8 * sums + 4 * (dim + dim_y))
 
-    def _allocate(self, device: torch.device) -> None:
+    def _allocate(self, device: torch.device, gram: Tensor | None) -> None:
         """Everything that adds up, in one piece, so that one reduction adds it."""
         self._widths = (self.dim, self.dim_y) if self.frozen is None else (self.frozen.rank, self.frozen.rank)
         shape = [self.layers, packed(HEAD + sum(self._widths))]
         shape = shape if self.groups is None else [self.groups, *shape]
         grams = math.prod(shape)
         extra = 0 if self.frozen is None else self.layers * (self.dim + self.dim_y + 2)
-        self._sums = torch.zeros(grams + extra + 1, dtype=torch.float64, device=device)
+        if gram is None:
+            self._sums = torch.zeros(grams + extra + (self.groups is not None), dtype=torch.float64, device=device)
+        elif self.groups is None and self.frozen is None:
+            check_memory(gram, "gram", torch.float64, shape)
+            self._sums = gram.view(-1)
+        else:
+            raise ValueError("gram: only a state without groups and without a basis takes memory for it")
         self.gram = self._sums[:grams].view(shape)
-        self._sequences = self._sums[-1]  # how many have begun; NaN where an update did not tell them
+        self._sequences = self._sums[-1]  # with groups: how many have begun; NaN where an update did not tell them
         self._last = torch.full((), -1, dtype=torch.int64, device=device)  # of the last row's sequence
         self._turn = 0
         self._projection = None
         if self.frozen is not None:
-            self._projection = Projection(self.frozen, self._sums[grams:-1].view(self.layers, -1))
+            self._projection = Projection(self.frozen, self._sums[grams : grams + extra].view(self.layers, -1))
             self._no_shift = torch.zeros(self.layers, sum(self._widths), device=device)
 
     @property
@@ -255,8 +260,7 @@ class CkaState:
     def sync_shift(self, group: distributed.ProcessGroup | None = None) -> None:
         """Let all ranks of a process group go on with one shift, so that `all_reduce` need not move any sums.
 
-        Collective: every rank calls it, after its first update; no rows are exchanged. The shift is the mean of the
-        ranks' shifts, weighted by their rows. A layer must have seen rows on some rank.
+        Collective, after the first update; no rows are exchanged. It is the mean of the shifts, weighted by rows.
         """
         check_same_on_ranks(self.frozen, group, self.gram.device)
         rows = self.rows[:, None]
@@ -267,10 +271,8 @@ class CkaState:
 
     def _check_not_synced(self, call: str) -> None:
         if self._synced:
-            raise RuntimeError(
-                f"{call}: this state holds the rows of all ranks since sync(); call reset(), or instead of sync() take "
-                "all_reduce(), which returns a new state"
-            )
+            ways = "call reset(), or take all_reduce(), a new state, in place of sync()"
+            raise RuntimeError(f"{call}: this state holds the rows of all ranks since sync(); {ways}")
 
     def compute(self, rank: int | None = None, debiased: bool = True) -> Tensor:
         """CKA of all rows so far, float32 ``[layers]``, as `linear_cka` gives it for all of them at once.
