@@ -15,8 +15,8 @@ KERNEL_TESTS = test_attention_stats.py test_attention_stats_backward.py test_att
 	test_activation_moments.py
 LIBRARY = inflection_fast/_cpu.abi3.so
 
-.PHONY: demo test test-models test-wide test-emulated test-emulated-sanitized kernels wheel wheel-from-sdist bench lint \
-	format build clean help
+.PHONY: demo test test-models test-wide test-emulated test-emulated-sanitized fuzz fuzz-sanitized kernels wheel \
+	wheel-from-sdist bench lint format build clean help
 
 help:
 	@sed -n '1,6s/^# \{0,1\}//p' Makefile
@@ -75,9 +75,26 @@ test-emulated: build
 	$(PY) -m pytest -p tests.emulation.plugin -n 2 --dist worksteal $(addprefix tests/,$(KERNEL_TESTS)) \
 		-k "not cka or $(EMULATED_CKA)"
 test-emulated-sanitized: build
-	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
-		$(PY) -m pytest -p tests.emulation.sanitized $(addprefix tests/,$(KERNEL_TESTS)) \
+	$(PRELOADED) $(PY) -m pytest -p tests.emulation.sanitized $(addprefix tests/,$(KERNEL_TESTS)) \
 		-k "(not cka or tiles or long_rows or infinite or strides) and not memory_beyond"
+
+# Random inputs against float64 and stated errors, damaged files, wrong settings: for so many minutes. Each failure is
+# printed with the line that repeats it. `-sanitized`: the CPU kernels, compiled with ASan and UBSan (some minutes), then
+# the CUDA kernels under the emulator with them.
+FUZZ_MINUTES ?= 5
+FUZZ_SEED ?=
+FUZZ = --minutes $(FUZZ_MINUTES) $(addprefix --seed ,$(FUZZ_SEED))
+SANITIZED = $(abspath build/sanitized)
+SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=undefined
+PRELOADED = LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0
+fuzz: build
+	$(PY) -m tests.fuzz $(FUZZ)
+fuzz-sanitized: build
+	CFLAGS="$(SANITIZE) -fno-omit-frame-pointer" LDFLAGS="$(SANITIZE)" \
+		$(PY) setup.py --quiet build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
+	cd $(SANITIZED)/lib && PYTHONPATH=$(SANITIZED)/lib:$(CURDIR) $(PRELOADED) \
+		$(abspath $(PY)) -m tests.fuzz $(FUZZ) --only operators
+	$(PRELOADED) $(PY) -m tests.fuzz $(FUZZ) --only operators --emulated sanitized
 
 # Every CUDA kernel for every architecture, or for those in ARCH: registers, shared memory; a spill fails.
 kernels:
