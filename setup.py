@@ -46,7 +46,7 @@ class Build(BuildExtension):
         os.makedirs(self.build_temp, exist_ok=True)
         ext.extra_objects = [os.path.join(self.build_temp, f"{stem}.cu.o") for stem in KERNELS]
         for source, output in zip(KERNELS.values(), ext.extra_objects, strict=True):
-            subprocess.run([NVCC, "-c", source, "-o", output, *flags], check=True)
+            subprocess.run([NVCC, "-c", source, "-o", output, "--expt-relaxed-constexpr", *flags], check=True)
         ext.extra_compile_args += ["-DUSE_CUDA", f"-I{home / 'include'}"]
         ext.extra_link_args += [f"-L{home}/lib64", f"-L{home}/lib", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
         ext.extra_link_args += ["-Wl,--no-as-needed", "-ltorch"]  # unused, but brings libtorch_cuda where there is one

@@ -53,7 +53,7 @@ def compile_for(source: Path, target: str) -> list[dict]:
     """Compile one source for one target; what its kernels use (nothing for PTX, which ptxas does not see)."""
     with tempfile.TemporaryDirectory() as folder:
         flags = ["-O3", "-std=c++20", f"-I{ROOT / 'csrc'}", f"-gencode={TARGETS[target]}", "-Xptxas=-v"]
-        command = ["nvcc", "-c", str(source), "-o", f"{folder}/{source.stem}.o", *flags]
+        command = ["nvcc", "-c", str(source), "-o", f"{folder}/{source.stem}.o", "--expt-relaxed-constexpr", *flags]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise SystemExit(f"{source.name} for {target} does not compile:\n{done.stderr[:4000]}")

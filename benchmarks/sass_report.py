@@ -71,6 +71,7 @@ def listing_of(stem: str, arch: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         cubin = f"{folder}/{stem}.cubin"
         flags = ["-O3", "-std=c++20", f"-I{ROOT / 'csrc'}", f"-gencode=arch=compute_{arch},code=sm_{arch}"]
+        flags.append("--expt-relaxed-constexpr")
         subprocess.run(["nvcc", "-cubin", str(ROOT / "csrc" / "cuda" / f"{stem}.cu"), "-o", cubin, *flags], check=True)
         sass = subprocess.run(["cuobjdump", "-sass", cubin], check=True, capture_output=True, text=True).stdout
     return subprocess.run(["c++filt"], input=sass, check=True, capture_output=True, text=True).stdout
