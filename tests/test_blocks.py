@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from model_types.tiny import config_of, model_of
 from tiny_models import HandWritten, bert, distilbert, gpt2, llama, one_thread, t5, vit  # noqa: F401
 from torch import nn
 
@@ -263,3 +264,29 @@ def test_models_without_blocks_are_refused():
         find_blocks(bert(), [])
     with pytest.raises(TypeError, match=r"expected a torch.nn.Module, got dict"):
         find_blocks({})
+
+
+def test_stacks_that_take_turns_are_in_the_order_of_their_turns():
+    turns = ["gated_cross_attn_layers.0", "layers.0", "gated_cross_attn_layers.1", "layers.1"]
+    assert [name for name in names(model_of("idefics", config_of("idefics"))) if "vision" not in name] == turns
+    model = model_of("hrm_text", config_of("hrm_text"))
+    blocks = find_blocks(model)
+    high, low = model.config.H_cycles, model.config.L_cycles
+    stacks = ("L_module", "H_module")
+    depth = {stack: len({b.path for b in blocks if b.stack == stack}) for stack in stacks}
+    expected = []
+    for cycle in range(high):
+        for turn in range(low):
+            expected += [f"L_module.layers.{i}@{cycle * low + turn}" for i in range(depth["L_module"])]
+        expected += [f"H_module.layers.{i}@{cycle}" for i in range(depth["H_module"])]
+    assert [block.name for block in blocks] == expected and [b.index for b in blocks] == list(range(len(expected)))
+
+
+def test_blocks_whose_forward_is_called_directly_are_their_attention():
+    model = hf.SqueezeBertModel(
+        hf.SqueezeBertConfig(hidden_size=8, embedding_size=8, num_hidden_layers=2, num_attention_heads=2,
+                             intermediate_size=8, q_groups=1, k_groups=1, v_groups=1, intermediate_groups=1,
+                             output_groups=1)
+    )  # fmt: skip
+    assert names(model) == ["encoder.layers.0.attention", "encoder.layers.1.attention"]
+    assert {block.stack for block in find_blocks(model)} == {"encoder"}

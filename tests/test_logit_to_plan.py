@@ -20,7 +20,10 @@ ROWS = re.findall(r"^\| `([^`]+)` \| `([^`]+)` \|", (ROOT / "docs" / "logit_to_p
 
 # Called too, but no logit passes them: settings, hooks, checks of arguments, other quantities, what columns mean.
 BESIDE_THE_WAY = {
-    *(f"measure/{name}.py" for name in ("config", "frozen", "hooks", "parameters", "placements", "probe", "ranks")),
+    *(
+        f"measure/{name}.py"
+        for name in ("block_output", "config", "frozen", "hooks", "parameters", "placements", "probe", "ranks")
+    ),
     *(f"ops/{name}.py" for name in ("checks", "qk_arguments", "sum_of_squares")),
     *(f"quantities/{name}.py" for name in ("__init__", "activation_grad", "delta_cka", "parameter_grad", "step")),
     *(f"timeline/{name}.py" for name in ("columns", "existing", "signals")),

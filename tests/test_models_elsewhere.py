@@ -85,6 +85,145 @@ def test_einsum_attention_is_measured(build, inputs):
     assert (timeline.activation_grad > 0).all()
 
 
+class TwoStreams(nn.Module):
+    """A joint block of image and text as SD3 and Flux have it: the text's stream is returned first."""
+
+    def __init__(self):
+        super().__init__()
+        self.attn, self.mlp = EinsumAttention(), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, hidden_states, encoder_hidden_states):
+        joint = self.attn(torch.cat([encoder_hidden_states, hidden_states], dim=1))
+        text, image = joint.split([encoder_hidden_states.shape[1], hidden_states.shape[1]], dim=1)
+        encoder_hidden_states = encoder_hidden_states + text
+        hidden_states = hidden_states + self.mlp(image)
+        return encoder_hidden_states, hidden_states
+
+
+class Joint(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.transformer_blocks = nn.ModuleList(TwoStreams() for _ in range(2))
+
+    def forward(self, image, text):
+        for block in self.transformer_blocks:
+            text, image = block(hidden_states=image, encoder_hidden_states=text)
+        return image
+
+
+def test_the_output_of_a_block_with_two_streams_is_the_image():
+    torch.manual_seed(0)
+    model, outputs = Joint(), []
+    for block in model.transformer_blocks:
+        block.register_forward_hook(lambda module, args, output: outputs.append(output[1]))
+    image, text = torch.randn(B, T, WIDTH), torch.randn(B, T, WIDTH)  # of one shape, so that only the names tell
+    timeline = measured(model, image, text)
+    outputs.clear()
+    loss = model(image, text).square().mean()
+    gradients = torch.autograd.grad(loss, outputs)
+    np.testing.assert_allclose(timeline.activation_grad[0], [float(g.norm()) for g in gradients], rtol=1e-5)
+
+
+def test_blocks_of_diffusers_are_measured():
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    model = diffusers.FluxTransformer2DModel(
+        patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, pooled_projection_dim=8, axes_dims_rope=(4, 4, 8),
+    )  # fmt: skip
+    inputs = {
+        "hidden_states": torch.randn(B, 4, 4), "encoder_hidden_states": torch.randn(B, 3, 32),
+        "pooled_projections": torch.randn(B, 8), "timestep": torch.ones(B), "img_ids": torch.zeros(4, 3),
+        "txt_ids": torch.zeros(3, 3),
+    }  # fmt: skip
+    with Monitor(model, ALL_ROWS) as monitor:
+        model(**inputs).sample.square().mean().backward()
+        monitor.step()
+    assert monitor.timeline.layers == ["transformer_blocks.0", "single_transformer_blocks.0"]
+    assert (monitor.timeline.entropy > 0).all() and (monitor.timeline.activation_grad > 0).all()
+
+
+def test_the_vision_transformer_of_timm_is_measured():
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=3)
+    weights = []
+    for block in model.blocks:
+        block.attn.fused_attn = False
+        block.attn.attn_drop.register_forward_pre_hook(lambda module, args: weights.append(args[0].detach()))
+    timeline = measured(model, torch.randn(B, 3, 32, 32))
+    expected = np.stack([entropy(p.double()).mean((0, 2)).numpy() for p in weights])
+    np.testing.assert_allclose(timeline.entropy[0], expected, atol=2e-6)
+    assert timeline.layers == ["blocks.0", "blocks.1"] and (timeline.activation_grad > 0).all()
+
+
+class NanoGPT(nn.Module):
+    """As nanoGPT writes it: one layer for queries, keys and values, and torch's own attention."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.ln_1, self.c_attn, self.c_proj = (
+                nn.LayerNorm(WIDTH),
+                nn.Linear(WIDTH, 3 * WIDTH),
+                nn.Linear(WIDTH, WIDTH),
+            )
+            self.n_head, self.seen = HEADS, None
+
+        def forward(self, x):
+            q, k, v = (
+                one.unflatten(-1, (HEADS, -1)).transpose(1, 2) for one in self.c_attn(self.ln_1(x)).split(WIDTH, dim=2)
+            )
+            self.seen = q.detach().double(), k.detach().double()
+            y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            return x + self.c_proj(y.transpose(1, 2).flatten(2))
+
+    def __init__(self):
+        super().__init__()
+        self.transformer = nn.ModuleDict({"h": nn.ModuleList(self.Block() for _ in range(2))})
+
+    def forward(self, x):
+        for block in self.transformer.h:
+            x = block(x)
+        return x
+
+
+def test_nanogpt_is_measured():
+    torch.manual_seed(0)
+    model = NanoGPT()
+    timeline = measured(model, 3 * torch.randn(B, T, WIDTH))
+    future = torch.ones(T, T, dtype=torch.bool).triu(1)
+    expected = []
+    for block in model.transformer.h:
+        q, k = block.seen
+        p = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(future, -torch.inf).softmax(-1)
+        expected.append(entropy(p).mean((0, 2)).numpy())
+    np.testing.assert_allclose(timeline.entropy[0], np.stack(expected), atol=2e-6)
+
+
+def test_torch_decoder_layers_have_self_and_cross_attention():
+    torch.manual_seed(0)
+    model = nn.TransformerDecoder(nn.TransformerDecoderLayer(WIDTH, HEADS, 8, dropout=0.0, batch_first=True), 2)
+    x, memory, seen = torch.randn(B, T, WIDTH), torch.randn(B, 4, WIDTH), {"self": [], "cross": []}
+    config = MonitorConfig(every=1, rows=None, quantities=("attention", "cross_attention"))
+    with Monitor(model, config) as monitor:
+        model(x, memory).square().mean().backward()
+        monitor.step()
+    for layer in model.layers:
+        for kind, module in (("self", layer.self_attn), ("cross", layer.multihead_attn)):
+
+            def keep(module, args, kwargs, kind=kind):
+                weights = nn.MultiheadAttention.forward(
+                    module, *args, **kwargs | {"need_weights": True, "average_attn_weights": False}
+                )
+                seen[kind].append(entropy(weights[1].double()).mean((0, 2)).detach().numpy())
+
+            module.register_forward_pre_hook(keep, with_kwargs=True)
+    model(x, memory)
+    np.testing.assert_allclose(monitor.timeline.entropy[0], np.stack(seen["self"]), atol=2e-6)
+    np.testing.assert_allclose(monitor.timeline.cross_entropy[0], np.stack(seen["cross"]), atol=2e-6)
+
+
 def test_x_transformers_is_measured_attention_by_attention():
     x_transformers = pytest.importorskip("x_transformers")
     torch.manual_seed(0)

@@ -19,6 +19,7 @@ from ..blocks import Block
 from ..quantities.quantity import OutputGradient, ParameterGradient, SubmoduleForward
 from .attention import ATTENTION_TAPS, AttentionTaps
 from .attention_call import AttentionCall
+from .block_output import output_of
 from .config import MonitorConfig
 from .frozen import FrozenBlocks
 from .hooks import Nothing, eagerly, forgiving, removed
@@ -285,7 +286,7 @@ class Taps:
     def _block_ends(self, layers: list[int], block: nn.Module, args: tuple, output: object) -> None:
         if not self._is_own(block):
             return
-        micro_batch, hidden = self._current, next(tensors_of(output), None)
+        micro_batch, hidden = self._current, output_of(block, output)
         layer, before = self._running.pop() if micro_batch is not None and self._running else (None, ())
         if hidden is None or not torch.is_grad_enabled():
             return

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import difflib
-import dis
 import inspect
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import CodeType
 
 from torch import nn
 
+from .order import CONTAINERS, calls_forward_of_elements, in_order, in_turns
+
 __all__ = ["Block", "find_blocks", "is_linear_attention", "is_named_attention"]
 
-_ATTENTION_NAME = re.compile(r"attention|attn", re.IGNORECASE)
+_ATTENTION_NAME = re.compile(r"(?<!post_)(attention|attn)", re.IGNORECASE)
 # Without a softmax over keys there is no distribution to measure: Qwen3-Next, Kimi-Linear, MiniMax.
 _LINEAR_NAME = re.compile(r"linear_?att|lightning_?att|delta_?(net|att)", re.IGNORECASE)
 _ATTENTION_CALLS = {"scaled_dot_product_attention", "multi_head_attention_forward", "flex_attention"}
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 _NEVER_CALLED = (nn.ModuleList, nn.ModuleDict)
 _ALWAYS_WRAPPED_AS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 _NAMES_SHOWN = 5  # in error messages
@@ -45,14 +44,16 @@ def find_blocks(model: nn.Module, names: Sequence[str] | None = None) -> list[Bl
     nested containers the innermost counts. Children without attention (Mamba, convolutions) are blocks like the others.
     Attention is recognised by the name of a class or an attribute, or by a `forward` that calls
     `scaled_dot_product_attention`. Where the children are bare lists, which nobody calls, or where attentions and
-    feed-forwards lie in lists of their own (XLM), the attention modules are the blocks. A model without any attention
-    has the containers of repeated children with linear layers for stacks.
+    feed-forwards lie in lists of their own (XLM), the attention modules are the blocks, and so they are where a model
+    calls the `forward` of its blocks instead of the blocks (SqueezeBERT). A model without any attention has the
+    containers of repeated children with linear layers for stacks.
 
     Modules that run again and again are told by standing in their list several times, or by the configuration (ALBERT,
     HRM): every run is a block. Others have to be named, run by run: `names=["layer@0", "layer@1"]`.
 
     Which stack runs first is read from the code of the `forward` that holds them: the one that it names first. Stacks
-    that take turns within one loop are listed one after the other.
+    that take turns are in the order of their turns where the configuration tells it (Idefics, HRM), else one after the
+    other.
 
     Args:
         model: any module, also inside DDP, `torch.compile` or peft.
@@ -65,7 +66,7 @@ def find_blocks(model: nn.Module, names: Sequence[str] | None = None) -> list[Bl
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     stacks = _stack_names(_stacked(model))
-    paths = [path for blocks in stacks.values() for path in blocks] if names is None else _named(model, names)
+    paths = in_turns(model, stacks) if names is None else _named(model, names)
     if not paths:
         raise ValueError(
             f"model: {type(model).__name__} has no stack of blocks with attention or linear layers in them; "
@@ -95,6 +96,9 @@ def _stacked(model: nn.Module) -> Stacks:
         stacks: Stacks = {}
         for container, blocks in find(model, "", holders, attentions):
             parts = _unwrapped_name(model, container).split(".")
+            if calls_forward_of_elements(type(model.get_submodule(container.rpartition(".")[0]))):
+                inner = [one for b in blocks for one in _callable_in(model.get_submodule(b), b, attentions)]
+                blocks = inner or blocks
             blocks = _run_by_run(model, container, blocks)
             stacks.setdefault(tuple(part for part in parts if not part.isdigit()), []).extend(blocks)
         if stacks:
@@ -109,7 +113,7 @@ def _run_by_run(model: nn.Module, container: str, blocks: list[str]) -> list[str
     held = model.get_submodule(container)
     children = [] if list(held.children()) == list(held._modules.values()) else list(held._modules.items())
     first = {child: _join(container, name) for name, child in reversed(children)}
-    runs = Counter()
+    runs: Counter[str] = Counter()
     found = []
     for path in [first[child] for _, child in children if first[child] in blocks] or blocks:
         found.append(f"{path}@{runs[path]}" if children else path)
@@ -123,12 +127,12 @@ def _times(model: nn.Module, container: str) -> int:
     for end in range(len(parts), -1, -1):
         config = getattr(model.get_submodule(".".join(parts[:end])), "config", None)
         groups = getattr(config, "num_hidden_groups", None)  # ALBERT: layers that follow each other share a group
-        if groups and len(parts) > 1 and parts[-2].isdigit():
+        if config is not None and groups and len(parts) > 1 and parts[-2].isdigit():
             layers = config.num_hidden_layers
             return sum(int(layer / (layers / groups)) == int(parts[-2]) for layer in range(layers))
-        cycles = getattr(config, "H_cycles", None), getattr(config, "L_cycles", None)  # HRM
-        if all(isinstance(cycle, int) for cycle in cycles):
-            return cycles[0] * (cycles[1] if "L_module" in parts else 1)
+        high, low = getattr(config, "H_cycles", None), getattr(config, "L_cycles", None)  # HRM
+        if isinstance(high, int) and isinstance(low, int):
+            return high * (low if "L_module" in parts else 1)
     return 1
 
 
@@ -136,13 +140,13 @@ def _containers_with(
     module: nn.Module, path: str, holders: set[nn.Module], attentions: set[nn.Module]
 ) -> Iterator[tuple[str, list[str]]]:
     """Innermost containers with attention, and the blocks in them."""
-    inner = []
-    for name, child in _in_order(module):
+    inner: list[tuple[str, list[str]]] = []
+    for name, child in in_order(module):
         if child in holders:
             inner += _containers_with(child, _join(path, name), holders, attentions)
     if inner:
         yield from inner
-    elif isinstance(module, _CONTAINERS):
+    elif isinstance(module, CONTAINERS):
         blocks = _blocks_in(module, path, holders, attentions)
         if blocks:
             yield path, blocks
@@ -191,7 +195,7 @@ def _lists_of_attention(
     if isinstance(module, nn.ModuleList) and children and all(child in attentions for child in children.values()):
         yield path, [_join(path, name) for name in children]
     else:
-        for name, child in _in_order(module):
+        for name, child in in_order(module):
             yield from _lists_of_attention(child, _join(path, name), holders, attentions)
 
 
@@ -199,13 +203,13 @@ def _repeated_linear(
     module: nn.Module, path: str, holders: set[nn.Module], attentions: set[nn.Module]
 ) -> Iterator[tuple[str, list[str]]]:
     """Innermost containers of several children of one class with linear layers in them, experts not counted."""
-    inner = []
-    for name, child in _in_order(module):
+    inner: list[tuple[str, list[str]]] = []
+    for name, child in in_order(module):
         if "expert" not in name.lower():
             inner += _repeated_linear(child, _join(path, name), holders, attentions)
     if inner:
         yield from inner
-    elif isinstance(module, _CONTAINERS):
+    elif isinstance(module, CONTAINERS):
         children = [(_join(path, name), child) for name, child in module.named_children() if _has_linear(child)]
         if children and len({type(child) for _, child in children}) == 1:
             yield path, [name for name, _ in children]
@@ -247,7 +251,7 @@ def is_linear_attention(module: nn.Module, attribute: str) -> bool:
 
 
 def _is_called(pattern: re.Pattern, module: nn.Module, attribute: str) -> bool:
-    if isinstance(module, _CONTAINERS):
+    if isinstance(module, CONTAINERS):
         return False
     # A bare leaf of that name is a normalisation or a projection beside the attention (`attention_norm`).
     return bool(pattern.search(type(module).__name__) or (pattern.search(attribute) and _has_children(module)))
@@ -256,48 +260,6 @@ def _is_called(pattern: re.Pattern, module: nn.Module, attribute: str) -> bool:
 def _calls_attention(module: nn.Module) -> bool:
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     return code is not None and not _ATTENTION_CALLS.isdisjoint(code.co_names)
-
-
-# ---- the order of running --------------------------------------------------------------------------------------------
-
-
-def _in_order(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The children in the order in which the code of `forward` runs them, as far as its names tell.
-
-    First those that it calls, hands on or loops over, then those of which it only looks something up, then the others.
-    """
-    children = dict(module.named_children())
-    if len(children) < 2 or isinstance(module, _CONTAINERS):
-        return list(children.items())
-    uses = [(name, looked_into) for name, looked_into in _uses_in(type(module), "forward", set()) if name in children]
-    order = dict.fromkeys(name for name, _ in sorted(uses, key=lambda use: use[1])) | dict.fromkeys(children)
-    if "encoder" in order and "decoder" in order:  # whatever the code says first: embeddings may be the decoder's
-        order = {name: None for name in order if name != "decoder"} | {"decoder": None}
-    return [(name, children[name]) for name in order]
-
-
-def _uses_in(cls: type, method: str, visited: set[str]) -> Iterator[tuple[str, bool]]:
-    """Attributes that a method loads and whether it only looks into them, in order, with those of methods it calls."""
-    visited.add(method)
-    function = getattr(cls, method, None)
-    code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
-    for name, looked_into in [] if code is None else _uses_of(code):
-        yield name, looked_into
-        if name not in visited and inspect.isfunction(getattr(cls, name, None)):
-            yield from _uses_in(cls, name, visited)
-
-
-def _uses_of(code: CodeType) -> Iterator[tuple[str, bool]]:
-    instructions = [one for one in dis.get_instructions(code) if one.opname not in ("CACHE", "EXTENDED_ARG")]
-    for one, following in zip(instructions, [*instructions[1:], None], strict=True):
-        if one.opname in _LOADS:
-            yield one.argval, following is not None and following.opname in _LOADS
-    for const in code.co_consts:
-        if isinstance(const, CodeType):  # of comprehensions and inner functions
-            yield from _uses_of(const)
-
-
-_LOADS = ("LOAD_ATTR", "LOAD_METHOD")
 
 
 # ---- by name ---------------------------------------------------------------------------------------------------------
