@@ -6,6 +6,7 @@ python -m model_types.sweep [--out docs/models.md] [TYPE ...]      (with tests/ 
 from __future__ import annotations
 
 import argparse
+import copy
 import logging
 import math
 import signal
@@ -71,8 +72,7 @@ def compare(model_type: str, model, batch: dict) -> Result:
     except (ValueError, TypeError, RuntimeError) as error:
         return Result(model_type, "refused", note=_sentence(error))
     result = Result(model_type, "right", dict(Counter(block.stack for block in blocks)))
-    eager = model_of(model_type, model.config, implementation="eager")
-    eager.load_state_dict(model.state_dict())
+    eager, note = reference(model_type, model, batch)
     try:
         truth, result.confirmed, runs, _ = truth_of(eager, batch, find_blocks)
         single = any(value.isnan().any() for value in truth.values())
@@ -99,11 +99,24 @@ def compare(model_type: str, model, batch: dict) -> Result:
                 wrong.append(f"{block}: {name} entropy off by {errors[-1]:.2g}")
     result.error = max(errors) if result.compared else math.nan
     result.status = "wrong" if wrong else "right" if result.compared else "no attention"
-    result.note = "; ".join(wrong[:2])
+    result.note = "; ".join(wrong[:2]) or note
     order = list(dict.fromkeys(runs))
     if sorted(order, key=[block.path for block in blocks].index) != order and not result.note:
         result.note = "stacks take turns"
     return result
+
+
+def reference(model_type: str, model, batch: dict):
+    """The model with eager attention, or with SDPA where eager gives nothing but NaN; and a note about that."""
+    eager = model_of(model_type, model.config, implementation="eager")
+    eager.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        outputs = list(_tensors(eager(**batch)))
+    if any(tensor.isnan().all() for tensor in outputs if tensor.is_floating_point() and tensor.numel()):
+        twin = copy.deepcopy(model)
+        twin.set_attn_implementation("sdpa")
+        return twin, "its eager attention gives NaN; compared with its SDPA"
+    return eager, ""
 
 
 def measured(model, batch: dict):

@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from .recipes import DEVIATION, INPUTS, SETTINGS
 
 HIDDEN, HEADS, VOCAB, LENGTH, BATCH = 32, 4, 99, 12, 2
-LARGEST = 6_000_000  # parameters: what stays larger was not made tiny by the rules here
+LARGEST = 80_000_000  # parameters: what stays larger was not made tiny by the rules here
 
 # What attributes of configurations are called, and what a tiny model has there.
 _WIDTH = "hidden_size d_model n_embd dim hidden_dim model_dim embed_dim embedding_size encoder_hidden_size "
@@ -45,7 +45,7 @@ TINY = (
         "first_k_dense_replace": 1, "sliding_window": 5, "num_mel_bins": 8, "attention_window": 4, "block_size": 4,
         "mamba_d_state": 8, "state_size": 8, "mamba_d_conv": 4, "mamba_dt_rank": 4, "mamba_chunk_size": 8,
         "ssm_state_size": 8, "num_queries": 5, "num_labels": 2, "query_length": 5, "num_query_tokens": 4,
-        "codebook_size": 20, "num_codebooks": 2, "conv_kernel_size": 3, "num_conv_pos_embeddings": 4,
+        "codebook_size": 16, "num_codebooks": 2, "conv_kernel_size": 3, "num_conv_pos_embeddings": 4,
         "num_conv_pos_embedding_groups": 2, "prediction_length": 4, "context_length": 8, "pad_token_id": 0,
         "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1, "unk_token_id": 2, "sep_token_id": 2,
         "cls_token_id": 1, "mask_token_id": 2, "image_token_id": 3, "image_token_index": 3, "video_token_id": 4,
@@ -75,6 +75,9 @@ def _tiny(cls, settings: dict):
             found[name] = _like(value, TINY[name])
     mapped = set(getattr(cls, "attribute_map", {}))
     found = {k: v for k, v in found.items() if k not in mapped}
+    rope = _rope(values.get("rope_parameters"), found, settings)
+    if rope is not None and "rope_parameters" in names | set(values):
+        found["rope_parameters"] = rope
     kinds = values.get("layer_types")
     if isinstance(kinds, list) and kinds and "layer_types" in names:
         found["layer_types"] = [*dict.fromkeys(kinds)] * (1 if len(set(kinds)) > 1 else 2)
@@ -87,6 +90,15 @@ def _tiny(cls, settings: dict):
         if sub is not None:
             found[name] = _tiny(sub, settings.pop(name, {}) if isinstance(settings.get(name), dict) else {}).to_dict()
     return cls(**(found | settings))
+
+
+def _rope(rope, found: dict, settings: dict):
+    """Rotary parameters with sections (of time, height, width) that fit a tiny head; None: as they are."""
+    if not isinstance(rope, dict) or "mrope_section" not in rope:
+        return None
+    head = settings.get("head_dim", found.get("head_dim", found.get("hidden_size", HIDDEN) // HEADS))
+    half = int(head * (rope.get("partial_rotary_factor") or 1.0)) // 2
+    return rope | {"mrope_section": [half - 2 * (half // 3), half // 3, half // 3]}
 
 
 def _like(default, tiny):
@@ -164,6 +176,8 @@ def batch_of(model_type: str, model) -> dict:
         batch["decoder_input_ids"] = ids()
     if "grid_thw" in names:
         batch = patches(config, "hidden_states" if "hidden_states" in names else "pixel_values")
+        if "merge_sizes" in names:
+            batch["merge_sizes"] = torch.ones(2, dtype=torch.long)
     if getattr(config, "vision_config", None) is not None and first == "input_ids" and "pixel_values" in names:
         return with_images(model, batch) if "pixel_values" not in batch else batch
     return batch
@@ -202,6 +216,7 @@ def with_images(model, batch: dict) -> dict:
 _WITH_IMAGES = {
     "clip", "siglip", "siglip2", "align", "altclip", "chinese_clip", "clipseg", "blip", "flava", "git", "owlvit",
     "owlv2", "vilt", "bridgetower", "groupvit", "metaclip_2", "xclip", "tipsv2", "aimv2", "clap", "videoprism",
+    "vision-text-dual-encoder", "sam3", "sam3_lite_text",
 }  # fmt: skip
 
 
