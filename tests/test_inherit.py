@@ -8,7 +8,7 @@ from test_inject import plan_for
 from tiny_models import one_thread  # noqa: F401
 
 from inflection_fast import find_blocks
-from inflection_fast.act import drop, inherit
+from inflection_fast.act import drop, grow, inherit, inherited_blocks
 
 
 def skipping(model, layers):
@@ -99,3 +99,32 @@ def test_a_configuration_that_counts_by_index_is_refused():
     with pytest.raises(ValueError, match=r"says by index which block has what"):
         inherit(model, [0, 2])
     assert model.config.num_hidden_layers == 3 and len(find_blocks(inherit(model, [0, 1]))) == 2
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "hand-written"])
+def test_a_smaller_model_grows_and_keeps_what_it_has_learnt(name, tmp_path):
+    model, batch = tiny.model_and_batch(name)
+    small = inherit(model, [0])
+    with torch.no_grad():
+        for parameter in small.parameters():
+            parameter.add_(0.01)
+    if hasattr(small, "save_pretrained"):
+        small.save_pretrained(tmp_path)
+        small = type(small).from_pretrained(tmp_path)
+    assert inherited_blocks(small) == [0]
+    larger = grow(small, model, by=2)
+    assert inherited_blocks(larger) == [0, 1, 2] and len(find_blocks(larger)) == 3
+    ours, theirs, grown = weights(small), weights(model), weights(larger)
+    assert grown.keys() == theirs.keys()
+    for key, value in grown.items():
+        assert torch.equal(value, ours[key] if key in ours else theirs[key]), key
+    assert ours.keys() < grown.keys()
+    assert torch.isfinite(outputs(larger, batch)).all()
+    for arguments, words in (
+        ((small, model, 3), "3 more blocks were asked for, after block 0 there are 2"),
+        ((model, model, 1), "does not say which blocks it inherited"),
+        ((small, model, 0), "by: expected an integer >= 1"),
+        ((larger, tiny.distilbert()), "which the smaller model inherited|are not the same there|more blocks"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            grow(*arguments)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import TrainerCallback
@@ -19,6 +19,9 @@ from transformers import TrainerCallback
 from ..blocks import Block
 from ..decide import Plan
 from .planned import blocks_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["Handle", "Scheduled", "check_fraction", "check_steps"]
 
@@ -91,7 +94,11 @@ class Handle:
     def _remove(self) -> None:
         raise NotImplementedError
 
-    def __enter__(self):
+    def __deepcopy__(self, memo: dict) -> Handle:
+        """Itself: a copy of a model (an average of its weights) carries the hooks along, which do nothing there."""
+        return self
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error) -> None:

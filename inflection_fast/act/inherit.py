@@ -5,19 +5,23 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..blocks import Block, find_blocks
 from ..decide import Plan
-from .handle import Handle
+from .handle import Handle, check_steps
 from .planned import every_block, planned_blocks, unwrapped
 
-__all__ = ["Dropped", "drop", "inherit"]
+__all__ = ["Dropped", "drop", "grow", "inherit", "inherited_blocks"]
 
 _DEPTH = re.compile(r"(num_hidden_layers|num_layers|n_layers?|(num_)?(encoder|decoder)_layers)")
 _PER_LAYER = re.compile(r"layer|block|type|pattern", re.IGNORECASE)
+_KEPT = "inherited_blocks"  # in the configuration, so that it is saved with the model
 _INDEX = ("layer_idx", "layer_id", "layer_index", "layer_number")
 
 
@@ -42,7 +46,64 @@ def inherit(model: nn.Module, plan: Plan | Sequence[int], *, share: bool = False
     small = copy.deepcopy(base, memo)
     _shorten(small, small.get_submodule(container), [block.index for block in kept], len(every))
     _refuse_other_shape(small)
+    _note(small, [block.index for block in kept])
     return small
+
+
+def inherited_blocks(model: nn.Module) -> list[int]:
+    """Which blocks of its source a model of `inherit` has, also after `from_pretrained`. `ValueError` for others."""
+    held = getattr(getattr(model, "config", model), _KEPT, None)
+    if held is None:
+        raise ValueError("model: it does not say which blocks it inherited; pass what inherit() returned")
+    return list(held)
+
+
+@torch.no_grad()
+def grow(small: nn.Module, model: nn.Module, by: int = 1, *, blocks: Sequence[int] | None = None) -> nn.Module:
+    """`small`, which `inherit` made of `model`, with the next `by` blocks of `model`, or just `blocks`, after its last.
+
+    What `small` has learnt since stays: blocks, embeddings and head are copied from it, the new blocks from `model`. A
+    new model is returned, on the device of `small`; make a new optimizer for it. `ValueError` where `model` has not so
+    many blocks left, or is not what `small` came from.
+    """
+    check_steps("by", by)
+    kept, every = inherited_blocks(small), find_blocks(model)
+    ours = find_blocks(small, None if len(kept) > 1 else [_only(small, every)])
+    if len(ours) != len(kept) or max(kept) >= len(every):
+        raise ValueError(
+            f"model: it has no blocks {kept}, which the smaller model inherited; pass the one it came from"
+        )
+    after = list(range(kept[-1] + 1, len(every)))
+    more = after[:by] if blocks is None else list(blocks)
+    if blocks is None and len(more) < by:
+        raise ValueError(f"by: {by} more blocks were asked for, after block {kept[-1]} there are {len(more)}")
+    if not more or not set(more) <= set(after) or more != sorted(set(more)):
+        raise ValueError(f"blocks: expected rising indices of blocks after block {kept[-1]}, got {more}")
+    larger = inherit(model, [*kept, *more])
+    container = _container(every)
+    places = {f"{container}.{name}." for name in small.get_submodule(container)._modules}
+    if len(places) != len(kept):
+        raise ValueError("small: its list of blocks was changed since it was inherited")
+    # The kept blocks are the first ones of the larger model, so everything of the smaller one has its old name.
+    target, source = larger.state_dict(), small.state_dict()
+    differing = [name for name, value in source.items() if name not in target or target[name].shape != value.shape]
+    if differing:
+        raise ValueError(f"model: {differing[0]} is not the same there; pass the model that the smaller one came from")
+    for name, value in source.items():
+        target[name].copy_(value)
+    for parameter, trains in ((larger.get_parameter(n), p.requires_grad) for n, p in small.named_parameters()):
+        parameter.requires_grad_(trains)
+    return larger.to(next(small.parameters()).device).train(small.training)
+
+
+def _only(small: nn.Module, every: Sequence[Block]) -> str:
+    """The path of the only block of a smaller model: a list of one is not told by structure."""
+    container = _container(every)
+    return f"{container}.{next(iter(small.get_submodule(container)._modules))}"
+
+
+def _note(small: nn.Module, kept: list[int]) -> None:
+    setattr(getattr(small, "config", small), _KEPT, kept)
 
 
 class Dropped(Handle):
@@ -120,16 +181,16 @@ def _shorten(model: nn.Module, container: nn.Module, kept: list[int], depth: int
             f"model: the list of its {depth} blocks holds {len(names)} modules, so that it cannot be shortened"
         )
     before = dict(container._modules)
-    undo: list[Callable[[], None]] = [lambda: (container._modules.clear(), container._modules.update(before))]
+    undo: list[Callable[[], None]] = [lambda: _put_back(container._modules, before)]
     numbered = all(name.isdigit() for name in names)
     container._modules.clear()
     for place, index in enumerate(kept):
         container._modules[str(place) if numbered else names[index]] = before[names[index]]
-        for module in before[names[index]].modules():
+        for module in container.get_submodule(str(place) if numbered else names[index]).modules():
             for attribute in _INDEX:
                 if getattr(module, attribute, None) == index and attribute in vars(module):
                     setattr(module, attribute, place)
-                    undo.append(lambda m=module, a=attribute, i=index: setattr(m, a, i))
+                    undo.append(partial(setattr, module, attribute, index))
     seen: set[int] = set()
     for module in model.modules():
         config = getattr(module, "config", None)
@@ -139,8 +200,13 @@ def _shorten(model: nn.Module, container: nn.Module, kept: list[int], depth: int
     return undo
 
 
+def _put_back(held: dict[str, nn.Module | None], before: dict[str, nn.Module | None]) -> None:
+    held.clear()
+    held.update(before)
+
+
 def _shorten_config(config, kept: list[int], depth: int) -> list[Callable[[], None]]:
-    changes = {}
+    changes: dict[str, Any] = {}
     for name, value in vars(config).items():
         counts = isinstance(value, int) and not isinstance(value, bool) and value == depth
         if counts and _DEPTH.fullmatch(config.attribute_map.get(name, name)):
@@ -155,10 +221,10 @@ def _shorten_config(config, kept: list[int], depth: int) -> list[Callable[[], No
 def _refuse_other_shape(small: nn.Module) -> None:
     """`ValueError` unless a model made from the new configuration has the same parameters."""
     config = getattr(small, "config", None)
-    if config is None or not hasattr(small, "_from_config"):
+    if config is None or not isinstance(small, PreTrainedModel):
         return
     with torch.device("meta"):
-        made = type(small)._from_config(copy.deepcopy(config))
+        made = small._from_config(copy.deepcopy(config))
     ours, theirs = ({name: tuple(p.shape) for name, p in m.named_parameters()} for m in (small, made))
     if ours != theirs:
         differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))

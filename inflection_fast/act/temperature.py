@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 import torch
@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from ..decide import Plan
 from ..measure.attention_sight import interfaces_of
 from .handle import Scheduled, check_steps
+from .interface import InterfaceCall, change_queries
 
 __all__ = ["AttentionTemperature", "attention_temperature"]
 
@@ -81,7 +82,7 @@ class AttentionTemperature(Scheduled):
     def _attach(self) -> None:
         inside = {id(module) for block in self.blocks for module in block.module.modules()}
         for interface in interfaces_of(self.model):
-            self._attached.callback(_scale_interface(interface, inside, self._factor))
+            self._attached.callback(change_queries(interface, inside, self._scaled))
         for block in self.blocks:
             if _calls_torch(block.module):
                 for handle in (
@@ -90,16 +91,21 @@ class AttentionTemperature(Scheduled):
                 ):
                     self._attached.callback(handle.remove)
 
+    def _scaled(self, call: InterfaceCall) -> Tensor:
+        return call.query * self._factor
+
     # The function mode is entered around each block, later than one that a monitor enters around the model: the mode
     # that was entered last sees a call first, so that the monitor sees what has been scaled.
 
     def _block_begins(self, module: nn.Module, args: tuple) -> None:
+        if not any(module is block.module for block in self.blocks):  # of a copy of the model, which has the hooks too
+            return
         mode = _ScalingMode(self._factor, self.temperature == 1)
         mode.__enter__()
         self._modes.append(mode)
 
     def _block_ends(self, module: nn.Module, args: tuple, output: object) -> None:
-        if self._modes:
+        if self._modes and any(module is block.module for block in self.blocks):
             self._modes.pop().__exit__(None, None, None)
 
     def _settings(self) -> dict:
@@ -154,68 +160,6 @@ def attention_temperature(
     return AttentionTemperature(model, layers, start, end, steps, schedule)
 
 
-# ---- the attention interface of Transformers -------------------------------------------------------------------------
-
-
-def _scale_interface(interface, inside: set[int], factor: Tensor) -> Callable[[], None]:
-    """Scale the queries of the modules `inside`, whatever else is put on the interface meanwhile. How to undo it.
-
-    A monitor that measures shadows `get_interface` on the object. A property of the class stands before that, so that
-    queries are scaled first and measured afterwards, in whatever order the two come and go.
-    """
-    if not hasattr(type(interface), _SCALES):
-        interface.__class__ = _scaling_class(type(interface))
-    scaling = type(interface)
-    scales = getattr(scaling, _SCALES)
-    scales.append(entry := (inside, factor))
-
-    def undo() -> None:
-        scales[:] = [other for other in scales if other is not entry]
-        if not scales and type(interface) is scaling:
-            interface.__class__ = scaling.__mro__[1]
-
-    return undo
-
-
-_SCALES = "_inflection_scales"  # [(ids of modules, factor)], on the class that an interface has meanwhile
-
-
-def _scaling_class(cls: type) -> type:
-    scales: list[tuple[set[int], Tensor]] = []
-    looking = [False]
-
-    def shadowing(self):
-        inner = vars(self).get("get_interface")
-        inner = cls.get_interface.__get__(self) if inner is None else inner
-
-        def get_interface(name, default):
-            if looking[0]:  # what stands on the object has kept this very function, and asks it in turn: scale once
-                return inner(name, default)
-            looking[0] = True
-            try:
-                attend = inner(name, default)
-            finally:
-                looking[0] = False
-
-            def scaled(module, query, *args, **kwargs):
-                for inside, factor in scales:
-                    if id(module) in inside:
-                        query = query * factor
-                return attend(module, query, *args, **kwargs)
-
-            return scaled
-
-        return get_interface
-
-    def put(self, value):
-        vars(self)["get_interface"] = value
-
-    def take(self):
-        del vars(self)["get_interface"]
-
-    return type(cls.__name__, (cls,), {"get_interface": property(shadowing, put, take), _SCALES: scales})
-
-
 # ---- torch -----------------------------------------------------------------------------------------------------------
 
 
@@ -242,12 +186,17 @@ class _ScalingMode(TorchFunctionMode):
         separate = kwargs.get("use_separate_proj_weight", False)
         for name in ("q_proj_weight" if separate else "in_proj_weight", "in_proj_bias"):
             place = places[name]
-            held = args if place < len(args) else kwargs
-            key = place if held is args else name
-            if held[key] is not None:
-                whole = name == "q_proj_weight"
-                parts = held[key] if whole else torch.cat([held[key][:width] * self._factor, held[key][width:]])
-                held[key] = parts * self._factor if whole else parts
+            given = args[place] if place < len(args) else kwargs[name]
+            if given is None:
+                continue
+            if name == "q_proj_weight":
+                scaled = given * self._factor
+            else:
+                scaled = torch.cat([given[:width] * self._factor, given[width:]])
+            if place < len(args):
+                args[place] = scaled
+            else:
+                kwargs[name] = scaled
         return args, kwargs
 
 

@@ -24,7 +24,16 @@ from ..blocks import Block
 from .attention_call import AttentionCall, Starts, as_packed, takes_flash_masks
 from .attention_places import AttentionPlaces
 
-__all__ = ["AttentionSight", "See", "heads_first", "interfaces_of", "seeing_functions", "seeing_interfaces"]
+__all__ = [
+    "AttentionSight",
+    "FunctionMode",
+    "See",
+    "call_of",
+    "heads_first",
+    "interfaces_of",
+    "seeing_functions",
+    "seeing_interfaces",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -100,9 +109,7 @@ def seeing_interfaces(interfaces: list, places: AttentionPlaces, see: See) -> It
                     kind = places.of(module).kind or "self"
 
                     def read():
-                        settings = _named_arguments(attend, args, kwargs)
-                        mask = _as_added(attention_mask, query, attend) if name == "eager" else attention_mask
-                        call = _interface_call(name, module, query, key, mask, settings, starts)
+                        call = call_of(name, attend, module, query, key, attention_mask, args, kwargs, starts)
                         return replace(call, kind=kind)
 
                     if kind != "other":
@@ -123,6 +130,23 @@ def _unshadow(interface, shadowed: Callable | None) -> None:
         del interface.get_interface
     else:
         interface.get_interface = shadowed
+
+
+def call_of(
+    name: str,
+    attend: Callable,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    args: tuple,
+    kwargs: dict,
+    starts: Starts,
+) -> AttentionCall:
+    """What `attend`, which is the implementation `name`, makes of its arguments (`args` follow after the mask)."""
+    settings = _named_arguments(attend, args, kwargs)
+    mask = _as_added(mask, query, attend) if name == "eager" else mask
+    return _interface_call(name, module, query, key, mask, settings, starts)
 
 
 _READS_BOOL = {"masked_fill", "masked_fill_", "where", "logical_not"}
@@ -213,11 +237,13 @@ def seeing_functions(places: AttentionPlaces, see: See) -> Iterator[None]:
     block that has none such), and if one of the other dimensions is that of the module's heads. So a router, a pooling
     and a vocabulary are none.
     """
-    with places.followed(), _FunctionMode(places, see):
+    with places.followed(), FunctionMode(places, see):
         yield
 
 
-class _FunctionMode(TorchFunctionMode):
+class FunctionMode(TorchFunctionMode):
+    """Hands attention that ends in one of torch's functions to `see`, at the places that are running."""
+
     # A mode is off inside its own handler: what a function that was seen calls in turn is not seen a second time.
     def __init__(self, places: AttentionPlaces, see: See):
         super().__init__()

@@ -1,0 +1,248 @@
+"""New weights for what does nothing any more: collapsed heads, and feed-forward layers.
+
+Weights are drawn by the architecture's own initialiser (`_init_weights` of Transformers' models, `reset_parameters` of
+others). Training goes on from them, so both are permanent; `undo()` puts the weights back that were there before.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..blocks import Block, is_named_attention
+from ..decide import Plan
+from .handle import Handle, check_steps
+from .heads import HeadWeights, Rows, head_weights, heads_by_layer
+from .targets import is_linear, modules_of
+
+__all__ = ["Reinitialised", "reinitialise_heads", "reset_feed_forward"]
+
+# A parameter and the part of it that is new.
+_Part = tuple[nn.Parameter, tuple[slice, ...]]
+
+
+class Reinitialised(Handle):
+    """Parts of parameters that were drawn anew."""
+
+    permanent = True
+
+    def __init__(self, model: nn.Module, where: Plan | Sequence[int] | int | None, seed: int):
+        check_steps("seed", seed, 0)
+        super().__init__(model, where)
+        self.seed = seed
+        self._parts: list[_Part] = []
+        self._before: list[Tensor] = []
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers are new."""
+        return sum(parameter[index].numel() for parameter, index in self._parts)
+
+    @torch.no_grad()
+    def _write(self, parts: list[tuple[nn.Parameter, tuple[slice, ...], Tensor]]) -> None:
+        for parameter, index, fresh in parts:
+            if not parameter.is_floating_point():
+                raise ValueError("model: weights of quantised integers cannot be drawn anew; load it unquantised")
+            if fresh[index].isnan().any():
+                raise ValueError(
+                    f"model: the initialiser of {type(self.model).__name__} leaves weights of these layers alone, so "
+                    "that there is nothing to draw them from"
+                )
+        for parameter, index, fresh in parts:
+            self._parts.append((parameter, index))
+            self._before.append(parameter[index].clone())
+            parameter[index] = fresh[index].to(parameter)
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Put the earlier weights back: the model as it was, to the bit, as far as nothing else was trained since."""
+        for (parameter, index), before in zip(self._parts, self._before, strict=True):
+            parameter[index] = before
+
+    @torch.no_grad()
+    def forget(self, optimizer: torch.optim.Optimizer) -> None:
+        """Set to zero what an optimizer remembers of the earlier weights (moments, momentum)."""
+        for parameter, index in self._parts:
+            for value in optimizer.state.get(parameter, {}).values():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    value[index] = 0
+
+    def _remove(self) -> None:
+        raise RuntimeError(f"{self.name} is permanent")
+
+
+class ReinitialisedHeads(Reinitialised):
+    """Queries and output of the chosen heads, and keys and values that no other head uses."""
+
+    name = "re-initialised heads"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        where: Plan | Sequence[int] | int | None,
+        heads: Sequence[int] | Mapping[int, Sequence[int]] | None,
+        seed: int,
+    ):
+        super().__init__(model, where, seed)
+        self.heads = heads_by_layer(self.blocks, where, heads)
+        self.kept_groups: dict[int, list[int]] = {}  # layer -> groups of keys and values that other heads use, too
+        found = []
+        for block in self.blocks:
+            weights = head_weights(block)
+            fresh = _fresh(model, block, seed)
+            for rows in self._rows(block.index, weights):
+                found += _parts_of(rows, fresh)
+        self._write(found)
+
+    def _rows(self, layer: int, weights: HeadWeights) -> list[Rows]:
+        heads = self.heads[layer]
+        heads = list(range(weights.heads)) if heads is None else heads
+        rows = [one for head in heads for one in weights.of(head)]
+        shared = weights.heads // weights.groups
+        touched = sorted({head // shared for head in heads})
+        whole = [group for group in touched if set(range(group * shared, (group + 1) * shared)) <= set(heads)]
+        rest = [group for group in touched if group not in whole]
+        if rest:
+            self.kept_groups[layer] = rest
+        return rows + [one for group in whole for one in weights.of_group(group)]
+
+    def _settings(self) -> dict:
+        heads = {str(layer): some for layer, some in self.heads.items() if some is not None}
+        return {"heads": heads, "seed": self.seed, "numbers": self.numbers}
+
+    def _words(self) -> str:
+        words = f"Heads of blocks {', '.join(map(str, self.layers))} were drawn anew."
+        if self.kept_groups:
+            words += f" Keys and values that other heads use stayed, in blocks {', '.join(map(str, self.kept_groups))}."
+        return words
+
+
+class ResetFeedForward(Reinitialised):
+    """All linear layers of the chosen blocks that are outside their attention."""
+
+    name = "reset feed-forward layers"
+
+    def __init__(self, model: nn.Module, where: Plan | Sequence[int] | int | None, seed: int):
+        super().__init__(model, where, seed)
+        found: list[tuple[nn.Parameter, tuple[slice, ...], Tensor]] = []
+        self.modules: list[str] = []
+        for block in self.blocks:
+            fresh, names = _fresh(model, block, seed), _feed_forward(block)
+            if not names:
+                raise ValueError(f"model: {block.name} has no linear layers outside its attention")
+            for name, module in names.items():
+                self.modules.append(name)
+                for part, parameter in module.named_parameters(recurse=False):
+                    found.append((parameter, (slice(None),), getattr(fresh[module], part)))
+        self._write(found)
+
+    def _settings(self) -> dict:
+        return {"modules": self.modules, "seed": self.seed, "numbers": self.numbers}
+
+    def _words(self) -> str:
+        return f"The feed-forward layers of blocks {', '.join(map(str, self.layers))} were drawn anew."
+
+
+def reinitialise_heads(
+    model: nn.Module,
+    layers: Plan | Sequence[int] | int,
+    *,
+    heads: Sequence[int] | Mapping[int, Sequence[int]] | None = None,
+    seed: int = 0,
+) -> ReinitialisedHeads:
+    """Draw the weights of attention heads anew: queries, keys, values and the columns of the output projection.
+
+    With grouped queries, keys and values of a group are drawn anew where all heads of the group are; the description
+    says where they stayed. The draw depends on `seed` alone, so ranks agree, and torch's generators are left as they
+    are. `forget(optimizer)` clears what an optimizer has of the old weights.
+
+    Args:
+        layers: a plan (`SelectConfig("collapsed")` names the heads) or indices of blocks.
+        heads: indices for all of these blocks, or by block; None: those of the plan, or all.
+
+    Raises:
+        ValueError: a head or block that does not exist, or attention whose weights by head are not known.
+    """
+    return ReinitialisedHeads(model, layers, heads, seed)
+
+
+def reset_feed_forward(model: nn.Module, layers: Plan | Sequence[int] | int, *, seed: int = 0) -> ResetFeedForward:
+    """Draw the feed-forward layers of blocks anew: all linear layers outside their attention. See above.
+
+    `ValueError` for a block that does not exist or has no such layers.
+    """
+    return ResetFeedForward(model, layers, seed)
+
+
+def _feed_forward(block: Block) -> dict[str, nn.Module]:
+    """Linear layers by name that are in no attention. `ValueError` where there are experts, whose router would stay."""
+    modules = dict(modules_of(block))
+    attentions = [name for name, module in modules.items() if is_named_attention(module, name.rpartition(".")[2])]
+    if any("expert" in name[len(block.path) :].lower() for name in modules):
+        raise ValueError(f"model: {block.name} has experts; resetting them one by one is not supported")
+    outside = {name: m for name, m in modules.items() if not any(f"{name}.".startswith(f"{a}.") for a in attentions)}
+    return {name: module for name, module in outside.items() if is_linear(module)}
+
+
+def _parts_of(rows: Rows, fresh: Mapping[nn.Module, nn.Module]) -> list[tuple[nn.Parameter, tuple[slice, ...], Tensor]]:
+    twin = fresh[rows.module]
+    found = [(rows.module.get_parameter("weight"), rows.index, twin.get_parameter("weight").data)]
+    if rows.module._parameters.get("bias") is not None and not rows.of_inputs:
+        index = (slice(rows.begin, rows.end),)
+        found.append((rows.module.get_parameter("bias"), index, twin.get_parameter("bias").data))
+    return found
+
+
+@torch.no_grad()
+def _fresh(model: nn.Module, block: Block, seed: int) -> dict[nn.Module, nn.Module]:
+    """The modules of a block with twins of newly drawn weights; NaN where the initialiser draws nothing."""
+    twins: dict[nn.Module, nn.Module] = {}
+
+    def twin_of(module: nn.Module) -> nn.Module:
+        twin = copy.copy(module)  # shares buffers and settings, and is never run
+        twin.__dict__["_is_hf_initialized"] = False
+        twin._parameters = {
+            name: None
+            if p is None
+            else nn.Parameter(torch.full_like(p, torch.nan), requires_grad=False)
+            if p.is_floating_point()
+            else p
+            for name, p in module._parameters.items()
+        }
+        twin._buffers = {name: None if b is None else b.clone() for name, b in module._buffers.items()}
+        twin._modules = {name: None if child is None else twin_of(child) for name, child in module._modules.items()}
+        twins[module] = twin
+        return twin
+
+    root = twin_of(block.module)
+    owner = _owner(model, block)
+    devices = sorted({p.device.index for p in root.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed * 1_000_003 + block.index)
+        _initialise(root, owner)
+    return twins
+
+
+def _initialise(module: nn.Module, owner: PreTrainedModel | None) -> None:
+    for child in module.children():
+        _initialise(child, owner)
+    if owner is not None:
+        owner._init_weights(module)
+    else:
+        reset = getattr(module, "reset_parameters", None)
+        if callable(reset):
+            reset()
+
+
+def _owner(model: nn.Module, block: Block) -> PreTrainedModel | None:
+    """The model of Transformers that is nearest around a block."""
+    parts = block.path.split(".")
+    for end in range(len(parts) - 1, -1, -1):
+        around = model.get_submodule(".".join(parts[:end]))
+        if isinstance(around, PreTrainedModel):
+            return around
+    return None

@@ -1,0 +1,76 @@
+"""Every intervention under accumulation, checkpointing, a scaler, compiling, two processes, and after a resume."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import intervention_runs as runs
+import pytest
+import torch
+from tiny_models import one_thread  # noqa: F401
+
+NAMES = list(runs.interventions())
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return {name: runs.train(name) for name in NAMES}
+
+
+def agree(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for key, expected in theirs.items():
+        torch.testing.assert_close(
+            ours[key], expected, rtol=2e-4, atol=2e-5, msg=lambda words, key=key: f"{key}: {words}"
+        )
+
+
+def test_each_of_them_trains_otherwise_than_the_others(plain):
+    for i, name in enumerate(NAMES):
+        for other in NAMES[:i]:
+            ours, theirs = plain[name], plain[other]
+            assert ours.keys() != theirs.keys() or any(not torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("manner", ["checkpointed", "scaled"])
+def test_checkpointing_and_a_scaler_change_nothing(plain, name, manner):
+    agree(runs.train(name, manner), plain[name])
+
+
+@pytest.mark.parametrize("name", ["dropout", "lisa", "unfreezing", "fewer blocks", "sigma"])
+def test_a_compiled_model_trains_the_same(plain, name):
+    agree(runs.train(name, "compiled"), plain[name])
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_that_is_resumed_ends_where_the_whole_one_does(plain, name):
+    saved = {}
+    agree(runs.train(name, saved=saved), plain[name])
+    agree(runs.train(name, saved=saved, steps=range(2, runs.STEPS)), plain[name])
+
+
+def test_two_processes_train_what_one_does(plain, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    tests = Path(__file__).parent
+    environment = os.environ | {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)]), "GLOO_SOCKET_IFNAME": "lo",
+    }  # fmt: skip
+    command = [sys.executable, str(tests / "intervention_runs.py"), str(tmp_path)]
+    processes = [subprocess.Popen(command, env=environment | {"RANK": str(rank)}) for rank in range(2)]
+    try:
+        codes = [process.wait(240) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert codes == [0, 0]
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for name in NAMES:
+        agree(ranks[0][name], plain[name])
+        agree(ranks[1][name], ranks[0][name])
