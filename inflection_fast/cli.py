@@ -43,6 +43,7 @@ COMMANDS = {
     "scan": "say what is unusual in any checkpoint, from its weights, and with texts from attention and gradients",
     "compare": "compare two checkpoints layer by layer: features, what is measured on both, weights",
     "run": "measure, plan, tune and report in this order, continuing where an interrupted run stopped",
+    "inherit": "build a smaller model of the early blocks, train it on, and compare it with others of that size",
     "study": "compare many ways to place adapters over transfers and seeds, and report what they say",
     "doctor": "say what is installed, what is loaded, and what is missing",
 }
@@ -325,6 +326,12 @@ def _plan(argv: list[str]) -> int:
     return 0
 
 
+def _inherit(argv: list[str]) -> int:
+    from inflection_fast.run.inheriting import command
+
+    return command(argv, _console())
+
+
 def _doctor(argv: list[str]) -> int:
     argparse.ArgumentParser(prog="inflection-fast doctor", description=f"{COMMANDS['doctor']}.").parse_args(argv)
     from inflection_fast.run.doctor import examine, show
@@ -360,6 +367,7 @@ _DISPATCH: dict[str, Callable[[list[str]], int]] = {
     "scan": _scan,
     "compare": _compare,
     "run": _run,
+    "inherit": _inherit,
     "study": _study,
     "doctor": _doctor,
 }
