@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_study import tiny_study
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from inflection_fast.run.errors import UserError
 from inflection_fast.study.adaptation import NoArm, Spending
@@ -13,11 +14,13 @@ from inflection_fast.study.arms import arm_of, arms
 from inflection_fast.study.arms_data import breakpoints
 from inflection_fast.study.arms_weights import marchenko_pastur_median, signal_ratio
 from inflection_fast.study.store import Store
+from inflection_fast.study.training_hooks import training_hooks
 from inflection_fast.study.work import Work
 
+INTERVENED = ("greedy_temperature", "greedy_entropy_floor", "greedy_head_dropout")
 LORA_ARMS = ("kappa", "spectrum", "eva", "gradient_high", "gradient_low", "auto_rgn", "block_cka", "breakpoints",
              "first_order", "trial_norm", "trial_sensitivity", "halving", "random", "first", "last", "even", "greedy",
-             "maxima", "top", "all_equal")  # fmt: skip
+             "maxima", "top", "all_equal", *INTERVENED)  # fmt: skip
 OTHERS = ("ia3", "dora", "vera", "prefix", "bottleneck", "ia3_planned", "dora_planned", "vera_planned",
           "bottleneck_planned", "adalora", "lisa", "head", "shallow", "full", "bitfit", "all")  # fmt: skip
 
@@ -68,6 +71,30 @@ def test_another_adapter_trains(work, name):
     result = work.training("one", "under", 1, adaptation, 1e-3, "test")
     assert result["trainable"] > 0 and result["metrics"]["n"] == work.config.target.test
     assert np.isfinite(result["losses"]).all()
+
+
+@pytest.mark.parametrize("name", INTERVENED)
+def test_an_intervention_changes_the_training_of_the_same_adapters_and_is_taken_back(work, name):
+    (plain, _), (adaptation, _) = chosen(work, "greedy"), chosen(work, name)
+    assert adaptation.ranks == plain.ranks and adaptation.key() != plain.key()
+    result = work.training("one", "under", 1, adaptation, 1e-3, "test")
+    assert np.isfinite(result["losses"]).all() and result["trainable"] > 0
+    model = adaptation.apply(work.start("one", "under", 1), 4).train()
+    batch = {"input_ids": torch.arange(5, 37).view(4, 8), "labels": torch.tensor([0, 1, 0, 1])}
+    with torch.no_grad():  # attention that is far from uniform
+        for parameter in model.parameters():
+            parameter.mul_(30 if parameter.dim() > 1 else 1)
+    torch.manual_seed(0)
+    before = model(**batch).loss
+    hooks = training_hooks(adaptation, model, 2, seed=1)
+    torch.manual_seed(0)
+    assert model(**batch).loss != before
+    for step in range(2):
+        hooks["after_step"](step)
+    torch.manual_seed(0)
+    assert model(**batch).loss == before
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert type(ALL_ATTENTION_FUNCTIONS) is AttentionInterface
 
 
 def test_parameters_of_dora_and_bottleneck_are_close_to_those_of_lora(work):

@@ -199,6 +199,7 @@ class Planned:
 def _own() -> dict[str, Arm]:
     placed = {which: Places(which) for which in ("first", "last", "even")}
     from inflection_fast.study.arms_data import BlockSimilarity, Breakpoints, Eva, FirstOrderGain, GradientRule
+    from inflection_fast.study.arms_interventions import Intervened
     from inflection_fast.study.arms_other import Other
     from inflection_fast.study.arms_trial import AdaLora, Lisa, SuccessiveHalving, TrialShare
     from inflection_fast.study.arms_weights import Kappa, Spectrum
@@ -231,6 +232,11 @@ def _own() -> dict[str, Arm]:
         "random": Places("random", draws=True),
         **placed,
         "greedy": greedy,
+        "greedy_temperature": Intervened("temperature", greedy, {"start": 1.5, "end": 1.0}),
+        "greedy_entropy_floor": Intervened(
+            "entropy_floor", greedy, {"target": 1.0, "weight": 0.1, "add_to_loss": True}
+        ),
+        "greedy_head_dropout": Intervened("head_dropout", greedy, {"p": 0.1}),
         "maxima": Planned(SelectConfig(method="maxima")),
         "top": Planned(SelectConfig(method="top", k=1, significance=None), count=True),
     }

@@ -20,6 +20,10 @@ def training_hooks(adaptation: Adaptation, model: nn.Module, steps: int, seed: i
         return _adalora(model)
     if adaptation.kind == "lisa":
         return _lisa(model, seed, **adaptation.options)
+    if "intervention" in adaptation.options:
+        from inflection_fast.study.arms_interventions import intervention_hooks
+
+        return intervention_hooks(adaptation, model, steps)
     return {}
 
 
