@@ -25,7 +25,7 @@ from inflection_fast import Plan, dead_adapters, find_blocks, inject
 TYPES = [
     "albert", "apertus", "bart", "beit", "bert", "bloom", "clip", "cohere", "ctrl", "deberta", "deberta-v2", "deit",
     "distilbert", "electra", "ernie4_5", "falcon", "gemma2", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss",
-    "granite", "helium", "hubert", "llama", "mistral", "mixtral", "modernbert", "mpnet", "olmo2", "opt", "phi",
+    "granite", "helium", "hubert", "llama", "mamba", "mistral", "mixtral", "modernbert", "mpnet", "olmo2", "opt", "phi",
     "phimoe", "qwen2", "qwen3", "qwen3_moe", "roberta", "siglip", "starcoder2", "t5", "vit", "wavlm", "xlm-roberta",
 ]  # fmt: skip
 

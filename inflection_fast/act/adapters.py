@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import peft
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -63,16 +65,23 @@ def adapt(
     missing = sorted(set(ranks) - set(modules))
     if missing and kind != "prefix":
         raise ValueError(f"ranks: {type(model).__name__} has no modules {missing}")
-    common = {"task_type": _task(model), "modules_to_save": _saved(model, find_blocks(model), None) or None}
+    common: dict[str, Any] = {
+        "task_type": _task(model),
+        "modules_to_save": _saved(model, find_blocks(model), None) or None,
+    }
     names = list(ranks)
     first = max(ranks.values())
-    kin = {"target_modules": names, "fan_in_fan_out": any(isinstance(modules.get(n), Conv1D) for n in names)}
-    patterns = {
+    kin: dict[str, Any] = {
+        "target_modules": names,
+        "fan_in_fan_out": any(isinstance(modules.get(n), Conv1D) for n in names),
+    }
+    patterns: dict[str, Any] = {
         "r": first,
         "lora_alpha": scale * first,
         "rank_pattern": {f"^{re.escape(name)}$": rank for name, rank in ranks.items()},
         "alpha_pattern": {f"^{re.escape(name)}$": scale * rank for name, rank in ranks.items()},
     }
+    config: peft.PeftConfig
     if kind in ("lora", "dora"):
         config = peft.LoraConfig(**common, **kin, **patterns, use_dora=kind == "dora")
     elif kind == "adalora":
@@ -85,22 +94,23 @@ def adapt(
         config = peft.PrefixTuningConfig(task_type=common["task_type"], num_virtual_tokens=first)
     with _restored_on_error(model, "default"):
         adapted = peft.get_peft_model(model, config)
-        if kind != "prefix":
+        if kind != "prefix" and isinstance(adapted.base_model, BaseTuner):
             refuse_mismatch(names, adapted.base_model.targeted_module_names)
     return adapted
 
 
-def _adalora(names: list[str], ranks: Mapping[str, int], scale: float, steps: int | None, common: dict) -> object:
+def _adalora(
+    names: list[str], ranks: Mapping[str, int], scale: float, steps: int | None, common: dict[str, Any]
+) -> peft.AdaLoraConfig:
     """AdaLoRA begins with half as much again as it may keep, and has pruned to that at three quarters of the steps."""
     if steps is None or steps < 4:
         raise ValueError(f"steps: AdaLoRA plans its ranks over a training of at least 4 steps, got {steps}")
     target = max(1, round(sum(ranks.values()) / len(names)))
     first = max(target + 1, math.ceil(1.5 * target))
     return peft.AdaLoraConfig(
-        **common,
+        **common | {"lora_alpha": scale * first},
         init_r=first,
         target_r=target,
-        lora_alpha=scale * first,
         tinit=max(1, steps // 10),
         tfinal=max(1, steps // 4),
         deltaT=1,

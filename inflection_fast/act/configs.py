@@ -50,7 +50,15 @@ def lora_config(model: nn.Module, plan: Plan, r: int | None = None, **options) -
     r = DEFAULT_RANK if r is None else r
     check_rank("r", r)
     options = {"lora_alpha": 2 * r} | {name: value for name, value in options.items() if value is not None}
-    return complete(model, plan, peft.LoraConfig(r=r, **options))[0]
+    config, _ = complete(model, plan, peft.LoraConfig(r=r, **options))
+    if not isinstance(config, peft.LoraConfig):
+        raise TypeError(f"config: expected a LoraConfig, got {type(config).__name__}")
+    return config
+
+
+def method_of(config: peft.PeftConfig) -> str:
+    """The name of a configuration's method, as peft writes it ("LORA")."""
+    return str(getattr(config.peft_type, "value", config.peft_type))
 
 
 def peft_config(model: nn.Module, plan: Plan, config: peft.PeftConfig | str, **options) -> peft.PeftConfig:
@@ -90,17 +98,17 @@ def complete(
     for name in ("layers_to_transform", "layers_pattern"):
         if getattr(config, name, None):
             raise ValueError(f"{name}: the plan chooses the layers; leave it out of the configuration")
-    method = config.peft_type.value
-    wanted = config.target_modules
+    method = method_of(config)
+    wanted = getattr(config, "target_modules", None)
     wanted = sorted(wanted) if isinstance(wanted, set) else wanted
     if parameters is not None and not hasattr(config, "target_parameters"):
         raise ValueError(f"target_parameters: {method} has none; use LoRA")
     if parameters is None and getattr(config, "target_parameters", None):
-        parameters = sorted(config.target_parameters)
+        parameters = sorted(getattr(config, "target_parameters", ()))
     targets = _targets(base, plan, wanted, parameters, method)
-    config.target_modules = set(targets.modules)
+    _set(config, "target_modules", set(targets.modules))
     if targets.parameters:
-        config.target_parameters = list(targets.parameters)
+        _set(config, "target_parameters", list(targets.parameters))
     if hasattr(config, "feedforward_modules"):  # IA3 scales the inputs of these and the outputs of the others
         config.feedforward_modules = set(targets.feedforward)
     if hasattr(config, "fan_in_fan_out"):
@@ -122,6 +130,11 @@ def refuse_mismatch(planned: Sequence[str], matched: Sequence[str]) -> None:
         )
 
 
+def _set(config: peft.PeftConfig, field: str, value: object) -> None:
+    """A field that the configurations of methods of layers have, and their common class has not."""
+    setattr(config, field, value)
+
+
 def check_rank(name: str, r: int) -> None:
     """`ValueError` unless `r` is a rank."""
     if not isinstance(r, int) or isinstance(r, bool) or r < 1:
@@ -131,7 +144,7 @@ def check_rank(name: str, r: int) -> None:
 def _refuse_foreign(cls: type) -> None:
     fields = {field.name for field in dataclasses.fields(cls)}
     method = cls.__name__.removesuffix("Config")
-    why = _WHY_NOT.get(getattr(cls, "__name__", "") and _type_of(cls))
+    why = _WHY_NOT.get(_type_of(cls) or "")
     if "target_modules" not in fields or why:
         why = why or "it puts learned vectors in front of the whole sequence"
         raise ValueError("config: " + _NOT_OF_LAYERS.format(method=method, why=why))
@@ -166,12 +179,12 @@ def _fill_ranks(
     if not ranks:
         return
     if not hasattr(config, "rank_pattern"):
-        raise ValueError(f"ranks: {config.peft_type.value} has no rank_pattern; use LoRA, LoHa, LoKr or AdaLoRA")
+        raise ValueError(f"ranks: {method_of(config)} has no rank_pattern; use LoRA, LoHa, LoKr or AdaLoRA")
     if not set(ranks) <= set(plan.layers):
         raise ValueError(f"ranks: expected ranks of the planned layers {list(plan.layers)}, got {sorted(ranks)}")
     for layer, rank in ranks.items():
         check_rank(f"ranks[{layer}]", rank)
-    scale = config.lora_alpha / config.r if hasattr(config, "lora_alpha") else None
+    scale = config.lora_alpha / getattr(config, "r", 1) if hasattr(config, "lora_alpha") else None
     every = every_block(base, plan)
     ranked, alphas = dict(config.rank_pattern or {}), dict(getattr(config, "alpha_pattern", None) or {})
     for layer, rank in ranks.items():
@@ -191,7 +204,7 @@ def _make_exact(base: nn.Module, config: peft.PeftConfig, targets: Targets) -> N
     inner = {name for name in matched if any(name.startswith(f"{target}.") for target in targets.modules)}
     beyond = set(matched) - set(targets.modules) - inner
     if beyond and not hasattr(config, "feedforward_modules"):
-        config.target_modules = "|".join(map(re.escape, targets.modules))
+        _set(config, "target_modules", "|".join(map(re.escape, targets.modules)))
         matched = [name for name in names if check_target_module_exists(config, name)]
     refuse_mismatch(targets.modules, [name for name in matched if name not in inner])
 

@@ -33,12 +33,14 @@ def to_yaml(
         raise ValueError(f"tool: expected one of {sorted(TOOLS)}, got {tool!r}")
     check_rank("r", r)
     if model is None:
-        names, saved = _recorded(plan), list(modules_to_save or ())
+        names: str | list[str] = _recorded(plan)
+        saved = list(modules_to_save or ())
         if target_modules is not None:
             raise ValueError("target_modules: needs the model, to find the modules in")
     else:
         config = lora_config(model, plan, r, target_modules=target_modules, modules_to_save=modules_to_save)
-        names = config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules)
+        chosen = config.target_modules or []
+        names = chosen if isinstance(chosen, str) else sorted(chosen)
         saved = list(config.modules_to_save or ())
     if plan.ranks:
         raise ValueError(f"ranks: {tool} has one rank for all layers; clear the plan's ranks, or use inject")

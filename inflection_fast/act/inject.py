@@ -14,14 +14,15 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import peft
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from ..decide import Plan
 from .card import write_section
-from .configs import DEFAULT_RANK, check_rank, check_wanted, complete, refuse_mismatch
+from .configs import DEFAULT_RANK, check_rank, check_wanted, complete, method_of, refuse_mismatch
 from .planned import planned_blocks, unwrapped
 from .targets import Targets
 
@@ -110,7 +111,7 @@ def inject(
             adapted = peft.get_peft_model(model, config, adapter_name=adapter_name)
         refuse_mismatch(targets.modules, _carrying(adapted, adapter_name, targets))
         attach_plan(adapted, _with_record(plan, config, targets, adapter_name), adapter_name)
-    logger.info("inject: %s on %s", config.peft_type.value, targets.words)
+    logger.info("inject: %s on %s", method_of(config), targets.words)
     return adapted
 
 
@@ -122,7 +123,7 @@ def dead_adapters(model: nn.Module) -> list[str]:
     """
     dead = []
     for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer):
+        if isinstance(module, BaseTunerLayer) and isinstance(module, nn.Module):
             own = [p for n, p in module.named_parameters() if p.requires_grad and not n.startswith("base_layer.")]
             if own and not any(p.grad is not None and bool(p.grad.any()) for p in own):
                 dead.append(name)
@@ -135,7 +136,7 @@ def dead_adapters(model: nn.Module) -> list[str]:
 def attach_plan(adapted: peft.PeftModel, plan: Plan, adapter_name: str) -> None:
     """Keep a plan on an adapted model, so that `save_pretrained` writes it beside that adapter."""
     setattr(adapted, PLANS, {**getattr(adapted, PLANS, {}), adapter_name: plan})
-    adapted.save_pretrained = functools.partial(_save_with_plans, adapted)
+    vars(adapted)["save_pretrained"] = functools.partial(_save_with_plans, adapted)
     for block in planned_blocks(unwrapped(adapted), plan):
         # Its fast path for evaluation computes from the weights alone, past every adapter, unless it has a hook.
         if isinstance(block.module, nn.TransformerEncoderLayer) and not block.module._forward_hooks:
@@ -147,7 +148,7 @@ def _keep_off_the_fast_path(module: nn.Module, args: tuple, output: object) -> N
 
 
 def _save_with_plans(adapted: peft.PeftModel, save_directory: str | os.PathLike, *args, **kwargs):
-    saved = type(adapted).save_pretrained(adapted, save_directory, *args, **kwargs)
+    saved = type(adapted).save_pretrained(adapted, os.fspath(save_directory), *args, **kwargs)
     writes = kwargs.get("is_main_process", True)
     chosen = kwargs.get("selected_adapters") or list(adapted.peft_config)
     for name, plan in getattr(adapted, PLANS, {}).items():
@@ -159,7 +160,7 @@ def _save_with_plans(adapted: peft.PeftModel, save_directory: str | os.PathLike,
 
 
 def _with_record(plan: Plan, config: peft.PeftConfig, targets: Targets, adapter_name: str) -> Plan:
-    method = config.peft_type.value
+    method = method_of(config)
     record = {
         "intervention": "adapter",
         "method": method,
@@ -187,13 +188,14 @@ def _lora(r, lora_alpha, lora_dropout, target_modules, modules_to_save, task_typ
     check_wanted(target_modules)
     if isinstance(modules_to_save, str):
         raise ValueError(f"modules_to_save: expected a sequence of module names, got the string {modules_to_save!r}")
+    numbers: dict[str, Any] = {"lora_alpha": 2 * r if lora_alpha is None else lora_alpha}  # peft's type says int
     return peft.LoraConfig(
         r=r,
-        lora_alpha=2 * r if lora_alpha is None else lora_alpha,
         lora_dropout=lora_dropout,
         target_modules=target_modules,
         modules_to_save=modules_to_save,
         task_type=task_type,
+        **numbers,
     )
 
 
@@ -225,10 +227,10 @@ def _carrying(adapted: peft.PeftModel, adapter_name: str, targets: Targets) -> l
 
 
 def _adapters_of(module: BaseTunerLayer) -> set[str]:
-    names = set()
+    names: set[str] = set()
     for attribute in (*module.adapter_layer_names, *module.other_param_names):
         held = getattr(module, attribute, None)
-        names |= set(held.keys()) if hasattr(held, "keys") else set()
+        names |= set(held.keys()) if held is not None and hasattr(held, "keys") else set()
     return names
 
 
@@ -242,15 +244,16 @@ def _restored_on_error(model: nn.Module, adapter_name: str):
     try:
         yield
     except BaseException as error:
-        if active is not None:
+        if active is not None and isinstance(model, peft.PeftModel):
             if adapter_name in model.peft_config:
                 model.delete_adapter(adapter_name)
-            model.base_model.set_adapter(active)
-        for module, before in children:
+            if isinstance(model.base_model, BaseTuner):
+                model.base_model.set_adapter(active)
+        for module, held in children:
             module._modules.clear()
-            module._modules.update(before)
-        for parameter, before in trainable:
-            parameter.requires_grad_(before)
+            module._modules.update(held)
+        for parameter, trains in trainable:
+            parameter.requires_grad_(trains)
         for name in set(vars(model)) - attributes:
             delattr(model, name)
         if isinstance(error, NotImplementedError) and "get_input_embeddings" in str(error):

@@ -66,7 +66,7 @@ def parameter_groups(
         own = [p for p in module.parameters() if p.requires_grad and id(p) not in seen]
         seen |= {id(p) for p in own}
         if weight_decay is None:
-            split = [(name, own, {})]
+            split: list[tuple[str, list[nn.Parameter], dict[str, float]]] = [(name, own, {})]
         else:
             split = [
                 (name, [p for p in own if p.dim() > 1], {"weight_decay": weight_decay}),

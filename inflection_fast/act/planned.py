@@ -76,16 +76,16 @@ def blocks_of(model: nn.Module, layers: Plan | Sequence[int] | int | None) -> li
     blocks = find_blocks(model)
     if layers is None:
         return blocks
-    layers = [layers] if isinstance(layers, int) and not isinstance(layers, bool) else layers
-    if isinstance(layers, (str, bytes)) or not all(isinstance(i, int) and not isinstance(i, bool) for i in layers):
+    named = layers if isinstance(layers, Sequence) and not isinstance(layers, (str, bytes)) else [layers]
+    wanted = [layer for layer in named if isinstance(layer, int) and not isinstance(layer, bool)]
+    if len(wanted) < len(named):
         raise TypeError(f"layers: expected a Plan or indices of blocks, got {layers!r}")
-    layers = list(layers)
-    if not layers:
+    if not wanted:
         raise ValueError("layers: none is named; leave the argument out for all blocks")
-    wrong = [layer for layer in layers if not 0 <= layer < len(blocks)]
-    if wrong or len(set(layers)) != len(layers):
-        raise ValueError(f"layers: expected distinct indices from 0 to {len(blocks) - 1}, got {layers}")
-    return [blocks[layer] for layer in sorted(layers)]
+    wrong = [layer for layer in wanted if not 0 <= layer < len(blocks)]
+    if wrong or len(set(wanted)) != len(wanted):
+        raise ValueError(f"layers: expected distinct indices from 0 to {len(blocks) - 1}, got {wanted}")
+    return [blocks[layer] for layer in sorted(wanted)]
 
 
 def model_type_of(model: nn.Module) -> str | None:

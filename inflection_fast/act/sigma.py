@@ -24,6 +24,9 @@ _AT_START = 30  # power iterations when it is applied
 
 
 class _Sigma(nn.Module):
+    u: Tensor  # [out] float32
+    v: Tensor  # [in] float32
+
     def __init__(self, weight: Tensor, keep: bool):
         super().__init__()
         generator = torch.Generator().manual_seed(0)  # the same on every rank
@@ -72,11 +75,21 @@ class SigmaReparametrisation(Scheduled):
     @property
     def parameters(self) -> list[nn.Parameter]:
         """The gammas, for an optimizer that was made before."""
-        return [module.parametrizations.weight[0].gamma for module in self._linear.values()]
+        return [sigma.gamma for sigma, _ in self._sigmas()]
+
+    def _sigmas(self) -> list[tuple[_Sigma, Tensor]]:
+        """The parametrisations, each with the weight that it is put on."""
+        found: list[tuple[_Sigma, Tensor]] = []
+        for module in self._linear.values():
+            held = module.get_submodule("parametrizations.weight")
+            sigma, original = held.get_submodule("0"), held.get_parameter("original")
+            if isinstance(sigma, _Sigma):
+                found.append((sigma, original))
+        return found
 
     def _update(self) -> None:
-        for module in self._linear.values():
-            module.parametrizations.weight[0].iterate(module.parametrizations.weight.original, self.iterations)
+        for sigma, original in self._sigmas():
+            sigma.iterate(original, self.iterations)
 
     def load_state_dict(self, state: dict) -> None:
         """Go on where `state_dict()` was taken; the singular vectors are in the checkpoint of the model."""

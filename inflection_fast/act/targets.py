@@ -17,13 +17,11 @@ experts of every block.
 
 from __future__ import annotations
 
-import dis
 import logging
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import peft
 import torch
@@ -35,6 +33,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..blocks import Block, is_named_attention
+from .code import read_directly
 from .planned import model_type_of
 
 __all__ = ["Targets", "is_conv1d", "is_linear", "modules_of", "targets_of"]
@@ -42,7 +41,10 @@ __all__ = ["Targets", "is_conv1d", "is_linear", "modules_of", "targets_of"]
 logger = logging.getLogger(__name__)
 
 _SHOWN = 12  # names in a message
-_HARMLESS = {"dtype", "device", "shape", "ndim", "is_cuda"}  # what may be asked of a weight without using it
+# What peft refuses, where, and for which methods.
+_MAMBA_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+_MAMBA_LEAVES = ("out_proj", "conv1d")
+_MAMBA_METHODS = ("LORA", "ADALORA", "XLORA", "RANDLORA")
 _EXPERT = re.compile(r"expert", re.IGNORECASE)
 _INDEXER = re.compile(r"indexer", re.IGNORECASE)
 _ROUTER = re.compile(r"router", re.IGNORECASE)
@@ -230,7 +232,9 @@ class _Search:
             return f"{type(base).__name__} does not apply its weight as a linear layer does"
         if _INDEXER.search(name[len(block.path) :]):
             return "an indexer, which chooses keys and gets no gradient from the choice"
-        if leaf in _read_directly(type(holder)):
+        if leaf in _MAMBA_LEAVES and model_type_of(self._model) in _MAMBA_TYPES and self._method in _MAMBA_METHODS:
+            return "peft refuses it in Mamba, whose kernels read its weight"
+        if leaf in read_directly(type(holder)):
             return f"{type(holder).__name__} reads its weight without calling it"
         if id(module) in self._foreign:
             return "shared with a block outside of the plan"
@@ -335,39 +339,17 @@ def _is_router(holder: nn.Module, leaf: str, module: nn.Module) -> bool:
 def _is_foreign_linear(module: nn.Module, block: Block) -> bool:
     """Whether a subclass of `nn.Linear` from the model's own code returns something else than one row of outputs."""
     cls = type(module)
-    if not issubclass(cls, nn.Linear) or cls.forward is nn.Linear.forward:
+    if not isinstance(module, nn.Linear) or cls.forward is nn.Linear.forward:
         return False
     own = cls.__module__.split(".")[:2], type(block.module).__module__.split(".")[:2]
     if own[0] != own[1]:  # of a quantisation library, or Transformers' integration of one
         return False
     try:
         with torch.no_grad():
-            output = module(module.weight.new_zeros(1, module.in_features))
+            output = module(torch.zeros(1, module.in_features).to(module.weight))
     except Exception:  # whatever it needs, it is not called as a linear layer is
         return True
     return not isinstance(output, torch.Tensor) or output.shape != (1, module.out_features)
-
-
-@lru_cache(maxsize=4096)
-def _read_directly(cls: type) -> frozenset[str]:
-    """Attributes of a class whose `weight` or `bias` some method of it uses, as in `self.out_proj.weight`."""
-    found = set()
-    for owner in cls.__mro__:
-        if owner.__module__.startswith("torch.nn.modules.module"):
-            continue
-        for name, function in vars(owner).items():
-            code = getattr(function, "__code__", None)
-            if code is None or name.startswith(("_init", "init", "reset", "tie", "_tie", "extra_repr", "__init__")):
-                continue
-            before = [None, None]
-            ops = [op for op in dis.get_instructions(code) if op.opname not in ("CACHE", "RESUME", "NOP")]
-            for op, after in zip(ops, [*ops[1:], None], strict=True):
-                reads = op.opname == "LOAD_ATTR" and op.argval in ("weight", "bias")
-                asks = after is not None and after.opname == "LOAD_ATTR" and after.argval in _HARMLESS
-                if reads and not asks and before[1] is not None and before[1].opname == "LOAD_ATTR":
-                    found.add(before[1].argval)
-                before = [before[1], op]
-    return frozenset(found)
 
 
 def _matches(patterns: str | Sequence[str], name: str) -> bool:

@@ -57,8 +57,8 @@ def collapsed(
 ) -> tuple[Finding, np.ndarray, dict[int, tuple[int, ...]]]:
     """Those `within` with collapsed heads; scores [L]: the share of a layer's heads that are; and those heads."""
     entropy = _mean(only(column(timeline, "entropy"), within), window)  # [L, H]
-    beside = {name: getattr(timeline, name, None) for name in ("rank_k90", "sink")}
-    beside = {name: _mean(values, window) for name, values in beside.items() if values is not None}
+    known = {name: getattr(timeline, name, None) for name in ("rank_k90", "sink")}
+    beside = {name: _mean(values, window) for name, values in known.items() if values is not None}
     with np.errstate(invalid="ignore"):
         low = entropy < limit
     measured = np.isfinite(entropy).sum(axis=1)
@@ -66,7 +66,7 @@ def collapsed(
     picks, heads = {}, {}
     for layer in np.flatnonzero(low.any(axis=1)):
         heads[int(layer)] = tuple(int(head) for head in np.flatnonzero(low[layer]))
-        each = [_head(layer, head, entropy, beside) for head in heads[int(layer)]]
+        each = [_head(int(layer), head, entropy, beside) for head in heads[int(layer)]]
         picks[int(layer)] = f"Block {layer} has collapsed heads: {'; '.join(each)}."
     if picks:
         words = f"Heads with less than {limit:g} nats of attention entropy are in blocks {', '.join(map(str, picks))}."

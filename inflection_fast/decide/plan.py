@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -129,7 +129,7 @@ class Plan:
         for key, (accepts, words) in _FIELDS.items():
             if not accepts(document.get(key)):
                 raise ValueError(f"{path} is not a plan: {key} is not {words}")
-        fields = {key: document[key] for key in _FIELDS}
+        fields: dict[str, Any] = {key: document[key] for key in _FIELDS}
         fields["reasons"] = {int(layer): reason for layer, reason in fields["reasons"].items()}
         fields["heads"] = {int(layer): tuple(heads) for layer, heads in fields["heads"].items()}
         fields["ranks"] = {int(layer): rank for layer, rank in fields["ranks"].items()}
@@ -258,4 +258,8 @@ _FIELDS = {
     "heads": (_are_heads_by_layer, "a list of integers for each layer"),
     "actions": (_list_of(lambda value: isinstance(value, dict)), "a list of tables"),
 }
-_LATER = {"ranks": {}, "heads": {}, "actions": []}  # plans that were written before these existed lack them
+_LATER: dict[str, Any] = {
+    "ranks": {},
+    "heads": {},
+    "actions": [],
+}  # plans that were written before these existed lack them

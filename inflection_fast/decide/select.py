@@ -124,7 +124,7 @@ def select(timeline: Timeline, config: SelectConfig | None = None) -> Plan:
     elif config.method == "maxima":
         findings = maxima(scores, score, config.significance)
     else:
-        findings = top(scores, score, k, config.significance)
+        findings = top(scores, score, k or 0, config.significance)  # the configuration has a k for this method
     reasons = _reasons(findings, config.window if config.method == "greedy" else 0, within.tolist())
     used = (entropy, gradient) if config.method == "greedy" else (score,)
     ranks_by_ski = config.method not in (*BASELINES, "lazy", "collapsed")

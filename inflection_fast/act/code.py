@@ -1,0 +1,37 @@
+"""What the code of a module's class does with the weights of its children."""
+
+from __future__ import annotations
+
+import dis
+
+__all__ = ["read_directly"]
+
+_HARMLESS = {"dtype", "device", "shape", "ndim", "is_cuda"}  # what may be asked of a weight without using it
+_READ: dict[type, frozenset[str]] = {}  # by class, because reading code takes a while
+
+
+def read_directly(cls: type) -> frozenset[str]:
+    """Attributes of a class whose `weight` or `bias` some method of it uses, as in `self.out_proj.weight`."""
+    if cls not in _READ:
+        _READ[cls] = _read_in_code(cls)
+    return _READ[cls]
+
+
+def _read_in_code(cls: type) -> frozenset[str]:
+    found: set[str] = set()
+    for owner in cls.__mro__:
+        if owner.__module__.startswith("torch.nn.modules.module"):
+            continue
+        for name, function in vars(owner).items():
+            code = getattr(function, "__code__", None)
+            if code is None or name.startswith(("_init", "init", "reset", "tie", "_tie", "extra_repr", "__init__")):
+                continue
+            before: list[dis.Instruction | None] = [None, None]
+            ops = [op for op in dis.get_instructions(code) if op.opname not in ("CACHE", "RESUME", "NOP")]
+            for op, after in zip(ops, [*ops[1:], None], strict=True):
+                reads = op.opname == "LOAD_ATTR" and op.argval in ("weight", "bias")
+                asks = after is not None and after.opname == "LOAD_ATTR" and after.argval in _HARMLESS
+                if reads and not asks and before[1] is not None and before[1].opname == "LOAD_ATTR":
+                    found.add(before[1].argval)
+                before = [before[1], op]
+    return frozenset(found)
