@@ -304,3 +304,19 @@ def test_more_batch_dimensions_than_kernels_take_are_refused():
     x = torch.randn((2,) * 10 + (3, 4)).permute(9, 7, 5, 3, 1, 8, 6, 4, 2, 0, 10, 11)
     with pytest.raises(RuntimeError, match="batch dimensions"):
         attention_entropy(x)
+
+
+@pytest.mark.parametrize("size", [1e5, 1e7, 1e10, 1e15, 1e25, 1e37])
+@pytest.mark.parametrize("scale", [1.0, 3.0, -0.7])
+def test_added_masks_on_scores_of_any_size_give_probabilities(isa, size, scale):
+    torch.manual_seed(0)
+    logits = torch.randn(3, 40, 70) * size
+    logits[0, :, 10:40] = logits[0, :, :1]  # ties in float32
+    mask = torch.randn(40, 70).masked_fill(torch.rand(40, 70) < 0.3, -torch.inf)
+    stats = attention_stats(logits, attn_mask=mask, scale=scale)
+    assert all(x.isfinite().all() for x in stats)
+    assert (stats.entropy >= 0).all() and (stats.entropy <= stats.keys.log() + 1e-5).all()
+    for x in (stats.collision, stats.sink):
+        assert (x >= 0).all() and (x <= 1).all()
+    exact = (logits.double() * scale + mask).amax(-1)
+    assert ((stats.lse - exact).abs() <= 5 + 2e-7 * exact.abs()).all()
