@@ -45,6 +45,7 @@ COMMANDS = {
     "run": "measure, plan, tune and report in this order, continuing where an interrupted run stopped",
     "inherit": "build a smaller model of the early blocks, train it on, and compare it with others of that size",
     "study": "compare many ways to place adapters over transfers and seeds, and report what they say",
+    "exec": "run a training command, measure it without a line in its code, and say what was seen",
     "doctor": "say what is installed, what is loaded, and what is missing",
 }
 
@@ -351,6 +352,12 @@ def _compare(argv: list[str]) -> int:
     return compare_command(argv, _console())
 
 
+def _exec(argv: list[str]) -> int:
+    from inflection_fast.integrations.launch import command
+
+    return command(argv)
+
+
 def _study(argv: list[str]) -> int:
     from inflection_fast.study.command import study
 
@@ -369,5 +376,6 @@ _DISPATCH: dict[str, Callable[[list[str]], int]] = {
     "run": _run,
     "inherit": _inherit,
     "study": _study,
+    "exec": _exec,
     "doctor": _doctor,
 }
