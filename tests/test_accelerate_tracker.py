@@ -28,6 +28,11 @@ class Keeps(GeneralTracker):
         self.rows.append((step, values))
 
 
+def kept(losses, loss):
+    losses.append(loss.item())
+    return loss
+
+
 @pytest.mark.parametrize("late", [False, True], ids=["before prepare", "after prepare"])
 def test_the_loop_is_measured_by_optimizer_steps(tmp_path, late):
     torch.manual_seed(0)
@@ -48,9 +53,7 @@ def test_the_loop_is_measured_by_optimizer_steps(tmp_path, late):
     losses = []
     for x, y in batches(6):
         with accelerator.accumulate(model):
-            loss = nn.functional.cross_entropy(model(x), y)
-            losses.append(loss.item())
-            accelerator.backward(loss)
+            accelerator.backward(kept(losses, nn.functional.cross_entropy(model(x), y)))
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(model.parameters(), 1e-3)
             optimizer.step()

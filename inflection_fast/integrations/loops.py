@@ -9,6 +9,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from inflection_fast.blocks import find_blocks
+from inflection_fast.integrations.after_import import when_imported
 from inflection_fast.measure import Monitor, MonitorConfig, Row
 
 __all__ = ["LoopMonitor"]
@@ -62,6 +64,7 @@ class LoopMonitor:
         self._listening = ExitStack()
         self._losses: list[torch.Tensor] = []
         self._suspended = 0
+        self._closed = False
 
     def start(self) -> None:
         """Watch from now on, the optimizers that there are already, too."""
@@ -74,9 +77,12 @@ class LoopMonitor:
         ):
             self._patches.callback(register(hook).remove)
         self._calls.enter_context(_replaced(nn.Module, "__call__", self._look_at_call))
+        # `accelerator.backward(loss_of(model(x)))` looks `backward` up before the first call of the model attaches.
+        when_imported("accelerate.accelerator", self._listen_early)
 
     def close(self) -> None:
         """Detach, and leave everything as it was. Safe to call twice."""
+        self._closed = True
         self._calls.close()
         self._listening.close()
         self._patches.close()
@@ -169,16 +175,25 @@ class LoopMonitor:
             return
         self._listen()
 
+    def _listen_early(self, accelerate: ModuleType) -> None:
+        if self.monitor is None and not self._closed:
+            self._hear_losses()
+
+    def _hear_losses(self) -> None:
+        from inflection_fast.integrations.losses import listen_to_losses
+
+        self._listening.callback(listen_to_losses(self._keep_loss))
+
     def _listen(self) -> None:
+        self._listening.close()
         self._losses = []
         if self.monitor is not None and self.monitor.measuring and "accelerate" in sys.modules:
-            from inflection_fast.integrations.losses import listen_to_losses
-
-            self._listening.callback(listen_to_losses(self._keep_loss))
+            self._hear_losses()
 
     def _keep_loss(self, accelerator: Any, loss: torch.Tensor) -> None:
-        self.accelerator = accelerator
-        self._losses.append(loss)
+        if self.monitor is not None:
+            self.accelerator = accelerator
+            self._losses.append(loss)
 
     def _fail(self, error: Exception) -> None:
         if self.monitor is not None:

@@ -34,7 +34,7 @@ def listen_to_losses(listener: Listener) -> Callable[[], None]:
 
 def _patch() -> None:
     global _backward
-    from accelerate import Accelerator
+    from accelerate.accelerator import Accelerator
 
     if _backward is None:
         _backward = Accelerator.backward
@@ -43,7 +43,7 @@ def _patch() -> None:
 
 def _restore() -> None:
     global _backward
-    from accelerate import Accelerator
+    from accelerate.accelerator import Accelerator
 
     if Accelerator.backward is _listened:  # else somebody has patched it after us, and calls us
         Accelerator.backward = _backward
