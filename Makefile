@@ -128,6 +128,7 @@ CLANG_FORMAT = $$($(PY) -c 'import clang_format; print(clang_format.get_executab
 lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 	$(CLANG_FORMAT) --dry-run -Werror $(CXX_SOURCES)
 
 format: $(READY)

@@ -14,21 +14,23 @@ if TYPE_CHECKING:  # what editors and type checkers see; the same names as in th
         drop as drop,
         find_inflection_target_modules as find_inflection_target_modules,
         grow as grow,
-        head_dropout as head_dropout,
-        inherit as inherit,
-        inject as inject,
-        learning_rates as learning_rates,
-        lisa as lisa,
         parameter_groups as parameter_groups,
         reinitialise_heads as reinitialise_heads,
         reset_feed_forward as reset_feed_forward,
         sigma_reparametrisation as sigma_reparametrisation,
-        unfreeze as unfreeze,
     )
+    from .act.head_dropout import head_dropout as head_dropout
+    from .act.inherit import inherit as inherit
+    from .act.inject import inject as inject
+    from .act.learning_rates import learning_rates as learning_rates
+    from .act.lisa import lisa as lisa
+    from .act.unfreeze import unfreeze as unfreeze
     from .alerts import Alert as Alert, AlertConfig as AlertConfig, find_alerts as find_alerts
     from .blocks import find_blocks as find_blocks
     from .checkpoints import Comparison as Comparison, Scan as Scan, compare as compare, scan as scan
-    from .decide import Plan as Plan, SelectConfig as SelectConfig, select as select, ski as ski
+    from .decide import Plan as Plan, SelectConfig as SelectConfig
+    from .decide.select import select as select
+    from .decide.ski import ski as ski
     from .integrations import (
         DiagnoseThenInject as DiagnoseThenInject,
         InflectionCallback as InflectionCallback,

@@ -288,9 +288,11 @@ def _watch(argv: list[str]) -> int:
 
 
 def _show(folder: str | os.PathLike, page: str | os.PathLike, console: Console) -> int:
+    from pathlib import Path
+
     from inflection_fast import report
 
-    report.summary(folder, console)
+    report.summary(Path(folder), console)
     console.print(f"report: {page}", markup=False)
     return 0
 
