@@ -9,10 +9,7 @@ PY ?= .venv/bin/python
 PIP = $(PY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 SOURCES = setup.py pyproject.toml $(shell find csrc -type f)
-KERNEL_TESTS = test_attention_stats.py test_attention_stats_backward.py test_attention_stats_qk.py \
-	test_attention_stats_qk_backward.py test_attention_stats_qk_packed.py test_attention_column_mass.py test_cka.py \
-	test_cka_16bit.py test_cka_basis.py test_cka_batches.py test_cka_state.py test_sum_of_squares.py \
-	test_activation_moments.py
+KERNEL_TESTS = $(shell grep -l 'mark\.kernel' tests/test_*.py)
 LIBRARY = inflection_fast/_cpu.abi3.so
 
 .PHONY: demo test test-models test-wide test-emulated test-emulated-sanitized fuzz fuzz-sanitized kernels wheel \
@@ -52,7 +49,7 @@ demo: build $(DEMO_READY)
 	$(PY) -m inflection_fast run --config examples/demo.yaml
 
 test: build
-	$(PY) -m pytest tests -n 2 --dist loadfile
+	$(PY) -m pytest tests -n 2 --dist worksteal
 
 # Every type of Transformers that a tiny model can be built of (some minutes); writes docs/models.md.
 test-models: build
@@ -65,18 +62,15 @@ test-wide: build
 	rm -rf $(WIDE)/lib
 	CFLAGS=-DINFLECTION_LOWERED_AVX512 $(PY) setup.py --quiet build --build-base $(WIDE) --build-lib $(WIDE)/lib
 	cd $(WIDE)/lib && $(abspath $(PY)) -m pytest --rootdir $(CURDIR) -c $(CURDIR)/pyproject.toml -n 2 --dist loadfile \
-		$(addprefix $(CURDIR)/tests/,$(KERNEL_TESTS)) -k avx512
+		$(addprefix $(CURDIR)/,$(KERNEL_TESTS)) -m 'kernel and avx512'
 
 # The CUDA kernels in their own source, compiled as C++ for an emulator: no GPU needed. `-sanitized` adds ASan and UBSan.
-# ASan holds back what was freed, so memory is measured without it.
-# Of the tests of CKA those that reach every kernel in every mode; all of them take four minutes.
-EMULATED_CKA = definition or longer or masked_rows or broken or unlike_means or long_rows or tiles or infinite
+# The markers `emulated` and `sanitized` name what runs: of the tests of CKA those that reach every kernel in every mode,
+# because all of them take four minutes.
 test-emulated: build
-	$(PY) -m pytest -p tests.emulation.plugin -n 2 --dist worksteal $(addprefix tests/,$(KERNEL_TESTS)) \
-		-k "not cka or $(EMULATED_CKA)"
+	$(PY) -m pytest -p tests.emulation.plugin -n 2 --dist worksteal $(KERNEL_TESTS) -m emulated
 test-emulated-sanitized: build
-	$(PRELOADED) $(PY) -m pytest -p tests.emulation.sanitized $(addprefix tests/,$(KERNEL_TESTS)) \
-		-k "(not cka or tiles or long_rows or infinite or strides) and not memory_beyond"
+	$(PRELOADED) $(PY) -m pytest -p tests.emulation.sanitized $(KERNEL_TESTS) -m sanitized
 
 # Random inputs against float64 and stated errors, damaged files, wrong settings: for so many minutes. Each failure is
 # printed with the line that repeats it. `-sanitized`: the CPU kernels, compiled with ASan and UBSan (some minutes), then

@@ -12,10 +12,7 @@ OUT=$(realpath -m "${OUT:-$ROOT/build/gpu}")
 WHEEL=$(realpath "${1:-$(ls -t "$ROOT"/dist/inflection_fast-*.whl | head -n 1)}") || exit 1
 PYTHON=$(command -v "${PYTHON:-python3}") || exit 1
 [[ $PYTHON = /* ]] || PYTHON=$PWD/$PYTHON  # no realpath: a virtual environment is known by its link
-KERNEL_TESTS="tests/test_sum_of_squares.py tests/test_attention_stats.py tests/test_attention_stats_backward.py
-  tests/test_attention_stats_qk.py tests/test_attention_stats_qk_backward.py tests/test_attention_stats_qk_packed.py
-  tests/test_attention_column_mass.py tests/test_cka.py tests/test_cka_16bit.py tests/test_cka_basis.py
-  tests/test_cka_state.py"
+KERNEL_TESTS=$(cd "$ROOT" && grep -l 'mark\.kernel' tests/test_*.py)
 CHECKED="tests/test_attention_stats_qk.py tests/test_cka_16bit.py"  # by the sanitizer, of these:
 SMALL="poison or empty or keyless or typical-torch.float32 or rows_together or (fills and 129)"
 mkdir -p "$OUT"

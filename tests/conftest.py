@@ -74,7 +74,12 @@ def truths_computed_once():
         yield
 
 
-@pytest.fixture(params=range(BEST + 1), ids=ISA_NAMES[: BEST + 1])
+ISA_PARAMS = [
+    pytest.param(i, id=name, marks=getattr(pytest.mark, name)) for i, name in enumerate(ISA_NAMES[: BEST + 1])
+]
+
+
+@pytest.fixture(params=ISA_PARAMS)
 def isa(request):
     """Every version of the CPU kernels that this CPU runs, the best one afterwards."""
     torch.ops.inflection_fast.cpu_isa(request.param)

@@ -15,8 +15,8 @@ import traceback
 from pathlib import Path
 
 import torch
-from packets import ALL
-from rank_training import (
+from helpers.packets import ALL
+from helpers.rank_training import (
     BATCH,
     CONFIG,
     SAMPLED,
@@ -167,7 +167,7 @@ class SplitModel(nn.Module):
 
 
 def split_model():
-    import tiny_models as tiny
+    import helpers.tiny_models as tiny
 
     torch.manual_seed(0)
     return tiny.sharpened(SplitModel().train())

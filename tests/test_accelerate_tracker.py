@@ -5,8 +5,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
-from loops_to_exec import Net, batches
-from tiny_models import one_thread  # noqa: F401
+from helpers.loops_to_exec import Net, batches
+from helpers.tiny_models import one_thread  # noqa: F401
 from torch import nn
 
 from inflection_fast import Monitor, MonitorConfig

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from packets import packet_of, row_of, tensors_of
+from helpers.packets import packet_of, row_of, tensors_of
 
 from inflection_fast import quantities
 from inflection_fast.measure.attention import rows_of

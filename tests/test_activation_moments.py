@@ -6,6 +6,8 @@ import torch
 from inflection_fast import activation_moments
 from inflection_fast.ops import MOMENT_SUMS, reference
 
+pytestmark = [pytest.mark.kernel, pytest.mark.emulated, pytest.mark.sanitized]
+
 NAN, INF = float("nan"), float("inf")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1,), (1, 1), (3, 5), (2, 7, 33), (3, 70, 256), (2, 2, 3, 129), (9000, 5)]

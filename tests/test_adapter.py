@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from by_hand import HandParameters, measured, sums_of, values_of
+from helpers.by_hand import HandParameters, measured, sums_of, values_of
+from helpers.tiny_models import bert
 from peft import IA3Config, LoraConfig, get_peft_model
-from tiny_models import bert
 
 from inflection_fast import find_blocks
 from inflection_fast.quantities.adapter import Adapter

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny_models import bert
+from helpers.tiny_models import bert
 
 from inflection_fast.act.adapters import KINDS, adapt, adapter_parameters, default_modules, train_only
 from inflection_fast.act.bottleneck import bottleneck

@@ -4,7 +4,7 @@ import copy
 import logging
 
 import torch
-from tiny_models import loss_of, model_and_batch, one_thread  # noqa: F401
+from helpers.tiny_models import loss_of, model_and_batch, one_thread  # noqa: F401
 
 from inflection_fast import AlertConfig, Timeline, find_alerts
 from inflection_fast.measure import Monitor, MonitorConfig

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import entropy, one_thread  # noqa: F401
+from helpers.tiny_models import entropy, one_thread  # noqa: F401
 from torch import nn
 
 from inflection_fast.blocks import find_blocks

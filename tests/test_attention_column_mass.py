@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from test_attention_stats_qk import MASKS, pair, seeded, widened, worst  # noqa: F401  (seeded is used by every test)
+from helpers.attention_qk import MASKS, pair, seeded, widened, worst  # noqa: F401  (seeded is used by every test)
 
 from inflection_fast import AttentionColumns, attention_column_mass, attention_stats_qk
 from inflection_fast.ops import reference
+
+pytestmark = [pytest.mark.kernel, pytest.mark.emulated, pytest.mark.sanitized]
 
 INF = float("inf")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -6,6 +6,8 @@ import torch
 from inflection_fast import attention_entropy, attention_stats
 from inflection_fast.ops import reference
 
+pytestmark = [pytest.mark.kernel, pytest.mark.emulated, pytest.mark.sanitized]
+
 INF = float("inf")
 NATS = 2e-6
 SHAPES = [(1, 1), (5, 7), (2, 3, 5, 7), (1, 2, 64, 64), (2, 9, 1031), (1, 1, 3, 4097), (2, 2, 1, 1, 3, 5, 33)]

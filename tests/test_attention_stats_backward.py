@@ -6,6 +6,8 @@ import torch
 from inflection_fast import attention_entropy, attention_stats
 from inflection_fast.ops import reference
 
+pytestmark = [pytest.mark.kernel, pytest.mark.emulated, pytest.mark.sanitized]
+
 FIELDS = ("entropy", "lse", "collision", "sink")
 INF = float("inf")
 

@@ -2,37 +2,15 @@
 
 import pytest
 import torch
-from test_attention_stats_qk import MASKS, integers, pair, seeded, widened  # noqa: F401  (seeded is used by every test)
+from helpers.attention_qk import MASKS, integers, pair, seeded, widened  # noqa: F401  (seeded is used by every test)
+from helpers.attention_qk_gradients import FIELDS, check, gradients
 
 from inflection_fast import attention_entropy_qk, attention_stats_qk
-from inflection_fast.ops import reference
+
+pytestmark = [pytest.mark.kernel, pytest.mark.emulated, pytest.mark.sanitized]
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 INF = float("inf")
-FIELDS = ("entropy", "lse", "collision", "sink")
-
-
-def gradients(function, inputs, options, weights):
-    """Of a weighted sum of every differentiable field, with respect to query, key and sinks."""
-    inputs = [x.detach().clone().requires_grad_() for x in inputs]
-    if len(inputs) == 3:
-        options = {**options, "sinks": inputs[2]}
-    stats = function(*inputs[:2], **options)
-    rows = [getattr(stats, name).masked_fill(getattr(stats, name) == -torch.inf, 0.0) for name in FIELDS]
-    return torch.autograd.grad(sum((x * w.to(x.dtype)).sum() for x, w in zip(rows, weights, strict=True)), inputs)
-
-
-def check(inputs, **options):
-    rows = options["rows"].numel() if "rows" in options else inputs[0].shape[2]
-    weights = torch.randn(4, *inputs[0].shape[:2], rows)
-    truth = gradients(reference.attention_stats_qk, [x.double() for x in inputs], widened(options), weights)
-    eager = gradients(reference.attention_stats_qk, inputs, options, weights)
-    ours = gradients(attention_stats_qk, inputs, options, weights)
-    for x, actual, theirs, exact in zip(inputs, ours, eager, truth, strict=True):
-        assert actual.dtype == x.dtype and actual.shape == x.shape
-        allowed = 2 * (theirs.double() - exact).abs().max() + 1e-5 * (1 + exact.abs().max())
-        assert (actual.double() - exact).abs().max() <= allowed
-    return ours
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,14 @@ import itertools
 
 import pytest
 import torch
-from test_attention_stats_qk import MASKS, check, pair, seeded  # noqa: F401  (seeded is used by every test)
-from test_attention_stats_qk_backward import check as check_gradients
+from helpers.attention_qk import MASKS, check, pair, seeded  # noqa: F401  (seeded is used by every test)
+from helpers.attention_qk_gradients import check as check_gradients
 
 from inflection_fast import attention_entropy_qk, attention_stats_qk
 from inflection_fast.ops import PackedSequences
 from inflection_fast.ops.qk_arguments import key_bounds
+
+pytestmark = [pytest.mark.kernel, pytest.mark.emulated, pytest.mark.sanitized]
 
 LENGTHS = {
     "one": [300],

@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.tiny_models import HandWritten, bert, distilbert, gpt2, llama, one_thread, t5, vit  # noqa: F401
 from model_types.tiny import config_of, model_of
-from tiny_models import HandWritten, bert, distilbert, gpt2, llama, one_thread, t5, vit  # noqa: F401
 from torch import nn
 
 from inflection_fast.blocks import find_blocks, is_named_attention

@@ -3,49 +3,14 @@ import pickle
 
 import numpy as np
 import pytest
-import tiny_texts as tiny
 import torch
+from helpers.callbacks import BATCH, CONFIG, STEPS, items, model, one_thread, trainer_of  # noqa: F401
 from transformers import TrainerCallback
 
 from inflection_fast.alerts import AlertConfig, alert_lines, find_alerts
 from inflection_fast.integrations import InflectionCallback
 from inflection_fast.measure import Monitor, MonitorConfig
 from inflection_fast.timeline import HEAD_SIGNALS, LAYER_SIGNALS, Timeline
-
-STEPS, BATCH = 6, 4
-CONFIG = MonitorConfig(every=2, rows=None)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the models are so small that threads cost more than they give
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def model():
-    from transformers import BertForSequenceClassification
-
-    torch.manual_seed(0)
-    return BertForSequenceClassification(
-        tiny.bert_config(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=2)
-    )
-
-
-@pytest.fixture
-def items():
-    generator = torch.Generator().manual_seed(1)
-    length = 9
-    return [
-        {
-            "input_ids": torch.randint(4, 60, (length,), generator=generator),
-            "attention_mask": (torch.arange(length) < 5 + i % 5).long(),
-            "labels": torch.tensor(i % 2),
-        }
-        for i in range(STEPS * BATCH)
-    ]
 
 
 def batch(items):
@@ -55,36 +20,6 @@ def batch(items):
 @pytest.fixture
 def probe(items):
     return [{key: value for key, value in batch(items[:5]).items() if key != "labels"}]
-
-
-def trainer_of(model, items, folder, callbacks, eval_dataset=None, **arguments):
-    from torch.utils.data import SequentialSampler
-    from transformers import PrinterCallback, Trainer, TrainingArguments
-
-    class InOrder(Trainer):
-        def _get_train_sampler(self, *args, **kwargs):
-            return SequentialSampler(self.train_dataset)
-
-    settings = {
-        "per_device_train_batch_size": BATCH,
-        "max_steps": STEPS,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "weight_decay": 0.0,
-        "optim": "adamw_torch",
-        "max_grad_norm": 1e-3,  # so small that gradients read after clipping would be seen to be wrong
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "logging_strategy": "no",
-        "dataloader_pin_memory": False,
-        "use_cpu": True,
-        **arguments,
-    }
-    arguments = TrainingArguments(output_dir=str(folder), **settings)
-    trainer = InOrder(model=model, args=arguments, train_dataset=items, eval_dataset=eval_dataset, callbacks=callbacks)
-    trainer.remove_callback(PrinterCallback)
-    return trainer
 
 
 def assert_same(a, b, rtol=1e-5):

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-import trainers
-from tiny_models import one_thread  # noqa: F401
-from trainers import STEPS
+from helpers import trainers
+from helpers.tiny_models import one_thread  # noqa: F401
+from helpers.trainers import STEPS
 from transformers import TrainerCallback
 
 from inflection_fast.integrations import InflectionCallback

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from test_callback import CONFIG, items, model, one_thread, trainer_of  # noqa: F401
+from helpers.callbacks import CONFIG, items, model, one_thread, trainer_of  # noqa: F401
 from torch.nn import functional as F
 
 from inflection_fast.integrations import InflectionCallback
@@ -16,7 +16,7 @@ def smoothed(outputs, labels, num_items_in_batch=None):
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
 @pytest.mark.parametrize("kind", ["model", "label_smoothing", "compute_loss_func", "overridden"])
-def test_the_loss_is_the_one_that_the_trainer_logs(model, items, tmp_path, kind, micro_batches):  # noqa: F811
+def test_the_loss_is_the_one_that_the_trainer_logs(model, items, tmp_path, kind, micro_batches):
     callback = InflectionCallback(CONFIG)
     settings = {"logging_strategy": "steps", "logging_steps": 1, "gradient_accumulation_steps": micro_batches}
     if kind == "label_smoothing":

@@ -1,8 +1,8 @@
 """The card of an adapter tells its plan."""
 
 import pytest
-import trainers
-from tiny_models import one_thread  # noqa: F401
+from helpers import trainers
+from helpers.tiny_models import one_thread  # noqa: F401
 
 from inflection_fast import Plan, inject
 from inflection_fast.act.card import write_section

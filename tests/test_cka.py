@@ -6,6 +6,8 @@ import torch
 from inflection_fast import delta_cka, linear_cka
 from inflection_fast.ops import reference
 
+pytestmark = pytest.mark.kernel
+
 ERROR = 1e-6  # promised at every mean offset up to 1000 standard deviations
 BOTH = pytest.mark.parametrize("debiased", [True, False], ids=["debiased", "biased"])
 
@@ -34,6 +36,7 @@ def error(got, x, y, **options):
 SHAPES = [(4, 1), (5, 3), (33, 1), (31, 127), (40, 513), (257, 97), (3, 700, 20), (2, 3, 64, 65), (1, 300, 768)]
 
 
+@pytest.mark.emulated
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -51,6 +54,7 @@ def test_offsets_common_to_the_rows_cost_no_digits(isa, offset, debiased):
         assert error(linear_cka(x, y, debiased=debiased), x, y, debiased=debiased) <= ERROR
 
 
+@pytest.mark.emulated
 @BOTH
 @pytest.mark.parametrize("length", [10.0, 100.0, 1000.0])
 def test_rows_far_longer_than_the_others_cost_no_digits(isa, length, debiased):
@@ -127,6 +131,7 @@ def test_unrelated_features_lie_at_the_floor_biased_and_around_zero_debiased():
     assert values.mean().abs() < 5e-3 and (values < 0).any()
 
 
+@pytest.mark.emulated
 @BOTH
 def test_constant_and_broken_layers_are_nan_and_nothing_else_is(isa, debiased):
     for rank in (None, 2):

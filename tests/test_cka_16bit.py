@@ -6,6 +6,8 @@ import torch
 from inflection_fast import CkaState, delta_cka, linear_cka
 from inflection_fast.ops import reference
 
+pytestmark = pytest.mark.kernel
+
 BOTH = pytest.mark.parametrize("debiased", [True, False], ids=["debiased", "biased"])
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
@@ -58,6 +60,7 @@ def test_without_or_far_from_the_origin_nothing_is_rounded(dtype, offset, debias
     assert (delta_cka(x, y, debiased=debiased) - exact).abs() <= 5e-6
 
 
+@pytest.mark.emulated
 @BOTH
 @HALVES
 def test_columns_of_unlike_means_share_a_tile(dtype, debiased, limit):
@@ -69,6 +72,8 @@ def test_columns_of_unlike_means_share_a_tile(dtype, debiased, limit):
     assert error(x.to(dtype), y.to(dtype), debiased=debiased) <= limit(dtype)
 
 
+@pytest.mark.emulated
+@pytest.mark.sanitized
 @BOTH
 @HALVES
 @pytest.mark.parametrize("offset", [0.0, 2.0, 1000.0])
@@ -97,6 +102,8 @@ def test_more_rows_than_one_sum_in_float32_holds(dtype, debiased, limit):
         assert error(x, y, debiased=debiased) <= limit(dtype)
 
 
+@pytest.mark.emulated
+@pytest.mark.sanitized
 @HALVES
 @pytest.mark.parametrize("dim", [1, 63, 64, 65, 127, 128, 129, 200, 257])
 def test_every_number_of_columns_fills_its_tiles(dtype, dim, limit):
@@ -105,6 +112,8 @@ def test_every_number_of_columns_fills_its_tiles(dtype, dim, limit):
         assert error(a, b, debiased=False) <= limit(dtype)
 
 
+@pytest.mark.emulated
+@pytest.mark.sanitized
 @BOTH
 def test_differences_beyond_the_largest_half_do_not_become_infinite(debiased, limit):
     x, y = features(300, 6)

@@ -7,6 +7,8 @@ from inflection_fast import CkaBasis, CkaState
 from inflection_fast.ops import reference
 from inflection_fast.ops.cka import basis as cka_basis
 
+pytestmark = pytest.mark.kernel
+
 BOTH = pytest.mark.parametrize("debiased", [True, False], ids=["debiased", "biased"])
 DIM = 60
 
@@ -178,6 +180,7 @@ def test_the_variance_kept_is_that_of_the_stream_and_falls_when_it_leaves_the_ba
     assert (exact < 0.5 * basis.variance_kept).all()
 
 
+@pytest.mark.emulated
 def test_masked_rows_are_not_read():
     x, y = features()
     basis, mask = pushed(x, y).basis(rank=7), torch.rand(2, 500) < 0.6

@@ -8,6 +8,8 @@ from inflection_fast import cka_matrix
 from inflection_fast.ops.cka import matrix
 from inflection_fast.ops.cka.matrix import bytes_needed, debias
 
+pytestmark = pytest.mark.kernel
+
 ERROR = 1e-6
 KINDS = {"kernel": torch.ops.inflection_fast.cka_batches, "torch": matrix.cka_batches}
 EITHER = pytest.mark.parametrize("products", KINDS.values(), ids=KINDS)

@@ -6,6 +6,8 @@ import torch
 from inflection_fast import CkaState, linear_cka
 from inflection_fast.ops import memory_bytes, reference
 
+pytestmark = pytest.mark.kernel
+
 ERROR = 1e-6
 BOTH = pytest.mark.parametrize("debiased", [True, False], ids=["debiased", "biased"])
 SPLITS = {
@@ -108,6 +110,7 @@ def test_states_that_share_a_shift_add_by_their_gram(debiased):
     assert torch.allclose(first.value(debiased=debiased), total.value(debiased=debiased), rtol=0, atol=1e-7)
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize("per_layer", [True, False], ids=["[L, N]", "[N]"])
 def test_masked_rows_are_not_read(isa, per_layer):
     x, y = features()
@@ -135,6 +138,7 @@ def test_a_basis_of_any_rank_is_chosen_afterwards(rank, offset):
     assert error(got, x, y, rank=rank, debiased=False) <= ERROR
 
 
+@pytest.mark.emulated
 @BOTH
 def test_broken_and_constant_layers_are_nan_alone(debiased):
     x, y = features(layers=5, dim_y=20)

@@ -4,8 +4,8 @@ import os
 import subprocess
 import sys
 
+import helpers.tiny_texts as tiny
 import pytest
-import tiny_texts as tiny
 import torch
 import yaml
 

@@ -4,11 +4,11 @@ import json
 import pickle
 import shutil
 
+import helpers.tiny_texts as tiny
 import pytest
-import tiny_texts as tiny
 import torch
+from helpers.tiny_models import one_thread  # noqa: F401
 from safetensors.torch import save_file
-from tiny_models import one_thread  # noqa: F401
 
 from inflection_fast import cli
 from inflection_fast.decide import Plan

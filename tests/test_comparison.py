@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from tiny_models import HEADS, VOCAB, WIDTH, in_float64, model_and_batch, one_thread  # noqa: F401
+from helpers.tiny_models import HEADS, VOCAB, WIDTH, in_float64, model_and_batch, one_thread  # noqa: F401
 
 from inflection_fast import Comparison, compare
 from inflection_fast.checkpoints.comparison_views import comparison_look, moved_layers

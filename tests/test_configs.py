@@ -1,12 +1,12 @@
 """A plan as the configuration of any peft method, and as settings of other tools."""
 
+import helpers.tiny_models as tiny
 import peft
 import pytest
-import tiny_models as tiny
 import torch
 import yaml
-from test_inject import adapted_names, plan_for
-from tiny_models import one_thread  # noqa: F401
+from helpers.injected import adapted_names, plan_for
+from helpers.tiny_models import one_thread  # noqa: F401
 
 from inflection_fast import dead_adapters, inject
 

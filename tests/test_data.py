@@ -1,7 +1,7 @@
 import json
 
+import helpers.tiny_texts as tiny
 import pytest
-import tiny_texts as tiny
 
 pytest.importorskip("datasets")
 

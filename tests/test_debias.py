@@ -1,10 +1,10 @@
 """The source debiasing phase: what it raises, what stops it, and what is said of the expectation."""
 
+import helpers.tiny_models as tiny
 import numpy as np
 import pytest
-import tiny_models as tiny
 import torch
-from tiny_models import one_thread  # noqa: F401
+from helpers.tiny_models import one_thread  # noqa: F401
 
 from inflection_fast.act import debias_source
 from inflection_fast.act.debias import held

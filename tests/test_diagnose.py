@@ -6,8 +6,8 @@ import numpy as np
 import peft
 import pytest
 import torch
-import trainers
-from tiny_models import one_thread  # noqa: F401
+from helpers import trainers
+from helpers.tiny_models import one_thread  # noqa: F401
 from transformers import TrainerCallback
 
 from inflection_fast import MonitorConfig, Plan, SelectConfig

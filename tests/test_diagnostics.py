@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers.tiny_models import bert, gpt2, in_float64, model_and_batch, one_thread, probabilities, token_masks  # noqa: F401
 from peft import LoraConfig, get_peft_model
-from tiny_models import bert, gpt2, in_float64, model_and_batch, one_thread, probabilities, token_masks  # noqa: F401
 
 from inflection_fast import AlertConfig, Monitor, MonitorConfig, find_blocks
 from inflection_fast.ops import weight_spectrum

@@ -8,11 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import helpers.rank_training as training
 import numpy as np
 import pytest
 import rank_scenarios as scenarios
-import rank_training as training
-from tiny_models import one_thread  # noqa: F401
+from helpers.tiny_models import one_thread  # noqa: F401
 
 from inflection_fast import find_alerts
 from inflection_fast.timeline import Timeline

@@ -3,13 +3,13 @@
 import dataclasses
 import itertools
 
+import helpers.tiny_models as tiny
 import numpy as np
 import pytest
-import tiny_models as tiny
 import torch
+from helpers.injected import plan_for
+from helpers.tiny_models import one_thread  # noqa: F401
 from model_types.tiny import batch_of, config_of, model_of
-from test_inject import plan_for
-from tiny_models import one_thread  # noqa: F401
 from torch.utils.checkpoint import checkpoint
 
 from inflection_fast import Monitor, MonitorConfig, find_blocks

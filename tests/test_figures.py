@@ -3,7 +3,7 @@ import re
 import matplotlib
 import numpy as np
 import pytest
-from tiny_runs import HEADS, LAYERS, STEPS, write_run, write_timeline
+from helpers.tiny_runs import HEADS, LAYERS, STEPS, write_run, write_timeline
 
 from inflection_fast import report
 from inflection_fast.decide import Plan

@@ -1,10 +1,10 @@
 """Target modules from a short measurement, and a model that is left as it was."""
 
+import helpers.tiny_models as tiny
 import peft
 import pytest
-import tiny_models as tiny
 import torch
-from tiny_models import one_thread  # noqa: F401
+from helpers.tiny_models import one_thread  # noqa: F401
 
 from inflection_fast import SelectConfig, find_inflection_target_modules
 

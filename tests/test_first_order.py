@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tiny_models import in_float64, loss_of, model_and_batch, one_thread  # noqa: F401
+from helpers.tiny_models import in_float64, loss_of, model_and_batch, one_thread  # noqa: F401
 
 from inflection_fast import Monitor, MonitorConfig
 from inflection_fast.quantities.first_order import FirstOrder, random_share, top_squares

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from tiny_models import (  # noqa: F401
+from helpers.tiny_models import (  # noqa: F401
     HandWritten,
     bert,
     gpt2,

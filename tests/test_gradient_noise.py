@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from by_hand import HandParameters, measured, stack_of_linears, sums_of, values_of
+from helpers.by_hand import HandParameters, measured, stack_of_linears, sums_of, values_of
 
 from inflection_fast.quantities import quantity as q
 from inflection_fast.quantities.gradient_noise import GradientNoise

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from tiny_models import (  # noqa: F401
+from helpers.tiny_models import (  # noqa: F401
     CASES,
     HandWritten,
     in_float64,

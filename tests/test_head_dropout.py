@@ -3,11 +3,11 @@
 import copy
 import dataclasses
 
+import helpers.tiny_models as tiny
 import pytest
-import tiny_models as tiny
 import torch
-from test_inject import plan_for
-from tiny_models import one_thread  # noqa: F401
+from helpers.injected import plan_for
+from helpers.tiny_models import one_thread  # noqa: F401
 
 from inflection_fast import find_blocks
 from inflection_fast.act import head_dropout

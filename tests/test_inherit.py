@@ -1,11 +1,12 @@
 """Smaller models of planned blocks, models without some, and back."""
 
+import helpers.tiny_models as tiny
 import pytest
-import tiny_models as tiny
 import torch
 import transformers as hf
-from test_inject import plan_for
-from tiny_models import one_thread  # noqa: F401
+from helpers.inherited import outputs
+from helpers.injected import plan_for
+from helpers.tiny_models import one_thread  # noqa: F401
 
 from inflection_fast import find_blocks
 from inflection_fast.act import drop, grow, inherit, inherited_blocks
@@ -20,11 +21,6 @@ def skipping(model, layers):
 
     blocks = [find_blocks(model)[i] for i in layers]
     return [b.module.register_forward_hook(bypass, with_kwargs=True) for b in blocks]
-
-
-def outputs(model, batch):
-    with torch.no_grad():
-        return model.eval()(**batch)["logits"]
 
 
 def weights(model):

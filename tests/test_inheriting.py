@@ -3,11 +3,11 @@
 import json
 
 import pytest
-import tiny_texts
 import torch
-from test_inherit import outputs
-from tiny_models import one_thread  # noqa: F401
-from tiny_study import write_texts
+from helpers import tiny_texts
+from helpers.inherited import outputs
+from helpers.tiny_models import one_thread  # noqa: F401
+from helpers.tiny_study import write_texts
 from transformers import AutoModelForSequenceClassification
 
 from inflection_fast import Plan, cli, find_blocks

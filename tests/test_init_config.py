@@ -1,5 +1,5 @@
+import helpers.tiny_texts as tiny
 import pytest
-import tiny_texts as tiny
 import yaml
 
 pytest.importorskip("jsonargparse")

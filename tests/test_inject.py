@@ -2,16 +2,15 @@
 
 import copy
 
-import numpy as np
+import helpers.tiny_models as tiny
 import peft
 import pytest
-import tiny_models as tiny
 import torch
 import transformers as hf
-from peft.tuners.tuners_utils import BaseTunerLayer
+from helpers.injected import adapted_names, plan_for
 from torch import nn
 
-from inflection_fast import Plan, find_blocks, inject
+from inflection_fast import Plan, inject
 from inflection_fast.act import restore_adapter
 
 BERT = "bert.encoder.layer.{}.attention.self"
@@ -24,26 +23,6 @@ def t5_classifier():
 
 def multiple_choice():
     return hf.BertForMultipleChoice(tiny.bert().config)
-
-
-def plan_for(model, *layers, **changes):
-    names = changes.get("layers") or [block.name for block in find_blocks(model)]
-    made_for = {"model_type": getattr(getattr(model, "config", None), "model_type", None), "layers": names}
-    return Plan(
-        layers=layers,
-        summary="Nothing was worth picking." if not layers else "",
-        reasons={layer: "because" for layer in layers},
-        scores=np.zeros(len(names)),
-        profile={},
-        config={},
-        model=made_for | {"class": type(model).__name__, "named": False} | changes,
-    )
-
-
-def adapted_names(model):
-    return [
-        name.removeprefix("base_model.model.") for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)
-    ]
 
 
 def trained_beside(model):

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from helpers.tiny_models import one_thread  # noqa: F401
 from model_types.sweep import at_most
 from model_types.tiny import batch_of, config_of, model_of
-from tiny_models import one_thread  # noqa: F401
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 

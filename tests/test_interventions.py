@@ -6,10 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import intervention_runs as runs
+import helpers.intervention_runs as runs
 import pytest
 import torch
-from tiny_models import one_thread  # noqa: F401
+from helpers.tiny_models import one_thread  # noqa: F401
 
 NAMES = list(runs.interventions())
 

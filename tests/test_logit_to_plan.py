@@ -6,7 +6,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from tiny_models import loss_of, model_and_batch, one_thread  # noqa: F401
+from helpers.tiny_models import loss_of, model_and_batch, one_thread  # noqa: F401
 
 import inflection_fast
 from inflection_fast import Monitor, MonitorConfig, SelectConfig, select

@@ -2,35 +2,15 @@
 
 import numpy as np
 import pytest
-from test_single_page import MARKUP, array_of, manifest_of
+from helpers.looked_at import look
+from helpers.pages import MARKUP, array_of, manifest_of
 
 from inflection_fast.quantities.layer_cka import LayerCka
-from inflection_fast.report.answer import Answer
 from inflection_fast.report.content import Content
-from inflection_fast.report.look import Line, Look, Matrix, Profile, Table, look_state, write_look
+from inflection_fast.report.look import look_state, write_look
 from inflection_fast.report.page import write
 from inflection_fast.report.single_page import html, state
 from inflection_fast.timeline import TimelineWriter
-
-
-def look(text="a name", **more):
-    profile = Profile(text, "nats", [Line(text, [1.0, None, np.nan], [0.1, None, 0.2])], text, marked=[0])
-    matrix = Matrix(text, "CKA", np.array([[1.0, 0.5, np.nan], [0.25, 1.0, 0.0]]), "layer of A", "layer of B", text)
-    parts = {
-        "kind": "comparison",
-        "title": text,
-        "where": text,
-        "facts": [text],
-        "answer": Answer(text, text, text, text),
-        "layers": [text, "x", "y"],
-        "profiles": [profile],
-        "matrices": [matrix],
-        "tables": [Table(text, [text, "b"], [[text, "1"]], (1,)), Table(text, [text], [[text]], folded=True)],
-        "settings": [(text, text)],
-        "versions": [(text, text)],
-        "missing": [text],
-    }
-    return Look(**parts | more)
 
 
 def test_what_is_drawn_stands_in_the_manifest(tmp_path):

@@ -1,12 +1,12 @@
 """The loss in the timeline is the one that was differentiated, whoever computed it."""
 
+import helpers.tiny_texts as tiny
 import numpy as np
 import pytest
-import tiny_texts as tiny
 import torch
-import trainers
 from accelerate import Accelerator
-from tiny_models import one_thread  # noqa: F401
+from helpers import trainers
+from helpers.tiny_models import one_thread  # noqa: F401
 from torch.nn import functional as F
 from transformers import Trainer
 

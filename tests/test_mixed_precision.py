@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from test_training_modes import EVERYTHING, VALUES, assert_same, measured
-from tiny_models import loss_of, model_and_batch, one_thread  # noqa: F401
+from helpers.tiny_models import loss_of, model_and_batch, one_thread  # noqa: F401
+from helpers.training_modes import EVERYTHING, VALUES, assert_same, measured
 
 from inflection_fast.blocks import find_blocks
 from inflection_fast.measure import Monitor

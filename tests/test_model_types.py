@@ -10,8 +10,8 @@ import torch
 
 pytest.importorskip("transformers")
 
+from helpers.tiny_models import one_thread  # noqa: F401
 from model_types.sweep import at_most, check, quiet
-from tiny_models import one_thread  # noqa: F401
 
 # By the way in: Transformers' interface, softmax by hand, several stacks, windows, layers without attention.
 INTERFACE = (
@@ -29,7 +29,7 @@ TYPES = [*INTERFACE.split(), *BY_HAND.split(), *STACKS.split()]
 
 
 @pytest.fixture(autouse=True)
-def in_peace(one_thread):  # noqa: F811
+def in_peace(one_thread):
     log = logging.getLogger("inflection_fast")
     level = log.level
     quiet()

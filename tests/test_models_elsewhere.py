@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tiny_models import entropy, one_thread  # noqa: F401
+from helpers.tiny_models import entropy, one_thread  # noqa: F401
 from torch import nn
 
 from inflection_fast.measure import Monitor, MonitorConfig

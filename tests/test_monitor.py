@@ -8,27 +8,15 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from tiny_models import HandWritten, bert, gpt2, loss_of, model_and_batch, one_thread  # noqa: F401
+from helpers.monitored import EVERY_STEP, train
+from helpers.tiny_models import HandWritten, bert, gpt2, loss_of, model_and_batch, one_thread  # noqa: F401
 from torch import nn
 
 from inflection_fast.measure import Monitor, MonitorConfig, measure_overhead
 from inflection_fast.timeline import HEAD_SIGNALS, Timeline, TimelineWriter
 from inflection_fast.timeline.arrow import END_OF_STREAM
 
-EVERY_STEP = MonitorConfig(every=1, rows=5)
 BATCH_SIGNALS = tuple(name for name in HEAD_SIGNALS if not name.startswith("probe_"))
-
-
-def train(model, batch, steps, config=EVERY_STEP, out=None, **settings):
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with Monitor(model, config, out, **settings) as monitor:
-        for _ in range(steps):
-            loss = loss_of(model(**batch))
-            loss.backward()
-            monitor.step(loss)
-            optimizer.step()
-            optimizer.zero_grad()
-    return monitor
 
 
 def assert_same(left, right, **tolerances):

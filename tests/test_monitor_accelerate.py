@@ -2,9 +2,9 @@
 
 import numpy as np
 import torch
-import trainers
 from accelerate import Accelerator
-from tiny_models import one_thread  # noqa: F401
+from helpers import trainers
+from helpers.tiny_models import one_thread  # noqa: F401
 
 from inflection_fast.measure import Monitor, MonitorConfig
 

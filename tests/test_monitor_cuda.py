@@ -6,9 +6,9 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from packets import ALL as SIGNALS
-from plain_flash import flash, packed_llama  # noqa: F401
-from tiny_models import loss_of, model_and_batch
+from helpers.packets import ALL as SIGNALS
+from helpers.plain_flash import flash, packed_llama  # noqa: F401
+from helpers.tiny_models import loss_of, model_and_batch
 
 from inflection_fast.measure import Monitor, MonitorConfig
 from inflection_fast.ops import build_info
@@ -63,7 +63,7 @@ def test_a_measured_step_never_waits_for_the_device(forbidden, rows):
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "packed"])
 @pytest.mark.parametrize("probe", [False, True])
-def test_a_measured_step_waits_no_more_often_than_its_model(name, probe, flash):  # noqa: F811
+def test_a_measured_step_waits_no_more_often_than_its_model(name, probe, flash):
     """Transformers look at their masks themselves, and a probe is a forward more."""
     model, batch = on("cuda", *(packed_llama(flash) if name == "packed" else model_and_batch(name)))
 
@@ -91,7 +91,7 @@ def test_a_measured_step_waits_no_more_often_than_its_model(name, probe, flash):
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "packed", "t5", "encoder", "hand-written"])
-def test_values_are_those_of_the_cpu(name, tmp_path, flash):  # noqa: F811
+def test_values_are_those_of_the_cpu(name, tmp_path, flash):
     model, batch = packed_llama(flash) if name == "packed" else model_and_batch(name)
     expected = train(*on("cpu", model, batch), ALL, probe=[batch])
     there, there_batch = on("cuda", model, batch)

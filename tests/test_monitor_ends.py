@@ -12,8 +12,8 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from test_monitor import EVERY_STEP, train
-from tiny_models import loss_of, model_and_batch, one_thread  # noqa: F401
+from helpers.monitored import EVERY_STEP, train
+from helpers.tiny_models import loss_of, model_and_batch, one_thread  # noqa: F401
 
 from inflection_fast.measure import Monitor
 from inflection_fast.timeline import Timeline

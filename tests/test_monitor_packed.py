@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
-from plain_flash import flash  # noqa: F401
-from test_attention import ALL_ROWS, check_attention, measured
-from tiny_models import (  # noqa: F401
+from helpers.attention_measured import ALL_ROWS, check_attention, measured
+from helpers.plain_flash import flash  # noqa: F401
+from helpers.tiny_models import (  # noqa: F401
     CASES,
     HEADS,
     VOCAB,
@@ -96,7 +96,7 @@ WAYS = [
 
 
 @pytest.mark.parametrize("name, how", WAYS)
-def test_a_packed_sequence_has_through_a_flash_kernel_what_it_has_alone(name, how, flash):  # noqa: F811
+def test_a_packed_sequence_has_through_a_flash_kernel_what_it_has_alone(name, how, flash):
     model, items = model_of(name, flash), texts()
     timeline = measured(model, flattened(items, how))
     truth = truth_of(model, items)
@@ -113,7 +113,7 @@ def test_a_packed_sequence_has_under_a_mask_what_it_has_alone(name, implementati
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt-oss"])
-def test_packed_equals_padded_and_one_by_one(name, flash):  # noqa: F811
+def test_packed_equals_padded_and_one_by_one(name, flash):
     model, items = model_of(name, flash), texts()
     packed = measured(model, flattened(items))
     together = measured(model, padded(items))
@@ -127,7 +127,7 @@ def test_packed_equals_padded_and_one_by_one(name, flash):  # noqa: F811
             torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5, msg=lambda text: f"{signal}: {text}")  # noqa: B023
 
 
-def test_the_layers_of_a_forward_share_what_is_made_of_the_lengths(flash, monkeypatch):  # noqa: F811
+def test_the_layers_of_a_forward_share_what_is_made_of_the_lengths(flash, monkeypatch):
     made = []
     bounds = qk_arguments.key_bounds
     monkeypatch.setattr(qk_arguments, "key_bounds", lambda *lengths: made.append(1) or bounds(*lengths))
@@ -137,7 +137,7 @@ def test_the_layers_of_a_forward_share_what_is_made_of_the_lengths(flash, monkey
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt-oss"])
-def test_sampled_rows_of_packed_sequences_stand_for_their_strata(name, flash):  # noqa: F811
+def test_sampled_rows_of_packed_sequences_stand_for_their_strata(name, flash):
     model, items = model_of(name, flash), texts()
     sampler = RowSampler(9, 0, torch.device("cpu"))
     sampler.begin(0)
@@ -161,7 +161,7 @@ def causal(length):
     return torch.ones(length, length, dtype=torch.bool).tril()
 
 
-def test_positions_that_start_again_in_a_batch_of_several_rows_pack_nothing(flash):  # noqa: F811
+def test_positions_that_start_again_in_a_batch_of_several_rows_pack_nothing(flash):
     model, _ = model_and_batch("llama")
     ids, positions = torch.randint(3, VOCAB, (2, 10)), torch.arange(10).remainder(6).expand(2, -1)
     batch = {"input_ids": ids, "labels": ids, "position_ids": positions}
@@ -179,7 +179,7 @@ POSITIONS = {
 
 
 @pytest.mark.parametrize("positions", POSITIONS.values(), ids=POSITIONS)
-def test_sequences_begin_at_the_lowest_position(positions, flash):  # noqa: F811
+def test_sequences_begin_at_the_lowest_position(positions, flash):
     model, _ = model_and_batch("llama")
     ids, positions = torch.randint(3, VOCAB, (1, 10)), torch.tensor([positions])
     batch = {"input_ids": ids, "labels": ids, "position_ids": positions}
@@ -191,7 +191,7 @@ def test_sequences_begin_at_the_lowest_position(positions, flash):  # noqa: F811
     check_attention(measured(model, batch), truth, [inside[inside][None]] * len(truth), ("entropy", "collision"))
 
 
-def test_padding_goes_before_positions(flash):  # noqa: F811
+def test_padding_goes_before_positions(flash):
     """A batch of one with padding in front: its positions do not go up by one, and pack nothing."""
     model, _ = model_and_batch("llama")
     mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1, 1]])
@@ -202,7 +202,7 @@ def test_padding_goes_before_positions(flash):  # noqa: F811
     check_attention(measured(model, batch), truth, [mask.bool()] * len(truth))
 
 
-def test_lengths_of_a_batch_of_several_rows_are_those_of_the_rows_one_after_the_other(flash):  # noqa: F811
+def test_lengths_of_a_batch_of_several_rows_are_those_of_the_rows_one_after_the_other(flash):
     model = model_of("llama", flash)
     items = [{"input_ids": torch.randint(3, VOCAB, (length,))} for length in (5, 9, 10)]
     batch = flattened(items, "both")
@@ -269,7 +269,7 @@ def test_keys_of_other_sequences_than_the_queries_are_refused_in_words():
         assert all(field.isfinite().all() for field in stats_of(call, None))
 
 
-def test_a_call_that_cannot_be_read_is_an_error_at_first_and_costs_the_values_of_a_step_later(flash, caplog):  # noqa: F811
+def test_a_call_that_cannot_be_read_is_an_error_at_first_and_costs_the_values_of_a_step_later(flash, caplog):
     model, items = model_of("llama", flash), texts()
     good = flattened(items, "both")
     bad = good | {"cu_seq_lens_k": torch.cat([good["cu_seq_lens_k"], torch.tensor([T])])}
@@ -299,7 +299,7 @@ def test_positions_that_are_not_those_of_one_row_pack_nothing(positions):
     assert call.cu_seqlens is None and call.foreign_keys is None
 
 
-def test_masks_of_another_kind_than_those_of_flash_kernels_hold_packing_themselves(flash):  # noqa: F811
+def test_masks_of_another_kind_than_those_of_flash_kernels_hold_packing_themselves(flash):
     query, settings = torch.zeros(1, HEADS, 6, 4), {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}
     made = {
         name: _interface_call(name, torch.nn.Identity(), query, query, None, settings, Starts()).cu_seqlens

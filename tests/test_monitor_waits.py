@@ -4,39 +4,17 @@ from collections import Counter
 
 import pytest
 import torch
-from packets import ALL as SIGNALS
-from plain_flash import flash, packed_llama  # noqa: F401
-from test_monitor import loss_of
-from tiny_models import CASES, model_and_batch, one_thread  # noqa: F401
-from torch.utils._python_dispatch import TorchDispatchMode
+from helpers.monitored import loss_of
+from helpers.packets import ALL as SIGNALS
+from helpers.plain_flash import flash, packed_llama  # noqa: F401
+from helpers.tiny_models import CASES, model_and_batch, one_thread  # noqa: F401
+from helpers.waits import WAITING, Waits
 
 from inflection_fast.measure import Monitor, MonitorConfig
 from inflection_fast.ops import checks
 
-WAITING = ("_local_scalar_dense", "item", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim")
 # The host waits to hear whether these have gone well.
 WAITING += ("_linalg_check_errors", "_linalg_eigh", "_linalg_eigvals", "_linalg_svd", "linalg_eig", "linalg_lstsq")
-
-
-class Waits(TorchDispatchMode):
-    """Counts operators after which the host knows a number of the device, or for which it hands one over."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name.removeprefix("aten::")
-        if name in WAITING or (name.startswith("index") and self._by_mask(args)):
-            self.found[name] += 1
-        elif name == "lift_fresh":  # torch.tensor([...])
-            self.found[name] += 1
-        return func(*args, **(kwargs or {}))
-
-    @staticmethod
-    def _by_mask(args):
-        indices = args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else ()
-        return any(isinstance(index, torch.Tensor) and index.dtype == torch.bool for index in indices)
 
 
 def waits(model, batch, config, **options):
@@ -68,7 +46,7 @@ def test_a_measured_step_reads_no_number_of_the_device_and_hands_none_over(name,
 
 
 @pytest.mark.parametrize("lengths", [False, True])
-def test_packed_sequences_are_measured_without_a_wait_either(lengths, flash, monkeypatch):  # noqa: F811
+def test_packed_sequences_are_measured_without_a_wait_either(lengths, flash, monkeypatch):
     monkeypatch.setattr(checks, "cu_seqlens", lambda value, query, key: value)  # looks at numbers on the CPU only
     model, packed = packed_llama(flash)
     if lengths:

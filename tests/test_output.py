@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from by_hand import measured, sums_of, values_of
-from tiny_models import bert, gpt2
+from helpers.by_hand import measured, sums_of, values_of
+from helpers.tiny_models import bert, gpt2
 
 from inflection_fast.quantities.output import Output, counted_rows
 from inflection_fast.quantities.quantity import ModelOutput

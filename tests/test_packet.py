@@ -5,8 +5,8 @@ import functools
 import numpy as np
 import pytest
 import torch
-from packets import ALL, packet_of, row_of
-from tiny_models import loss_of, model_and_batch, one_thread  # noqa: F401
+from helpers.packets import ALL, packet_of, row_of
+from helpers.tiny_models import loss_of, model_and_batch, one_thread  # noqa: F401
 from torch import nn
 
 from inflection_fast.measure import Monitor, MonitorConfig

@@ -6,9 +6,9 @@ import time
 
 import numpy as np
 import pytest
-from browser import browser
-from test_single_page import MARKUP
-from tiny_runs import LAYERS, measured, write_run, write_timeline
+from helpers.browser import browser
+from helpers.pages import MARKUP
+from helpers.tiny_runs import LAYERS, measured, write_run, write_timeline
 
 from inflection_fast.report.content import Content
 from inflection_fast.report.several import write_several
@@ -244,7 +244,7 @@ def test_a_run_that_trains_grows_on_the_page(driver, tmp_path):
 
 
 def test_a_comparison_draws_profiles_and_matrices(driver, tmp_path):
-    from test_look import look
+    from helpers.looked_at import look
 
     from inflection_fast.report.look import write_look
 

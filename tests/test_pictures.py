@@ -3,7 +3,7 @@ import warnings
 
 import numpy as np
 import pytest
-from tiny_runs import LAYERS, STEPS, write_run
+from helpers.tiny_runs import LAYERS, STEPS, write_run
 
 from inflection_fast.decide import SelectConfig, select
 from inflection_fast.report import canvas, pictures, profile

@@ -6,9 +6,8 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
-import tiny_models
-import trainers
-from tiny_models import one_thread  # noqa: F401
+from helpers import tiny_models, trainers
+from helpers.tiny_models import one_thread  # noqa: F401
 
 import inflection_fast.integrations
 from inflection_fast import MonitorConfig, Plan

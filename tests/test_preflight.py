@@ -2,11 +2,11 @@
 
 import json
 
+import helpers.tiny_texts as tiny
 import pytest
-import tiny_texts as tiny
 import torch
 import yaml
-from tiny_models import one_thread  # noqa: F401
+from helpers.tiny_models import one_thread  # noqa: F401
 
 pytest.importorskip("jsonargparse")
 

@@ -6,8 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_monitor import train
-from tiny_models import bert, classify, model_and_batch, one_thread, sharpened, translate  # noqa: F401
+from helpers.monitored import train
+from helpers.probes import CKA, adapted, measured_after_moving, moved
+from helpers.tiny_models import bert, classify, model_and_batch, one_thread, sharpened, translate  # noqa: F401
 from torch import nn
 
 from inflection_fast import ops
@@ -17,8 +18,6 @@ from inflection_fast.measure.packet import StepSums
 from inflection_fast.measure.panel import Panel
 from inflection_fast.measure.probe import Probe
 from inflection_fast.quantities.quantity import MeasuredModel
-
-CKA = MonitorConfig(every=1, signals=("delta_cka",), cka_debiased=False)
 
 
 def probe_of(model, batches, config):
@@ -59,23 +58,6 @@ def delta_cka(before, after):
     x, y = before - before.mean(0), after - after.mean(0)
     k, m = x @ x.T, y @ y.T
     return 1 - (k * m).sum() / ((k * k).sum() * (m * m).sum()).sqrt()
-
-
-def moved(model, seed=3):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-
-
-def measured_after_moving(model, probe, config=CKA):
-    with Monitor(model, config, probe=probe) as monitor:
-        model(**probe[0]).loss.backward()
-        monitor.step()
-        moved(model)
-        model(**probe[0]).loss.backward()
-        monitor.step()
-    return monitor.timeline.delta_cka
 
 
 @pytest.mark.parametrize(
@@ -243,19 +225,6 @@ def classify_once():
 def test_without_the_reference_of_the_start_the_log_says_against_what(tmp_path, caplog):
     train(*model_and_batch("bert"), 1, CKA, tmp_path, probe=[classify()], start_step=3)
     assert "delta_cka is measured against step 3" in caplog.text
-
-
-def adapted():
-    peft = pytest.importorskip("peft")
-    torch.manual_seed(0)
-    model = peft.get_peft_model(sharpened(bert()), peft.LoraConfig(target_modules=["query", "value"], r=2)).train()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_()
-            if "layer.2" in name:
-                parameter.requires_grad_(False)  # frozen by the user, which peft would undo
-    return model
 
 
 def test_adapters_switched_off_are_a_reference_that_stores_nothing():

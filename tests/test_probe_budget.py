@@ -5,9 +5,9 @@ import copy
 import numpy as np
 import pytest
 import torch
-from test_monitor import train
-from test_probe import CKA, measured_after_moving, moved
-from tiny_models import model_and_batch, one_thread  # noqa: F401
+from helpers.monitored import train
+from helpers.probes import CKA, measured_after_moving, moved
+from helpers.tiny_models import model_and_batch, one_thread  # noqa: F401
 
 from inflection_fast import Quantity, ops
 from inflection_fast.measure import Monitor, MonitorConfig, schedule

@@ -6,37 +6,11 @@ import threading
 import numpy as np
 import pytest
 import torch
-from tiny_models import loss_of, model_and_batch, one_thread  # noqa: F401
+from helpers.quantity_of_a_user import BY_LAYER, OutputRms, column, train
+from helpers.tiny_models import loss_of, model_and_batch, one_thread  # noqa: F401
 
-from inflection_fast import Accumulator, AlertConfig, AlertRule, Column, Monitor, MonitorConfig, Quantity
+from inflection_fast import Accumulator, AlertConfig, AlertRule, Monitor, MonitorConfig, Quantity
 from inflection_fast.measure import parameters
-
-BY_LAYER = ("layer",)
-
-
-def column(name="value", **settings):
-    return Column(
-        **{"unit": "1", "axes": BY_LAYER, "label": name, "explanation": f"{name}.", "count": "count"} | settings
-    )
-
-
-class OutputRms(Quantity):
-    """RMS of block outputs over tokens."""
-
-    name = "output_rms"
-    accumulators = {"squares": Accumulator(held="output"), "count": Accumulator(held="output")}
-    columns = {"output_rms": column("RMS", alerts=(AlertRule("above", 0.0, measurements=1),))}
-
-    def on_block(self, sums, block):
-        squares = block.output.double().square()
-        if block.tokens is not None:
-            squares = squares * block.tokens[..., None]
-        sums["squares"][block.layer] += squares.sum()
-        tokens = block.tokens.sum() if block.tokens is not None else squares[..., 0].numel()
-        sums["count"][block.layer] += tokens * squares.shape[-1]
-
-    def values(self, sums):
-        return {"output_rms": np.sqrt(sums["squares"] / sums["count"])}
 
 
 class Everything(Quantity):
@@ -85,18 +59,6 @@ class Everything(Quantity):
 
     def values(self, sums):
         return {"calls": sums["calls"] + sums["steps"]}
-
-
-def train(model, batch, config, steps=3, micro_batches=1, **settings):
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with Monitor(model, config, **settings) as monitor:
-        for _ in range(steps):
-            for _ in range(micro_batches):
-                loss_of(model(**batch)).backward()
-            monitor.step()
-            optimizer.step()
-            optimizer.zero_grad()
-    return monitor.timeline
 
 
 def rms_of(model, batch):

@@ -6,10 +6,10 @@ import threading
 import numpy as np
 import pytest
 import torch
-from test_monitor_waits import Waits
-from test_probe import adapted
-from test_quantity import OutputRms, column, train
-from tiny_models import loss_of, model_and_batch, one_thread  # noqa: F401
+from helpers.probes import adapted
+from helpers.quantity_of_a_user import OutputRms, column, train
+from helpers.tiny_models import loss_of, model_and_batch, one_thread  # noqa: F401
+from helpers.waits import Waits
 
 from inflection_fast import Accumulator, Monitor, MonitorConfig, Quantity, quantities
 

@@ -1,7 +1,7 @@
 """What a run of months keeps by key."""
 
 import torch
-from tiny_models import model_and_batch, one_thread  # noqa: F401
+from helpers.tiny_models import model_and_batch, one_thread  # noqa: F401
 
 from inflection_fast.blocks import find_blocks
 from inflection_fast.measure import parameters, schedule

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 import torch
-from packets import TRAINING, packet_of, panel_of
+from helpers.packets import TRAINING, packet_of, panel_of
 
 from inflection_fast.measure import recorder as module
 from inflection_fast.measure.hooks import WarnOnce

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_runs import CONFIG, write_run, write_stage
+from helpers.tiny_runs import CONFIG, write_run, write_stage
 
 from inflection_fast import report
 from inflection_fast.records import Metrics

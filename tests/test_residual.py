@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from by_hand import sums_of, values_of
+from helpers.by_hand import sums_of, values_of
 
 from inflection_fast.quantities.quantity import BlockForward
 from inflection_fast.quantities.residual import Residual

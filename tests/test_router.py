@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers as hf
-from by_hand import measured, sums_of, values_of
+from helpers.by_hand import measured, sums_of, values_of
 
 from inflection_fast import find_blocks
 from inflection_fast.quantities.quantity import SubmoduleForward

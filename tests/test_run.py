@@ -6,9 +6,9 @@ import subprocess
 import sys
 import time
 
+import helpers.tiny_texts as tiny
 import numpy as np
 import pytest
-import tiny_texts as tiny
 import torch
 import yaml
 

@@ -2,12 +2,12 @@
 
 import json
 
+import helpers.tiny_texts as tiny
 import numpy as np
 import pytest
-import tiny_texts as tiny
 import torch
+from helpers.tiny_models import entropy, one_thread, probabilities  # noqa: F401
 from safetensors.torch import save_file
-from tiny_models import entropy, one_thread, probabilities  # noqa: F401
 
 from inflection_fast.checkpoints import texts as batching
 from inflection_fast.checkpoints.files import find

@@ -1,11 +1,11 @@
 """Which parameters train, and how fast: unfreezing by plan, LISA, learning rates by block."""
 
+import helpers.tiny_models as tiny
 import numpy as np
 import pytest
-import tiny_models as tiny
 import torch
-from test_inject import plan_for
-from tiny_models import one_thread  # noqa: F401
+from helpers.injected import plan_for
+from helpers.tiny_models import one_thread  # noqa: F401
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from inflection_fast import Monitor, MonitorConfig, find_blocks

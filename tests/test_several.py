@@ -2,8 +2,8 @@ import json
 
 import numpy as np
 import pytest
-from test_single_page import array_of, column, manifest_of
-from tiny_runs import LAYERS, STEPS, write_run, write_stage, write_timeline
+from helpers.pages import array_of, column, manifest_of
+from helpers.tiny_runs import LAYERS, STEPS, write_run, write_stage, write_timeline
 
 from inflection_fast import cli, report
 from inflection_fast.report.content import Content

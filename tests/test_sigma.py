@@ -2,10 +2,10 @@
 
 import copy
 
+import helpers.tiny_models as tiny
 import pytest
-import tiny_models as tiny
 import torch
-from tiny_models import one_thread  # noqa: F401
+from helpers.tiny_models import one_thread  # noqa: F401
 from torch import nn
 
 from inflection_fast.act import sigma_reparametrisation

@@ -1,10 +1,10 @@
 """Selection within one stack of a model: which one, and that nothing of the others counts."""
 
+import helpers.tiny_models as tiny
 import numpy as np
 import pytest
-import tiny_models as tiny
-from test_select import timeline
-from tiny_models import one_thread  # noqa: F401
+from helpers.made_timelines import timeline
+from helpers.tiny_models import one_thread  # noqa: F401
 
 from inflection_fast import Monitor, MonitorConfig, Plan, SelectConfig, cli, select
 from inflection_fast.run.plans import baseline_plan, make_plan

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from tiny_study import tiny_study
+from helpers.tiny_study import tiny_study
 
 from inflection_fast.run.errors import UserError
 from inflection_fast.study.cells import cells_of
@@ -113,7 +113,7 @@ def test_the_search_tries_every_rate_and_takes_the_lowest_loss(done):
 
 WORKER = """
 import sys; from pathlib import Path; sys.path.insert(0, sys.argv[2])
-from tiny_study import tiny_study
+from helpers.tiny_study import tiny_study
 from inflection_fast.study.runner import work_through
 work_through(tiny_study(Path(sys.argv[1])), only=sys.argv[3])
 """

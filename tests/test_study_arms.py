@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from tiny_study import tiny_study
+from helpers.tiny_study import tiny_study
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from inflection_fast.run.errors import UserError

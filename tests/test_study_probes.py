@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tiny_models import bert
+from helpers.tiny_models import bert
 
 from inflection_fast.study.config import LoopConfig
 from inflection_fast.study.probes import pooled_features, ridge_accuracy

@@ -1,7 +1,7 @@
 """A study as tasks of a Ray cluster, here one of this machine alone."""
 
 import pytest
-from tiny_study import tiny_study
+from helpers.tiny_study import tiny_study
 
 from inflection_fast.study import runner
 from inflection_fast.study.runner import progress_of, run

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tiny_study import tiny_study, write_texts
+from helpers.tiny_study import tiny_study, write_texts
 
 from inflection_fast.run.config import DataConfig
 from inflection_fast.run.errors import UserError

@@ -6,6 +6,8 @@ import torch
 from inflection_fast import sum_of_squares
 from inflection_fast.ops import reference
 
+pytestmark = [pytest.mark.kernel, pytest.mark.emulated, pytest.mark.sanitized]
+
 
 def tensors():
     x = torch.randn(40, 50, 60)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_attention import ALL_ROWS, PAIRS, measured
-from tiny_models import HEADS, VOCAB, HandWritten, bert, gpt2, in_float64, loss_of, model_and_batch, one_thread  # noqa: F401
+from helpers.attention_measured import ALL_ROWS, PAIRS, measured
+from helpers.tiny_models import HEADS, VOCAB, HandWritten, bert, gpt2, in_float64, loss_of, model_and_batch, one_thread  # noqa: F401
 from torch import nn
 
 from inflection_fast.measure import Monitor, MonitorConfig

@@ -2,14 +2,14 @@
 
 import logging
 
+import helpers.tiny_models as tiny
 import peft
 import pytest
-import tiny_models as tiny
 import torch
 import torch.nn.functional as F
 import transformers as hf
-from test_inject import adapted_names, plan_for
-from tiny_models import one_thread  # noqa: F401
+from helpers.injected import adapted_names, plan_for
+from helpers.tiny_models import one_thread  # noqa: F401
 from torch import nn
 
 from inflection_fast import dead_adapters, inject

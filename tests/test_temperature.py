@@ -1,10 +1,10 @@
 """Attention temperature: what it does to entropy and outputs, its schedule, and that nothing is left."""
 
+import helpers.tiny_models as tiny
 import pytest
-import tiny_models as tiny
 import torch
-from test_inject import plan_for
-from tiny_models import one_thread  # noqa: F401
+from helpers.injected import plan_for
+from helpers.tiny_models import one_thread  # noqa: F401
 from torch import nn
 
 from inflection_fast import Monitor, MonitorConfig, find_blocks

@@ -4,7 +4,7 @@ import errno
 import warnings
 
 import pytest
-from test_timeline import assert_same, signals_of, writer, written
+from helpers.written_timelines import assert_same, signals_of, writer, written
 
 from inflection_fast.timeline import Timeline
 

@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from test_timeline import assert_same, signals_of, writer, written
+from helpers.written_timelines import assert_same, signals_of, writer, written
 
 from inflection_fast.timeline import Timeline
 

@@ -8,10 +8,9 @@ import time
 
 import numpy as np
 import pytest
-import tiny_models
 import torch
-import trainers
-from tiny_models import one_thread  # noqa: F401
+from helpers import tiny_models, trainers
+from helpers.tiny_models import one_thread  # noqa: F401
 from transformers import TrainerCallback
 
 from inflection_fast import MonitorConfig

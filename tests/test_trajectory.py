@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from by_hand import measured, sums_of, values_of
-from tiny_models import WIDTH, gpt2
+from helpers.by_hand import measured, sums_of, values_of
+from helpers.tiny_models import WIDTH, gpt2
 
 from inflection_fast import find_blocks
 from inflection_fast.ops import reference

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from by_hand import HandParameters, measured, stack_of_linears, sums_of, values_of
+from helpers.by_hand import HandParameters, measured, stack_of_linears, sums_of, values_of
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from inflection_fast.quantities import quantity as q

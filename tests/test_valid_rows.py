@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tiny_models import HandWritten, entropy, loss_of, one_thread, plain_text, sharpened  # noqa: F401
+from helpers.tiny_models import HandWritten, entropy, loss_of, one_thread, plain_text, sharpened  # noqa: F401
 
 from inflection_fast.measure import Monitor, MonitorConfig
 from inflection_fast.measure.attention_call import AttentionCall

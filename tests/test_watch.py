@@ -6,7 +6,7 @@ import urllib.request
 
 import numpy as np
 import pytest
-from tiny_runs import measured, write_timeline
+from helpers.tiny_runs import measured, write_timeline
 
 from inflection_fast import cli
 from inflection_fast.report import watch

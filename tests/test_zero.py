@@ -2,9 +2,8 @@
 
 import numpy as np
 import pytest
-import tiny_models
-import trainers
-from tiny_models import one_thread  # noqa: F401
+from helpers import tiny_models, trainers
+from helpers.tiny_models import one_thread  # noqa: F401
 from torch import nn
 
 from inflection_fast import Monitor, MonitorConfig

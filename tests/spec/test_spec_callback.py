@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 from models import batch, build, expected
-from test_spec_monitor import assert_row
-from test_spec_monitor_manners import state_of
+from monitored import assert_row
+from state import state_of
 from torch.utils.data import Dataset
 
 from inflection_fast import InflectionCallback, MonitorConfig, Timeline

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 from models import KINDS, batch, build, expected, features
+from monitored import VALUES, assert_row
 from truth import cka
 
 from inflection_fast import Monitor, MonitorConfig, Timeline
 
 ALL_ROWS = MonitorConfig(every=1, rows=None)
-VALUES = ("entropy", "collision", "sink", "max_logit", "activation_grad", "parameter_grad")
 
 
 def inputs_only(one):
@@ -34,15 +34,6 @@ def run(model, steps, config=ALL_ROWS, *, lr=0.1, clip=None, before_step=None, b
             if between:
                 between(model)
     return monitor.timeline
-
-
-def assert_row(timeline, i, truth, rtol=2e-4, skip=()):
-    for name in VALUES:
-        if name in skip:
-            continue
-        got = getattr(timeline, name)[i]
-        assert got.shape == truth[name].shape, name
-        assert np.allclose(got, truth[name], rtol=rtol, atol=2e-5, equal_nan=True), f"{name}: {got} {truth[name]}"
 
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])

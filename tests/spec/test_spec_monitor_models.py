@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from models import Plain, batch, build, expected
-from test_spec_monitor import assert_row
+from monitored import assert_row
 from torch import nn
 
 from inflection_fast import Monitor, MonitorConfig

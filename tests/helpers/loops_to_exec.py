@@ -52,7 +52,7 @@ def accelerate(folder):
 
 
 def trainer(folder):
-    import trainers
+    from helpers import trainers
 
     trainers.trainer(folder, None, max_steps=4, optim="sgd").train()
 

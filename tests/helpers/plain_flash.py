@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers as hf
-from tiny_models import T, model_and_batch
 from transformers import modeling_flash_attention_utils as flash_utils
 from transformers import modeling_utils
 from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
+
+from helpers.tiny_models import T, model_and_batch
 
 FLASH = "plain_flash"
 

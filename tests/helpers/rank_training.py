@@ -7,9 +7,9 @@ import logging
 
 import numpy as np
 import torch
-from packets import ALL
 from torch import distributed as dist
 
+from helpers.packets import ALL
 from inflection_fast.measure import Monitor, MonitorConfig
 from inflection_fast.timeline import HEAD_SIGNALS, LAYER_SIGNALS
 
@@ -23,7 +23,7 @@ SIGNALS = (*HEAD_SIGNALS, *LAYER_SIGNALS, "loss")
 
 
 def model_of(name):
-    import tiny_models as tiny
+    import helpers.tiny_models as tiny
 
     torch.manual_seed(0)
     return tiny.sharpened(tiny.CASES[name].build().train())

@@ -5,9 +5,8 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-import tiny_texts
-from tiny_texts import BAD, GOOD, OTHER
-
+from helpers import tiny_texts
+from helpers.tiny_texts import BAD, GOOD, OTHER
 from inflection_fast.run.config import DataConfig, ModelConfig
 from inflection_fast.study.config import (
     LoopConfig,

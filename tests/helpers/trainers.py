@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import tiny_texts as tiny
 import torch
+
+import helpers.tiny_texts as tiny
 
 STEPS, BATCH = 6, 4
 

@@ -38,7 +38,7 @@ def halves() -> list[dict]:
 
 
 def model_of():
-    import tiny_models as tiny
+    import helpers.tiny_models as tiny
 
     torch.manual_seed(0)
     return tiny.sharpened(tiny.bert().train())
