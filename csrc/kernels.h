@@ -30,9 +30,9 @@ constexpr int64_t kSquaresChunk = 1 << 14;  // elements of one work item: small 
 struct SumOfSquaresArgs {
   const Operand* operands;     // [count]
   const int64_t* first_chunk;  // [count + 1], running number of kSquaresChunk-sized work items; the last is their total
-  int64_t count;
-  int64_t groups;
+  int64_t count, groups;
   const float* inv_scale;  // the sums are multiplied by its square; null: by 1
+  const int32_t* flag;     // of a tap: 0 there, and `partial` is not written; null: it is
   double* partial;         // [chunks], scratch: one sum per work item, whatever the threads
   double* totals;          // [groups], scratch of the GPU
   // outputs

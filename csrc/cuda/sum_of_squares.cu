@@ -63,7 +63,9 @@ __device__ double squares(const T* data, int64_t count) {
   return total;
 }
 
-__global__ void __launch_bounds__(kThreads) sum_chunks(Table table, double* partial /* [chunks] */) {
+__global__ void __launch_bounds__(kThreads)
+    sum_chunks(Table table, const int32_t* flag, double* partial /* [chunks] */) {
+  if (flag && *flag == 0) return;
   const int chunk = blockIdx.x;
   const int which = entry_of(table, chunk);
   const Entry& entry = table.entries[which];
@@ -76,7 +78,9 @@ __global__ void __launch_bounds__(kThreads) sum_chunks(Table table, double* part
 }
 
 // A tensor with gaps between its elements: each thread computes the address of each of its elements.
-__global__ void __launch_bounds__(kThreads) sum_strided(Operand op, double* partial /* [chunks of op] */) {
+__global__ void __launch_bounds__(kThreads)
+    sum_strided(Operand op, const int32_t* flag, double* partial /* [chunks of op] */) {
+  if (flag && *flag == 0) return;
   const int64_t begin = blockIdx.x * kSquaresChunk;
   const int64_t end = begin + kSquaresChunk < op.numel ? begin + kSquaresChunk : op.numel;
   double total = 0.0;
@@ -131,7 +135,7 @@ int sum_of_squares_cuda(const SumOfSquaresArgs& args, void* stream) {
       const int64_t first = args.first_chunk[begin], chunks = args.first_chunk[begin + 1] - first;
       if (chunks > 0) {
         const int error = launch(sum_strided, dim3(chunks), dim3(kThreads), kShared, stream, args.operands[begin],
-                                 args.partial + first);
+                                 args.flag, args.partial + first);
         if (error) return error;
       }
       ++begin;
@@ -148,7 +152,8 @@ int sum_of_squares_cuda(const SumOfSquaresArgs& args, void* stream) {
     const int64_t chunks = args.first_chunk[end] - first;
     table.first_chunk[table.count] = static_cast<int32_t>(chunks);
     if (chunks > 0) {
-      const int error = launch(sum_chunks, dim3(chunks), dim3(kThreads), kShared, stream, table, args.partial + first);
+      const int error =
+          launch(sum_chunks, dim3(chunks), dim3(kThreads), kShared, stream, table, args.flag, args.partial + first);
       if (error) return error;
     }
     begin = end;

@@ -1,33 +1,10 @@
 // sum_of_squares: many tensors of any size and layout, one float64 per group.
-#include <algorithm>
 #include <vector>
 
-#include "dispatch.h"
+#include "operand.h"
 
 namespace inflection {
 namespace {
-
-// Sorts the dimensions by stride and merges those that are contiguous: a sum does not care in which order it reads.
-Operand operand_of(const Tensor& tensor, int32_t group) {
-  Operand op{tensor.const_data_ptr(), {1}, {1}, tensor.numel(), 1, dtype_of(tensor, "tensors"), group};
-  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
-  for (int64_t d = 0; d < tensor.dim(); ++d) {
-    if (tensor.size(d) != 1) dims.emplace_back(tensor.stride(d), tensor.size(d));
-  }
-  std::sort(dims.begin(), dims.end());
-  int32_t n = 0;
-  for (const auto& [stride, size] : dims) {
-    if (n > 0 && stride == op.strides[n - 1] * op.sizes[n - 1]) {
-      op.sizes[n - 1] *= size;
-      continue;
-    }
-    STD_TORCH_CHECK(n < kMaxDims, "tensors: more than ", kMaxDims, " dimensions that cannot be merged");
-    op.strides[n] = stride;
-    op.sizes[n++] = size;
-  }
-  op.dims = std::max(n, 1);
-  return op;
-}
 
 // One float32 on the device of the tensors, read there; null without one.
 const float* scale_of(const MaybeTensor& inv_scale, const Tensor& like) {
@@ -50,7 +27,7 @@ Tensor sum_of_squares(std::vector<Tensor> tensors, std::vector<int64_t> groups, 
     STD_TORCH_CHECK(tensors[i].get_device() == tensors[0].get_device(), "tensors: all must be on one device");
     STD_TORCH_CHECK(groups[i] >= 0 && groups[i] < num_groups, "groups: ", groups[i], " is outside [0, ", num_groups,
                     ")");
-    operands.push_back(operand_of(tensors[i], static_cast<int32_t>(groups[i])));
+    operands.push_back(operand_of(tensors[i], "tensors", static_cast<int32_t>(groups[i])));
     first_chunk.push_back(first_chunk.back() + ceil_div(operands.back().numel, kSquaresChunk));
   }
   const int64_t chunks = first_chunk.back();
@@ -60,6 +37,7 @@ Tensor sum_of_squares(std::vector<Tensor> tensors, std::vector<int64_t> groups, 
                               static_cast<int64_t>(operands.size()),
                               num_groups,
                               scale_of(inv_scale, tensors[0]),
+                              nullptr,
                               data<double>(partial),
                               data<double>(partial) + chunks,
                               data<double>(out)};

@@ -120,6 +120,7 @@ NATIVE = {".h", ".hpp", ".cuh", ".cpp", ".cc", ".cu", ".inl", ".inc"}
 UNSTABLE = ("ATen/", "torch/extension.h", "torch/torch.h", "torch/all.h")
 OPERATORS = (
     "activation_moments", "attention_column_mass", "attention_stats", "attention_stats_qk", "cka", "sum_of_squares",
+    "tap_attention", "tap_gradient",
 )  # fmt: skip
 
 
@@ -145,8 +146,9 @@ def reached(path, seen=None):
 
 
 INCLUDES = {  # folder -> folders of ours it may include
-    "core": {"core", "kernels.h"}, "cpu": {"core", "cpu", "kernels.h"}, "cuda": {"core", "cuda", "kernels.h"},
-    "torch": {"torch", "kernels.h"}, "kernels.h": set(),
+    "core": {"core", "kernels.h", "taps.h"}, "cpu": {"core", "cpu", "kernels.h", "taps.h"},
+    "cuda": {"core", "cuda", "kernels.h", "taps.h"}, "torch": {"torch", "kernels.h", "taps.h"}, "kernels.h": set(),
+    "taps.h": {"kernels.h"},
 }  # fmt: skip
 
 
@@ -266,6 +268,8 @@ HOST_READS = {
     ("measure/recorder.py", "_row"): "the one copy of a measured step, on a thread that nobody waits for",
     ("measure/parameters.py", "_add"): "fills a tensor of the host that no device holds",
     ("measure/panel.py", "finish_later"): "of what is on its way to the host, on a thread that nobody waits for",
+    ("measure/graph.py", "refuse_missing_attention"): "the first measured step alone, to find a graph without taps",
+    ("measure/graph.py", "refuse_missing_gradients"): "the same",
     ("measure/overhead.py", "_forward_backward"): "a stopwatch has to wait for the device",
     ("measure/probe.py", "save"): "the reference goes to a file once, at entering",
 }

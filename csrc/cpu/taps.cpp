@@ -1,0 +1,7 @@
+// The kernels of taps, one version for all CPUs: they take no time worth choosing another.
+#include "isa.h"
+
+#define INFLECTION_ISA portable
+#define INFLECTION_VECTOR_BYTES 16
+#include "tap_attention.inc"
+#include "tap_gradient.inc"
