@@ -47,7 +47,7 @@ class AttentionTaps:
                 self._owners.setdefault(module, set()).add(block.index)
         self._decoders = decoder_layers(model, blocks)
         self._sight: AttentionSight | None = AttentionSight(blocks)
-        self._sampler = RowSampler(rows, seed, device)
+        self.sampler = RowSampler(rows, seed, device)
         self._indices = LayerIndices(device)
         self._layout = Layout()
         self._told = False  # which blocks have no attention
@@ -56,11 +56,11 @@ class AttentionTaps:
     def share(self, layout: Layout) -> None:
         """Measure as one of several ranks."""
         self._layout = layout
-        self._sampler.share = (layout.data_rank, layout.data)
+        self.sampler.share = (layout.data_rank, layout.data)
 
     def begin(self, step: int) -> None:
         """Draw the query rows of `step` from now on."""
-        self._sampler.begin(step)
+        self.sampler.begin(step)
 
     def forget_model(self) -> None:
         """Hold nothing of the model any more."""
@@ -135,7 +135,7 @@ class AttentionTaps:
         if call.kind == "self":
             micro_batch.positions[layer] += batch * length
         if (length, number) not in micro_batch.strata:
-            micro_batch.strata[length, number] = self._sampler.draw(length)
+            micro_batch.strata[length, number] = self.sampler.draw(length)
         strata = micro_batch.strata[length, number]
         if call.cu_seqlens is not None:
             # Kept together with the starts: an id is unique only as long as its object lives.

@@ -33,6 +33,7 @@ __all__ = [
     "interfaces_of",
     "seeing_functions",
     "seeing_interfaces",
+    "traced_call",
 ]
 
 logger = logging.getLogger(__name__)
@@ -49,22 +50,22 @@ class AttentionSight:
     """All ways in which the blocks of a model may attend."""
 
     def __init__(self, blocks: Sequence[Block]):
-        self._places = AttentionPlaces(blocks)
+        self.places = AttentionPlaces(blocks)
         interfaces = [one for block in blocks for one in interfaces_of(block.module)]
-        self._interfaces = list({id(one): one for one in interfaces}.values())
-        attentions = self._places.innermost
-        self._needs_functions = self._places.unnamed or not all(map(interfaces_of, attentions))
-        if self._places.others:
-            logger.info("attention beside that of the blocks is not measured: %s", ", ".join(self._places.others))
+        self.interfaces = list({id(one): one for one in interfaces}.values())
+        attentions = self.places.innermost
+        self.needs_functions = self.places.unnamed or not all(map(interfaces_of, attentions))
+        if self.places.others:
+            logger.info("attention beside that of the blocks is not measured: %s", ", ".join(self.places.others))
 
     @contextmanager
     def seeing(self, see: See) -> Iterator[None]:
         """Hand every attention call of the blocks to `see`, once each."""
         with ExitStack() as stack:
-            if self._interfaces:
-                stack.enter_context(seeing_interfaces(self._interfaces, self._places, see))
-            if self._needs_functions:
-                stack.enter_context(seeing_functions(self._places, see))
+            if self.interfaces:
+                stack.enter_context(seeing_interfaces(self.interfaces, self.places, see))
+            if self.needs_functions:
+                stack.enter_context(seeing_functions(self.places, see))
             yield
 
 
@@ -147,6 +148,22 @@ def call_of(
     settings = _named_arguments(attend, args, kwargs)
     mask = _as_added(mask, query, attend) if name == "eager" else mask
     return _interface_call(name, module, query, key, mask, settings, starts)
+
+
+def traced_call(
+    name: str, attend: Callable, module: nn.Module, query: Tensor, key: Tensor, mask: object, args: tuple, kwargs: dict
+) -> AttentionCall | None:
+    """As an interface's call is read, for compilers that trace it; None: it needs more than one operator.
+
+    Those are FlexAttention, packed sequences, sinks of every query, and bool masks that an eager function adds.
+    """
+    if name == "flex_attention" or not (mask is None or isinstance(mask, Tensor)):
+        return None
+    if name == "eager" and mask is not None and mask.dtype == torch.bool:
+        return None
+    call = _interface_call(name, module, query, key, mask, _named_arguments(attend, args, kwargs), Starts())
+    several = call.cu_seqlens is not None or call.foreign_keys is not None
+    return None if several or (call.sinks is not None and call.sinks.dim() > 1) else call
 
 
 _READS_BOOL = {"masked_fill", "masked_fill_", "where", "logical_not"}

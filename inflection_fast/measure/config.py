@@ -22,6 +22,7 @@ EVERY = 10
 FROZEN_SHARE = 0.125
 _PACKAGES = ("inflection_fast", "torch", "transformers", "peft")  # whose versions the timeline has
 _FORWARDS = ("trained", "all")
+_COMPILED = ("graph", "eager")
 _REFERENCES = ("start", "previous", "adapters_off")
 _MIN_SAMPLED_ROWS = 2  # the standard error comes from differences between neighbouring sampled rows
 _MIN_CKA_ROWS = 4  # debiased CKA is undefined below
@@ -65,6 +66,8 @@ class MonitorConfig:
     # Standard error of delta-CKA, by leaving out each sequence of the probe: five times its time, and a wait for the
     # device, because the lengths of the sequences are read on the host.
     cka_se: bool = False
+    # A compiled model: "graph" compiles taps into it, anew if it has run; "eager": measured steps run as written.
+    compiled: str = "graph"
     seed: int = 0  # of the sampled query rows and of the probe's feature rows
     signals: InitVar[tuple[str, ...] | None] = None  # the earlier name of `quantities`
 
@@ -86,6 +89,7 @@ class MonitorConfig:
         _share(self, "probe_share", optional=True)
         _share(self, "frozen_share")
         _choice(self, "forwards", _FORWARDS)
+        _choice(self, "compiled", _COMPILED)
         _integer(self, "cka_rank", at_least=1, optional=True)
         if not isinstance(self.cka_debiased, bool):
             raise TypeError(f"cka_debiased: expected True or False, got {self.cka_debiased!r}")

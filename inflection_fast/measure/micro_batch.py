@@ -31,6 +31,7 @@ __all__ = [
     "requiring_grad",
     "tensors_of",
     "token_mask",
+    "valid_rows",
     "version_of",
 ]
 
@@ -220,30 +221,42 @@ class ValidRows:
         batch, length = call.query.shape[0], call.query.shape[2]
         if decoder not in self._tokens:
             self._tokens[decoder] = token_mask(self._inputs, decoder)
-        tokens = given = self._tokens[decoder]
-        if tokens is not None and tokens.shape != (batch, length):
-            tokens = None
-        source = tokens
-        if tokens is None and not call.sparse:
-            source = call.mask if call.logits is None else call.logits
+        given = self._tokens[decoder]
+        tokens, source = _source(given, call)
         # The source is kept beside the answer: an id is unique only as long as its object lives.
         key = (id(source), batch, length)
         if key not in self._known:
-            self._known[key] = (source, self._valid(tokens, source, batch, length, rows))
+            self._known[key] = (source, _valid(tokens, source, batch, length, rows))
         self.untold |= given is not None and tokens is None and self._known[key][1] is None
         return self._known[key][1]
 
-    def _valid(self, tokens, source, batch: int, length: int, rows: Tensor | None) -> Tensor | None:
-        if tokens is not None:
-            valid = tokens.bool()
-        elif source is None:
+
+def valid_rows(inputs: dict, call: AttentionCall, decoder: bool) -> Tensor | None:
+    """[B, Tq] as `ValidRows.of` finds it for all rows, for compilers that trace it: nothing is kept."""
+    tokens, source = _source(token_mask(inputs, decoder), call)
+    return _valid(tokens, source, call.query.shape[0], call.query.shape[2], None)
+
+
+def _source(tokens: Tensor | None, call: AttentionCall) -> tuple[Tensor | None, Tensor | None]:
+    """The mask of tokens, if it is about the queries, and what tells which rows are valid."""
+    if tokens is not None and tokens.shape != (call.query.shape[0], call.query.shape[2]):
+        tokens = None
+    if tokens is not None or call.sparse:
+        return tokens, tokens
+    return None, call.mask if call.logits is None else call.logits
+
+
+def _valid(tokens: Tensor | None, source: Tensor | None, batch: int, length: int, rows: Tensor | None) -> Tensor | None:
+    if tokens is not None:
+        valid = tokens.bool()
+    elif source is None:
+        return None
+    else:
+        valid = _attended(source)
+        if valid.shape[-1] != length:  # keys are other positions than queries: nothing to learn about rows
             return None
-        else:
-            valid = _attended(source)
-            if valid.shape[-1] != length:  # keys are other positions than queries: nothing to learn about rows
-                return None
-            valid = valid.expand(batch, length)
-        return valid if rows is None else valid.index_select(1, rows.to(valid.device))
+        valid = valid.expand(batch, length)
+    return valid if rows is None else valid.index_select(1, rows.to(valid.device))
 
 
 def _attended(mask: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from ..quantities.quantity import MeasuredModel, Update
 from ..timeline import Timeline
 from .attention_places import heads_of
 from .config import MonitorConfig, meta_of
+from .graph_taps import GraphTaps
 from .packet import Measured, Packet, Row
 from .panel import Panel
 from .parameters import Background, Updates, scale_of, squares_of_all
@@ -29,7 +30,7 @@ from .probe import REFERENCE_NAME, Probe
 from .ranks import Layout, Ranks, world_size
 from .recorder import Record, Recorder
 from .schedule import ProbeBudget, is_due
-from .taps import Taps, device_of
+from .taps import device_of
 from .zero import reachable
 
 __all__ = ["Monitor"]
@@ -53,10 +54,8 @@ class Monitor:
     forwards of `model` itself under autograd count, so evaluations in between do not. Gradients are read at the end of
     each backward pass, before anybody clips them; several forwards, each with its backward pass, before one `step` are
     gradient accumulation. Of two backward passes through one forward, activation gradients are those of the last.
-    Of a compiled model, measured steps run the code as it is written and the others the compiled one. A measured step
-    begins where the one before ends: an evaluation between them runs as it is written, too.
-
     What fails before a first step was measured is an error. From then on it costs a warning and the values of the step.
+    A compiled model is compiled with what measures it (`MonitorConfig.compiled`): enter before its first step.
 
     Args:
         model: what the training loop calls, wrapped (DDP, peft) or not; of Transformers or any other PyTorch model.
@@ -123,7 +122,7 @@ class Monitor:
         self._probe: Probe | None = None
         if probe is not None and self._probed:
             self._probe = Probe(model, self.blocks, probe, config, self._panel, heads or 1)
-        self._taps = Taps(model, self.blocks, self._panel, config, heads=heads or 1, counts_all=counts_all)
+        self._taps = GraphTaps(model, self.blocks, self._panel, config, heads=heads or 1, counts_all=counts_all)
         watch = None if alerts is None else AlertWatch(alerts, self._panel.columns, self._panel.axes)
         names = [block.name for block in self.blocks]
         self._record = Record(out, names, self._panel, self._resume_at, watch, on_alert, on_row, if_exists)
@@ -160,6 +159,7 @@ class Monitor:
                 budget = self._config.probe_budget(every, self._step, joined=joined, patience_s=self._rank_timeout_s)
                 self._budget = self._record.budget = budget
                 self._probe.begin(self._record.folder, budget, self._record.guarded, keeps=self._record.writes)
+            self._taps.open(self._heads, self._every)
             self._arm()
         except BaseException:
             self.close()
@@ -395,6 +395,6 @@ class Monitor:
             self._record.warn(*complaint)
 
 
-def _end(taps: Taps, recorder: Recorder) -> None:
+def _end(taps: GraphTaps, recorder: Recorder) -> None:
     taps.detach()
     recorder.close()

@@ -17,17 +17,18 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor, Placement
 
-__all__ = ["BatchMesh", "full_of", "is_fully_sharded", "is_part", "local_of", "reshard", "sharded_over"]
+__all__ = ["BatchMesh", "full_of", "is_dtensor", "is_fully_sharded", "is_part", "local_of", "reshard", "sharded_over"]
 
 
-def _is_dtensor(tensor: object) -> TypeGuard[DTensor]:
+def is_dtensor(tensor: object) -> TypeGuard[DTensor]:
+    """Whether it is one."""
     module = sys.modules.get("torch.distributed.tensor")  # whoever has one has imported it
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local_of(tensor: Tensor) -> Tensor:
     """The part of a tensor that this rank holds; a sum that is still pending over ranks is carried out first."""
-    if not _is_dtensor(tensor):
+    if not is_dtensor(tensor):
         return tensor
     if any(placement.is_partial() for placement in tensor.placements):
         tensor = tensor.redistribute(placements=_settled(tensor.placements))
@@ -36,7 +37,7 @@ def local_of(tensor: Tensor) -> Tensor:
 
 def full_of(tensor: Tensor) -> Tensor:
     """The whole of a tensor, gathered where ranks hold parts of it."""
-    return tensor.full_tensor() if _is_dtensor(tensor) else tensor
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 
 def _settled(placements: tuple[Placement, ...]) -> list[Placement]:
@@ -47,7 +48,7 @@ def _settled(placements: tuple[Placement, ...]) -> list[Placement]:
 
 def sharded_over(tensor: Tensor) -> int:
     """Into how many different parts the ranks have split a tensor; 1 for a plain one."""
-    if not _is_dtensor(tensor):
+    if not is_dtensor(tensor):
         return 1
     parts = 1
     for dim, placement in enumerate(tensor.placements):
@@ -73,7 +74,7 @@ class BatchMesh:
     """
 
     def __init__(self, model: nn.Module):
-        parameters = [parameter for parameter in model.parameters() if _is_dtensor(parameter)]
+        parameters = [parameter for parameter in model.parameters() if is_dtensor(parameter)]
         self.peers = [dist.get_rank()]
         self._first = 0  # mesh dimensions before are data parallel
         if not parameters:
@@ -95,7 +96,7 @@ class BatchMesh:
         attentions = [part for name, part in block.named_modules() if is_named_attention(part, name.split(".")[-1])]
         parameters = [parameter for part in attentions or [block] for parameter in part.parameters()]
         return any(
-            map(_is_shard, (place for p in parameters if _is_dtensor(p) for place in p.placements[self._first :]))
+            map(_is_shard, (place for p in parameters if is_dtensor(p) for place in p.placements[self._first :]))
         )
 
 

@@ -214,10 +214,13 @@ class RowSampler:
             return Strata(None, ones, ones[:0])
         starts, sizes, weights = self._shape_of(length, self._rows)
         ends = torch.cat([starts[1:], starts.new_tensor([length])])
-        own, samplers = self.share
-        draws = torch.rand(samplers, self._rows, generator=self._generator, dtype=torch.float64)
-        offsets = draws[own] * (ends - starts)
+        offsets = self.uniform() * (ends - starts)
         return Strata(self._there(starts + offsets.long()), sizes, weights)
+
+    def uniform(self) -> Tensor:
+        """[rows] float64 on the host, in [0, 1): where in its stratum each position of the next draw lies."""
+        own, samplers = self.share
+        return torch.rand(samplers, self._rows, generator=self._generator, dtype=torch.float64)[own]
 
     def _shape_of(self, length: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
         if length not in self._shapes:

@@ -119,6 +119,13 @@ class Taps:
         self._wants_gradients = bool(panel.listening("on_output_gradient"))
         self._frozen.begin(step)
         self._attached.callback(self._stop_listening)
+        self._attach_to_model()
+        if panel.listening("on_parameter_gradient"):
+            for layer, name, parameter in (one for one in self.parameters if one[2].requires_grad):
+                arrives = partial(self._parameter_gradient, layer, name, parameter)
+                self._attached.enter_context(removed(parameter.register_hook(arrives)))
+
+    def _attach_to_model(self) -> None:
         add = self._attached.enter_context
         add(eagerly())
         add(removed(self._model.register_forward_pre_hook(self._forward_begins, with_kwargs=True)))
@@ -129,16 +136,11 @@ class Taps:
             add(removed(module.register_forward_hook(ends, always_call=True)))
             if self._wants_gradients and self._frozen.possible:  # before whoever else looks at outputs
                 add(removed(module.register_forward_hook(self._block_follows, prepend=True)))
-        for quantity in panel.listening("on_submodule"):
+        for quantity in self._panel.listening("on_submodule"):
             for layers in self._layers.values():
                 for name, module in quantity.submodules(self._blocks[layers[0]]).items():
                     ends = partial(self._submodule_ends, quantity, layers, name)
                     add(removed(module.register_forward_hook(ends, with_kwargs=True)))
-        if panel.listening("on_parameter_gradient"):
-            for layer, name, parameter in self.parameters:
-                if parameter.requires_grad:
-                    arrives = partial(self._parameter_gradient, layer, name, parameter)
-                    add(removed(parameter.register_hook(arrives)))
 
     def __deepcopy__(self, memo: dict) -> Taps:
         """Itself: a copy of a measured model (an average of its weights) carries hooks along, which then do nothing."""
