@@ -287,7 +287,9 @@ constexpr int64_t cka_triangle_floats(int64_t rows) {
   return n * (n + kCkaTriangleEdge) / 2;
 }
 // Floats of the features in work of so many rows: whole tiles of any instruction set.
-constexpr int64_t cka_batch_floats(int64_t rows) { return ceil_div(rows, kCkaPanel) * kCkaPanel * kCkaBatchDepth; }
+constexpr int64_t cka_batch_features(int64_t rows) { return ceil_div(rows, kCkaPanel) * kCkaPanel * kCkaBatchDepth; }
+// And a float for each row.
+constexpr int64_t cka_batch_floats(int64_t rows) { return cka_batch_features(rows) + rows; }
 
 // A batch is `tile` rows, the last one what is left. K is the Gram matrix over the rows of a batch less their mean,
 // without its diagonal.

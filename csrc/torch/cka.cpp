@@ -187,7 +187,7 @@ void cka_adopt(Tensor seen, Tensor shift, Tensor x, Tensor y, MaybeTensor mask) 
   adopt(args, x);
 }
 
-#ifdef INFLECTION_CPU_KERNELS  // other devices project by torch's products, see ops/cka_basis.py
+#ifdef INFLECTION_CPU_KERNELS  // other devices project by torch's products, see ops/cka/basis.py
 std::tuple<Tensor, Tensor> cka_project(Tensor sums, Tensor x, Tensor y, Tensor shift, Tensor basis, MaybeTensor mask) {
   std::vector<int64_t> x_offsets, y_offsets;
   const CkaPushArgs rows = rows_of(x, y, mask, x_offsets, y_offsets);

@@ -1,4 +1,4 @@
-// cka_batches: what minibatch CKA takes of each batch of rows, on the CPU; other devices: see ops/cka/gram.py.
+// cka_batches: what minibatch CKA takes of each batch of rows, on the CPU; other devices: see ops/cka/matrix.py.
 #include <tuple>
 
 #include "cka.h"

@@ -13,6 +13,7 @@ __all__ = ["cka_matrix"]
 METHODS = ("exact", "banded", "minibatch")
 # Relative, of a float32 mean: 100 times its unit, which covers sums in blocks of any number of rows.
 MEAN_ROUNDING = 2**-16
+LONG = 8.0  # as cka_long of csrc/core/cka.h: times the mean of |u|^2 of a batch
 BLOCK = 4  # tiles of rows that are held while the tiles after them pass by
 
 
@@ -45,7 +46,7 @@ def cka_matrix(
     * "minibatch": HSIC_1 of consecutive batches of `tile` rows, added up (Nguyen et al. 2021), which is what streaming
       packages compute. For independent rows only: where the rows of a batch belong to few texts it is another number.
       ``N tile (D L + L^2) / 2`` multiplications. On the CPU the extra memory is ``2 tile (tile + 52)`` bytes for each
-      layer of the batches in work, which have 16 layers for each thread or fill 2 MiB, ``512 tile`` bytes for each
+      layer of the batches in work, which have 16 layers for each thread or fill 2 MiB, ``516 tile`` bytes for each
       thread, and ``24 N L``.
 
     Args:
@@ -276,13 +277,20 @@ def minibatches(sides: list[Tensor], tile: int) -> tuple[Tensor, Tensor, Tensor]
     return total[0], total[1], total[2]
 
 
-def near_mean(rows: Tensor, out: Tensor) -> Tensor:
-    """Rows ``[L, n, D]`` less something near their mean, which is all that HSIC_1 needs: it centres them itself.
+def near_mean(rows: Tensor, factor: Tensor, out: Tensor) -> Tensor:
+    """Rows ``[L, n, D]`` less something near their mean, which is all that HSIC_1 needs, times a factor of each layer.
 
-    A float32 mean of equal numbers need not be that number; there the first row is taken, so that a constant leaves 0.
+    The mean of the rows that are not far longer than the others: with a long row in it, its products would be
+    differences of numbers far larger. A float32 mean of equal numbers need not be that number; there the first row is
+    taken, so that a constant leaves 0.
     """
     mean, first = rows.mean(1, keepdim=True), rows[:, :1]
-    return torch.sub(rows, torch.where((mean - first).abs() <= MEAN_ROUNDING * first.abs(), first, mean), out=out)
+    size = torch.linalg.vector_norm(torch.sub(rows, mean, out=out).mul_(factor), dim=2, keepdim=True).double().square()
+    is_long = size > LONG * size.mean(1, keepdim=True)
+    weights = (~is_long / (~is_long).sum(1, keepdim=True)).float()
+    mean = torch.where(is_long.any(1, keepdim=True), weights.mT @ rows, mean)
+    mean = torch.where((mean - first).abs() <= MEAN_ROUNDING * first.abs(), first, mean)
+    return torch.sub(rows, mean, out=out).mul_(factor)
 
 
 def without_diagonal(batch: list[Tensor], products: list) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -331,7 +339,7 @@ def cka_batches(x: Tensor, y: Tensor | None, tile: int, factors: Tensor | None =
         if not room or room[0].shape[1] != even:
             room = [side.new_zeros((len(side), even, side.shape[2]), dtype=torch.float32) for side in sides]
         for side, out, factor in zip(sides, room, factors[:, None, None].split(layers), strict=True):
-            near_mean(side[:, part].float(), out[:, :n]).mul_(factor)
+            near_mean(side[:, part].float(), factor, out[:, :n])
         cross, own, sums = without_diagonal(room, products)
         found.append((cross, torch.cat(own), torch.cat(sums)[:, :n]))
     by_batch = list(zip(*found, strict=True))
