@@ -159,7 +159,8 @@ def qk_scores(query: Tensor, key: Tensor, options: dict) -> tuple[Tensor, Tensor
         error = torch.minimum(error, error * slope * 1.5) + 8 * EPS * capped.abs()
     error = error + EPS * scores.abs() + NOISE * max(1.0, abs(scale)) * depth
     # Sums that leave float32 on the way have no score.
-    scores = torch.where((sizes > LARGEST) & sizes.isfinite(), torch.finfo(torch.float64).max, scores)
+    infinite = torch.tensor(bool(given["softcap"]))  # which a softcap would make a number
+    scores = torch.where((sizes > LARGEST) & (sizes.isfinite() | infinite), torch.finfo(torch.float64).max, scores)
     scores = torch.where((products.abs() > LARGEST) & products.isfinite(), torch.finfo(torch.float64).max, scores)
     return scores, attend, error.nan_to_num(0.0, 0.0, 0.0)
 
