@@ -219,3 +219,22 @@ def test_names_of_a_parquet_label_are_known(tmp_path):
     datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=features).to_parquet(path)
     rows = load(path)
     assert rows.names == {"label": ("no", "yes")} and rows.columns["label"] == [1, 0] and rows.unit == "row"
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_json_that_is_nested_too_deep_is_refused(tmp_path, name):
+    path = tmp_path / name
+    path.write_text("[" * 10**5)
+    refused(path, "nested too deep")
+
+
+def test_a_parquet_file_of_a_type_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
+    import pyarrow.parquet
+
+    def fail(path):
+        raise pyarrow.ArrowNotImplementedError("Integers with more than 64 bits not implemented")
+
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"PAR1")
+    monkeypatch.setattr(pyarrow.parquet, "ParquetFile", fail)
+    refused(path, "no Parquet file, or is damaged")

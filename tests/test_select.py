@@ -276,7 +276,9 @@ def test_the_plan_records_configuration_and_model():
     assert plan.model == {"model_type": "gpt2", "class": "GPT2Model", "named": True, "layers": ["h.0"]}
 
 
-@pytest.mark.parametrize("name", ["lazy_rank", "lazy_mass", "collapsed_entropy", "significance", "log_gradient"])
+@pytest.mark.parametrize(
+    "name", ["lazy_rank", "lazy_mass", "collapsed_entropy", "significance", "log_gradient", "alpha"]
+)
 @pytest.mark.parametrize("value", ["0.5", [0.5], {"0": 1}, object()], ids=type)
 def test_an_option_of_the_wrong_type_is_named(name, value):
     with pytest.raises(TypeError, match=f"{name}: expected"):

@@ -70,7 +70,11 @@ def score_of(
 
 
 def check_options(alpha: float, normalisation: str) -> None:
-    """`ValueError` unless SKI is defined for these options."""
+    """`TypeError` or `ValueError` unless SKI is defined for these options."""
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float, np.floating)):
+        raise TypeError(f"alpha: expected a number, got {alpha!r}")
+    if not isinstance(normalisation, str):
+        raise TypeError(f"normalisation: expected a name, got {normalisation!r}")
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha: expected a number in [0, 1], got {alpha}")
     if normalisation not in NORMALISATIONS:

@@ -92,6 +92,8 @@ def load_rows(config: DataConfig, wanted: list[str], test: str | None = None) ->
             raise UserError(_encoding_advice(source, path, config.encoding)) from error
     except (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, gzip.BadGzipFile) as error:
         raise UserError(f"{source}: the compressed file is damaged ({error})") from error
+    except RecursionError as error:
+        raise UserError(f"{source}: the JSON in it is nested too deep") from error
     except OSError as error:
         if error.errno is not None:
             raise
@@ -358,12 +360,11 @@ def _parquet(source: str, path: Path, kind: str, config: DataConfig, wanted: lis
             if missing := [name for name in wanted if name not in file.schema_arrow.names]:
                 raise MissingColumn(source, missing, file.schema_arrow.names)
             table = file.read(columns=wanted)
-    except pyarrow.ArrowInvalid as error:
+    except pyarrow.ArrowException as error:
         raise UserError(f"{source}: it is no Parquet file, or is damaged") from error
     columns = {name: table.column(name).to_pylist() for name in wanted}
-    return Rows(
-        source, columns, "row", [*range(1, table.num_rows + 1)], _declared(Features.from_arrow_schema(table.schema))
-    )
+    names = _declared(Features.from_arrow_schema(table.schema))
+    return Rows(source, columns, "row", [*range(1, table.num_rows + 1)], names)
 
 
 def _plain_text(source: str, path: Path, kind: str, config: DataConfig, wanted: list[str]) -> Rows:
