@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from loops_to_exec import Net, batches
+from helpers.loops_to_exec import Net, batches
 from torch import nn
 
 from inflection_fast import Monitor, MonitorConfig, Timeline

@@ -8,7 +8,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from tiny_models import model_and_batch, one_thread  # noqa: F401
+from helpers.tiny_models import model_and_batch, one_thread  # noqa: F401
 from torch._dynamo.utils import counters
 
 from inflection_fast.measure import Monitor, MonitorConfig

@@ -9,6 +9,8 @@ from inflection_fast.measure.schedule import RowSampler
 from inflection_fast.ops.tap_attention import ATTENTION_SUMS, tap_attention
 from inflection_fast.quantities.attention import Attention
 
+pytestmark = [pytest.mark.kernel, pytest.mark.emulated, pytest.mark.sanitized]
+
 B, H, HKV, T, D = 3, 4, 2, 37, 8
 BETWEEN = slice(1, None)  # everything but the number of calls
 

@@ -6,6 +6,8 @@ import torch
 from inflection_fast import ops
 from inflection_fast.ops.tap_gradient import listened_to, tap_gradient
 
+pytestmark = [pytest.mark.kernel, pytest.mark.emulated, pytest.mark.sanitized]
+
 
 def slots_of():
     return torch.zeros(2, 2, dtype=torch.float64)
