@@ -11,6 +11,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from inflection_fast import ops
+from inflection_fast.ops import reference
 from inflection_fast.ops.library import ISA_NAMES
 
 BEST = torch.ops.inflection_fast.cpu_isa(len(ISA_NAMES))
@@ -63,14 +64,8 @@ def truths_computed_once():
     """The twins in plain PyTorch, for tests of every instruction set, which compare with the same truth."""
     held = OrderedDict()
     with pytest.MonkeyPatch.context() as patch:
-        for name in (
-            "attention_stats",
-            "attention_stats_qk",
-            "attention_column_mass",
-            "linear_cka",
-            "activation_moments",
-        ):
-            patch.setattr(ops.reference, name, once(getattr(ops.reference, name), held, 1000))
+        for name in TWINS:
+            patch.setattr(reference, name, once(getattr(reference, name), held, 1000))
         yield
 
 
