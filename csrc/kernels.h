@@ -17,8 +17,7 @@ constexpr int kMaxDims = 8;  // dimensions in front of the rows of an operand
 // One tensor, its dimensions sorted by stride and merged where they are contiguous: the innermost is dimension 0.
 struct Operand {
   const void* data;
-  int64_t sizes[kMaxDims];
-  int64_t strides[kMaxDims];
+  int64_t sizes[kMaxDims], strides[kMaxDims];
   int64_t numel;
   int32_t dims;
   DType dtype;
@@ -286,9 +285,8 @@ constexpr int64_t cka_triangle_floats(int64_t rows) {
   const int64_t n = ceil_div(rows, kCkaTriangleColumns) * kCkaTriangleColumns;
   return n * (n + kCkaTriangleEdge) / 2;
 }
-// Floats of the features in work of so many rows: whole tiles of any instruction set.
+// Floats of the features in work of so many rows, in whole tiles of any instruction set; and with one for each row.
 constexpr int64_t cka_batch_features(int64_t rows) { return ceil_div(rows, kCkaPanel) * kCkaPanel * kCkaBatchDepth; }
-// And a float for each row.
 constexpr int64_t cka_batch_floats(int64_t rows) { return cka_batch_features(rows) + rows; }
 
 // A batch is `tile` rows, the last one what is left. K is the Gram matrix over the rows of a batch less their mean,

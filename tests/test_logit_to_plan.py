@@ -22,7 +22,19 @@ ROWS = re.findall(r"^\| `([^`]+)` \| `([^`]+)` \|", (ROOT / "docs" / "logit_to_p
 BESIDE_THE_WAY = {
     *(
         f"measure/{name}.py"
-        for name in ("block_output", "config", "frozen", "hooks", "parameters", "placements", "probe", "ranks", "zero")
+        for name in (
+            "block_output",
+            "config",
+            "frozen",
+            "hooks",
+            "parameters",
+            "placements",
+            "probe",
+            "ranks",
+            "zero",
+            "graph",
+            "graph_taps",
+        )
     ),
     *(f"ops/{name}.py" for name in ("checks", "qk_arguments", "sum_of_squares")),
     *(f"quantities/{name}.py" for name in ("__init__", "activation_grad", "delta_cka", "parameter_grad", "step")),
