@@ -204,7 +204,7 @@ IF_INLINE void exp2_parts(const vf (&shifted)[N], const vf (&f)[N], vf (&y)[N]) 
   for (int k = 1; k < 6; ++k) {
     for (int i = 0; i < N; ++i) y[i] = y[i] * f[i] + kExp2Series[k];
   }
-  for (int i = 0; i < N; ++i) y[i] = (vf)((vi)y[i] + ((vi)shifted[i] << 23));
+  for (int i = 0; i < N; ++i) y[i] = (vf)((vu)y[i] + ((vu)shifted[i] << 23));  // out of range it wraps round
 }
 IF_INLINE vf exp2_parts(vf shifted, vf f) {
   const vf shifteds[1] = {shifted}, fs[1] = {f};

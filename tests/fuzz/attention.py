@@ -159,8 +159,12 @@ def qk_scores(query: Tensor, key: Tensor, options: dict) -> tuple[Tensor, Tensor
         error = torch.minimum(error, error * slope * 1.5) + 8 * EPS * capped.abs()
     error = error + EPS * scores.abs() + NOISE * max(1.0, abs(scale)) * depth
     # Sums that leave float32 on the way have no score.
-    infinite = torch.tensor(bool(given["softcap"]))  # which a softcap would make a number
-    scores = torch.where((sizes > LARGEST) & (sizes.isfinite() | infinite), torch.finfo(torch.float64).max, scores)
+    # So have sums beside an infinite feature, and infinite products under a softcap, which would make them numbers.
+    numbers = [x.double().abs().nan_to_num(0.0, 0.0, 0.0) for x in (query, key)]
+    beyond = reference.qk_scores(*numbers, *bare.values(), cu_seqlens)[0] > LARGEST
+    if given["softcap"]:
+        beyond = beyond | sizes.isinf()
+    scores = torch.where(beyond, torch.finfo(torch.float64).max, scores)
     scores = torch.where((products.abs() > LARGEST) & products.isfinite(), torch.finfo(torch.float64).max, scores)
     return scores, attend, error.nan_to_num(0.0, 0.0, 0.0)
 
