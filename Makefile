@@ -49,7 +49,7 @@ demo: build $(DEMO_READY)
 	$(PY) -m inflection_fast run --config examples/demo.yaml
 
 test: build
-	$(PY) -m pytest tests -n 2 --dist worksteal
+	$(PY) -m pytest tests -n 2 --dist loadfile
 
 # Every type of Transformers that a tiny model can be built of (some minutes); writes docs/models.md.
 test-models: build

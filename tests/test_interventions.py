@@ -62,7 +62,7 @@ def test_two_processes_train_what_one_does(plain, tmp_path):
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)]), "GLOO_SOCKET_IFNAME": "lo",
     }  # fmt: skip
-    command = [sys.executable, str(tests / "intervention_runs.py"), str(tmp_path)]
+    command = [sys.executable, str(tests / "helpers" / "intervention_runs.py"), str(tmp_path)]
     processes = [subprocess.Popen(command, env=environment | {"RANK": str(rank)}) for rank in range(2)]
     try:
         codes = [process.wait(240) for process in processes]

@@ -114,7 +114,7 @@ def run_program(code, folder):
 def test_a_killed_run_keeps_what_was_written_and_is_continued_there(tmp_path):
     code = (
         "import os, sys, torch\n"
-        "from tiny_models import model_and_batch\n"
+        "from helpers.tiny_models import model_and_batch\n"
         "from inflection_fast import Monitor, MonitorConfig\n"
         "model, batch = model_and_batch('bert')\n"
         "with Monitor(model, MonitorConfig(every=1, rows=5), sys.argv[1]) as monitor:\n"
@@ -140,7 +140,7 @@ def test_a_killed_run_keeps_what_was_written_and_is_continued_there(tmp_path):
 def test_ctrl_c_keeps_every_step_that_was_measured(tmp_path):
     code = (
         "import sys, torch\n"
-        "from tiny_models import model_and_batch\n"
+        "from helpers.tiny_models import model_and_batch\n"
         "from inflection_fast import Monitor, MonitorConfig\n"
         "model, batch = model_and_batch('hand-written')\n"
         "monitor = Monitor(model, MonitorConfig(every=1), sys.argv[1]).__enter__()\n"  # nobody closes it

@@ -110,9 +110,10 @@ def test_its_test_passes_and_its_benchmark_runs(example):
     sources = [str(example / "tests/test_row_squares.py"), str(example / "benchmarks/bench_row_squares.py")]
     options = ["-p", "plugin", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(example), "-q"]
     paths = f"{example}:{ROOT}"
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *sources],
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True, text=True, env={**outside, "PYTHONPATH": paths},
     )  # fmt: skip
     assert done.returncode == 0 and "failed" not in done.stdout, done.stdout + done.stderr
     assert list((example / "benchmarks" / "results").glob("*.json")), done.stdout

@@ -66,7 +66,7 @@ def saved(folder, config):
     tiny.tokenizer().save_pretrained(folder)
 
 
-def test_a_model_whose_blocks_never_run_as_modules_is_refused(files, tmp_path, capsys, untrained):
+def test_a_model_without_a_linear_layer_to_adapt_is_refused_before_it_is_measured(files, tmp_path, capsys, untrained):
     from transformers import SqueezeBertConfig
 
     config = SqueezeBertConfig(
@@ -87,7 +87,7 @@ def test_a_model_whose_blocks_never_run_as_modules_is_refused(files, tmp_path, c
     saved(files / "squeezebert", config)
     capsys.readouterr()
     said = refused(capsys, "run", settings(files, tmp_path, "squeezebert"))
-    assert "cannot be measured" in said
+    assert "has no linear layer, so there is nothing to adapt" in said
     assert not (tmp_path / "run" / "source").exists()
 
 

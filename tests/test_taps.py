@@ -220,7 +220,7 @@ def test_blocks_that_nobody_calls_are_refused_in_words():
     model, ids = hf.SqueezeBertModel(config).train(), torch.arange(6)[None]
     clean = everything_attached(model)
     with pytest.raises(ValueError, match=r"none of the blocks \['encoder.layers.0', 'encoder.layers.1'\] ran"):
-        measured(model, {"input_ids": ids})
+        measured(model, {"input_ids": ids}, MonitorConfig(every=1, blocks=("encoder.layers.0", "encoder.layers.1")))
     assert everything_attached(model) == clean
 
 

@@ -41,9 +41,9 @@ __all__ = ["Targets", "is_conv1d", "is_linear", "modules_of", "targets_of"]
 logger = logging.getLogger(__name__)
 
 _SHOWN = 12  # names in a message
-# What peft refuses, where, and for which methods.
+# What peft refuses, where, and for which methods; and what Mamba reads the weight of without calling the layer.
 _MAMBA_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
-_MAMBA_LEAVES = ("out_proj", "conv1d")
+_MAMBA_LEAVES = ("out_proj", "conv1d", "dt_proj")
 _MAMBA_METHODS = ("LORA", "ADALORA", "XLORA", "RANDLORA")
 _EXPERT = re.compile(r"expert", re.IGNORECASE)
 _INDEXER = re.compile(r"indexer", re.IGNORECASE)

@@ -1,5 +1,7 @@
 """What the Monitor writes, against float64 recomputation on a copy of the model."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -86,7 +88,7 @@ def test_frozen_blocks_have_an_activation_gradient_and_no_parameter_gradient(kin
     truth = expected(model, kind, [one])
     assert np.isnan(truth["parameter_grad"]).tolist() == [True, True, False]
     frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
-    timeline = run(model, [[one], [one]])
+    timeline = run(model, [[one], [one]], replace(ALL_ROWS, frozen_share=1.0))
     assert_row(timeline, 0, truth)
     assert np.isfinite(timeline.activation_grad).all()
     assert [n for n, p in model.named_parameters() if not p.requires_grad] == frozen
