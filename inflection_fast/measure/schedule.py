@@ -219,6 +219,8 @@ class RowSampler:
 
     def uniform(self) -> Tensor:
         """[rows] float64 on the host, in [0, 1): where in its stratum each position of the next draw lies."""
+        if self._rows is None:
+            raise ValueError("all rows are measured: no position is drawn")
         own, samplers = self.share
         return torch.rand(samplers, self._rows, generator=self._generator, dtype=torch.float64)[own]
 
