@@ -16,7 +16,7 @@ from inflection_fast.integrations import launch
 from inflection_fast.integrations.loops import LoopMonitor
 
 HERE = Path(__file__).parent
-SCRIPT = str(HERE / "loops_to_exec.py")
+SCRIPT = str(HERE / "helpers" / "loops_to_exec.py")
 PYTHON = [sys.executable, SCRIPT]
 
 
