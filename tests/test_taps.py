@@ -187,10 +187,12 @@ def test_two_monitors_of_one_model_see_what_each_sees_alone(name, frozen):
     config = dataclasses.replace(exact, frozen_share=0.5)
     expected = measured(model, batch, exact)
     model.zero_grad()
+    clean = everything_attached(model)
     with Monitor(model, config) as first, Monitor(model, config) as second:
         loss_of(model(**batch)).backward()
         first.step()
         second.step()
+    assert everything_attached(model) == clean
     for monitor in (first, second):
         for signal in ("entropy", "max_logit", "activation_grad"):
             if not (frozen and signal == "activation_grad" and monitor is first):  # which takes samples

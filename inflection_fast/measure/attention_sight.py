@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from types import FunctionType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -101,11 +102,8 @@ def seeing_interfaces(interfaces: list, places: AttentionPlaces, see: See) -> It
     starts = Starts()
     with ExitStack() as stack:
         for interface in interfaces:
-            original = interface.get_interface  # bound, or what somebody else has put there
 
-            def get_interface(name, default, original=original):
-                attend = original(name, default)
-
+            def wrap(name, attend):
                 def seen_attend(module, query, key, value, attention_mask, *args, **kwargs):
                     kind = places.of(module).kind or "self"
 
@@ -120,17 +118,33 @@ def seeing_interfaces(interfaces: list, places: AttentionPlaces, see: See) -> It
 
                 return seen_attend
 
-            shadowed = vars(interface).get("get_interface")
-            interface.get_interface = get_interface
-            stack.callback(_unshadow, interface, shadowed)
+            interface.get_interface = watch = _Watch(interface, wrap)
+            stack.callback(watch.end)
         yield
 
 
-def _unshadow(interface, shadowed: Callable | None) -> None:
-    if shadowed is None:
-        del interface.get_interface
-    else:
-        interface.get_interface = shadowed
+class _Watch:
+    """In place of `get_interface` of an interface, until it ends, in whatever order watches end.
+
+    One that ends below others stays in place, and hands nothing over, until they have ended.
+    """
+
+    def __init__(self, interface: Any, wrap: Callable[[str, Callable], Callable]):
+        self._interface, self._wrap, self._ended = interface, wrap, False
+        self._original = interface.get_interface  # bound, or what somebody else has put there
+        self._below = vars(interface).get("get_interface")
+
+    def __call__(self, name: str, default: Callable) -> Callable:
+        attend = self._original(name, default)
+        return attend if self._ended else self._wrap(name, attend)
+
+    def end(self) -> None:
+        self._ended = True
+        while isinstance(top := vars(self._interface).get("get_interface"), _Watch) and top._ended:
+            if top._below is None:
+                del self._interface.get_interface
+            else:
+                self._interface.get_interface = top._below
 
 
 def call_of(
