@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from types import FunctionType
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from ..blocks import Block
 from .attention_call import AttentionCall, Starts, as_packed, takes_flash_masks
 from .attention_places import AttentionPlaces
+from .hooks import replaced
 
 __all__ = [
     "AttentionSight",
@@ -100,51 +100,31 @@ def seeing_interfaces(interfaces: list, places: AttentionPlaces, see: See) -> It
     for masks, would change both and rebuild a flash model's 2-D mask as a full one.
     """
     starts = Starts()
+
+    def seeing(original):
+        def get_interface(name, default):
+            attend = original(name, default)
+
+            def seen_attend(module, query, key, value, attention_mask, *args, **kwargs):
+                kind = places.of(module).kind or "self"
+
+                def read():
+                    call = call_of(name, attend, module, query, key, attention_mask, args, kwargs, starts)
+                    return replace(call, kind=kind)
+
+                if kind != "other":
+                    see(module, read)
+                with places.hidden():
+                    return attend(module, query, key, value, attention_mask, *args, **kwargs)
+
+            return seen_attend
+
+        return get_interface
+
     with ExitStack() as stack:
         for interface in interfaces:
-
-            def wrap(name, attend):
-                def seen_attend(module, query, key, value, attention_mask, *args, **kwargs):
-                    kind = places.of(module).kind or "self"
-
-                    def read():
-                        call = call_of(name, attend, module, query, key, attention_mask, args, kwargs, starts)
-                        return replace(call, kind=kind)
-
-                    if kind != "other":
-                        see(module, read)
-                    with places.hidden():
-                        return attend(module, query, key, value, attention_mask, *args, **kwargs)
-
-                return seen_attend
-
-            interface.get_interface = watch = _Watch(interface, wrap)
-            stack.callback(watch.end)
+            stack.enter_context(replaced(interface, "get_interface", seeing))
         yield
-
-
-class _Watch:
-    """In place of `get_interface` of an interface, until it ends, in whatever order watches end.
-
-    One that ends below others stays in place, and hands nothing over, until they have ended.
-    """
-
-    def __init__(self, interface: Any, wrap: Callable[[str, Callable], Callable]):
-        self._interface, self._wrap, self._ended = interface, wrap, False
-        self._original = interface.get_interface  # bound, or what somebody else has put there
-        self._below = vars(interface).get("get_interface")
-
-    def __call__(self, name: str, default: Callable) -> Callable:
-        attend = self._original(name, default)
-        return attend if self._ended else self._wrap(name, attend)
-
-    def end(self) -> None:
-        self._ended = True
-        while isinstance(top := vars(self._interface).get("get_interface"), _Watch) and top._ended:
-            if top._below is None:
-                del self._interface.get_interface
-            else:
-                self._interface.get_interface = top._below
 
 
 def call_of(

@@ -13,7 +13,7 @@ pass calls the operator.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
@@ -28,7 +28,7 @@ from ..quantities.attention import Attention, CrossAttention
 from ..quantities.quantity import Quantity
 from .attention_call import AttentionCall
 from .attention_sight import AttentionSight, traced_call
-from .hooks import Nothing
+from .hooks import Nothing, replaced
 from .micro_batch import decoder_layers, valid_rows
 from .packet import Piece
 from .placements import is_dtensor
@@ -211,7 +211,7 @@ class TracedTaps:
                 begins = self._part.register_forward_pre_hook(self._forward_begins, with_kwargs=True)
                 stack.callback(begins.remove)
                 for interface in self._sight.interfaces:
-                    stack.enter_context(self._tapped(interface))
+                    stack.enter_context(replaced(interface, "get_interface", self._tapped))
             if gradients:
                 for module, layer in self._layers.items():
                     stack.callback(module.register_forward_hook(partial(self._block_ends, layer)).remove)
@@ -247,10 +247,7 @@ class TracedTaps:
                     return (*output[:i], value, *output[i + 1 :])
         return None
 
-    @contextmanager
-    def _tapped(self, interface) -> Iterator[None]:
-        original = interface.get_interface
-
+    def _tapped(self, original: Callable) -> Callable:
         def get_interface(name, default):
             attend = original(name, default)
 
@@ -264,15 +261,7 @@ class TracedTaps:
 
             return tapped_attend
 
-        shadowed = vars(interface).get("get_interface")
-        interface.get_interface = get_interface
-        try:
-            yield
-        finally:
-            if shadowed is None:
-                del interface.get_interface
-            else:
-                interface.get_interface = shadowed
+        return get_interface
 
     def _tap(self, call: AttentionCall, slot: int, layer: int) -> None:
         mask = call.mask if call.bias is None else call.bias

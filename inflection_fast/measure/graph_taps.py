@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 
 import torch
@@ -15,7 +15,7 @@ from ..quantities.activation_grad import ActivationGrad
 from ..quantities.quantity import Quantity
 from .config import MonitorConfig
 from .graph import GraphSlots, TracedTaps, compiled_part, in_graph, refusal, sums_attention
-from .hooks import forgiving, removed
+from .hooks import forgiving, removed, replaced
 from .micro_batch import MicroBatch
 from .taps import Taps
 
@@ -177,22 +177,19 @@ class GraphTaps(Taps):
         self._slots.end_backward(micro_batch.piece, self._panel.listening("on_output_gradient"))
 
 
-@contextmanager
-def _around_compiled(model: nn.Module, begins: Callable, ends: Callable) -> Iterator[None]:
+def _around_compiled(model: nn.Module, begins: Callable, ends: Callable) -> AbstractContextManager[None]:
     """Hooks on a model that `Module.compile` was called of: its own ones would be compiled with it."""
-    compiled = model._compiled_call_impl
 
-    def watched(*args, **kwargs):
-        begins(model, args, kwargs)
-        output = None
-        try:
-            output = compiled(*args, **kwargs)
-            return output
-        finally:
-            ends(model, args, output)
+    def watching(compiled: Callable) -> Callable:
+        def watched(*args, **kwargs):
+            begins(model, args, kwargs)
+            output = None
+            try:
+                output = compiled(*args, **kwargs)
+                return output
+            finally:
+                ends(model, args, output)
 
-    model._compiled_call_impl = watched
-    try:
-        yield
-    finally:
-        model._compiled_call_impl = compiled
+        return watched
+
+    return replaced(model, "_compiled_call_impl", watching)

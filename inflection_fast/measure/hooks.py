@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import nn
 
 from .placements import reshard
 
-__all__ = ["Nothing", "WarnOnce", "eagerly", "forgiving", "removed", "trainable_as_before", "undisturbed"]
+__all__ = ["Nothing", "WarnOnce", "eagerly", "forgiving", "removed", "replaced", "trainable_as_before", "undisturbed"]
 
 _lock = threading.RLock()  # the garbage collector may end a forgotten monitor in a thread that is in here
 _holders = 0
@@ -62,6 +63,38 @@ def removed(handle) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def replaced(owner: Any, name: str, make: Callable[[Callable], Callable]) -> Iterator[None]:
+    """`make(original)` in place of the function `name` of an object; such replacements may end in any order."""
+    stand_in = _StandIn(owner, name, make)
+    setattr(owner, name, stand_in)
+    try:
+        yield
+    finally:
+        stand_in.end()
+
+
+class _StandIn:
+    """One that ends below others stays in place, and does nothing of its own, until they have ended."""
+
+    def __init__(self, owner: Any, name: str, make: Callable[[Callable], Callable]):
+        self._owner, self._name, self._ended = owner, name, False
+        self._original = getattr(owner, name)  # bound, or what somebody else has put there
+        self._below = vars(owner).get(name)
+        self._instead = make(self._original)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return (self._original if self._ended else self._instead)(*args, **kwargs)
+
+    def end(self) -> None:
+        self._ended = True
+        while isinstance(top := vars(self._owner).get(self._name), _StandIn) and top._ended:
+            if top._below is None:
+                delattr(self._owner, self._name)
+            else:
+                setattr(self._owner, self._name, top._below)
 
 
 class WarnOnce:
