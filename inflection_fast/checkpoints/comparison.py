@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from inflection_fast.atomic import write_json
 from inflection_fast.blocks import find_blocks
+from inflection_fast.checkpoints.documents import read_document, write_document
 from inflection_fast.checkpoints.measuring import Features, Inputs, measure
 from inflection_fast.checkpoints.numbers import Numbers, error_of, mean_of, numbers
 from inflection_fast.measure import MonitorConfig
@@ -24,8 +23,6 @@ from inflection_fast.timeline import Timeline
 
 __all__ = ["Comparison", "Drift", "compare"]
 
-FORMAT = 1
-_KIND = "inflection_fast comparison"
 _ROUNDING = 1e-6  # a CKA above 1 by no more is 1: the kernels sum in float32
 
 
@@ -78,18 +75,12 @@ class Comparison:
 
     def save(self, path: str | Path) -> None:
         """Write it as JSON, whole or not at all."""
-        write_json(Path(path), {"kind": _KIND, "format": FORMAT, **asdict(self)})
+        write_document(path, "comparison", asdict(self))
 
     @classmethod
     def load(cls, path: str | Path) -> Comparison:
         """Read what `save` wrote. ValueError for a file that is none."""
-        try:
-            document = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is no comparison: it is not JSON ({error})") from error
-        if not isinstance(document, dict) or document.get("kind") != _KIND or document.get("format") != FORMAT:
-            raise ValueError(f'{path} is no comparison of format {FORMAT}: expected "kind": "{_KIND}"')
-        del document["kind"], document["format"]
+        document = read_document(path, "comparison")
         document["drift"] = {name: Drift(**one) for name, one in document["drift"].items()}
         document["reasons"] = {int(layer): words for layer, words in document["reasons"].items()}
         document["layers"] = tuple(document["layers"])

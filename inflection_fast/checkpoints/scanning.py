@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import sys
 import time
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from inflection_fast.atomic import write_json
+from inflection_fast.checkpoints.documents import read_document, write_document
 from inflection_fast.checkpoints.files import find
 from inflection_fast.checkpoints.findings import Finding, Nulls, findings
 from inflection_fast.checkpoints.loading import Loaded, load, tokenizer_of
@@ -24,9 +23,6 @@ from inflection_fast.decide import Plan, SelectConfig, select
 from inflection_fast.run.errors import user_errors
 
 __all__ = ["Profiled", "Scan", "scan"]
-
-FORMAT = 1
-_KIND = "inflection_fast scan"
 
 
 @dataclass(frozen=True)
@@ -81,18 +77,12 @@ class Scan:
         for name in ("modules", "weights", "findings"):
             document[name] = [asdict(one) for one in document[name]]
         document["profiles"] = {name: asdict(one) for name, one in self.profiles.items()}
-        write_json(Path(path), _finite({"kind": _KIND, "format": FORMAT} | document))
+        write_document(path, "scan", {name: _finite(value) for name, value in document.items()})
 
     @classmethod
     def load(cls, path: str | Path) -> Scan:
         """Read what `save` wrote. ValueError for a file that is none."""
-        try:
-            document = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is no scan: it is not JSON ({error})") from error
-        if not isinstance(document, dict) or document.get("kind") != _KIND or document.get("format") != FORMAT:
-            raise ValueError(f'{path} is no scan of format {FORMAT}: expected "kind": "{_KIND}"')
-        del document["kind"], document["format"]
+        document = read_document(path, "scan")
         kinds = {"modules": Module, "weights": MatrixSpectrum, "findings": Finding}
         for name, kind in kinds.items():
             document[name] = [kind(**one) for one in document[name]]

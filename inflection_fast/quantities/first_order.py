@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .arguments import check_count
 from .quantity import Accumulator, Column, MeasuredModel, ParameterGradient, Quantity, Sums
 
 __all__ = ["FirstOrder", "random_share", "top_squares"]
@@ -59,13 +60,8 @@ class FirstOrder(Quantity):
     }
 
     def __init__(self, rank: int = 4, every: int | None = 500):
-        for name, value in (("rank", rank), ("every", every)):
-            if value is None and name == "every":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name}: expected an integer, got {value!r}")
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
+        check_count("rank", rank)
+        check_count("every", every, optional=True)
         self.rank, self.every = rank, every
 
     def prepare(self, model: MeasuredModel) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from .arguments import check_count
 from .quantity import Accumulator, Column, MeasuredModel, ProbeFeatures, Quantity, Sums
 
 __all__ = ["LayerCka"]
@@ -53,10 +54,7 @@ class LayerCka(Quantity):
     }
 
     def __init__(self, every: int | None = 500):
-        if every is not None and (isinstance(every, bool) or not isinstance(every, int)):
-            raise TypeError(f"every: expected an integer or None, got {every!r}")
-        if every is not None and every < 1:
-            raise ValueError(f"every: expected at least 1, got {every}")
+        check_count("every", every, optional=True)
         self.every = every
 
     def prepare(self, model: MeasuredModel) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from .. import ops
+from .arguments import check_count
 from .protocols import Call
 from .quantity import Accumulator, AlertRule, AttentionSeen, BlockForward, Column, MeasuredModel, Quantity, Sums
 
@@ -89,13 +90,8 @@ class Rank(Quantity):
     }
 
     def __init__(self, sequences: int = 4, every: int | None = 500):
-        for name, value in (("sequences", sequences), ("every", every)):
-            if value is None and name == "every":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name}: expected an integer, got {value!r}")
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
+        check_count("sequences", sequences)
+        check_count("every", every, optional=True)
         self.sequences, self.every = sequences, every
 
     def prepare(self, model: MeasuredModel) -> None:

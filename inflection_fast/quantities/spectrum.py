@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..ops.spectrum import Spectrum as SpectrumOfMatrix
 from ..ops.spectrum import weight_spectrum
+from .arguments import check_count
 from .quantity import Accumulator, Column, MeasuredModel, Quantity
 
 __all__ = ["Spectrum", "matrices_of_checkpoint", "spectra_of_checkpoint"]
@@ -44,10 +45,7 @@ class Spectrum(Quantity):
     name = "spectrum"
 
     def __init__(self, every: int | None = 500):
-        if every is not None and (isinstance(every, bool) or not isinstance(every, int)):
-            raise TypeError(f"every: expected an integer or None, got {every!r}")
-        if every is not None and every < 1:
-            raise ValueError(f"every: expected at least 1, got {every}")
+        check_count("every", every, optional=True)
         self.every = every
 
     columns = {

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from .arguments import check_count
 from .quantity import Accumulator, AlertRule, Column, MeasuredModel, Parameters, Quantity, Sums
 from .quantity import Update as UpdateSeen
 
@@ -63,10 +64,7 @@ class Update(Quantity):
     }
 
     def __init__(self, copy_bytes: int = COPY_BYTES):
-        if isinstance(copy_bytes, bool) or not isinstance(copy_bytes, int):
-            raise TypeError(f"copy_bytes: expected a number of bytes, got {copy_bytes!r}")
-        if copy_bytes < 1:
-            raise ValueError(f"copy_bytes: expected at least 1, got {copy_bytes}")
+        check_count("copy_bytes", copy_bytes)
         self.copy_bytes = copy_bytes
 
     def prepare(self, model: MeasuredModel) -> None:
