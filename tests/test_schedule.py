@@ -123,6 +123,15 @@ def test_the_first_second_is_free_and_then_a_run_takes_its_share_of_the_steps_to
     assert sum(400.0 for step in found if step >= 20) <= 0.01 * 1000.0 * 200
 
 
+@pytest.mark.parametrize("cadences", [{"a": 7}, {"a": 6, "b": 10}, {"a": 2**62}, {"a": 3, "b": 2**62}])
+def test_the_next_run_is_at_the_next_multiple_of_a_cadence_however_far(cadences):
+    for at in (0, 6, 2 * 3 * 5 * 7):
+        one = ProbeBudget(cadences, None, at, joined=False, patience_s=0.0)
+        nearest = at + one.run(at, cadences, 1.0, 1.0)
+        assert nearest > at and any(nearest % every == 0 for every in cadences.values())
+        assert all(at // every == (nearest - 1) // every for every in cadences.values())
+
+
 def test_ranks_decide_by_what_all_of_them_took():
     one, other = (ProbeBudget({"a": 1}, 0.1, 0, joined=True, patience_s=10.0) for _ in range(2))
     for budget in (one, other):

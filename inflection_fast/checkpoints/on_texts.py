@@ -34,7 +34,7 @@ NULL_TEXTS = 32  # on which the nulls are measured
 PROBE_TEXTS = 12  # whose features and attention matrices are compared
 RANKED = 4  # sequences of each of their batches whose attention matrices are: an eigenvalue problem for every head
 CKA_ROWS = 1024
-ONCE = 4096  # the cadence of what is measured in the first step: a scan has fewer batches
+ONCE = 2**31  # the cadence of what is measured in the first step alone
 
 
 @dataclass(frozen=True)

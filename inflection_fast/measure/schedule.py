@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import threading
 from collections.abc import Collection, Mapping
@@ -92,7 +91,7 @@ class ProbeBudget:
                 steps = math.ceil(probe_ms / (self._share * step_ms))
         self._next = self._at + steps
         self._decided.set()
-        return next(step for step in itertools.count(self._next) if self._is_candidate(step)) - self._at
+        return min(-(-self._next // every) * every for every in self._every.values()) - self._at
 
 
 class ProbeClock:
