@@ -4,7 +4,8 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from helpers.callbacks import BATCH, CONFIG, STEPS, items, model, one_thread, trainer_of  # noqa: F401
+from helpers.callbacks import BATCH, CONFIG, STEPS, items, model, trainer_of  # noqa: F401
+from helpers.tiny_models import one_thread  # noqa: F401
 from transformers import TrainerCallback
 
 from inflection_fast.alerts import AlertConfig, alert_lines, find_alerts

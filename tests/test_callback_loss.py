@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from helpers.callbacks import CONFIG, items, model, one_thread, trainer_of  # noqa: F401
+from helpers.callbacks import CONFIG, items, model, trainer_of  # noqa: F401
+from helpers.tiny_models import one_thread  # noqa: F401
 from torch.nn import functional as F
 
 from inflection_fast.integrations import InflectionCallback

@@ -29,7 +29,6 @@ _BACKWARD = ("on_output_gradient", "on_parameter_gradient")
 _FORWARD = ("on_attention", "on_cross_attention", "on_attention_call", "on_block", "on_submodule", "on_model_output")
 _WHOLE = ("on_backward_end", "before_update", "after_update", "on_probe", "in_background")
 TAPS = (*_FORWARD, *_BACKWARD, *_WHOLE)
-Sizes = Mapping[str, Mapping[str, int]]
 
 
 class Panel:

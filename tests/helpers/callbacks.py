@@ -12,14 +12,6 @@ STEPS, BATCH = 6, 4
 CONFIG = MonitorConfig(every=2, rows=None)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the models are so small that threads cost more than they give
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def model():
     from transformers import BertForSequenceClassification
