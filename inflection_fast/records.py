@@ -30,6 +30,8 @@ class Metrics:
         correct: how many those are
         right: a "1" for every text with the right label, else "0", so that two models are compared text by text
         perplexity: exponential of the loss, of a language model
+        largest_probability: mean over the texts of the largest class probability; None for a language model
+        share_above_099: share of the texts whose largest class probability is above 0.99
     """
 
     n: int
@@ -38,6 +40,8 @@ class Metrics:
     correct: int | None = None
     right: str | None = None
     perplexity: float | None = None
+    largest_probability: float | None = None
+    share_above_099: float | None = None
 
     def __post_init__(self) -> None:
         if self.right is not None and not (set(self.right) <= set("01") and len(self.right) == self.n):

@@ -11,7 +11,7 @@ from helpers.tiny_runs import CONFIG, write_run, write_stage
 
 from inflection_fast import report
 from inflection_fast.records import Metrics
-from inflection_fast.report import canvas, pictures, sections
+from inflection_fast.report import canvas, pictures, regime, sections
 from inflection_fast.report import folder as run_files
 from inflection_fast.report.verdict import compare, verdict
 
@@ -139,6 +139,29 @@ def test_unequal_training_is_said():
     stages = {"tune": stage(0.8, steps=60), "measure": stage(0.7, steps=30, label="short")}
     run = run_files.Run(Path(), (), {}, None, None, stages=stages)
     assert "Not all trained equally long: injected 60 steps, short 30." in verdict(run)
+
+
+@pytest.mark.parametrize(
+    ("sure", "rule", "says"),
+    [
+        (0.95, 80.0, "unfreezing the top blocks paid most for sources like this one"),
+        (0.75, 80.0, "LoRA on all layers paid most for sources like this one"),
+        (0.95, 70.0, "no ground to choose by: LoRA on chosen layers was the best choice without a rule (75.0 %)"),
+    ],
+)
+def test_what_the_study_says_of_sources_like_this_one(monkeypatch, sure, rule, says):
+    study = {"transfers": 5, "threshold": 0.8, "below": "LoRA everywhere", "above": "unfreezing",
+             "always": "selective LoRA", "accuracy": {"rule": rule, "always": 75.0, "hindsight": 82.0}}  # fmt: skip
+    monkeypatch.setattr(regime, "_study", lambda: study)
+    source = stage(0.9)
+    found = dataclasses.replace(source.metrics, largest_probability=sure, share_above_099=2 * sure - 1)
+    run = run_files.Run(Path(), (), {}, None, None, stages={"tune": stage(0.8), "baseline-x": stage(0.8)})
+    assert not any("study" in sentence for sentence in verdict(run))
+    run.stages["source"] = dataclasses.replace(source, metrics=found)
+    assert any(says in sentence for sentence in verdict(run))
+    state = "saturated" if sure > 0.9 else "not saturated"
+    lead = f"is {state}: on its own test texts the mean largest probability is {sure}"
+    assert any(lead in sentence for sentence in verdict(run))
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from inflection_fast.study.cells import cells_of
 from inflection_fast.study.config import WaveConfig, plain
 from inflection_fast.study.estimate import estimate
 from inflection_fast.study.gradients import gradients
-from inflection_fast.study.publish import publish
+from inflection_fast.study.publish import publish, reuse
 from inflection_fast.study.report import write
 from inflection_fast.study.runner import progress_of, retry, work_through
 from inflection_fast.study.store import Busy, Store
@@ -310,6 +310,31 @@ def test_published_cells_and_their_report_need_the_files_alone(done, tmp_path):
     assert "20 cells are there" in page and "`greedy`" in page
     with pytest.raises(UserError, match="holds no study"):
         publish(tmp_path, tmp_path / "elsewhere")
+
+
+def test_published_cells_are_not_computed_again_in_another_folder(done, tmp_path, monkeypatch):
+    first, cells = done
+    publish(first.folder, tmp_path / "published")
+    config = replace(first, output=str(tmp_path / "study"))
+    store = Store.of(config)
+    taken = [reuse(tmp_path / "published", config, store) for _ in range(2)]
+    assert taken == [len(cells), 0]
+    assert read_cells(config) == cells
+    for missing in ("greedy", "random-0"):
+        store.path(f"cells/one/under/{missing}/1.json").unlink()
+    work_through(config, only="one/under/*")
+    assert not list(store.folder.glob("tuning/**/*.json")), "a published learning rate was searched again"
+    again = read_cells(config)
+    assert [outcome(again[name]) for name in cells] == [outcome(cell) for cell in cells.values()]
+
+    publish(store.folder, tmp_path / "published")
+    assert set(json.loads((tmp_path / "published/sources.json").read_text())) == {"one-over", "one-under"}
+
+    other = replace(config, output=str(tmp_path / "other"), train=replace(config.train, steps=config.train.steps + 1))
+    with pytest.raises(UserError, match=r"was trained with steps \d+, this study says"):
+        reuse(tmp_path / "published", other, Store.of(other))
+    with pytest.raises(UserError, match="holds no published cells"):
+        reuse(tmp_path / "nowhere", config, store)
 
 
 def test_gradients_are_measured_all_along(tmp_path):

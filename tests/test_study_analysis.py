@@ -1,12 +1,13 @@
 """The statistics of the study, on cells whose truth is known."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from inflection_fast.study.advice import score_rule
+from inflection_fast.study.advice import for_runs, score_rule
 from inflection_fast.study.analysis import (
     block_effects,
     compare,
@@ -205,6 +206,22 @@ def test_the_page_says_which_selectors_beat_random_layers_and_keeps_leaking_cell
     assert (tmp_path / "study_images" / "against_random.png").is_file()
 
 
+def test_an_intervention_is_compared_with_the_same_adapters_without_it(tmp_path):
+    planted(tmp_path, 0.0)
+    rng = np.random.default_rng(7)
+    for found in [one for one in read_results(tmp_path).cells if one.arm == "greedy"]:
+        right = found.right | (rng.random(len(found.right)) < 0.1)
+        name, content = cell(found.transfer, found.regime, "greedy_softer", found.seed, right)
+        content["run_info"]["peft_config"]["options"] = {"intervention": "softer"}
+        study(tmp_path, [(name, content)])
+    results = read_results(tmp_path)
+    page = write(tmp_path).read_text()
+    section = page[page.index("## Interventions") :].split("##")[1]
+    effect = compare(results.cells, "greedy_softer", "greedy")
+    assert effect.low > 1 and f"| `greedy_softer` | 24 | {effect.smallest:.2f} | +{effect.difference:.2f} [" in section
+    assert "`greedy_softer`" not in page.split("## All arms")[0], "an intervention is no way to choose blocks"
+
+
 def test_arms_of_other_sizes_are_marked(tmp_path):
     cells = []
     for seed in (1, 2, 3):
@@ -310,6 +327,13 @@ def test_without_a_rule_the_advice_is_one_family(tmp_path):
     score = score_rule(advised(tmp_path, {"greedy": 0, "all": 4, "shallow": 0}).cells)
     assert score.means == pytest.approx((64, 64, 64))
     assert score.advice == "LoRA everywhere, whatever the state of the source."
+
+
+@pytest.mark.sources
+def test_the_report_of_a_run_says_what_the_published_cells_say():
+    root = Path(__file__).resolve().parents[1]
+    found = for_runs(read_results(root / "benchmarks" / "study").honest())
+    assert found == json.loads((root / "inflection_fast" / "report" / "regime.json").read_text())
 
 
 def test_too_few_transfers_give_no_rule(tmp_path):

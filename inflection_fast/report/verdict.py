@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 from inflection_fast.report.folder import Run, Stage
+from inflection_fast.report.regime import regime_advice
 from inflection_fast.report.words import count, listed, percent
 
 __all__ = ["NOISE", "SAME_SIZE", "Comparison", "compare", "verdict"]
@@ -72,7 +73,7 @@ def verdict(run: Run) -> list[str]:
             "The noise here is that of the evaluation set alone. How much a different seed would move the training is "
             "not in it: one run cannot tell."
         )
-    return sentences
+    return sentences + regime_advice(run)
 
 
 def _unknown(other: Stage, why: str) -> Comparison:

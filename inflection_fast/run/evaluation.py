@@ -14,6 +14,8 @@ from inflection_fast.run.batches import IGNORED
 
 __all__ = ["class_logits", "classification_metrics", "in_words", "language_metrics", "token_losses"]
 
+SATURATED = 0.99  # a largest class probability above this
+
 
 def class_logits(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
     """The logits alone, in float32; some models return hidden states beside them."""
@@ -21,7 +23,7 @@ def class_logits(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
 
 
 def classification_metrics(logits: np.ndarray, labels: np.ndarray) -> Metrics:
-    """Accuracy and mean cross-entropy, with the counts they come from, and a "1" for every text that was right.
+    """Accuracy, mean cross-entropy and saturation, and a "1" for every text that was right.
 
     With the last, two models on the same texts can be compared text by text.
     """
@@ -31,12 +33,15 @@ def classification_metrics(logits: np.ndarray, labels: np.ndarray) -> Metrics:
     losses = log_sum - logits[np.arange(len(labels)), labels]
     right = logits.argmax(axis=-1) == labels
     correct = int(right.sum())
+    largest = np.exp(top[:, 0] - log_sum)
     return Metrics(
         n=len(labels),
         loss=float(losses.mean()),
         accuracy=correct / len(labels),
         correct=correct,
         right="".join("01"[one] for one in right.tolist()),
+        largest_probability=float(largest.mean()),
+        share_above_099=float((largest > SATURATED).mean()),
     )
 
 

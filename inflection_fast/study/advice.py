@@ -6,13 +6,15 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
+from typing import Any
 
 import numpy as np
 
 from inflection_fast.study.results import Result
 
-__all__ = ["FAMILIES", "Fold", "Rule", "Score", "fit_rule", "score_rule"]
+__all__ = ["FAMILIES", "Fold", "Rule", "Score", "fit_rule", "for_runs", "score_rule"]
 
+# Of each the arm that stands for it.
 FAMILIES = {"selective LoRA": "greedy", "LoRA everywhere": "all", "unfreezing": "shallow"}
 
 
@@ -51,7 +53,7 @@ class Score:
 
     folds: list[Fold]
     always: str  # the family that is best over all transfers
-    advice: str
+    rule: Rule  # from all transfers
 
     @property
     def means(self) -> tuple[float, float, float]:
@@ -59,6 +61,16 @@ class Score:
         return tuple(
             float(np.mean([getattr(fold, name) for fold in self.folds])) for name in ("rule", "always", "best")
         )
+
+    @property
+    def better(self) -> bool:
+        """Whether the rule is ahead of always one family, on the transfers that it was not made from."""
+        return self.means[0] > self.means[1]
+
+    @property
+    def advice(self) -> str:
+        """The rule in a sentence, or the family where no rule is ahead of it."""
+        return f"{self.rule}." if self.better else f"{self.always}, whatever the state of the source."
 
 
 Place = tuple[float, dict[str, float]]  # how sure the source is, accuracy of each family
@@ -83,11 +95,29 @@ def score_rule(cells: Sequence[Result]) -> Score | None:
             )
         )
     everything = [place for found in places.values() for place in found]
-    always = _best_family(everything)
-    score = Score(folds, always, "")
-    better = score.means[0] > score.means[1]
-    advice = f"{fit_rule(everything)}." if better else f"{always}, whatever the state of the source."
-    return Score(folds, always, advice)
+    return Score(folds, _best_family(everything), fit_rule(everything))
+
+
+def for_runs(cells: Sequence[Result]) -> dict[str, Any] | None:
+    """What the report of a run says of its source, as JSON holds it; None where there is no score.
+
+    `python benchmarks/study/advice.py` writes it to `inflection_fast/report/regime.json`.
+    """
+    score = score_rule(cells)
+    if score is None:
+        return None
+    rule, always, best = (round(value, 2) for value in score.means)
+    return {
+        "model": cells[0].content["meta_info"]["model_info"]["path"],
+        "transfers": len(score.folds),
+        "regimes": sorted({cell.regime for cell in cells}),
+        "cells": len(cells),
+        "threshold": round(score.rule.threshold, 4),
+        "below": score.rule.below,
+        "above": score.rule.above,
+        "always": score.always,
+        "accuracy": {"rule": rule, "always": always, "hindsight": best},
+    }
 
 
 def _places(cells: Sequence[Result]) -> dict[str, list[Place]]:

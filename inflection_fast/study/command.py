@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 from inflection_fast.run.errors import UserError, user_errors
@@ -31,6 +32,9 @@ def study(argv: list[str]) -> int:
     )
     parser.add_argument("--executor", type=str, default="local", help="local: processes; ray: tasks of a Ray cluster")
     parser.add_argument("--plan-only", action="store_true", help="print the cells and an estimate of the time")
+    parser.add_argument(
+        "--published", type=str | None, default=None, help="a folder of published cells, which are not computed again"
+    )
     parser.add_argument("--retry", action="store_true", help="compute cells again that failed")
     parser.add_class_arguments(StudyConfig, None)
     parsed = _parse(parser, argv)
@@ -61,10 +65,13 @@ def _parse(parser: Any, argv: list[str]) -> Any:
 def _run(config: Any, parsed: Any, console: Any) -> int:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from inflection_fast.study.publish import reuse
     from inflection_fast.study.runner import progress_of, retry, run
     from inflection_fast.study.store import Store
 
     store = Store.of(config)
+    if parsed.published is not None:
+        console.print(f"{reuse(Path(parsed.published), config, store)} published cells were taken over", markup=False)
     if parsed.retry:
         console.print(f"{retry(config, store, parsed.only)} failed cells will be computed again", markup=False)
     before = progress_of(config, store, parsed.only)

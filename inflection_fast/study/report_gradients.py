@@ -166,7 +166,7 @@ def regimes(results: Results, cells: Sequence[Result]) -> str:
     rows.append(["mean", "", *(f"{value:.2f}" for value in score.means)])
     verdict = (
         "The rule is worth following here."
-        if score.means[0] > score.means[1]
+        if score.better
         else f"So the saturation of the source is no ground to choose by here; {score.always} is."
     )
     return "\n\n".join(

@@ -9,29 +9,72 @@ from inflection_fast.study.analysis import (
     block_effects,
     compare,
     expected_jaccard,
+    holm,
     jaccard,
     means,
     stability,
 )
 from inflection_fast.study.drawings import draw_blocks, draw_pareto
-from inflection_fast.study.formatting import interval, mean, signed, table
+from inflection_fast.study.formatting import interval, mean, p_value, signed, table
 from inflection_fast.study.results import Result, Results
 
-__all__ = ["EVERYWHERE", "RANDOM", "blocks", "by_transfer", "how", "leaking", "pareto", "selectors_of", "stable"]
+__all__ = [
+    "EVERYWHERE",
+    "RANDOM",
+    "blocks",
+    "by_transfer",
+    "how",
+    "interventions",
+    "leaking",
+    "pareto",
+    "selectors_of",
+    "stable",
+]
 
 # Arms that choose where LoRA goes, and are compared with random layers in one family of tests.
 SELECTORS = ("greedy", "maxima", "top", "first", "last", "even", "kappa", "spectrum", "eva", "gradient_high",
              "gradient_low", "auto_rgn", "block_cka", "breakpoints", "first_order", "trial_norm",
              "trial_sensitivity", "halving")  # fmt: skip
-RANDOM, EVERYWHERE = "random", "all"
+RANDOM, EVERYWHERE, PLANNED = "random", "all", "greedy"
 
 
 def selectors_of(cells: Sequence[Result]) -> list[str]:
     """Arms that choose where LoRA goes: our own in their order, then those of users."""
     present = {cell.arm for cell in cells}
     known = {cell.arm for cell in cells if cell.content["run_info"]["peft_config"]["kind"] == "lora"}
-    extra = sorted(known - {*SELECTORS, RANDOM, EVERYWHERE, "all_equal"})  # arms of users
+    extra = sorted(known - {*SELECTORS, RANDOM, EVERYWHERE, "all_equal", *_intervened(cells)})  # arms of users
     return [arm for arm in SELECTORS if arm in present] + extra
+
+
+def _intervened(cells: Sequence[Result]) -> list[str]:
+    """Arms that act on the planned blocks while their adapters train."""
+    options = {cell.arm: cell.content["run_info"]["peft_config"].get("options", {}) for cell in cells}
+    return [arm for arm, option in options.items() if "intervention" in option]
+
+
+def interventions(cells: Sequence[Result]) -> str:
+    """Each intervention beside the same adapters without it."""
+    effects = {arm: compare(cells, arm, PLANNED) for arm in _intervened(cells)}
+    effects = {arm: effect for arm, effect in effects.items() if effect is not None}
+    if not effects:
+        return ""
+    corrected = holm(effects)
+    regimes = list(dict.fromkeys(cell.regime for cell in cells))
+    rows = []
+    for arm, effect in sorted(effects.items(), key=lambda item: -item[1].difference):
+        apart = [interval(compare(cells, arm, PLANNED, regime=regime)) for regime in regimes]
+        places = {(c.transfer, c.regime, c.seed) for c in cells if c.arm == arm}
+        p = [p_value(effect.p), p_value(corrected[arm])]
+        rows.append([f"`{arm}`", len(places), f"{effect.smallest:.2f}", interval(effect), *p, *apart])
+    header = ["arm", "cells", "smallest that could be seen", f"minus `{PLANNED}`, 95 %", "p", "p after Holm"]
+    return "\n\n".join(
+        [
+            "## Interventions on the planned blocks",
+            f"The same adapters on the same blocks as `{PLANNED}`, with an intervention while they train"
+            " (docs/interventions.md). What each does to the gradients stands in the section on gradients.",
+            table([*header, *(f"{regime.upper()} alone" for regime in regimes)], rows),
+        ]
+    )
 
 
 def by_transfer(cells: Sequence[Result]) -> str:

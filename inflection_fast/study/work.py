@@ -17,6 +17,7 @@ from torch import nn
 
 from inflection_fast.measure import Monitor, MonitorConfig
 from inflection_fast.run.errors import UserError, takes_nothing
+from inflection_fast.run.evaluation import SATURATED
 from inflection_fast.run.folder import write_json
 from inflection_fast.study.adaptation import Adaptation, NoArm
 from inflection_fast.study.arms import Seen, arm_of
@@ -31,7 +32,6 @@ from inflection_fast.timeline import Timeline
 __all__ = ["Work", "saturation"]
 
 DEATHS = 3  # workers that a cell may kill before it is given up
-SURE = 0.99  # a largest probability above this counts as saturated
 
 
 class Work:
@@ -187,7 +187,7 @@ class Work:
 
     def _tune(self, job: Job) -> bool:
         name = self._tuning_name(job.arm, job.transfer, job.regime, job.rate)
-        if self.store.find(name) is not None:
+        if self.store.find(name) is not None or self.store.find(f"rates/{job.arm}-{job.regime}.json") is not None:
             return False
         self._tried(job.arm, job.transfer, job.regime, job.rate)
         return True
@@ -380,7 +380,7 @@ def saturation(logits: np.ndarray) -> dict[str, float]:
     return {
         "largest_probability": round(float(largest.mean()), 5),
         "entropy_nats": round(float(-(np.exp(log_p) * log_p).sum(axis=1).mean()), 5),
-        "share_above_099": round(float((largest > SURE).mean()), 5),
+        "share_above_099": round(float((largest > SATURATED).mean()), 5),
         "n": len(logits),
     }
 
