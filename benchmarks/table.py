@@ -37,18 +37,21 @@ def replaced(text: str, body: str) -> str:
     return f"{before}{BEGIN}\n{body}\n{END}{rest.split(END)[1]}"
 
 
-def table(results: dict) -> str:
-    """One machine: a line a case, how many times as fast as each rival, and the goal where there is one."""
-    machine = results["machine"]
+def table(results: dict) -> str | None:
+    """One machine: a line a case, how many times as fast as each rival, and the goal where there is one.
+
+    None where only quantities were measured on it.
+    """
+    machine, cases = results["machine"], {k: case for k, case in results["cases"].items() if not k.startswith(LINE)}
+    if not cases:
+        return None
     lines = [
         f"{machine['name']}, torch {machine['torch']}; medians; `x2.0` means that the rival takes twice our time",
         "",
         "| case | ours, ms | rivals | extra |",
         "|---|---|---|---|",
     ]
-    for name, case in results["cases"].items():
-        if name.startswith(LINE):
-            continue
+    for name, case in cases.items():
         rivals = "<br>".join(rival(case, label) for label in case["ratios"])
         extra = "<br>".join(f"{key}: {value:.3g}" for key, value in case["extra"].items())
         lines.append(f"| {name} | {case['ms'][case['ours']]['p50']:.3g} | {rivals} | {extra} |")

@@ -189,20 +189,22 @@ def _tells(optimizer: Optimizer, parameter: nn.Parameter) -> bool:
 def change_of(optimizer: Optimizer, parameter: nn.Parameter, group: dict) -> Tensor | None:
     """What torch's SGD, Adam or AdamW has just added to `parameter`; None where it had no gradient.
 
-    Weight decay that multiplies the weights is undone exactly: with theta' = theta (1 - lr wd) - lr u, the change is
-    -lr (u + wd theta) and theta = (theta' + lr u) / (1 - lr wd).
+    Weight decay that multiplies the weights is undone exactly: of theta' = theta (1 - lr wd) - lr u the change is
+    theta' - theta = -lr / (1 - lr wd) (u + wd theta'). Written over two temporaries, because these are as large as the
+    parameter.
     """
     if parameter.grad is None:
         return None
     lr, decay = group["lr"], group["weight_decay"]
     if isinstance(optimizer, torch.optim.SGD):
-        direction = optimizer.state.get(parameter, {}).get("momentum_buffer")
-        if direction is not None and not group["nesterov"]:
-            return direction * -lr
+        scale = -lr
+        momentum = optimizer.state.get(parameter, {}).get("momentum_buffer")
+        if momentum is not None and not group["nesterov"]:
+            return momentum * scale
         gradient = -parameter.grad if group["maximize"] else parameter.grad
         if gradient.is_sparse:
             gradient = gradient.to_dense()
-        direction = gradient if direction is None else gradient + group["momentum"] * direction
+        direction = gradient.clone() if momentum is None else gradient + group["momentum"] * momentum
     else:
         state, (beta1, beta2) = optimizer.state[parameter], group["betas"]
         step = state["step"].to(
@@ -210,10 +212,11 @@ def change_of(optimizer: Optimizer, parameter: nn.Parameter, group: dict) -> Ten
         )  # 1 - beta^1 has few digits in float32
         squares = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
         denominator = (squares / (1 - beta2**step)).sqrt_().add_(group["eps"])
-        direction = state["exp_avg"] / (1 - beta1**step) / denominator
+        direction = torch.div(state["exp_avg"], denominator, out=denominator)
+        scale = -lr / (1 - beta1**step)
         if not (isinstance(optimizer, torch.optim.AdamW) or group.get("decoupled_weight_decay", False)):
             decay = 0.0  # it is in the moments already
     if isinstance(decay, float) and decay == 0.0:
-        return direction * -lr
-    before = (parameter.detach() + lr * direction) / (1 - lr * decay)
-    return (direction + decay * before).mul_(-lr)
+        return direction.mul_(scale)
+    kept = 1 - lr * decay
+    return direction.mul_(scale / kept).add_(parameter.detach() * (-lr * decay / kept))
