@@ -8,6 +8,7 @@ import helpers.tiny_texts as tiny
 import pytest
 import torch
 import yaml
+from helpers.small_runs import small  # noqa: F401
 
 pytest.importorskip("jsonargparse")
 
@@ -15,17 +16,6 @@ from inflection_fast import cli
 from inflection_fast.decide import Plan
 from inflection_fast.run import doctor
 from inflection_fast.timeline import TimelineWriter
-
-
-@pytest.fixture(autouse=True)
-def small(tmp_path, monkeypatch):
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from helpers.small_runs import small  # noqa: F401
 
 pytest.importorskip("datasets")
 
@@ -34,17 +35,6 @@ from inflection_fast.timeline import Timeline
 
 STAGES = ["source", "measure", "plan", "tune", "baseline-last", "baseline-random", "report"]
 TRAIN = TrainConfig(steps=6, batch_size=8, learning_rate=3e-3, checkpoint_every=2, log_every=2)
-
-
-@pytest.fixture(autouse=True)
-def small(tmp_path, monkeypatch):
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from inflection_fast.study.advice import for_runs, score_rule
 from inflection_fast.study.analysis import (
     block_effects,
     compare,
+    compare_all,
     costs,
     expected_jaccard,
     holm,
@@ -146,8 +147,9 @@ def test_one_cluster_gives_no_interval(tmp_path):
 def test_holm_multiplies_the_smallest_p_by_the_number_of_tests(tmp_path):
     results = planted(tmp_path, 0.01)
     effect = compare(results.cells, "greedy", "random")
-    corrected = holm({"a": effect, "b": effect, "c": None})
+    corrected = holm({"a": effect, "b": effect})
     assert corrected == {"a": pytest.approx(min(1, 2 * effect.p)), "b": pytest.approx(min(1, 2 * effect.p))}
+    assert list(compare_all(results.cells, ["greedy", "nowhere"], "random")) == ["greedy"]
 
 
 def test_the_worth_of_blocks_is_found_from_random_draws(tmp_path):

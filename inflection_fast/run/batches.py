@@ -33,8 +33,8 @@ class Batches:
     def items(self, rows: Dataset, *, by_length: bool = False) -> Sequence[Any]:
         """What the Trainer draws its batches from; `by_length` puts similar lengths together, to pad less."""
         if self.task == "causal-lm":
-            items = self._pieces(rows)
-            return sorted(items, key=len) if by_length else items
+            pieces = self._pieces(rows)
+            return sorted(pieces, key=len) if by_length else pieces
         columns = [name for name in ("text", "text_pair", "label") if name in rows.column_names]
         values = zip(*(rows[name] for name in columns), strict=True)
         items = [dict(zip(columns, row, strict=True)) for row in values]

@@ -104,12 +104,12 @@ def _in_words(dropped: dict[str, int]) -> str:
 
 def _rows(config: DataConfig, task: str, test: str | None, dropped: dict[str, int]) -> Rows:
     """The named columns under our own names, without empty texts and duplicates, labels cleaned."""
-    wanted = {"text": config.text, "text_pair": config.text_pair, "group": config.group}
+    columns_of = {"text": config.text, "text_pair": config.text_pair, "group": config.group}
     if task == "sequence-classification":
-        wanted["label"] = config.label
+        columns_of["label"] = config.label
     elif config.text_pair is not None:
         raise UserError("causal-lm learns single texts: data.text_pair must be null")
-    wanted = {ours: theirs for ours, theirs in wanted.items() if theirs is not None}
+    wanted = {ours: theirs for ours, theirs in columns_of.items() if theirs is not None}
     if len(set(wanted.values())) < len(wanted):
         raise UserError(f"{test or config.path}: one column cannot be used for two things: {wanted}")
     rows = load_rows(config, list(wanted.values()), test)
@@ -206,7 +206,8 @@ def _split(rows: Dataset, config: DataConfig) -> tuple[Dataset, Dataset]:
     if len(sizes) < 2:
         raise UserError(f"{config.path}: column {config.group!r} has one value only, which cannot be split")
     names = sorted(sizes, key=str)
-    chosen, count = set(), 0
+    chosen: set[Any] = set()
+    count = 0
     for i in rng.permutation(len(names)):
         if count >= config.test_share * len(rows) or len(chosen) == len(names) - 1:
             break

@@ -14,11 +14,11 @@ import lzma
 import sys
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from inflection_fast.run.config import DataConfig
 from inflection_fast.run.errors import UserError
@@ -27,6 +27,7 @@ __all__ = ["FORMATS", "Rows", "column_names", "load_rows"]
 
 FORMATS = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".txt")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
+_OPEN: dict[str, Callable[[Path, Any], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 _NO_COLUMN = "\0"  # which no column is called
 
@@ -146,7 +147,7 @@ def _binary(path: Path) -> Iterator[IO[bytes]]:
         with pyarrow.input_stream(path, compression="zstd") as file:
             yield io.BufferedReader(file)
     else:
-        with {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(suffix, open)(path, "rb") as file:
+        with _OPEN.get(suffix, open)(path, "rb") as file:
             yield file
 
 
@@ -219,7 +220,7 @@ def _fields_of_any_length() -> Iterator[None]:
 def _delimited(source: str, path: Path, kind: str, config: DataConfig, wanted: list[str]) -> Rows:
     delimiter = config.delimiter or ("\t" if kind == ".tsv" else ",")
     _refuse_utf16(source, path, config)
-    quoting = csv.QUOTE_NONE if config.quoting == "none" else csv.QUOTE_MINIMAL
+    quoting: Literal[0, 3] = csv.QUOTE_NONE if config.quoting == "none" else csv.QUOTE_MINIMAL
     columns: dict[str, list[Any]] = {name: [] for name in wanted}
     places: list[int] = []
     uneven: list[tuple[int, int]] = []  # line, number of fields

@@ -41,7 +41,7 @@ def _columns(
     columns = {name: [str(value) for value in load_rows(config, [name]).columns[name][:SAMPLE]] for name in names}
     length = {name: sum(map(len, values)) / max(len(values), 1) for name, values in columns.items()}
     if text is None:
-        text = "text" if "text" in names else max(length, key=length.get)
+        text = "text" if "text" in names else max(length, key=length.__getitem__)
     if task == "causal-lm":
         return text, None
     if label is None:

@@ -26,7 +26,7 @@ def _loading(config: ModelConfig) -> Iterator[None]:
 
 
 def _options(config: ModelConfig) -> dict[str, Any]:
-    options = {"trust_remote_code": config.trust_remote_code}
+    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     if config.revision is not None:
         options["revision"] = config.revision
     if config.gguf_file is not None:
@@ -57,7 +57,7 @@ def check_model(config: ModelConfig, task: str, names: tuple[str, ...] | None) -
 
     path = Path(config.path).expanduser()
     if config.gguf_file is not None:
-        _check_gguf(config, path)
+        _check_gguf(config.gguf_file, config.path, path)
     if config.path.startswith((".", "/", "~")) and not path.is_dir():
         raise UserError(f"model.path: there is no folder {config.path}")
     if path.is_dir() and config.gguf_file is None and not (path / "config.json").is_file():
@@ -73,11 +73,11 @@ def check_model(config: ModelConfig, task: str, names: tuple[str, ...] | None) -
         return len(find_blocks(model, names))
 
 
-def _check_gguf(config: ModelConfig, path: Path) -> None:
+def _check_gguf(name: str, model: str, path: Path) -> None:
     import_module("gguf")  # named by the command line where it is not installed
-    if path.is_dir() and not (path / config.gguf_file).is_file():
+    if path.is_dir() and not (path / name).is_file():
         found = sorted(file.name for file in path.glob("*.gguf"))
-        raise UserError(f"model.gguf_file: there is no {config.gguf_file} in {config.path}; it has {found or 'none'}")
+        raise UserError(f"model.gguf_file: there is no {name} in {model}; it has {found or 'none'}")
 
 
 def most_tokens(model: PreTrainedModel) -> int | None:

@@ -51,12 +51,12 @@ def _check_arguments(stages: Stages, *, source: bool, measure: bool, tune: bool)
 
     config = stages.config
     trainings = {
-        "source.train": source and config.source.train,
-        "measure.train": measure and config.measure.train,
-        "tune.train": tune and config.tune.train,
+        "source.train": config.source.train if source and config.source is not None else None,
+        "measure.train": config.measure.train if measure else None,
+        "tune.train": config.tune.train if tune else None,
     }
     for name, training in trainings.items():
-        if training:
+        if training is not None:
             with user_errors(ValueError, RuntimeError, ImportError, about=name):
                 check_arguments(training)
 
@@ -75,7 +75,7 @@ def _measure_one_step(stages: Stages, model: Any) -> None:
         with Monitor(model, stages.config.measure.monitor, alerts=None) as monitor:
             model(**batch).loss.backward()
             monitor.step()
-    if "attention" in stages.config.measure.monitor.signals and np.isnan(monitor.timeline.entropy).all():
+    if "attention" in stages.config.measure.monitor.names and np.isnan(monitor.timeline.entropy).all():
         stages.say(
             f"model {stages.config.model.path}: no softmax attention is seen in its blocks, so there is no entropy and"
             " layers are chosen by gradients alone"
@@ -90,7 +90,7 @@ def _inject(stages: Stages, model: Any) -> None:
     names = stages.config.measure.monitor.blocks
     blocks = [block.name for block in find_blocks(model, names)]
     made_for = {"layers": blocks, "model_type": model.config.model_type, "named": names is not None}
-    refused: ValueError | None = None
+    refused: list[ValueError] = []
     for layers in [range(len(blocks)), *([i] for i in range(len(blocks)))]:
         plan = Plan(
             layers=tuple(layers),
@@ -105,6 +105,6 @@ def _inject(stages: Stages, model: Any) -> None:
             stages.injected(model, plan)
             return
         except ValueError as error:
-            refused = refused or error
+            refused.append(error)
     with user_errors(about="tune.lora"):
-        raise refused
+        raise refused[0]

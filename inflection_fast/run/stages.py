@@ -71,6 +71,8 @@ class Stages:
     @cached_property
     def source_data(self) -> TextData:
         """The source data set, without the texts of the target."""
+        if self.config.source is None:
+            raise UserError("the settings name no source")
         data = read(self.config.source.data, self.config.task)
         if self.config.source.data.deduplicate:
             data = without(data, self.target, "also in the target")
@@ -262,7 +264,8 @@ class Stages:
             return self.load(None, self.target.labels)
         if not self.folder.finished("source"):
             raise UserError("the source stage is not finished: run `inflection-fast measure` with these settings first")
-        known = self.folder.record("source").data.labels
+        data = self.folder.record("source").data
+        known = data.labels if data is not None else ()
         if len(known) != len(self.target.labels):
             self.say(
                 f"the source has {len(known)} labels and the target {len(self.target.labels)}:"

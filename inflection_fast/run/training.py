@@ -9,8 +9,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -19,6 +20,9 @@ from inflection_fast.records import Metrics
 from inflection_fast.run.batches import Batches
 from inflection_fast.run.config import TrainConfig
 from inflection_fast.run.evaluation import class_logits, classification_metrics, language_metrics, token_losses
+
+if TYPE_CHECKING:
+    from torch.utils.data import Dataset
 
 __all__ = ["Job", "Trained", "check_arguments", "evaluate", "last_checkpoint", "train"]
 
@@ -152,9 +156,10 @@ def evaluate(
     """Metrics on the test items, and the seconds it took."""
     trainer = _trainer(model, config, batches, folder / CHECKPOINTS, seed=0, quiet=quiet)
     begin = time.perf_counter()
-    output = trainer.predict(items)
+    output = trainer.predict(cast("Dataset[Any]", items))
     metrics = language_metrics if batches.task == "causal-lm" else classification_metrics
-    return metrics(output.predictions, output.label_ids), round(time.perf_counter() - begin, 3)
+    found = metrics(np.asarray(output.predictions), np.asarray(output.label_ids))
+    return found, round(time.perf_counter() - begin, 3)
 
 
 def check_arguments(config: TrainConfig) -> None:
@@ -163,6 +168,7 @@ def check_arguments(config: TrainConfig) -> None:
 
 
 def _arguments(config: TrainConfig, checkpoints: Path, *, seed: int, quiet: bool) -> TrainingArguments:
+    more: dict[str, Any] = {ACTIVATION_CHECKPOINTING: True} if config.activation_checkpointing else {}
     return _OneDevice(
         output_dir=str(checkpoints),
         max_steps=config.steps if config.steps is not None else -1,
@@ -188,7 +194,7 @@ def _arguments(config: TrainConfig, checkpoints: Path, *, seed: int, quiet: bool
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,  # batches are made of text, which is no argument of the model
         label_names=["labels"],
-        **({ACTIVATION_CHECKPOINTING: True} if config.activation_checkpointing else {}),
+        **more,
     )
 
 

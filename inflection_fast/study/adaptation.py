@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from inflection_fast.act.adapters import KINDS, adapt, adapter_parameters, default_modules, train_only
 from inflection_fast.act.bottleneck import bottleneck
 from inflection_fast.blocks import find_blocks
 
-__all__ = ["Adaptation", "NoArm", "Spending", "on_layers", "on_modules"]
+__all__ = ["Adaptation", "NoArm", "Spending", "gradient_of", "on_layers", "on_modules", "weight_of"]
 
 PARTS = {"head": "head", "unfreeze": "top", "bitfit": "bias", "full": "all", "lisa": "all"}
 
@@ -123,3 +123,19 @@ def on_modules(
     blocks = find_blocks(model)
     layers = {block.index for block in blocks for name in ranks if name.startswith(f"{block.path}.")}
     return Adaptation("lora", dict(ranks), tuple(sorted(layers)), note=note, scores=scores or {})
+
+
+def weight_of(model: nn.Module, name: str) -> Tensor:
+    """The weight of a module. NoArm where it has none."""
+    weight = getattr(model.get_submodule(name), "weight", None)
+    if not isinstance(weight, Tensor):
+        raise NoArm(f"{name} has no weight")
+    return weight
+
+
+def gradient_of(model: nn.Module, name: str) -> Tensor:
+    """The gradient of a module's weight. NoArm where none arrived."""
+    gradient = weight_of(model, name).grad
+    if gradient is None:
+        raise NoArm(f"the weight of {name} got no gradient")
+    return gradient

@@ -58,9 +58,10 @@ class Score:
     @property
     def means(self) -> tuple[float, float, float]:
         """Mean accuracy of the rule, of always one family, and in hindsight."""
-        return tuple(
+        rule, always, best = (
             float(np.mean([getattr(fold, name) for fold in self.folds])) for name in ("rule", "always", "best")
         )
+        return rule, always, best
 
     @property
     def better(self) -> bool:

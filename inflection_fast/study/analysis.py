@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from math import comb
@@ -18,6 +18,7 @@ __all__ = [
     "Effect",
     "block_effects",
     "compare",
+    "compare_all",
     "costs",
     "expected_jaccard",
     "holm",
@@ -67,11 +68,11 @@ def compare(
     import statsmodels.api as sm
     from scipy.stats import t
 
-    found = _rights(cells, arm, regime), _rights(cells, other, regime)
+    first, second = _rights(cells, arm, regime), _rights(cells, other, regime)
     values, transfers, clusters = [], [], []
-    for place in sorted(found[0].keys() & found[1].keys()):
+    for place in sorted(first.keys() & second.keys()):
         transfer, _, seed = place
-        difference = found[0][place] - found[1][place]
+        difference = first[place] - second[place]
         values.append(difference)
         transfers += [transfer] * len(difference)
         clusters += [transfer if by == "transfer" else f"{transfer} {seed}"] * len(difference)
@@ -87,8 +88,8 @@ def compare(
     low, high = fit.conf_int()[0]
     freedom = len(names) - 1
     smallest = (t.ppf(0.975, freedom) + t.ppf(POWER, freedom)) * fit.bse[0]
-    estimate = [100 * float(x) for x in (fit.params[0], low, high)]
-    return Effect(*estimate, float(fit.pvalues[0]), len(names), len(difference), 100 * float(smallest))
+    found, low, high = (100 * float(x) for x in (fit.params[0], low, high))
+    return Effect(found, low, high, float(fit.pvalues[0]), len(names), len(difference), 100 * float(smallest))
 
 
 def _rights(cells: Sequence[Result], arm: str, regime: str | None) -> dict[tuple[str, str, int], np.ndarray]:
@@ -100,11 +101,17 @@ def _rights(cells: Sequence[Result], arm: str, regime: str | None) -> dict[tuple
     return {place: np.mean(rights, axis=0) for place, rights in drawn.items()}
 
 
-def holm(effects: dict[str, Effect | None]) -> dict[str, float]:
+def compare_all(cells: Sequence[Result], arms: Sequence[str], other: str) -> dict[str, Effect]:
+    """`compare` of several arms with one; those that share fewer than two clusters with it are left out."""
+    found = {arm: compare(cells, arm, other) for arm in arms}
+    return {arm: effect for arm, effect in found.items() if effect is not None}
+
+
+def holm(effects: Mapping[str, Effect]) -> dict[str, float]:
     """The p of every comparison after Holm's correction over all of them."""
     from statsmodels.stats.multitest import multipletests
 
-    present = {name: effect.p for name, effect in effects.items() if effect is not None}
+    present = {name: effect.p for name, effect in effects.items()}
     if not present:
         return {}
     corrected = multipletests(list(present.values()), method="holm")[1]
@@ -113,7 +120,7 @@ def holm(effects: dict[str, Effect | None]) -> dict[str, float]:
 
 def means(cells: Sequence[Result]) -> dict[str, float]:
     """Mean accuracy of each arm in percent, every transfer and regime weighing the same."""
-    found = defaultdict(lambda: defaultdict(list))
+    found: dict[str, dict[tuple[str, str], list[float]]] = defaultdict(lambda: defaultdict(list))
     for cell in cells:
         found[cell.arm][cell.transfer, cell.regime].append(cell.accuracy)
     return {arm: 100 * float(np.mean([np.mean(v) for v in places.values()])) for arm, places in found.items()}

@@ -64,6 +64,13 @@ class Seen:
         """The number of blocks."""
         return len(find_blocks(self.model))
 
+    @property
+    def rate(self) -> float:
+        """The learning rate, for arms that train before they choose."""
+        if self.learning_rate is None:
+            raise NoArm("this arm trains before it chooses, and no learning rate was given")
+        return self.learning_rate
+
     @cached_property
     def timeline(self) -> Timeline:
         """The timeline of the measured training."""
@@ -108,7 +115,9 @@ class Seen:
 class Arm(Protocol):
     """One way to choose what is trained."""
 
-    draws: bool  # whether it draws at random, so that one seed has several cells of it
+    @property
+    def draws(self) -> bool:
+        """Whether it draws at random, so that one seed has several cells of it."""
 
     def choose(self, seen: Seen) -> Adaptation:
         """What to train. NoArm, in one sentence, where this arm cannot be had."""
@@ -127,8 +136,7 @@ class Fixed:
         if self.kind == "unfreeze":
             layers = range(seen.blocks - top, seen.blocks)
             return Adaptation(self.kind, layers=tuple(layers), options={"top": top})
-        layers = () if self.kind == "head" else range(seen.blocks)
-        return Adaptation(self.kind, layers=tuple(layers))
+        return Adaptation(self.kind, layers=() if self.kind == "head" else tuple(range(seen.blocks)))
 
 
 @dataclass(frozen=True)

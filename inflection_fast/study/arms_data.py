@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,7 +15,7 @@ from inflection_fast.act.ranking import eva_ranks
 from inflection_fast.blocks import find_blocks
 from inflection_fast.ops import linear_cka
 from inflection_fast.quantities.first_order import top_squares
-from inflection_fast.study.adaptation import Adaptation, on_modules
+from inflection_fast.study.adaptation import Adaptation, gradient_of, on_modules
 from inflection_fast.study.arms import Seen
 from inflection_fast.study.training_loop import batch_of, batches_of, forward
 
@@ -73,7 +73,7 @@ class GradientRule:
         return seen.best(scores)
 
 
-def _norm(tensors: list[Tensor]) -> float:
+def _norm(tensors: Sequence[Tensor]) -> float:
     return float(torch.stack([t.detach().float().square().sum() for t in tensors]).sum().sqrt())
 
 
@@ -93,8 +93,8 @@ class FirstOrderGain:
         scores = {}
         with _gradients(seen) as model:
             for layer, names in seen.modules.items():
-                weights = [model.get_submodule(name).weight for name in names]
-                scores[layer] = float(sum(top_squares(weight.grad, seen.config.rank) for weight in weights))
+                gradients = [gradient_of(model, name) for name in names]
+                scores[layer] = sum(float(top_squares(gradient, seen.config.rank)) for gradient in gradients)
         return seen.best(scores)
 
 

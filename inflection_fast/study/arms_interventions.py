@@ -14,6 +14,7 @@ from inflection_fast.act.head_dropout import head_dropout
 from inflection_fast.act.temperature import attention_temperature
 from inflection_fast.study.adaptation import Adaptation, NoArm
 from inflection_fast.study.arms import Planned, Seen
+from inflection_fast.study.training_loop import TrainingHooks
 
 __all__ = ["INTERVENTIONS", "Intervened", "intervention_hooks"]
 
@@ -56,7 +57,7 @@ class Intervened:
         return INTERVENTIONS[options["intervention"]](model, layers=list(options["on"]), **options["settings"])
 
 
-def intervention_hooks(adaptation: Adaptation, model: nn.Module, steps: int) -> dict[str, Callable[[int], None]]:
+def intervention_hooks(adaptation: Adaptation, model: nn.Module, steps: int) -> TrainingHooks:
     """Arguments of `train` that apply the intervention of an adaptation to `model` and take it back at the end."""
     handle = Intervened._apply(model, dict(adaptation.options))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from inflection_fast.study.adaptation import Adaptation, NoArm
+from inflection_fast.study.adaptation import Adaptation, NoArm, weight_of
 from inflection_fast.study.arms import Everywhere, Planned, Seen
 
 __all__ = ["Other"]
@@ -35,7 +35,7 @@ class Other:
         hidden = getattr(seen.model.config, "hidden_size", None)
         if hidden is None:
             raise NoArm("the configuration of the model names no hidden_size")
-        spent = sum(rank * sum(seen.model.get_submodule(name).weight.shape) for name, rank in lora.ranks.items())
+        spent = sum(rank * sum(weight_of(seen.model, name).shape) for name, rank in lora.ranks.items())
         if self.kind == "prefix":
             if len(lora.layers) < seen.blocks:
                 raise NoArm("prefix tuning cannot be put on some of the blocks")

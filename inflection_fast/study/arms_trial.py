@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,13 +45,14 @@ class TrialShare:
             if self.by == "sensitivity" and step >= steps - steps // 4:
                 for name, p in model.named_parameters():
                     if "lora_" in name and p.grad is not None:
-                        products[name] = products.get(name, 0) + (p.grad * p.detach()).abs().sum()
+                        product = (p.grad * p.detach()).abs().sum()
+                        products[name] = products[name] + product if name in products else product
 
         train(
             model,
             seen.split.train,
             seen.config.train,
-            learning_rate=seen.learning_rate,
+            learning_rate=seen.rate,
             seed=seen.seed,
             steps=steps,
             after_backward=watch,
@@ -62,10 +64,13 @@ class TrialShare:
     def _score(self, path: str, block: nn.Module, products: dict[str, torch.Tensor]) -> float:
         if self.by == "sensitivity":
             return float(sum(value for name, value in products.items() if name.startswith(f"{path}.")))
+        from peft.tuners.lora import LoraLayer
+
         squares = 0.0
         for module in block.modules():
-            if hasattr(module, "get_delta_weight") and "default" in getattr(module, "lora_A", {}):
-                squares += float(module.get_delta_weight("default").detach().float().square().sum())
+            if isinstance(module, LoraLayer) and "default" in module.lora_A:
+                layer: Any = module  # which kinds of layers can merge, peft does not say in its types
+                squares += float(layer.get_delta_weight("default").detach().float().square().sum())
         return squares**0.5
 
 
@@ -105,7 +110,7 @@ class SuccessiveHalving:
 
     def _loss(self, seen: Seen, layers: Sequence[int], steps: int, trained: Tokens, judged: Tokens) -> float:
         model = seen.lora(layers).apply(seen.load(), steps)
-        train(model, trained, seen.config.train, learning_rate=seen.learning_rate, seed=seen.seed, steps=steps)
+        train(model, trained, seen.config.train, learning_rate=seen.rate, seed=seen.seed, steps=steps)
         seen.steps += steps
         return evaluate(model, judged, seen.config.train)["loss"]
 

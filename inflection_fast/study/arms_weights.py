@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from inflection_fast.act.ranking import kappa_order
-from inflection_fast.study.adaptation import Adaptation, NoArm, on_modules
+from inflection_fast.study.adaptation import Adaptation, NoArm, on_modules, weight_of
 from inflection_fast.study.arms import Seen
 
 __all__ = ["Kappa", "Spectrum", "marchenko_pastur_median", "signal_ratio"]
@@ -50,7 +50,7 @@ class Spectrum:
         """See `Arm`."""
         scores = {}
         for layer, names in seen.modules.items():
-            ratios = [signal_ratio(seen.model.get_submodule(name).weight.detach()) for name in names]
+            ratios = [signal_ratio(weight_of(seen.model, name).detach()) for name in names]
             scores[layer] = float(np.mean(ratios))
         return seen.best(scores)
 

@@ -76,9 +76,9 @@ def jobs_of(config: StudyConfig, only: str | None = None) -> list[Job]:
     tuning = [
         (transfer, regime) for transfer, regime in (c.split("/") for c in config.tuning.cells) if regime in regimes
     ]
-    jobs = [Job("source", *place) for place in tuning]
+    jobs = [Job("source", transfer, regime) for transfer, regime in tuning]
     jobs += [Job("tune", *place, SHALLOW, rate) for place in tuning for rate in rates_of(config, SHALLOW)]
-    measured = [Job("gradients", *cell.split("/")) for cell in config.gradients if only is None]
+    measured = [Job("gradients", *_parts(cell)) for cell in config.gradients if only is None]
     for number, wave in enumerate(config.waves):
         for arm in wave.arms:
             if any(cell.arm == arm for cell in cells):
@@ -93,6 +93,11 @@ def jobs_of(config: StudyConfig, only: str | None = None) -> list[Job]:
         if number == min(1, len(config.waves) - 1):
             jobs += measured
     return list(dict.fromkeys(jobs))
+
+
+def _parts(cell: str) -> tuple[str, str, str]:
+    transfer, regime, arm = cell.split("/")
+    return transfer, regime, arm
 
 
 def rates_of(config: StudyConfig, arm: str) -> tuple[float, ...]:

@@ -80,6 +80,10 @@ class RegimeConfig:
             raise ValueError(f"a regime has either epochs or steps, got epochs {self.epochs} and steps {self.steps}")
         _check((self.epochs or self.steps or 0) >= 1, "regimes", self.epochs or self.steps, "at least 1")
 
+    def steps_of(self, texts: int, batch_size: int) -> int:
+        """Optimizer steps on so many texts."""
+        return self.steps or (self.epochs or 0) * max(1, texts // batch_size)
+
 
 @dataclass(frozen=True)
 class LoopConfig:

@@ -49,7 +49,7 @@ def draw_pareto(cells: Sequence[Result], arms: Sequence[str], path: Path) -> Non
     """Accuracy against parameters, time and memory; the arms that no other beats in both are joined."""
     accuracy = means(cells)
     spent = {arm: costs(cells, arm) for arm in arms}
-    panels = {
+    panels: dict[str, dict[str, float]] = {
         "trained parameters outside of the head": {arm: max(1, parameters(cells, arm)[1]) for arm in arms},
         "processor seconds, choosing included": {
             arm: spent[arm]["train_cpu_s"] + spent[arm]["choose_cpu_s"] for arm in arms

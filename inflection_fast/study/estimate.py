@@ -71,7 +71,7 @@ def _timed(config: StudyConfig) -> tuple[float, float]:
 def _seconds(config: StudyConfig, job: Job, step: float, text: float) -> float:
     if job.what == "source":
         length = config.regimes[job.regime]
-        steps = length.steps or length.epochs * max(1, config.source.limit // config.train.batch_size)
+        steps = length.steps_of(config.source.limit, config.train.batch_size)
         return steps * step * FULL_STEP + config.source.test * text
     judged = config.target.validation if job.what == "tune" else config.target.test + config.source.test
     cost = config.train.steps * step * _factor(job.arm) + judged * text

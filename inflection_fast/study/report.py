@@ -11,6 +11,7 @@ from inflection_fast.study.analysis import (
     CLOSE,
     Effect,
     compare,
+    compare_all,
     costs,
     holm,
     means,
@@ -106,8 +107,7 @@ def _verdict(effect: Effect) -> str:
 
 
 def _against_random(results: Results, cells: Sequence[Result], pictures: Path) -> str:
-    effects = {arm: compare(cells, arm, RANDOM) for arm in selectors_of(cells)}
-    effects = {arm: effect for arm, effect in effects.items() if effect is not None}
+    effects = compare_all(cells, selectors_of(cells), RANDOM)
     if not effects:
         return ""
     corrected = holm(effects)
@@ -158,8 +158,7 @@ def _marked(cells: Sequence[Result], arm: str) -> str:
 
 def _against_everywhere(results: Results, cells: Sequence[Result], pictures: Path) -> str:
     arms = [arm for arm in [*selectors_of(cells), RANDOM, "all_equal"] if arm in results.arms(cells)]
-    effects = {arm: compare(cells, arm, EVERYWHERE) for arm in arms}
-    effects = {arm: effect for arm, effect in effects.items() if effect is not None}
+    effects = compare_all(cells, arms, EVERYWHERE)
     if not effects:
         return ""
     base = parameters(cells, EVERYWHERE)[1]

@@ -8,6 +8,7 @@ from pathlib import Path
 from inflection_fast.study.analysis import (
     block_effects,
     compare,
+    compare_all,
     expected_jaccard,
     holm,
     jaccard,
@@ -54,8 +55,7 @@ def _intervened(cells: Sequence[Result]) -> list[str]:
 
 def interventions(cells: Sequence[Result]) -> str:
     """Each intervention beside the same adapters without it."""
-    effects = {arm: compare(cells, arm, PLANNED) for arm in _intervened(cells)}
-    effects = {arm: effect for arm, effect in effects.items() if effect is not None}
+    effects = compare_all(cells, _intervened(cells), PLANNED)
     if not effects:
         return ""
     corrected = holm(effects)

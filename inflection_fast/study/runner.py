@@ -42,11 +42,10 @@ class Progress:
 
 def progress_of(config: StudyConfig, store: Store, only: str | None = None) -> Progress:
     """How many cells there are, are done, and failed."""
-    states = Counter()
+    states: Counter[str] = Counter()
     for cell in cells_of(config, only):
-        path = store.path(f"cells/{cell.name}.json")
-        if path.is_file():
-            found = store.find(f"cells/{cell.name}.json")
+        found = store.find(f"cells/{cell.name}.json")
+        if found is not None:
             states["failed" if found["run_info"]["error_msg"] else "good"] += 1
         states["all"] += 1
     return Progress(states["all"], states["good"] + states["failed"], states["failed"])
@@ -187,7 +186,9 @@ def _with_ray(config: StudyConfig, jobs: int, only: str | None, show: Callable[[
     if started_here:
         ray.init(log_to_driver=False)
     device = config.train.device
-    remote = ray.remote(num_cpus=max(1, config.train.threads), num_gpus=0 if device == "cpu" else 1, max_retries=DEATHS)
+    remote: Any = ray.remote(
+        num_cpus=max(1, config.train.threads), num_gpus=0 if device == "cpu" else 1, max_retries=DEATHS
+    )
     tasks = [remote(work_through).remote(config, only) for _ in range(jobs)]
     try:
         while tasks:

@@ -117,7 +117,7 @@ def _prepare(config: StudyConfig, name: str, store: Store) -> dict[str, Any]:
         "dropped": {why: count for why, count in dropped.items() if count},
     }
     tokenizer = _tokenizer(config)
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     for side, rows in (("source", source), ("target", target)):
         arrays.update({f"{side}_{k}": v for k, v in zip(PARTS, _tokenised(tokenizer, rows, config), strict=True)})
     numbers = {group: i for i, group in enumerate(dict.fromkeys(row["group"] for row in target))}
@@ -126,7 +126,7 @@ def _prepare(config: StudyConfig, name: str, store: Store) -> dict[str, Any]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}")
     with open(partial, "wb") as file:
-        np.savez_compressed(file, **arrays)
+        np.savez_compressed(file, allow_pickle=False, **arrays)
     partial.replace(path)
     write_json(store.path(f"data/{name}.facts.json"), facts)
     return facts

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,11 +9,12 @@ from torch import nn
 
 from inflection_fast.blocks import find_blocks
 from inflection_fast.study.adaptation import Adaptation
+from inflection_fast.study.training_loop import TrainingHooks
 
 __all__ = ["training_hooks"]
 
 
-def training_hooks(adaptation: Adaptation, model: nn.Module, steps: int, seed: int) -> dict[str, Callable[..., Any]]:
+def training_hooks(adaptation: Adaptation, model: nn.Module, steps: int, seed: int) -> TrainingHooks:
     """Arguments of `train` for a kind of adaptation; none for most."""
     if adaptation.kind == "adalora":
         return _adalora(model)
@@ -27,12 +27,13 @@ def training_hooks(adaptation: Adaptation, model: nn.Module, steps: int, seed: i
     return {}
 
 
-def _adalora(model: nn.Module) -> dict[str, Callable[..., Any]]:
+def _adalora(model: nn.Module) -> TrainingHooks:
     """AdaLoRA prunes by the gradients of every step. peft adds the penalty for its factors to the loss by itself."""
-    return {"after_step": model.base_model.update_and_allocate}
+    tuner: Any = model.base_model  # peft's AdaLoraModel
+    return {"after_step": tuner.update_and_allocate}
 
 
-def _lisa(model: nn.Module, seed: int, blocks: int, every: int) -> dict[str, Callable[..., Any]]:
+def _lisa(model: nn.Module, seed: int, blocks: int, every: int) -> TrainingHooks:
     """LISA (arXiv 2403.17919): the embeddings, the head and a few blocks drawn anew every so many steps are trained."""
     found = find_blocks(model)
     rng = np.random.default_rng([seed, 3])

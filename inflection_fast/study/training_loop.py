@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -87,6 +87,13 @@ def forward(model: nn.Module, batch: dict[str, Tensor], config: LoopConfig) -> A
     """The model's outputs, computed in the precision of the study."""
     with torch.autocast(config.device.split(":")[0], torch.bfloat16, enabled=config.precision == "bfloat16"):
         return model(**batch)
+
+
+class TrainingHooks(TypedDict, total=False):
+    """Functions that `train` calls with the number of the step."""
+
+    before_step: Callable[[int], None]
+    after_step: Callable[[int], None]
 
 
 def train(
@@ -181,10 +188,11 @@ def logits_of(model: nn.Module, tokens: Tokens, config: LoopConfig) -> np.ndarra
 def evaluate(model: nn.Module, tokens: Tokens, config: LoopConfig) -> dict[str, Any]:
     """Accuracy, loss and a hexadecimal word in which a set bit says that the model was right about a text."""
     metrics = classification_metrics(logits_of(model, tokens, config), tokens.labels)
+    right = int(metrics.right or "0", 2)
     return {
         "accuracy": metrics.accuracy,
         "loss": round(metrics.loss, 6),
         "n": metrics.n,
         "correct": metrics.correct,
-        "right": f"{int(metrics.right, 2):0{-(-metrics.n // 4)}x}",
+        "right": f"{right:0{-(-metrics.n // 4)}x}",
     }

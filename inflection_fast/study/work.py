@@ -8,7 +8,7 @@ import traceback
 from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
 import numpy as np
@@ -28,6 +28,9 @@ from inflection_fast.study.store import Busy, Store
 from inflection_fast.study.texts import TASK, Texts, Tokens, texts_of
 from inflection_fast.study.training_loop import Clock, Trained, evaluate, logits_of, train
 from inflection_fast.timeline import Timeline
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["Work", "saturation"]
 
@@ -50,7 +53,7 @@ class Work:
 
         What goes wrong in a cell is recorded in it; a full disk, and what is no cell's fault, is raised.
         """
-        if job.what == "cell":
+        if job.cell is not None:
             return self._cell(job.cell)
         try:
             if job.what == "source":
@@ -59,7 +62,7 @@ class Work:
                 from inflection_fast.study.gradients import gradients
 
                 name = f"gradients/{job.transfer}-{job.regime}-{job.arm}.json"
-                return self._new(name, lambda *place: gradients(self, *place, job.arm, name), job)
+                return self._new(name, lambda transfer, regime: gradients(self, transfer, regime, job.arm, name), job)
             return self._tune(job)
         except Busy:
             raise
@@ -103,7 +106,7 @@ class Work:
         tokens, test = texts.source_parts
         length = self.config.regimes[regime]
         per_epoch = max(1, len(tokens) // self.config.train.batch_size)
-        steps = length.steps if length.steps is not None else length.epochs * per_epoch
+        steps = length.steps_of(len(tokens), self.config.train.batch_size)
         model = self._load(settings.seed, tuple(texts.facts["source"]["labels"]), None)
         trained = train(
             model, tokens, self.config.train, learning_rate=settings.learning_rate, seed=settings.seed, steps=steps
@@ -128,14 +131,14 @@ class Work:
         partial.rename(folder)
         return facts
 
-    def _load(self, seed: int, labels: tuple[str, ...], folder: Path | None) -> nn.Module:
+    def _load(self, seed: int, labels: tuple[str, ...], folder: Path | None) -> PreTrainedModel:
         from inflection_fast.run.models import load_model, load_tokenizer
 
         torch.manual_seed(seed)  # a new head is the same in every arm
         tokenizer = load_tokenizer(self.config.model)
         return load_model(self.config.model, TASK, tokenizer, labels=labels, folder=folder)
 
-    def start(self, transfer: str, regime: str, seed: int) -> nn.Module:
+    def start(self, transfer: str, regime: str, seed: int) -> PreTrainedModel:
         """The model of a cell before it has seen the target."""
         self.source(transfer, regime)
         facts = self.texts(transfer).facts
@@ -145,8 +148,9 @@ class Work:
         if self.config.transfers[transfer].head == "new" and len(labels) == len(facts["source"]["labels"]):
             torch.manual_seed(seed)
             for name, module in model.named_modules():
-                if hasattr(module, "reset_parameters") and not name.startswith(f"{model.base_model_prefix}."):
-                    module.reset_parameters()
+                reset = getattr(module, "reset_parameters", None)
+                if reset is not None and not name.startswith(f"{model.base_model_prefix}."):
+                    reset()
         return model
 
     def measured(self, transfer: str, regime: str, seed: int) -> tuple[Timeline, dict[str, Any]]:
@@ -186,6 +190,8 @@ class Work:
     # ---- learning rates --------------------------------------------------------------------------------------------
 
     def _tune(self, job: Job) -> bool:
+        if job.rate is None:
+            raise ValueError(f"{job.name} names no learning rate")
         name = self._tuning_name(job.arm, job.transfer, job.regime, job.rate)
         if self.store.find(name) is not None or self.store.find(f"rates/{job.arm}-{job.regime}.json") is not None:
             return False
@@ -217,10 +223,11 @@ class Work:
         """
 
         def compute() -> dict[str, Any]:
-            cells = [cell.split("/") for cell in self.config.tuning.cells if cell.endswith(f"/{regime}")]
+            cells = [cell.split("/") for cell in self.config.tuning.cells]
+            transfers = [transfer for transfer, of in cells if of == regime]
             rows = []
             for rate in rates_of(self.config, arm):
-                tried = [self._tried(arm, *cell, rate) for cell in cells]
+                tried = [self._tried(arm, transfer, regime, rate) for transfer in transfers]
                 accuracy, loss = (float(np.mean([one[key] for one in tried])) for key in ("accuracy", "loss"))
                 rows.append({"learning_rate": rate, "accuracy": accuracy, "loss": loss})
             best = min(rows, key=lambda row: row["loss"])
@@ -229,7 +236,7 @@ class Work:
                 "regime": regime,
                 "learning_rate": best["learning_rate"],
                 "tried": rows,
-                "transfers": [transfer for transfer, _ in cells],
+                "transfers": transfers,
             }
 
         return self.store.get(f"rates/{arm}-{regime}.json", compute)["learning_rate"]
@@ -302,11 +309,13 @@ class Work:
 
     def _remembered(self, texts: Texts, regime: str, model: nn.Module) -> dict[str, Any]:
         """Accuracy on the source's test texts afterwards, by the source's own head where the target had a new one."""
+        from peft import PeftModel
+
         _, test = texts.source_parts
         if self.config.transfers[texts.name].head == "keep":
             return {**_without_bits(evaluate(model, test, self.config.train)), "head": "the target's"}
         before = self._load(0, tuple(texts.facts["source"]["labels"]), self._source_folder(texts.name, regime))
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         prefix = before.base_model_prefix
         for name, child in before.named_children():
             if name != prefix:
