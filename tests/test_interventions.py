@@ -53,7 +53,10 @@ def test_a_run_that_is_resumed_ends_where_the_whole_one_does(plain, name):
     agree(runs.train(name, saved=saved, steps=range(2, runs.STEPS)), plain[name])
 
 
-def test_two_processes_train_what_one_does(plain, tmp_path):
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """The weights of both ranks of two processes, replicated (DDP) and sharded (FSDP2)."""
+    folder = tmp_path_factory.mktemp("two")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -62,7 +65,7 @@ def test_two_processes_train_what_one_does(plain, tmp_path):
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)]), "GLOO_SOCKET_IFNAME": "lo",
     }  # fmt: skip
-    command = [sys.executable, str(tests / "helpers" / "intervention_runs.py"), str(tmp_path)]
+    command = [sys.executable, str(tests / "helpers" / "intervention_runs.py"), str(folder)]
     processes = [subprocess.Popen(command, env=environment | {"RANK": str(rank)}) for rank in range(2)]
     try:
         codes = [process.wait(240) for process in processes]
@@ -70,7 +73,11 @@ def test_two_processes_train_what_one_does(plain, tmp_path):
         for process in processes:
             process.kill()
     assert codes == [0, 0]
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    for name in NAMES:
-        agree(ranks[0][name], plain[name])
-        agree(ranks[1][name], ranks[0][name])
+    return {path.stem: torch.load(path) for path in folder.glob("*.pt")}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("manner", ["plain", "sharded"])
+def test_two_processes_train_what_one_does(plain, two_processes, name, manner):
+    agree(two_processes[f"{manner}-0"][name], plain[name])
+    agree(two_processes[f"{manner}-1"][name], two_processes[f"{manner}-0"][name])

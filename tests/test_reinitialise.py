@@ -123,3 +123,13 @@ def test_collapsed_heads_of_a_plan_and_what_cannot_be():
     with pytest.raises(ValueError, match="plan: it was made for a model of type bert"):
         reset_feed_forward(other, plan)
     assert not changed(model, before)
+
+
+def test_weights_that_were_replaced_are_not_put_back_into_nowhere():
+    model = tiny.bert()
+    handle = reset_feed_forward(model, [0])
+    module = model.get_submodule(handle.modules[0])
+    module.weight = torch.nn.Parameter(module.weight.detach().clone())
+    for call in (handle.undo, lambda: handle.forget(torch.optim.SGD(model.parameters(), 0.1))):
+        with pytest.raises(RuntimeError, match="the model has other parameters now"):
+            call()

@@ -39,7 +39,7 @@ def test_gradients_are_those_of_the_formula():
     from inflection_fast.act.sigma import _Sigma
 
     sigma = _Sigma(weight.detach(), False)
-    gamma = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    gamma = torch.tensor([1.0], dtype=torch.float64, requires_grad=True)
     truth = ((x @ (gamma * weight / torch.linalg.matrix_norm(weight, ord=2)).T - target) ** 2).sum()
     ours = ((x @ sigma(weight).T - target) ** 2).sum()
     expected = torch.autograd.grad(truth, [weight, gamma])

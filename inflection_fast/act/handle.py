@@ -23,9 +23,37 @@ from .planned import blocks_of
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Handle", "Scheduled", "check_fraction", "check_steps"]
+__all__ = ["Handle", "Scheduled", "Slot", "check_fraction", "check_steps", "parameters_in", "slots"]
 
 _applied: weakref.WeakKeyDictionary[nn.Module, dict[str, set[int]]] = weakref.WeakKeyDictionary()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Slot:
+    """Where a parameter of a model is. FSDP2 puts another one there when it shards: what was held before is dead."""
+
+    owner: nn.Module
+    name: str
+
+    @property
+    def parameter(self) -> nn.Parameter | None:
+        """What is there now; None once it was parametrised or taken away."""
+        return self.owner._parameters.get(self.name)
+
+    @property
+    def trains(self) -> bool:
+        """Whether it requires a gradient."""
+        return self.parameter is not None and self.parameter.requires_grad
+
+
+def parameters_in(held: Sequence[Slot]) -> list[nn.Parameter]:
+    """What is in these places now."""
+    return [parameter for parameter in (slot.parameter for slot in held) if parameter is not None]
+
+
+def slots(module: nn.Module) -> list[Slot]:
+    """The places of all parameters of a module."""
+    return [Slot(owner, name) for owner in module.modules() for name, p in owner._parameters.items() if p is not None]
 
 
 class Handle:

@@ -12,7 +12,7 @@ import numpy as np
 from torch import nn
 
 from ..decide import Plan
-from .handle import Scheduled, check_steps
+from .handle import Scheduled, check_steps, parameters_in, slots
 
 __all__ = ["Lisa", "lisa"]
 
@@ -32,8 +32,8 @@ class Lisa(Scheduled):
         if active > len(self.blocks):
             raise ValueError(f"active: {active} blocks were asked for, there are {len(self.blocks)} to choose from")
         self.active, self.interval, self.seed = active, interval, seed
-        self._trainable = [[p for p in block.module.parameters() if p.requires_grad] for block in self.blocks]
-        frozen = [b.index for b, parameters in zip(self.blocks, self._trainable, strict=True) if not parameters]
+        self._trainable = [[slot for slot in slots(block.module) if slot.trains] for block in self.blocks]
+        frozen = [block.index for block, held in zip(self.blocks, self._trainable, strict=True) if not held]
         if frozen:
             raise ValueError(f"model: blocks {frozen} have no parameters that train; unfreeze them first")
         self._update()
@@ -47,8 +47,8 @@ class Lisa(Scheduled):
 
     def _update(self) -> None:
         chosen = set(self.training)
-        for block, parameters in zip(self.blocks, self._trainable, strict=True):
-            for parameter in parameters:
+        for block, held in zip(self.blocks, self._trainable, strict=True):
+            for parameter in parameters_in(held):
                 parameter.requires_grad_(block.index in chosen)
                 if block.index not in chosen:
                     parameter.grad = None  # of the interval before: an optimizer would go on stepping with it
@@ -62,8 +62,8 @@ class Lisa(Scheduled):
         )
 
     def _remove(self) -> None:
-        for parameters in self._trainable:
-            for parameter in parameters:
+        for held in self._trainable:
+            for parameter in parameters_in(held):
                 parameter.requires_grad_(True)
 
 

@@ -60,16 +60,26 @@ class Reinitialised(Handle):
     @torch.no_grad()
     def undo(self) -> None:
         """Put the earlier weights back: the model as it was, to the bit, as far as nothing else was trained since."""
+        self._check_there()
         for (parameter, index), before in zip(self._parts, self._before, strict=True):
             parameter[index] = before
 
     @torch.no_grad()
     def forget(self, optimizer: torch.optim.Optimizer) -> None:
         """Set to zero what an optimizer remembers of the earlier weights (moments, momentum)."""
+        self._check_there()
         for parameter, index in self._parts:
             for value in optimizer.state.get(parameter, {}).values():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
                     value[index] = 0
+
+    def _check_there(self) -> None:
+        there = {id(parameter) for parameter in self.model.parameters()}
+        if any(id(parameter) not in there for parameter, _ in self._parts):
+            raise RuntimeError(
+                f"{self.name}: the model has other parameters now (it was sharded or parametrised since), which this "
+                "handle does not know; call it before that"
+            )
 
     def _remove(self) -> None:
         raise RuntimeError(f"{self.name} is permanent")

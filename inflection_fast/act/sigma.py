@@ -35,7 +35,7 @@ class _Sigma(nn.Module):
         self.register_buffer("v", torch.zeros(weight.shape[1], device=weight.device))
         self.iterate(weight, _AT_START)
         start = self.norm(weight).detach() if keep else torch.ones((), device=weight.device)
-        self.gamma = nn.Parameter(start.to(weight.dtype))
+        self.gamma = nn.Parameter(start.to(weight.dtype).reshape(1))  # FSDP2 takes no parameter without dimensions
 
     @torch.no_grad()
     def iterate(self, weight: Tensor, times: int) -> None:
@@ -89,7 +89,8 @@ class SigmaReparametrisation(Scheduled):
 
     def _update(self) -> None:
         for sigma, original in self._sigmas():
-            sigma.iterate(original, self.iterations)
+            gather = getattr(original, "full_tensor", None)  # of a weight that ranks share (FSDP2, tensor parallelism)
+            sigma.iterate(original if gather is None else gather(), self.iterations)
 
     def load_state_dict(self, state: dict) -> None:
         """Go on where `state_dict()` was taken; the singular vectors are in the checkpoint of the model."""

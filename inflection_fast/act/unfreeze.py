@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from ..decide import Plan
-from .handle import Handle
+from .handle import Handle, slots
 
 __all__ = ["Unfrozen", "unfreeze"]
 
@@ -22,7 +22,7 @@ class Unfrozen(Handle):
             raise TypeError(f"also: expected a sequence of names of modules, got the string {also!r}")
         super().__init__(model, where)
         self.also = list(also)
-        self._before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        self._before = [(slot, slot.trains) for slot in slots(model)]
         trained = {id(p) for block in self.blocks for p in block.module.parameters()}
         for name in self.also:
             within = [p for full, p in model.named_parameters() if f"{full}.".startswith(f"{name}.")]
@@ -30,7 +30,7 @@ class Unfrozen(Handle):
                 raise ValueError(f"also: {type(model).__name__} has no parameters under {name!r}")
             trained |= {id(p) for p in within}
         self.parameters = 0
-        for parameter, _ in self._before:
+        for parameter in model.parameters():
             trains = id(parameter) in trained and parameter.is_floating_point()
             parameter.requires_grad_(trains)
             self.parameters += parameter.numel() if trains else 0
@@ -40,8 +40,9 @@ class Unfrozen(Handle):
         return {"also": self.also, "parameters": self.parameters}
 
     def _remove(self) -> None:
-        for parameter, trained in self._before:
-            parameter.requires_grad_(trained)
+        for slot, trained in self._before:
+            if slot.parameter is not None:
+                slot.parameter.requires_grad_(trained)
 
 
 def unfreeze(model: nn.Module, plan: Plan | Sequence[int] | int, *, also: Sequence[str] = ()) -> Unfrozen:

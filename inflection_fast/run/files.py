@@ -5,29 +5,23 @@ A file that can be read in two ways is refused with the line number and the sett
 
 from __future__ import annotations
 
-import bz2
 import csv
-import gzip
 import io
 import json
-import lzma
 import sys
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from inflection_fast.run.compressed import COMPRESSED, DAMAGED, binary
 from inflection_fast.run.config import DataConfig
 from inflection_fast.run.errors import UserError
 
 __all__ = ["FORMATS", "Rows", "column_names", "load_rows"]
 
 FORMATS = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".txt")
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
-_OPEN: dict[str, Callable[[Path, Any], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 _NO_COLUMN = "\0"  # which no column is called
 
@@ -91,7 +85,7 @@ def load_rows(config: DataConfig, wanted: list[str], test: str | None = None) ->
             rows = read(source, path, kind, config, wanted)
         except UnicodeError as error:  # the advice reads the file too, which may be damaged further on
             raise UserError(_encoding_advice(source, path, config.encoding)) from error
-    except (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, gzip.BadGzipFile) as error:
+    except DAMAGED as error:
         raise UserError(f"{source}: the compressed file is damaged ({error})") from error
     except RecursionError as error:
         raise UserError(f"{source}: the JSON in it is nested too deep") from error
@@ -131,36 +125,15 @@ def _kind(source: str, path: Path) -> str | None:
 
 
 @contextmanager
-def _binary(path: Path) -> Iterator[IO[bytes]]:
-    """The decompressed bytes of a file."""
-    suffix = path.suffix.lower()
-    if suffix == ".zip":
-        with zipfile.ZipFile(path) as archive:
-            members = [item for item in archive.infolist() if not item.is_dir()]
-            if len(members) != 1:
-                raise UserError(f"{path}: the archive must hold one file; it holds {len(members)}")
-            with archive.open(members[0]) as file:
-                yield file
-    elif suffix == ".zst":
-        import pyarrow
-
-        with pyarrow.input_stream(path, compression="zstd") as file:
-            yield io.BufferedReader(file)
-    else:
-        with _OPEN.get(suffix, open)(path, "rb") as file:
-            yield file
-
-
-@contextmanager
 def _text(path: Path, encoding: str | None) -> Iterator[IO[str]]:
     """The characters of a file, line ends as they are."""
-    with _binary(path) as file, io.TextIOWrapper(file, encoding=encoding or "utf-8-sig", newline="") as text:
+    with binary(path) as file, io.TextIOWrapper(file, encoding=encoding or "utf-8-sig", newline="") as text:
         yield text
 
 
 def _encoding_advice(source: str, path: Path, encoding: str | None) -> str:
     """Which line cannot be decoded, and what the file looks like."""
-    with _binary(path) as file:
+    with binary(path) as file:
         head = file.read(4096)
     if guess := _utf16(head):
         return f"{source}: the file is not {encoding or 'UTF-8'}; it looks like UTF-16: write `encoding: {guess}`"
@@ -174,7 +147,7 @@ def _encoding_advice(source: str, path: Path, encoding: str | None) -> str:
 
 def _first_not_utf8(path: Path) -> tuple[int, bytes]:
     """The number and the bytes of the first line that is not UTF-8."""
-    with _binary(path) as file:
+    with binary(path) as file:
         for number, line in enumerate(file, 1):
             try:
                 line.decode("utf-8")
@@ -196,7 +169,7 @@ def _utf16(head: bytes) -> str | None:
 def _refuse_utf16(source: str, path: Path, config: DataConfig) -> None:
     """UTF-16 without a byte order mark decodes as UTF-8, into text full of zero characters."""
     if config.encoding is None:
-        with _binary(path) as file:
+        with binary(path) as file:
             if b"\0" in (head := file.read(4096)) and not head.startswith((b"\xff\xfe", b"\xfe\xff")):
                 raise UserError(
                     f"{source}: the file holds zero bytes; it looks like {'UTF-16' if _utf16(head) else 'no text'}: "
@@ -220,12 +193,12 @@ def _fields_of_any_length() -> Iterator[None]:
 def _delimited(source: str, path: Path, kind: str, config: DataConfig, wanted: list[str]) -> Rows:
     delimiter = config.delimiter or ("\t" if kind == ".tsv" else ",")
     _refuse_utf16(source, path, config)
-    quoting: Literal[0, 3] = csv.QUOTE_NONE if config.quoting == "none" else csv.QUOTE_MINIMAL
     columns: dict[str, list[Any]] = {name: [] for name in wanted}
     places: list[int] = []
     uneven: list[tuple[int, int]] = []  # line, number of fields
     begin = 1
     with _text(path, config.encoding) as file, _fields_of_any_length():
+        quoting: Literal[0, 3] = csv.QUOTE_NONE if config.quoting == "none" else csv.QUOTE_MINIMAL
         reader = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True)
         try:
             header = next(reader, [])
@@ -235,8 +208,8 @@ def _delimited(source: str, path: Path, kind: str, config: DataConfig, wanted: l
             begin = reader.line_num + 1
             for row in reader:
                 line, begin = begin, reader.line_num + 1
-                if not row or (len(row) == 1 < len(header) and not row[0].strip()):
-                    continue  # an empty line
+                if not row or (len(row) == 1 < len(header) and not row[0].strip()):  # an empty line
+                    continue
                 if len(row) != len(header):
                     uneven.append((line, len(row)))
                     continue

@@ -64,12 +64,10 @@ class TrialShare:
     def _score(self, path: str, block: nn.Module, products: dict[str, torch.Tensor]) -> float:
         if self.by == "sensitivity":
             return float(sum(value for name, value in products.items() if name.startswith(f"{path}.")))
-        from peft.tuners.lora import LoraLayer
-
         squares = 0.0
-        for module in block.modules():
-            if isinstance(module, LoraLayer) and "default" in module.lora_A:
-                layer: Any = module  # which kinds of layers can merge, peft does not say in its types
+        layer: Any  # of peft, which does not say in its types what can merge
+        for layer in block.modules():
+            if hasattr(layer, "get_delta_weight") and "default" in getattr(layer, "lora_A", {}):
                 squares += float(layer.get_delta_weight("default").detach().float().square().sum())
         return squares**0.5
 

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from inflection_fast.run.evaluation import classification_metrics
+from inflection_fast.run.evaluation import SATURATED, classification_metrics
 from inflection_fast.study.config import LoopConfig
 from inflection_fast.study.texts import Tokens
 
-__all__ = ["Clock", "Trained", "batch_of", "batches_of", "evaluate", "forward", "logits_of", "train"]
+__all__ = ["Clock", "Trained", "batch_of", "batches_of", "evaluate", "forward", "logits_of", "saturation", "train"]
 
 SORTED_BATCHES = 8  # so many batches of a random order are sorted by length together, to pad less
 
@@ -195,4 +195,18 @@ def evaluate(model: nn.Module, tokens: Tokens, config: LoopConfig) -> dict[str, 
         "n": metrics.n,
         "correct": metrics.correct,
         "right": f"{right:0{-(-metrics.n // 4)}x}",
+    }
+
+
+def saturation(logits: np.ndarray) -> dict[str, float]:
+    """How sure a classifier is: mean largest probability, mean entropy in nats, share of texts above 0.99."""
+    logits = np.asarray(logits, np.float64)
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    largest = np.exp(log_p.max(axis=1))
+    return {
+        "largest_probability": round(float(largest.mean()), 5),
+        "entropy_nats": round(float(-(np.exp(log_p) * log_p).sum(axis=1).mean()), 5),
+        "share_above_099": round(float((largest > SATURATED).mean()), 5),
+        "n": len(logits),
     }

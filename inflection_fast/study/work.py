@@ -17,7 +17,6 @@ from torch import nn
 
 from inflection_fast.measure import Monitor, MonitorConfig
 from inflection_fast.run.errors import UserError, takes_nothing
-from inflection_fast.run.evaluation import SATURATED
 from inflection_fast.run.folder import write_json
 from inflection_fast.study.adaptation import Adaptation, NoArm
 from inflection_fast.study.arms import Seen, arm_of
@@ -26,13 +25,13 @@ from inflection_fast.study.config import StudyConfig
 from inflection_fast.study.record import failed, record
 from inflection_fast.study.store import Busy, Store
 from inflection_fast.study.texts import TASK, Texts, Tokens, texts_of
-from inflection_fast.study.training_loop import Clock, Trained, evaluate, logits_of, train
+from inflection_fast.study.training_loop import Clock, Trained, evaluate, logits_of, saturation, train
 from inflection_fast.timeline import Timeline
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Work", "saturation"]
+__all__ = ["Work"]
 
 DEATHS = 3  # workers that a cell may kill before it is given up
 
@@ -309,13 +308,12 @@ class Work:
 
     def _remembered(self, texts: Texts, regime: str, model: nn.Module) -> dict[str, Any]:
         """Accuracy on the source's test texts afterwards, by the source's own head where the target had a new one."""
-        from peft import PeftModel
-
         _, test = texts.source_parts
         if self.config.transfers[texts.name].head == "keep":
             return {**_without_bits(evaluate(model, test, self.config.train)), "head": "the target's"}
         before = self._load(0, tuple(texts.facts["source"]["labels"]), self._source_folder(texts.name, regime))
-        inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        wrapped: Any = model
+        inner = wrapped.get_base_model() if hasattr(model, "get_base_model") else wrapped
         prefix = before.base_model_prefix
         for name, child in before.named_children():
             if name != prefix:
@@ -378,20 +376,6 @@ class Work:
 
     def _end(self, cell: Cell) -> None:
         self.store.path(f"claims/{cell.name.replace('/', '__')}.begun.json").unlink(missing_ok=True)
-
-
-def saturation(logits: np.ndarray) -> dict[str, float]:
-    """How sure a classifier is: mean largest probability, mean entropy in nats, share of texts above 0.99."""
-    logits = np.asarray(logits, np.float64)
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    largest = np.exp(log_p.max(axis=1))
-    return {
-        "largest_probability": round(float(largest.mean()), 5),
-        "entropy_nats": round(float(-(np.exp(log_p) * log_p).sum(axis=1).mean()), 5),
-        "share_above_099": round(float((largest > SATURATED).mean()), 5),
-        "n": len(logits),
-    }
 
 
 def _training(trained: Trained, rate: float) -> dict[str, Any]:

@@ -7,7 +7,11 @@ from pathlib import Path
 
 import torch
 from torch import distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+
+from inflection_fast import find_blocks
 
 STEPS, HALVES = 4, 2
 
@@ -44,11 +48,20 @@ def model_of():
     return tiny.sharpened(tiny.bert().train())
 
 
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def train(name, manner="plain", rank=None, saved=None, steps=range(STEPS)) -> dict[str, torch.Tensor]:
     """The weights after the steps. Into an empty `saved` goes the run after two of them; a full one is resumed."""
     model, parts = model_of(), halves()
     wrapped = model
-    if rank is not None and name == "lisa":  # which parameters train changes, so DDP has to know all of them
+    if manner == "sharded":
+        handle = interventions()[name](model)
+        for block in find_blocks(model):
+            fully_shard(block.module)
+        fully_shard(model)
+    elif rank is not None and name == "lisa":  # which parameters train changes, so DDP has to know all of them
         wrapped = DistributedDataParallel(model, find_unused_parameters=True)
         handle = interventions()[name](wrapped)
     else:
@@ -77,9 +90,11 @@ def train(name, manner="plain", rank=None, saved=None, steps=range(STEPS)) -> di
         if saved is not None and step == 1 and not saved:
             saved["model"] = {key: value.clone() for key, value in model.state_dict().items()}
             saved["handle"] = handle.state_dict() if hasattr(handle, "state_dict") else None
-    weights = {key: value.detach().clone() for key, value in model.state_dict().items()}
+    weights = {key: whole(value).detach().clone() for key, value in model.state_dict().items()}
     if not handle.permanent:
         handle.remove()
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert handle.permanent or not frozen, f"{name} left {frozen} frozen"
     return weights
 
 
@@ -88,8 +103,9 @@ def main(folder: Path) -> None:
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     rank = dist.get_rank()
-    found = {name: train(name, rank=rank) for name in interventions()}
-    torch.save(found, folder / f"{rank}.pt")
+    for manner in ("plain", "sharded"):
+        found = {name: train(name, manner, rank=rank) for name in interventions()}
+        torch.save(found, folder / f"{manner}-{rank}.pt")
     dist.destroy_process_group()
 
 
