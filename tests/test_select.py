@@ -108,6 +108,12 @@ def test_independent_steps_have_the_textbook_standard_error():
     assert (evidence.difference, evidence.independent_steps) == (2.0, 20)
 
 
+def test_a_difference_that_is_the_same_in_every_step_is_beyond_chance():
+    found = evidence_of(np.full(16, 0.5), 0.0, level=0.05, comparisons=5)
+    assert found.standard_error == 0 and found.standard_errors == np.inf and found.holds
+    assert not evidence_of(np.full(16, -0.5), 0.0, level=0.05, comparisons=5).holds
+
+
 def test_the_recorded_sampling_error_is_the_least_that_is_believed():
     level = np.tile(2 - 0.01 * DIP, (4, 1))
     sure, unsure = (select(timeline(level, np.zeros((4, L)), entropy_se=se)) for se in (0.0, 0.02))

@@ -44,6 +44,8 @@ class Evidence:
         """The difference in standard errors."""
         if self.difference == 0 or math.isinf(self.standard_error):
             return 0.0
+        if self.standard_error == 0:  # the same difference in every step
+            return math.copysign(math.inf, self.difference)
         return self.difference / self.standard_error
 
     @property
