@@ -12,8 +12,8 @@ from . import checks
 
 __all__ = ["AttentionRank", "attention_rank"]
 
-EXACT_KEYS = 1024  # up to so many keys the Gram matrix A^T A of one head is decomposed as a whole
-STRIP_BYTES = 8 << 20  # of the probabilities that are there at a time
+EXACT_KEYS = 1024  # up to so many keys the Gram matrix A^T A of a head is decomposed as a whole
+STRIP_BYTES = 8 << 20  # of the probabilities that are there at a time, and of the Gram matrices beside them
 KRYLOV_SEED = 0
 
 
@@ -51,12 +51,12 @@ def attention_rank(
 ) -> AttentionRank:
     """Rank of the attention probabilities A ``[Q, K]`` of every head (arXiv 2404.08634 takes k at share = 0.90).
 
-    A is made in strips of rows, used and thrown away, so memory is O(K block (steps + 1)) per head beside a strip of
-    8 MiB. Up to `exact_keys` keys the strips add up to A^T A, float64 ``[K, K]`` one head at a time, whose
-    eigenvalues are the squares of all singular values. Beyond, a block Krylov space (Musco & Musco 2015, arXiv
-    1504.05477) of dimension d = block * (steps + 1) is built from A^T A V and the squares are the eigenvalues of A^T A
-    in it: the leading ones, from below, the first of them accurate to float32. So `stable` and `column_mass` are as
-    without it, and `k` comes out at the true value or above it: exact where the spectrum falls fast, a few too many
+    A is made in strips of rows, used and thrown away, so memory is O(K block (steps + 1)) per head beside a strip of 8
+    MiB. Up to `exact_keys` keys the strips add up to A^T A, float64 ``[K, K]`` of as many heads at a time as 8 MiB
+    hold, whose eigenvalues are the squares of all singular values. Beyond, a block Krylov space (Musco & Musco 2015,
+    arXiv 1504.05477) of dimension d = block * (steps + 1) is built from A^T A V and the squares are the eigenvalues of
+    A^T A in it: the leading ones, from below, the first of them accurate to float32. So `stable` and `column_mass` are
+    as without it, and `k` comes out at the true value or above it: exact where the spectrum falls fast, a few too many
     where it is flat, NaN where the space holds less than `share` of ||A||_F^2, which `captured` says.
 
     Not differentiable. The eigenvalues are found by LAPACK or cuSOLVER, which waits for a GPU once per call.
@@ -175,20 +175,22 @@ class _Rows:
 
 
 def _exact(rows: _Rows) -> tuple[Tensor, Tensor]:
-    """All eigenvalues of A^T A [H, K], falling, and its diagonal [H, K]; one head at a time."""
+    """All eigenvalues of A^T A [H, K], falling, and its diagonal [H, K]; as many heads at a time as a strip holds."""
     squares, columns = [], []
-    for head in range(rows.heads):
-        gram = torch.zeros(1, rows.keys, rows.keys, dtype=torch.float64, device=rows.device)
+    group = max(1, STRIP_BYTES // (8 * max(rows.keys, 1) ** 2))
+    for first in range(0, rows.heads, group):
+        these = slice(first, min(first + group, rows.heads))
+        gram = torch.zeros(these.stop - first, rows.keys, rows.keys, dtype=torch.float64, device=rows.device)
 
         def add(strip: Tensor, heads: slice, gram: Tensor = gram) -> None:
             strip = strip.double()
             keys = strip.shape[-1]
             gram[:, :keys, :keys] += strip.mT @ strip
 
-        rows.each(add, slice(head, head + 1))
-        columns.append(gram[0].diagonal().clone())
-        squares.append(_eigenvalues(gram[0]))
-    return torch.stack(squares), torch.stack(columns)
+        rows.each(add, these)
+        columns.append(gram.diagonal(dim1=-2, dim2=-1).clone())
+        squares.append(_eigenvalues(gram))
+    return torch.cat(squares), torch.cat(columns)
 
 
 def _eigenvalues(gram: Tensor) -> Tensor:
