@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from inflection_fast.ops import power_law, singular_values, weight_spectrum
-from inflection_fast.ops.spectrum import marchenko_pastur_median, outliers
+from inflection_fast.ops.spectrum import marchenko_pastur_median, noise_singular_values, outliers, spectrum_of
 from inflection_fast.quantities.spectrum import spectra_of_checkpoint
 
 
@@ -74,6 +74,19 @@ def test_the_median_of_noise_is_that_of_marchenko_and_pastur(ratio):
     m = int(n * ratio)
     squares = singular_values(torch.randn(m, n)) ** 2 / n
     assert np.median(squares) == pytest.approx(marchenko_pastur_median(m / n), rel=0.02)
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (64, 96), (256, 256), (200, 1600)], ids=str)
+def test_singular_values_of_noise_lie_where_its_law_says(shape):
+    law = noise_singular_values(*shape)
+    drawn = np.mean([singular_values(torch.randn(shape)) for _ in range(20)], 0)
+    assert law.shape == drawn.shape and (np.diff(law) <= 0).all()
+    np.testing.assert_allclose(law, drawn, atol=0.03 * law[0])
+    np.testing.assert_array_equal(noise_singular_values(*shape[::-1]), law)
+    of_law, of_draws = (spectrum_of(s, *shape) for s in (law, drawn))
+    assert of_law.effective_rank == pytest.approx(of_draws.effective_rank, rel=0.02)
+    assert of_law.stable_rank == pytest.approx(of_draws.stable_rank, rel=0.06)
+    assert of_law.outliers == 0
 
 
 @pytest.mark.parametrize("alpha", [1.8, 2.5, 4.0])

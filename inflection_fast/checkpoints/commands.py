@@ -199,10 +199,11 @@ def scan_command(argv: Sequence[str], console: Console) -> int:
 
 
 def _check_scan(asked: argparse.Namespace) -> None:
-    from inflection_fast.act.export import TOOLS
+    if asked.yaml is not None:
+        from inflection_fast.act.export import TOOLS  # brings peft, which a scan needs for nothing else
 
-    if asked.yaml is not None and asked.yaml not in TOOLS:
-        raise UserError(f"--yaml: expected one of {', '.join(sorted(TOOLS))}, got {asked.yaml}")
+        if asked.yaml not in TOOLS:
+            raise UserError(f"--yaml: expected one of {', '.join(sorted(TOOLS))}, got {asked.yaml}")
     for option in ("plan", "yaml", "top"):
         if asked.data is None and getattr(asked, option) is not None:
             raise UserError(f"--{option}: needs --data, because layers are chosen by what is measured on texts")

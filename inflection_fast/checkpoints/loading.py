@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +14,7 @@ from inflection_fast.run.errors import UserError, user_errors
 from inflection_fast.run.models import most_tokens
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["Loaded", "load", "tokenizer_of"]
 
@@ -24,6 +25,12 @@ _TASKS = {
     "ForMaskedLM": "masked",
     "ForPreTraining": "masked",
     "ForConditionalGeneration": "translated",
+}
+_CLASSES = {
+    "causal": "AutoModelForCausalLM",
+    "masked": "AutoModelForMaskedLM",
+    "translated": "AutoModelForSeq2SeqLM",
+    "embedded": "AutoModel",
 }
 LOSSES = {
     "causal": "the next token",
@@ -70,16 +77,8 @@ def load(source: Source, *, device: str | None = None) -> Loaded:
                 options["quantization_config"] = transformers.GgufConfig(dequantize=True)
         else:
             options["use_safetensors"] = True
-        named = {"gguf_file": source.gguf} if source.gguf is not None else {}
-        config = transformers.AutoConfig.from_pretrained(source.folder, **named)
-        task = _task_of(config)
-        kinds = {
-            "causal": transformers.AutoModelForCausalLM,
-            "masked": transformers.AutoModelForMaskedLM,
-            "translated": transformers.AutoModelForSeq2SeqLM,
-            "embedded": transformers.AutoModel,
-        }
-        model = kinds[task].from_pretrained(source.folder, **options)
+        task = _task_of(_config_of(source))
+        model = getattr(transformers, _CLASSES[task]).from_pretrained(source.folder, **options)
     if source.gguf is not None and getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.remove_quantization_config(model)
     model.config.use_cache = False  # keys and values of earlier tokens are not wanted again
@@ -87,14 +86,40 @@ def load(source: Source, *, device: str | None = None) -> Loaded:
     return Loaded(model, task, where)
 
 
+def bring_libraries(source: Source) -> None:
+    """Imports what `load` and a Monitor need, so that memory beyond it is that of the model and of what is measured."""
+    import transformers
+
+    import_module("pyarrow.ipc")
+    _check_described(source)
+    with user_errors(OSError, ValueError, ImportError, KeyError, about=f"{source.name} could not be loaded"):
+        config = _config_of(source)
+        with torch.device("meta"):
+            getattr(transformers, _CLASSES[_task_of(config)]).from_config(config)
+
+
+def _config_of(source: Source) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    named = {"gguf_file": source.gguf} if source.gguf is not None else {}
+    return AutoConfig.from_pretrained(source.folder, **named)
+
+
 def _check_described(source: Source) -> None:
     if not source.described:
         raise UserError(f"{source.name}: has no config.json, so only its weights can be read; leave --data out")
 
 
-def _task_of(config: object) -> str:
-    names = getattr(config, "architectures", None) or [""]
-    return next((task for end, task in _TASKS.items() if names[0].endswith(end)), "embedded")
+def _task_of(config: PretrainedConfig) -> str:
+    if names := getattr(config, "architectures", None):
+        return next((task for end, task in _TASKS.items() if names[0].endswith(end)), "embedded")
+    from transformers.models.auto import modeling_auto as auto
+
+    kind = config.model_type  # a GGUF file names no class
+    if kind in auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
+        return "translated"
+    encodes = kind in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES  # some of these have a class with a causal mask as well
+    return "causal" if kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not encodes else "embedded"
 
 
 def tokenizer_of(source: Source) -> PreTrainedTokenizerBase:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor, nn
 
+from inflection_fast.blocks import find_blocks
+from inflection_fast.checkpoints.threads import threads_for
 from inflection_fast.measure import Monitor, MonitorConfig
 from inflection_fast.measure.hooks import undisturbed
 from inflection_fast.measure.micro_batch import loss_of
@@ -96,6 +99,7 @@ def measure(
     """
     device = next(model.parameters()).device
     with ExitStack() as stack:
+        stack.enter_context(threads_for(_operations(model, batches)))
         stack.enter_context(_frozen(model))
         stack.enter_context(undisturbed(model, device, autograd=True))
         if recomputes:
@@ -118,6 +122,15 @@ def measure(
         if monitor.dropped:
             logger.warning("%d of %d measured batches are missing from the timeline", monitor.dropped, len(batches))
     return timeline
+
+
+def _operations(model: nn.Module, batches: Sequence[Inputs]) -> float:
+    """Floating-point operations of the largest matrix of the blocks on a batch; of no texts as many as there can be."""
+    if not all("input_ids" in batch for batch in batches):
+        return math.inf
+    tokens = max((batch["input_ids"].numel() for batch in batches), default=0)
+    parameters = (p for block in find_blocks(model) if block.module is not None for p in block.module.parameters())
+    return 2.0 * tokens * max((p.numel() for p in parameters if p.ndim == 2), default=0)
 
 
 @contextmanager

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 from inflection_fast.checkpoints.documents import read_document, write_document
 from inflection_fast.checkpoints.files import find
 from inflection_fast.checkpoints.findings import Finding, Nulls, findings
-from inflection_fast.checkpoints.loading import Loaded, load, tokenizer_of
+from inflection_fast.checkpoints.loading import Loaded, bring_libraries, load, tokenizer_of
 from inflection_fast.checkpoints.numbers import Numbers, error_of, mean_of, numbers
 from inflection_fast.checkpoints.on_texts import Measured, Module
 from inflection_fast.checkpoints.on_texts import measured as measured_on
@@ -86,7 +87,7 @@ class Scan:
         kinds = {"modules": Module, "weights": MatrixSpectrum, "findings": Finding}
         for name, kind in kinds.items():
             document[name] = [kind(**one) for one in document[name]]
-        document["weights"] = [MatrixSpectrum(**asdict(w) | {"shape": tuple(w.shape)}) for w in document["weights"]]
+        document["weights"] = [replace(one, shape=tuple(one.shape)) for one in document["weights"]]
         document["profiles"] = {name: Profiled(**one) for name, one in document["profiles"].items()}
         return cls(**document)
 
@@ -131,7 +132,7 @@ def scan(
         select_config: how the plan chooses layers.
         yaml: a tool of `Plan.to_yaml`, whose settings are made of the plan.
         weights: whether spectra are computed.
-        seed: of everything that is drawn.
+        seed: of everything that is drawn: masks, orders of words, random matrices of the blocks.
         told: called with what is being done.
 
     Raises:
@@ -148,7 +149,8 @@ def scan(
     if texts is not None:
         told("loading the model")
         tokenizer = tokenizer_of(source)  # what lacks is said before the weights are loaded
-        before = _peak_bytes()  # libraries and tokenizer are there
+        bring_libraries(source)
+        before = _peak_bytes()
         loaded = load(source)
         about |= _about(loaded)
         with user_errors(ValueError, RuntimeError, about=f"{source.name} cannot be measured"):
@@ -160,14 +162,13 @@ def scan(
                     raise ValueError(f"there is nothing to write for {yaml}: {plan.summary}")
                 settings_yaml = plan.to_yaml(yaml, loaded.model, r=rank)
         settings["weights in memory, MiB"] = round(loaded.weight_bytes / 2**20, 1)
-        settings["peak above libraries, MiB"] = round((_peak_bytes() - before) / 2**20, 1)
         del loaded  # before the weights are read
+        gc.collect()
     found: list[MatrixSpectrum] = []
     if weights:
         told("reading the weights")
-        found = spectra(source, seed=seed, told=lambda done: told(f"reading the weights: {done} matrices"))
-        if texts is None:
-            settings["peak above libraries, MiB"] = round((_peak_bytes() - before) / 2**20, 1)
+        found = spectra(source, told=lambda done: told(f"reading the weights: {done} matrices"))
+    settings["peak above libraries, MiB"] = round((_peak_bytes() - before) / 2**20, 1)
     settings["seconds"] = round(time.perf_counter() - began, 1)
     modules = [] if measured is None else measured.modules
     return Scan(
@@ -224,4 +225,8 @@ def _versions() -> dict[str, str]:
 
 def _peak_bytes() -> int:
     """The most memory that this process has had."""
+    status = Path("/proc/self/status")
+    if status.exists():  # ru_maxrss of Linux begins with what the parent of the process had
+        lines = status.read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -7,11 +7,10 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
 from inflection_fast.checkpoints.files import Source
+from inflection_fast.checkpoints.threads import threads_for
 from inflection_fast.ops import weight_spectrum
-from inflection_fast.ops.spectrum import Spectrum
+from inflection_fast.ops.spectrum import Spectrum, noise_singular_values, spectrum_of
 from inflection_fast.quantities.spectrum import matrices_of_checkpoint
 
 __all__ = ["MatrixSpectrum", "spectra"]
@@ -37,24 +36,24 @@ class MatrixSpectrum:
     random_alpha: float | None
 
 
-def spectra(source: Source, *, seed: int = 0, told: Callable[[int], None] = lambda done: None) -> list[MatrixSpectrum]:
-    """Of every matrix of a checkpoint. One random matrix of independent normal numbers is drawn for each size.
+def spectra(source: Source, *, told: Callable[[int], None] = lambda done: None) -> list[MatrixSpectrum]:
+    """Of every matrix of a checkpoint, beside the law of random matrices of its size (`ops.noise_singular_values`).
 
     Memory: the largest matrix as it is stored (dequantised, in float32), and what `ops.singular_values` takes.
     """
     random: dict[tuple[int, int], Spectrum] = {}
-    generator = torch.Generator().manual_seed(seed)
     found = []
     for name, matrix in matrices_of_checkpoint(source.weights):
         shape = (int(matrix.shape[0]), int(matrix.shape[1]))
         try:
-            said = weight_spectrum(matrix)
+            with threads_for(min(shape) ** 3):  # of the eigenvalues, a long row of small operations
+                said = weight_spectrum(matrix)
         except ValueError:  # it holds NaN or infinity
             said = Spectrum(math.nan, math.nan, math.nan, math.nan, math.nan, 0, math.nan)
         del matrix  # before the next one is read
         size = (min(shape), max(shape))
         if size not in random:
-            random[size] = weight_spectrum(torch.randn(size, generator=generator))
+            random[size] = spectrum_of(noise_singular_values(*size), *size)
         null = random[size]
         number = _NUMBER.search(name)
         found.append(

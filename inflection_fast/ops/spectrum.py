@@ -12,13 +12,23 @@ from torch import Tensor
 
 from . import checks
 
-__all__ = ["PowerLaw", "Spectrum", "marchenko_pastur_median", "power_law", "singular_values", "weight_spectrum"]
+__all__ = [
+    "PowerLaw",
+    "Spectrum",
+    "marchenko_pastur_median",
+    "noise_singular_values",
+    "power_law",
+    "singular_values",
+    "spectrum_of",
+    "weight_spectrum",
+]
 
 TRACY_WIDOM = 3.27  # the 99.9 % quantile of the distribution of order 1
 MP_POINTS = 20_001  # of the integral of the Marchenko-Pastur density
 LEAST_TAIL = 10  # eigenvalues that a power law is fitted to
 KS_CELLS = 2**18  # differences of distribution functions that are held at a time
 GRAM_COLUMNS = 2048  # of the longer side that are in float64 at a time
+GRAM_ROWS = 512  # of the lower triangle of a Gram matrix that are made at a time
 
 
 class PowerLaw(NamedTuple):
@@ -60,7 +70,8 @@ def singular_values(weight: Tensor) -> np.ndarray:
 
     The product is summed in float64, so a singular value s errs by about 1e-16 s_1^2 / s: by 1e-9 of s_1 where it is
     1e-7 of s_1, and what is below 1e-8 s_1 is noise. Memory beside the matrix: twice its smaller Gram matrix in
-    float64, and 2048 of its columns (rows), however long its longer side is.
+    float64, and 2048 of its columns (rows), however long its longer side is. Of the Gram matrix the lower triangle is
+    made, which is all that the eigenvalues are taken from.
 
     Raises:
         TypeError: `weight` is no floating-point tensor.
@@ -72,7 +83,7 @@ def singular_values(weight: Tensor) -> np.ndarray:
         raise ValueError(f"weight: expected a matrix, got shape {list(weight.shape)}")
     with torch.no_grad():
         matrix = weight if weight.shape[0] <= weight.shape[1] else weight.mT
-        low, high = matrix.aminmax()
+        low, high = weight.aminmax()  # of a transposed one a copy would be made
         largest = torch.maximum(-low, high).double()
         if not torch.isfinite(largest):
             raise ValueError("weight: holds NaN or infinity, so it has no singular values")
@@ -81,8 +92,10 @@ def singular_values(weight: Tensor) -> np.ndarray:
         gram = torch.zeros(len(matrix), len(matrix), dtype=torch.float64, device=matrix.device)
         for columns in matrix.split(GRAM_COLUMNS, 1):
             columns = columns.double() / largest  # squares of 1e-200 or 1e200 are no numbers
-            gram.addmm_(columns, columns.mT)
-        values = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0.0)
+            for begin in range(0, len(matrix), GRAM_ROWS):
+                end = min(begin + GRAM_ROWS, len(matrix))
+                gram[begin:end, :end].addmm_(columns[begin:end], columns[:end].mT)
+        values = torch.linalg.eigvalsh(gram, UPLO="L").flip(0).clamp(min=0.0)
         return (values.sqrt() * largest).cpu().numpy()
 
 
@@ -91,7 +104,11 @@ def weight_spectrum(weight: Tensor) -> Spectrum:
 
     A matrix of zeros has NaN everywhere, and 0 outliers. Runs where `weight` is; the statistics on the host.
     """
-    s = singular_values(weight)
+    return spectrum_of(singular_values(weight), *weight.shape)
+
+
+def spectrum_of(s: np.ndarray, rows: int, columns: int) -> Spectrum:
+    """What the singular values `s` of a `rows` x `columns` matrix say; float64, falling."""
     if s[0] == 0:
         return Spectrum(math.nan, math.nan, math.nan, math.nan, math.nan, 0, 0.0)
     p = s / s.sum()
@@ -104,7 +121,7 @@ def weight_spectrum(weight: Tensor) -> Spectrum:
         alpha=fit.alpha,
         alpha_error=fit.error,
         alpha_distance=fit.distance,
-        outliers=outliers(s, *weight.shape),
+        outliers=outliers(s, rows, columns),
         norm=float(s[0]),
     )
 
@@ -157,12 +174,30 @@ def outliers(s: np.ndarray, rows: int, columns: int) -> int:
     return int((s > scale * math.sqrt(edge)).sum())
 
 
+def noise_singular_values(rows: int, columns: int) -> np.ndarray:
+    """Where the singular values of a matrix of independent numbers with mean 0 and variance 1 lie, float64, falling.
+
+    They are quantiles of the Marchenko-Pastur law: below the i-th smallest of m lies the share (i - 1/2) / m. Those of
+    a drawn matrix lie close to them, as singular values repel each other; nothing is drawn and nothing decomposed.
+    """
+    n, m = max(rows, columns), min(rows, columns)
+    return np.sqrt(n * _marchenko_pastur(m / n, (np.arange(m, 0, -1) - 0.5) / m))
+
+
 @functools.lru_cache(maxsize=256)
 def marchenko_pastur_median(ratio: float) -> float:
     """Median of the eigenvalues of X X^T / n, X m x n of independent numbers with variance 1, `ratio` m / n in (0, 1].
 
+    To 1e-7.
+    """
+    return float(_marchenko_pastur(ratio, np.array(0.5)))
+
+
+def _marchenko_pastur(ratio: float, shares: np.ndarray) -> np.ndarray:
+    """The eigenvalues below which these shares of the Marchenko-Pastur law lie, see `marchenko_pastur_median`.
+
     The density sqrt((b - x)(x - a)) / (2 pi ratio x) on [a, b], a, b = (1 -+ sqrt(ratio))^2 (Marchenko & Pastur 1967),
-    is integrated over an angle, in which it has no edges: x = 1 + ratio - 2 sqrt(ratio) cos t. To 1e-7.
+    is integrated over an angle, in which it has no edges: x = 1 + ratio - 2 sqrt(ratio) cos t.
     """
     if not 0 < ratio <= 1:
         raise ValueError(f"ratio: expected a number above 0 and at most 1, got {ratio}")
@@ -173,4 +208,4 @@ def marchenko_pastur_median(ratio: float) -> float:
     if ratio == 1:
         density = (1 + np.cos(t)) / math.pi  # the same, with the 0 / 0 at t = 0 cancelled
     below = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2 * np.diff(t))])
-    return float(np.interp(below[-1] / 2, below, x))
+    return np.interp(below[-1] * shares, below, x)

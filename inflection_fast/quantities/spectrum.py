@@ -158,11 +158,14 @@ def _of_safetensors(file: Path) -> Iterator[tuple[str, Tensor]]:
     from safetensors import safe_open
 
     with safe_open(file, framework="pt") as tensors:
-        for name in tensors.keys():
-            if _is_matrix(tensors.get_slice(name).get_shape()):
-                tensor = tensors.get_tensor(name)
-                if tensor.is_floating_point():
-                    yield name, tensor
+        names = [name for name in tensors.keys() if _is_matrix(tensors.get_slice(name).get_shape())]
+    for name in names:
+        # Opened for each: pages that were read stay in the memory of the process as long as their file is mapped.
+        with safe_open(file, framework="pt") as tensors:
+            tensor = tensors.get_tensor(name)
+        if tensor.is_floating_point():
+            yield name, tensor
+        del tensor
 
 
 def _of_gguf(file: Path) -> Iterator[tuple[str, Tensor]]:
