@@ -103,7 +103,7 @@ def write_csv(path: Path, rows: list[dict]) -> Path:
 
 
 def gguf(folder: Path, width: int = 32, blocks: int = 2) -> dict:
-    """A decoder in 8-bit blocks in `folder`/tiny.gguf; returns its embedding as it is dequantised."""
+    """A decoder in 8-bit blocks, one token per letter, in `folder`/tiny.gguf; returns its weights as dequantised."""
     import gguf as files
     import numpy as np
 
@@ -119,7 +119,11 @@ def gguf(folder: Path, width: int = 32, blocks: int = 2) -> dict:
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(vocabulary)
-    writer.add_token_list([f"token{i}" for i in range(vocabulary)])
+    letters = [*"abcdefghijklmnopqrstuvwxyz0123456789", "\u0120", "th", "<end>"]  # U+0120: a space, byte level
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([*letters, *(f"token{i}" for i in range(vocabulary - len(letters)))])
+    writer.add_token_merges(["t h"])
+    writer.add_eos_token_id(letters.index("<end>"))
     squares = {
         "attn_q": (width, width),
         "attn_k": (width, width),
