@@ -145,6 +145,9 @@ def test_the_page_names_what_is_measured(scanned):
     labels = {profile["label"] for profile in made.manifest["profiles"]}
     assert {"Attention entropy", "RMS of block outputs", "First-order gain of adapters"} <= labels
     assert made.manifest["matrices"][0]["shape"] == [3, 3] and made.manifest["plan"]["layers"]
+    marked = {profile["label"]: profile["marked"] for profile in made.manifest["profiles"]}
+    lazy = next(one.layers for one in scanned[2].findings if one.kind == "lazy layers")
+    assert marked["Rank k* of attention"] == lazy and marked["RMS of block outputs"] == []  # which does not tell it
     json.dumps(made.manifest, allow_nan=False)
 
 

@@ -12,7 +12,7 @@ from inflection_fast.checkpoints.comparison import Comparison, Drift
 from inflection_fast.decide.evidence import t_quantile
 from inflection_fast.report.answer import Answer
 from inflection_fast.report.look import Line, Look, Matrix, Profile, Table
-from inflection_fast.report.words import count, significant
+from inflection_fast.report.words import count, setting, significant
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -123,7 +123,7 @@ def comparison_look(found: Comparison, names: tuple[str, str], where: str, sourc
         profiles=profiles,
         matrices=matrices,
         tables=_tables(found),
-        settings=[(name, str(value)) for name, value in found.settings.items() if name != "versions"],
+        settings=[(name, setting(value)) for name, value in found.settings.items() if name != "versions"],
         versions=_versions(found),
         missing=[f"Layer {layer} has no delta-CKA: {why}." for layer, why in found.reasons.items()] + _absent(found),
     )

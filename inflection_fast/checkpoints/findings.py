@@ -2,7 +2,8 @@
 
 Two nulls are measured as the texts are: the same words in random order, and random matrices in place of the weights of
 the blocks. A mean over batches counts as different where Student's t over the batches, paired, says so at 5 % over all
-layers (`decide.evidence`). What is measured once, on the probe, is compared as it is.
+layers (`decide.evidence`). What is measured once, on the probe, is compared as it is. Findings are told in the order
+of their distance from their null (`distances`), the furthest first.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from inflection_fast.checkpoints.distances import beyond, nearer
+from inflection_fast.checkpoints.numbers import or_none
 from inflection_fast.decide.evidence import correlation_of, evidence_of
-from inflection_fast.report.words import layer_list, percent, significant
+from inflection_fast.report.words import layer_ranges, percent, significant
 from inflection_fast.timeline import Timeline
 
 if TYPE_CHECKING:
@@ -35,6 +38,7 @@ class Finding:
     words: str
     layers: list[int]
     unusual: bool = True  # what any trained model has is told too, and is not
+    distance: float | None = None  # from its null, see `distances`; None: beyond all numbers, or not unusual
 
 
 @dataclass(frozen=True)
@@ -75,17 +79,26 @@ class Nulls:
             if evidence_of(apart[:, layer], 0.0, level=LEVEL, comparisons=comparisons, correlation=common).holds
         ]
 
+    def distances(self, name: str, kind: str, *, log: bool = False) -> np.ndarray:
+        """[L]: how far a column lies above a null, in spreads of the null over its batches."""
+        here, there = self.by_layer(name, "texts"), self.by_layer(name, kind)
+        assert here is not None and there is not None
+        if log:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                here, there = np.log(here), np.log(there)
+        return beyond(here[: len(there)], there)
+
 
 def findings(
     nulls: Nulls | None, modules: Sequence[Module], weights: Sequence[MatrixSpectrum], rank: int
 ) -> list[Finding]:
-    """All that can be said, the unusual first."""
+    """All that can be said: the unusual, the furthest from its null first, and then what is not."""
     found: list[Finding] = []
     if nulls is not None:
         found += _not_finite(nulls) + _lazy(nulls) + _order(nulls) + _sinks(nulls) + _massive(nulls) + _alike(nulls)
         found += _gains(modules, rank)
     found += _weights(weights)
-    return sorted(found, key=lambda one: not one.unusual)
+    return sorted(found, key=lambda one: (not one.unusual, -(np.inf if one.distance is None else one.distance)))
 
 
 def _not_finite(nulls: Nulls) -> list[Finding]:
@@ -93,7 +106,9 @@ def _not_finite(nulls: Nulls) -> list[Finding]:
     layers = np.flatnonzero(~np.isfinite(values).all(0)).tolist()
     if not layers:
         return []
-    return [Finding("not finite", f"The output of {layer_list(layers)} is infinite or no number on some text.", layers)]
+    return [
+        Finding("not finite", f"The output of {layer_ranges(layers)} is infinite or no number on some text.", layers)
+    ]
 
 
 def _lazy(nulls: Nulls) -> list[Finding]:
@@ -107,10 +122,11 @@ def _lazy(nulls: Nulls) -> list[Finding]:
         return []
     i = layers[0]
     words = (
-        f"Attention of {layer_list(layers)} is of no higher rank in any head than that of random matrices "
+        f"Attention of {layer_ranges(layers)} is of no higher rank in any head than that of random matrices "
         f"(layer {i}: {significant(here[i].max())}, random {significant(random[i].max())} directions hold 90 %)."
     )
-    return [Finding("lazy layers", words, layers)]
+    distance = nearer(here.max(1) - random.max(1), layers)
+    return [Finding("lazy layers", words, layers, distance=or_none(distance))]
 
 
 def _order(nulls: Nulls) -> list[Finding]:
@@ -124,8 +140,9 @@ def _order(nulls: Nulls) -> list[Finding]:
         return [
             Finding("order of words", "Every layer attends otherwise when the words are in random order.", [], False)
         ]
-    words = f"The entropy of attention in {layer_list(layers)} cannot be told from that on words in random order."
-    return [Finding("blind to order", words, layers)]
+    words = f"The entropy of attention in {layer_ranges(layers)} cannot be told from that on words in random order."
+    distance = nearer(np.abs(nulls.distances("entropy", "shuffled")), layers)  # hardly moved, up or down
+    return [Finding("blind to order", words, layers, distance=or_none(distance))]
 
 
 def _sinks(nulls: Nulls) -> list[Finding]:
@@ -138,11 +155,12 @@ def _sinks(nulls: Nulls) -> list[Finding]:
     most = max(layers, key=lambda layer: float(np.nanmean(here[:, layer])))
     values = [significant(float(np.nanmean(of[:, most]))) for of in (here, random, mixed)]
     words = (
-        f"{layer_list(layers).capitalize()} attend{'s' * (len(layers) == 1)} to the first token more than random "
+        f"{layer_ranges(layers).capitalize()} attend{'s' * (len(layers) == 1)} to the first token more than random "
         f"matrices do: in layer {most} it gets {values[0]} of the attention, {values[1]} with random matrices, "
         f"{values[2]} on words in random order."
     )
-    return [Finding("sinks", words, layers)]
+    distance = float(nulls.distances("sink", "random")[layers].max())
+    return [Finding("sinks", words, layers, distance=or_none(distance))]
 
 
 def _massive(nulls: Nulls) -> list[Finding]:
@@ -152,16 +170,18 @@ def _massive(nulls: Nulls) -> list[Finding]:
         layers = [int(i) for i in np.flatnonzero((np.nansum(here, 0) > 0) & (np.nansum(random, 0) == 0))]
         if layers:
             largest = nulls.by_layer("residual_max", "texts")
-            value = "" if largest is None else f", the largest {significant(float(np.nanmax(largest[:, layers])))}"
-            words = f"Massive activations in {layer_list(layers)}{value}; random matrices give none."
-            found.append(Finding("massive activations", words, layers))
+            assert largest is not None
+            value = significant(float(np.nanmax(largest[:, layers])))
+            words = f"Massive activations in {layer_ranges(layers)}, the largest {value}; random matrices give none."
+            distance = float(nulls.distances("residual_max", "random", log=True)[layers].max())
+            found.append(Finding("massive activations", words, layers, distance=or_none(distance)))
     heavy = nulls.above("residual_kurtosis", "random")
     if heavy:
         tails = nulls.by_layer("residual_kurtosis", "texts")
         assert tails is not None
         most = max(heavy, key=lambda layer: float(np.nanmean(tails[:, layer])))
         words = (
-            f"Outputs of {layer_list(heavy)} have heavier tails than those of random matrices: kurtosis "
+            f"Outputs of {layer_ranges(heavy)} have heavier tails than those of random matrices: kurtosis "
             f"{significant(float(np.nanmean(tails[:, most])))} in layer {most}, 3 if normal."
         )
         found.append(Finding("heavy tails", words, heavy, unusual=False))
@@ -181,10 +201,11 @@ def _alike(nulls: Nulls) -> list[Finding]:
         ]
     i = max(layers, key=lambda layer: float(near[layer - 1]))
     words = (
-        f"Features of {layer_list(layers)} are as much like those of the layer before as with random matrices "
+        f"Features of {layer_ranges(layers)} are as much like those of the layer before as with random matrices "
         f"(layer {i}: CKA {significant(float(near[i - 1]), 4)}, random {significant(float(null[i - 1]), 4)})."
     )
-    return [Finding("alike layers", words, layers)]
+    distance = nearer(null - near, [layer - 1 for layer in layers])
+    return [Finding("alike layers", words, layers, distance=or_none(distance))]
 
 
 def _gains(modules: Sequence[Module], rank: int) -> list[Finding]:
@@ -199,13 +220,14 @@ def _gains(modules: Sequence[Module], rank: int) -> list[Finding]:
         f"{percent(float(np.mean(null)), 0)}."
     )
     found = [Finding("first-order gain", words, [best.layer], unusual=False)]
-    flat = [one for one in modules if one.share is not None and one.share <= one.random_share < 1]
+    flat = [i for i, one in enumerate(modules) if one.share is not None and one.share <= one.random_share < 1]
     if flat:
-        layers = sorted({one.layer for one in flat})
-        names = ", ".join(f"{one.layer} {one.name}" for one in flat[:NAMED])
+        layers = sorted({modules[i].layer for i in flat})
+        names = ", ".join(f"{modules[i].layer} {modules[i].name}" for i in flat[:NAMED])
         more = f" and {len(flat) - NAMED} more" if len(flat) > NAMED else ""
         said = f"Rank {rank} holds no more of the gradient than of noise in {names}{more}."
-        found.append(Finding("gradients of full rank", said, layers))
+        distance = nearer(shares / null, flat)
+        found.append(Finding("gradients of full rank", said, layers, distance=or_none(distance)))
     return found
 
 
@@ -216,14 +238,18 @@ def _weights(weights: Sequence[MatrixSpectrum]) -> list[Finding]:
     broken = [one for one in weights if one.norm is None]
     empty = [one for one in weights if one.norm == 0]
     noise = [one for one in weights if one.norm and one.outliers == 0]
-    for kind, those, words in (
-        ("weights not finite", broken, "hold NaN or infinity"),
-        ("weights of zero", empty, "are all zero"),
-        ("weights like noise", noise, "have no singular value above those of a random matrix of their size"),
+    # The largest squared singular value over that of noise with the norm of the matrix.
+    largest = np.array([one.random_stable_rank / one.stable_rank if one.stable_rank else np.nan for one in weights])
+    like_noise = or_none(nearer(largest, [i for i, one in enumerate(weights) if one in noise]))
+    for kind, those, distance, words in (
+        ("weights not finite", broken, None, "hold NaN or infinity"),
+        ("weights of zero", empty, None, "are all zero"),
+        ("weights like noise", noise, like_noise, "have no singular value above those of a random matrix of that size"),
     ):
         if those:
             layers = sorted({one.layer for one in those if one.layer is not None})
-            found.append(Finding(kind, f"{len(those)} of {len(weights)} matrices {words}: {_named(those)}.", layers))
+            said = f"{len(those)} of {len(weights)} matrices {words}: {_named(those)}."
+            found.append(Finding(kind, said, layers, distance=distance))
     known = [one for one in weights if one.effective_rank is not None]
     if known:
         shares = [(one.effective_rank or 0.0) / one.random_effective_rank for one in known]

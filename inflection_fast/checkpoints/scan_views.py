@@ -11,7 +11,7 @@ from inflection_fast.checkpoints.findings import Finding
 from inflection_fast.checkpoints.scanning import Profiled, Scan
 from inflection_fast.report.answer import Answer
 from inflection_fast.report.look import Line, Look, Matrix, Profile, Table
-from inflection_fast.report.words import count, layer_list, percent, significant
+from inflection_fast.report.words import count, layer_ranges, percent, setting, significant
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,6 +26,14 @@ TERMINAL = (
     ("residual_kurtosis", "Kurtosis"), ("activation_grad", "Gradient"), ("gain", "Gain"), ("near", "CKA before"),
     ("effective", "Eff. rank"),
 )  # fmt: skip
+# Kind of a finding -> the columns that tell it, in which its layers are marked.
+TOLD_BY = {
+    "not finite": ("residual_rms",),
+    "lazy layers": ("rank_k90", "rank_max", "lazy_heads"),
+    "blind to order": ("entropy",),
+    "sinks": ("sink",),
+    "massive activations": ("residual_max", "massive_activations"),
+}
 
 
 def scan_answer(found: Scan, where: str) -> Answer:
@@ -46,13 +54,14 @@ def scan_answer(found: Scan, where: str) -> Answer:
         chosen = "" if found.plan is None else f" {found.plan.summary}"
         return Answer(verdict, why, f"No layer is chosen for adapters.{chosen}")
     return Answer(
-        verdict, why, f"For adapters it points at {layer_list(found.plan.layers)}; as settings of a tool that trains:",
+        verdict, why,
+        f"For adapters it points at {layer_ranges(found.plan.layers)}; as settings of a tool that trains:",
         f"inflection-fast scan {found.model['name']} --data ... --yaml axolotl",
     )  # fmt: skip
 
 
 def _kind(one: Finding) -> str:
-    return f"{one.kind} ({layer_list(one.layers)})" if one.layers else one.kind
+    return f"{one.kind} ({layer_ranges(one.layers)})" if one.layers else one.kind
 
 
 def scan_look(found: Scan, where: str, source: str) -> Look:
@@ -62,7 +71,6 @@ def scan_look(found: Scan, where: str, source: str) -> Look:
         facts.append(f"{count(parameters)} parameters")
     facts += [f"{len(found.layers)} layers"] if found.layers else []
     facts.append(source)
-    of_layer = {layer: one for one in found.findings if one.unusual for layer in one.layers}
     return Look(
         kind="scan",
         title=f"Scan of {str(found.model['name']).rstrip('/').rsplit('/', 1)[-1]}",
@@ -70,13 +78,20 @@ def scan_look(found: Scan, where: str, source: str) -> Look:
         facts=facts,
         answer=scan_answer(found, where),
         layers=found.layers,
-        profiles=[_profile(one, sorted(of_layer)) for one in found.profiles.values()] + _more_profiles(found),
+        profiles=[_profile(one, _marked(found, name)) for name, one in found.profiles.items()] + _more_profiles(found),
         matrices=_matrices(found),
         tables=_tables(found),
-        settings=[(name, str(value)) for name, value in {**found.texts, **found.settings}.items()],
+        settings=[(name, setting(value)) for name, value in {**found.texts, **found.settings}.items()],
         versions=list(found.versions.items()),
         missing=_missing(found),
         plan=found.plan,
+    )
+
+
+def _marked(found: Scan, column: str) -> list[int]:
+    """Layers of the unusual findings that this column tells."""
+    return sorted(
+        {i for one in found.findings if one.unusual and column in TOLD_BY.get(one.kind, ()) for i in one.layers}
     )
 
 
@@ -121,8 +136,8 @@ def _matrices(found: Scan) -> list[Matrix]:
 def _tables(found: Scan) -> list[Table]:
     rows: list[Sequence[str]]
     tables = [
-        Table("Findings", ("What", "Against the nulls", ""),
-              [(one.kind, one.words, "unusual" if one.unusual else "") for one in found.findings])
+        Table("Findings", ("What", "Against the nulls", "", "Spreads"),
+              [(one.kind, one.words, "unusual" if one.unusual else "", _distance(one)) for one in found.findings], (3,))
     ]  # fmt: skip
     if found.layers:
         head, by_layer = _layer_rows(found)
@@ -180,6 +195,10 @@ def _effective(found: Scan) -> list[float | None]:
     if len(set(found.layers)) != len(found.layers) or len({layer.rpartition(".")[0] for layer in found.layers}) > 1:
         return []  # several stacks: the number in a name does not tell which layer it is
     return [float(np.mean(shares[i])) if i in shares else None for i in range(len(found.layers))]
+
+
+def _distance(one: Finding) -> str:
+    return "" if not one.unusual else "-" if one.distance is None else significant(one.distance)
 
 
 def _missing(found: Scan) -> list[str]:

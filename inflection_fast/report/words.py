@@ -5,7 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-__all__ = ["MISSING", "accuracy", "count", "layer_list", "listed", "percent", "score", "seconds", "significant"]
+__all__ = [
+    "MISSING",
+    "accuracy",
+    "count",
+    "layer_list",
+    "layer_ranges",
+    "listed",
+    "percent",
+    "score",
+    "seconds",
+    "setting",
+    "significant",
+]
 
 MISSING = "not recorded"
 
@@ -64,3 +76,24 @@ def layer_list(layers: Sequence[int]) -> str:
     if not layers:
         return "no layer"
     return f"layer{'s' if len(layers) > 1 else ''} {listed([str(layer) for layer in layers])}"
+
+
+def layer_ranges(layers: Sequence[int]) -> str:
+    """As `layer_list`, with `0 to 5` in place of four and more layers in a row: for models of any depth."""
+    runs: list[list[int]] = []
+    for layer in sorted(layers):
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    parts = [part for run in runs for part in ([f"{run[0]} to {run[-1]}"] if len(run) > 3 else map(str, run))]
+    return f"layer{'s' if len(layers) > 1 else ''} {listed(parts)}" if parts else "no layer"
+
+
+def setting(value: object) -> str:
+    """A setting or a result in a table: `yes`, `none`, `1.427`, or as it is."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value is None:
+        return "none"
+    return significant(value, 4) if isinstance(value, float) else str(value)
