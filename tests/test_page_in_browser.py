@@ -161,14 +161,45 @@ def test_the_theme_follows_the_system_and_the_button(driver, run_page):
     quiet(driver)
 
 
-def test_a_phone_needs_no_sideways_scrolling(driver, run_page):
+def look_page(folder, text):
+    from helpers.looked_at import look
+
+    from inflection_fast.report.look import write_look
+
+    write_look(look(text), folder / "index.html")
+    return (folder / "index.html").as_uri()
+
+
+def test_a_phone_needs_no_sideways_scrolling(driver, run_page, tmp_path):
     screen = {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True}
     driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
     try:
-        opened(driver, run_page)
-        assert driver.execute_script("return document.documentElement.scrollWidth") == 360
+        for page in (run_page, look_page(tmp_path, "/a/path" * 30)):
+            opened(driver, page)
+            assert driver.execute_script("return document.documentElement.scrollWidth") == 360
     finally:
         driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    quiet(driver)
+
+
+def test_on_paper_charts_fill_their_cards_and_nothing_is_there_to_be_clicked(driver, run_page):
+    opened(driver, run_page, "dark")
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    driver.execute_script("dispatchEvent(new Event('beforeprint'))")
+    try:
+        widths = driver.execute_script(
+            """return [...document.querySelectorAll(".plot")].filter((plot) => plot.querySelector("canvas"))
+            .map((plot) => [plot.clientWidth, plot.querySelector("canvas").clientWidth])"""
+        )
+        assert len(widths) == 22 and all(abs(box - canvas) <= 1 for box, canvas in widths)
+        shown = (
+            "return [...document.querySelectorAll('button, summary, nav, input')].filter((e) => e.offsetParent).length"
+        )
+        assert driver.execute_script(shown) == 0
+        assert driver.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    finally:
+        driver.execute_script("dispatchEvent(new Event('afterprint'))")
+        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
     quiet(driver)
 
 
@@ -244,12 +275,7 @@ def test_a_run_that_trains_grows_on_the_page(driver, tmp_path):
 
 
 def test_a_comparison_draws_profiles_and_matrices(driver, tmp_path):
-    from helpers.looked_at import look
-
-    from inflection_fast.report.look import write_look
-
-    write_look(look("CKA of A and B"), tmp_path / "index.html")
-    opened(driver, (tmp_path / "index.html").as_uri())
+    opened(driver, look_page(tmp_path, "CKA of A and B"))
     assert len(driver.find_elements("css selector", "#multiples canvas")) == 1
     assert colours_of(driver, "#matrix-cards") > 4
     box = find(driver, "#matrix-cards .plot")

@@ -830,7 +830,7 @@ function drawChoice(again = true) {
   byLayer(gradient.label, gradient.unit, [{ name: gradient.label, ...gradient }], plan.layers, found("gradient cliff"));
 }
 
-const LINES = ["accent", "second", "third", "faint"], LINE_WORDS = ["blue", "yellow", "green", "grey"];
+const LINES = ["accent", "second", "third", "faint"];
 
 function byLayer(title, unit, lines, chosen, rings = [], { into = $("choice-charts"), log = false, explanation = null, mark = "chosen" } = {}) {
   if (lines.every(({ values }) => values.every((value) => value === null))) return;
@@ -842,19 +842,27 @@ function byLayer(title, unit, lines, chosen, rings = [], { into = $("choice-char
     rows: [...Array(count).keys()].map((i) => [String(i), ...lines.flatMap(({ values, error }) => (error ? [values[i] ?? null, error[i] ?? null] : [values[i] ?? null]))]),
   }))));
   const say = (i) => {
-    const said = i === null ? lines.length > 1 ? lines.map(({ name }, k) => `${name}: ${LINE_WORDS[k]}`).join(", ")
-      : [chosen.length ? `Orange: ${mark} layers.` : "", ...rings.map(({ name, layer }) => `Ring: ${name}, layer ${layer}.`)].join(" ")
+    if (i === null && lines.length > 1) {
+      value.replaceChildren(...lines.flatMap(({ name }, k) => {
+        const dot = make("b", { text: "\u25cf ", "aria-hidden": true });
+        dot.style.color = `var(--${colours[k]})`;
+        return [make("span", { class: "entry" }, dot, name), " "];
+      }), ...(chosen.length ? [`Orange: ${mark} layers.`] : []));
+      return;
+    }
+    const said = i === null ? [chosen.length ? `Orange: ${mark} layers.` : "", ...rings.map(({ name, layer }) => `Ring: ${name}, layer ${layer}.`)].join(" ")
       : `layer ${i}: ${lines.map(({ name, values, error }) => (lines.length > 1 ? `${name} ` : "") + format(values[i]) + (error && (error[i] ?? null) !== null && values[i] !== null ? ` ± ${format(error[i], 2)}` : "")).join(", ")}${chosen.includes(i) ? `, ${mark}` : ""}`;
     value.textContent = said;
   };
   const reach = lines.flatMap(({ values, error }) => values.flatMap((v, i) => (v === null ? [] : [v - (error?.[i] ?? 0), v + (error?.[i] ?? 0)])));
   const known = lines.flatMap(({ values }) => values.filter((v) => v !== null));
   const positive = log && known.every((v) => v > 0);
-  const bottom = Math.min(...reach), top = Math.max(...reach), room = 0.1 * (top - bottom) || 0.5;
+  const bottom = Math.min(...reach), top = Math.max(...reach), room = 0.1 * (top - bottom) || Math.abs(top) * 0.1 || 1;
+  const least = bottom >= 0 && known.every((v) => v >= 0) ? Math.max(0, bottom - room) : bottom - room;  // counts are not below 0
   const low = Math.min(...known), high = Math.max(...known);
   choiceEntries.push(draw(box, {
     group: "layers",
-    scales: { x: { time: false, auto: false, range: (_, low, high) => [low, high] }, y: positive ? { distr: 3, range: () => [low / 1.3, high * 1.3] } : { range: () => [bottom - room, top + room] } },
+    scales: { x: { time: false, auto: false, range: (_, low, high) => [low, high] }, y: positive ? { distr: 3, range: () => [low / 1.3, high * 1.3] } : { range: () => [least, top + room] } },
     axes: [
       axis({ values: integerTicks, grid: { show: false }, size: 26, space: 26, incrs: [1, 2, 4, 5, 10, 20, 50] }),
       axis({
@@ -1177,12 +1185,12 @@ $("theme").addEventListener("click", () => {
 });
 $("print").addEventListener("click", () => print());
 let beforePrinting = null;
-const PAPER = 690;  // CSS pixels that a page of paper is wide
+const PAPER = 940;  // CSS pixels that a page of paper is wide, about; the style sheet fits charts to what it is
 addEventListener("beforeprint", () => {
   beforePrinting = document.documentElement.dataset.theme;
   setTheme("light");
   for (const { plot, box, height } of charts) {
-    const width = box.closest(".multiple") ? (PAPER - 60) / 2 : PAPER - 40;
+    const width = box.closest(".multiples") ? (PAPER - 80) / 2 : PAPER - 40;
     plot.setSize({ width, height: height(width) });
   }
 });
