@@ -83,10 +83,10 @@ def test_singular_values_of_noise_lie_where_its_law_says(shape):
     assert law.shape == drawn.shape and (np.diff(law) <= 0).all()
     np.testing.assert_allclose(law, drawn, atol=0.03 * law[0])
     np.testing.assert_array_equal(noise_singular_values(*shape[::-1]), law)
-    of_law, of_draws = (spectrum_of(s, *shape) for s in (law, drawn))
-    assert of_law.effective_rank == pytest.approx(of_draws.effective_rank, rel=0.02)
-    assert of_law.stable_rank == pytest.approx(of_draws.stable_rank, rel=0.06)
-    assert of_law.outliers == 0
+    found, draws = spectrum_of(law, *shape), [weight_spectrum(torch.randn(shape)) for _ in range(20)]
+    assert found.effective_rank == pytest.approx(np.mean([one.effective_rank for one in draws]), rel=0.03)
+    assert found.stable_rank == pytest.approx(np.mean([one.stable_rank for one in draws]), rel=0.06)
+    assert found.outliers == 0
 
 
 @pytest.mark.parametrize("alpha", [1.8, 2.5, 4.0])

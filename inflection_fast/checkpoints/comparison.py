@@ -15,6 +15,7 @@ from inflection_fast.blocks import find_blocks
 from inflection_fast.checkpoints.documents import read_document, write_document
 from inflection_fast.checkpoints.measuring import Features, Inputs, measure
 from inflection_fast.checkpoints.numbers import Numbers, error_of, mean_of, numbers
+from inflection_fast.checkpoints.threads import threads_for
 from inflection_fast.measure import MonitorConfig
 from inflection_fast.ops import cka_jackknife, cka_matrix
 from inflection_fast.ops.cka import POOLINGS
@@ -141,8 +142,10 @@ def compare(
         sides.append(_Side(timeline, *_joined(features, len(timeline.layers))))
     a, b = sides
     _same_samples(a, b, pooling)
-    delta, reasons = _delta(a, b, rank, debiased)
-    matrix = _matrix(a, b, debiased)
+    largest = max(one.shape[0] * one.shape[1] ** 2 for side in sides for one in side.rows.values())
+    with threads_for(largest):  # of a product of features with themselves
+        delta, reasons = _delta(a, b, rank, debiased)
+        matrix = _matrix(a, b, debiased)
     weights, modules = _weight_change(model_a, model_b)
     known = np.isfinite(matrix)
     first = next(iter(a.rows.values()), torch.empty(0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,13 +102,12 @@ def measured(
     null_config = _config()
     told("measuring them with their words in random order")
     mixed = [shuffled(one, tokenizer.all_special_ids, seed + i) for i, one in enumerate(batches[:count])]
-    of_shuffled = measure(
-        model, [one.inputs for one in mixed], null_config, out=folder("shuffled"), probe=_probe(mixed, loaded)
-    )
+    inputs = [_without_loss(one.inputs, loaded) for one in mixed]
+    of_shuffled = measure(model, inputs, null_config, out=folder("shuffled"), probe=_probe(mixed, loaded))
     told("measuring them with random matrices")
     _randomise(blocks, seed)
-    plain = [batch.inputs for batch in batches[:count]]
-    of_random = measure(model, plain, null_config, out=folder("random"), probe=_probe(batches[:count], loaded))
+    inputs = [_without_loss(one.inputs, loaded) for one in batches[:count]]
+    of_random = measure(model, inputs, null_config, out=folder("random"), probe=_probe(batches[:count], loaded))
     about: dict[str, object] = {
         "texts": sum(batch.texts for batch in batches),
         "batches": len(batches),
@@ -142,8 +142,16 @@ def _probe(batches: Sequence[Batch], loaded: Loaded) -> list[Inputs]:
         if loaded.task == "translated":
             prepare = getattr(loaded.model, "prepare_decoder_input_ids_from_labels")  # noqa: B009
             inputs["decoder_input_ids"] = prepare(labels=one.inputs["labels"])
-        found.append(inputs)
+        found.append(_without_loss(inputs, loaded))
     return found
+
+
+def _without_loss(inputs: Inputs, loaded: Loaded) -> Inputs:
+    """The same for a forward of which only the blocks count: a decoder then makes the logits of one position alone."""
+    if loaded.task != "causal" or "logits_to_keep" not in inspect.signature(loaded.model.forward).parameters:
+        return inputs
+    kept = {name: value for name, value in inputs.items() if name != "labels"}
+    return {**kept, "logits_to_keep": torch.zeros(1, dtype=torch.long, device=loaded.device)}
 
 
 def _matrices(blocks: Sequence[Block], rank: int) -> frozenset[nn.Parameter]:

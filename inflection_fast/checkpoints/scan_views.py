@@ -22,7 +22,7 @@ LONG = 48  # with more layers than this the terminal lists those of the findings
 SENTENCES = 4  # of the findings in the first lines
 # Columns of the table in the terminal: name of the profile, or of what is computed below, and the head.
 TERMINAL = (
-    ("entropy", "Entropy"), ("sink", "First key"), ("rank_k90", "Rank k*"), ("residual_rms", "RMS"),
+    ("entropy", "Entropy"), ("sink", "Sink"), ("rank_k90", "Rank k*"), ("residual_rms", "RMS"),
     ("residual_kurtosis", "Kurtosis"), ("activation_grad", "Gradient"), ("gain", "Gain"), ("near", "CKA before"),
     ("effective", "Eff. rank"),
 )  # fmt: skip
@@ -223,7 +223,7 @@ def show_scan(found: Scan, where: str, console: Console) -> None:
         console.print(Text(text, style), soft_wrap=False)
 
     show(f"Scan of {found.model['name']}", "bold")
-    grid = Grid(box=None, pad_edge=False, header_style="bold")
+    grid = Grid(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     if found.layers:
         head, rows = _layer_rows(found)
         if len(rows) > LONG:
