@@ -136,8 +136,8 @@ def _matrices(found: Scan) -> list[Matrix]:
 def _tables(found: Scan) -> list[Table]:
     rows: list[Sequence[str]]
     tables = [
-        Table("Findings", ("What", "Against the nulls", "", "Spreads"),
-              [(one.kind, one.words, "unusual" if one.unusual else "", _distance(one)) for one in found.findings], (3,))
+        Table("Findings", ("What", "Against the nulls", "Unusual", "Spreads"),
+              [(one.kind, one.words, "yes" if one.unusual else "no", _distance(one)) for one in found.findings], (3,))
     ]  # fmt: skip
     if found.layers:
         head, by_layer = _layer_rows(found)

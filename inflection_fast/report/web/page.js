@@ -843,11 +843,13 @@ function byLayer(title, unit, lines, chosen, rings = [], { into = $("choice-char
   }))));
   const say = (i) => {
     if (i === null && lines.length > 1) {
-      value.replaceChildren(...lines.flatMap(({ name }, k) => {
+      const names = lines.map(({ name }, k) => [name, colours[k]]);
+      if (chosen.length) names.push([`${mark} layers`, "chosen"]);
+      value.replaceChildren(...names.flatMap(([name, colour]) => {
         const dot = make("b", { text: "\u25cf ", "aria-hidden": true });
-        dot.style.color = `var(--${colours[k]})`;
+        dot.style.color = `var(--${colour})`;
         return [make("span", { class: "entry" }, dot, name), " "];
-      }), ...(chosen.length ? [`Orange: ${mark} layers.`] : []));
+      }));
       return;
     }
     const said = i === null ? [chosen.length ? `Orange: ${mark} layers.` : "", ...rings.map(({ name, layer }) => `Ring: ${name}, layer ${layer}.`)].join(" ")
