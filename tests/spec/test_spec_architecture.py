@@ -259,7 +259,7 @@ HOST_READS = {
     ("ops/cka/basis.py", "same_as"): "two bases are compared once, where states are merged",
     ("ops/cka/basis.py", "find"): "the rank that keeps a share of the variance is a shape",
     ("ops/checks.py", "cu_seqlens"): "on the CPU only, and not while compiling",
-    ("ops/spectrum.py", "weight_spectrum"): "of singular values that are on the host",
+    ("ops/spectrum.py", "spectrum_of"): "of singular values that are on the host",
     ("ops/spectrum.py", "outliers"): "of singular values that are on the host",
     ("quantities/gradient_noise.py", "values"): "sums that are on the host",
     ("quantities/trajectory.py", "bends"): "a curve that is on the host",
