@@ -1,9 +1,12 @@
 """Models outside Transformers: what people write themselves, and packages that are skipped where they are absent."""
 
+from importlib.util import find_spec
+
 import numpy as np
 import pytest
 import torch
 from helpers.tiny_models import entropy, one_thread  # noqa: F401
+from helpers.without_kernels import import_torchvision
 from torch import nn
 
 from inflection_fast.measure import Monitor, MonitorConfig
@@ -144,6 +147,8 @@ def test_blocks_of_diffusers_are_measured():
 
 
 def test_the_vision_transformer_of_timm_is_measured():
+    if find_spec("torchvision") is not None:
+        import_torchvision()
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=3)
@@ -238,3 +243,53 @@ def test_x_transformers_is_measured_attention_by_attention():
     expected = np.stack([entropy(p.double()).mean((0, 2)).detach().numpy() for p in found])
     np.testing.assert_allclose(timeline.entropy[0], expected, atol=2e-6)
     assert (timeline.activation_grad > 0).all()
+
+
+class Attending(nn.Module):
+    """A block that asks `nn.MultiheadAttention` for its weights, of each head or averaged over heads, or not."""
+
+    def __init__(self, **settings):
+        super().__init__()
+        self.attn, self.mlp = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True), nn.Linear(WIDTH, WIDTH)
+        self.settings = settings
+
+    def forward(self, x):
+        return x + self.mlp(self.attn(x, x, x, **self.settings)[0])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"need_weights": True}, {"need_weights": True, "average_attn_weights": False}, {"need_weights": False}],
+    ids=["averaged", "of each head", "none"],
+)
+def test_multihead_attention_of_torch_is_measured_whatever_weights_it_returns(settings):
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.layers = nn.ModuleList(Attending(**settings) for _ in range(2))
+    model.forward = lambda x: model.layers[1](model.layers[0](x))
+    x, seen = 3 * torch.randn(B, T, WIDTH), []
+    timeline = measured(model, x)
+    for layer in model.layers:
+        _, p = layer.attn(x, x, x, need_weights=True, average_attn_weights=False)
+        seen.append(entropy(p.double()).mean((0, 2)).detach().numpy())
+        x = layer(x)
+    assert np.ptp(seen) > 0.02
+    np.testing.assert_allclose(timeline.entropy[0], np.stack(seen), atol=2e-6)
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_torch_encoder_layers_are_measured_with_padding(norm_first):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 8, dropout=0.0, batch_first=True, norm_first=norm_first)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    padding = torch.arange(T) >= torch.tensor([[T], [T - 2]])  # True: nobody attends to it
+    x, seen = torch.randn(B, T, WIDTH), []
+    with Monitor(model, ALL_ROWS) as monitor:
+        model(x, src_key_padding_mask=padding).square().mean().backward()
+        monitor.step()
+    for layer in model.layers:
+        y = layer.norm1(x) if norm_first else x
+        _, p = layer.self_attn(y, y, y, key_padding_mask=padding, average_attn_weights=False)
+        seen.append(entropy(p.double()).mean((0, 2)).detach().numpy())
+        x = layer(x, src_key_padding_mask=padding)
+    np.testing.assert_allclose(monitor.timeline.entropy[0], np.stack(seen), atol=2e-6)

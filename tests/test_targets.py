@@ -13,6 +13,7 @@ from helpers.tiny_models import one_thread  # noqa: F401
 from torch import nn
 
 from inflection_fast import dead_adapters, inject
+from inflection_fast.act.code import read_directly
 from inflection_fast.act.targets import is_linear
 
 
@@ -119,6 +120,15 @@ def test_routers_experts_output_layers_and_what_is_not_called_are_left_out(caplo
         assert words in caplog.text
     adapted(torch.arange(8)[None]).sum().backward()
     assert dead_adapters(adapted) == []
+
+
+def test_a_weight_that_a_decorated_method_reads_is_known_to_be_read():
+    class Decorated(nn.Module):
+        @torch.no_grad()
+        def forward(self, x):
+            return F.linear(x, self.read.weight) + self.called(x.to(self.called.weight.dtype))
+
+    assert read_directly(Decorated) == {"read"}
 
 
 def test_dead_adapters_are_found():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dis
+import inspect
 
 __all__ = ["read_directly"]
 
@@ -23,7 +24,8 @@ def _read_in_code(cls: type) -> frozenset[str]:
         if owner.__module__.startswith("torch.nn.modules.module"):
             continue
         for name, function in vars(owner).items():
-            code = getattr(function, "__code__", None)
+            # A decorator's code says nothing of the weights: what it wraps does.
+            code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
             if code is None or name.startswith(("_init", "init", "reset", "tie", "_tie", "extra_repr", "__init__")):
                 continue
             before: list[dis.Instruction | None] = [None, None]

@@ -15,7 +15,10 @@ from .order import CONTAINERS, calls_forward_of_elements, in_order, in_turns
 
 __all__ = ["Block", "find_blocks", "is_linear_attention", "is_named_attention"]
 
-_ATTENTION_NAME = re.compile(r"(?<!post_)(attention|attn)", re.IGNORECASE)
+# MLA: multi-head latent attention (LongCat).
+_ATTENTION_NAME = re.compile(r"(?<!post_)(attention|attn)|(?-i:MLA)$", re.IGNORECASE)
+# What mixes residual streams before and after an attention, by a softmax of its own (GLM 5, DeepSeek V4: `attn_hc`).
+_MIXING_NAME = re.compile(r"hyper_?connection|(^|_)hc$", re.IGNORECASE)
 # Without a softmax over keys there is no distribution to measure: Qwen3-Next, Kimi-Linear, MiniMax.
 _LINEAR_NAME = re.compile(r"linear_?att|lightning_?att|delta_?(net|att)", re.IGNORECASE)
 _ATTENTION_CALLS = {"scaled_dot_product_attention", "multi_head_attention_forward", "flex_attention"}
@@ -251,7 +254,7 @@ def is_linear_attention(module: nn.Module, attribute: str) -> bool:
 
 
 def _is_called(pattern: re.Pattern, module: nn.Module, attribute: str) -> bool:
-    if isinstance(module, CONTAINERS):
+    if isinstance(module, CONTAINERS) or any(map(_MIXING_NAME.search, (type(module).__name__, attribute))):
         return False
     # A bare leaf of that name is a normalisation or a projection beside the attention (`attention_norm`).
     return bool(pattern.search(type(module).__name__) or (pattern.search(attribute) and _has_children(module)))

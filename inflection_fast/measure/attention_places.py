@@ -44,7 +44,7 @@ class AttentionPlaces:
     The attention of a block is what lies in modules called attention; in a block without any, whose modules state a
     number of heads, the block itself. Cross attention is told by its name or by `is_cross_attention`. Of several others
     the block's own is the one called "self" something, else the one without a further name ("attention" beside
-    "temporal_attention"); several of equal standing count together.
+    "temporal_attention"); several of equal standing and as many heads count together.
     """
 
     def __init__(self, blocks: Sequence[Block]):
@@ -126,6 +126,9 @@ class AttentionPlaces:
         }
         standing = {path: _standing(path) for path in inner if path not in cross}
         best = min(standing.values(), default=0)
+        counts = {path: _heads_around(block.module, path) or 0 for path in standing if standing[path] == best}
+        # Heads of two numbers cannot be added up: the attention with the most counts (Grounding DINO's encoder).
+        selfs = {path for path, count in counts.items() if count == max(counts.values())}
         self.innermost += inner.values()
         # Outer ones first: the same module may be in two blocks, and the last word is that of the innermost.
         heads = next((count for one in block.module.modules() if (count := _heads_of(one))), None)
@@ -135,20 +138,22 @@ class AttentionPlaces:
             if path in cross:
                 kind = "cross"
             elif path in standing:
-                kind = "self" if standing[path] == best else "other"
+                kind = "self" if path in selfs else "other"
             elif is_linear_attention(module, path.rpartition(".")[2]):
                 kind = None
             else:  # holds others: what attends in its own code is what these are
                 within = [other for other in inner if other.startswith(path + ".")]
-                kinds = {
-                    "cross" if other in cross else "self" if standing[other] == best else "other" for other in within
-                }
+                kinds = {"cross" if other in cross else "self" if other in selfs else "other" for other in within}
                 kind = kinds.pop() if len(kinds) == 1 else "self"
             if kind == "other":
                 self.others.append(f"{block.name}.{path}")
-            owners = [block.module.get_submodule(path.rsplit(".", n)[0]) for n in range(1, path.count(".") + 1)]
-            heads = next((count for one in (module, *owners, block.module) if (count := _heads_of(one))), None)
-            self._places[module] = Place(kind, heads)
+            self._places[module] = Place(kind, _heads_around(block.module, path))
+
+
+def _heads_around(block: nn.Module, path: str) -> int | None:
+    """The number of heads that a module of a block states, or the nearest module around it."""
+    owners = [block.get_submodule(path.rsplit(".", n)[0]) for n in range(1, path.count(".") + 1)]
+    return next((count for one in (block.get_submodule(path), *owners, block) if (count := _heads_of(one))), None)
 
 
 def _standing(path: str) -> int:

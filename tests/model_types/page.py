@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,10 +20,14 @@ difference in nats, with float32 activations in the model; "layers" counts the b
 * **right**: every block's entropy agrees to {tolerance:g} nats ({single:g} where the truth is in float32).
 * **no attention**: the blocks have no softmax attention; gradients are measured, entropy is NaN.
 * **refused**: in the words given.
-* **not built**: no tiny model or batch follows from the configuration by general rules; nothing is known about it.
+* **not built**: listed below the table with the reasons; nothing is known about them.
 
-| type | result | blocks by stack | layers | error | note |
-|---|---|---|---|---|---|
+"Adapters" is what `inject` does without `target_modules` in every other block: which rule found how many modules. They
+were asserted to be inside those blocks, trained one step, and every one of a block that ran had a gradient.
+{adapted}
+
+| type | result | blocks by stack | layers | error | adapters | note |
+|---|---|---|---|---|---|---|
 """
 
 
@@ -36,14 +40,30 @@ def write(path: str, results: list) -> None:
     summary = f"{len(built)} types were built: " + ", ".join(
         f"{counts[status]} {status}" for status in _STATUS[:-1] if counts[status]
     )
+    words = Counter(_adapted(result.adapted) for result in built)
+    adapted = "; ".join(f"{count} {word}" for word, count in words.most_common())
     head = _HEAD.format(
         transformers=version("transformers"),
         torch=version("torch"),
         counts=summary + ".",
+        adapted=f"Of {len(built)} types: {adapted}.",
         tolerance=TOLERANCE,
         single=TOLERANCE_SINGLE,
     )
     rows = sorted(built, key=lambda result: (_STATUS.index(result.status), result.model_type))
-    left = ", ".join(result.model_type for result in results if result.status == "not built")
     lines = [result.line() for result in rows]
-    Path(path).write_text(head + "\n".join(lines) + f"\n\nNot built ({counts['not built']}): {left}.\n")
+    Path(path).write_text(head + "\n".join(lines) + "\n\n" + _left(results))
+
+
+def _adapted(words: str) -> str:
+    status = words.partition(":")[0]
+    return status if status in ("dead", "outside", "refused", "crash") else "trained"
+
+
+def _left(results: list) -> str:
+    reasons = defaultdict(list)
+    for result in results:
+        if result.status == "not built":
+            reasons[result.note].append(result.model_type)
+    lines = [f"* {', '.join(types)}: {note}" for note, types in sorted(reasons.items())]
+    return f"Not built ({sum(map(len, reasons.values()))}):\n\n" + "\n".join(lines) + "\n"

@@ -1,6 +1,6 @@
-"""What the general rules for tiny models do not tell: settings and inputs of single types."""
+"""Settings of single types, where the general rules for tiny models do not tell them."""
 
-import torch
+from transformers import ResNetConfig, RTDetrResNetConfig
 
 _NO_GROUPS = {"num_key_value_heads": 4}
 _WINDOWS = {"image_size": 32, "embed_dim": 8, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}
@@ -123,133 +123,195 @@ SETTINGS |= {"unlimited_ocr": {"text_config": _NO_GROUPS}}
 SETTINGS["nemotron3_diarization"] = SETTINGS["nemotron3_diarization"] | {"audio_config": _NO_GROUPS}
 
 
-def _prefix_text(config) -> dict:
-    ids = torch.randint(8, 99, (2, 12))
-    return {"input_ids": ids, "token_type_ids": torch.zeros_like(ids)}
-
-
-def _sound(config) -> dict:
-    return {"input_features": torch.randn(2, 8, 16), "decoder_input_ids": torch.randint(8, 99, (2, 12))}
-
-
-def _video(config) -> dict:
-    return {"pixel_values": torch.randn(2, config.num_frames, 3, config.image_size, config.image_size)}
-
-
-def _ids(length: int = 12) -> torch.Tensor:
-    return torch.randint(8, 99, (2, length))
-
-
-def _series(config) -> dict:
-    past = config.context_length + max(config.lags_sequence)
-    return {
-        "past_values": torch.randn(2, past),
-        "past_time_features": torch.randn(2, past, config.num_time_features),
-        "past_observed_mask": torch.ones(2, past),
-        "future_values": torch.randn(2, config.prediction_length),
-        "future_time_features": torch.randn(2, config.prediction_length, config.num_time_features),
+# Texts.
+_SECTIONS = {"rope_type": "default", "rope_theta": 1e4}
+_EXPERTS = {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16}
+_INDEXER = dict.fromkeys(("indexer_n_heads", "hc_count"), 2) | {
+    "indexer_head_dim": 8, "indexer_budget": 8, "indexer_compress_ratio": 2, "indexer_kv_heads": 1, "hc_lowrank": 8,
+}  # fmt: skip
+_NO_ROPE = {"num_key_value_heads": 4, "index_topk": 16, "qk_rope_head_dim": 0, "head_dim": 0, "linear_head_dim": 8}
+_NO_ROPE |= {"linear_num_heads": 4}
+_FOUR_AXES = {"head_dim": 8, "rope_parameters": _SECTIONS | {"mrope_section": [1, 1, 1, 1]}}
+_BY_KIND = {
+    "rope_parameters": {
+        kind: _SECTIONS | {"mrope_section": [2, 1, 1]} for kind in ("full_attention", "sliding_attention")
     }
-
-
-def _patches_of_series(config) -> dict:
-    return {"past_values": torch.randn(2, config.context_length, config.num_input_channels)}
-
-
-def _decisions(config) -> dict:
-    return {
-        "states": torch.randn(2, 6, config.state_dim),
-        "actions": torch.randn(2, 6, config.act_dim),
-        "rewards": torch.randn(2, 6, 1),
-        "returns_to_go": torch.randn(2, 6, 1),
-        "timesteps": torch.arange(6).expand(2, 6),
-        "attention_mask": torch.ones(2, 6),
-    }
-
-
-def _long_sound(config) -> dict:
-    return {"input_features": torch.randn(2, config.num_mel_bins, 128)}
-
-
-def _masked_sound(config) -> dict:
-    return _long_sound(config) | {"input_features_mask": torch.ones(2, 128, dtype=torch.long)}
-
-
-def _patched_image(config) -> dict:
-    vision = getattr(config, "vision_config", config)
-    return {
-        "pixel_values": torch.randn(2, 16, vision.num_channels * vision.patch_size**2),
-        "pixel_attention_mask": torch.ones(2, 16, dtype=torch.long),
-        "spatial_shapes": torch.tensor([[4, 4], [4, 4]]),
-    }
-
-
-def _kosmos(config) -> dict:
-    size, mask = config.vision_config.image_size, torch.zeros(2, 12, dtype=torch.long)
-    mask[:, 1 : 1 + config.latent_query_num] = 1
-    return {"pixel_values": torch.randn(2, 3, size, size), "input_ids": _ids(), "image_embeds_position_mask": mask}
-
-
-def _interleaved(config) -> dict:
-    size = config.vision_config.image_size
-    return {
-        "input_ids": _ids(),
-        "pixel_values": torch.randn(2, 1, 3, size, size),
-        "image_attention_mask": torch.ones(2, 12, 1),
-    }
-
-
-def _frames(config) -> dict:
-    vision = config.vision_config
-    frames = torch.randn(2, vision.num_frames, 3, vision.image_size, vision.image_size)
-    return {"input_ids": _ids(), "pixel_values": frames}
-
-
-INPUTS: dict = {
-    # Without token types, eager attention is causal and SDPA is not.
-    "paligemma": _prefix_text,
-    "whisper": _sound,
-    "timesformer": _video,
-    "autoformer": _series,
-    "informer": _series,
-    "time_series_transformer": _series,
-    "patchtst": _patches_of_series,
-    "decision_transformer": _decisions,
-    "perceiver": lambda config: {"inputs": torch.randn(2, 12, config.d_model)},
-    "blip_2_qformer": lambda config: {
-        "query_embeds": torch.randn(2, 4, config.hidden_size),
-        "encoder_hidden_states": torch.randn(2, 5, config.encoder_hidden_size),
+}
+SETTINGS |= {
+    "bailing_hybrid": {"num_key_value_heads": 4, "num_experts": 16},
+    "bros": {"hidden_size": 64, "intermediate_size": 96},
+    "chameleon": {"vocabulary_map": {"<image>": 4}},
+    "emu3": {
+        "vocabulary_map": {"<image>": 4, "<|extra_200|>": 5},
+        "vq_config": {"base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1, "attn_resolutions": []},
     },
-    "lxmert": lambda config: {
-        "input_ids": _ids(),
-        "visual_feats": torch.randn(2, 5, config.visual_feat_dim),
-        "visual_pos": torch.rand(2, 5, 4),
+    "cohere_compass_text": _BY_KIND,
+    "cohere_compass": {"text_config": _BY_KIND},
+    "deepseek_v4": {"compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 4}},
+    "dia": {
+        "decoder_config": {
+            "num_channels": 9, "cross_hidden_size": 32, "cross_num_attention_heads": 4, "cross_head_dim": 8,
+            "cross_num_key_value_heads": 4,
+        },
     },
-    "wav2vec2-bert": lambda config: {"input_features": torch.randn(2, 16, config.feature_projection_input_dim)},
-    "speecht5": lambda config: {
-        "input_values": torch.randn(2, 16, config.hidden_size),
-        "decoder_input_values": torch.randn(2, 8, config.hidden_size),
+    "diffusion_gemma": {"text_config": _EXPERTS},
+    "glm5_next_text": _NO_ROPE,
+    "glm5_next": {"text_config": _NO_ROPE},
+    "longcat_flash": {"num_key_value_heads": 4, "zero_expert_num": 2, "expert_ffn_hidden_size": 16},
+    "mistral4": {"num_key_value_heads": 4, "head_dim": 16},
+    "qwen4_exp_text": _INDEXER,
+    "qwen4_exp": {"text_config": _INDEXER},
+    "step3p7": {"text_config": {"sliding_window": 5}},
+    "reformer": {
+        "axial_pos_embds_dim": [16, 16], "axial_pos_shape": [4, 4], "attn_layers": ["local", "lsh"], "num_buckets": 2,
+        "local_attn_chunk_length": 4, "lsh_attn_chunk_length": 4, "attention_head_size": 8, "num_hidden_layers": 2,
+        "hidden_dropout_prob": 0.0, "hash_seed": 1,
     },
-    "voxtral_encoder": _long_sound,
-    "qwen2_audio_encoder": _long_sound,
-    "moss_transcribe_diarize_audio": _long_sound,
-    "audioflamingo3_encoder": _masked_sound,
-    "qwen3_asr_encoder": lambda config: {
-        "input_features": torch.randn(2, config.num_mel_bins, 100),
-        "input_features_mask": torch.ones(2, 100, dtype=torch.long),
+    "blt": {"encoder_hash_byte_group_vocab": 99, "vocab_size": 260, "patching_mode": "space"}
+    | {f"{part}_config": {"vocab_size": 260} for part in ("encoder", "decoder", "patcher")},
+    "hunyuan_vl_text": _FOUR_AXES,
+    "hunyuan_vl": {"text_config": _FOUR_AXES},
+    "hunyuan_vl_vision": {"temporal_patch_size": 1},
+    "neomme": {"head_dim": 16},
+    "ernie4_5_vl_moe": {
+        "text_config": {"head_dim": 8, "rope_parameters": _SECTIONS | {"mrope_section": [1, 1, 2]}},
     },
-    "fun_asr_nano_encoder": lambda config: {
-        "input_features": torch.randn(2, 16, getattr(config, "input_size", None) or config.num_mel_bins),
-        "input_features_mask": torch.ones(2, 16, dtype=torch.long),
+    "musicgen": {"decoder": {"num_codebooks": 2, "vocab_size": 99}},
+    "musicgen_melody": {"decoder": {"num_codebooks": 2, "vocab_size": 99}},
+}  # fmt: skip
+
+# Images: sizes that leave more than one key after the convolutions, and backbones that need no further package.
+_RESNET = {
+    "use_timm_backbone": False,
+    "backbone_config": ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], out_features=["stage2", "stage3", "stage4"]
+    ),
+}
+_LARGER = (
+    "align", "convnext", "convnextv2", "cvt", "detr", "conditional_detr", "dab-detr", "deformable_detr",
+    "dinov3_convnext", "efficientnet", "glpn", "mm-grounding-dino", "grounding-dino", "segformer", "table-transformer",
+)  # fmt: skip
+IMAGE_SIZES = dict.fromkeys(_LARGER, 64) | {"mobilevit": 128, "mobilevitv2": 128, "oneformer": 64, "mask2former": 64}
+SETTINGS |= {kind: _RESNET for kind in ("detr", "conditional_detr", "dab-detr", "deformable_detr", "table-transformer")}
+SETTINGS |= {
+    "align": {"vision_config": {"hidden_dim": 640}},
+    "efficientnet": {"hidden_dim": 2560},
+    "gemma3n": {"text_config": SETTINGS["gemma3n_text"]},
+    "mobilevit": {"patch_size": 2},
+    "tvp": {"max_img_size": 64, "visual_prompt_size": 8} | _RESNET,
+    "blip-2": {"image_token_index": 3},
+    "instructblip": {"image_token_index": 3},
+    "instructblipvideo": {"video_token_index": 4},
+    "grounding-dino": {"text_config": {"vocab_size": 1100}},
+    "mm-grounding-dino": {"text_config": {"vocab_size": 1100}},
+    "bridgetower": {
+        "hidden_size": 64, "text_config": {"hidden_size": 64}, "vision_config": {"hidden_size": 64, "image_size": 16},
+        "image_size": 16,
     },
-    "glmasr_encoder": lambda config: {"input_features": torch.randn(2, config.num_mel_bins, 16)},
-    "voxtral_realtime_encoder": lambda config: {"input_features": torch.randn(2, config.num_mel_bins, 16)},
-    "siglip2": lambda config: {"input_ids": _ids()} | _patched_image(config),
-    "siglip2_vision_model": _patched_image,
-    "kosmos-2": _kosmos,
-    "idefics": _interleaved,
-    "xclip": _frames,
-    "flava": lambda config: {"input_ids": _ids(), "pixel_values": torch.randn(2, 3, 16, 16)},
+    "clap": {
+        "audio_config": {
+            "spec_size": 64, "patch_size": 4, "patch_stride": [4, 4], "window_size": 4, "depths": [2, 2],
+            "num_attention_heads": [2, 4], "patch_embeds_hidden_size": 8, "hidden_size": 16, "num_mel_bins": 16,
+            "enable_fusion": False,
+        },
+    },
+    "levit": {"image_size": 128, "patch_size": 16, "hidden_sizes": [16, 24, 32], "depths": [1, 1, 1],
+              "key_dim": [8, 8, 8], "num_attention_heads": [2, 2, 2]},
+    "swin2sr": {"image_size": 16, "patch_size": 1, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 2],
+                "window_size": 4},
+    "sam": {"vision_config": {"output_channels": 32, "num_pos_feats": 16}},
+    "sam_hq": {"vision_config": {"output_channels": 32, "num_pos_feats": 16}},
+    "sam3": {"vision_config": {"fpn_hidden_size": 32}},
+    "sam3_lite_text": {"vision_config": {"fpn_hidden_size": 32}},
+    "sam3_tracker": {"vision_config": {"fpn_hidden_size": 32}},
+    "seggpt": {"image_size": [32, 16], "pretrain_image_size": 16, "intermediate_hidden_state_indices": [0, 1],
+               "merge_index": 0, "decoder_hidden_size": 8},
+    "timesfm": {"context_length": 64, "patch_length": 8, "horizon_length": 8, "freq_size": 3},
+    "timesfm2_5": {"context_length": 64, "patch_length": 8},
+    "patchtsmixer": {"context_length": 8, "patch_length": 2, "patch_stride": 2, "num_input_channels": 2},
+    "vjepa2": dict.fromkeys(("pred_num_attention_heads", "num_attention_heads"), 4)
+    | {"crop_size": 16, "pred_hidden_size": 32, "pred_num_hidden_layers": 2, "frames_per_clip": 2},
+    "efficientloftr": {"stage_num_blocks": [1, 1, 1], "out_features": [8, 8, 32], "stage_stride": [2, 1, 2],
+                       "stage_in_channels": [1, 8, 8]},
+    "muse_spark_vision": {"temporal_patch_size": 2},
+}  # fmt: skip
+_HIERA = {
+    "hidden_size": 8, "num_attention_heads": 1, "embed_dim_per_stage": [8, 16, 16, 32], "image_size": [64, 64],
+    "num_attention_heads_per_stage": [1, 2, 2, 4], "blocks_per_stage": [1, 1, 1, 1], "patch_kernel_size": [7, 7],
+    "window_size_per_stage": [4, 2, 4, 2], "global_attention_blocks": [2],
+    "window_positional_embedding_background_size": [4, 4],
+}  # fmt: skip
+_HIERA_PYRAMID = {
+    "backbone_config": _HIERA, "backbone_channel_list": [32, 16, 16, 8], "fpn_hidden_size": 32,
+    "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+}  # fmt: skip
+IMAGE_SIZES |= dict.fromkeys(("sam2", "sam2_vision_model", "sam2_hiera_det_model", "rt_detr", "rt_detr_v2"), 64)
+_RT_DETR = {
+    "backbone_config": RTDetrResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16, 16, 32], depths=[1, 1, 1, 1], layer_type="basic",
+        out_features=["stage2", "stage3", "stage4"],
+    ),
+    "encoder_hidden_dim": 32, "encoder_in_channels": [16, 16, 32], "decoder_in_channels": [32, 32, 32],
+}  # fmt: skip
+SETTINGS |= {
+    "sam2_hiera_det_model": _HIERA,
+    "sam2_vision_model": _HIERA_PYRAMID,
+    "sam2": {"vision_config": _HIERA_PYRAMID, "prompt_encoder_config": {"image_size": 64, "patch_size": 16}},
+    "rt_detr": _RT_DETR,
+    "rt_detr_v2": _RT_DETR,
+    "lw_detr": {
+        "backbone_config": {"num_windows": 4, "pretrain_image_size": 16, "window_block_indices": [0],
+                            "out_features": ["stage2"]},
+        "decoder_cross_attention_heads": 4, "decoder_self_attention_heads": 4, "group_detr": 2,
+        "projector_scale_factors": [1.0],
+    },
+    "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0], "text_hidden_size": 32, "num_key_value_heads": 4}},
+    "granite4_vision": {"deepstack_layer_map": [], "spatial_target_layers": [], "image_grid_pinpoints": [[16, 16]]},
+}  # fmt: skip
+
+# Sounds.
+_STAGES = {"num_hidden_layers": 4, "hidden_sizes": [8, 8, 16, 32], "depths": [1, 1, 1, 1]}
+_FEW_FILTERS = {"num_filters": 4, "depths": [1] * 7, "hidden_size": 32}
+SETTINGS |= {
+    "muse_spark_audio": _STAGES,
+    "muse_spark": {"audio_config": _STAGES},
+    "moonshine_streaming": {"num_key_value_heads": 4, "encoder_config": {"num_key_value_heads": 4}},
+    "vibevoice": {"audio_config": _FEW_FILTERS, "semantic_model_config": _FEW_FILTERS},
+    "vibevoice_asr": {f"{kind}_tokenizer_encoder_config": _FEW_FILTERS for kind in ("acoustic", "semantic")},
+}
+SETTINGS |= {f"vibevoice_acoustic_tokenizer{part}": _FEW_FILTERS for part in ("", "_encoder", "_decoder")}
+_CODEC = {"upsample_groups": 32, "num_filters": 4}
+SETTINGS |= {kind: _CODEC
+    for kind in (
+        "mimi", "mimi_encoder", "mimi_decoder", "pocket_tts_audio_tokenizer", "pocket_tts_audio_tokenizer_encoder",
+        "pocket_tts_audio_tokenizer_decoder",
+    )
+}  # fmt: skip
+SETTINGS |= {
+    "csm": {"codec_config": _CODEC, "depth_decoder_config": {"backbone_hidden_size": 32}},
+    "kyutai_speech_to_text": {"codec_config": _CODEC, "audio_pad_token_id": 3},
+    "encodec": {"num_filters": 4},
+    "nemotron3_5_transcribe_word_timestamp": {"blank_token_id": 98},
+    "clvp": {"decoder_config": {"feature_size": 16, "max_text_tokens": 64}},
 }
 
 # Standard deviation of the weights where the usual one makes activations grow from layer to layer.
-DEVIATION = {"mobilebert": 0.02}
+DEVIATION = {"mobilebert": 0.02, "levit": 0.1, "pe_audio_encoder": 0.05}
+
+# Parameters that are zero in a fresh model and not in a trained one: zero, they cut a gradient off.
+FILLED = {"doge": {"A": 0.5}}
+
+# Types of which no batch can be made, and why.
+NO_BATCH = {
+    "bark": "has no forward: its three parts are run by generate",
+    "glm_image_vqmodel": "has no forward: the language model calls its parts",
+} | dict.fromkeys(
+    ("edgetam_video", "sam2_video", "sam3_tracker_video", "sam3_video"),
+    "its forward takes a session of inference, not a batch",
+)
+
+# Types whose model takes one part of their configuration.
+PARTS = {"musicgen": "decoder", "musicgen_melody": "decoder"}
+
+# Types that give no gradient in evaluation mode, without dropout then.
+IN_TRAINING = {"reformer"}

@@ -1,21 +1,26 @@
 """Measures tiny models of the types of Transformers and compares their entropies with those of eager attention.
 
-python -m model_types.sweep [--out docs/models.md] [TYPE ...]      (with tests/ on the path)
+python -m model_types.sweep [--out docs/models.md] [--keep FILE] [--minutes N] [TYPE ...]   (with tests/ on the path)
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
+import json
 import logging
 import math
 import signal
 import sys
+import time
 import warnings
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
@@ -23,7 +28,8 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 from inflection_fast.blocks import find_blocks
 from inflection_fast.measure import Monitor, MonitorConfig
 
-from .tiny import batch_of, config_of, model_of
+from .injection import injection
+from .tiny import NotBuilt, model_and_batch, model_of
 from .truth import truth_of
 
 TOLERANCE = 1e-4  # nats, of float32 activations against float64
@@ -45,24 +51,31 @@ class Result:
     error: float = math.nan  # largest difference, nats
     confirmed: bool = False  # the weights that attention returns agree with the truth
     note: str = ""
+    adapted: str = ""  # what `inject` did by default: rule and number of modules, or why not
+    trains: list[int] = field(default_factory=list)  # blocks that a gradient reaches
+    seconds: float = 0.0
 
     def line(self) -> str:
         """A row of the table."""
         stacks = ", ".join(f"{name} {count}" for name, count in self.stacks.items())
         error = "" if math.isnan(self.error) else f"{self.error:.0e}"
-        return f"| {self.model_type} | {self.status} | {stacks} | {self.compared or ''} | {error} | {self.note} |"
+        cells = (self.model_type, self.status, stacks, self.compared or "", error, self.adapted, self.note)
+        return f"| {' | '.join(map(str, cells))} |"
 
 
-def check(model_type: str) -> Result:
-    """Build, measure and compare one type."""
+def check(model_type: str, adapt: bool = False) -> Result:
+    """Build, measure and compare one type; `adapt`: then inject adapters and train a step."""
     try:
-        model = model_of(model_type, config_of(model_type))
-        batch = batch_of(model_type, model)
-        with torch.no_grad():
-            model(**batch)
-    except Exception as error:
-        return Result(model_type, "not built", note=_sentence(error))
-    return compare(model_type, model, batch)
+        model, batch = model_and_batch(model_type)
+    except NotBuilt as error:
+        return Result(model_type, "not built", note=str(error))
+    result = compare(model_type, model, batch)
+    if adapt:
+        try:
+            result.adapted = str(injection(model, batch, result.trains)).replace("|", "/")
+        except Exception as error:
+            result.adapted = "crash: " + _sentence(error)
+    return result
 
 
 def compare(model_type: str, model, batch: dict) -> Result:
@@ -72,6 +85,7 @@ def compare(model_type: str, model, batch: dict) -> Result:
     except (ValueError, TypeError, RuntimeError) as error:
         return Result(model_type, "refused", note=_sentence(error))
     result = Result(model_type, "right", dict(Counter(block.stack for block in blocks)))
+    result.trains = [int(layer) for layer in np.flatnonzero(timeline.activation_grad[0] > 0)]
     eager, note = reference(model_type, model, batch)
     try:
         truth, result.confirmed, runs, _ = truth_of(eager, batch, find_blocks)
@@ -176,26 +190,43 @@ def quiet() -> None:
 def main() -> None:
     """Sweep and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("types", nargs="*")
-    parser.add_argument("--out")
+    parser.add_argument("types", nargs="*", help="none: all")
+    parser.add_argument("--out", help="page to be written")
+    parser.add_argument("--keep", type=Path, help="results of earlier sweeps, not repeated unless named; JSON lines")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no further type after so long")
     options = parser.parse_args()
     quiet()
     torch.set_num_threads(1)
-    results = []
-    for model_type in options.types or sorted(MODEL_MAPPING_NAMES):
+    results = _kept(options.keep)
+    begin = time.monotonic()
+    for model_type in options.types or [one for one in sorted(MODEL_MAPPING_NAMES) if one not in results]:
+        if time.monotonic() - begin > 60 * options.minutes:
+            break
+        started = time.monotonic()
         try:
             with at_most(SECONDS):
-                results.append(check(model_type))
+                result = check(model_type, adapt=True)
         except Exception as error:
-            results.append(Result(model_type, "wrong", note="crash: " + _sentence(error)))
-        if options.types or results[-1].status != "right":
-            print(results[-1].line(), file=sys.stderr, flush=True)
-    print(Counter(result.status for result in results), file=sys.stderr)
+            result = Result(model_type, "wrong", note="crash: " + _sentence(error))
+        result.seconds = round(time.monotonic() - started, 1)
+        results[model_type] = result
+        if options.types or result.status != "right":
+            print(result.line(), file=sys.stderr, flush=True)
+        if options.keep:
+            with options.keep.open("a") as file:
+                file.write(json.dumps(dataclasses.asdict(result)) + "\n")
+    print(Counter(result.status for result in results.values()), file=sys.stderr)
     if options.out:
         from .page import write
 
-        write(options.out, results)
-    sys.exit(any(result.status == "wrong" for result in results))
+        write(options.out, [results[name] for name in sorted(results)])
+    sys.exit(any(result.status == "wrong" for result in results.values()))
+
+
+def _kept(path: Path | None) -> dict[str, Result]:
+    lines = path.read_text().splitlines() if path is not None and path.exists() else []
+    found = [Result(**json.loads(line)) for line in lines]
+    return {result.model_type: result for result in found}  # the last of each
 
 
 if __name__ == "__main__":

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import re
 
 import torch
 from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
-from .recipes import DEVIATION, INPUTS, SETTINGS
+from .inputs import INPUTS
+from .recipes import DEVIATION, FILLED, IMAGE_SIZES, IN_TRAINING, NO_BATCH, PARTS, SETTINGS
 
 HIDDEN, HEADS, VOCAB, LENGTH, BATCH = 32, 4, 99, 12, 2
 LARGEST = 80_000_000  # parameters: what stays larger was not made tiny by the rules here
@@ -55,6 +58,28 @@ TINY = (
         "index_topk": 4, "num_nextn_predict_layers": 0, "use_cache": False, "num_memory_blocks": 2,
     }
 )  # fmt: skip
+
+
+class NotBuilt(Exception):
+    """A type of which the rules here make no tiny model, or no batch that it takes."""
+
+
+def model_and_batch(model_type: str):
+    """A tiny model and a batch that it has run. `NotBuilt` says what is missing."""
+    if model_type in NO_BATCH:
+        raise NotBuilt(NO_BATCH[model_type])
+    try:
+        model = model_of(model_type, config_of(model_type))
+        batch = batch_of(model_type, model)
+        with torch.no_grad():
+            model(**batch)
+    except ImportError as error:
+        package = re.search(r"requires the (\S+) library", str(error))
+        raise NotBuilt(f"needs {package.group(1) if package else error}") from error
+    except Exception as error:
+        words = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise NotBuilt(words.replace("|", "/")) from error
+    return model, batch
 
 
 def config_of(model_type: str):
@@ -113,16 +138,23 @@ def _like(default, tiny):
 def model_of(model_type: str, config=None, implementation: str = "sdpa"):
     """A tiny model in evaluation mode, with attention that is far from uniform."""
     config = config_of(model_type) if config is None else config
-    cls = MODEL_MAPPING[type(config)]
+    cls = MODEL_MAPPING[CONFIG_MAPPING[model_type]]
     if isinstance(cls, (tuple, list)):
         cls = cls[0]
+    part = PARTS.get(model_type)
+    if part is not None and hasattr(config, part):
+        config = getattr(config, part)
     with torch.device("meta"):
-        size = sum(p.numel() for p in cls(config_of(model_type)).parameters())
+        size = sum(p.numel() for p in cls(copy.deepcopy(config)).parameters())
     if size > LARGEST:
         raise ValueError(f"too large: {size} parameters")
     torch.manual_seed(0)
-    model = build(cls, config, implementation)
-    return sharpened(model, DEVIATION.get(model_type, 0.3)).eval()
+    model = sharpened(build(cls, config, implementation), DEVIATION.get(model_type, 0.3))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.rpartition(".")[2] in FILLED.get(model_type, {}):
+                parameter.fill_(FILLED[model_type][name.rpartition(".")[2]])
+    return model.train() if model_type in IN_TRAINING else model.eval()
 
 
 def build(cls, config, implementation: str):
@@ -221,6 +253,8 @@ _WITH_IMAGES = {
 
 
 def _size(config) -> int:
+    if config.model_type in IMAGE_SIZES:
+        return IMAGE_SIZES[config.model_type]
     vision = getattr(config, "vision_config", None) or config
     size = getattr(vision, "image_size", None) or getattr(vision, "crop_size", None) or 32
     return size if isinstance(size, int) else size[0]

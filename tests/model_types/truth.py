@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 _SOFTMAX = {torch.softmax, F.softmax, torch.Tensor.softmax}
 _CROSS = re.compile(r"cross|encdec|(^|\.)(encoder_attn|encoder_attention|multihead_attn)", re.IGNORECASE)
-_NOT_ATTENTION = re.compile(r"router|gate|expert|moe|linear_att|pool|channel_att", re.IGNORECASE)
+_NOT_ATTENTION = re.compile(r"router|gate|expert|moe|linear_att|pool|channel_att|(^|[._])hc($|\.)", re.IGNORECASE)
 _HEADS = (
     "num_heads",
     "num_attention_heads",
@@ -159,7 +159,9 @@ def truth_of(model, batch, blocks_of, double=True):
             groups[kind] += [one for p in probabilities if (one := entropies_by_head(p, heads)) is not None]
         name = by_path[path].name.split("@")[0]
         for kind, parts in groups.items():
-            if parts and len({len(sums) for _, sums in parts}) == 1:
+            widest = max((len(sums) for _, sums in parts), default=0)  # what has fewer heads is beside the block's own
+            parts = [(rows, sums) for rows, sums in parts if len(sums) == widest]
+            if parts:
                 found[name, run, kind] = sum(sums for _, sums in parts) / sum(rows for rows, _ in parts)
         if (name, run, "self") not in found and (name, run, "cross") not in found:  # a function that hides its softmax
             weights = returned.get((path, run), [])
