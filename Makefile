@@ -51,7 +51,8 @@ demo: build $(DEMO_READY)
 test: build
 	$(PY) -m pytest tests -n 2 --dist loadfile
 
-# Every type of Transformers that a tiny model can be built of (some minutes); writes docs/models.md.
+# Every type of Transformers that a tiny model can be built of: entropies, then adapters trained one step (half an hour);
+# writes docs/models.md. In pieces: PYTHONPATH=tests python -m model_types.sweep --keep FILE --minutes 4, until all are there.
 test-models: build
 	PYTHONPATH=tests $(PY) -m model_types.sweep --out docs/models.md
 

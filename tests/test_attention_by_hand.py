@@ -44,18 +44,25 @@ SOFTMAXES = {
 
 
 class Attention(nn.Module):
-    def __init__(self, softmax):
+    def __init__(self, softmax, heads=HEADS):
         super().__init__()
-        self.num_heads, self.softmax = HEADS, softmax
+        self.num_heads, self.softmax = heads, softmax
         self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
         self.seen = None  # [B, H, T, T]
 
     def forward(self, x, memory=None):
-        q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         if memory is not None:
-            _, k, v = self.qkv(memory).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+            _, k, v = self.qkv(memory).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         self.seen = 3 * q @ k.mT
         return self.out((self.softmax(self.seen) @ v).transpose(1, 2).flatten(2))
+
+
+def held(**children):
+    module = nn.Module()
+    for name, child in children.items():
+        setattr(module, name, child)
+    return module
 
 
 class Layer(nn.Module):
@@ -178,6 +185,34 @@ def test_the_attention_that_counts_is_the_own_one_of_the_block():
     kinds = [(module, call.kind) for module, call in calls_of(model, x)]
     expected = [((layer.attn, "self"), (layer.cross_attn, "cross")) for layer in model.layers]
     assert kinds == [one for pair in expected for one in pair]
+
+
+class Unequal(nn.Module):
+    """Two attentions of equal standing, of 2 and of 4 heads, and a mixing of residual streams beside one of them."""
+
+    def __init__(self, softmax):
+        super().__init__()
+        self.text = held(self_attn=Attention(softmax, 2))
+        self.image = held(self_attn=Attention(softmax), attn_hc=HyperConnection())
+
+    def forward(self, x):
+        x = self.image.attn_hc(x + self.text.self_attn(x))
+        return x + self.image.self_attn(x)
+
+
+class HyperConnection(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.mix = HEADS, nn.Linear(WIDTH, HEADS * HEADS)
+
+    def forward(self, x):
+        streams = x.unflatten(-1, (HEADS, -1))  # [B, T, streams, width]
+        return (self.mix(x).unflatten(-1, (HEADS, HEADS)).softmax(-1) @ streams).flatten(2)
+
+
+def test_of_attentions_with_different_numbers_of_heads_the_widest_counts_and_no_mixing_of_streams():
+    model, x = Model(layer=Unequal), torch.randn(B, T, WIDTH)
+    assert [module for module, _ in calls_of(model, x)] == [layer.image.self_attn for layer in model.layers]
 
 
 def test_cross_attention_has_columns_of_its_own():

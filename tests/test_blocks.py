@@ -141,6 +141,21 @@ def test_linear_attention_is_not_attention():
     assert is_named_attention(Attention(), "self_attn")
 
 
+def test_layers_with_a_list_of_latent_attentions_are_the_blocks():
+    class ShortcutMLA(nn.Module):  # as LongCat's, it calls an interface and bears no other name
+        def __init__(self):
+            super().__init__()
+            self.q, self.k = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return F.scaled_dot_product_attention(self.q(x), self.k(x), x)
+
+    layer = lambda: held(  # noqa: E731
+        self_attn=nn.ModuleList([ShortcutMLA(), ShortcutMLA()]), mlps=nn.ModuleList([Mixing(), Mixing()])
+    )
+    assert names(held(layers=nn.ModuleList([layer(), layer()]))) == ["layers.0", "layers.1"]
+
+
 def test_bare_lists_are_no_blocks_and_the_attention_in_them_is():
     pair = lambda: nn.ModuleList([nn.ModuleList([nn.LayerNorm(8)]), Attention(), Mixing()])  # noqa: E731
     assert names(held(layers=nn.ModuleList([pair(), pair()]))) == ["layers.0.1", "layers.1.1"]

@@ -15,6 +15,8 @@ configurations, two sequences each, all query rows. The entropy of every block a
 model's own eager attention in float64 (in float32 where its code does not run in float64). "Error" is the largest
 difference in nats, with float32 activations in the model; "layers" counts the blocks that were compared.
 
+Attention within windows or blocks of a sequence is compared row by row over the keys that the row sees.
+
 {counts}
 
 * **right**: every block's entropy agrees to {tolerance:g} nats ({single:g} where the truth is in float32).
