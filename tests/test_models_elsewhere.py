@@ -290,6 +290,7 @@ def test_torch_encoder_layers_are_measured_with_padding(norm_first):
     for layer in model.layers:
         y = layer.norm1(x) if norm_first else x
         _, p = layer.self_attn(y, y, y, key_padding_mask=padding, average_attn_weights=False)
-        seen.append(entropy(p.double()).mean((0, 2)).detach().numpy())
+        rows = entropy(p.double()).transpose(1, 2)[~padding]  # [tokens, H]: a padded position is no token
+        seen.append(rows.mean(0).detach().numpy())
         x = layer(x, src_key_padding_mask=padding)
     np.testing.assert_allclose(monitor.timeline.entropy[0], np.stack(seen), atol=2e-6)

@@ -238,14 +238,19 @@ SETTINGS |= {
 _HIERA = {
     "hidden_size": 8, "num_attention_heads": 1, "embed_dim_per_stage": [8, 16, 16, 32], "image_size": [64, 64],
     "num_attention_heads_per_stage": [1, 2, 2, 4], "blocks_per_stage": [1, 1, 1, 1], "patch_kernel_size": [7, 7],
-    "window_size_per_stage": [4, 2, 4, 2], "global_attention_blocks": [2],
+    "window_size_per_stage": [4, 2, 4, 2], "global_attention_blocks": [],
     "window_positional_embedding_background_size": [4, 4],
 }  # fmt: skip
 _HIERA_PYRAMID = {
     "backbone_config": _HIERA, "backbone_channel_list": [32, 16, 16, 8], "fpn_hidden_size": 32,
     "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
 }  # fmt: skip
-IMAGE_SIZES |= dict.fromkeys(("sam2", "sam2_vision_model", "sam2_hiera_det_model", "rt_detr", "rt_detr_v2"), 64)
+IMAGE_SIZES |= dict.fromkeys((
+        "sam2", "sam2_vision_model", "sam2_hiera_det_model", "rt_detr", "rt_detr_v2", "d_fine", "deimv2",
+        "pp_doclayout_v3", "pp_doclayout_v4", "depth_pro",
+    ),
+    64,
+)  # fmt: skip
 _RT_DETR = {
     "backbone_config": RTDetrResNetConfig(
         embedding_size=8, hidden_sizes=[8, 16, 16, 32], depths=[1, 1, 1, 1], layer_type="basic",
@@ -257,6 +262,10 @@ SETTINGS |= {
     "sam2_hiera_det_model": _HIERA,
     "sam2_vision_model": _HIERA_PYRAMID,
     "sam2": {"vision_config": _HIERA_PYRAMID, "prompt_encoder_config": {"image_size": 64, "patch_size": 16}},
+    "depth_pro": {
+        "intermediate_hook_ids": [1, 0], "intermediate_feature_dims": [8, 8], "fusion_hidden_size": 32,
+        "scaled_images_feature_dims": [8, 8, 16], "patch_size": 16,
+    },
     "rt_detr": _RT_DETR,
     "rt_detr_v2": _RT_DETR,
     "lw_detr": {

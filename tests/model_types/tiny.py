@@ -87,11 +87,14 @@ def config_of(model_type: str):
     return _tiny(CONFIG_MAPPING[model_type], dict(SETTINGS.get(model_type, {})))
 
 
-def _tiny(cls, settings: dict):
+def _tiny(cls, settings: dict, given=None):
+    """`given`: the configuration that a larger one has by default in this place."""
     names = set(inspect.signature(cls.__init__).parameters) - {"self", "kwargs"}
-    default = cls()
+    default = cls() if given is None else given
     values = default.to_dict()
     found = {}
+    if _has_stages(given):
+        found["out_features"] = list(given.out_features)  # of the stages, whose number stays
     for name in names | set(values):
         value = values.get(name)
         if name in cls.sub_configs:
@@ -113,8 +116,15 @@ def _tiny(cls, settings: dict):
         if sub is AutoConfig:
             sub = type(value) if value is not None and type(value).__name__ != "PretrainedConfig" else None
         if sub is not None:
-            found[name] = _tiny(sub, settings.pop(name, {}) if isinstance(settings.get(name), dict) else {}).to_dict()
+            inner = settings.pop(name, {}) if isinstance(settings.get(name), dict) else {}
+            found[name] = _tiny(sub, inner, value if isinstance(value, sub) and _has_stages(value) else None).to_dict()
     return cls(**(found | settings))
+
+
+def _has_stages(config) -> bool:
+    """Whether it is of a convolutional backbone with named stages."""
+    sizes = any(hasattr(config, name) for name in ("stage_out_channels", "hidden_sizes"))
+    return sizes and bool(getattr(config, "out_features", None))
 
 
 def _rope(rope, found: dict, settings: dict):
