@@ -262,6 +262,7 @@ class _Search:
             if not names:
                 raise ValueError(
                     f"target_modules: {wanted} matches nothing in {block.name}, which has {_linears(block)}"
+                    + ("; name its experts by target_parameters='experts'" if _fused_experts(block) else "")
                 )
             found += names
         if not isinstance(wanted, str):
@@ -298,13 +299,11 @@ def _parameters(blocks: Sequence[Block], wanted: str | Sequence[str] | None) -> 
         raise ValueError(f"target_parameters: expected 'experts' or a sequence of names, got {wanted!r}")
     found = []
     for block in blocks:
-        for name, parameter in block.module.named_parameters():
-            full = f"{block.path}.{name}".replace(".base_layer", "")
-            if wanted == "experts":
-                if parameter.dim() == 3 and _EXPERT.search(name) and ".lora_" not in name:
-                    found.append(full)
-            elif any(f".{full}".endswith(f".{pattern}") for pattern in wanted):
-                found.append(full)
+        if wanted == "experts":
+            found += _fused_experts(block)
+        else:
+            names = [_full_name(block, name) for name, _ in block.module.named_parameters()]
+            found += [name for name in names if any(f".{name}".endswith(f".{pattern}") for pattern in wanted)]
     if not found:
         threes = [name for name, p in blocks[0].module.named_parameters() if p.dim() == 3]
         has = (
@@ -314,6 +313,19 @@ def _parameters(blocks: Sequence[Block], wanted: str | Sequence[str] | None) -> 
         )
         raise ValueError(f"target_parameters: {wanted!r} matches nothing in the planned blocks, {has}")
     return list(dict.fromkeys(found))
+
+
+def _fused_experts(block: Block) -> list[str]:
+    """The three-dimensional parameters in which a block has its experts."""
+    return [
+        _full_name(block, name)
+        for name, parameter in block.module.named_parameters()
+        if parameter.dim() == 3 and _EXPERT.search(name) and ".lora_" not in name
+    ]
+
+
+def _full_name(block: Block, parameter: str) -> str:
+    return f"{block.path}.{parameter}".replace(".base_layer", "")
 
 
 def _norms(blocks: Sequence[Block]) -> Targets:

@@ -47,17 +47,17 @@ def injection(model: nn.Module, batch: dict, among: Sequence[int] | None = None)
         adapted = inject(model, plan)
     except ValueError as error:
         return Injection("refused", note=" ".join(str(error).split())[:200])
-    ran: set[str] = set()
-    for path in paths:
-        model.get_submodule(path).register_forward_hook(lambda *_, path=path: ran.add(path))
+    ran: set[str] = set()  # modules: an adapter whose holder did not run for this batch cannot learn from it
+    for name, module in adapted.get_base_model().named_modules():
+        module.register_forward_hook(lambda *_, name=name: ran.add(name))
     record = adapted.inflection_plans["default"].actions[0]
     result = Injection("trained", dict(Counter(record["rules"].values())), len(record["modules"]))
     trained = [name.removeprefix("base_model.model.") for name, p in adapted.named_parameters() if p.requires_grad]
     assert trained
     outside = [n for n in trained if not any(n.startswith(f"{path}.") for path in paths)]
-    _number(adapted(**batch)).backward()
+    number_of(adapted(**batch)).backward()
     dead = [name.removeprefix("base_model.model.") for name in dead_adapters(adapted)]
-    dead = [name for name in dead if any(name.startswith(f"{path}.") for path in ran)]
+    dead = [name for name in dead if name.rpartition(".")[0] in ran]
     torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=1e-3).step()
     for status, names in (("outside", outside), ("dead", dead)):
         if names:
@@ -65,7 +65,7 @@ def injection(model: nn.Module, batch: dict, among: Sequence[int] | None = None)
     return result
 
 
-def _number(output) -> torch.Tensor:
+def number_of(output) -> torch.Tensor:
     """A random projection of everything that a model returns: a mean square may be constant behind a norm."""
     tensors, queue = [], [output]
     while queue:

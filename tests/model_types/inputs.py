@@ -176,6 +176,11 @@ def _lines_of_patches(config) -> dict:
     return {"pixel_values": torch.randn(1, 3, size, 32 * size), "target_sizes": torch.tensor([[4, 4], [4, 4]])}
 
 
+def _first() -> torch.Tensor:
+    """The first token attends to all, and all to it."""
+    return (torch.arange(12) == 0).long().expand(2, 12).contiguous()
+
+
 def _mels(config, length: int = 64, bins: int = 128) -> dict:
     return {"input_features": torch.randn(2, length, bins), "attention_mask": torch.ones(2, length, dtype=torch.bool)}
 
@@ -235,6 +240,8 @@ INPUTS |= {
         "pixel_values": torch.randn(32, 3, config.patch_size, config.patch_size),
         "grid_thw": torch.tensor([[1, 4, 4], [1, 4, 4]]),
     },
+    "led": lambda config: {"input_ids": _ids(), "decoder_input_ids": _ids(), "global_attention_mask": _first()},
+    "longformer": lambda config: {"input_ids": _ids(), "global_attention_mask": _first()},
     "lasr_encoder": lambda config: _mels(config, 64, config.num_mel_bins),
     "lasr_ctc": lambda config: _mels(config, 64, config.encoder_config.num_mel_bins),
     "mimi": _wave(11520),

@@ -305,10 +305,15 @@ SETTINGS |= {
 }
 
 # Standard deviation of the weights where the usual one makes activations grow from layer to layer.
-DEVIATION = {"mobilebert": 0.02, "levit": 0.1, "pe_audio_encoder": 0.05}
+DEVIATION = {"mobilebert": 0.02, "pe_audio": 0.05, "pe_audio_encoder": 0.05, "d_fine": 0.05, "deimv2": 0.05}
+DEVIATION |= dict.fromkeys(("florence2", "grounding-dino", "levit", "lightglue", "mm-grounding-dino"), 0.1)
 
 # Parameters that are zero in a fresh model and not in a trained one: zero, they cut a gradient off.
-FILLED = {"doge": {"A": 0.5}}
+FILLED = {
+    "doge": {"A": 0.5},
+    "evolla": {"gate_attention": 0.5, "gate_ffw": 0.5},
+    "idefics": {"alpha_cross_attn": 0.5, "alpha_dense": 0.5},
+}
 
 # Types of which no batch can be made, and why.
 NO_BATCH = {
