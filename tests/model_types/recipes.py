@@ -168,7 +168,7 @@ SETTINGS |= {
         "hidden_dropout_prob": 0.0, "hash_seed": 1,
     },
     "blt": {"encoder_hash_byte_group_vocab": 99, "vocab_size": 260, "patching_mode": "space"}
-    | {f"{part}_config": {"vocab_size": 260} for part in ("encoder", "decoder", "patcher")},
+    | {f"{part}_config": {"vocab_size": 260, "hidden_size_global": 32} for part in ("encoder", "decoder", "patcher")},
     "hunyuan_vl_text": _FOUR_AXES,
     "hunyuan_vl": {"text_config": _FOUR_AXES},
     "hunyuan_vl_vision": {"temporal_patch_size": 1},

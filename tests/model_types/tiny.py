@@ -185,6 +185,9 @@ def sharpened(model, deviation: float):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator).to(parameter) * deviation)
             elif parameter.dim() and not torch.isfinite(parameter).all():
                 parameter.zero_()
+        for name, buffer in model.named_buffers():
+            if name.endswith("embed_sum") and not buffer.any():  # the codes of a fresh quantiser: nothing goes through
+                buffer.copy_(torch.randn(buffer.shape, generator=generator))
     return model
 
 
