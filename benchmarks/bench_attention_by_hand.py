@@ -7,23 +7,29 @@ import torch
 from bench_overhead import Training, measuring
 from cases import race
 
-ROUNDS = 15
+ROUNDS = 12
 
 
 def mpnet():
     """A step of a sentence encoder: MPNet adds a bias of positions to its scores and writes its softmax out."""
     transformers = pytest.importorskip("transformers")
-    shape = {"hidden_size": 384, "num_hidden_layers": 4, "num_attention_heads": 12, "intermediate_size": 1536}
+    shape = {
+        "hidden_size": 384,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 12,
+        "intermediate_size": 1536,
+        "vocab_size": 2048,
+    }
     model = transformers.MPNetForSequenceClassification(transformers.MPNetConfig(**shape))
-    batch = {"input_ids": torch.randint(5, 30000, (4, 128)), "labels": torch.arange(4) % 2}
+    batch = {"input_ids": torch.randint(5, 2000, (4, 128)), "labels": torch.arange(4) % 2}
     return Training(model, batch), [layer.attention for layer in model.mpnet.encoder.layer]
 
 
 def gptj():
     """A step of GPT-J in small: scores in float32, a causal mask, softmax, one block's width of 512."""
     transformers = pytest.importorskip("transformers")
-    shape = {"n_embd": 512, "n_layer": 3, "n_head": 8, "rotary_dim": 32, "vocab_size": 4096, "n_positions": 256}
-    ids = torch.randint(0, 4096, (2, 256))
+    shape = {"n_embd": 512, "n_layer": 2, "n_head": 8, "rotary_dim": 32, "vocab_size": 2048, "n_positions": 256}
+    ids = torch.randint(0, 2048, (2, 256))
     model = transformers.GPTJForCausalLM(transformers.GPTJConfig(**shape))
     return Training(model, {"input_ids": ids, "labels": ids}), [block.attn for block in model.transformer.h]
 
