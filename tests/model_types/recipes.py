@@ -329,3 +329,9 @@ PARTS = {"musicgen": "decoder", "musicgen_melody": "decoder"}
 
 # Types that give no gradient in evaluation mode, without dropout then.
 IN_TRAINING = {"reformer"}
+
+# Why adapters of a type get no gradient, where that is the model's own doing.
+INERT = dict.fromkeys(
+    ("detr", "conditional_detr", "dab-detr", "table-transformer", "maskformer"),
+    "object queries begin as zeros: the first self attention of the decoder has nothing to read",
+) | {"mra": "without its CUDA kernel its attention returns zeros"}

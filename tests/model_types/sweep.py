@@ -29,6 +29,7 @@ from inflection_fast.blocks import find_blocks
 from inflection_fast.measure import Monitor, MonitorConfig
 
 from .injection import injection
+from .recipes import INERT
 from .tiny import NotBuilt, model_and_batch, model_of
 from .truth import truth_of
 
@@ -72,7 +73,9 @@ def check(model_type: str, adapt: bool = False) -> Result:
     result = compare(model_type, model, batch)
     if adapt:
         try:
+            why = INERT.get(model_type)
             result.adapted = str(injection(model, batch, result.trains)).replace("|", "/")
+            result.adapted += f" ({why})" if why and result.adapted.startswith("dead") else ""
         except Exception as error:
             result.adapted = "crash: " + _sentence(error)
     return result
