@@ -308,9 +308,11 @@ SETTINGS |= {
 DEVIATION = {"mobilebert": 0.02, "pe_audio": 0.05, "pe_audio_encoder": 0.05, "d_fine": 0.05, "deimv2": 0.05}
 DEVIATION |= dict.fromkeys(("florence2", "grounding-dino", "levit", "lightglue", "mm-grounding-dino"), 0.1)
 
-# Parameters that are zero in a fresh model and not in a trained one: zero, they cut a gradient off.
+# Parameters that must not be as small as any: zero, gates cut a gradient off; a snake divides by its alpha.
 FILLED = {
     "doge": {"A": 0.5},
+    "pe_audio": {"alpha": 1.0},
+    "pe_audio_encoder": {"alpha": 1.0},
     "evolla": {"gate_attention": 0.5, "gate_ffw": 0.5},
     "idefics": {"alpha_cross_attn": 0.5, "alpha_dense": 0.5},
 }
