@@ -16,8 +16,8 @@ from model_types.sweep import at_most, check, quiet
 # By the way in: Transformers' interface, softmax by hand, several stacks, windows, layers without attention.
 INTERFACE = (
     "bert camembert clip_vision_model cohere2 dinov2 distilbert electra ernie4_5_moe esmc gemma2 gemma3_text glm4 gpt2 "
-    "gpt_bigcode gpt_neox gpt_oss granite_swa hubert llama longcat_flash mistral mixtral modernbert nomic_bert olmo2 opt "
-    "phi3 qwen2 qwen3 roberta smollm3 starcoder2 vit wav2vec2 xglm"
+    "gpt_bigcode gpt_neox gpt_oss granite_swa hubert llama longcat_flash mistral mixtral modernbert nomic_bert olmo2 "
+    "opt phi3 qwen2 qwen3 roberta smollm3 starcoder2 vit wav2vec2 xglm"
 )
 BY_HAND = (
     "big_bird bloom canine codegen convbert cpmant ctrl deberta deberta-v2 falcon flaubert funnel gpt_neox_japanese "
