@@ -37,6 +37,7 @@ SOFTMAXES = {
     "Tensor.softmax": lambda s: s.softmax(dim=3),
     "nn.Softmax": nn.Softmax(-1),
     "log_softmax": lambda s: F.log_softmax(s, dim=-1).exp(),
+    "logsumexp": lambda s: torch.exp(s - torch.logsumexp(s, dim=-1, keepdim=True)),
     "autograd function": MaskedSoftmax.apply,
     "[B * H, Q, K]": lambda s: s.flatten(0, 1).softmax(-1).view_as(s),
     "[B, Q, H, K]": lambda s: s.transpose(1, 2).softmax(-1).transpose(1, 2),

@@ -44,6 +44,7 @@ See = Callable[[nn.Module | None, Callable[[], AttentionCall]], None]
 
 _SOFTMAX = {torch.softmax, F.softmax, Tensor.softmax, torch.special.softmax}
 _SOFTMAX |= {torch.log_softmax, F.log_softmax, Tensor.log_softmax, torch.special.log_softmax}
+_LOGSUMEXP = {torch.logsumexp, Tensor.logsumexp, torch.special.logsumexp}
 _BY_HAND_KINDS = ("self", "cross")
 
 
@@ -265,6 +266,8 @@ class FunctionMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _SOFTMAX:
             self._see_softmax(*args, **kwargs)
+        elif func in _LOGSUMEXP:
+            self._see_logsumexp(*args, **kwargs)
         elif func is F.scaled_dot_product_attention:
             return _seen_sdpa(self._see_here, func)(*args, **kwargs)
         elif getattr(func, "__code__", None) is F.multi_head_attention_forward.__code__:  # or a twin of it, see below
@@ -290,6 +293,10 @@ class FunctionMode(TorchFunctionMode):
         logits = heads_first(input, place.heads, self._places.sizes)
         if logits is not None:
             self._see_here(lambda: AttentionCall(logits, logits, logits=logits))
+
+    def _see_logsumexp(self, input=None, dim=None, keepdim=False, **kwargs) -> None:
+        if keepdim:  # the softmax of Reformer is exp(x - logsumexp(x)); without the dimension it is something else's
+            self._see_softmax(input, dim)
 
     def _see_flex(self, query, key, value, score_mod, block_mask, scale, *args, **kwargs) -> None:
         mask_mod = block_mask[-1] if isinstance(block_mask, tuple) else None

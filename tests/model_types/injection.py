@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from inflection_fast import Plan, dead_adapters, find_blocks, inject
+from inflection_fast.act.targets import is_linear
 
 
 @dataclass
@@ -28,9 +29,11 @@ class Injection:
 
 
 def plan_of_every_other(model: nn.Module, among: Sequence[int] | None = None) -> Plan:
-    """A plan of the blocks 0, 2, 4, ..., or of every other one `among` those given."""
+    """A plan of every other block with a linear layer, of all or `among` those given."""
     blocks = find_blocks(model)
-    layers = tuple(among or range(len(blocks)))[::2]
+    layers = tuple(among or range(len(blocks)))
+    linear = tuple(i for i in layers if any(is_linear(module) for module in blocks[i].module.modules()))
+    layers = (linear or layers)[::2]
     names = [block.name for block in blocks]
     made_for = {"model_type": model.config.model_type, "class": type(model).__name__, "named": False, "layers": names}
     return Plan(layers, "", {i: "because" for i in layers}, np.zeros(len(blocks)), {}, {}, made_for)
@@ -55,7 +58,11 @@ def injection(model: nn.Module, batch: dict, among: Sequence[int] | None = None)
     trained = [name.removeprefix("base_model.model.") for name, p in adapted.named_parameters() if p.requires_grad]
     assert trained
     outside = [n for n in trained if not any(n.startswith(f"{path}.") for path in paths)]
-    number_of(adapted(**batch)).backward()
+    number = number_of(adapted(**batch))
+    if not isinstance(number, torch.Tensor):  # as under activation checkpointing: reversible layers (Reformer)
+        adapted.enable_input_require_grads()
+        number = number_of(adapted(**batch))
+    number.backward()
     dead = [name.removeprefix("base_model.model.") for name in dead_adapters(adapted)]
     dead = [name for name in dead if name.rpartition(".")[0] in ran]
     torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=1e-3).step()

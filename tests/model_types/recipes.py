@@ -173,6 +173,8 @@ SETTINGS |= {
     "hunyuan_vl": {"text_config": _FOUR_AXES},
     "hunyuan_vl_vision": {"temporal_patch_size": 1},
     "neomme": {"head_dim": 16},
+    "t5gemma2_encoder": {"text_config": {"dropout_rate": 0.0}},
+    "fastspeech2_conformer_with_hifigan": {"vocoder_config": {"model_in_dim": 8}},
     "ernie4_5_vl_moe": {
         "text_config": {"head_dim": 8, "rope_parameters": _SECTIONS | {"mrope_section": [1, 1, 2]}},
     },
@@ -198,7 +200,8 @@ SETTINGS |= {
     "efficientnet": {"hidden_dim": 2560},
     "gemma3n": {"text_config": SETTINGS["gemma3n_text"]},
     "mobilevit": {"patch_size": 2},
-    "tvp": {"max_img_size": 64, "visual_prompt_size": 8} | _RESNET,
+    "tvp": {"max_img_size": 64, "visual_prompt_size": 8, "backbone_config": ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], out_features=["stage4"])},
     "blip-2": {"image_token_index": 3},
     "instructblip": {"image_token_index": 3},
     "instructblipvideo": {"video_token_index": 4},
@@ -223,7 +226,9 @@ SETTINGS |= {
     "sam_hq": {"vision_config": {"output_channels": 32, "num_pos_feats": 16}},
     "sam3": {"vision_config": {"fpn_hidden_size": 32}},
     "sam3_lite_text": {"vision_config": {"fpn_hidden_size": 32}},
-    "sam3_tracker": {"vision_config": {"fpn_hidden_size": 32}},
+    "sam3_tracker": {
+        "vision_config": {"fpn_hidden_size": 32, "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},
+    },
     "seggpt": {"image_size": [32, 16], "pretrain_image_size": 16, "intermediate_hidden_state_indices": [0, 1],
                "merge_index": 0, "decoder_hidden_size": 8},
     "timesfm": {"context_length": 64, "patch_length": 8, "horizon_length": 8, "freq_size": 3},
@@ -236,13 +241,13 @@ SETTINGS |= {
     "muse_spark_vision": {"temporal_patch_size": 2},
 }  # fmt: skip
 _HIERA = {
-    "hidden_size": 8, "num_attention_heads": 1, "embed_dim_per_stage": [8, 16, 16, 32], "image_size": [64, 64],
+    "hidden_size": 8, "num_attention_heads": 1, "embed_dim_per_stage": [8, 16, 32, 64], "image_size": [64, 64],
     "num_attention_heads_per_stage": [1, 2, 2, 4], "blocks_per_stage": [1, 1, 1, 1], "patch_kernel_size": [7, 7],
     "window_size_per_stage": [4, 2, 4, 2], "global_attention_blocks": [],
     "window_positional_embedding_background_size": [4, 4],
 }  # fmt: skip
 _HIERA_PYRAMID = {
-    "backbone_config": _HIERA, "backbone_channel_list": [32, 16, 16, 8], "fpn_hidden_size": 32,
+    "backbone_config": _HIERA, "backbone_channel_list": [64, 32, 16, 8], "fpn_hidden_size": 32,
     "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
 }  # fmt: skip
 IMAGE_SIZES |= dict.fromkeys((

@@ -84,7 +84,7 @@ def model_and_batch(model_type: str):
 
 def config_of(model_type: str):
     """A tiny configuration."""
-    return _tiny(CONFIG_MAPPING[model_type], dict(SETTINGS.get(model_type, {})))
+    return _tiny(CONFIG_MAPPING[model_type], copy.deepcopy(SETTINGS.get(model_type, {})))
 
 
 def _tiny(cls, settings: dict, given=None):

@@ -49,6 +49,8 @@ class _Recorder(TorchFunctionMode):
             weights = func(*args, **kwargs | {"need_weights": True, "average_attn_weights": False})[1]
             self.found.append((*self.path[-1], weights.detach().double()))
         out = func(*args, **kwargs)
+        if self.path and func is torch.logsumexp and kwargs.get("keepdim") and kwargs.get("dim") == -1:
+            self.found.append((*self.path[-1], (args[0].detach().double() - out.detach().double()).exp()))
         if self.path and func in _SOFTMAX:
             dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
             if dim in (-1, out.dim() - 1) and out.dim() >= 3:
