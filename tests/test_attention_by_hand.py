@@ -227,6 +227,16 @@ def test_cross_attention_has_columns_of_its_own():
     assert np.isnan(measured(Model(), x, MonitorConfig(every=1, quantities=("cross_attention",))).cross_entropy).all()
 
 
+class CrossAttention(Attention):
+    def forward(self, x):
+        return super().forward(x, x[:, :4])
+
+
+def test_a_block_that_is_a_cross_attention_has_no_self_attention():
+    model, x = Model(layer=CrossAttention), torch.randn(B, T, WIDTH)
+    assert [(module, call.kind) for module, call in calls_of(model, x)] == [(one, "cross") for one in model.layers]
+
+
 class Chunked(nn.Module):
     """Attends image by image, as vision blocks of Qwen-VL's kind do."""
 

@@ -132,7 +132,8 @@ class AttentionPlaces:
         self.innermost += inner.values()
         # Outer ones first: the same module may be in two blocks, and the last word is that of the innermost.
         heads = next((count for one in block.module.modules() if (count := _heads_of(one))), None)
-        self._places[block.module] = Place("self" if own or (heads and not named) else None, heads)
+        kind = "cross" if own and _is_cross(block.module) else "self" if own or (heads and not named) else None
+        self._places[block.module] = Place(kind, heads)
         self.unnamed |= not inner
         for path, module in named.items():
             if path in cross:

@@ -29,7 +29,7 @@ from inflection_fast.blocks import find_blocks
 from inflection_fast.measure import Monitor, MonitorConfig
 
 from .injection import injection
-from .recipes import INERT
+from .recipes import IN_SINGLE, INERT
 from .tiny import NotBuilt, model_and_batch, model_of
 from .truth import truth_of
 
@@ -92,7 +92,7 @@ def compare(model_type: str, model, batch: dict) -> Result:
     eager, note = reference(model_type, model, batch)
     try:
         truth, result.confirmed, runs, _ = truth_of(eager, batch, find_blocks)
-        single = any(value.isnan().any() for value in truth.values())
+        single = model_type in IN_SINGLE or any(value.isnan().any() for value in truth.values())
     except RuntimeError:
         single = True
     if single:

@@ -94,7 +94,7 @@ def _tiny(cls, settings: dict, given=None):
     values = default.to_dict()
     found = {}
     if _has_stages(given):
-        found["out_features"] = list(given.out_features)  # of the stages, whose number stays
+        found["out_features"] = list(given.out_features)
     for name in names | set(values):
         value = values.get(name)
         if name in cls.sub_configs:
@@ -122,8 +122,8 @@ def _tiny(cls, settings: dict, given=None):
 
 
 def _has_stages(config) -> bool:
-    """Whether it is of a convolutional backbone with named stages."""
-    sizes = any(hasattr(config, name) for name in ("stage_out_channels", "hidden_sizes"))
+    """Whether it is of a backbone with named stages, whose number stays."""
+    sizes = any(hasattr(config, name) for name in ("stage_out_channels", "hidden_sizes", "depths"))
     return sizes and bool(getattr(config, "out_features", None))
 
 
