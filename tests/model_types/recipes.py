@@ -342,6 +342,7 @@ DEVIATION |= dict.fromkeys(("florence2", "levit"), 0.1)
 # Parameters that must not be as small as any: zero, gates cut a gradient off; a snake divides by its alpha.
 FILLED = {
     "doge": {"A": 0.5},
+    "zaya": {"temp": 1.0},
     "pe_audio": {"alpha": 1.0},
     "pe_audio_encoder": {"alpha": 1.0},
     "evolla": {"gate_attention": 0.5, "gate_ffw": 0.5},
