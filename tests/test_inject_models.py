@@ -31,7 +31,7 @@ def test_adapters_are_inside_the_planned_blocks_and_alive(kind):
 # Families whose gate, up and down projections peft takes for the fused experts of every block.
 FUSED = [
     "afmoe", "cohere2_moe", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo",
-    "glm4_moe", "hunyuan_v1_moe", "minimax", "minimax_m2", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe",
+    "glm4_moe", "hunyuan_v1_moe", "minimax", "minimax_m2", "mixtral", "olmoe", "qwen3_moe",
     "qwen3_next", "solar_open",
 ]  # fmt: skip
 
