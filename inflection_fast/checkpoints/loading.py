@@ -59,10 +59,11 @@ class Loaded:
         return most_tokens(self.model)
 
 
-def load(source: Source, *, device: str | None = None) -> Loaded:
+def load(source: Source, *, device: str | None = None, config: PretrainedConfig | None = None) -> Loaded:
     """The model of a checkpoint, in float32 on the CPU and as it was saved on a GPU.
 
-    UserError where Transformers cannot build it, or its folder has no configuration.
+    `config` is its configuration, where it has been read before: to read that of a GGUF file takes seconds. UserError
+    where Transformers cannot build the model, or its folder has no configuration.
     """
     import transformers
 
@@ -77,8 +78,9 @@ def load(source: Source, *, device: str | None = None) -> Loaded:
                 options["quantization_config"] = transformers.GgufConfig(dequantize=True)
         else:
             options["use_safetensors"] = True
-        task = _task_of(_config_of(source))
-        model = getattr(transformers, _CLASSES[task]).from_pretrained(source.folder, **options)
+        config = _config_of(source) if config is None else config
+        task = _task_of(config)
+        model = getattr(transformers, _CLASSES[task]).from_pretrained(source.folder, config=config, **options)
     if source.gguf is not None and getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.remove_quantization_config(model)
     model.config.use_cache = False  # keys and values of earlier tokens are not wanted again
@@ -86,8 +88,11 @@ def load(source: Source, *, device: str | None = None) -> Loaded:
     return Loaded(model, task, where)
 
 
-def bring_libraries(source: Source) -> None:
-    """Imports what `load` and a Monitor need, so that memory beyond it is that of the model and of what is measured."""
+def bring_libraries(source: Source) -> PretrainedConfig:
+    """Imports what `load` and a Monitor need, so that memory beyond it is that of the model and of what is measured.
+
+    Returns the configuration of the model.
+    """
     import transformers
 
     import_module("pyarrow.ipc")
@@ -96,6 +101,7 @@ def bring_libraries(source: Source) -> None:
         config = _config_of(source)
         with torch.device("meta"):
             getattr(transformers, _CLASSES[_task_of(config)]).from_config(config)
+    return config
 
 
 def _config_of(source: Source) -> PretrainedConfig:

@@ -149,9 +149,9 @@ def scan(
     if texts is not None:
         told("loading the model")
         tokenizer = tokenizer_of(source)  # what lacks is said before the weights are loaded
-        bring_libraries(source)
+        config = bring_libraries(source)
         before = _peak_bytes()
-        loaded = load(source)
+        loaded = load(source, config=config)
         about |= _about(loaded)
         with user_errors(ValueError, RuntimeError, about=f"{source.name} cannot be measured"):
             measured = measured_on(loaded, tokenizer, texts, out, rank, tokens, seed, told)
