@@ -31,6 +31,7 @@ EXTRAS = (
     "rich",
     "yaml",
 )
+PARALLEL = ("run", "measure", "tune", "exec", "doctor")  # commands that several processes may give together
 STUDY_EXTRAS = ("scipy", "statsmodels", "datasketch")
 
 COMMANDS = {
@@ -58,12 +59,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.parse_args(argv)
         parser.print_help(sys.stderr)
         return USER_ERROR
+    from inflection_fast.run import processes
     from inflection_fast.run.errors import UserError, disk_full, refused_path
 
     try:
+        if processes.count() > 1 and argv[0] not in PARALLEL:
+            raise UserError(f"{argv[0]} is one process: start it without torchrun")
         return _DISPATCH[argv[0]](argv[1:])
     except KeyboardInterrupt:
         return _fail("interrupted; the same command continues from the last checkpoint", INTERRUPTED)
+    except processes.Elsewhere:
+        return USER_ERROR
     except UserError as error:
         return _fail(str(error), USER_ERROR)
     except ModuleNotFoundError as error:
@@ -103,14 +109,19 @@ def _top_parser() -> argparse.ArgumentParser:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"inflection-fast: {message}", file=sys.stderr)
+    from inflection_fast.run import processes
+
+    which = "" if processes.first() else f" (process {os.environ['RANK']})"
+    print(f"inflection-fast{which}: {message}", file=sys.stderr)
     return code
 
 
 def _console() -> Console:
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=True)
+    from inflection_fast.run import processes
+
+    return Console(highlight=False, soft_wrap=True, quiet=not processes.first())
 
 
 def _settings_parser(command: str) -> Any:
@@ -225,6 +236,7 @@ def _measure(argv: list[str]) -> int:
 def _tune(argv: list[str]) -> int:
     from pathlib import Path
 
+    from inflection_fast.run import processes
     from inflection_fast.run.plans import adopt_plan
 
     parser = _settings_parser("tune")
@@ -233,8 +245,8 @@ def _tune(argv: list[str]) -> int:
         return 0
     parsed = _parse(parser, argv)
     stages = _stages(_config(parser, parsed), _console())
-    if parsed.plan is not None:
-        adopt_plan(stages.folder.path, Path(parsed.plan).expanduser())
+    if (given := parsed.plan) is not None:
+        processes.alone(lambda: adopt_plan(stages.folder.path, Path(given).expanduser()))
     stages.plan()  # says so where there is nothing to make one of
     _check_before_training(stages, tune=True)
     stages.tune()

@@ -152,7 +152,7 @@ class TrainConfig:
     Args:
         steps: optimizer steps; null: as many as `epochs` takes
         epochs: passes over the data where `steps` is null
-        batch_size: texts per device and forward pass
+        batch_size: texts per forward pass, which the processes of torchrun divide among them
         accumulate: forward passes per optimizer step
         learning_rate: highest learning rate
         weight_decay: decoupled weight decay

@@ -11,6 +11,7 @@ from filelock import FileLock, Timeout
 from inflection_fast.atomic import write_json, write_text
 from inflection_fast.decide import Plan
 from inflection_fast.records import RUN, STAGE, RunRecord, StageRecord
+from inflection_fast.run import processes
 from inflection_fast.run.config import RunConfig, differences, to_dict
 from inflection_fast.run.errors import UserError, user_errors
 
@@ -47,6 +48,11 @@ class RunFolder:
     def __init__(self, config: RunConfig):
         self.path = config.folder
         self._settings = to_dict(config)
+        self._seed = config.seed
+        self._lock: FileLock | None = None  # of the first process
+        processes.alone(self._open)
+
+    def _open(self) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"output {self.path} is a file, not a folder")
         saved = self.path / "config.yaml"
@@ -57,9 +63,9 @@ class RunFolder:
         if used:
             self._change(load_settings(saved))
         if not used or not (self.path / RUN).is_file():
-            RunRecord((), package_versions(), config.seed).save(self.path / RUN)
-        elif (record := self._record()).seed != config.seed:
-            RunRecord(record.finished, record.versions, config.seed).save(self.path / RUN)
+            RunRecord((), package_versions(), self._seed).save(self.path / RUN)
+        elif (record := self._record()).seed != self._seed:
+            RunRecord(record.finished, record.versions, self._seed).save(self.path / RUN)
         if not saved.is_file() or load_settings(saved) != self._settings:
             import yaml
 
@@ -110,13 +116,17 @@ class RunFolder:
 
     def finished(self, stage: str) -> bool:
         """Whether a stage is finished."""
-        return stage in self._record().finished
+        return processes.alone(lambda: stage in self._record().finished)
 
     def finish(self, stage: str) -> None:
         """Notes a stage as finished; last of all, when its files are written."""
-        record = self._record()
-        if stage not in record.finished:
-            RunRecord((*record.finished, stage), package_versions(), record.seed).save(self.path / RUN)
+
+        def note() -> None:
+            record = self._record()
+            if stage not in record.finished:
+                RunRecord((*record.finished, stage), package_versions(), record.seed).save(self.path / RUN)
+
+        processes.alone(note)
 
     def stage(self, name: str) -> Path:
         """The folder of a stage."""
@@ -125,7 +135,7 @@ class RunFolder:
     def record(self, stage: str) -> StageRecord:
         """What a finished stage left behind."""
         with user_errors():
-            return StageRecord.load(self.stage(stage) / STAGE)
+            return processes.alone(lambda: StageRecord.load(self.stage(stage) / STAGE))
 
     def _record(self) -> RunRecord:
         with user_errors():

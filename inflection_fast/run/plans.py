@@ -13,7 +13,7 @@ from inflection_fast.run.errors import UserError, user_errors
 from inflection_fast.run.folder import load_settings
 from inflection_fast.timeline import Timeline
 
-__all__ = ["adopt_plan", "baseline_plan", "make_plan", "select_settings"]
+__all__ = ["adopt_plan", "baseline_plan", "compared_plan", "make_plan", "select_settings"]
 
 
 def select_settings(folder: Path) -> dict[str, Any]:
@@ -73,3 +73,20 @@ def baseline_plan(plan: Plan, name: str, count: int, others: set[tuple[int, ...]
         plan, layers=tuple(found.picks), reasons=found.picks, summary=found.words, config=config, found={}
     )
     return chosen, draws
+
+
+def compared_plan(
+    plan: Plan, chosen: tuple[int, ...], name: str, names: tuple[str, ...], seed: int
+) -> tuple[Plan, int, str]:
+    """The layers that the `chosen` are compared with under `name`, how many draws they took, and what to call them.
+
+    Random layers differ from the chosen ones, and from the first and last where `names` has those, too.
+    """
+    others = {chosen}
+    for other in {"first", "last"} & set(names):
+        others.add(baseline_plan(plan, other, len(chosen), set(), seed)[0].layers)
+    found, draws = baseline_plan(plan, name, len(chosen), others, seed)
+    count = len(found.layers)
+    which = {"all": "all", "random": f"{count} random"}.get(name, f"the {name} {count}")
+    again = f" (draw {draws}: the ones before it were layers of the plan or of another baseline)"
+    return found, draws, f"LoRA on {which} layers{again if draws > 1 else ''}"

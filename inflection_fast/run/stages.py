@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -14,14 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from inflection_fast.decide import Plan, select
 from inflection_fast.records import STAGE, Metrics, OverheadRecord, StageRecord
+from inflection_fast.run import processes
 from inflection_fast.run.batches import Batches
-from inflection_fast.run.config import RunConfig, TrainConfig
+from inflection_fast.run.config import DataConfig, RunConfig, TrainConfig
 from inflection_fast.run.data import TextData, read, without
 from inflection_fast.run.errors import UserError, user_errors
 from inflection_fast.run.evaluation import in_words
 from inflection_fast.run.folder import RunFolder
 from inflection_fast.run.models import check_model, load_model, load_tokenizer, unfreeze
-from inflection_fast.run.plans import baseline_plan
+from inflection_fast.run.plans import compared_plan
 from inflection_fast.timeline import Timeline
 
 if TYPE_CHECKING:
@@ -48,35 +48,40 @@ class Stages:
 
     def __post_init__(self) -> None:
         config = self.config
-        blocks = check_model(config.model, config.task, config.measure.monitor.blocks)
+        if not processes.first():
+            self.say, self.quiet = lambda line: None, True
+        processes.join(config)
+        blocks = processes.in_turn(lambda: check_model(config.model, config.task, config.measure.monitor.blocks))
         top = config.tune.top if config.tune.when_empty == "top" else None
         counts = {"measure.unfreeze": config.measure.unfreeze, "tune.top": top, "select.k": config.select.k}
         for name, count in counts.items():
             if count is not None and count > blocks:
                 raise UserError(f"{name} is {count}, and {config.model.path} has {blocks} blocks")
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise UserError("a run is one process: start it without torchrun")
         self.folder = RunFolder(config)
 
     @cached_property
     def batches(self) -> Batches:
         """The model's tokenizer, set to the task."""
-        return Batches(load_tokenizer(self.config.model), self.config.task, self.config.model.max_length)
+        tokenizer = processes.in_turn(lambda: load_tokenizer(self.config.model))
+        return Batches(tokenizer, self.config.task, self.config.model.max_length)
 
     @cached_property
     def target(self) -> TextData:
         """The data set to adapt to."""
-        return self._told("target", read(self.config.target, self.config.task))
+        return self._told("target", self._read(self.config.target))
 
     @cached_property
     def source_data(self) -> TextData:
         """The source data set, without the texts of the target."""
         if self.config.source is None:
             raise UserError("the settings name no source")
-        data = read(self.config.source.data, self.config.task)
+        data = self._read(self.config.source.data)
         if self.config.source.data.deduplicate:
             data = without(data, self.target, "also in the target")
         return self._told("source", data)
+
+    def _read(self, config: DataConfig) -> TextData:
+        return processes.in_turn(lambda: read(config, self.config.task))
 
     def _told(self, name: str, data: TextData) -> TextData:
         dropped = ", ".join(f"{count} {why}" for why, count in data.dropped.items())
@@ -120,7 +125,7 @@ class Stages:
             from inflection_fast.integrations import InflectionCallback
 
             probe = self.batches.probe(data.probe, PROBE_BATCH) if len(data.probe) else None
-            if step == 0:  # killed before the first checkpoint: what was measured then is measured again
+            if step == 0 and processes.first():  # killed before a checkpoint: what was measured is measured again
                 (folder / "timeline.arrows").unlink(missing_ok=True)
             callback = closing.enter_context(InflectionCallback(settings.monitor, folder, probe=probe))
             with user_errors(about="measure.monitor"):
@@ -155,6 +160,9 @@ class Stages:
 
     def plan(self) -> Plan:
         """Chooses layers from the timeline, unless plan.json is there."""
+        return processes.alone(self._plan)
+
+    def _plan(self) -> Plan:
         path = self.folder.path / "plan.json"
         if path.is_file():
             with user_errors(about=str(path)):
@@ -216,18 +224,10 @@ class Stages:
         if not chosen and name != "all":
             self.say(f"{stage}: left out, because no layer was injected that it could be compared with")
             return
-        planned, seed = self.plan(), self.config.seed
-        others = {chosen}
-        for other in {"first", "last"} & set(self.config.baselines):
-            others.add(baseline_plan(planned, other, len(chosen), set(), seed)[0].layers)
-        plan, draws = baseline_plan(planned, name, len(chosen), others, seed)
+        plan, draws, label = compared_plan(self.plan(), chosen, name, self.config.baselines, self.config.seed)
         if plan.layers == chosen:
             self.say(f"{stage}: left out, because its layers {list(chosen)} are the injected ones")
             return
-        count = len(plan.layers)
-        which = {"all": "all", "random": f"{count} random"}.get(name, f"the {name} {count}")
-        again = f" (draw {draws}: the ones before it were layers of the plan or of another baseline)"
-        label = f"LoRA on {which} layers{again if draws > 1 else ''}"
         self._adapt(stage, label, plan, draws=draws if name == "random" else None)
 
     def report(self) -> Path:
@@ -235,14 +235,14 @@ class Stages:
         from inflection_fast import report
         from inflection_fast.run.cards import tell_comparisons
 
-        tell_comparisons(self.folder.path, self.folder.stage("tune") / "adapter")
-        path = report.write(self.folder.path)
+        processes.alone(lambda: tell_comparisons(self.folder.path, self.folder.stage("tune") / "adapter"))
+        path = processes.alone(lambda: report.write(self.folder.path))
         self.folder.finish("report")
         return path
 
     def done(self, stage: str) -> bool:
         """Whether a stage is finished and its results are there."""
-        return self.folder.finished(stage) and (self.folder.stage(stage) / STAGE).is_file()
+        return processes.alone(lambda: self.folder.finished(stage) and (self.folder.stage(stage) / STAGE).is_file())
 
     def _done(self, stage: str) -> bool:
         if self.done(stage):
@@ -255,8 +255,11 @@ class Stages:
         """The model for the task: from a folder of an earlier stage, or as it was pretrained."""
         import transformers
 
-        transformers.set_seed(self.config.seed)  # a new head is the same in every stage
-        return load_model(self.config.model, self.config.task, self.batches.tokenizer, labels=labels, folder=folder)
+        def load() -> Any:
+            transformers.set_seed(self.config.seed)  # a new head is the same in every stage
+            return load_model(self.config.model, self.config.task, self.batches.tokenizer, labels=labels, folder=folder)
+
+        return processes.in_turn(load)
 
     def start(self) -> Any:
         """The model before it has seen the target: the source stage's, or the pretrained one."""
@@ -385,8 +388,11 @@ class Stages:
         )
 
     def _finish(self, record: StageRecord) -> None:
-        folder = self.folder.stage(record.stage)
-        record.save(folder / STAGE)
-        self.folder.finish(record.stage)
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        def keep() -> None:
+            folder = self.folder.stage(record.stage)
+            record.save(folder / STAGE)
+            self.folder.finish(record.stage)
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+        processes.alone(keep)
         self.say(f"{record.stage}: {in_words(record.metrics)}")

@@ -17,6 +17,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from inflection_fast.atomic import write_json
 from inflection_fast.records import Metrics
+from inflection_fast.run import processes
 from inflection_fast.run.batches import Batches
 from inflection_fast.run.config import TrainConfig
 from inflection_fast.run.evaluation import class_logits, classification_metrics, language_metrics, token_losses
@@ -95,7 +96,9 @@ class _Clock(TrainerCallback):
             control.should_save = False
 
     def on_save(self, args, state, control, **kwargs):
-        write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / CLOCK, {"seconds": self.seconds})
+        processes.wait()  # each of them has a file of its own in the checkpoint
+        if processes.first():
+            write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / CLOCK, {"seconds": self.seconds})
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -117,11 +120,17 @@ def train(
     """Trains a model in `folder`, or continues where an earlier call was stopped."""
     record = folder / TRAINING
     result = job.result
-    if result.is_dir() and record.is_file():
-        facts = json.loads(record.read_text(encoding="utf-8"))
-        return Trained(model=job.restore(result), **facts)
     checkpoints = folder / CHECKPOINTS
-    checkpoint = last_checkpoint(checkpoints)
+
+    def found() -> tuple[dict[str, Any] | None, Path | None]:
+        """What an earlier call has finished, or else the checkpoint that it left."""
+        if result.is_dir() and record.is_file():
+            return json.loads(record.read_text(encoding="utf-8")), None
+        return None, last_checkpoint(checkpoints)
+
+    facts, checkpoint = processes.alone(found)
+    if facts is not None:
+        return Trained(model=job.restore(result), **facts)
     model = job.build()
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
@@ -139,14 +148,18 @@ def train(
         "trainable": trainable,
         "total": total,
     }
-    write_json(folder / "log.json", trainer.state.log_history)
-    partial = result.with_name(f"{result.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    job.save(model, partial)
-    write_json(record, facts)
-    shutil.rmtree(result, ignore_errors=True)
-    partial.rename(result)
-    shutil.rmtree(checkpoints, ignore_errors=True)
+
+    def keep() -> None:
+        write_json(folder / "log.json", trainer.state.log_history)
+        partial = result.with_name(f"{result.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        job.save(model, partial)
+        write_json(record, facts)
+        shutil.rmtree(result, ignore_errors=True)
+        partial.rename(result)
+        shutil.rmtree(checkpoints, ignore_errors=True)
+
+    processes.alone(keep)
     return Trained(model=model, **facts)
 
 
@@ -173,7 +186,7 @@ def _arguments(config: TrainConfig, checkpoints: Path, *, seed: int, quiet: bool
         output_dir=str(checkpoints),
         max_steps=config.steps if config.steps is not None else -1,
         num_train_epochs=config.epochs,
-        per_device_train_batch_size=config.batch_size,
+        per_device_train_batch_size=config.batch_size // processes.count(),
         per_device_eval_batch_size=config.eval_batch_size,
         gradient_accumulation_steps=config.accumulate,
         learning_rate=config.learning_rate,
@@ -188,6 +201,7 @@ def _arguments(config: TrainConfig, checkpoints: Path, *, seed: int, quiet: bool
         save_total_limit=2,  # the last but one is there while the last is being written
         logging_strategy="steps",
         logging_steps=config.log_every,
+        use_cpu=processes.count() > 1 and not torch.accelerator.is_available(),  # which Accelerate does not see itself
         report_to="none",
         disable_tqdm=quiet,
         seed=seed,

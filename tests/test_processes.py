@@ -1,0 +1,169 @@
+"""A run of two processes gives what one gives; what the first process refuses ends them all in one sentence."""
+
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import helpers.tiny_texts as tiny
+import numpy as np
+import pytest
+import yaml
+
+pytest.importorskip("datasets")
+
+from safetensors.torch import load_file
+
+from inflection_fast.decide import Plan, SelectConfig
+from inflection_fast.measure import MonitorConfig
+from inflection_fast.run.config import (
+    DataConfig,
+    MeasureConfig,
+    ModelConfig,
+    RunConfig,
+    SourceConfig,
+    TrainConfig,
+    TuneConfig,
+    to_dict,
+)
+from inflection_fast.run.errors import UserError
+from inflection_fast.run.stages import Stages
+from inflection_fast.timeline import Timeline
+
+TRAIN = TrainConfig(steps=4, batch_size=8, learning_rate=3e-3, checkpoint_every=2, log_every=1)
+MONITOR = MonitorConfig(every=2, rows=None, frozen_share=1.0)  # nothing is drawn, which depends on the process
+STAGES = ("source", "measure", "tune", "baseline-last")
+
+
+def config_of(folder, output, **changes):
+    settings = {
+        "model": ModelConfig(str(folder / "bert"), max_length=12),
+        "target": DataConfig(str(folder / "target.csv"), probe=8, group="film"),
+        "output": str(folder / output),
+        "source": SourceConfig(DataConfig(str(folder / "source.csv"), probe=0), TRAIN),
+        "measure": MeasureConfig(unfreeze=1, train=TRAIN, monitor=MONITOR, overhead_pairs=3),
+        "select": SelectConfig(method="top", k=2, significance=None),
+        "tune": TuneConfig(train=dataclasses.replace(TRAIN, batch_size=4, accumulate=2)),
+        "baselines": ("last",),
+    }
+    return RunConfig(**{**settings, **changes})
+
+
+def torchrun(folder, config):
+    settings = folder / "settings.yaml"
+    settings.write_text(yaml.safe_dump(to_dict(config)))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+    words += ["-m", "inflection_fast", "run", "--config", str(settings)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
+    return subprocess.run(words, capture_output=True, text=True, timeout=300, env=environment)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    import torch
+    from transformers import BertModel
+
+    folder = tmp_path_factory.mktemp("processes")
+    torch.manual_seed(0)
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # each process draws its own
+    BertModel(tiny.bert_config(**still)).save_pretrained(folder / "bert")
+    tiny.tokenizer().save_pretrained(folder / "bert")
+    tiny.write_csv(folder / "target.csv", tiny.reviews(150))
+    tiny.write_csv(folder / "source.csv", tiny.reviews(100, seed=5))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def both(folder):
+    """A run of one process and a run of two, finished."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    stages = Stages(config_of(folder, "one"), say=lambda line: None, quiet=True)
+    stages.source(), stages.measure(), stages.plan(), stages.tune(), stages.baseline("last")
+    torch.set_num_threads(threads)
+    done = torchrun(folder, config_of(folder, "two"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder / "one", folder / "two", done
+
+
+def test_every_stage_finds_the_same(both):
+    one, two, _ = both
+    for stage in STAGES:
+        a, b = (json.loads((path / stage / "stage.json").read_text()) for path in (one, two))
+        assert a["data"] == b["data"] and a["steps"] == b["steps"] == 4 and a["layers"] == b["layers"], stage
+        assert a["metrics"]["right"] == b["metrics"]["right"], stage
+        assert b["metrics"]["loss"] == pytest.approx(a["metrics"]["loss"], rel=1e-5), stage
+        losses = [
+            [row["loss"] for row in json.loads((path / stage / "log.json").read_text()) if "loss" in row]
+            for path in (one, two)
+        ]
+        np.testing.assert_allclose(*losses, rtol=1e-4, err_msg=stage)
+    assert Plan.load(one / "plan.json").layers == Plan.load(two / "plan.json").layers
+
+
+def test_what_is_measured_is_that_of_the_whole_batch(both):
+    one, two = (Timeline.load(path / "measure") for path in both[:2])
+    assert one.steps.tolist() == two.steps.tolist() == [0, 2]
+    for name in ("entropy", "activation_grad", "parameter_grad", "loss"):
+        np.testing.assert_allclose(getattr(two, name), getattr(one, name), rtol=1e-4, err_msg=name)
+    np.testing.assert_allclose(two.delta_cka, one.delta_cka, atol=1e-5)
+
+
+def test_the_models_are_the_same(both):
+    for name in ("measure/model/model.safetensors", "tune/adapter/adapter_model.safetensors"):
+        one, two = (load_file(path / name) for path in both[:2])
+        assert one.keys() == two.keys()
+        for key in one:
+            np.testing.assert_allclose(two[key], one[key], atol=1e-4, err_msg=f"{name}: {key}")
+
+
+def test_the_first_process_alone_writes_and_speaks(both):
+    _, two, done = both
+    assert (two / "report" / "index.html").is_file()
+    assert done.stdout.count("measure: begins") == 1 and done.stdout.count("report: ") == 1
+    assert not list(two.glob("*/checkpoints")) and not list(two.rglob("*.partial"))
+
+
+def test_what_the_first_process_refuses_is_said_once(folder):
+    (folder / "taken").mkdir()
+    (folder / "taken" / "thesis.tex").write_text("")
+    done = torchrun(folder, config_of(folder, "taken"))
+    assert done.returncode != 0 and done.stderr.count("not empty and holds no run") == 1, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP divides the model among processes: launch the run with DDP"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed divides the model"),
+    ],
+)
+def test_sharded_models_are_refused(folder, monkeypatch, environment, message):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "3", **environment}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        Stages(config_of(folder, "sharded"), say=print, quiet=True)
+
+
+def test_batches_that_cannot_be_divided_are_refused(folder, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UserError, match=r"measure.train.batch_size is 8, which 3 processes .* give a multiple of 3"):
+        Stages(config_of(folder, "odd"), say=print, quiet=True)
+
+
+@pytest.mark.parametrize("command", ["plan", "report", "scan", "init"])
+def test_commands_of_one_process_say_so(command, monkeypatch, capsys):
+    from inflection_fast import cli
+
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main([command, "x"]) == cli.USER_ERROR
+    assert f"{command} is one process: start it without torchrun" in capsys.readouterr().err
