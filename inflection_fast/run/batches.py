@@ -68,9 +68,11 @@ class Batches:
         """Every text in pieces of at most `max_length` tokens; texts are not joined, so none attends to another."""
         end = [self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else []
         pieces = []
+        chats = "rendered" in rows.column_names  # with the special tokens that the template puts in
+        options = {"truncation": False, "verbose": False, "add_special_tokens": not chats}
         for begin in range(0, len(rows), 1000):
-            texts = list(rows[begin : begin + 1000]["text"])
-            for ids in self.tokenizer(texts, truncation=False, verbose=False)["input_ids"]:
-                ids = np.asarray(ids + (end if ids[-1:] != end else []), dtype=np.int32)
+            texts = list(rows[begin : begin + 1000]["rendered" if chats else "text"])
+            for ids in self.tokenizer(texts, **options)["input_ids"]:
+                ids = np.asarray(ids + (end if not chats and ids[-1:] != end else []), dtype=np.int32)
                 pieces += [ids[i : i + self.max_length] for i in range(0, len(ids), self.max_length)]
         return [piece for piece in pieces if len(piece) >= 2]  # a single token predicts nothing

@@ -88,6 +88,8 @@ class DataConfig:
         field: key under which a .json file keeps its list of rows; null: the only key with such a list
         text: column of the text
         text_pair: column of a second text, for pairs of sentences
+        messages: column of conversations, lists of {role, content}, in place of `text`; the chat template of the
+            model's tokenizer makes them text; causal-lm only
         label: column of the label (names or integers); not used by causal-lm
         labels: label names in the order of their integers; null: the sorted values of the column
         test: a file, or a split of the hub data set, to test on
@@ -113,6 +115,7 @@ class DataConfig:
     field: str | None = None
     text: str = "text"
     text_pair: str | None = None
+    messages: str | None = None
     label: str = "label"
     labels: tuple[str, ...] | None = None
     test: str | None = None
@@ -136,6 +139,8 @@ class DataConfig:
         for name in ("train_limit", "test_limit"):
             value = getattr(self, name)
             _check(value is None or value >= 1, f"data.{name}", value, "null or at least 1")
+        if self.messages is not None and self.text_pair is not None:
+            raise ValueError("data.messages and data.text_pair are two kinds of text: give one of them")
         if self.test is not None and self.group is not None:
             raise ValueError("data.test and data.group are two ways to split: give one of them")
         if self.labels is not None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from inflection_fast.records import DataRecord
+from inflection_fast.run import chats
 from inflection_fast.run.config import DataConfig
 from inflection_fast.run.errors import UserError
 from inflection_fast.run.files import Rows, load_rows
@@ -28,7 +29,10 @@ PROBE_SHARE = 0.1  # of the texts, at most, then
 
 @dataclass(frozen=True)
 class TextData:
-    """A data set after splitting: rows with `text`, and where they apply `text_pair`, `label` (an integer), `group`."""
+    """A data set after splitting: rows with `text`, and where they apply `text_pair`, `label` (an integer), `group`.
+
+    Of conversations, `text` says who says what, and `rendered` is what the template of the tokenizer makes of them.
+    """
 
     train: Dataset
     test: Dataset
@@ -54,16 +58,19 @@ def normalised(text: str) -> str:
     return words or text
 
 
-def read(config: DataConfig, task: str) -> TextData:
-    """Reads, checks and splits a data set. UserError for a missing file or column, or labels that make no sense."""
+def read(config: DataConfig, task: str, render: chats.Render | None = None) -> TextData:
+    """Reads, checks and splits a data set. UserError for a missing file or column, or labels that make no sense.
+
+    `render` turns a conversation into text to train on; None: they are counted and split only.
+    """
     dropped: dict[str, int] = {}
-    found = _rows(config, task, None, dropped)
+    found = _rows(config, task, None, dropped, render)
     labels: tuple[str, ...] = ()
     if task == "sequence-classification":
         labels = config.labels or label_names(found, config)
     rows = _data_set(found, labels)
     if config.test is not None:
-        test = _data_set(_rows(config, task, config.test, dropped), labels)
+        test = _data_set(_rows(config, task, config.test, dropped, render), labels)
         if config.deduplicate:
             rows = _drop(rows, set(_keys(test)), dropped, "also in the test file")
     else:
@@ -102,9 +109,14 @@ def _in_words(dropped: dict[str, int]) -> str:
     return f" ({', '.join(f'{count} {why}' for why, count in dropped.items())})" if dropped else ""
 
 
-def _rows(config: DataConfig, task: str, test: str | None, dropped: dict[str, int]) -> Rows:
+def _rows(
+    config: DataConfig, task: str, test: str | None, dropped: dict[str, int], render: chats.Render | None
+) -> Rows:
     """The named columns under our own names, without empty texts and duplicates, labels cleaned."""
-    columns_of = {"text": config.text, "text_pair": config.text_pair, "group": config.group}
+    texts = {"text": config.text, "text_pair": config.text_pair}
+    columns_of = {**(texts if config.messages is None else {"messages": config.messages}), "group": config.group}
+    if config.messages is not None and task != "causal-lm":
+        raise UserError(f"data.messages is for causal-lm: name a column of plain text as data.text for {task}")
     if task == "sequence-classification":
         columns_of["label"] = config.label
     elif config.text_pair is not None:
@@ -118,6 +130,8 @@ def _rows(config: DataConfig, task: str, test: str | None, dropped: dict[str, in
         if ours in columns:
             columns[ours] = _as_text(columns[ours], f"{rows.source}: column {wanted[ours]!r}")
     names = {ours: rows.names[theirs] for ours, theirs in wanted.items() if theirs in rows.names}
+    if "messages" in columns:
+        columns["text"] = chats.in_words(rows, wanted["messages"])
     rows = Rows(rows.source, columns, rows.unit, rows.places, names)
     kept = [i for i, text in enumerate(columns["text"]) if text is not None and text.strip()]
     _count(dropped, "empty", len(rows) - len(kept))
@@ -126,7 +140,10 @@ def _rows(config: DataConfig, task: str, test: str | None, dropped: dict[str, in
         rows = clean_labels(rows, config, dropped)
         if config.labels is None and test is None:
             label_names(rows, config)  # says what is wrong with the labels before any row is dropped for its own
-    return _once(rows, config, dropped) if config.deduplicate else rows
+    rows = _once(rows, config, dropped) if config.deduplicate else rows
+    if (conversations := rows.columns.pop("messages", None)) is not None and render is not None:
+        rows.columns["rendered"] = chats.rendered(rows, conversations, render)
+    return rows
 
 
 def _as_text(values: list[Any], column: str) -> list[str | None]:

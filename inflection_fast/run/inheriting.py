@@ -28,6 +28,7 @@ from inflection_fast.decide import Plan, SelectConfig, select
 from inflection_fast.measure import Monitor, MonitorConfig
 from inflection_fast.records import Metrics
 from inflection_fast.run.batches import Batches
+from inflection_fast.run.chats import template_of
 from inflection_fast.run.config import DataConfig, ModelConfig
 from inflection_fast.run.data import read
 from inflection_fast.run.errors import UserError, user_errors
@@ -107,8 +108,9 @@ def run_inherit(config: InheritConfig, say: Callable[[str], None]) -> Path:
     folder = Path(config.output).expanduser()
     if (folder / "inherit.json").exists():
         raise UserError(f"{folder} holds a comparison already: name another folder with --out")
-    data = read(config.data, config.task)
     tokenizer = load_tokenizer(config.model)
+    render = template_of(tokenizer, config.model.path) if config.data.messages is not None else None
+    data = read(config.data, config.task, render)
     torch.manual_seed(config.seed)
     model = load_model(config.model, config.task, tokenizer, labels=data.labels)
     nn.Module.to(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))

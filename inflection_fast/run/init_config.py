@@ -28,11 +28,18 @@ def write_init_config(
         raise UserError(f"{path} exists already: name another file with --out")
     config = DataConfig(data)
     names = column_names(config)
-    text, label = _columns(config, names, task, text, label)
-    config = replace(config, text=text, label=label or config.label)
+    if task == "causal-lm" and text is None and "messages" in names and _conversations(config):
+        config = replace(config, messages="messages")
+    else:
+        text, label = _columns(config, names, task, text, label)
+        config = replace(config, text=text, label=label or config.label)
     found = read(config, task)
     write_text(path, _written(model, config, task, names, found))
     return found
+
+
+def _conversations(config: DataConfig) -> bool:
+    return any(isinstance(value, list) for value in load_rows(config, ["messages"]).columns["messages"][:SAMPLE])
 
 
 def _columns(
@@ -71,7 +78,9 @@ def _written(model: str, config: DataConfig, task: str, names: list[str], found:
             f"{len(found.train)} texts to train on, {len(found.test)} to test on, {len(found.probe)} to compare",
         ),
         (f"  path: {value(config.path)}", ""),
-        (f"  text: {value(config.text)}", columns),
+        (f"  text: {value(config.text)}", columns)
+        if config.messages is None
+        else (f"  messages: {value(config.messages)}", "column of conversations, lists of {role, content}"),
     ]
     if found.labels:
         shown = ", ".join(found.labels[:8]) + (", ..." if len(found.labels) > 8 else "")

@@ -15,6 +15,7 @@ from inflection_fast.decide import Plan, select
 from inflection_fast.records import STAGE, Metrics, OverheadRecord, StageRecord
 from inflection_fast.run import processes
 from inflection_fast.run.batches import Batches
+from inflection_fast.run.chats import template_of
 from inflection_fast.run.config import DataConfig, RunConfig, TrainConfig
 from inflection_fast.run.data import TextData, read, without
 from inflection_fast.run.errors import UserError, user_errors
@@ -81,7 +82,8 @@ class Stages:
         return self._told("source", data)
 
     def _read(self, config: DataConfig) -> TextData:
-        return processes.in_turn(lambda: read(config, self.config.task))
+        render = template_of(self.batches.tokenizer, self.config.model.path) if config.messages is not None else None
+        return processes.in_turn(lambda: read(config, self.config.task, render))
 
     def _told(self, name: str, data: TextData) -> TextData:
         dropped = ", ".join(f"{count} {why}" for why, count in data.dropped.items())
