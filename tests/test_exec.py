@@ -1,6 +1,7 @@
 """`inflection-fast exec`: scripts that know nothing of the monitor are measured."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from helpers.loops_to_exec import Net, batches
 from torch import nn
 
@@ -86,6 +88,22 @@ def test_accelerate_launch_counts_optimizer_steps_and_takes_the_loss_that_was_di
     model = Net()
     losses = [nn.functional.cross_entropy(model(x), y).item() for x, y in batches(2)]
     assert timeline.loss[0] == pytest.approx(np.mean(losses), rel=1e-5), (timeline.loss, losses)
+
+
+def test_llama_factory_is_measured_through_the_torchrun_that_it_starts(tmp_path, monkeypatch):
+    """A stand-in of its launcher, which hands the environment on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "1", "MASTER_PORT": str(port)}.items():
+        monkeypatch.setenv(name, value)
+    settings = {"output_dir": str(tmp_path / "run"), "max_steps": 3, "use_cpu": True, "report_to": "none"}
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump({**settings, "save_strategy": "no", "disable_tqdm": True}))
+    words = [sys.executable, "-m", "helpers.llama_factory", "train", str(tmp_path / "a.yaml")]
+    done = run(tmp_path, *words)
+    assert done.returncode == 0, done.stderr
+    timeline = Timeline.load(tmp_path / "out")
+    assert timeline.steps.tolist() == [0, 2] and np.isfinite(timeline.loss).all()
 
 
 def test_an_alert_to_fail_on_sets_the_exit_status(tmp_path):

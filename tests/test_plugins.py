@@ -96,3 +96,11 @@ def test_axolotl_puts_lora_on_the_modules_of_a_plan(axolotl, tmp_path):
     assert all(name.startswith("bert.encoder.layer.1.") for name in settings.lora_target_modules)
     with pytest.raises(ValueError, match="leave one out"):
         plugin.register({**raw, "lora_target_modules": ["q_proj"]})
+
+
+def test_llama_factory_takes_the_callback(tmp_path):
+    from helpers import llama_factory
+
+    callback = InflectionCallback(MonitorConfig(every=2), tmp_path / "out")
+    llama_factory.run_exp(trainers.arguments(tmp_path / "run", max_steps=3).to_dict(), callbacks=[callback])
+    assert callback.timeline.steps.tolist() == [0, 2]
