@@ -10,6 +10,7 @@ import sys
 import helpers.tiny_texts as tiny
 import numpy as np
 import pytest
+import torch
 import yaml
 
 pytest.importorskip("datasets")
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 
 from inflection_fast.decide import Plan, SelectConfig
 from inflection_fast.measure import MonitorConfig
+from inflection_fast.run import processes
 from inflection_fast.run.config import (
     DataConfig,
     MeasureConfig,
@@ -65,7 +67,6 @@ def torchrun(folder, config):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    import torch
     from transformers import BertModel
 
     folder = tmp_path_factory.mktemp("processes")
@@ -81,8 +82,6 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def both(folder):
     """A run of one process and a run of two, finished."""
-    import torch
-
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     stages = Stages(config_of(folder, "one"), say=lambda line: None, quiet=True)
@@ -131,11 +130,42 @@ def test_the_first_process_alone_writes_and_speaks(both):
     assert not list(two.glob("*/checkpoints")) and not list(two.rglob("*.partial"))
 
 
-def test_what_the_first_process_refuses_is_said_once(folder):
-    (folder / "taken").mkdir()
-    (folder / "taken" / "thesis.tex").write_text("")
-    done = torchrun(folder, config_of(folder, "taken"))
-    assert done.returncode != 0 and done.stderr.count("not empty and holds no run") == 1, done.stderr
+def take_turns(rank, store, folder):
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    told = folder / "told"
+
+    def write():
+        told.write_text(told.read_text() + str(rank) if told.exists() else str(rank))
+        return rank, processes.alone(lambda: rank)  # within a turn nobody else is waited for
+
+    assert processes.in_turn(write) == (rank, rank)
+    processes.wait()
+    assert told.read_text() == "01" and processes.alone(lambda: rank) == 0
+
+    def refuse():
+        raise UserError("no room")
+
+    with pytest.raises(UserError) as caught:
+        processes.alone(refuse)
+    assert isinstance(caught.value, processes.Elsewhere) == (rank == 1)
+    assert processes.alone(lambda: "on") == "on"
+    (folder / str(rank)).touch()
+
+
+def test_the_first_process_works_before_the_others_and_its_errors_are_theirs(tmp_path):
+    torch.multiprocessing.spawn(take_turns, (tmp_path / "store", tmp_path), nprocs=2)
+    assert (tmp_path / "0").exists() and (tmp_path / "1").exists()
+
+
+def test_what_the_first_process_has_said_is_not_said_again(monkeypatch, capsys):
+    from inflection_fast import cli
+
+    def told(argv):
+        raise processes.Elsewhere("the first process has failed")
+
+    monkeypatch.setitem(cli._DISPATCH, "run", told)
+    assert cli.main(["run"]) == cli.USER_ERROR and capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
