@@ -148,6 +148,20 @@ def test_a_step_changes_only_adapters_and_head_and_merging_changes_nothing(name,
     torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_model_without_input_embeddings_is_adapted_and_saved(tmp_path):
+    model = tiny.llama()
+
+    def none(self):
+        raise NotImplementedError("get_input_embeddings")
+
+    asked = type("Bare", (type(model),), {"get_input_embeddings": none})
+    model.__class__ = asked
+    adapted = inject(model, plan_for(model, 1))
+    assert len(adapted_names(adapted)) == 2 and "get_input_embeddings" not in vars(model)
+    adapted.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").exists()
+
+
 def test_a_saved_adapter_and_its_head_come_back(tmp_path):
     model, batch = tiny.model_and_batch("bert")
     base = copy.deepcopy(model)

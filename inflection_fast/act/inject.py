@@ -102,7 +102,7 @@ def inject(
             "name, or merge or unload that one first"
         )
     config, targets = complete(model, plan, config, parameters=target_parameters, ranks=ranks)
-    with _restored_on_error(model, adapter_name):
+    with _restored_on_error(model, adapter_name), _embeddings_answered(unwrapped(model)):
         if isinstance(model, peft.PeftModel):
             adapted = model
             adapted.add_adapter(adapter_name, config)
@@ -243,7 +243,7 @@ def _restored_on_error(model: nn.Module, adapter_name: str):
     active = list(model.active_adapters) if isinstance(model, peft.PeftModel) else None
     try:
         yield
-    except BaseException as error:
+    except BaseException:
         if active is not None and isinstance(model, peft.PeftModel):
             if adapter_name in model.peft_config:
                 model.delete_adapter(adapter_name)
@@ -256,9 +256,21 @@ def _restored_on_error(model: nn.Module, adapter_name: str):
             parameter.requires_grad_(trains)
         for name in set(vars(model)) - attributes:
             delattr(model, name)
-        if isinstance(error, NotImplementedError) and "get_input_embeddings" in str(error):
-            raise ValueError(
-                f"model: peft asks {type(model).__name__} for its input embeddings, which it has not or does not name; "
-                "give its class a get_input_embeddings that returns one (nn.Module() where it has none)"
-            ) from error
         raise
+
+
+@contextmanager
+def _embeddings_answered(base: nn.Module):
+    """peft asks a model for its input embeddings, and Transformers' models without any raise: an empty module then."""
+    asked = getattr(base, "get_input_embeddings", None)
+    try:
+        if callable(asked):
+            asked()
+    except NotImplementedError:
+        vars(base)["get_input_embeddings"] = nn.Module
+        try:
+            yield
+        finally:
+            del vars(base)["get_input_embeddings"]
+    else:
+        yield

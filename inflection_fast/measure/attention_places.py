@@ -13,7 +13,7 @@ from ..blocks import Block, is_linear_attention, is_named_attention
 
 __all__ = ["AttentionPlaces", "Place", "heads_of"]
 
-_CROSS = re.compile(r"cross|enc_?dec|encoder_(attn|attention)$|multihead_attn$", re.IGNORECASE)
+_CROSS = re.compile(r"cross|enc_?dec|encoder_(attn|attention)(_|$)|multihead_attn$", re.IGNORECASE)
 _PLAIN = re.compile(r"(self_?)?(attention|attn|mha)|self|layers?|\d+", re.IGNORECASE)
 _HEAD_COUNTS = (
     "num_heads",

@@ -331,13 +331,13 @@ DEVIATION = {
     "pe_audio_encoder": 0.05,
     "d_fine": 0.05,
     "deimv2": 0.05,
-    "pp_doclayout_v3": 0.05,
-    "pp_doclayout_v4": 0.05,
+    "pp_doclayout_v3": 0.03,
+    "pp_doclayout_v4": 0.03,
     "vits": 0.02,
     "grounding-dino": 0.03,
     "mm-grounding-dino": 0.03,
 }
-DEVIATION |= dict.fromkeys(("florence2", "levit"), 0.1)
+DEVIATION |= dict.fromkeys(("florence2", "levit", "xclip"), 0.1)
 
 # Parameters that must not be as small as any: zero, gates cut a gradient off; a snake divides by its alpha.
 FILLED = {

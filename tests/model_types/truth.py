@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 _SOFTMAX = {torch.softmax, F.softmax, torch.Tensor.softmax}
 _CROSS = re.compile(r"cross|encdec|(^|\.)(encoder_attn|encoder_attention|multihead_attn)", re.IGNORECASE)
 _NOT_ATTENTION = re.compile(r"router|gate|expert|moe|linear_att|pool|channel_att|(^|[._])hc($|\.)", re.IGNORECASE)
+_MASKED = -1e30  # the lowest number of float32, with scores added or not
 _HEADS = (
     "num_heads",
     "num_attention_heads",
@@ -54,7 +55,9 @@ class _Recorder(TorchFunctionMode):
         if self.path and func in _SOFTMAX:
             dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
             if dim in (-1, out.dim() - 1) and out.dim() >= 3:
-                p, sinks = out.detach().double(), getattr(self.modules[-1], "sinks", None)
+                p = out.detach().double()
+                p[args[0].detach().amax(-1) < _MASKED] = torch.nan  # rows without a key are no rows
+                sinks = getattr(self.modules[-1], "sinks", None)
                 if isinstance(sinks, torch.nn.Parameter) and p.shape[-1] == p.shape[-2]:
                     # Eager functions that weigh the output by a sink hand out a softmax without its column.
                     p = torch.cat([args[0], sinks.view(1, -1, 1, 1).expand(*p.shape[:3], 1)], -1).double().softmax(-1)
