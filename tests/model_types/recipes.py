@@ -337,7 +337,7 @@ DEVIATION = {
     "grounding-dino": 0.03,
     "mm-grounding-dino": 0.03,
 }
-DEVIATION |= dict.fromkeys(("florence2", "levit", "xclip"), 0.1)
+DEVIATION |= dict.fromkeys(("florence2", "levit", "lightglue", "xclip"), 0.1)
 
 # Parameters that must not be as small as any: zero, gates cut a gradient off; a snake divides by its alpha.
 FILLED = {
