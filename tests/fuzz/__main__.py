@@ -25,12 +25,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, help="of the first case of every target; none: from the clock, and printed")
     parser.add_argument("--only", default=",".join(TARGETS), help=f"of {', '.join(TARGETS)}; or: operators, files")
     parser.add_argument("--emulated", choices=("plain", "sanitized"), help="run the CUDA kernels under the emulator")
+    parser.add_argument("--most", type=int, help="no dimension of a tensor is larger: many small cases")
     parser.add_argument("--replay", metavar="TARGET:SEED", help="run one case and let its error through")
     given = parser.parse_args()
     if given.replay:
         prepare(given.emulated)
         name, seed = given.replay.split(":")
-        run_one(name, int(seed))
+        run_one(name, int(seed), given.most)
         print("the case passes")
         return 0
     groups = {"operators": list(OPERATORS), "files": list(FILES)}
@@ -39,11 +40,12 @@ def main() -> int:
     if unknown:
         parser.error(f"--only: {', '.join(unknown)} is none of {', '.join(TARGETS)}")
     seed = int(time.time()) * 1_000_000 if given.seed is None else given.seed
-    emulated = f" --emulated {given.emulated}" if given.emulated else ""
+    options = f" --emulated {given.emulated}" if given.emulated else ""
+    options += f" --most {given.most}" if given.most else ""
     print(f"seed {seed}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         note = Path(folder) / "found.json"
-        arguments = (names, seed, given.minutes, given.cases, given.emulated, str(note))
+        arguments = (names, seed, given.minutes, given.cases, given.emulated, given.most, str(note))
         process = multiprocessing.get_context("spawn").Process(target=work, args=arguments)
         process.start()
         process.join()
@@ -58,7 +60,7 @@ def main() -> int:
     for name, case, kind, text in found["failed"]:
         shown[name] += 1
         if shown[name] <= REPORTED:
-            print(f"\n{kind}: python -m tests.fuzz{emulated} --replay {name}:{case}\n{text}")
+            print(f"\n{kind}: python -m tests.fuzz{options} --replay {name}:{case}\n{text}")
         else:
             print(f"{kind}: --replay {name}:{case}")
     for name, count in found["counts"].items():

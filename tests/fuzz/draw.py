@@ -16,9 +16,13 @@ LARGE = (130, 200, 255, 256, 257, 384, 511, 512, 513, 700, 1024, 1100)
 
 
 class Draw:
-    """Random choices from one seed: the same seed gives the same case, on any machine."""
+    """Random choices from one seed: the same seed gives the same case, on any machine.
 
-    def __init__(self, seed: int):
+    `most`: no dimension is larger.
+    """
+
+    def __init__(self, seed: int, most: int = LARGE[-1]):
+        self.most = most
         self.random = random.Random(seed)
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -35,6 +39,7 @@ class Draw:
         """A dimension: small or at an edge of a vector or a tile, seldom 0, now and then large if `most` allows it."""
         if self.chance(empty):
             return 0
+        most = min(most, self.most)
         edges = [edge for edge in (EDGES + LARGE if self.chance(0.03) else EDGES) if edge <= most]
         return self.one(edges) if self.chance(0.6) else self.whole(1, min(most, 24))
 
@@ -89,7 +94,8 @@ class Draw:
             flat = torch.full((x.numel() + 5,), math.nan).to(x.dtype)
             flat[3 : 3 + x.numel()] = x.flatten()
             return flat[3 : 3 + x.numel()].view(x.shape)
-        if kind == "far" and self.chance(0.02) and x.dtype.itemsize <= 2 and 2 <= x.shape[0] <= 3:
+        few = x.dtype.itemsize <= 2 and 2 <= x.shape[0] <= 3 and self.most == LARGE[-1]
+        if kind == "far" and self.chance(0.02) and few:
             # Untouched pages take no memory: offsets beyond 2^31 elements of rows that are few.
             step = 2**30 + 8 * self.whole(0, 1000)
             room = torch.empty(step * x.shape[0], dtype=x.dtype)

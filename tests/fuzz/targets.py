@@ -31,9 +31,12 @@ FILES = {
 TARGETS = OPERATORS | FILES
 
 
-def run_one(name: str, seed: int) -> None:
-    """One case, operators by the kernels of any instruction set that this CPU has; raises what is wrong."""
-    draw = Draw(seed)
+def run_one(name: str, seed: int, most: int | None = None) -> None:
+    """One case, operators by the kernels of any instruction set that this CPU has; raises what is wrong.
+
+    `most`: no dimension of a tensor is larger; None: as targets choose.
+    """
+    draw = Draw(seed) if most is None else Draw(seed, most)
     if name in OPERATORS:
         torch.ops.inflection_fast.cpu_isa(draw.whole(0, len(ISA_NAMES)))
     try:

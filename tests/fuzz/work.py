@@ -13,7 +13,15 @@ from .targets import run_one
 STEP_S = 2.0  # a target runs so long before the next one has its turn
 
 
-def work(names: list[str], seed: int, minutes: float, cases: int | None, emulated: str | None, place: str) -> None:
+def work(
+    names: list[str],
+    seed: int,
+    minutes: float,
+    cases: int | None,
+    emulated: str | None,
+    most: int | None,
+    place: str,
+) -> None:
     """Run targets in turn, and note the case that runs, so that a crash can be told."""
     prepare(emulated)
     end, counts, failed = time.monotonic() + 60 * minutes, Counter(), []
@@ -26,7 +34,7 @@ def work(names: list[str], seed: int, minutes: float, cases: int | None, emulate
                 case = seed + number[name]
                 note.with_suffix(".now").write_text(f"{name}:{case}")
                 try:
-                    run_one(name, case)
+                    run_one(name, case, most)
                 except Exception as error:
                     failed.append([name, case, type(error).__name__, traceback.format_exc()])
                 number[name] += 1
