@@ -68,6 +68,29 @@ def test_rows_far_longer_than_the_others_cost_no_digits(isa, length, debiased):
         assert error(linear_cka(x, y, debiased=debiased), x, y, debiased=debiased) <= ERROR
 
 
+@pytest.mark.emulated
+@BOTH
+@pytest.mark.parametrize("rows", [40, 256, 600])
+def test_products_that_are_equal_do_not_all_round_the_same_way(isa, rows, debiased):
+    # A feature of two values: its products are one number, and what adding it rounds off is the same in every row.
+    size = 10 ** torch.linspace(-2, 2, 60)[:, None, None]
+    x = torch.where(torch.rand(60, rows, 1) < 0.5, -size, size)
+    y = torch.where(torch.rand(60, rows, 1) < 0.02, -x, x) * 0.37
+    for dtype in (torch.float32, torch.float16):
+        a, b = x.to(dtype), y.to(dtype)
+        assert error(linear_cka(a, b, debiased=debiased), a, b, debiased=debiased) <= ERROR
+
+
+@BOTH
+@pytest.mark.parametrize("rows", [256, 600])
+def test_one_feature_that_outweighs_all_others_costs_no_digits(isa, rows, debiased):
+    x, y = features(60, rows, 30)
+    for two_values in (False, True):
+        x[..., 4] = 1e3 * torch.linspace(1, 2, 60)[:, None] * (x[..., 4].sign() if two_values else x[..., 4])
+        y[..., 9] = x[..., 4] * torch.where(torch.rand(60, rows) < 0.02, -0.3, 0.3)
+        assert error(linear_cka(x, y, debiased=debiased), x, y, debiased=debiased) <= ERROR
+
+
 @BOTH
 def test_few_rows_of_many_features_cost_no_digits(isa, debiased):
     for n in (4, 40, 100):

@@ -6,6 +6,9 @@
 
 namespace INFLECTION_CORE {
 
+constexpr int64_t kCkaExactRows = 32;     // so few rows are multiplied in float64: adding the Gram matrix costs as much
+constexpr int64_t kCkaExactColumns = 16;  // of both sides: so few leave no average over columns that rounding fades in
+
 // A row is long, and kept out of sums in float32, if |u|^2 is more than this: 8 times the mean of its block. An eighth of
 // the rows at most, whatever the features.
 IF_HD double cka_long(double squares, double rows) { return 8.0 * squares / rows; }
@@ -14,10 +17,14 @@ IF_HD double cka_long(double squares, double rows) { return 8.0 * squares / rows
 // are then multiplied in float64, where a Gram matrix of any float32 features has room.
 IF_HD bool cka_leaves_float(double squares) { return squares != 0.0 && !(squares >= 0x1p-60 && squares <= 0x1p68); }
 
-// Whether all rows of a block are multiplied in float64: p and q are sums of |u|^2 and |v|^2.
-IF_HD bool cka_all_exact(double rows, double p, double q) {
-  return rows <= double(kCkaExactRows) || cka_leaves_float(p) || cka_leaves_float(q);
+// Whether all rows of a block are multiplied in float64: p and q are sums of |u|^2 and |v|^2 over `columns` in all.
+IF_HD bool cka_all_exact(double rows, int64_t columns, double p, double q) {
+  return rows <= double(kCkaExactRows) || columns <= kCkaExactColumns || cka_leaves_float(p) || cka_leaves_float(q);
 }
+
+// Rows whose products a GPU sums in float32 at a time, of so many: fewer where few such sums follow that would average
+// their rounding, which is as sqrt(run) in one of them and as run / sqrt(rows) in all.
+IF_HD int64_t cka_run(int64_t rows) { return rows <= 128 ? 32 : rows <= 512 ? 64 : rows <= 2048 ? 128 : kCkaDepth; }
 
 // What the terms are made of, by side (0: x, 1: y) and by term (0: xy, 1: xx, 2: yy).
 struct CkaSums {

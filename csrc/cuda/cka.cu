@@ -122,8 +122,8 @@ __global__ void __launch_bounds__(kCkaThreads) classify_rows(CkaPushArgs args, L
   const double p = counts ? layer.norms[2 * row] : 0.0, q = counts ? layer.norms[2 * row + 1] : 0.0;
   const double count = block_sum<kCkaThreads>(counts ? 1.0 : 0.0, partial);
   const double all_p = block_sum<kCkaThreads>(p, partial), all_q = block_sum<kCkaThreads>(q, partial);
-  const bool exact =
-      counts && (cka_all_exact(count, all_p, all_q) || p > cka_long(all_p, count) || q > cka_long(all_q, count));
+  const bool exact = counts && (cka_all_exact(count, args.x.dim + args.y.dim, all_p, all_q) ||
+                                p > cka_long(all_p, count) || q > cka_long(all_q, count));
   if (row < end) layer.kinds[row] = !counts ? kNotCounted : exact ? kInDouble : kInFloat;
   const double of_block = block_sum<kCkaThreads>(exact ? 1.0 : 0.0, partial);
   if (threadIdx.x == 0) args.block_exact[layer.index * blocks + block] = static_cast<int32_t>(of_block);

@@ -20,7 +20,8 @@ def linear_cka(x: Tensor, y: Tensor, *, rank: int | None = None, debiased: bool 
     Equivalent to: ``K, L = x @ x.mT, y @ y.mT; hsic(K, L) / sqrt(hsic(K, K) * hsic(L, L))`` in float64, with HSIC_1 of
     Song et al. (2012) or, biased, the inner product of the centred K and L; computed from D x D sums, never N x N ones.
 
-    The error is at most 1e-6 at any offset common to the rows, and 1e-4 for features in 16 bits. Debiased values of
+    The error is at most 1e-6 at any offset common to the rows, and 1e-4 for features in 16 bits on CUDA (there 2e-5 in
+    float32 if one column that has two values outweighs all others; `docs/math.md`). Debiased values of
     unrelated features are near 0 and may be negative; biased ones are near ``D / (N + D + 1)``. Differentiable with
     respect to both, once; the gradient holds one layer at a time in float32. Extra memory: 4 (D + D2)^2 bytes per
     layer, of as many layers as 64 MiB hold (1 GiB on CUDA), and on the CPU 3 (D + D2) KiB of packed rows per thread.
