@@ -127,6 +127,7 @@ int attention_stats_backward_cuda(const AttentionStatsBackwardArgs&, void* strea
 // ---- attention_stats_qk: the same, fused from Q and K ---------------------------------------------------------------
 
 constexpr int64_t kMaxHeadDim = 512;
+constexpr int64_t kMostKeys = 0x7fffff00;  // of a row, and queries: they are counted in 32 bits
 
 struct AttentionStatsQkArgs {
   const void* query;  // [B, H, Tq, D], D at most kMaxHeadDim
@@ -189,7 +190,6 @@ constexpr int64_t cka_row(int64_t k, int64_t i) {
 }  // element (i, 0) would be there
 
 constexpr int64_t kCkaDepth = 256;      // rows of a block: float32 sums no longer; 16 columns of it fill half of L1
-constexpr int64_t kCkaExactRows = 32;   // so few rows are multiplied in float64: adding the Gram matrix costs as much
 constexpr int64_t kCkaRowChunk = 16;    // rows of a packing item: their columns of a panel are whole cache lines
 constexpr int64_t kCkaBlockRows = 192;  // rows of the Gram matrix in one product item, packed 192 KiB: a share of L2
 constexpr int64_t kCkaBlockCols = 256;  // columns of one product item

@@ -22,8 +22,8 @@ constexpr int kDepthPart = 64;  // products summed in one piece: short sums roun
 // 16-bit rows up to here are summed in one piece by every kernel, as that with kSub > 1 has no registers for two sums:
 // large scores have to be the same ones everywhere.
 constexpr int kWholeDepth = 128;
-constexpr int64_t kMostBlocks = 0x7fffffff, kMostKeys = 0x7fffff00;  // of one launch; keys are counted in 32 bits
-constexpr int kLanesPerRow = 4;                                      // lanes that hold a piece of the same left row
+constexpr int64_t kMostBlocks = 0x7fffffff;  // of one launch
+constexpr int kLanesPerRow = 4;              // lanes that hold a piece of the same left row
 
 template <class T, int kSub_, int kWarps_, int kRightTiles_>
 struct Shape {

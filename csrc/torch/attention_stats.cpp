@@ -24,6 +24,8 @@ AttentionStatsArgs arguments(const Tensor& logits, const MaybeTensor& attn_mask,
   args.rows = logits.size(dims - 2), args.row_stride = logits.stride(dims - 2);
   args.cols = logits.size(dims - 1), args.col_stride = logits.stride(dims - 1);
 
+  STD_TORCH_CHECK(args.cols <= kMostKeys, "logits: expected at most ", kMostKeys, " keys, got ", args.cols);
+
   args.mask = mask_of(attn_mask, logits);
   std::vector<int64_t> sizes, mask_strides(dims, 0);
   for (int64_t d = 0; d < dims; ++d) sizes.push_back(logits.size(d));

@@ -64,7 +64,8 @@ struct PushScratch {
 void push(const CkaPushArgs& args, const Tensor& like) {
   using Kernel = void (*)(const CkaPushArgs&, int64_t, int64_t);
   const int64_t k = kCkaHead + args.x.dim + args.y.dim;
-  const int64_t threads = args.layers * args.rows * k * k <= kSerialWork ? 1 : torch::stable::get_num_threads();
+  const double work = static_cast<double>(args.layers) * args.rows * k * k;  // rows that lie on each other may be many
+  const int64_t threads = work <= kSerialWork ? 1 : torch::stable::get_num_threads();
   const int64_t whole = args.layers - args.layers % threads;
   const PushScratch memory(args, like, whole > 0 ? threads : 1);
   const auto one = [&](int64_t layer, int64_t slot) {

@@ -35,6 +35,8 @@ inline AttentionStatsQkArgs qk_arguments(const Tensor& query, const Tensor& key,
       "query, key: shapes do not match");
   STD_TORCH_CHECK(args.head_dim >= 1 && args.head_dim <= kMaxHeadDim, "query: head dimension outside [1, ", kMaxHeadDim,
                   "]");
+  STD_TORCH_CHECK(args.queries <= kMostKeys && args.keys <= kMostKeys, "query, key: expected at most ", kMostKeys,
+                  " queries and keys, got ", args.queries, " and ", args.keys);
   args.scale = static_cast<float>(scale);
   args.softcap = static_cast<float>(softcap);
   args.window_left = window_left;

@@ -77,6 +77,7 @@ def forward(logits, attn_mask, is_causal, scale, *, entropy_only) -> AttentionSt
     checks.float_tensor(logits, "logits")
     if logits.ndim < 2:
         raise ValueError(f"logits: expected [..., queries, keys], got shape {list(logits.shape)}")
+    checks.length(logits.shape[-1], "logits", "keys")
     checks.attn_mask(attn_mask, logits.shape, logits, "logits")
     checks.flag(is_causal, "is_causal")
     scale = checks.finite(scale, "scale")

@@ -100,6 +100,13 @@ def attention_operand(value: object, name: str) -> Tensor:
 
 
 MAX_HEAD_DIM = 512  # kMaxHeadDim in csrc/kernels.h
+MAX_KEYS = 2**31 - 256  # kMostKeys in csrc/kernels.h
+
+
+def length(count: int, name: str, what: str) -> None:
+    """Refuse more queries or keys than kernels count in 32 bits."""
+    if count > MAX_KEYS:
+        raise ValueError(f"{name}: expected at most {MAX_KEYS} {what}, got {count}")
 
 
 def query_key(query: object, key: object) -> tuple[Tensor, Tensor]:
@@ -116,6 +123,8 @@ def query_key(query: object, key: object) -> tuple[Tensor, Tensor]:
         raise ValueError(f"query: head dimension must be in [1, {MAX_HEAD_DIM}], got {q.shape[3]}")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"key: {k.shape[1]} heads do not divide the {q.shape[1]} heads of query")
+    length(q.shape[2], "query", "queries")
+    length(k.shape[2], "key", "keys")
     return q, k
 
 
