@@ -24,7 +24,9 @@ IF_HD bool cka_all_exact(double rows, int64_t columns, double p, double q) {
 
 // Rows whose products a GPU sums in float32 at a time, of so many: fewer where few such sums follow that would average
 // their rounding, which is as sqrt(run) in one of them and as run / sqrt(rows) in all.
-IF_HD int64_t cka_run(int64_t rows) { return rows <= 128 ? 32 : rows <= 512 ? 64 : rows <= 2048 ? 128 : kCkaDepth; }
+IF_HD int64_t cka_rows_at_once(int64_t rows) {
+  return rows <= 128 ? 32 : rows <= 512 ? 64 : rows <= 2048 ? 128 : kCkaDepth;
+}
 
 // What the terms are made of, by side (0: x, 1: y) and by term (0: xy, 1: xx, 2: yy).
 struct CkaSums {

@@ -1,8 +1,8 @@
 // The products of linear CKA: tiles of the Gram matrix of (u, v), added up over the rows.
 //
 // float32 rows: fused multiply-adds, 128 x 128 results a block, 8 x 8 a thread, added to the float64 Gram matrix every
-// cka_run rows, which stays in the second-level cache meanwhile. Bound by the multiply-adds: a step of one row takes
-// a multiprocessor 128 cycles, its loads from shared memory 64.
+// cka_rows_at_once rows, which stays in the second-level cache meanwhile. Bound by the multiply-adds: a step of one row
+// takes a multiprocessor 128 cycles, its loads from shared memory 64.
 //
 // 16-bit rows: tensor cores, 256 x 128 results a block, 64 x 64 a warp, three stages of 32 rows in shared memory (83
 // KiB in all), one block a multiprocessor. What is subtracted from a column has to leave its elements exact in 16 bits:
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kCkaThreads, kFloatBlocks)
   };
   int stage = 0;
   fetch(0);
-  const int64_t run = cka_run(args.rows);
+  const int64_t run = cka_rows_at_once(args.rows);
   for (int64_t first = 0; first < args.rows; first += run) {
     const int64_t end = first + run < args.rows ? first + run : args.rows;
     float sums[kOwn][kOwn] = {};
