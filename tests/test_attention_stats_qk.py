@@ -97,6 +97,16 @@ def test_one_key_has_probability_one_and_entropy_zero(isa, dtype, scale):
     assert torch.equal(stats.lse, stats.max_logit)
 
 
+@pytest.mark.parametrize("keys", [0, 5])
+def test_a_sink_alone_has_probability_one_and_entropy_zero(isa, keys):
+    query, key = pair(1, 60, 1, 3, keys, 24)
+    sinks = torch.randn(60) * 100
+    stats = attention_stats_qk(query, key, sinks=sinks, attn_mask=torch.zeros(3, keys, dtype=torch.bool))
+    found = [x.unique().tolist() for x in (stats.entropy, stats.keys, stats.collision, stats.sink)]
+    assert found == [[0], [0], [1], [1]]
+    torch.testing.assert_close(stats.lse, sinks[:, None].expand_as(stats.lse[0])[None], rtol=2e-7, atol=0)
+
+
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"window": (9, 4)}, {"window": (None, 0)}], ids=str)
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("shape", [(2, 6, 2, 49, 131, 24), (1, 2, 2, 60, 300, 512)], ids=str)

@@ -100,9 +100,11 @@ __device__ __forceinline__ void write_row(const AttentionStatsQkArgs& args, cons
   RowTotals total{};
   total.max_logit = state.max * form.scale;
   total.empty = state.max == -kInf && state.dot == state.dot;
+  int columns = keys;
   if (args.sinks != nullptr) {
     first = args.sinks[row.head];
     if (first != -kInf) {
+      ++columns;
       state.rebase(fmaxf(state.max, first), form.exponent);
       if (Centre::is_large(state.max, form.exponent)) state.template add<true, true>(first, form.exponent);
       else state.template add<true, false>(first, form.exponent);
@@ -112,7 +114,7 @@ __device__ __forceinline__ void write_row(const AttentionStatsQkArgs& args, cons
   const Centre centre = Centre::of(state.max, form.exponent);
   total.sum = state.sum, total.log_sum = logf(state.sum), total.dot = kLn2 * state.dot, total.square = state.square;
   total.centre = double(state.max) * form.scale - kLn2 * centre.distance(state.max, form.exponent);
-  if (keys == 1 && args.sinks == nullptr) {  // exactly one-hot, as 2^x of a rounded reference is not
+  if (columns == 1) {  // exactly one-hot, as 2^x of a rounded reference is not
     total.square = total.sum * total.sum, total.dot = total.log_sum = 0.0;
     total.centre = double(state.max) * form.scale;
   }

@@ -54,7 +54,7 @@ def check_rows(
     good = ~truth.entropy.isnan() & ~beyond
     columns, known = scores.masked_fill(~attend, -math.inf), torch.where(attend & scores.isfinite(), error, 0.0)
     if sinks is not None:
-        columns = torch.cat([sinks.expand_as(columns[..., :1]), columns], -1)
+        columns = torch.cat([sinks.expand(*columns.shape[:-1], 1), columns], -1)
         known = torch.nn.functional.pad(known, (1, 0))
     if not columns.shape[-1]:
         wrong("empty rows", ours.entropy != 0, ours.entropy, truth.entropy, truth.entropy * 0)
