@@ -251,14 +251,15 @@ def gradients(draw: Draw) -> None:
     exact = derivative(operators[1], torch.float64)
     eager = derivative(operators[1], torch.float32)
     rounding = torch.finfo(dtype).eps if dtype != torch.float32 else 0.0
-    # A row of one key has a derivative of 0 in plain PyTorch without any rounding; elsewhere scores are rounded twice.
-    reach = [0.0, 0.0]
+    # A row of one key has a derivative of 0 in plain PyTorch without any rounding. Here scores of queries and keys are
+    # rounded twice, and the log-sum-exp of logits is a float where it is at most 16.
+    heaviest = max((float(w.abs().max()) for w in weights if w.numel()), default=0.0)
+    reach = [8.0 * heaviest, 0.0]
     if not from_logits and leaves[0].numel() and leaves[1].numel():
         depth, sizes = leaves[0].shape[-1], [float(x.detach().abs().max()) for x in leaves]
         scale = abs(depth**-0.5 if options["scale"] is None else options["scale"])
         score = sizes[0] * sizes[1] * scale * depth**0.5
         terms = leaves[1].shape[2], leaves[0].shape[1:3].numel()
-        heaviest = max((float(w.abs().max()) for w in weights if w.numel()), default=0.0)
         reach = [score * scale * sizes[1 - i] * heaviest * terms[i] ** 0.5 for i in (0, 1)]
     for index, (got, truth, plain) in enumerate(zip(ours, exact, eager, strict=True)):
         assert got.shape == truth.shape and got.dtype == dtype
