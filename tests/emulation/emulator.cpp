@@ -57,6 +57,7 @@ namespace {
 
 constexpr size_t kSharedAlignment = 128;
 constexpr size_t kStackBytes = 256 << 10;  // address space; the pages are used only where a thread touches them
+constexpr size_t kUnreturnedBytes = 4096;  // more than the frames take that a thread leaves when it ends
 
 enum class State { ready, at_barrier, at_warp_operation, ended };
 
@@ -142,7 +143,8 @@ void fiber_main() {
 void start(Fiber& fiber) {
   fiber.copies.assign(1, {});
 #ifdef EMULATOR_ASAN
-  __asan_unpoison_memory_region(fiber.stack, kStackBytes);  // the thread before this one never returned from its frames
+  // The thread before this one never returned from its first two frames; all others cleared what they had poisoned.
+  __asan_unpoison_memory_region(fiber.stack + kStackBytes - kUnreturnedBytes, kUnreturnedBytes);
 #endif
   fiber.state = State::ready;
 #if defined(__x86_64__)
