@@ -4,6 +4,7 @@ import contextlib
 import copy
 import logging
 import os
+from functools import partial
 
 import numpy as np
 import pytest
@@ -30,9 +31,10 @@ def from_the_start():
     torch._dynamo.reset()
 
 
-def train(called, batch, config=CONFIG, steps=3, micro_batches=2, cast=False, before_step=None):
+def train(called, batch, config=CONFIG, steps=3, micro_batches=2, cast=False, before_step=None, compiled=None):
     optimizer = torch.optim.SGD(called.parameters(), lr=0.1)
     with Monitor(called, config) as monitor:
+        called = called if compiled is None else compiled(called)
         for step in range(steps):
             for _ in range(micro_batches):
                 with torch.autocast("cpu", torch.bfloat16) if cast else contextlib.nullcontext():
@@ -114,6 +116,38 @@ def test_a_model_that_has_run_compiled_is_compiled_once_more_and_measured():
     model.zero_grad()
     assert_close(train(called, batch), expected, rtol=1e-5)
     assert graphs() == 2
+
+
+@pytest.mark.parametrize("how", [compile_in_place, compile_whole])
+def test_a_model_compiled_after_entering_is_measured_in_its_graph_from_then_on_and_that_is_said(how, caplog):
+    model, batch = case("bert")
+    expected = train(copy.deepcopy(model), batch)
+    with caplog.at_level(logging.WARNING):
+        actual = train(model, batch, compiled=lambda model: how(model, fullgraph=True, backend="aot_eager"))
+    assert_close(actual, expected, rtol=1e-5)
+    assert graphs() == 1  # the first step ran as it is written
+    (said,) = [record.getMessage() for record in caplog.records if "compiled" in record.getMessage()]
+    assert "compiled after the monitor was entered: from here on it is measured in its graph" in said
+
+
+def test_models_of_one_class_do_not_share_graphs_with_and_without_taps():
+    model, batch = case("bert")
+    expected = train(copy.deepcopy(model), batch)
+    compiled = partial(torch.compile, fullgraph=True, backend="aot_eager")
+    other, ran = compiled(copy.deepcopy(model)), []
+
+    def run_other(called):
+        ran.append(other(**batch).loss)  # is compiled first, after the monitor was entered
+        return called
+
+    def run_between(step):
+        ran.append(other(**batch).loss)
+        ran[-1].backward()
+
+    with torch._dynamo.config.patch(error_on_recompile=False):
+        actual = train(compiled(model), batch, compiled=run_other, before_step=run_between)
+    assert_close(actual, expected, rtol=1e-5)
+    assert len(ran) == 4 and graphs() == 2
 
 
 def test_a_graph_captured_without_taps_is_named_at_the_first_measured_step(monkeypatch):

@@ -19,6 +19,7 @@ from ..ops import AttentionStats, PackedSequences
 from ..quantities.quantity import AttentionRows, AttentionSeen
 from .attention_call import AttentionCall, stats_of
 from .attention_sight import AttentionSight, See
+from .context import Context, refuse_context
 from .micro_batch import MicroBatch, decoder_layers
 from .packet import StepSums
 from .panel import Panel
@@ -50,6 +51,7 @@ class AttentionTaps:
         self.sampler = RowSampler(rows, seed, device)
         self._indices = LayerIndices(device)
         self._layout = Layout()
+        self.context: Context | None = None  # ranks that share sequences
         self._told = False  # which blocks have no attention
         self.widest = 0  # heads of any call so far, on all ranks together
 
@@ -126,7 +128,9 @@ class AttentionTaps:
             micro_batch.attended[layer] += 0  # which is attention all the same
             return
         self._refuse(layer, call)
-        call = call.here()
+        if self.context is None:
+            refuse_context()
+        call = call.here(shares_sequences=self.context is not None)
         if may_wait:
             call.refuse_foreign_keys()
         batch, heads, length, _ = call.query.shape
@@ -148,7 +152,7 @@ class AttentionTaps:
         rows = None if strata.rows is None else strata.rows.to(call.query.device)
         # Not only without gradients: what autograd adds to the call of an operator is a fifth of its time.
         with torch.inference_mode():
-            stats = stats_of(call, rows)
+            stats = stats_of(call, rows) if self.context is None else self.context.stats_of(call, rows)
             valid = micro_batch.valid_rows(call, rows, layer in self._decoders)
         listening = self._panel.listening("on_attention_call") if call.kind == "self" else []
         if listening:

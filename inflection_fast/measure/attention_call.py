@@ -14,7 +14,7 @@ from .placements import local_of
 
 __all__ = ["FOREIGN_KEYS", "VARLEN", "AttentionCall", "Starts", "as_packed", "stats_of", "takes_flash_masks"]
 
-_HEADS = 1  # the dimension of queries [B, H, Tq, D]
+_HEADS, _POSITIONS = 1, 2  # dimensions of queries [B, H, Tq, D]
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,18 @@ class AttentionCall:
         if self.foreign_keys is not None and bool(self.foreign_keys):
             raise ValueError(FOREIGN_KEYS)
 
-    def here(self) -> AttentionCall:
-        """This rank's part of a call on DTensors, which may be sharded by heads. `ValueError` for others."""
+    def here(self, *, shares_sequences: bool = False) -> AttentionCall:
+        """This rank's part of a call on DTensors, which may be sharded by heads. `ValueError` for others.
+
+        Where ranks `shares_sequences`, they may be sharded by positions, too.
+        """
         if type(self.query) is Tensor or not hasattr(self.query, "placements"):
             return self
-        if any(place.is_partial() or (place.is_shard() and place.dim != _HEADS) for place in self.query.placements):
+        dims = (_HEADS, _POSITIONS) if shares_sequences else (_HEADS,)
+        if any(place.is_partial() or (place.is_shard() and place.dim not in dims) for place in self.query.placements):
             raise ValueError(
                 f"attention on queries placed as {self.query.placements} over ranks cannot be measured: heads may be "
-                "sharded, batch and sequence may not"
+                "sharded, sequences where the monitor is told of it (Monitor(model, context=mesh)), batches may not"
             )
         call = copy(self)
         for field in fields(self):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..blocks import Block, is_linear_attention, is_named_attention
+from .elsewhere import Elsewhere
 
 __all__ = ["AttentionPlaces", "Place", "heads_of"]
 
@@ -54,7 +55,8 @@ class AttentionPlaces:
         self.unnamed = False  # some block has no module that is called attention
         self.innermost: list[nn.Module] = []  # the modules called attention with none such inside
         for block in blocks:
-            self._look_into(block)
+            if not isinstance(block.module, Elsewhere):
+                self._look_into(block)
 
     def of(self, module: nn.Module) -> Place:
         """The place of a module that attends, whatever it is called."""

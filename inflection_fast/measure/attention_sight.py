@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 # Takes the attention module, where it is known, and what reads its call: reading may fail, and is for `see` to forgive.
 See = Callable[[nn.Module | None, Callable[[], AttentionCall]], None]
 
+_SDPA = torch._C._nn.scaled_dot_product_attention  # also where the name in F stands for another (context_parallel)
 _SOFTMAX = {torch.softmax, F.softmax, Tensor.softmax, torch.special.softmax}
 _SOFTMAX |= {torch.log_softmax, F.log_softmax, Tensor.log_softmax, torch.special.log_softmax}
 _LOGSUMEXP = {torch.logsumexp, Tensor.logsumexp, torch.special.logsumexp}
@@ -268,7 +269,7 @@ class FunctionMode(TorchFunctionMode):
             self._see_softmax(*args, **kwargs)
         elif func in _LOGSUMEXP:
             self._see_logsumexp(*args, **kwargs)
-        elif func is F.scaled_dot_product_attention:
+        elif func is F.scaled_dot_product_attention or func is _SDPA:
             return _seen_sdpa(self._see_here, func)(*args, **kwargs)
         elif getattr(func, "__code__", None) is F.multi_head_attention_forward.__code__:  # or a twin of it, see below
             return _seen_multi_head(self._see_here, func, *args, **kwargs)

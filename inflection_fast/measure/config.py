@@ -14,6 +14,7 @@ from .. import quantities as registry
 from ..blocks import Block
 from ..ops.cka import POOLINGS
 from ..quantities import Quantity
+from .elsewhere import Elsewhere
 from .schedule import ProbeBudget
 
 __all__ = ["MonitorConfig", "meta_of"]
@@ -229,12 +230,14 @@ def _stacks_of(blocks: Sequence[Block]) -> list[dict]:
     described = []
     for name, held in stacks.items():
         parameters = {id(p): p for block in held for p in block.module.parameters()}
+        elsewhere = [block.module.held for block in held if isinstance(block.module, Elsewhere)]
         described.append(
             {
                 "name": name,
                 "layers": [block.index for block in held],
-                "parameters": sum(p.numel() for p in parameters.values()),
-                "trainable": sum(p.numel() for p in parameters.values() if p.requires_grad),
+                "parameters": sum(p.numel() for p in parameters.values()) + sum(n for n, _ in elsewhere),
+                "trainable": sum(p.numel() for p in parameters.values() if p.requires_grad)
+                + sum(n for _, n in elsewhere),
             }
         )
     return described

@@ -84,7 +84,11 @@ class FrozenBlocks:
     def share(self, layout: Layout) -> None:
         """Choose as one of several ranks, each among the sequences of its own batch."""
         self._rank = layout.data_rank
-        self.possible &= layout.tensor == 1  # else the ranks of a batch would have to run blocks together
+        self.possible &= layout.tensor == layout.stages == 1  # else ranks would have to run blocks together
+
+    def forbid(self) -> None:
+        """Gradients are exact from now on."""
+        self.possible = False
 
     def begin(self, step: int) -> None:
         """Choose for `step` from now on: a resumed run chooses the same sequences."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
+from types import FrameType
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,7 @@ from ..quantities.activation_grad import ActivationGrad
 from ..quantities.quantity import Quantity
 from .config import MonitorConfig
 from .graph import GraphSlots, TracedTaps, compiled_part, in_graph, refusal, sums_attention
-from .hooks import forgiving, removed, replaced
+from .hooks import forgiving, hooks_guarded, removed, replaced
 from .micro_batch import MicroBatch
 from .taps import Taps
 
@@ -35,6 +37,9 @@ class GraphTaps(Taps):
     def __init__(self, model: nn.Module, blocks, panel, config: MonitorConfig, **options):
         super().__init__(model, blocks, panel, config, **options)
         self._config = config
+        self._around = model  # what hooks stand around in a step that is measured in the graph
+        # Where the model may be compiled later: its heads, and the cadences of the quantities.
+        self._waits_for: tuple[int | None, Mapping[str, int]] | None = None
         self._traced: TracedTaps | None = None
         self._opened = ExitStack()
         self._as_written: frozenset[str] = frozenset()  # quantities that no graph has taps for
@@ -50,12 +55,19 @@ class GraphTaps(Taps):
             heads: of its widest block, if it states them.
             every: cadences of the quantities.
         """
-        part = compiled_part(self._model) if self._config.compiled == "graph" else None
+        if self._config.compiled != "graph":
+            return
+        part = compiled_part(self._around)
         if part is None:
+            self._waits_for = heads, every
             return
         reason = refusal(self._model, part, self._blocks, heads)
         if reason is None and self._layout.tensor > 1:
             reason = "its ranks share one batch"
+        if self._layout.stages > 1:
+            reason = "it is a stage of a pipeline"
+        if self._attention.context is not None:
+            reason = "its ranks share sequences"
         if reason is not None:
             logger.warning("%s: %s", _AS_WRITTEN, reason)
             return
@@ -72,8 +84,31 @@ class GraphTaps(Taps):
             return  # no step is left that is measured in a graph
         # What was compiled has no taps, and no guard that would notice: hooks are not looked at.
         torch.compiler.reset()
+        self._opened.enter_context(hooks_guarded())
         self._as_written = frozenset(as_written)
         self._traced = self._opened.enter_context(traced.attached(attention=attention, gradients=gradients))
+
+    def look_again(self) -> None:
+        """Put taps on a model that was compiled after `open`. It is compiled once more where it has run so."""
+        if self._waits_for is None or compiled_part(self._around) is None:
+            return
+        (heads, every), self._waits_for = self._waits_for, None
+        self.open(heads, every)
+        if self._traced is not None:
+            logger.warning(
+                "the model was compiled after the monitor was entered: from here on it is measured in its graph, with "
+                "taps that cost one more compilation where it has run; enter the monitor on the compiled model instead"
+            )
+
+    def _note_compiler(self) -> None:
+        """What `torch.compile` has made of the model knows it, and not the other way round: it is on the stack."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            caller = frame.f_locals.get("self") if frame.f_code.co_name == "__call__" else None
+            if isinstance(caller, torch._dynamo.OptimizedModule) and caller._orig_mod is self._model:
+                self._around = caller
+                return
+            frame = frame.f_back
 
     def _has_tap(self, quantity: Quantity, attention: bool, gradients: bool) -> bool:
         if sums_attention(quantity):
@@ -87,13 +122,15 @@ class GraphTaps(Taps):
     def forget_model(self) -> None:
         """Take the taps off the model, and hold nothing of it any more."""
         self._opened.close()
-        self._traced = None
+        self._traced = self._waits_for = None
+        self._around = nn.Identity()
         super().forget_model()
 
     # ---- the length of a step ----------------------------------------------------------------------------------------
 
     def attach(self, step: int, due: Collection[str]) -> None:
         """Raise flags in the graph, or install hooks and run the model as it is written, whatever `due` needs."""
+        self.look_again()
         gradients = any(isinstance(self._panel.quantities[name], ActivationGrad) for name in due)
         self._in_graph = self._traced is not None and self._as_written.isdisjoint(due)
         self._in_graph &= self._reaches_all() or not gradients  # blocks may have been frozen since
@@ -107,11 +144,11 @@ class GraphTaps(Taps):
         self._sees_attention = self._wants_gradients = False  # by hooks
         self._slots.gradients.zero_()
         add = self._attached.enter_context
-        if self._model._compiled_call_impl is not None:
-            add(_around_compiled(self._model, self._forward_begins, self._forward_ends))
+        if self._around._compiled_call_impl is not None:
+            add(_around_compiled(self._around, self._run_begins, self._run_ends))
         else:
-            add(removed(self._model.register_forward_pre_hook(self._forward_begins, with_kwargs=True)))
-            add(removed(self._model.register_forward_hook(self._forward_ends, always_call=True)))
+            add(removed(self._around.register_forward_pre_hook(self._run_begins, with_kwargs=True)))
+            add(removed(self._around.register_forward_hook(self._run_ends, always_call=True)))
 
     def detach(self) -> None:
         """Lower the flags, and remove what stands around the graph. Safe to repeat."""
@@ -124,9 +161,29 @@ class GraphTaps(Taps):
         assert self._traced is not None, "only steps that are measured in a graph ask"
         return self._traced.slots
 
+    def check_seen(self, step: int, warn: Callable[[str, str], None]) -> None:
+        """A step whose forward or backward went by unseen must not pass for one that was measured."""
+        missing = self.missing()
+        if missing is not None:
+            if not self.forgives:
+                raise RuntimeError(f"the first measured step ({step}) saw {missing}")
+            warn("unseen", f"measured step {step} saw {missing}; its values are NaN")
+        elif complaint := self.complaint():
+            warn(*complaint)
+
     # ---- the length of a forward -------------------------------------------------------------------------------------
 
+    def _run_begins(self, around: nn.Module, args: tuple, kwargs: dict) -> None:
+        if around is self._around:  # not a copy of it
+            self._forward_begins(self._model, args, kwargs)
+
+    def _run_ends(self, around: nn.Module, args: tuple, output: object) -> None:
+        if around is self._around:
+            self._forward_ends(self._model, args, output)
+
     def _forward_begins(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self._waits_for is not None and self._around is self._model:
+            self._note_compiler()
         before = self._current
         super()._forward_begins(model, args, kwargs)
         if self._in_graph and self._current is not None and self._current is not before:

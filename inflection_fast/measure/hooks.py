@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import wraps
 from time import perf_counter
 from typing import Any
@@ -18,11 +18,19 @@ from torch import nn
 
 from .placements import reshard
 
-__all__ = ["Nothing", "WarnOnce", "eagerly", "forgiving", "removed", "replaced", "trainable_as_before", "undisturbed"]
+__all__ = [
+    "Nothing",
+    "WarnOnce",
+    "eagerly",
+    "forgiving",
+    "hooks_guarded",
+    "removed",
+    "replaced",
+    "trainable_as_before",
+    "undisturbed",
+]
 
 _lock = threading.RLock()  # the garbage collector may end a forgotten monitor in a thread that is in here
-_holders = 0
-_stance = None
 
 
 def forgiving(hook):
@@ -52,7 +60,7 @@ class Nothing:
     def _do_nothing(self, *args) -> None:
         pass
 
-    _forward_begins = _forward_ends = _block_begins = _block_ends = _do_nothing
+    _forward_begins = _forward_ends = _run_begins = _run_ends = _block_begins = _block_ends = _do_nothing
     _block_follows = _submodule_ends = _parameter_gradient = _do_nothing
 
 
@@ -111,25 +119,37 @@ class WarnOnce:
             self._logger.warning("%s", message)
 
 
-@contextmanager
-def eagerly() -> Iterator[None]:
-    """Compiled code holds the hooks that there were when it was compiled. Code that runs as it is written has all.
+class _Shared:
+    """A setting of the process that holds while anybody wants it.
 
-    `torch.compiler.set_stance` restores what it found, which is wrong where two monitors end in another order than the
-    reverse of their beginning: the first to come sets the stance, and the last to go restores it.
+    What sets it restores what it found, which is wrong where two monitors end in another order than the reverse of
+    their beginning: the first to come sets it, and the last to go restores it.
     """
-    global _holders, _stance
-    with _lock:
-        if _holders == 0:
-            _stance = torch.compiler.set_stance("force_eager")
-        _holders += 1
-    try:
-        yield
-    finally:
+
+    def __init__(self, make: Callable[[], AbstractContextManager]):
+        self._make, self._holders, self._set = make, 0, ExitStack()
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
         with _lock:
-            _holders -= 1
-            if _holders == 0 and _stance is not None:
-                _stance.__exit__(None, None, None)
+            if self._holders == 0:
+                self._set.enter_context(self._make())
+            self._holders += 1
+        try:
+            yield
+        finally:
+            with _lock:
+                self._holders -= 1
+                if self._holders == 0:
+                    self._set.close()
+
+
+# Compiled code holds the hooks that there were when it was compiled. Code that runs as it is written has all.
+eagerly = _Shared(lambda: torch.compiler.set_stance("force_eager"))
+
+# Models of one class share compiled code where its guards allow it, and these do not look at hooks: one without hooks
+# would lend its code to one with taps, or the other way round.
+hooks_guarded = _Shared(lambda: torch._dynamo.config.patch(skip_nnmodule_hook_guards=False))
 
 
 @contextmanager

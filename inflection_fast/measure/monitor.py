@@ -7,31 +7,35 @@ import operator
 import os
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from time import perf_counter
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ..alerts import Alert, AlertConfig, AlertWatch
-from ..blocks import Block, find_blocks
+from ..blocks import Block
 from ..quantities import Step
 from ..quantities.parameter_grad import ParameterGrad
 from ..quantities.quantity import MeasuredModel, Update
 from ..timeline import Timeline
-from .attention_places import heads_of
-from .config import MonitorConfig, meta_of
-from .graph_taps import GraphTaps
+from .config import MonitorConfig
 from .packet import Measured, Packet, Row
 from .panel import Panel
-from .parameters import Background, Updates, scale_of, squares_of_all
-from .placements import full_of
+from .parallel import ParallelTaps, whole_of
+from .parameters import Background, Updates, clip_by_known, scale_of, squares_of_all
 from .probe import REFERENCE_NAME, Probe
 from .ranks import Layout, Ranks, world_size
 from .recorder import Record, Recorder
 from .schedule import ProbeBudget, is_due
 from .taps import device_of
 from .zero import reachable
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["Monitor"]
 
@@ -73,6 +77,9 @@ class Monitor:
         rank_timeout_s: how long the sums of a measured step wait for other ranks, in that thread, before this rank
             gives them up and measures on its own, which `missing_ranks` of the timeline and an alert tell.
         accelerator: the Accelerator of a loop with `accumulate`: `step` does nothing where gradients still add up.
+        pipeline: the schedule (`ScheduleGPipe` or `Schedule1F1B` of torch.distributed.pipelining) whose stage `model`
+            is. Each rank measures its own blocks, and the timeline has those of all. All make their monitors at once.
+        context: the ranks that share each sequence (torch's `context_parallel`), as a mesh of one dimension or a group.
 
     Where torch.distributed is in use (DDP, FSDP2, tensor parallelism by DTensor), every rank enters its Monitor and
     calls `step`, and the values are those of the whole batch, whose loss is taken to be the mean of the ranks' losses.
@@ -99,16 +106,19 @@ class Monitor:
         if_exists: str = "error",
         rank_timeout_s: float = 300.0,
         accelerator: object = None,
+        pipeline: object = None,
+        context: DeviceMesh | ProcessGroup | None = None,
     ):
         if not isinstance(config, MonitorConfig):
             raise TypeError(f"config: expected a MonitorConfig, got {type(config).__name__}")
         if operator.index(start_step) < 0:
             raise ValueError(f"start_step: expected a step >= 0, got {start_step}")
-        self.blocks: list[Block] = find_blocks(model, config.blocks)
+        self._whole = whole_of(model, config, pipeline, context, rank_timeout_s, probed=probe is not None)
+        self.blocks: list[Block] = self._whole.blocks
         if isinstance(model, nn.DataParallel):
             raise ValueError("model: DataParallel runs replicas that cannot be measured; use DistributedDataParallel")
         self._model = model
-        self._config, heads, counts_all = config, heads_of(self.blocks), config.forwards == "all"
+        self._config, heads, counts_all = config, self._whole.heads, config.forwards == "all"
         self._rank_timeout_s, self._accelerator = rank_timeout_s, accelerator
         self._ranks: Ranks | None = None
         self._layout = Layout()
@@ -122,10 +132,11 @@ class Monitor:
         self._probe: Probe | None = None
         if probe is not None and self._probed:
             self._probe = Probe(model, self.blocks, probe, config, self._panel, heads or 1)
-        self._taps = GraphTaps(model, self.blocks, self._panel, config, heads=heads or 1, counts_all=counts_all)
+        taps = partial(ParallelTaps, heads=heads or 1, counts_all=counts_all, whole=self._whole)
+        self._taps = taps(model, self.blocks, self._panel, config)
         watch = None if alerts is None else AlertWatch(alerts, self._panel.columns, self._panel.axes)
-        names = [block.name for block in self.blocks]
-        self._record = Record(out, names, self._panel, self._resume_at, watch, on_alert, on_row, if_exists)
+        self._names = [block.name for block in self.blocks]
+        self._record = Record(out, self._names, self._panel, self._resume_at, watch, on_alert, on_row, if_exists)
         self._updates, self._background = Updates(model), Background(self._panel)
         self._budget: ProbeBudget | None = None
         self._open = self._closed = False
@@ -139,13 +150,13 @@ class Monitor:
             raise RuntimeError("a Monitor is entered once; make another one to measure again")
         error = None
         if world_size() > 1:
-            self._ranks = Ranks(self._model, self._rank_timeout_s)
+            self._ranks = self._whole.ranks or Ranks(self._model, self._rank_timeout_s)
             self._record.writes = self._ranks.writes
         try:
             self._record.choose_folder(also=(REFERENCE_NAME,))
             # Where ranks divide the heads among them, only the first call of attention tells how many there are.
             if self._heads is not None and (self._ranks is None or not self._ranks.divide_batches):
-                self._record.open(self._heads, meta_of(self._model, self._config, self.blocks))
+                self._record.open(self._heads, self._whole.meta(self._model, self._config, self.blocks))
         except ValueError as refused:
             if self._ranks is None:
                 raise
@@ -169,15 +180,17 @@ class Monitor:
     def _agree(self, ranks: Ranks, error: ValueError | None) -> None:
         """All ranks measure the same way, or none does."""
         facts = {
-            "blocks": [block.name for block in self.blocks],
+            "blocks": self._names,
             "heads": self._heads,
-            "config": self._config.as_dict(),
+            "config": self._config.as_dict() | {"blocks": None},  # stages of a pipeline may name theirs
             "columns": str(self._panel.columns),
             "start_step": self._step,
             "probe": self._probe is not None,
+            "context": self._whole.context_ranks,
         }
         said = None if error is None else str(error)
-        self._layout, self._record.folder = ranks.agree(self.blocks, facts, self._record.folder, said)
+        folder, peers = self._record.folder, self._whole.peers
+        self._layout, self._record.folder = ranks.agree(self.blocks, facts, folder, said, peers)
         self._taps.share(self._layout)
         self._background.share(self._layout)
         if self._probe is not None:
@@ -202,6 +215,7 @@ class Monitor:
         # Whoever keeps the monitor for its timeline keeps no model.
         self._model, self._probe = nn.Identity(), None
         self._taps.forget_model()
+        self._whole.forget_model()
         self.blocks = [dataclasses.replace(block, module=nn.Identity()) for block in self.blocks]
         if os.getpid() == self._owner:
             self._record.close()
@@ -261,6 +275,7 @@ class Monitor:
             if not self._updates.begin(measured, packet, self._panel.listening("after_update")):
                 self._hand_over(measured, packet)
             self._proven = self._taps.forgives = True
+            self._taps.look_again()
         self._step += 1
         self._arm()
 
@@ -268,7 +283,7 @@ class Monitor:
         if self._record.recorder is None:
             heads = packet.fields.heads
             if not self._record.is_open(heads):
-                self._record.open_or_keep(heads, meta_of(self._model, self._config, self.blocks))
+                self._record.open_or_keep(heads, self._whole.meta(self._model, self._config, self.blocks))
             recorder = self._record.start(packet, self._layout, self._ranks, self._probed, self._rank_timeout_s)
             # Whoever forgets to close loses nothing at the end of the process, and keeps no thread for ever.
             weakref.finalize(self, _end, self._taps, recorder)
@@ -279,7 +294,7 @@ class Monitor:
         taps, sums = self._taps, self._taps.sums
         if taps.failure is None:
             if self._ranks is None:  # else some other rank may have seen something, which shows when they are joined
-                self._check_seen()
+                taps.check_seen(self._step, self._record.warn)
             try:
                 self._fill(*known)
             except Exception as error:
@@ -295,6 +310,7 @@ class Monitor:
         self, loss: float | Tensor | None, loss_scale: float | Tensor, scaler: torch.amp.GradScaler | None
     ) -> None:
         taps, of_step = self._taps, self._taps.sums.packet[Step.name]
+        loss = taps.loss_seen if loss is None else loss
         if scaler is not None and scaler.is_enabled():
             loss_scale = loss_scale * scale_of(scaler, taps.device)
             squares = squares_of_all(list(self._model.parameters()), self.blocks, self._known_squares())
@@ -329,9 +345,8 @@ class Monitor:
     ) -> Tensor:
         """`torch.nn.utils.clip_grad_norm_` by the l2 norm, which on a measured step does not sum the blocks again.
 
-        With several ranks it does, because their sums are joined only later.
-
-        Call it between the backward pass and `step`, on gradients that nobody has changed since but `scaler.unscale_`.
+        With several ranks it does, because their sums are joined only later. Call it between the backward pass and
+        `step`, on gradients that nobody has changed since but `scaler.unscale_`.
 
         Args:
             max_norm: the largest norm that is left as it is.
@@ -342,13 +357,8 @@ class Monitor:
             The norm before clipping, float32 [].
         """
         parameters = list(self._model.parameters() if parameters is None else parameters)
-        known = self._known_squares() if self._due else None
-        if known is None or self._ranks is not None:
-            return full_of(nn.utils.clip_grad_norm_(parameters, max_norm))  # sums of ranks are not joined yet
-        scale = 1.0 if scaler is None else scale_of(scaler, self._taps.device)
-        norm = squares_of_all(parameters, self.blocks, known, scale).sqrt().float()
-        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-        return norm
+        known = self._known_squares() if self._due and self._ranks is None else None
+        return clip_by_known(parameters, max_norm, self.blocks, known, scaler)
 
     @property
     def timeline(self) -> Timeline:
@@ -384,17 +394,7 @@ class Monitor:
         """Whether the optimizer step under way is a measured one."""
         return bool(self._due)
 
-    def _check_seen(self) -> None:
-        """A step whose forward or backward went by unseen must not pass for one that was measured."""
-        missing = self._taps.missing()
-        if missing is not None:
-            if not self._proven:
-                raise RuntimeError(f"the first measured step ({self._step}) saw {missing}")
-            self._record.warn("unseen", f"measured step {self._step} saw {missing}; its values are NaN")
-        elif complaint := self._taps.complaint():
-            self._record.warn(*complaint)
 
-
-def _end(taps: GraphTaps, recorder: Recorder) -> None:
+def _end(taps: ParallelTaps, recorder: Recorder) -> None:
     taps.detach()
     recorder.close()

@@ -29,7 +29,16 @@ from .placements import full_of, local_of
 from .ranks import Layout
 from .schedule import MOST_LISTS, Recent
 
-__all__ = ["COPY_BYTES", "Background", "BlockParameters", "Updates", "gradients_of", "scale_of", "squares_of_all"]
+__all__ = [
+    "COPY_BYTES",
+    "Background",
+    "BlockParameters",
+    "Updates",
+    "clip_by_known",
+    "gradients_of",
+    "scale_of",
+    "squares_of_all",
+]
 
 COPY_BYTES = 2**28  # of parameters that are copied in one step, but at least one parameter
 _LEAST_IMPORTANCE = 19
@@ -123,6 +132,22 @@ def squares_of_all(
     return total if isinstance(total, Tensor) else torch.zeros((), dtype=torch.float64, device=device)
 
 
+def clip_by_known(
+    parameters: list[nn.Parameter],
+    max_norm: float,
+    blocks: Sequence[Block],
+    known: Tensor | None,
+    scaler: torch.amp.GradScaler | None,
+) -> Tensor:
+    """Clip gradients by their norm, and return it, float32 []; `known` as in `squares_of_all`, before `scaler`."""
+    if known is None:
+        return full_of(nn.utils.clip_grad_norm_(parameters, max_norm))
+    scale = 1.0 if scaler is None else scale_of(scaler, known.device)
+    norm = squares_of_all(parameters, blocks, known, scale).sqrt().float()
+    nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
 def scale_of(scaler: torch.amp.GradScaler, device: torch.device) -> Tensor:
     """What `scaler` multiplies losses by, float64 [], without waiting for the device as its `get_scale` does."""
     return scaler.scale(torch.ones((), device=device)).double()  # its square may be more than a float32 holds
@@ -190,8 +215,9 @@ class Background:
         self._owner = os.getpid()
 
     def share(self, layout: Layout) -> None:
-        """Measure as one of several ranks, which divide the parameters among them."""
-        self._rank, self._world = layout.data_rank * layout.tensor + layout.tensor_rank, layout.world
+        """Measure as one of several ranks, which divide the parameters of their stage among them."""
+        self._rank = layout.data_rank * layout.tensor + layout.tensor_rank
+        self._world = layout.world // layout.stages
 
     def copy(self, listening: Sequence[Quantity], parameters: BlockParameters) -> None:
         """Begin to measure parameters as they are now. Every rank calls it at the same steps."""

@@ -52,20 +52,21 @@ class Layout:
     data: int = 1
     data_rank: int = 0
     tensor_rank: int = 0  # among the ranks that share one batch
+    stages: int = 1  # of a pipeline, which hold different blocks; each has `world / stages` ranks
     sharded_heads: frozenset[int] = frozenset()  # layers whose heads those ranks have divided among them
     writes: bool = True  # this rank keeps the file and compares the probe
 
     @property
     def tensor(self) -> int:
-        """Ranks that share one batch, and its tensors."""
-        return self.world // self.data
+        """Ranks that share one batch, and its tensors: those of one stage."""
+        return self.world // (self.data * self.stages)
 
     def parameter_squares(self, gradients: Sequence[Tensor], layers: Sequence[int]) -> Tensor:
         """[max(layers) + 1] float64: this rank's part of the squared norm of each layer's gradient.
 
         Summed over ranks that is the squared norm: a sharded gradient adds up, one that several ranks hold counts once.
         """
-        weights = [sharded_over(gradient) / self.world for gradient in gradients]
+        weights = [sharded_over(gradient) * self.stages / self.world for gradient in gradients]
         distinct = sorted(set(weights))
         groups = [layer * len(distinct) + distinct.index(weight) for layer, weight in zip(layers, weights, strict=True)]
         squares = ops.sum_of_squares([local_of(gradient) for gradient in gradients], groups)
@@ -94,8 +95,8 @@ class Layout:
     def _weight(self, accumulator: Accumulator, view: Tensor, outputs: Collection[int], *, probed: bool) -> Tensor:
         by_layer = accumulator.axes[:1] == ("layer",)
         weight = torch.ones(len(view) if by_layer else 1, dtype=torch.float64)
-        if accumulator.held == "alike":
-            weight *= self.writes
+        if accumulator.held == "alike":  # of a layer, the first rank of its stage knows
+            weight *= self.data_rank == self.tensor_rank == 0 if by_layer else self.writes
         else:
             weight /= self.tensor
             for layer in {"heads": self.sharded_heads, "output": outputs}.get(accumulator.held, ()) if by_layer else ():
@@ -138,8 +139,19 @@ class Ranks:
         """Whether several ranks compute on one batch."""
         return len(self._mesh.peers) > 1
 
+    def tell(self, value: object) -> list:
+        """What each rank has told, in their order."""
+        told: list = [None] * self._world
+        dist.all_gather_object(told, value, group=self._group)
+        return told
+
     def agree(
-        self, blocks: Sequence[Block], facts: Mapping[str, object], folder: Path | None, error: str | None = None
+        self,
+        blocks: Sequence[Block],
+        facts: Mapping[str, object],
+        folder: Path | None,
+        error: str | None = None,
+        pipeline: Sequence[int] | None = None,
     ) -> tuple[Layout, Path | None]:
         """Make sure that all ranks measure the same thing, and learn the layout and the folder that rank 0 has chosen.
 
@@ -148,12 +160,13 @@ class Ranks:
             facts: what has to be equal on all ranks, by name.
             folder: what rank 0 has chosen; of the others none counts.
             error: why this rank cannot measure; then none does.
+            pipeline: ranks that hold the stages of this rank's pipeline; None: there is none.
 
         Raises:
             ValueError: ranks differ, or one of them has an error; on all ranks alike.
         """
-        told: list = [None] * self._world
-        dist.all_gather_object(told, (facts, error, min(self._mesh.peers), folder), group=self._group)
+        stages = tuple(pipeline or [self._rank])
+        told = self.tell((facts, error, min(self._mesh.peers), stages, folder))
         for rank, (_, failed, *_) in enumerate(told):
             if failed is not None:
                 raise ValueError(failed if rank == self._rank else f"rank {rank}: {failed}")
@@ -163,14 +176,17 @@ class Ranks:
                 rank = next(i for i, value in enumerate(values) if value != values[0])
                 raise ValueError(
                     f"ranks have to measure alike, but {name} is {values[0]!r} on rank 0 and {values[rank]!r} on rank "
-                    f"{rank}; a model whose blocks are spread over ranks (pipeline parallelism) cannot be measured"
+                    f"{rank}; where blocks are spread over ranks, give the schedule: Monitor(stage, pipeline=schedule)"
                 )
-        batches = sorted({first for _, _, first, _ in told})
+        # The ranks of a pipeline, and of its stages, work on one batch.
+        batch_of = [min(told[peer][2] for peer in stages) for _, _, _, stages, _ in told]
+        batches = sorted(set(batch_of))
         layout = Layout(
             self._world,
             len(batches),
-            batches.index(min(self._mesh.peers)),
+            batches.index(batch_of[self._rank]),
             self._mesh.peers.index(self._rank),
+            len(stages),
             frozenset(block.index for block in blocks if self._mesh.shards_attention(block.module)),
             writes=self.writes,
         )

@@ -34,8 +34,8 @@ __all__ = ["Taps", "device_of"]
 
 
 def device_of(blocks: Sequence[Block]) -> torch.device:
-    """Where the sums of a model are kept: with the first parameter of its first block."""
-    return next(blocks[0].module.parameters(), torch.empty(0)).device
+    """Where the sums of a model are kept: with the first parameter of its first block that is here."""
+    return next((p for block in blocks for p in block.module.parameters()), torch.empty(0)).device
 
 
 class Taps:

@@ -1,0 +1,336 @@
+"""What a rank has of a model: all blocks, or one stage of a pipeline (`torch.distributed.pipelining`).
+
+Every rank measures the blocks of its own stage; in its lists of blocks those of the others are `Elsewhere`, so that a
+layer has one index on all ranks, and sums over ranks are sums over stages. A micro-batch of the schedule is a
+micro-batch of the step: one forward and one backward pass. What differs from a training without a pipeline:
+
+* The first step of a schedule runs the stage on memory without contents, to learn shapes. Only the forwards of
+  micro-batches count.
+* Gradients of parameters are whole at the end of the schedule's step, when FSDP2 has reduced them. Until then they are
+  those of the sum of the losses of micro-batches; with `scale_grads` the schedule divides them by their number.
+* The loss is computed by the schedule, on the last stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from ..blocks import Block, find_blocks
+from .attention_places import heads_of
+from .config import MonitorConfig, meta_of
+from .context import Context
+from .elsewhere import Elsewhere
+from .graph_taps import GraphTaps
+from .hooks import forgiving, replaced
+from .micro_batch import MicroBatch
+from .ranks import Ranks, world_size
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.pipelining.schedules import PipelineScheduleSingle
+
+__all__ = ["ParallelTaps", "Pipeline", "Whole", "whole_of"]
+
+_UNKNOWN = (
+    "pipeline: the schedule {name} is not known; those that are known are ScheduleGPipe and Schedule1F1B, where a rank "
+    "holds one stage and a backward pass is whole"
+)
+
+_PROBED = (
+    "probe: no probe runs through a pipeline, because a stage alone is no model; leave `probe` out, and delta_cka and "
+    "what else needs it have no values"
+)
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """What a rank tells the others of its stage."""
+
+    facts: tuple  # equal on all ranks
+    index: int
+    peers: tuple[int, ...]  # ranks of this pipeline
+    names: tuple[str, ...]  # of its blocks
+    stacks: tuple[str, ...]
+    held: tuple[tuple[int, int], ...]  # parameters of each block, and how many of them train
+    parameters: int
+    heads: int | None
+
+
+def whole_of(
+    model: nn.Module,
+    config: MonitorConfig,
+    schedule: object,
+    context: DeviceMesh | dist.ProcessGroup | None,
+    timeout_s: float,
+    *,
+    probed: bool,
+) -> Whole:
+    """What this rank has of a model; see `Monitor`."""
+    staged = None if schedule is None else Pipeline(schedule, model, config, timeout_s, probed=probed)
+    whole = staged or Whole(model, config)
+    whole.context = None if context is None else Context(context)
+    return whole
+
+
+class Whole:
+    """The blocks of a model that this process holds all of."""
+
+    ranks: Ranks | None = None  # the processes that measure together, where they have met already
+    peers: tuple[int, ...] | None = None  # those with the stages of this pipeline
+    context: Context | None = None  # those that share a sequence
+
+    def __init__(self, model: nn.Module, config: MonitorConfig):
+        self.blocks = find_blocks(model, config.blocks)
+        self.heads = heads_of(self.blocks)
+
+    @property
+    def context_ranks(self) -> int:
+        """How many ranks share a sequence."""
+        return 1 if self.context is None else len(self.context.ranks)
+
+    def meta(self, model: nn.Module, config: MonitorConfig, blocks: Sequence[Block]) -> dict:
+        """As `meta_of`."""
+        return meta_of(model, config, blocks)
+
+    def forget_model(self) -> None:
+        """Hold nothing of the model any more."""
+        self.blocks = []
+
+
+class Pipeline(Whole):
+    """The stage of this rank, and the blocks of all. Making it is a collective call.
+
+    Args:
+        schedule: a `ScheduleGPipe` or a `Schedule1F1B`, or a subclass that runs micro-batches as they do.
+        model: the module of its stage.
+        config: names the blocks of this stage, or lets them be found.
+        timeout_s: how long to wait for the other ranks.
+        probed: the monitor has a probe.
+
+    Raises:
+        TypeError: `schedule` is none.
+        ValueError: the schedule is not known, is of another module or comes with a probe, or ranks disagree.
+    """
+
+    def __init__(
+        self, schedule: object, model: nn.Module, config: MonitorConfig, timeout_s: float, *, probed: bool = False
+    ):
+        self.ranks = Ranks(model, timeout_s) if world_size() > 1 else None
+        own: list[Block] = []
+        try:
+            self._schedule = _checked(schedule, model)
+            if probed:
+                raise ValueError(_PROBED)
+            own = find_blocks(model, config.blocks)
+            told = self._described(model, own)
+        except (TypeError, ValueError) as error:
+            if self.ranks is not None:
+                self.ranks.tell(str(error))
+            raise
+        everybody = [told] if self.ranks is None else self.ranks.tell(told)
+        for rank, said in enumerate(everybody):
+            if isinstance(said, str):
+                raise ValueError(f"rank {rank}: {said}")
+        self._stages = _in_order(everybody)
+        self.blocks = self._blocks(own)
+        self.heads = max((stage.heads for stage in self._stages if stage.heads is not None), default=None)
+        self.peers = told.peers
+
+    def _described(self, model: nn.Module, own: Sequence[Block]) -> _Stage:
+        schedule, stage = self._schedule, self._schedule._stage
+        facts = type(schedule).__name__, schedule._n_microbatches, schedule.scale_grads, stage.num_stages
+        parameters = [{id(p): p for p in block.module.parameters()}.values() for block in own]
+        return _Stage(
+            facts,
+            stage.stage_index,
+            tuple(dist.get_process_group_ranks(stage.group or dist.group.WORLD)),
+            tuple(block.name for block in own),
+            tuple(block.stack for block in own),
+            tuple((sum(p.numel() for p in of), sum(p.numel() for p in of if p.requires_grad)) for of in parameters),
+            sum(p.numel() for p in model.parameters()),
+            heads_of(own),
+        )
+
+    def _blocks(self, own: Sequence[Block]) -> list[Block]:
+        here = self._schedule._stage.stage_index
+        names = [name for stage in self._stages for name in stage.names]
+        blocks: list[Block] = []
+        for stage in self._stages:
+            # Stages that count their blocks from 0 each would all have a block of the same name.
+            prefix = "" if len(set(names)) == len(names) else f"stage{stage.index}."
+            there = zip(stage.names, stage.stacks, stage.held, strict=True)
+            of_stage = [Block(0, name, "", Elsewhere(*held), stack) for name, stack, held in there]
+            for block in own if stage.index == here else of_stage:
+                blocks.append(replace(block, index=len(blocks), name=prefix + block.name))
+        return blocks
+
+    def meta(self, model: nn.Module, config: MonitorConfig, blocks: Sequence[Block]) -> dict:
+        """As `meta_of`, with the parameters of the whole model."""
+        meta = meta_of(model, config, blocks)
+        meta["model"]["parameters"] = sum(stage.parameters for stage in self._stages)
+        return meta
+
+    def forget_model(self) -> None:
+        """Hold nothing of the model any more, nor the schedule, which has it."""
+        super().forget_model()
+        vars(self).pop("_schedule", None)
+
+    # ---- what taps need of the schedule ------------------------------------------------------------------------------
+
+    @property
+    def loss_scale(self) -> int:
+        """What the gradients of a backward pass are multiples of, before the schedule divides them."""
+        return self._schedule._n_microbatches if self._schedule.scale_grads else 1
+
+    @property
+    def schedule(self) -> PipelineScheduleSingle:
+        """As it was given."""
+        return self._schedule
+
+
+def _checked(schedule: object, model: nn.Module) -> PipelineScheduleSingle:
+    from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe
+    from torch.distributed.pipelining.schedules import PipelineScheduleSingle, _PipelineSchedule
+
+    if not isinstance(schedule, _PipelineSchedule):
+        raise TypeError(
+            f"pipeline: expected a schedule of torch.distributed.pipelining, got {type(schedule).__name__}; give "
+            "ScheduleGPipe(stage, ...) or Schedule1F1B(stage, ...)"
+        )
+    known = {ScheduleGPipe._step_microbatches, Schedule1F1B._step_microbatches}
+    if not isinstance(schedule, PipelineScheduleSingle) or type(schedule)._step_microbatches not in known:
+        raise ValueError(_UNKNOWN.format(name=type(schedule).__name__))
+    if schedule._loss_fn is None:
+        raise ValueError("pipeline: the schedule has no loss_fn, so no backward pass runs; give it one")
+    if isinstance(model, torch.fx.GraphModule):
+        raise ValueError(
+            "model: a stage that torch.distributed.pipelining.pipeline has traced runs no block as a module; make "
+            "stages of your own modules by PipelineStage(module, ...)"
+        )
+    if schedule._stage.submod is not model:
+        raise ValueError(
+            f"model: expected the module of the schedule's stage, got another {type(model).__name__}; give Monitor the "
+            "module that PipelineStage was made of"
+        )
+    return schedule
+
+
+def _in_order(everybody: Sequence[_Stage]) -> list[_Stage]:
+    """The stages from first to last, each once. `ValueError` where ranks disagree."""
+    first = everybody[0]
+    labels = ("schedule", "number of micro-batches", "scale_grads", "number of stages")
+    for rank, stage in enumerate(everybody):
+        for label, ours, theirs in zip(labels, first.facts, stage.facts, strict=True):
+            if ours != theirs:
+                raise ValueError(f"pipeline: the {label} is {ours} on rank 0 and {theirs} on rank {rank}")
+    count = first.facts[-1]
+    for stage in everybody:
+        indices = sorted(everybody[peer].index for peer in stage.peers)
+        if indices != list(range(count)):
+            raise ValueError(
+                f"pipeline: the ranks {list(stage.peers)} hold the stages {indices}; expected each of the {count} once"
+            )
+    stages: dict[int, _Stage] = {}
+    for rank, stage in enumerate(everybody):
+        other = stages.setdefault(stage.index, stage)
+        if (other.names, other.held) != (stage.names, stage.held):
+            raise ValueError(
+                f"pipeline: stage {stage.index} has the blocks {list(stage.names)} on rank {rank} and "
+                f"{list(other.names)} on another rank, or other parameters in them"
+            )
+    return [stages[index] for index in range(count)]
+
+
+class ParallelTaps(GraphTaps):
+    """Taps on a model of which this rank has a stage, or a part of each sequence. Arguments are those of `Taps`, and:
+
+    whole: what this rank has; of a whole model these taps do what `Taps` do.
+    """
+
+    def __init__(self, *args, whole: Whole | None = None, **options):
+        super().__init__(*args, **options)
+        self._pipeline = whole if isinstance(whole, Pipeline) else None
+        if whole is not None and whole.context is not None:
+            self._attention.context = whole.context
+            self._frozen.forbid()  # it runs blocks again, of which other ranks know nothing
+        self._in_chunk = False  # a forward of a micro-batch of the schedule runs
+        self._losses: list[Tensor] = []
+
+    def forget_model(self) -> None:
+        """Hold nothing of the model any more."""
+        self._pipeline = None
+        super().forget_model()
+
+    @property
+    def loss_seen(self) -> Tensor | None:
+        """[]: what the schedule has computed in this step, as it trains on it; None: it has computed none here."""
+        if not self._losses:
+            return None
+        losses = torch.stack([loss.detach().mean() for loss in self._losses])
+        return losses.mean() if self._pipeline is not None and self._pipeline.schedule.scale_grads else losses.sum()
+
+    def _attach_to_model(self) -> None:
+        super()._attach_to_model()
+        self._losses = []
+        if self._pipeline is not None:
+            schedule, stage = self._pipeline.schedule, self._pipeline.schedule._stage
+            add = self._attached.enter_context
+            add(replaced(stage, "forward_one_chunk", self._chunks))
+            add(replaced(stage, "perform_reduce_grad", partial(self._reduces, stage)))
+            add(replaced(schedule, "_compute_loss", self._computes_loss))
+
+    def _chunks(self, run: Callable) -> Callable:
+        def forward_one_chunk(*args, **kwargs):
+            self._in_chunk = True
+            try:
+                return run(*args, **kwargs)
+            finally:
+                self._in_chunk = False
+
+        return forward_one_chunk
+
+    def _computes_loss(self, compute: Callable) -> Callable:
+        def compute_loss(*args, **kwargs):
+            loss = compute(*args, **kwargs)
+            if isinstance(loss, Tensor):
+                self._losses.append(loss)
+            return loss
+
+        return compute_loss
+
+    def _reduces(self, stage, reduce: Callable) -> Callable:
+        def perform_reduce_grad(factor: int):
+            reduce(1)
+            self._read_whole()
+            stage.scale_grads(factor)
+
+        return perform_reduce_grad
+
+    def _forward_begins(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self._pipeline is None or self._in_chunk:
+            super()._forward_begins(model, args, kwargs)
+
+    def _read_parameters(self, micro_batch: MicroBatch) -> None:
+        if self._pipeline is None:
+            super()._read_parameters(micro_batch)
+        else:
+            micro_batch.reads_parameters = False  # they are whole at the end of the schedule's step
+
+    @forgiving
+    def _read_whole(self) -> None:
+        listening = self._panel.listening("on_backward_end")
+        if listening and self.backwards:
+            self._panel.tell("on_backward_end", listening, self.sums.packet, self.parameters)
+            self.parameters_read = True
+            self.stepped_inside = self.parameters.lost_gradients
+
+    def gather(self, loss_scale: float | Tensor) -> None:
+        """Join what was kept apart until now, and take scales out of gradients, that of the schedule too."""
+        super().gather(loss_scale if self._pipeline is None else loss_scale * self._pipeline.loss_scale)
