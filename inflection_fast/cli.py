@@ -1,4 +1,4 @@
-"""The command line: `inflection-fast measure | plan | tune | report | scan | compare | run | study | doctor`.
+"""The command line: `inflection-fast measure | plan | tune | report | scan | compare | run | study | overhead | ...`.
 
 Each command builds its own parser when it is asked for, because the settings of a run are defined beside the code that
 they steer, and `inflection-fast --help` should not have to load it.
@@ -47,6 +47,7 @@ COMMANDS = {
     "inherit": "build a smaller model of the early blocks, train it on, and compare it with others of that size",
     "study": "compare many ways to place adapters over transfers and seeds, and report what they say",
     "exec": "run a training command, measure it without a line in its code, and say what was seen",
+    "overhead": "time training steps of a model with and without measuring, on this machine",
     "doctor": "say what is installed, what is loaded, and what is missing",
 }
 
@@ -366,6 +367,12 @@ def _compare(argv: list[str]) -> int:
     return compare_command(argv, _console())
 
 
+def _overhead(argv: list[str]) -> int:
+    from inflection_fast.run.overhead import command
+
+    return command(argv, _console())
+
+
 def _exec(argv: list[str]) -> int:
     from inflection_fast.integrations.launch import command
 
@@ -391,5 +398,6 @@ _DISPATCH: dict[str, Callable[[list[str]], int]] = {
     "inherit": _inherit,
     "study": _study,
     "exec": _exec,
+    "overhead": _overhead,
     "doctor": _doctor,
 }

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .config import EVERY, MonitorConfig
-from .micro_batch import loss_of, tensors_of
+from .cost import Steps, median_error
 from .monitor import Monitor
 
 __all__ = ["Overhead", "measure_overhead"]
@@ -79,42 +79,22 @@ def measure_overhead(
     return Overhead(
         off_ms=statistics.median(base),
         on_ms=statistics.median(on),
-        noise=_median_error(identical) / spread,
+        noise=median_error(identical) / spread,
         ratio=1 + (measured - 1) / spread,
     )
 
 
 def _step_ms(model: nn.Module, batch: dict, config: MonitorConfig | None) -> float:
-    model.zero_grad(set_to_none=True)
+    step = Steps(model, batch)
     if config is None:
         started = perf_counter()
-        _forward_backward(model, batch)
+        step()
         return 1e3 * (perf_counter() - started)
     with Monitor(model, config) as monitor:
         started = perf_counter()
-        _forward_backward(model, batch)
+        step()
         monitor.step()
         return 1e3 * (perf_counter() - started)
-
-
-def _forward_backward(model: nn.Module, batch: dict) -> None:
-    output = model(**batch)
-    loss = loss_of(output)
-    if loss is None:
-        first = next(tensors_of(output), None)
-        if first is None:
-            raise ValueError(f"model: {type(model).__name__} returned neither a loss nor a floating-point tensor")
-        loss = first.float().mean()
-    loss.backward()
-    if loss.device.type == "cuda":
-        torch.cuda.synchronize(loss.device)
-
-
-def _median_error(values: list[float]) -> float:
-    """Standard error of the median of independent values."""
-    center = statistics.median(values)
-    deviation = 1.4826 * statistics.median(abs(value - center) for value in values)  # of a normal distribution
-    return 1.2533 * deviation / len(values) ** 0.5
 
 
 @contextmanager

@@ -1,0 +1,151 @@
+"""What measuring costs a training step: arms of one race, interleaved in one process, beside noise.
+
+An arm is a function that runs one step, forward and backward. A round runs every arm once, in a new random order, so
+that whatever disturbs the machine disturbs all of them. One arm runs twice, unmonitored, and what lies between these
+two (A/A) is what the race cannot tell from nothing.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from time import perf_counter
+
+import torch
+from torch import nn
+
+from .config import MonitorConfig
+from .micro_batch import loss_of, tensors_of
+from .monitor import Monitor
+
+__all__ = ["AGAIN", "UNMONITORED", "Cost", "Steps", "costs", "extra_bytes", "median_error", "race"]
+
+UNMONITORED, AGAIN = "unmonitored", "unmonitored, again"
+WARM_UP_ROUNDS, LEAST_ROUNDS, MOST_ROUNDS = 2, 5, 200
+
+
+class Steps:
+    """Training steps of a model on one batch, without an optimizer.
+
+    Args:
+        model: in the state in which it trains, compiled or not; a loss among its outputs is used, else the mean of its
+            first output.
+        batch: its inputs.
+    """
+
+    def __init__(self, model: nn.Module, batch: Mapping[str, object]):
+        self.model, self.batch = model, dict(batch)
+
+    def __call__(self) -> None:
+        """One forward and one backward pass. `ValueError` if the model returns neither a loss nor numbers."""
+        self.model.zero_grad(set_to_none=True)
+        output = self.model(**self.batch)
+        loss = loss_of(output)
+        if loss is None:
+            first = next(tensors_of(output), None)
+            if first is None:
+                name = type(self.model).__name__
+                raise ValueError(f"model: {name} returned neither a loss nor a floating-point tensor")
+            loss = first.float().mean()
+        loss.backward()
+        if loss.device.type == "cuda":
+            torch.cuda.synchronize(loss.device)
+
+    @contextmanager
+    def watched(self, config: MonitorConfig) -> Iterator[tuple[Callable[[], None], Callable[[], None]]]:
+        """Two arms under one monitor: a measured step, and one that is not, while which nothing else is attached.
+
+        All quantities of `config` are due at a measured step. Other arms find no hook on the model: only what is
+        compiled into it stays.
+        """
+        every_other = replace(config, every=dict.fromkeys(config.names, 2), probe_every=None)
+        with Monitor(self.model, every_other, alerts=None) as monitor:
+            self()
+            monitor.step()
+
+            def measured() -> None:
+                monitor.step()  # ends a step that is not measured
+                self()
+                monitor.step()
+
+            yield measured, self
+
+
+def race(
+    arms: Mapping[str, Callable[[], object]], *, seconds: float, rounds: int = MOST_ROUNDS, seed: int = 0
+) -> dict[str, list[float]]:
+    """Milliseconds of each arm in each round, after `WARM_UP_ROUNDS` that are not counted.
+
+    Args:
+        arms: by name.
+        seconds: no round begins later, but there are `LEAST_ROUNDS`.
+        rounds: at most so many.
+        seed: of the order of the arms.
+    """
+    order = random.Random(seed)
+    times: dict[str, list[float]] = {label: [] for label in arms}
+    until = float("inf")
+    for number in range(WARM_UP_ROUNDS + rounds):
+        if number == WARM_UP_ROUNDS:
+            until = perf_counter() + seconds
+        if number >= WARM_UP_ROUNDS + LEAST_ROUNDS and perf_counter() > until:
+            break
+        for label in order.sample(list(arms), len(arms)):
+            started = perf_counter()
+            arms[label]()
+            if number >= WARM_UP_ROUNDS:
+                times[label].append(1e3 * (perf_counter() - started))
+    return times
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an arm adds to an unmonitored step."""
+
+    label: str
+    ms: float  # median
+    added: float  # median over rounds of its time over that of both unmonitored steps, less 1; of the A/A arm over one
+    error: float  # standard error of that median
+    rounds: int
+
+
+def costs(times: Mapping[str, list[float]]) -> list[Cost]:
+    """Of every arm of a race that has `UNMONITORED` and `AGAIN`."""
+    base = [(a + b) / 2 for a, b in zip(times[UNMONITORED], times[AGAIN], strict=True)]
+    found = []
+    for label, values in times.items():
+        beside = times[UNMONITORED] if label == AGAIN else values if label == UNMONITORED else base
+        ratios = [x / y for x, y in zip(values, beside, strict=True)]
+        found.append(
+            Cost(label, statistics.median(values), statistics.median(ratios) - 1, median_error(ratios), len(values))
+        )
+    return found
+
+
+def median_error(values: list[float]) -> float:
+    """Standard error of the median of independent values."""
+    center = statistics.median(values)
+    deviation = 1.4826 * statistics.median(abs(value - center) for value in values)  # of a normal distribution
+    return 1.2533 * deviation / len(values) ** 0.5
+
+
+def extra_bytes(call: Callable[[], object], device: torch.device) -> int:
+    """Most bytes that tensors allocated during `call` held at once."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak

@@ -1,0 +1,314 @@
+"""`inflection-fast overhead MODEL`: what measuring costs on the user's own model and machine."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from inflection_fast.atomic import replacing
+from inflection_fast.run.config import ModelConfig
+from inflection_fast.run.errors import UserError, user_errors
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+    from torch import nn
+
+    from inflection_fast.measure import MonitorConfig
+    from inflection_fast.measure.cost import Cost, Steps
+
+__all__ = ["PRESETS", "Race", "command", "run"]
+
+TASKS = ("causal-lm", "sequence-classification")
+DEFAULT = ("attention", "activation_grad", "parameter_grad")  # of the default set, what needs no probe
+MEASURED, IDLE = "every step", "attached, never measured"
+
+
+def _minilm() -> tuple[Any, Any]:
+    import transformers
+
+    shape = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+    return transformers.BertForSequenceClassification, transformers.BertConfig(**shape)
+
+
+def _gpt2() -> tuple[Any, Any]:
+    import transformers
+
+    return transformers.GPT2LMHeadModel, transformers.GPT2Config(use_cache=False)
+
+
+def _llama() -> tuple[Any, Any]:
+    import transformers
+
+    shape = {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8}
+    return transformers.LlamaForCausalLM, transformers.LlamaConfig(
+        **shape, intermediate_size=8192, vocab_size=32000, use_cache=False
+    )
+
+
+PRESETS: dict[str, Callable[[], tuple[Any, Any]]] = {"minilm": _minilm, "gpt2-small": _gpt2, "llama-1b": _llama}
+
+
+@dataclass(frozen=True)
+class Race:
+    """One table: arms that ran interleaved."""
+
+    title: str
+    costs: tuple[Cost, ...]
+    extra_kib: float  # peak memory of a measured step on top of an unmonitored one
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """Arm, time, percent added to a step, percent added where one step in ten is measured."""
+        of = {cost.label: cost for cost in self.costs}
+        idle = of[IDLE].added if IDLE in of and "compiled" in self.title else 0.0  # else nothing is attached between
+        found = []
+        for cost in self.costs:
+            percent = f"{100 * cost.added:+.2f} +- {100 * cost.error:.2f} %"
+            spread = f"{100 * (cost.added + 9 * idle) / 10:+.2f} %"
+            plain = cost.label.startswith("unmonitored")
+            found.append(
+                (
+                    cost.label,
+                    f"{cost.ms:.1f} ms",
+                    "" if cost.label == "unmonitored" else percent,
+                    "" if plain or cost.label == IDLE else spread,
+                )
+            )
+        return found
+
+
+def command(argv: list[str], console: Console) -> int:
+    """Runs the command and returns its exit code."""
+    given = _parser().parse_args(argv)
+    for name, least in (("batch_size", 1), ("length", 2), ("rows", 2), ("train_top", 1)):
+        value = getattr(given, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')}: expected at least {least}, got {value}")
+    if not given.minutes > 0:
+        raise UserError(f"--minutes: expected a number above 0, got {given.minutes}")
+    out = Path(given.out).expanduser()
+    if out.is_dir() or not out.parent.is_dir():
+        raise UserError(f"--out: expected a file in a folder that exists, got {given.out}")
+    config = _config(given)
+    from inflection_fast.run.quiet import quiet_libraries
+
+    quiet_libraries()
+    device = _device(given.device)
+    model, batch = _model_and_batch(given, device)
+    races = []
+    for race in run(model, batch, config, given):
+        races.append(race)
+        _show(race, console)
+    said = {name: value for name, value in vars(given).items() if name != "out"}
+    document = {
+        "settings": said | {"quantities": list(config.names)},
+        "machine": _machine(device),
+        "races": [asdict(race) for race in races],
+    }
+    with replacing(out) as fresh:
+        fresh.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    console.print(f"figures: {out}", markup=False)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="inflection-fast overhead",
+        description="Time training steps with and without measuring, interleaved, beside noise (the same step twice).",
+    )
+    parser.add_argument("model", help=f"folder of a saved model, its name on the hub, or a shape: {', '.join(PRESETS)}")
+    parser.add_argument("--task", choices=TASKS, default=TASKS[0], help=f"what the model is trained for ({TASKS[0]})")
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences in a batch (8)")
+    parser.add_argument("--length", type=int, default=128, help="tokens in a sequence (128)")
+    parser.add_argument("--rows", type=int, default=64, help="query rows that are sampled per sequence (64)")
+    parser.add_argument("--quantities", default=",".join(DEFAULT), help=f"what is measured ({','.join(DEFAULT)})")
+    parser.add_argument("--per-quantity", action="store_true", help="also each quantity by itself")
+    parser.add_argument("--train-top", type=int, help="also where only so many of the last blocks and the head train")
+    parser.add_argument("--compiled", action="store_true", help="also compiled by torch.compile, which takes minutes")
+    parser.add_argument("--minutes", type=float, default=10.0, help="how long to time in all, loading apart (10)")
+    parser.add_argument("--device", help="cpu or cuda (cuda where there is one)")
+    parser.add_argument("--out", default="overhead.json", help="file for the figures (overhead.json)")
+    return parser
+
+
+def _config(given: argparse.Namespace) -> MonitorConfig:
+    from inflection_fast.measure import MonitorConfig
+
+    names = tuple(name.strip() for name in given.quantities.split(",") if name.strip())
+    with user_errors(ValueError, TypeError, about="--quantities"):
+        return MonitorConfig(quantities=names, rows=given.rows, probe_share=None)
+
+
+def _device(name: str | None) -> torch.device:
+    import torch
+
+    with user_errors(RuntimeError, about="--device"):
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    return device
+
+
+# ---- the model and its batch -----------------------------------------------------------------------------------------
+
+
+def _model_and_batch(given: argparse.Namespace, device: torch.device) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    import torch
+
+    from inflection_fast.run.models import check_model, load_model, load_tokenizer, most_tokens
+
+    torch.manual_seed(0)
+    if given.model in PRESETS:
+        kind, settings = PRESETS[given.model]()
+        model = kind(settings)
+        longest = most_tokens(model)
+        if longest is not None and given.length > longest:
+            raise UserError(f"--length: {given.model} takes at most {longest} tokens, got {given.length}")
+    else:
+        config = ModelConfig(given.model, max_length=given.length)
+        check_model(config, given.task, None)
+        model = load_model(config, given.task, load_tokenizer(config), labels=("0", "1"))
+    model.config.problem_type = "single_label_classification"  # or the first forward sets it, and is compiled anew
+    classifies = "Classification" in type(model).__name__
+    generator = torch.Generator().manual_seed(0)
+    shape = (given.batch_size, given.length)
+    ids = torch.randint(0, model.config.get_text_config().vocab_size, shape, generator=generator)
+    batch = {"input_ids": ids, "labels": ids}
+    if classifies:  # texts differ in length
+        lengths = torch.randint(max(given.length // 4, 1), given.length + 1, (given.batch_size, 1), generator=generator)
+        lengths[0] = given.length
+        batch["attention_mask"] = (torch.arange(given.length) < lengths).long()
+        batch["labels"] = torch.arange(given.batch_size) % 2
+    return model.to(device).train(), {name: value.to(device) for name, value in batch.items()}
+
+
+# ---- races -----------------------------------------------------------------------------------------------------------
+
+
+def run(
+    model: nn.Module, batch: dict[str, torch.Tensor], config: MonitorConfig, given: argparse.Namespace
+) -> Iterator[Race]:
+    """The races that were asked for, each when it is done."""
+    from inflection_fast.measure.cost import Steps
+
+    asked = [_as_written]
+    asked += [_by_quantity] if given.per_quantity else []
+    asked += [_shallow] if given.train_top else []
+    asked += [_compiled] if given.compiled else []
+    seconds = 60 * given.minutes / len(asked)
+    for arms_of in asked:
+        fresh = copy.deepcopy(model) if arms_of in (_shallow, _compiled) else model
+        with user_errors(ValueError, RuntimeError, about=f"model {given.model}"), ExitStack() as stack:
+            title, arms = stack.enter_context(arms_of(Steps(fresh, batch), config, given))
+            yield _raced(title, arms, seconds)
+
+
+def _raced(title: str, arms: dict[str, Callable[[], None]], seconds: float) -> Race:
+    from inflection_fast.measure.cost import AGAIN, UNMONITORED, costs, extra_bytes, race
+
+    plain = arms[UNMONITORED]
+    times = race({UNMONITORED: plain, AGAIN: plain} | arms, seconds=seconds)
+    device = next(plain.model.parameters()).device if hasattr(plain, "model") else None
+    extra = 0.0
+    if device is not None and MEASURED in arms:
+        extra = (extra_bytes(arms[MEASURED], device) - extra_bytes(plain, device)) / 1024
+    return Race(title, tuple(costs(times)), extra)
+
+
+Arms = tuple[str, dict[str, Callable[[], None]]]
+
+
+@contextmanager
+def _as_written(steps: Steps, config: MonitorConfig, given: argparse.Namespace) -> Iterator[Arms]:
+    from inflection_fast.measure.cost import UNMONITORED
+
+    with steps.watched(config) as (measured, idle):
+        yield "the model as it is written", {UNMONITORED: steps, MEASURED: measured, IDLE: idle}
+
+
+@contextmanager
+def _by_quantity(steps: Steps, config: MonitorConfig, given: argparse.Namespace) -> Iterator[Arms]:
+    from dataclasses import replace
+
+    from inflection_fast.measure.cost import UNMONITORED
+
+    with ExitStack() as stack:
+        arms: dict[str, Callable[[], None]] = {UNMONITORED: steps}
+        for name in config.names:
+            alone = replace(config, quantities=(name,), every=1)
+            arms[f"{name} alone"], _ = stack.enter_context(steps.watched(alone))
+        yield "each quantity by itself, every step", arms
+
+
+@contextmanager
+def _shallow(steps: Steps, config: MonitorConfig, given: argparse.Namespace) -> Iterator[Arms]:
+    from dataclasses import replace
+
+    from inflection_fast.blocks import find_blocks
+    from inflection_fast.measure.cost import UNMONITORED
+    from inflection_fast.run.models import unfreeze
+
+    trains = set(unfreeze(steps.model, find_blocks(steps.model), given.train_top, None))
+    for name, parameter in steps.model.named_parameters():
+        parameter.requires_grad_(name in trains)
+    with ExitStack() as stack:
+        arms: dict[str, Callable[[], None]] = {UNMONITORED: steps}
+        arms[MEASURED], _ = stack.enter_context(steps.watched(config))
+        exact = f"{MEASURED}, frozen_share=1.0"
+        arms[exact], _ = stack.enter_context(steps.watched(replace(config, frozen_share=1.0)))
+        yield f"the last {given.train_top} blocks train, frozen_share={config.frozen_share:g}", arms
+
+
+@contextmanager
+def _compiled(steps: Steps, config: MonitorConfig, given: argparse.Namespace) -> Iterator[Arms]:
+    import torch
+
+    from inflection_fast.measure.cost import UNMONITORED, Steps
+
+    with ExitStack() as stack:
+        tapped = Steps(torch.compile(copy.deepcopy(steps.model), dynamic=False), steps.batch)
+        measured, idle = stack.enter_context(tapped.watched(config))
+        plain = Steps(torch.compile(steps.model, dynamic=False), steps.batch)
+        yield "compiled, measured in the graph", {UNMONITORED: plain, MEASURED: measured, IDLE: idle}
+
+
+# ---- what is said ----------------------------------------------------------------------------------------------------
+
+
+def _show(race: Race, console: Console) -> None:
+    rounds = race.costs[0].rounds
+    console.print(f"\n{race.title} ({rounds} rounds)", markup=False)
+    head = ("step", "median", "added to a step", "one step in ten")
+    rows = [head, *race.rows()]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    for row in rows:
+        line = "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        console.print(f"  {line.rstrip()}", markup=False)
+    if race.extra_kib:
+        console.print(f"  a measured step holds {race.extra_kib:.0f} KiB more at its peak", markup=False)
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    import torch
+
+    from inflection_fast import build_info
+
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "processor": names[0] if names else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "instructions": build_info()["cpu"]["isa"],
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+    }
