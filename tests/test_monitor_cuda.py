@@ -9,6 +9,7 @@ import torch
 from helpers.packets import ALL as SIGNALS
 from helpers.plain_flash import flash, packed_llama  # noqa: F401
 from helpers.tiny_models import loss_of, model_and_batch
+from torch._dynamo.utils import counters
 
 from inflection_fast.measure import Monitor, MonitorConfig
 from inflection_fast.ops import build_info
@@ -101,6 +102,47 @@ def test_values_are_those_of_the_cpu(name, tmp_path, flash):
     for signal in (*HEAD_SIGNALS, *LAYER_SIGNALS, "loss"):
         actual, wanted = getattr(found, signal), getattr(expected, signal)
         np.testing.assert_allclose(actual, wanted, rtol=2e-3, atol=1e-5, err_msg=signal)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_a_captured_graph_is_measured_by_a_flag_that_the_device_reads(name):
+    """CUDA graphs are replayed whole: what is measured at every second step must not depend on what the host saw."""
+    model, batch = on("cuda", *model_and_batch(name))
+    model.config.problem_type, model.config.use_cache = "single_label_classification", False
+    config = MonitorConfig(every=2, rows=5, signals=SIGNALS[:3])
+    expected = captured_steps(copy.deepcopy(model), batch, config)[0]
+    torch._dynamo.reset()
+    counters.clear()
+    found, waits = captured_steps(copy.deepcopy(model), batch, config, mode="reduce-overhead", fullgraph=True)
+    assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == 1
+    assert counters["inductor"]["cudagraph_skips"] == 0
+    assert found.steps.tolist() == [0, 2, 4, 6, 8] and np.isfinite(found.activation_grad).all()
+    for signal in ("entropy", "max_logit", "collision", "activation_grad", "parameter_grad", "loss"):
+        actual, wanted = getattr(found, signal), getattr(expected, signal)
+        np.testing.assert_allclose(actual, wanted, rtol=5e-3, atol=1e-5, err_msg=signal)
+    never = MonitorConfig(every=10**6, signals=SIGNALS[:3])
+    torch._dynamo.reset()
+    alone = captured_steps(model, batch, never, mode="reduce-overhead", fullgraph=True)[1]
+    assert waits[-4:] == alone[-4:]  # two steps that are measured and two that are not, when all is captured
+
+
+def captured_steps(model, batch, config, **compiling):
+    """The timeline of ten steps, and how often the host waited for the device in each."""
+    called = torch.compile(model, **compiling) if compiling else model
+    optimizer, waits = torch.optim.SGD(model.parameters(), lr=0.05), []
+    with Monitor(called, config) as monitor:
+        for _ in range(10):
+            torch.compiler.cudagraph_mark_step_begin()
+            torch.cuda.set_sync_debug_mode("warn")
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                called(**batch).loss.backward()
+                monitor.step()
+            torch.cuda.set_sync_debug_mode("default")
+            waits.append(sum("synchroniz" in str(one.message) for one in caught))
+            optimizer.step()
+            optimizer.zero_grad()
+    return monitor.timeline, waits
 
 
 def test_a_packet_that_is_still_copied_is_not_overwritten():

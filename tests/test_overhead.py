@@ -12,7 +12,7 @@ from inflection_fast import cli
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model of two blocks, and the figures of one run of everything."""
+    """A model of three blocks."""
     folder = tmp_path_factory.mktemp("overhead")
     tiny.bert(folder / "bert")
     return folder
@@ -59,7 +59,7 @@ def test_a_table_is_printed(folder, figures, capsys):
         (["MODEL", "--minutes", "0"], "--minutes: expected a number above 0, got 0.0"),
         (["MODEL", "--rows", "1"], "--rows: expected at least 2, got 1"),
         (["MODEL", "--quantities", "attention,warmth"], "--quantities: quantities: expected distinct names out of"),
-        (["MODEL", "--train-top", "3"], "3, and the model has 2 blocks"),
+        (["MODEL", "--train-top", "4"], "--train-top: expected at most 3, the number of blocks, got 4"),
         (["MODEL", "--device", "abacus"], "--device: "),
         (["MODEL", "--out", "no/such/folder/x.json"], "--out: expected a file in a folder that exists"),
         (["MODEL", "--length", "4096"], "takes at most"),

@@ -97,11 +97,16 @@ def command(argv: list[str], console: Console) -> int:
     if out.is_dir() or not out.parent.is_dir():
         raise UserError(f"--out: expected a file in a folder that exists, got {given.out}")
     config = _config(given)
+    from inflection_fast.blocks import find_blocks
     from inflection_fast.run.quiet import quiet_libraries
 
     quiet_libraries()
     device = _device(given.device)
     model, batch = _model_and_batch(given, device)
+    with user_errors(about=f"model {given.model}"):
+        blocks = len(find_blocks(model))
+    if given.train_top is not None and given.train_top > blocks:
+        raise UserError(f"--train-top: expected at most {blocks}, the number of blocks, got {given.train_top}")
     races = []
     for race in run(model, batch, config, given):
         races.append(race)
