@@ -17,8 +17,8 @@ from torch import nn
 from inflection_fast.measure import Monitor, MonitorConfig
 
 MICRO_BATCHES, VOCABULARY, WIDTH = 2, 40, 16
-SIGNALS = ("attention", "activation_grad", "parameter_grad")
-EXACT, SAMPLED = (MonitorConfig(every=2, rows=rows, quantities=SIGNALS) for rows in (None, 4))
+EXACT, SAMPLED = (MonitorConfig(every=2, rows=rows, probe_share=None) for rows in (None, 4))
+PROBE = [{"input_ids": batch["input_ids"]} for batch in batches_of("llama")[1]]
 
 
 class Attention(nn.Module):
@@ -106,7 +106,7 @@ def run(schedule, module, batches, config, out=None, part=lambda tensor: tensor)
     """Train by a schedule, measured."""
     optimizer = torch.optim.SGD(module.parameters(), lr=0.05)
     stage = schedule._stage
-    with Monitor(module, config, out, pipeline=schedule) as monitor:
+    with Monitor(module, config, out, pipeline=schedule, probe=PROBE) as monitor:
         for batch in batches:
             inputs = (part(batch["input_ids"]),) if stage.is_first else ()
             schedule.step(*inputs, target=part(batch["labels"]) if stage.is_last else None)
@@ -150,8 +150,8 @@ def sharded_pipeline(out):
     return as_json(monitor.timeline)
 
 
-def _entered(schedule, module, **options):
-    with Monitor(module, EXACT, pipeline=schedule, **options):
+def _entered(schedule, module, config=EXACT, **options):
+    with Monitor(module, config, pipeline=schedule, **options):
         pass
 
 
@@ -178,12 +178,23 @@ def stage_twice(out):
     _entered(schedule_of("ScheduleGPipe", module, 0, world), module)
 
 
-def probe_in_a_pipeline(out):
+def probe_of_other_names(out):
+    rank, world = dist.get_rank(), dist.get_world_size()
+    module = stage_of(model_of(), rank, world)
+    _entered(schedule_of("ScheduleGPipe", module, rank, world), module, probe=[{"tokens": torch.zeros(2, 4).long()}])
+
+
+def quantity_across_stages(out):
+    rank, world = dist.get_rank(), dist.get_world_size()
+    module = stage_of(model_of(), rank, world)
+    _entered(schedule_of("ScheduleGPipe", module, rank, world), module, MonitorConfig(quantities=("gradient_noise",)))
+
+
+def probe_entropy_in_a_pipeline(out):
     rank, world = dist.get_rank(), dist.get_world_size()
     module = stage_of(model_of(), rank, world)
     schedule = schedule_of("ScheduleGPipe", module, rank, world)
-    with Monitor(module, MonitorConfig(), pipeline=schedule, probe=batches_of("llama")[1]):
-        pass
+    _entered(schedule, module, MonitorConfig(quantities=("probe_entropy",)), probe=PROBE)
 
 
 def stage_without_its_schedule(out):
@@ -309,8 +320,9 @@ def experts_of_two_batches(out):
 SCENARIOS = {
     2: (
         gpipe, one_forward_one_backward, unknown_schedule, other_number_of_micro_batches, stage_twice,
-        probe_in_a_pipeline, stage_without_its_schedule, context_by_torch, context_that_nobody_told,
-        context_by_gathered_keys, context_rows, experts_of_one_batch, experts_of_two_batches,
+        probe_of_other_names, quantity_across_stages, probe_entropy_in_a_pipeline, stage_without_its_schedule,
+        context_by_torch, context_that_nobody_told, context_by_gathered_keys, context_rows,
+        experts_of_one_batch, experts_of_two_batches,
     ),
     4: (sharded_pipeline,),
 }  # fmt: skip

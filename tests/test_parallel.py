@@ -14,7 +14,8 @@ from inflection_fast.measure import Monitor
 from inflection_fast.measure.context import merged
 from inflection_fast.timeline import Timeline
 
-SIGNALS = ("entropy", "entropy_se", "max_logit", "collision", "sink", "activation_grad", "parameter_grad", "loss")
+SIGNALS = ("entropy", "entropy_se", "max_logit", "collision", "sink", "activation_grad", "parameter_grad", "delta_cka",
+           "loss")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +30,12 @@ def four(tmp_path_factory):
     return run_ranks("parallel_scenarios.py", tmp_path_factory.mktemp("four"), 4)
 
 
-def one_process(config=scenarios.EXACT, micro_batches=1, model=None):
+def one_process(config=scenarios.EXACT, micro_batches=1, model=None, probe=None):
     """The same training on whole batches, whose micro-batches are gone through one after the other."""
     parts_of = lambda batch: [  # noqa: E731
         {name: value.chunk(micro_batches)[i] for name, value in batch.items()} for i in range(micro_batches)
     ]
-    return as_json(train(model or scenarios.model_of(), batches_of("llama")[0], None, config, parts_of=parts_of))
+    return as_json(train(model or scenarios.model_of(), batches_of("llama")[0], probe, config, parts_of=parts_of))
 
 
 def assert_same(found, expected):
@@ -51,7 +52,9 @@ def assert_same(found, expected):
 @pytest.mark.parametrize(("name", "config"), [("gpipe", "EXACT"), ("one_forward_one_backward", "SAMPLED")])
 def test_the_stages_of_a_pipeline_measure_what_one_process_does(two, name, config):
     found = told(two, name)
-    assert_same(found, one_process(getattr(scenarios, config), scenarios.MICRO_BATCHES))
+    expected = one_process(getattr(scenarios, config), scenarios.MICRO_BATCHES, probe=scenarios.PROBE)
+    assert_same(found, expected)
+    assert np.min(expected["delta_cka"][1]) > 1e-3
     timeline = Timeline.load(two / name / "run")
     np.testing.assert_array_equal(timeline.entropy, found["entropy"])
     prefixed = ["stage0.layers.0", "stage0.layers.1", "stage1.layers.0"]
@@ -64,7 +67,7 @@ def test_the_stages_of_a_pipeline_measure_what_one_process_does(two, name, confi
 
 
 def test_a_pipeline_of_stages_that_fsdp_shards_measures_what_one_process_does(four):
-    assert_same(told(four, "sharded_pipeline"), one_process(micro_batches=2))
+    assert_same(told(four, "sharded_pipeline"), one_process(micro_batches=2, probe=scenarios.PROBE))
 
 
 UNKNOWN = "pipeline: the schedule ScheduleInterleaved1F1B is not known"
@@ -76,7 +79,9 @@ UNKNOWN = "pipeline: the schedule ScheduleInterleaved1F1B is not known"
         ("unknown_schedule", [f"ValueError: rank 1: {UNKNOWN}", f"ValueError: {UNKNOWN}; those that are known are"]),
         ("other_number_of_micro_batches", ["the number of micro-batches is 2 on rank 0 and 4 on rank 1"]),
         ("stage_twice", ["the ranks [0, 1] hold the stages [0, 0]; expected each of the 2 once"]),
-        ("probe_in_a_pipeline", ["probe: no probe runs through a pipeline"]),
+        ("probe_of_other_names", ["probe: the first stage of the pipeline, Model, needs ['input_ids']"]),
+        ("quantity_across_stages", ["quantities: 'gradient_noise' counts micro-batches of all ranks"]),
+        ("probe_entropy_in_a_pipeline", ["probe: no pipeline shows what ['probe_entropy'] look at"]),
         ("stage_without_its_schedule", ["Monitor(stage, pipeline=schedule)"]),
     ],
 )

@@ -113,7 +113,7 @@ class Monitor:
             raise TypeError(f"config: expected a MonitorConfig, got {type(config).__name__}")
         if operator.index(start_step) < 0:
             raise ValueError(f"start_step: expected a step >= 0, got {start_step}")
-        self._whole = whole_of(model, config, pipeline, context, rank_timeout_s, probed=probe is not None)
+        self._whole = whole_of(model, config, pipeline, context, rank_timeout_s, probe)
         self.blocks: list[Block] = self._whole.blocks
         if isinstance(model, nn.DataParallel):
             raise ValueError("model: DataParallel runs replicas that cannot be measured; use DistributedDataParallel")
@@ -131,7 +131,7 @@ class Monitor:
         self._heads = heads
         self._probe: Probe | None = None
         if probe is not None and self._probed:
-            self._probe = Probe(model, self.blocks, probe, config, self._panel, heads or 1)
+            self._probe = Probe(model, self.blocks, probe, config, self._panel, heads or 1, self._whole.run)
         taps = partial(ParallelTaps, heads=heads or 1, counts_all=counts_all, whole=self._whole)
         self._taps = taps(model, self.blocks, self._panel, config)
         watch = None if alerts is None else AlertWatch(alerts, self._panel.columns, self._panel.axes)
@@ -169,7 +169,7 @@ class Monitor:
                 every, joined = {name: self._every[name] for name in self._probed}, self._ranks is not None
                 budget = self._config.probe_budget(every, self._step, joined=joined, patience_s=self._rank_timeout_s)
                 self._budget = self._record.budget = budget
-                self._probe.begin(self._record.folder, budget, self._record.guarded, keeps=self._record.writes)
+                self._probe.begin(self._record.folder, budget, self._record.guarded, keeps=self._layout.leads)
             self._taps.open(self._heads, self._every)
             self._arm()
         except BaseException:

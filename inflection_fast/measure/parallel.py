@@ -13,7 +13,8 @@ micro-batch of the step: one forward and one backward pass. What differs from a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -29,7 +30,7 @@ from .context import Context
 from .elsewhere import Elsewhere
 from .graph_taps import GraphTaps
 from .hooks import forgiving, replaced
-from .micro_batch import MicroBatch
+from .micro_batch import MicroBatch, tensors_of
 from .ranks import Ranks, world_size
 
 if TYPE_CHECKING:
@@ -41,11 +42,6 @@ __all__ = ["ParallelTaps", "Pipeline", "Whole", "whole_of"]
 _UNKNOWN = (
     "pipeline: the schedule {name} is not known; those that are known are ScheduleGPipe and Schedule1F1B, where a rank "
     "holds one stage and a backward pass is whole"
-)
-
-_PROBED = (
-    "probe: no probe runs through a pipeline, because a stage alone is no model; leave `probe` out, and delta_cka and "
-    "what else needs it have no values"
 )
 
 
@@ -69,11 +65,10 @@ def whole_of(
     schedule: object,
     context: DeviceMesh | dist.ProcessGroup | None,
     timeout_s: float,
-    *,
-    probed: bool,
+    probe: object,
 ) -> Whole:
     """What this rank has of a model; see `Monitor`."""
-    staged = None if schedule is None else Pipeline(schedule, model, config, timeout_s, probed=probed)
+    staged = None if schedule is None else Pipeline(schedule, model, config, timeout_s, probe)
     whole = staged or Whole(model, config)
     whole.context = None if context is None else Context(context)
     return whole
@@ -95,6 +90,10 @@ class Whole:
         """How many ranks share a sequence."""
         return 1 if self.context is None else len(self.context.ranks)
 
+    def run(self, model: nn.Module, inputs: dict) -> object:
+        """Run the whole model on a batch, outside of the training."""
+        return model(**inputs)
+
     def meta(self, model: nn.Module, config: MonitorConfig, blocks: Sequence[Block]) -> dict:
         """As `meta_of`."""
         return meta_of(model, config, blocks)
@@ -112,22 +111,22 @@ class Pipeline(Whole):
         model: the module of its stage.
         config: names the blocks of this stage, or lets them be found.
         timeout_s: how long to wait for the other ranks.
-        probed: the monitor has a probe.
+        probe: batches that are run through all stages, as dicts of arguments of theirs; None: there are none.
 
     Raises:
         TypeError: `schedule` is none.
-        ValueError: the schedule is not known, is of another module or comes with a probe, or ranks disagree.
+        ValueError: the schedule is not known, is of another module, has no use for a probe, or ranks disagree.
     """
 
     def __init__(
-        self, schedule: object, model: nn.Module, config: MonitorConfig, timeout_s: float, *, probed: bool = False
+        self, schedule: object, model: nn.Module, config: MonitorConfig, timeout_s: float, probe: object = None
     ):
         self.ranks = Ranks(model, timeout_s) if world_size() > 1 else None
         own: list[Block] = []
         try:
             self._schedule = _checked(schedule, model)
-            if probed:
-                raise ValueError(_PROBED)
+            _check_probe(probe, model, self._schedule)
+            _check_quantities(config)
             own = find_blocks(model, config.blocks)
             told = self._described(model, own)
         except (TypeError, ValueError) as error:
@@ -142,6 +141,30 @@ class Pipeline(Whole):
         self.blocks = self._blocks(own)
         self.heads = max((stage.heads for stage in self._stages if stage.heads is not None), default=None)
         self.peers = told.peers
+        self._rank_of = {everybody[peer].index: peer for peer in told.peers} if self.ranks else {}
+
+    def run(self, model: nn.Module, inputs: dict) -> object:
+        """Run a batch through the stages, all of which call it, and return what this one gives.
+
+        The first stage gets what its forward has names for, the others the outputs of the stage before, and by name
+        what their forward has names for beyond those. Outputs go over the host, as the probe is small.
+        """
+        here, before = self._schedule._stage.stage_index, ()
+        if here > 0:
+            told: list = [None]
+            dist.recv_object_list(told, self._rank_of[here - 1], group=self._group)
+            device = next(model.parameters()).device
+            before = tuple(tensor.to(device) for tensor in told[0])
+        names = list(inspect.signature(model.forward).parameters)[len(before) :]
+        output = model(*before, **{name: value for name, value in inputs.items() if name in names})
+        if here < len(self._stages) - 1:
+            tensors = [tensor.detach().cpu() for tensor in tensors_of(output)]
+            dist.send_object_list([tensors], self._rank_of[here + 1], group=self._group)
+        return output
+
+    @property
+    def _group(self) -> dist.ProcessGroup | None:
+        return None if self.ranks is None else self.ranks.group
 
     def _described(self, model: nn.Module, own: Sequence[Block]) -> _Stage:
         schedule, stage = self._schedule, self._schedule._stage
@@ -220,6 +243,31 @@ def _checked(schedule: object, model: nn.Module) -> PipelineScheduleSingle:
             "module that PipelineStage was made of"
         )
     return schedule
+
+
+_ACROSS = {"gradient_noise": "counts micro-batches of all ranks", "trajectory": "compares each layer with all others"}
+
+
+def _check_quantities(config: MonitorConfig) -> None:
+    """`ValueError` for quantities that no sum over stages gives."""
+    for name in config.names:
+        if name in _ACROSS:
+            raise ValueError(f"quantities: {name!r} {_ACROSS[name]}, which no stage of a pipeline sees; leave it out")
+
+
+def _check_probe(probe: object, model: nn.Module, schedule: PipelineScheduleSingle) -> None:
+    """`ValueError` where the first stage cannot be called with a batch of the probe."""
+    first = probe[0] if isinstance(probe, (list, tuple)) and probe else probe
+    if not isinstance(first, Mapping) or schedule._stage.stage_index > 0:
+        return
+    named = inspect.signature(model.forward).parameters.values()
+    missing = [one.name for one in named if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
+    missing = [name for name in missing if name not in first]
+    if missing:
+        raise ValueError(
+            f"probe: the first stage of the pipeline, {type(model).__name__}, needs {missing}, and batches have "
+            f"{sorted(map(str, first))}; name them as its forward does"
+        )
 
 
 def _in_order(everybody: Sequence[_Stage]) -> list[_Stage]:

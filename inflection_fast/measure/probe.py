@@ -22,6 +22,7 @@ from ..ops.cka import RowSample, feature_rows, mean_rows
 from ..quantities import Step
 from ..quantities.quantity import ProbeFeatures
 from .config import MonitorConfig
+from .elsewhere import Elsewhere
 from .hooks import trainable_as_before, undisturbed
 from .micro_batch import decoder_layers, loss_of, token_mask
 from .packet import StepSums
@@ -58,8 +59,9 @@ class Probe:
         config: MonitorConfig,
         panel: Panel,
         heads: int = 1,
+        run: Callable[[nn.Module, dict], object] = lambda model, inputs: model(**inputs),
     ):
-        batches = _fixed(batches)
+        batches, self._run = _fixed(batches), run
         if config.cka_reference == "adapters_off" and not hasattr(_peft_of(model), "disable_adapter"):
             raise ValueError(f"cka_reference: 'adapters_off' needs a peft model, got {type(model).__name__}")
         # Without its wrapper: DistributedDataParallel would broadcast, and prepare its buckets for a backward pass.
@@ -68,6 +70,9 @@ class Probe:
         self._model, self._blocks, self._batches, self._config = model, blocks, batches, config
         self._panel, listening = panel, panel.for_probe()
         self.taps = None
+        self._here = [block.index for block in blocks if not isinstance(block.module, Elsewhere)]
+        if listening.quantities and len(self._here) < len(blocks):
+            raise ValueError(f"probe: no pipeline shows what {list(listening.quantities)} look at; leave them out")
         if listening.quantities:
             self.taps = Taps(model, blocks, listening, config, heads=heads, counts_all=True)
         self._listening, self._clock = listening, ProbeClock(next(model.parameters()).device)
@@ -94,12 +99,12 @@ class Probe:
     ) -> None:
         """Take the reference, or that of the run that goes on in `folder`, before the first step.
 
-        `guarded` runs what writes to the disk. Of several ranks, one `keeps` the reference in a file.
+        `guarded` runs what writes to the disk. Of several ranks, one `keeps` the reference of its blocks in a file.
         """
         self.budget, resumed, path = budget, budget.first_step > 0, None
         if self.compares and self._config.cka_reference != "adapters_off":
             if folder is not None and self._config.cka_reference == "start":
-                path = folder / REFERENCE_NAME
+                path = folder / (f"layer{self._here[0]}_{REFERENCE_NAME}" if self._here[0] else REFERENCE_NAME)
             if resumed and path is not None and path.exists():
                 self.load(path)
             else:
@@ -142,7 +147,7 @@ class Probe:
 
     def _thinned(self, event: ProbeFeatures) -> ProbeFeatures:
         """Every n-th row of all that is compared, so that every sequence keeps its share of them."""
-        self._rows_kept = min(len(one) for one in event.features)
+        self._rows_kept = min(len(event.features[layer]) for layer in self._here)
         if self._thinning == 1:
             return event
         thin = lambda of: tuple(one[:: self._thinning] for one in of)  # noqa: E731
@@ -248,8 +253,8 @@ class Probe:
         if self._config.cka_reference == "previous":
             self._reference = after
         groups: dict[tuple, list[int]] = {}
-        for layer, features in enumerate(after):
-            groups.setdefault((features.shape, layer in self._decoders), []).append(layer)
+        for layer in self._here:
+            groups.setdefault((after[layer].shape, layer in self._decoders), []).append(layer)
         stacks = tuple(tuple(layers) for layers in groups.values())
         indices = tuple(self._indices[layers] for layers in stacks)
         reference = None if before is None else tuple(before)
@@ -258,7 +263,7 @@ class Probe:
     # ---- one run -----------------------------------------------------------------------------------------------------
 
     def _features(self, taps: Taps | None = None) -> list[Tensor]:
-        """Per layer [N, D]: the kept rows of the block's output over the whole probe set, and what `taps` see of it."""
+        """Per layer [N, D]: the kept rows of the outputs of the blocks that are here, and what `taps` see of them."""
         kept: list[list[Tensor]] = [[] for _ in self._blocks]
         sequences: list[list[Tensor]] = [[] for _ in self._blocks]
         begun = 0  # sequences of earlier batches
@@ -267,11 +272,11 @@ class Probe:
                 there = partial(torch.Tensor.to, device=self._device, non_blocking=True)
                 inputs = {k: there(v) if isinstance(v, Tensor) else v for k, v in batch.items()}
                 with _outputs_of(self._blocks) as outputs:
-                    returned = self._model(**inputs)
+                    returned = self._run(self._model, inputs)
                 if taps is not None:
                     _backward_to(outputs.values(), loss_of(returned))
                 size = 0
-                for layer in range(len(self._blocks)):
+                for layer in self._here:
                     if layer not in outputs:
                         raise ValueError(f"probe: block {self._blocks[layer].name!r} did not run on batch {number}")
                     in_decoder = layer in self._decoders
@@ -284,10 +289,10 @@ class Probe:
                     sequences[layer].append(begun + of)
                 begun += size
                 if number == 0:
-                    self._check_memory([rows[0] for rows in kept])
-        features = [torch.cat(rows) for rows in kept]
-        self._sequences = [torch.cat(numbers) for numbers in sequences]
-        few = [block.name for block, rows in zip(self._blocks, features, strict=True) if len(rows) < _MIN_ROWS]
+                    self._check_memory([kept[layer][0] for layer in self._here])
+        features = [torch.cat(rows) if rows else torch.empty(0) for rows in kept]
+        self._sequences = [torch.cat(numbers) if numbers else torch.empty(0) for numbers in sequences]
+        few = [self._blocks[layer].name for layer in self._here if len(features[layer]) < _MIN_ROWS]
         if few:
             raise ValueError(f"probe: gives fewer than {_MIN_ROWS} feature rows in {few}; CKA needs at least as many")
         return features

@@ -61,6 +61,11 @@ class Layout:
         """Ranks that share one batch, and its tensors: those of one stage."""
         return self.world // (self.data * self.stages)
 
+    @property
+    def leads(self) -> bool:
+        """Whether this is the first rank of its stage, or of all where there are no stages."""
+        return self.data_rank == self.tensor_rank == 0
+
     def parameter_squares(self, gradients: Sequence[Tensor], layers: Sequence[int]) -> Tensor:
         """[max(layers) + 1] float64: this rank's part of the squared norm of each layer's gradient.
 
@@ -96,7 +101,7 @@ class Layout:
         by_layer = accumulator.axes[:1] == ("layer",)
         weight = torch.ones(len(view) if by_layer else 1, dtype=torch.float64)
         if accumulator.held == "alike":  # of a layer, the first rank of its stage knows
-            weight *= self.data_rank == self.tensor_rank == 0 if by_layer else self.writes
+            weight *= self.leads if by_layer else self.writes
         else:
             weight /= self.tensor
             for layer in {"heads": self.sharded_heads, "output": outputs}.get(accumulator.held, ()) if by_layer else ():
@@ -123,7 +128,7 @@ class Ranks:
         self.lost = False
         self._mesh = BatchMesh(model)
         try:
-            self._group = dist.new_group(backend="gloo", timeout=self._timeout)
+            self.group = dist.new_group(backend="gloo", timeout=self._timeout)
         except RuntimeError as error:
             raise RuntimeError(
                 f"Monitor: the {self._world} ranks did not all enter it within {timeout_s:g} s; enter it on every rank"
@@ -142,7 +147,7 @@ class Ranks:
     def tell(self, value: object) -> list:
         """What each rank has told, in their order."""
         told: list = [None] * self._world
-        dist.all_gather_object(told, value, group=self._group)
+        dist.all_gather_object(told, value, group=self.group)
         return told
 
     def agree(
@@ -205,8 +210,8 @@ class Ranks:
         maxima = torch.cat([packet.maxima.double(), torch.tensor([step, -step, dropped], dtype=torch.float64)])
         try:
             works = [
-                dist.all_reduce(sums, dist.ReduceOp.SUM, group=self._group, async_op=True),
-                dist.all_reduce(maxima, dist.ReduceOp.MAX, group=self._group, async_op=True),
+                dist.all_reduce(sums, dist.ReduceOp.SUM, group=self.group, async_op=True),
+                dist.all_reduce(maxima, dist.ReduceOp.MAX, group=self.group, async_op=True),
             ]
             for work in works:
                 work.wait(self._timeout)

@@ -57,9 +57,9 @@ class DeltaCka(Quantity):
             else:
                 delta = ops.delta_cka(x, y, rank=rank, debiased=debiased)
             sums["delta"].index_copy_(0, index, delta.double())
-        sums["count"].fill_(1)
-        if self._config.cka_se:
-            sums["error_count"].fill_(1)
+            sums["count"].index_fill_(0, index, 1)  # not all: other ranks may have other layers
+            if self._config.cka_se:
+                sums["error_count"].index_fill_(0, index, 1)
 
     def values(self, sums: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         """What was written."""
