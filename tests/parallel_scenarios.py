@@ -247,6 +247,11 @@ def context_by_gathered_keys(out):
     return _shared_sequences(model_of(gathers=True), halves)
 
 
+def calls_under_context(out):
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    Monitor(model_of(), MonitorConfig(quantities=("attention", "rank")), context=mesh)
+
+
 def context_rows(out):
     """Statistics of causal rows and of a window, against the whole, in torch's order of positions and in the plain."""
     from torch.distributed.tensor.experimental import context_parallel
@@ -321,7 +326,7 @@ SCENARIOS = {
     2: (
         gpipe, one_forward_one_backward, unknown_schedule, other_number_of_micro_batches, stage_twice,
         probe_of_other_names, quantity_across_stages, probe_entropy_in_a_pipeline, stage_without_its_schedule,
-        context_by_torch, context_that_nobody_told, context_by_gathered_keys, context_rows,
+        context_by_torch, context_that_nobody_told, context_by_gathered_keys, calls_under_context, context_rows,
         experts_of_one_batch, experts_of_two_batches,
     ),
     4: (sharded_pipeline,),

@@ -115,6 +115,7 @@ def test_rows_against_the_keys_of_all_ranks_are_those_of_the_whole(two):
 
 def test_shared_sequences_that_nobody_told_of_are_named_at_the_first_step(two):
     assert "its mesh to the monitor: Monitor(model, context=mesh)" in told(two, "context_that_nobody_told")["raised"]
+    assert "(rank, attention_detail) would see the keys of one rank alone" in told(two, "calls_under_context")["raised"]
 
 
 def test_parts_of_rows_merge_by_their_log_sum_exp():

@@ -121,7 +121,8 @@ def merged(parts: Sequence[AttentionStats]) -> AttentionStats:
     """Statistics of rows from those of parts of their keys, of which the first holds key 0."""
     entropy, lse, max_logit, keys, collision, _ = (torch.stack(field) for field in zip(*parts, strict=True))
     whole = torch.logsumexp(lse, 0)
-    weight = (lse - whole).exp().masked_fill(whole == -torch.inf, 0.0)  # of a row without any key NaN
+    # Without the rounding of `whole`, which is large where scores are; of a row without any key it would be NaN.
+    weight = lse.softmax(0).masked_fill(whole == -torch.inf, 0.0)
     return AttentionStats(
         entropy=(weight * entropy).sum(0) - torch.special.xlogy(weight, weight).sum(0),
         lse=whole,

@@ -306,6 +306,11 @@ class ParallelTaps(GraphTaps):
         super().__init__(*args, **options)
         self._pipeline = whole if isinstance(whole, Pipeline) else None
         if whole is not None and whole.context is not None:
+            if self._panel.has("on_attention_call"):
+                raise ValueError(
+                    "context: quantities that look into calls of attention (rank, attention_detail) would see the keys "
+                    "of one rank alone; leave them out"
+                )
             self._attention.context = whole.context
             self._frozen.forbid()  # it runs blocks again, of which other ranks know nothing
         self._in_chunk = False  # a forward of a micro-batch of the schedule runs
