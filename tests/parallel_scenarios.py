@@ -184,6 +184,12 @@ def probe_of_other_names(out):
     _entered(schedule_of("ScheduleGPipe", module, rank, world), module, probe=[{"tokens": torch.zeros(2, 4).long()}])
 
 
+def probe_that_a_stage_cannot_take(out):
+    rank, world = dist.get_rank(), dist.get_world_size()
+    module = stage_of(model_of(), rank, world)
+    _entered(schedule_of("ScheduleGPipe", module, rank, world), module, probe=[{"input_ids": torch.tensor([[99]])}])
+
+
 def quantity_across_stages(out):
     rank, world = dist.get_rank(), dist.get_world_size()
     module = stage_of(model_of(), rank, world)
@@ -325,7 +331,8 @@ def experts_of_two_batches(out):
 SCENARIOS = {
     2: (
         gpipe, one_forward_one_backward, unknown_schedule, other_number_of_micro_batches, stage_twice,
-        probe_of_other_names, quantity_across_stages, probe_entropy_in_a_pipeline, stage_without_its_schedule,
+        probe_of_other_names, probe_that_a_stage_cannot_take, quantity_across_stages, probe_entropy_in_a_pipeline,
+        stage_without_its_schedule,
         context_by_torch, context_that_nobody_told, context_by_gathered_keys, calls_under_context, context_rows,
         experts_of_one_batch, experts_of_two_batches,
     ),

@@ -80,6 +80,10 @@ UNKNOWN = "pipeline: the schedule ScheduleInterleaved1F1B is not known"
         ("other_number_of_micro_batches", ["the number of micro-batches is 2 on rank 0 and 4 on rank 1"]),
         ("stage_twice", ["the ranks [0, 1] hold the stages [0, 0]; expected each of the 2 once"]),
         ("probe_of_other_names", ["probe: the first stage of the pipeline, Model, needs ['input_ids']"]),
+        (
+            "probe_that_a_stage_cannot_take",
+            ["IndexError: index out of range", "probe: rank 0 failed: index out of range"],
+        ),
         ("quantity_across_stages", ["quantities: 'gradient_noise' counts micro-batches of all ranks"]),
         ("probe_entropy_in_a_pipeline", ["probe: no pipeline shows what ['probe_entropy'] look at"]),
         ("stage_without_its_schedule", ["Monitor(stage, pipeline=schedule)"]),

@@ -147,20 +147,37 @@ class Pipeline(Whole):
         """Run a batch through the stages, all of which call it, and return what this one gives.
 
         The first stage gets what its forward has names for, the others the outputs of the stage before, and by name
-        what their forward has names for beyond those. Outputs go over the host, as the probe is small.
+        what their forward has names for beyond those. Outputs go over the host, as the probe is small. What a stage
+        raises is an error on all ranks.
         """
-        here, before = self._schedule._stage.stage_index, ()
-        if here > 0:
-            told: list = [None]
-            dist.recv_object_list(told, self._rank_of[here - 1], group=self._group)
-            device = next(model.parameters()).device
-            before = tuple(tensor.to(device) for tensor in told[0])
-        names = list(inspect.signature(model.forward).parameters)[len(before) :]
-        output = model(*before, **{name: value for name, value in inputs.items() if name in names})
+        here, error, output = self._schedule._stage.stage_index, None, None
+        before = self._received(here)
+        if before is not None:
+            try:
+                device = next(model.parameters()).device
+                names = list(inspect.signature(model.forward).parameters)[len(before) :]
+                named = {name: value for name, value in inputs.items() if name in names}
+                output = model(*(tensor.to(device) for tensor in before), **named)
+            except Exception as raised:
+                error = raised
         if here < len(self._stages) - 1:
-            tensors = [tensor.detach().cpu() for tensor in tensors_of(output)]
+            tensors = None if output is None else [tensor.detach().cpu() for tensor in tensors_of(output)]
             dist.send_object_list([tensors], self._rank_of[here + 1], group=self._group)
+        everybody = [] if self.ranks is None else self.ranks.tell(None if error is None else str(error))
+        if error is not None:
+            raise error
+        for rank, said in enumerate(everybody):
+            if said is not None:
+                raise RuntimeError(f"probe: rank {rank} failed: {said}")
         return output
+
+    def _received(self, here: int) -> list[Tensor] | None:
+        """What the stage before has given, on the host; None: it has failed."""
+        if here == 0:
+            return []
+        told: list = [None]
+        dist.recv_object_list(told, self._rank_of[here - 1], group=self._group)
+        return told[0]
 
     @property
     def _group(self) -> dist.ProcessGroup | None:
