@@ -24,7 +24,8 @@ from ..timeline import Timeline
 from .config import MonitorConfig
 from .packet import Measured, Packet, Row
 from .panel import Panel
-from .parallel import ParallelTaps, whole_of
+from .parallel import whole_of
+from .parallel_taps import ParallelTaps
 from .parameters import Background, Updates, clip_by_known, scale_of, squares_of_all
 from .probe import REFERENCE_NAME, Probe
 from .ranks import Layout, Ranks, world_size
@@ -118,7 +119,7 @@ class Monitor:
         if isinstance(model, nn.DataParallel):
             raise ValueError("model: DataParallel runs replicas that cannot be measured; use DistributedDataParallel")
         self._model = model
-        self._config, heads, counts_all = config, self._whole.heads, config.forwards == "all"
+        self._config, self._heads, heads = config, self._whole.heads, self._whole.heads or 1
         self._rank_timeout_s, self._accelerator = rank_timeout_s, accelerator
         self._ranks: Ranks | None = None
         self._layout = Layout()
@@ -128,11 +129,10 @@ class Monitor:
         self._panel.prepare(MeasuredModel(model, tuple(self.blocks), device_of(self.blocks), config, world_size()))
         self._every = {name: config.cadence(one) for name, one in self._panel.quantities.items() if name != Step.name}
         self._probed = frozenset(self._panel.of_group("probe"))
-        self._heads = heads
         self._probe: Probe | None = None
         if probe is not None and self._probed:
-            self._probe = Probe(model, self.blocks, probe, config, self._panel, heads or 1, self._whole.run)
-        taps = partial(ParallelTaps, heads=heads or 1, counts_all=counts_all, whole=self._whole)
+            self._probe = Probe(model, self.blocks, probe, config, self._panel, heads, self._whole.run)
+        taps = partial(ParallelTaps, heads=heads, counts_all=config.forwards == "all", whole=self._whole)
         self._taps = taps(model, self.blocks, self._panel, config)
         watch = None if alerts is None else AlertWatch(alerts, self._panel.columns, self._panel.axes)
         self._names = [block.name for block in self.blocks]

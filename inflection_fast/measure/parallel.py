@@ -14,9 +14,8 @@ micro-batch of the step: one forward and one backward pass. What differs from a 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,16 +27,14 @@ from .attention_places import heads_of
 from .config import MonitorConfig, meta_of
 from .context import Context
 from .elsewhere import Elsewhere
-from .graph_taps import GraphTaps
-from .hooks import forgiving, replaced
-from .micro_batch import MicroBatch, tensors_of
+from .micro_batch import tensors_of
 from .ranks import Ranks, world_size
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 
-__all__ = ["ParallelTaps", "Pipeline", "Whole", "whole_of"]
+__all__ = ["Pipeline", "Whole", "whole_of"]
 
 _UNKNOWN = (
     "pipeline: the schedule {name} is not known; those that are known are ScheduleGPipe and Schedule1F1B, where a rank "
@@ -311,96 +308,3 @@ def _in_order(everybody: Sequence[_Stage]) -> list[_Stage]:
                 f"{list(other.names)} on another rank, or other parameters in them"
             )
     return [stages[index] for index in range(count)]
-
-
-class ParallelTaps(GraphTaps):
-    """Taps on a model of which this rank has a stage, or a part of each sequence. Arguments are those of `Taps`, and:
-
-    whole: what this rank has; of a whole model these taps do what `Taps` do.
-    """
-
-    def __init__(self, *args, whole: Whole | None = None, **options):
-        super().__init__(*args, **options)
-        self._pipeline = whole if isinstance(whole, Pipeline) else None
-        if whole is not None and whole.context is not None:
-            if self._panel.has("on_attention_call"):
-                raise ValueError(
-                    "context: quantities that look into calls of attention (rank, attention_detail) would see the keys "
-                    "of one rank alone; leave them out"
-                )
-            self._attention.context = whole.context
-            self._frozen.forbid()  # it runs blocks again, of which other ranks know nothing
-        self._in_chunk = False  # a forward of a micro-batch of the schedule runs
-        self._losses: list[Tensor] = []
-
-    def forget_model(self) -> None:
-        """Hold nothing of the model any more."""
-        self._pipeline = None
-        super().forget_model()
-
-    @property
-    def loss_seen(self) -> Tensor | None:
-        """[]: what the schedule has computed in this step, as it trains on it; None: it has computed none here."""
-        if not self._losses:
-            return None
-        losses = torch.stack([loss.detach().mean() for loss in self._losses])
-        return losses.mean() if self._pipeline is not None and self._pipeline.schedule.scale_grads else losses.sum()
-
-    def _attach_to_model(self) -> None:
-        super()._attach_to_model()
-        self._losses = []
-        if self._pipeline is not None:
-            schedule, stage = self._pipeline.schedule, self._pipeline.schedule._stage
-            add = self._attached.enter_context
-            add(replaced(stage, "forward_one_chunk", self._chunks))
-            add(replaced(stage, "perform_reduce_grad", partial(self._reduces, stage)))
-            add(replaced(schedule, "_compute_loss", self._computes_loss))
-
-    def _chunks(self, run: Callable) -> Callable:
-        def forward_one_chunk(*args, **kwargs):
-            self._in_chunk = True
-            try:
-                return run(*args, **kwargs)
-            finally:
-                self._in_chunk = False
-
-        return forward_one_chunk
-
-    def _computes_loss(self, compute: Callable) -> Callable:
-        def compute_loss(*args, **kwargs):
-            loss = compute(*args, **kwargs)
-            if isinstance(loss, Tensor):
-                self._losses.append(loss)
-            return loss
-
-        return compute_loss
-
-    def _reduces(self, stage, reduce: Callable) -> Callable:
-        def perform_reduce_grad(factor: int):
-            reduce(1)
-            self._read_whole()
-            stage.scale_grads(factor)
-
-        return perform_reduce_grad
-
-    def _forward_begins(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        if self._pipeline is None or self._in_chunk:
-            super()._forward_begins(model, args, kwargs)
-
-    def _read_parameters(self, micro_batch: MicroBatch) -> None:
-        if self._pipeline is None:
-            super()._read_parameters(micro_batch)
-        else:
-            micro_batch.reads_parameters = False  # they are whole at the end of the schedule's step
-
-    @forgiving
-    def _read_whole(self) -> None:
-        listening = self._panel.listening("on_backward_end")
-        if listening and self.backwards:
-            self._panel.tell("on_backward_end", listening, self.sums.packet, self.parameters)
-            self.parameters_read = True
-            self.stepped_inside = self.parameters.lost_gradients
-
-    def gather(self, loss_scale: float | Tensor) -> None:
-        """Join what was kept apart until now, and take scales out of gradients, that of the schedule too."""
-        super().gather(loss_scale if self._pipeline is None else loss_scale * self._pipeline.loss_scale)
