@@ -2,11 +2,10 @@
 
 import numpy as np
 import pytest
-import torch
 from helpers.tiny_models import model_and_batch, one_thread  # noqa: F401
 
 from inflection_fast.measure import MonitorConfig
-from inflection_fast.measure.cost import AGAIN, UNMONITORED, Steps, costs, extra_bytes, race
+from inflection_fast.measure.cost import AGAIN, UNMONITORED, Steps, costs, race
 
 CONFIG = MonitorConfig(rows=4, quantities=("attention", "activation_grad", "parameter_grad"))
 
@@ -45,11 +44,3 @@ def test_of_the_arms_of_a_monitor_one_is_measured_and_others_find_nothing():
         handle.remove()
         assert hooks() == 0
     assert [count > 0 for count in seen] == [False, True, True, False, False]
-
-
-def test_the_peak_of_a_call_is_what_tensors_hold_at_once():
-    def call():
-        for _ in range(3):
-            torch.zeros(1000, dtype=torch.float64)
-
-    assert 8000 <= extra_bytes(call, torch.device("cpu")) < 16000

@@ -132,20 +132,13 @@ def median_error(values: list[float]) -> float:
     return 1.2533 * deviation / len(values) ** 0.5
 
 
-def extra_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """Most bytes that tensors allocated during `call` held at once."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        call()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        call()
-    held = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
+def extra_bytes(call: Callable[[], object], device: torch.device) -> int | None:
+    """Most bytes of a GPU that tensors allocated during `call` held at once; None on a CPU, where nobody counts."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before

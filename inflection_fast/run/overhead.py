@@ -62,7 +62,7 @@ class Race:
 
     title: str
     costs: tuple[Cost, ...]
-    extra_kib: float  # peak memory of a measured step on top of an unmonitored one
+    extra_kib: float | None  # peak memory of a measured step on top of an unmonitored one; None: nobody counts it
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         """Arm, time, percent added to a step, percent added where one step in ten is measured."""
@@ -172,13 +172,13 @@ def _model_and_batch(given: argparse.Namespace, device: torch.device) -> tuple[n
     if given.model in PRESETS:
         kind, settings = PRESETS[given.model]()
         model = kind(settings)
-        longest = most_tokens(model)
-        if longest is not None and given.length > longest:
-            raise UserError(f"--length: {given.model} takes at most {longest} tokens, got {given.length}")
     else:
-        config = ModelConfig(given.model, max_length=given.length)
+        config = ModelConfig(given.model, max_length=2)
         check_model(config, given.task, None)
         model = load_model(config, given.task, load_tokenizer(config), labels=("0", "1"))
+    longest = most_tokens(model)
+    if longest is not None and given.length > longest:
+        raise UserError(f"--length: {given.model} takes at most {longest} tokens, got {given.length}")
     model.config.problem_type = "single_label_classification"  # or the first forward sets it, and is compiled anew
     classifies = "Classification" in type(model).__name__
     generator = torch.Generator().manual_seed(0)
@@ -211,18 +211,17 @@ def run(
         fresh = copy.deepcopy(model) if arms_of in (_shallow, _compiled) else model
         with user_errors(ValueError, RuntimeError, about=f"model {given.model}"), ExitStack() as stack:
             title, arms = stack.enter_context(arms_of(Steps(fresh, batch), config, given))
-            yield _raced(title, arms, seconds)
+            yield _raced(title, arms, batch["input_ids"].device, seconds)
 
 
-def _raced(title: str, arms: dict[str, Callable[[], None]], seconds: float) -> Race:
+def _raced(title: str, arms: dict[str, Callable[[], None]], device: torch.device, seconds: float) -> Race:
     from inflection_fast.measure.cost import AGAIN, UNMONITORED, costs, extra_bytes, race
 
     plain = arms[UNMONITORED]
     times = race({UNMONITORED: plain, AGAIN: plain} | arms, seconds=seconds)
-    device = next(plain.model.parameters()).device if hasattr(plain, "model") else None
-    extra = 0.0
-    if device is not None and MEASURED in arms:
-        extra = (extra_bytes(arms[MEASURED], device) - extra_bytes(plain, device)) / 1024
+    alone = extra_bytes(plain, device)
+    measured = extra_bytes(arms[MEASURED], device) if MEASURED in arms else None
+    extra = None if alone is None or measured is None else (measured - alone) / 1024
     return Race(title, tuple(costs(times)), extra)
 
 
@@ -298,7 +297,7 @@ def _show(race: Race, console: Console) -> None:
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         console.print(f"  {line.rstrip()}", markup=False)
-    if race.extra_kib:
+    if race.extra_kib is not None:
         console.print(f"  a measured step holds {race.extra_kib:.0f} KiB more at its peak", markup=False)
 
 
