@@ -21,6 +21,22 @@ EXACT, SAMPLED = (MonitorConfig(every=2, rows=rows, probe_share=None) for rows i
 PROBE = [{"input_ids": batch["input_ids"]} for batch in batches_of("llama")[1]]
 
 
+class Gathered(torch.autograd.Function):
+    """The positions [B, H, T, D] of all ranks, one rank after the other."""
+
+    @staticmethod
+    def forward(ctx, here):
+        parts = [torch.empty(here.shape) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, here.contiguous())
+        return torch.cat(parts, 2)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size(), 2)[dist.get_rank()]
+
+
 class Attention(nn.Module):
     """All ways in which positions are divided among ranks: not at all, by torch, or by gathering the keys."""
 
@@ -32,9 +48,7 @@ class Attention(nn.Module):
     def forward(self, x):
         q, k, v = (one(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for one in (self.q, self.k, self.v))
         if self.gathers:
-            from torch.distributed.nn.functional import all_gather
-
-            k, v = (torch.cat(all_gather(one.contiguous()), 2) for one in (k, v))
+            k, v = Gathered.apply(k), Gathered.apply(v)
             first = dist.get_rank() * q.shape[2]
             mask = torch.arange(k.shape[2]) <= torch.arange(first, first + q.shape[2])[:, None]
             y = F.scaled_dot_product_attention(q, k, v, mask)

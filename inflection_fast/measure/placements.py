@@ -66,15 +66,20 @@ def _is_shard(placement: Placement) -> bool:
     return not placement.is_replicate() and not placement.is_partial()  # strided shards included
 
 
+_EXPERTS = "ep"  # what Transformers and torchtitan call the dimension of a mesh along which experts are divided
+
+
 class BatchMesh:
     """Which ranks compute on one batch with this one, from the device meshes of the parameters.
 
     Those are the ranks along the mesh dimensions that are tensor parallel: the ones on which parameters are sharded,
-    except FSDP's own, which come first: (Shard, ...), or (Replicate, Shard, ...) where shards are replicated.
+    except FSDP's own, which come first: (Shard, ...), or (Replicate, Shard, ...) where shards are replicated. Experts
+    have meshes of their own, whose ranks may have batches of their own, and tell nothing.
     """
 
     def __init__(self, model: nn.Module):
-        parameters = [parameter for parameter in model.parameters() if is_dtensor(parameter)]
+        sharded = [parameter for parameter in model.parameters() if is_dtensor(parameter)]
+        parameters = [one for one in sharded if _EXPERTS not in (one.device_mesh.mesh_dim_names or ())]
         self.peers = [dist.get_rank()]
         self._first = 0  # mesh dimensions before are data parallel
         if not parameters:
