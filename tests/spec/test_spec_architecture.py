@@ -270,7 +270,9 @@ HOST_READS = {
     ("measure/panel.py", "finish_later"): "of what is on its way to the host, on a thread that nobody waits for",
     ("measure/graph.py", "refuse_missing_attention"): "the first measured step alone, to find a graph without taps",
     ("measure/graph.py", "refuse_missing_gradients"): "the same",
-    ("measure/overhead.py", "_forward_backward"): "a stopwatch has to wait for the device",
+    ("measure/cost.py", "__call__"): "a stopwatch has to wait for the device",
+    ("measure/cost.py", "extra_bytes"): "the same",
+    ("measure/parallel.py", "run"): "a batch of the probe goes from stage to stage over the host",
     ("measure/probe.py", "save"): "the reference goes to a file once, at entering",
 }
 
