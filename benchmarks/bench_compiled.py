@@ -8,7 +8,7 @@ import torch
 from bench_overhead import SIGNALS, Training, added, measuring, minilm
 from cases import extra_bytes, race
 
-ROUNDS = {"MiniLM": 40, "a GPT-2 shape": 12}
+ROUNDS = {"MiniLM": 20, "a GPT-2 shape": 8}
 
 
 def gpt2():
