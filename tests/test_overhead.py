@@ -1,6 +1,7 @@
 """`inflection-fast overhead` times a model of the user's, beside noise, and says in a sentence what it cannot."""
 
 import json
+from functools import partial
 
 import helpers.tiny_texts as tiny
 import pytest
@@ -50,6 +51,19 @@ def test_a_table_is_printed(folder, figures, capsys):
     assert "the model as it is written (5 rounds)" in printed and "one step in ten" in printed
     (measured,) = [line for line in printed.splitlines() if line.strip().startswith("every step")]
     assert "ms" in measured and measured.count("%") == 2
+
+
+def test_a_compiled_model_is_raced_with_taps_and_without(folder, monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # without a compiler of C++
+    asked = ("--task", "sequence-classification", "--compiled", "--minutes", "0.001")
+    assert overhead(folder, str(folder / "bert"), *asked) == 0
+    race = json.loads((folder / "figures.json").read_text())["races"][1]
+    assert race["title"] == "compiled, measured in the graph"
+    assert [cost["label"] for cost in race["costs"]] == [
+        "unmonitored", "unmonitored, again", "every step", "attached, never measured",
+    ]  # fmt: skip
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(

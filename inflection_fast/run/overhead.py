@@ -34,8 +34,9 @@ MEASURED, IDLE = "every step", "attached, never measured"
 def _minilm() -> tuple[Any, Any]:
     import transformers
 
-    shape = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
-    return transformers.BertForSequenceClassification, transformers.BertConfig(**shape)
+    return transformers.BertForSequenceClassification, transformers.BertConfig(
+        hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
+    )
 
 
 def _gpt2() -> tuple[Any, Any]:
@@ -47,9 +48,14 @@ def _gpt2() -> tuple[Any, Any]:
 def _llama() -> tuple[Any, Any]:
     import transformers
 
-    shape = {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8}
     return transformers.LlamaForCausalLM, transformers.LlamaConfig(
-        **shape, intermediate_size=8192, vocab_size=32000, use_cache=False
+        hidden_size=2048,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        intermediate_size=8192,
+        vocab_size=32000,
+        use_cache=False,
     )
 
 
@@ -254,11 +260,11 @@ def _by_quantity(steps: Steps, config: MonitorConfig, given: argparse.Namespace)
 def _shallow(steps: Steps, config: MonitorConfig, given: argparse.Namespace) -> Iterator[Arms]:
     from dataclasses import replace
 
+    from inflection_fast.act.shallow import unfreeze_top
     from inflection_fast.blocks import find_blocks
     from inflection_fast.measure.cost import UNMONITORED
-    from inflection_fast.run.models import unfreeze
 
-    trains = set(unfreeze(steps.model, find_blocks(steps.model), given.train_top, None))
+    trains = set(unfreeze_top(steps.model, find_blocks(steps.model), given.train_top))
     for name, parameter in steps.model.named_parameters():
         parameter.requires_grad_(name in trains)
     with ExitStack() as stack:
@@ -271,15 +277,22 @@ def _shallow(steps: Steps, config: MonitorConfig, given: argparse.Namespace) -> 
 
 @contextmanager
 def _compiled(steps: Steps, config: MonitorConfig, given: argparse.Namespace) -> Iterator[Arms]:
+    from inflection_fast.measure.cost import UNMONITORED
+
+    tapped = _compiled_steps(copy.deepcopy(steps.model), steps.batch)
+    with tapped.watched(config) as (measured, idle):
+        plain = _compiled_steps(steps.model, steps.batch)
+        yield "compiled, measured in the graph", {UNMONITORED: plain, MEASURED: measured, IDLE: idle}
+
+
+def _compiled_steps(model: nn.Module, batch: dict[str, object]) -> Steps:
     import torch
 
-    from inflection_fast.measure.cost import UNMONITORED, Steps
+    from inflection_fast.measure.cost import Steps
 
-    with ExitStack() as stack:
-        tapped = Steps(torch.compile(copy.deepcopy(steps.model), dynamic=False), steps.batch)
-        measured, idle = stack.enter_context(tapped.watched(config))
-        plain = Steps(torch.compile(steps.model, dynamic=False), steps.batch)
-        yield "compiled, measured in the graph", {UNMONITORED: plain, MEASURED: measured, IDLE: idle}
+    compiled = torch.compile(model, dynamic=False)
+    assert isinstance(compiled, torch.nn.Module), "what torch.compile makes of a module is one"
+    return Steps(compiled, batch)
 
 
 # ---- what is said ----------------------------------------------------------------------------------------------------
