@@ -20,17 +20,9 @@ __all__ = ["main"]
 USER_ERROR = 2  # as argparse exits
 INTERRUPTED = 130  # as shells report Ctrl-C
 EXTRAS = (
-    "transformers",
-    "peft",
-    "accelerate",
-    "datasets",
-    "filelock",
-    "gguf",
-    "jsonargparse",
-    "matplotlib",
-    "rich",
-    "yaml",
-)
+    "transformers", "peft", "accelerate", "datasets", "filelock",
+    "gguf", "jsonargparse", "matplotlib", "rich", "yaml",
+)  # fmt: skip
 PARALLEL = ("run", "measure", "tune", "exec", "doctor")  # commands that several processes may give together
 STUDY_EXTRAS = ("scipy", "statsmodels", "datasketch")
 
