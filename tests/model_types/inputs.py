@@ -254,9 +254,12 @@ INPUTS |= {
     "nemotron3_5_transcribe_word_timestamp": lambda config: {"inputs_embeds": torch.randn(2, 12, 32)},
     "pocket_tts_audio_tokenizer_decoder": lambda config: {"latents": torch.randn(2, config.hidden_size, 6)},
     **dict.fromkeys(
-        ("nemotron3_5_asr", "nemotron_asr_streaming", "nemotron_asr_streaming_encoder"),
-        lambda config: {"input_features": torch.randn(2, 96, getattr(config, "encoder_config", config).num_mel_bins)},
+        ("nemotron3_5_asr", "nemotron_asr_streaming"),
+        lambda config: {
+            "input_features": torch.randn(2, 96, config.encoder_config.num_mel_bins), "decoder_input_ids": _ids(),
+        },
     ),
+    "nemotron_asr_streaming_encoder": lambda config: {"input_features": torch.randn(2, 96, config.num_mel_bins)},
     "lasr_encoder": lambda config: _mels(config, 64, config.num_mel_bins),
     "lasr_ctc": lambda config: _mels(config, 64, config.encoder_config.num_mel_bins),
     "mimi": _wave(11520),

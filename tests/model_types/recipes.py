@@ -371,5 +371,6 @@ INERT = dict.fromkeys(
     "object queries begin as zeros: the first self attention of the decoder has nothing to read",
 ) | {"mra": "without its CUDA kernel its attention returns zeros"}
 
-# Types whose models choose by thresholds (keypoints), otherwise in float64 than in float32: compared in float32.
-IN_SINGLE = {"lightglue"}
+# Types whose models choose by thresholds (keypoints, masks, queries), otherwise in float64 than in float32: compared in
+# float32.
+IN_SINGLE = {"lightglue", "mask2former", "oneformer", "pp_doclayout_v3", "pp_doclayout_v4"}
