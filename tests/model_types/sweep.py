@@ -129,7 +129,7 @@ def reference(model_type: str, model, batch: dict):
     eager.load_state_dict(model.state_dict())
     with torch.no_grad():
         outputs = zip(_tensors(eager(**batch)), _tensors(model(**batch)), strict=False)
-    if any(theirs.isnan().all() and not ours.isnan().all() for theirs, ours in outputs if theirs.numel()):
+    if any(theirs.isnan().any() and not ours.isnan().any() for theirs, ours in outputs if theirs.numel()):
         twin = copy.deepcopy(model)
         twin.set_attn_implementation("sdpa")
         return twin, "its eager attention gives NaN; compared with its SDPA"
