@@ -1,11 +1,17 @@
-"""docs/quantities.md: its tables are the columns of the code; `python tests/test_quantities_doc.py` writes them."""
+"""The tables of docs/quantities.md are the columns of the code.
 
-import importlib
+`PYTHONPATH=docs python tests/test_quantities_doc.py` writes them.
+"""
+
 import re
 import sys
 from pathlib import Path
 
 import pytest
+import site_pages
+
+import inflection_fast
+from inflection_fast.quantities import QUANTITIES
 
 pytestmark = pytest.mark.sources
 
@@ -26,22 +32,9 @@ NAMES = (
 )
 
 
-def quantity(name):
-    module = importlib.import_module(f"inflection_fast.quantities.{name}")
-    return next(cls for cls in vars(module).values() if isinstance(cls, type) and getattr(cls, "name", None) == name)
-
-
 def table(name):
     """The columns of a quantity as Markdown."""
-    lines = ["| column | axes | unit | what |", "|---|---|---|---|"]
-    for column, said in quantity(name).columns.items():
-        axes = ", ".join(said.axes) or "step"
-        rules = "".join(
-            f"; alert `{r.kind or r.test}`" + ("" if r.limit is None else f" ({r.test.replace('_', ' ')} {r.limit})")
-            for r in said.alerts
-        )
-        lines.append(f"| `{column}` | {axes} | {said.unit} | {said.explanation.rstrip('.')}{rules} |")
-    return "\n".join(lines)
+    return site_pages.columns_table(QUANTITIES[name])
 
 
 def section(text, name):
@@ -52,7 +45,14 @@ def section(text, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_table_is_that_of_the_code(name):
-    assert table(name) in section(DOC.read_text(), name), "run python tests/test_quantities_doc.py"
+    assert table(name) in section(DOC.read_text(), name), "run PYTHONPATH=docs python tests/test_quantities_doc.py"
+
+
+def test_every_quantity_and_every_public_name_has_a_page():
+    made = site_pages.pages()
+    assert list(made["Diagnostics"]) == [f"diagnostics/{name}.md" for name in QUANTITIES]
+    named = {line for page in made["API"].values() for line in page.splitlines() if line.startswith("      heading: ")}
+    assert named == {f"      heading: {name}" for name in inflection_fast.__all__}
 
 
 @pytest.mark.parametrize("name", NAMES)
