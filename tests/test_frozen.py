@@ -1,7 +1,9 @@
 """Gradients below the lowest block that trains, of some sequences alone: unbiased, and invisible to the training."""
 
+import gc
 import itertools
 import logging
+import weakref
 from functools import partial
 
 import numpy as np
@@ -171,6 +173,18 @@ class Normed(HandWritten):
     def __init__(self):
         super().__init__()
         self.blocks[0].norm = nn.BatchNorm1d(16)
+
+
+@pytest.mark.parametrize("trains", [0, 1])
+def test_nothing_of_a_model_is_kept_once_it_is_let_go(trains):
+    def left():
+        model, batch = shallow("bert", trains)
+        measured(model, batch, steps=2)
+        return [weakref.ref(module) for module in model.modules()]
+
+    modules = left()
+    gc.collect()
+    assert not [module() for module in modules if module() is not None]
 
 
 def of_one(batch):

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +87,7 @@ def measure(
     Args:
         model: any that a Monitor takes, on the device of the batches.
         batches: its inputs.
-        config: what is measured.
+        config: what is measured; gradients are those of all sequences, whatever its `frozen_share`.
         out: folder of the timeline; None: in memory.
         probe: as for a Monitor.
         gradients: whether a backward pass goes through every forward, as far as to the first block.
@@ -98,6 +99,7 @@ def measure(
         ValueError: there is no loss to go back from, or the Monitor refuses the model.
     """
     device = next(model.parameters()).device
+    config = replace(config, frozen_share=1.0)  # every parameter is frozen here, and no sequence is left out for it
     with ExitStack() as stack:
         stack.enter_context(threads_for(_operations(model, batches)))
         stack.enter_context(_frozen(model))

@@ -201,7 +201,9 @@ class Chain:
         self.closed = False  # no further block belongs to it
         self.failure: str | None = None
         self.told: list[int] = []  # layers whose gradients were sampled
-        self._passed: tuple[Tensor, int | None] | None = None  # what the last link returned, and its version then
+        # What the last link returned, and its version then. Weakly, because autograd keeps hooks of it that hold this
+        # chain, and Python's garbage collector does not see such a cycle.
+        self._passed: tuple[weakref.ref[Tensor], int | None] | None = None
         self.functions = Watching(self.pick)
 
     @property
@@ -245,7 +247,7 @@ class Chain:
             self.closed = True
             return None
         if self.links:
-            if self._passed is None or hidden is not self._passed[0] or version_of(hidden) != self._passed[1]:
+            if self._passed is None or hidden is not self._passed[0]() or version_of(hidden) != self._passed[1]:
                 raise Unknown("what a frozen block is given is not what the one before it has returned")
         else:
             self._begin(hidden, kwargs)
@@ -283,7 +285,7 @@ class Chain:
             self.closed = True
             return None
         passed = hidden.detach().requires_grad_().clone()  # which the model may change in place
-        self._passed = passed, version_of(passed)
+        self._passed = weakref.ref(passed), version_of(passed)
         return (passed, *rest) if isinstance(output, tuple) else passed
 
     def pick(self, tensor: Tensor) -> Tensor:
