@@ -129,11 +129,13 @@ def test_settings_of_other_tools_name_what_is_there():
     assert {"lora_rank", "lora_target"} <= yaml.safe_load((EXAMPLES / "llama_factory.yaml").read_text()).keys()
 
 
-def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["encoder", "decoder"])
+def test_a_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch, name):
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    notebook = nbformat.read(EXAMPLES / "decoder.ipynb", as_version=4)
+    notebook = nbformat.read(EXAMPLES / f"{name}.ipynb", as_version=4)
     assert all(not cell.get("outputs") for cell in notebook.cells)  # what it shows is made by whoever runs it
     nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
     shown = [output for cell in notebook.cells for output in cell.get("outputs", ()) if "data" in output]
-    assert len(shown) >= 4 and "text/html" in {kind for output in shown for kind in output["data"]}
+    kinds = {kind for output in shown for kind in output["data"]}
+    assert len(shown) >= 4 and "text/html" in kinds and ("image/png" in kinds) == (name == "encoder")
