@@ -281,6 +281,8 @@ def test_calls_of_one_attention_add_up_by_rows():
         ((2, 2, 3, 5, 7), 6, (), (2, 6, 5, 7)),  # grouped queries
         ((2, 3, 5, 7), 4, (), None),
         ((5, 7), 4, (), None),
+        ((2, 9, 4, 4), 4, (), None),  # the heads of a token among each other, as SAM 2 has them
+        ((2, 4, 4, 4), 4, (), (2, 4, 4, 4)),
     ],
 )
 def test_the_heads_are_found_among_the_dimensions(shape, heads, sizes, expected):
@@ -288,7 +290,7 @@ def test_the_heads_are_found_among_the_dimensions(shape, heads, sizes, expected)
     found = heads_first(logits, heads, sizes)
     assert (None if found is None else tuple(found.shape)) == expected
     if found is not None:  # every row is there once
-        assert torch.equal(found.reshape(-1, 7).sum(-1).sort().values, logits.reshape(-1, 7).sum(-1).sort().values)
+        assert torch.equal(found.flatten(0, -2).sum(-1).sort().values, logits.flatten(0, -2).sum(-1).sort().values)
 
 
 def test_sinks_of_single_queries_are_one_more_column():

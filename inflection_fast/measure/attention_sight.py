@@ -330,6 +330,8 @@ def heads_first(logits: Tensor, heads: int | None, sizes: tuple[int, ...] = ()) 
         return logits.unflatten(0, (-1, heads)) if any(len(logits) % size == 0 for size in batches if size) else None
     if heads is None:
         return logits if dims == 4 else None
+    if dims == 4 and logits.shape[2:] == (heads, heads) and logits.shape[1] != heads:
+        return None  # [B, Q, H, H]: what the heads of one token have to do with each other
     # The usual place first, then before the queries, then behind them, then at the front.
     for at in (1, *range(dims - 3, 1, -1), dims - 2, 0):
         if logits.shape[at] == heads:

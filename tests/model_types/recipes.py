@@ -165,7 +165,7 @@ SETTINGS |= {
     "reformer": {
         "axial_pos_embds_dim": [16, 16], "axial_pos_shape": [4, 4], "attn_layers": ["local", "lsh"], "num_buckets": 2,
         "local_attn_chunk_length": 4, "lsh_attn_chunk_length": 4, "attention_head_size": 8, "num_hidden_layers": 2,
-        "hidden_dropout_prob": 0.0, "hash_seed": 1,
+        "hidden_dropout_prob": 0.0, "local_attention_probs_dropout_prob": 0.0, "hash_seed": 1,
     },
     "blt": {"encoder_hash_byte_group_vocab": 99, "vocab_size": 260, "patching_mode": "space"}
     | {f"{part}_config": {"vocab_size": 260, "hidden_size_global": 32} for part in ("encoder", "decoder", "patcher")},
@@ -371,6 +371,6 @@ INERT = dict.fromkeys(
     "object queries begin as zeros: the first self attention of the decoder has nothing to read",
 ) | {"mra": "without its CUDA kernel its attention returns zeros"}
 
-# Types whose models choose by thresholds (keypoints, masks, queries), otherwise in float64 than in float32: compared in
-# float32.
-IN_SINGLE = {"lightglue", "mask2former", "oneformer", "pp_doclayout_v3", "pp_doclayout_v4"}
+# Types whose models choose by thresholds (keypoints, masks, queries) or by random buckets, otherwise in float64 than in
+# float32: compared in float32.
+IN_SINGLE = {"reformer", "lightglue", "mask2former", "oneformer", "pp_doclayout_v3", "pp_doclayout_v4"}

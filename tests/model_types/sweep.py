@@ -125,7 +125,8 @@ def compare(model_type: str, model, batch: dict) -> Result:
 
 def reference(model_type: str, model, batch: dict):
     """The model with eager attention, or with SDPA where eager gives nothing but NaN; and a note about that."""
-    eager = model_of(model_type, model.config, implementation="eager")
+    config = copy.deepcopy(model.config)  # which holds the implementation
+    eager = model_of(model_type, config, implementation="eager")
     eager.load_state_dict(model.state_dict())
     with torch.no_grad():
         outputs = zip(_tensors(eager(**batch)), _tensors(model(**batch)), strict=False)

@@ -97,6 +97,8 @@ def entropies_by_head(p, heads):
         axis = 1
     elif heads is None or p.shape[1] == heads:
         axis = 1
+    elif p.dim() == 4 and p.shape[2:] == (heads, heads):
+        return None  # of the heads of a token among each other (SAM 2 computes it and uses it for nothing)
     elif p.dim() == 5 and p.shape[1] * p.shape[2] == heads:
         h, axis = h.flatten(1, 2), 1
     else:
