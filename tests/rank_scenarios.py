@@ -7,6 +7,7 @@ is the same training in one process on the whole batch.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import sys
@@ -19,6 +20,8 @@ from helpers.packets import ALL
 from helpers.rank_training import (
     BATCH,
     CONFIG,
+    OF_NOISE,
+    OF_PARAMETERS,
     SAMPLED,
     STEPS,
     as_json,
@@ -82,6 +85,16 @@ def fsdp_of_parameters(out):
     return of_parameters(_fully_sharded(model, model.base_model.model.model.layers), "llama", mine)
 
 
+def fsdp_accumulated(out):
+    """Two micro-batches of one sequence on each rank, reduced together."""
+    model = with_adapters("llama")
+    _fully_sharded(model, model.base_model.model.model.layers)
+    reduces = itertools.cycle([False, True])
+    model.register_forward_pre_hook(lambda model, _: model.set_requires_gradient_sync(next(reduces)))
+    quarters = lambda batch: [part_of(batch, 2 * dist.get_rank() + i, 4) for i in range(2)]  # noqa: E731
+    return of_parameters(model, "llama", quarters)
+
+
 def replicated_shards(out):
     """FSDP2 with replicas: one shard, two copies of it."""
     mesh = dist.init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
@@ -99,6 +112,13 @@ def _tensor_parallel(model, mesh):
     for layer in model.model.layers:
         parallelize_module(layer, mesh, plan)
     return model
+
+
+def tensor_parallel_noise(out):
+    """Both ranks compute on both micro-batches; norms are on both of them."""
+    model = _tensor_parallel(model_of("llama"), dist.init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)))
+    halves = lambda batch: [part_of(batch, part) for part in range(2)]  # noqa: E731
+    return as_json(train(model, batches_of("llama")[0], None, OF_PARAMETERS, parts_of=halves), OF_NOISE)
 
 
 def tensor_parallel(out):
@@ -361,11 +381,12 @@ def killed_rank(out):
 
 
 SCENARIOS = (
-    ddp, ddp_sampled, ddp_accumulated, ddp_of_parameters, fsdp, fsdp_of_parameters, replicated_shards, tensor_parallel,
-    tensor_parallel_mlp_only, sharded_and_tensor_parallel, sequence_parallel, one_rank_without_a_batch,
-    no_rank_with_a_batch, other_config, other_model, folder_of_another_run, resumed, resumed_from_one, trainer,
-    trainer_accumulated, trainer_that_adds_means, trainer_that_adds_means_accumulated, dropped_on_one_rank,
-    failed_on_one_rank, late_rank, killed_rank,
+    ddp, ddp_sampled, ddp_accumulated, ddp_of_parameters, fsdp, fsdp_of_parameters, fsdp_accumulated,
+    replicated_shards, tensor_parallel, tensor_parallel_noise, tensor_parallel_mlp_only,
+    sharded_and_tensor_parallel, sequence_parallel, one_rank_without_a_batch, no_rank_with_a_batch, other_config,
+    other_model, folder_of_another_run, resumed, resumed_from_one, trainer, trainer_accumulated,
+    trainer_that_adds_means, trainer_that_adds_means_accumulated, dropped_on_one_rank, failed_on_one_rank,
+    late_rank, killed_rank,
 )  # fmt: skip
 
 

@@ -111,17 +111,24 @@ def test_two_processes_measure_what_one_does_on_the_whole_batch(pair, name, mode
         assert_same(other, expected, rounding=rounding)
 
 
-@pytest.mark.parametrize(("name", "model"), [("ddp_of_parameters", "bert"), ("fsdp_of_parameters", "llama")])
-def test_what_follows_from_parameters_is_that_of_one_process(pair, name, model):
-    found = told(pair, name)
-    halves = lambda batch: [training.part_of(batch, part) for part in range(2)]  # noqa: E731
-    expected = training.of_parameters(training.with_adapters(model), model, halves)
-    for column in (*training.OF_ADAPTERS, *training.OF_UPDATES, *training.OF_NOISE):
+@pytest.mark.parametrize(
+    ("name", "model", "pieces"),
+    [("ddp_of_parameters", "bert", 2), ("fsdp_of_parameters", "llama", 2), ("fsdp_accumulated", "llama", 4)],
+)
+def test_what_follows_from_parameters_is_that_of_one_process(pair, name, model, pieces):
+    parts = lambda batch: [training.part_of(batch, part, pieces) for part in range(pieces)]  # noqa: E731
+    expected = training.of_parameters(training.with_adapters(model), model, parts)
+    signals = (*training.OF_ADAPTERS, *training.OF_UPDATES, *training.OF_NOISE)
+    for column in signals:
         assert np.isfinite(expected[column]).all(), column
-    signals = (*training.OF_ADAPTERS, *training.OF_UPDATES)
-    assert_same(found, expected, signals if name.startswith("fsdp") else (*signals, *training.OF_NOISE))
-    if name.startswith("fsdp"):  # which shows the gradient of no piece
-        assert all(np.isnan(found[column]).all() for column in training.OF_NOISE)
+    assert_same(told(pair, name), expected, signals)
+
+
+def test_what_ranks_of_one_batch_hold_alike_counts_once_in_the_noise_of_gradients(pair):
+    batches, _ = training.batches_of("llama")
+    halves = lambda batch: [training.part_of(batch, part) for part in range(2)]  # noqa: E731
+    timeline = training.train(training.model_of("llama"), batches, None, training.OF_PARAMETERS, parts_of=halves)
+    assert_same(told(pair, "tensor_parallel_noise"), training.as_json(timeline, training.OF_NOISE), training.OF_NOISE)
 
 
 def test_sequences_that_ranks_have_split_count_once(pair):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -16,8 +17,19 @@ if TYPE_CHECKING:
 
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor, Placement
+    from torch.utils.hooks import RemovableHandle
 
-__all__ = ["BatchMesh", "full_of", "is_dtensor", "is_fully_sharded", "is_part", "local_of", "reshard", "sharded_over"]
+__all__ = [
+    "BatchMesh",
+    "full_of",
+    "is_dtensor",
+    "is_fully_sharded",
+    "is_part",
+    "local_of",
+    "reshard",
+    "sharded_over",
+    "when_gathered",
+]
 
 
 def is_dtensor(tensor: object) -> TypeGuard[DTensor]:
@@ -114,6 +126,36 @@ def _fsdp_modules(model: nn.Module) -> Iterator[FSDPModule]:
     module = sys.modules.get("torch.distributed.fsdp")  # whoever shards a model has imported it
     if module is not None:
         yield from (part for part in model.modules() if isinstance(part, module.FSDPModule))
+
+
+def when_gathered(model: nn.Module, tell: Callable[[nn.Parameter, nn.Parameter], None]) -> Iterator[RemovableHandle]:
+    """Call `tell(parameter, gathered)` in every forward for each parameter that FSDP2 has gathered for it.
+
+    What autograd sees is `gathered`, whole on this rank but for tensor parallelism; `parameter` is the shard that the
+    model has outside of a forward.
+    """
+    for sharded in _fsdp_modules(model):
+        others = {inner for part in _fsdp_modules(sharded) if part is not sharded for inner in part.modules()}
+        places = [
+            (module, name, parameter)
+            for module in sharded.modules()
+            if module not in others
+            for name, parameter in module.named_parameters(recurse=False)
+        ]
+        # FSDP2's own hook comes first: it was there before.
+        yield sharded.register_forward_pre_hook(partial(_tell_gathered, places, tell))
+
+
+def _tell_gathered(
+    places: list[tuple[nn.Module, str, nn.Parameter]],
+    tell: Callable[[nn.Parameter, nn.Parameter], None],
+    sharded: nn.Module,
+    args: tuple,
+) -> None:
+    for module, name, parameter in places:
+        gathered = getattr(module, name)
+        if gathered is not parameter:
+            tell(parameter, gathered)
 
 
 def reshard(model: nn.Module) -> None:

@@ -27,7 +27,7 @@ class FirstOrder(Quantity):
       a matrix of independent numbers of the same size has.
 
     With several micro-batches in a step the gain is the sum of those of each: measure a step of one batch. Matrices are
-    those with both sides above r that train; shards of one (FSDP2, tensor parallelism) are left out. Every 500 steps
+    those with both sides above r that train; shards of one (tensor parallelism) are left out. Every 500 steps
     where `MonitorConfig.every` is one number.
 
     Cost: for an m x n matrix, m <= n, 2 m^2 n + 4 m^3 / 3 operations in float32, which a GPU waits for. Memory: m^2
@@ -91,8 +91,8 @@ class FirstOrder(Quantity):
         if not self._wants(seen.parameter) or seen.gradient.shape != seen.parameter.shape:
             return
         at = seen.layer, self._places[seen.name]
-        sums["gain"][at].copy_(top_squares(seen.gradient, self.rank), non_blocking=True)
-        sums["squares"][at].copy_(seen.gradient.double().square().sum(), non_blocking=True)
+        sums["gain"][at].copy_(top_squares(seen.gradient, self.rank) * seen.share, non_blocking=True)
+        sums["squares"][at].copy_(seen.gradient.double().square().sum() * seen.share, non_blocking=True)
         sums["measured"][at].fill_(1)
 
     def values(self, sums: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:

@@ -36,8 +36,9 @@ class GradientNoise(Quantity):
 
     Signal and variance are unbiased, ratios of them are not, and the signal of a single step may come out below 0: take
     means of both over steps, then the ratio. The pieces are taken to be of equal size, and the loss to be a mean over
-    sequences. A step of one piece has no values. Gradients are those of DDP and of one process; FSDP2 shows none of a
-    piece. Cost: one read of each piece's gradients. Memory: 16 bytes per parameter tensor and 16 per layer.
+    sequences. A step of one piece has no values. The gradients of ranks are taken to be averaged, as DDP and FSDP2 do
+    by default; under FSDP2 those of a piece are read before they are averaged and sharded. Cost: one read of each
+    piece's gradients. Memory: 16 bytes per parameter tensor and 16 per layer.
     """
 
     name = "gradient_noise"
@@ -106,7 +107,7 @@ class GradientNoise(Quantity):
                 squares = gradient.square().sum()
             else:
                 squares = ops.sum_of_squares([gradient], [0])[0]
-            sums["of_pieces"][place] = squares
+            sums["of_pieces"][place] = squares * seen.share
             sums["seen"][place].fill_(1)
 
     def on_backward_end(self, sums: Sums, parameters: Parameters) -> None:
@@ -144,7 +145,6 @@ class GradientNoise(Quantity):
             self._told = True
             logger.warning(
                 "gradient_noise needs the gradients of at least two micro-batches or ranks in an optimizer step, and "
-                "saw %d: its columns have no values. Accumulate gradients over two or more micro-batches, or train "
-                "without FSDP2, which shows the gradient of no single one",
+                "saw %d: its columns have no values. Accumulate gradients over two or more micro-batches",
                 int(pieces),
             )

@@ -215,8 +215,8 @@ class OutputGradient:
 class ParameterGradient:
     """The gradient of one parameter in one micro-batch, before it is added to `parameter.grad` and before DDP's mean.
 
-    Only parameters inside blocks, each once, for the first layer that has it. FSDP2 keeps such gradients to itself, so
-    there this tap is never called. Loss scales are still in it.
+    Only parameters inside blocks, each once, for the first layer that has it. Under FSDP2 `parameter` is the shard that
+    the model has, and `gradient` whole. Loss scales are still in it.
     """
 
     layer: int
@@ -224,6 +224,8 @@ class ParameterGradient:
     parameter: nn.Parameter
     gradient: Tensor
     micro_batch: int
+    # What its squares count for in a sum over the ranks of one batch: 1 / their number where all of them hold it.
+    share: float = 1.0
 
 
 class Parameters(Protocol):
