@@ -21,7 +21,7 @@ from helpers.rank_training import (
     BATCH,
     CONFIG,
     OF_NOISE,
-    OF_PARAMETERS,
+    ONLY_NOISE,
     SAMPLED,
     STEPS,
     as_json,
@@ -118,7 +118,7 @@ def tensor_parallel_noise(out):
     """Both ranks compute on both micro-batches; norms are on both of them."""
     model = _tensor_parallel(model_of("llama"), dist.init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)))
     halves = lambda batch: [part_of(batch, part) for part in range(2)]  # noqa: E731
-    return as_json(train(model, batches_of("llama")[0], None, OF_PARAMETERS, parts_of=halves), OF_NOISE)
+    return as_json(train(model, batches_of("llama")[0], None, ONLY_NOISE, parts_of=halves), OF_NOISE)
 
 
 def tensor_parallel(out):

@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from inflection_fast import delta_cka, linear_cka
+from inflection_fast import (
+    CkaState,
+    activation_moments,
+    attention_column_mass,
+    cka_jackknife,
+    cka_matrix,
+    delta_cka,
+    linear_cka,
+    sum_of_squares,
+)
 from inflection_fast.ops import reference
 
 pytestmark = pytest.mark.kernel
@@ -213,6 +222,23 @@ def test_gradient_of_one_side_in_16_bits():
     z = y.detach().double().requires_grad_()
     (exact,) = torch.autograd.grad(reference.linear_cka(x.double(), z), z)
     assert got.dtype == torch.bfloat16 and (got - exact).abs().max() <= 2**-8 * exact.abs().max()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: sum_of_squares([torch.zeros(2), x], [0, 0]),
+        lambda x: activation_moments(torch.zeros(9, 4), x).sums,
+        lambda x: attention_column_mass(x[None, None], torch.zeros(1, 1, 3, 4), torch.zeros(1, 1, 9)).mass,
+        lambda x: cka_matrix(x[None]),
+        lambda x: cka_jackknife(torch.randn(9, 4), x, torch.arange(9)).value,
+        lambda x: CkaState(1, 4).update(x[None], x[None]),
+    ],
+)
+def test_forward_mode_is_refused_by_what_has_no_derivative_too(function):
+    x = torch.randn(9, 4)
+    with pytest.raises(NotImplementedError, match=r"forward-mode derivatives are not implemented; pass x.detach\(\)"):
+        torch.func.jvp(function, (x,), (torch.ones_like(x),))
 
 
 def test_forward_mode_is_refused_with_what_to_do():

@@ -81,6 +81,7 @@ def activation_moments(output: Tensor, input: Tensor | None = None, *, mask: Ten
         tail = rows[len(rows) - mask.ndim :] if mask.ndim <= len(rows) else ()
         if mask.ndim > len(rows) or any(have not in (1, want) for have, want in zip(mask.shape, tail, strict=True)):
             raise ValueError(f"mask: shape {list(mask.shape)} does not broadcast to the rows' {list(rows)}")
+    checks.no_tangent("activation_moments", output, input, differentiable=False)
     with torch.no_grad():
         return ActivationMoments(*torch.ops.inflection_fast.activation_moments(output, input, mask))
 

@@ -79,6 +79,7 @@ def attention_column_mass(
     shape = [*query.shape[:2], query.shape[2] if rows is None else rows.shape[0]]
     if list(lse.shape) != shape:
         raise ValueError(f"lse: expected one per row, {shape}, got {list(lse.shape)}")
+    checks.no_tangent("attention_column_mass", query, key, lse, attn_mask, differentiable=False)
     query, key, attn_mask = query.detach(), key.detach(), None if attn_mask is None else attn_mask.detach()
     lse = lse.detach().contiguous()  # one number per row
     return AttentionColumns(*torch.ops.inflection_fast.attention_column_mass(query, key, lse, attn_mask, *options))

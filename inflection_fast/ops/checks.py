@@ -31,13 +31,12 @@ def float_tensor(value: object, name: str) -> Tensor:
     return found
 
 
-def no_tangent(operator: str, *values: Tensor | None) -> None:
+def no_tangent(operator: str, *values: Tensor | None, differentiable: bool = True) -> None:
     """Refuse what carries a tangent of forward-mode differentiation: `operator` would answer with a tangent of 0."""
     for value in values:
         if value is not None and unpack_dual(value).tangent is not None:
-            raise NotImplementedError(
-                f"{operator}: forward-mode derivatives are not implemented; use backward(), or pass x.detach()"
-            )
+            way = "use backward(), or pass x.detach()" if differentiable else "pass x.detach()"
+            raise NotImplementedError(f"{operator}: forward-mode derivatives are not implemented; {way}")
 
 
 def same_device(value: Tensor, name: str, like: Tensor, like_name: str) -> None:

@@ -56,6 +56,7 @@ def sum_of_squares(tensors: Sequence[Tensor], groups: Sequence[int], *, inv_scal
             raise TypeError(f"inv_scale: expected dtype torch.float32, got {inv_scale.dtype}")
         if inv_scale.numel() != 1:
             raise ValueError(f"inv_scale: expected one element, got shape {list(inv_scale.shape)}")
+    checks.no_tangent("sum_of_squares", *tensors, inv_scale, differentiable=False)
     with torch.no_grad():
         return torch.ops.inflection_fast.sum_of_squares(tensors, groups, max(groups) + 1, inv_scale)
 

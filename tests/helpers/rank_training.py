@@ -17,6 +17,7 @@ BATCH, LENGTH, STEPS = 4, 12, 4
 CONFIG = MonitorConfig(every=2, rows=None, signals=ALL, cka_se=True)
 SAMPLED = MonitorConfig(every=2, rows=4, signals=ALL, cka_se=True)
 OF_PARAMETERS = MonitorConfig(every=1, quantities=("adapter", "update", "gradient_noise"))
+ONLY_NOISE = MonitorConfig(every=1, quantities=("gradient_noise",))
 OF_ADAPTERS = ("adapter_norm", "adapter_rank", "adapter_gradient", "adapter_idle", "adapter_share")
 OF_UPDATES, OF_NOISE = ("weight_norm", "update_ratio"), ("gradient_signal", "gradient_variance", "noise_scale")
 SIGNALS = (*HEAD_SIGNALS, *LAYER_SIGNALS, "loss")

@@ -50,6 +50,7 @@ def cka_jackknife(
     """
     check_rows(x, y, rank, debiased, ("x", "y"))
     checks.sequences(sequences, x)
+    checks.no_tangent("cka_jackknife", x, y, differentiable=False)
     x, y = x.detach(), y.detach()
     pieces = padded(sequences)
     wide = max(x.shape[-1], y.shape[-1])

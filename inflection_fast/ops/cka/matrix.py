@@ -86,6 +86,7 @@ def cka_matrix(
             raise ValueError("debiased: minibatches are debiased; pass debiased=True or another method")
         if 0 < count % tile < MIN_ROWS[True]:
             raise ValueError(f"tile: {count} rows leave a last minibatch of {count % tile}, expected at least 4")
+    checks.no_tangent("cka_matrix", x, y, differentiable=False)
     sides = [x.detach()] if y is None else [x.detach(), y.detach()]
     checks.fits(bytes_needed(sides, method, tile), x.device, f"tile: {method} CKA by {tile} rows would")
     with torch.no_grad():

@@ -152,8 +152,8 @@ class CkaState:
             checks.sequences(sequences, x)
             if self.groups is None:
                 raise ValueError("sequences: only a state with groups keeps them apart, see CkaState(groups=...)")
-        x, y = x.detach(), y.detach()
-        shift, adopt = self.shift, self._adopt
+        checks.no_tangent("CkaState.update", x, y, differentiable=False)
+        x, y, shift, adopt = x.detach(), y.detach(), self.shift, self._adopt
         if adopt and (self.groups is not None or self.frozen is not None):
             torch.ops.inflection_fast.cka_adopt(self.rows, shift, x, y, mask)
             adopt = False
