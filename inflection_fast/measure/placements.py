@@ -134,8 +134,10 @@ def when_gathered(model: nn.Module, tell: Callable[[nn.Parameter, nn.Parameter],
     What autograd sees is `gathered`, whole on this rank but for tensor parallelism; `parameter` is the shard that the
     model has outside of a forward.
     """
-    for sharded in _fsdp_modules(model):
-        others = {inner for part in _fsdp_modules(sharded) if part is not sharded for inner in part.modules()}
+    shards: set[object] = set(_fsdp_modules(model))
+    for sharded in (part for part in model.modules() if part in shards):
+        nested = [part for part in sharded.modules() if part in shards and part is not sharded]
+        others = {inner for part in nested for inner in part.modules()}
         places = [
             (module, name, parameter)
             for module in sharded.modules()
