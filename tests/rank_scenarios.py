@@ -7,7 +7,6 @@ is the same training in one process on the whole batch.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import sys
@@ -17,24 +16,28 @@ from pathlib import Path
 
 import torch
 from helpers.packets import ALL
+from helpers.rank_parameters import (
+    ddp_of_parameters,
+    fsdp_accumulated,
+    fsdp_of_parameters,
+    fully_sharded,
+    tensor_parallel_llama,
+    tensor_parallel_noise,
+)
 from helpers.rank_training import (
     BATCH,
     CONFIG,
-    OF_NOISE,
-    ONLY_NOISE,
     SAMPLED,
     STEPS,
     as_json,
     batches_of,
     mine,
     model_of,
-    of_parameters,
     part_of,
     train,
     uneven,
     update,
     warnings_of_monitors,
-    with_adapters,
 )
 from torch import distributed as dist
 from torch import nn
@@ -62,37 +65,10 @@ def ddp_accumulated(out):
     return as_json(train(model, batches, probe, parts_of=halves))
 
 
-def _fully_sharded(model, blocks, mesh=None):
-    from torch.distributed.fsdp import fully_shard
-
-    for block in blocks:
-        fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
-
-
 def fsdp(out):
     batches, probe = batches_of("llama")
     model = model_of("llama")
-    return as_json(train(_fully_sharded(model, model.model.layers), batches, probe, parts_of=mine, out=out / "run"))
-
-
-def ddp_of_parameters(out):
-    return of_parameters(nn.parallel.DistributedDataParallel(with_adapters("bert")), "bert", mine)
-
-
-def fsdp_of_parameters(out):
-    model = with_adapters("llama")
-    return of_parameters(_fully_sharded(model, model.base_model.model.model.layers), "llama", mine)
-
-
-def fsdp_accumulated(out):
-    """Two micro-batches of one sequence on each rank, reduced together."""
-    model = with_adapters("llama")
-    _fully_sharded(model, model.base_model.model.model.layers)
-    reduces = itertools.cycle([False, True])
-    model.register_forward_pre_hook(lambda model, _: model.set_requires_gradient_sync(next(reduces)))
-    quarters = lambda batch: [part_of(batch, 2 * dist.get_rank() + i, 4) for i in range(2)]  # noqa: E731
-    return of_parameters(model, "llama", quarters)
+    return as_json(train(fully_sharded(model, model.model.layers), batches, probe, parts_of=mine, out=out / "run"))
 
 
 def replicated_shards(out):
@@ -100,31 +76,13 @@ def replicated_shards(out):
     mesh = dist.init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
     batches, probe = batches_of("llama")
     model = model_of("llama")
-    return as_json(train(_fully_sharded(model, model.model.layers, mesh), batches, probe, parts_of=mine))
-
-
-def _tensor_parallel(model, mesh):
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-
-    plan = {f"self_attn.{name}": ColwiseParallel() for name in ("q_proj", "k_proj", "v_proj")}
-    plan |= {"mlp.gate_proj": ColwiseParallel(), "mlp.up_proj": ColwiseParallel()}
-    plan |= {"self_attn.o_proj": RowwiseParallel(), "mlp.down_proj": RowwiseParallel()}
-    for layer in model.model.layers:
-        parallelize_module(layer, mesh, plan)
-    return model
-
-
-def tensor_parallel_noise(out):
-    """Both ranks compute on both micro-batches; norms are on both of them."""
-    model = _tensor_parallel(model_of("llama"), dist.init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)))
-    halves = lambda batch: [part_of(batch, part) for part in range(2)]  # noqa: E731
-    return as_json(train(model, batches_of("llama")[0], None, ONLY_NOISE, parts_of=halves), OF_NOISE)
+    return as_json(train(fully_sharded(model, model.model.layers, mesh), batches, probe, parts_of=mine))
 
 
 def tensor_parallel(out):
     """Both ranks compute on the whole batch, each with half of the heads."""
     batches, probe = batches_of("llama")
-    model = _tensor_parallel(model_of("llama"), dist.init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)))
+    model = tensor_parallel_llama(model_of("llama"), dist.init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)))
     return as_json(train(model, batches, probe, SAMPLED, out=out / "run"))
 
 
@@ -143,8 +101,8 @@ def tensor_parallel_mlp_only(out):
 def sharded_and_tensor_parallel(out):
     mesh = dist.init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
     batches, probe = batches_of("llama")
-    model = _tensor_parallel(model_of("llama"), mesh["tp"])
-    return as_json(train(_fully_sharded(model, model.model.layers, mesh["dp"]), batches, probe, SAMPLED))
+    model = tensor_parallel_llama(model_of("llama"), mesh["tp"])
+    return as_json(train(fully_sharded(model, model.model.layers, mesh["dp"]), batches, probe, SAMPLED))
 
 
 class SplitAttention(nn.Module):

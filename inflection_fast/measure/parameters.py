@@ -12,6 +12,8 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from queue import Queue, SimpleQueue
 
 import numpy as np
@@ -23,9 +25,10 @@ from torch.utils.hooks import RemovableHandle
 from .. import ops
 from ..blocks import Block
 from ..quantities.quantity import Parameters, Quantity, Update
+from .hooks import removed
 from .packet import Measured, Packet, StepSums
 from .panel import Panel
-from .placements import full_of, local_of
+from .placements import full_of, local_of, when_gathered
 from .ranks import Layout
 from .schedule import MOST_LISTS, Recent
 
@@ -35,6 +38,7 @@ __all__ = [
     "BlockParameters",
     "Updates",
     "clip_by_known",
+    "gradients_heard",
     "gradients_of",
     "scale_of",
     "squares_of_all",
@@ -104,6 +108,31 @@ class BlockParameters:
             marks = [float(layer in key) for layer in range(len(self._blocks))]
             self._marks[key] = torch.tensor(marks, dtype=torch.float64).to(self._device, non_blocking=True)
         return self._marks[key]
+
+
+@contextmanager
+def gradients_heard(
+    model: nn.Module, parameters: BlockParameters, hear: Callable[[int, str, nn.Parameter, Tensor], None]
+) -> Iterator[None]:
+    """Call `hear(layer, name, parameter, gradient)` for every gradient that a backward pass has for a trainable one.
+
+    Under FSDP2 it is that of the parameter that is gathered for a forward, before it is averaged and sharded.
+    """
+    places = {parameter: (layer, name) for layer, name, parameter in parameters if parameter.requires_grad}
+    hooked: dict[nn.Parameter, nn.Parameter] = {}  # what FSDP2 has gathered, in many forwards the same
+    with ExitStack() as attached:
+
+        def listen(parameter: nn.Parameter, gathered: nn.Parameter) -> None:
+            if parameter in places and gathered.requires_grad and hooked.get(parameter) is not gathered:
+                hooked[parameter] = gathered
+                arrives = partial(hear, *places[parameter], parameter)
+                attached.enter_context(removed(gathered.register_hook(arrives)))
+
+        for parameter in places:
+            listen(parameter, parameter)
+        for handle in when_gathered(model, listen):
+            attached.enter_context(removed(handle))
+        yield
 
 
 def gradients_of(parameters: Iterable[nn.Parameter]) -> list[Tensor]:

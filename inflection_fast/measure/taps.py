@@ -26,8 +26,8 @@ from .hooks import Nothing, eagerly, forgiving, removed
 from .micro_batch import MicroBatch, decoder_layers, hidden_of, named_inputs, requiring_grad, tensors_of, version_of
 from .packet import StepSums
 from .panel import Panel
-from .parameters import BlockParameters
-from .placements import is_part, local_of, sharded_over, when_gathered
+from .parameters import BlockParameters, gradients_heard
+from .placements import is_part, local_of, sharded_over
 from .ranks import Layout
 
 __all__ = ["Taps", "device_of"]
@@ -121,7 +121,8 @@ class Taps:
         self._attached.callback(self._stop_listening)
         self._attach_to_model()
         if panel.listening("on_parameter_gradient"):
-            self._attach_to_parameters()
+            heard = gradients_heard(self._model, self.parameters, self._parameter_gradient)
+            self._attached.enter_context(heard)
 
     def _attach_to_model(self) -> None:
         add = self._attached.enter_context
@@ -139,21 +140,6 @@ class Taps:
                 for name, module in quantity.submodules(self._blocks[layers[0]]).items():
                     ends = partial(self._submodule_ends, quantity, layers, name)
                     add(removed(module.register_forward_hook(ends, with_kwargs=True)))
-
-    def _attach_to_parameters(self) -> None:
-        places = {parameter: (layer, name) for layer, name, parameter in self.parameters if parameter.requires_grad}
-        hooked: dict[nn.Parameter, nn.Parameter] = {}  # what FSDP2 has gathered, in many forwards the same
-
-        def listen(parameter: nn.Parameter, gathered: nn.Parameter) -> None:
-            if parameter in places and gathered.requires_grad and hooked.get(parameter) is not gathered:
-                hooked[parameter] = gathered
-                arrives = partial(self._parameter_gradient, *places[parameter], parameter)
-                self._attached.enter_context(removed(gathered.register_hook(arrives)))
-
-        for parameter in places:
-            listen(parameter, parameter)
-        for handle in when_gathered(self._model, listen):
-            self._attached.enter_context(removed(handle))
 
     def __deepcopy__(self, memo: dict) -> Taps:
         """Itself: a copy of a measured model (an average of its weights) carries hooks along, which then do nothing."""
