@@ -266,5 +266,5 @@ def gradients(draw: Draw) -> None:
         if not truth.numel():
             continue
         limit = 4 * (plain.double() - truth).abs().max() + 2e-5 * truth.abs().max() + rounding * truth.abs()
-        limit = limit + (1e-6 if dtype != torch.float16 else 1e-5) + EPS * reach[index]
+        limit = limit + (1e-6 if dtype != torch.float16 else 1e-5) + 4 * EPS * reach[index]
         wrong(f"derivative {index}", ~((got.double() - truth).abs() <= limit), got, truth, limit)
