@@ -34,6 +34,9 @@ BESIDE_THE_WAY = {
             "zero",
             "graph",
             "graph_taps",
+            "context",
+            "parallel",
+            "parallel_taps",
         )
     ),
     *(f"ops/{name}.py" for name in ("checks", "qk_arguments", "sum_of_squares")),
