@@ -4,6 +4,7 @@ import json
 
 import helpers.tiny_texts as tiny
 import pytest
+from helpers.small_runs import own_cache  # noqa: F401
 
 pytest.importorskip("datasets")
 
@@ -21,14 +22,6 @@ TEMPLATE = (
     "{% endif %}{{ ' good ' if message['role'] == 'user' else ' bad ' }}{{ message['content'] }}{{ '[SEP]' }}"
     "{% endfor %}"
 )
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import helpers.tiny_texts as tiny
 import pytest
 import torch
 import yaml
-from helpers.small_runs import small  # noqa: F401
+from helpers.small_runs import own_cache, small  # noqa: F401
 
 pytest.importorskip("jsonargparse")
 

@@ -2,6 +2,7 @@ import json
 
 import helpers.tiny_texts as tiny
 import pytest
+from helpers.small_runs import own_cache  # noqa: F401
 
 pytest.importorskip("datasets")
 
@@ -11,14 +12,6 @@ from inflection_fast.run.data import normalised, read, without
 from inflection_fast.run.errors import UserError
 
 CLASSES = "sequence-classification"
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
 
 
 @pytest.fixture

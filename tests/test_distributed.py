@@ -1,17 +1,12 @@
 """Two processes measure what one does on the whole batch, and neither waits for a lost one for long."""
 
-import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import helpers.rank_training as training
 import numpy as np
 import pytest
 import rank_scenarios as scenarios
+from helpers.rank_processes import run_ranks, told
 from helpers.tiny_models import one_thread  # noqa: F401
 
 from inflection_fast import find_alerts
@@ -25,44 +20,9 @@ PAIR_SECONDS = 300
 def pair(tmp_path_factory):
     """The output folder of two processes that have gone through all scenarios."""
     folder = tmp_path_factory.mktemp("pair")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     batches, probe = training.batches_of("bert")
     training.train(training.model_of("bert"), batches[:2], probe, out=folder / "resumed_from_one" / "run")
-    tests = Path(__file__).parent
-    environment = os.environ | {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)]), "GLOO_SOCKET_IFNAME": "lo",
-    }  # fmt: skip
-    processes, logs = [], []
-    for rank in range(2):
-        log = open(folder / f"log{rank}", "wb")
-        command = [sys.executable, str(tests / "rank_scenarios.py"), str(folder)]
-        processes.append(
-            subprocess.Popen(
-                command,
-                env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
-        )
-        logs.append(log)
-    try:
-        for process in processes:
-            process.wait(PAIR_SECONDS)
-    finally:
-        for process, log in zip(processes, logs, strict=True):
-            process.kill()
-            process.wait()
-            log.close()
-    return folder
-
-
-def told(pair, name, rank=0):
-    path = pair / name / f"rank{rank}.json"
-    assert path.exists(), (pair / f"log{rank}").read_text()[-3000:]
-    return json.loads(path.read_text())
+    return run_ranks("rank_scenarios.py", folder, 2, seconds=PAIR_SECONDS)
 
 
 def assert_same(found, expected, signals=training.SIGNALS, rounding=None):

@@ -1,14 +1,9 @@
 """Every intervention under accumulation, checkpointing, a scaler, compiling, two processes, and after a resume."""
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import helpers.intervention_runs as runs
 import pytest
 import torch
+from helpers.rank_processes import run_ranks
 from helpers.tiny_models import one_thread  # noqa: F401
 
 NAMES = list(runs.interventions())
@@ -57,22 +52,8 @@ def test_a_run_that_is_resumed_ends_where_the_whole_one_does(plain, name):
 def two_processes(tmp_path_factory):
     """The weights of both ranks of two processes, replicated (DDP) and sharded (FSDP2)."""
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    tests = Path(__file__).parent
-    environment = os.environ | {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)]), "GLOO_SOCKET_IFNAME": "lo",
-    }  # fmt: skip
-    command = [sys.executable, str(tests / "helpers" / "intervention_runs.py"), str(folder)]
-    processes = [subprocess.Popen(command, env=environment | {"RANK": str(rank)}) for rank in range(2)]
-    try:
-        codes = [process.wait(240) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert codes == [0, 0]
+    run_ranks("helpers/intervention_runs.py", folder, 2, seconds=240)
+    assert len(list(folder.glob("*.pt"))) == 4, (folder / "log0").read_text()[-3000:]
     return {path.stem: torch.load(path) for path in folder.glob("*.pt")}
 
 

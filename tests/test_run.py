@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers.small_runs import small  # noqa: F401
+from helpers.small_runs import own_cache, small  # noqa: F401
 
 pytest.importorskip("datasets")
 

@@ -88,7 +88,7 @@ class GraphTaps(Taps):
         self._as_written = frozenset(as_written)
         self._traced = self._opened.enter_context(traced.attached(attention=attention, gradients=gradients))
 
-    def look_again(self) -> None:
+    def _look_again(self) -> None:
         """Put taps on a model that was compiled after `open`. It is compiled once more where it has run so."""
         if self._waits_for is None or compiled_part(self._around) is None:
             return
@@ -130,7 +130,7 @@ class GraphTaps(Taps):
 
     def attach(self, step: int, due: Collection[str]) -> None:
         """Raise flags in the graph, or install hooks and run the model as it is written, whatever `due` needs."""
-        self.look_again()
+        self._look_again()
         gradients = any(isinstance(self._panel.quantities[name], ActivationGrad) for name in due)
         self._in_graph = self._traced is not None and self._as_written.isdisjoint(due)
         self._in_graph &= self._reaches_all() or not gradients  # blocks may have been frozen since

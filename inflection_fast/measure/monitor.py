@@ -275,7 +275,6 @@ class Monitor:
             if not self._updates.begin(measured, packet, self._panel.listening("after_update")):
                 self._hand_over(measured, packet)
             self._proven = self._taps.forgives = True
-            self._taps.look_again()
         self._step += 1
         self._arm()
 

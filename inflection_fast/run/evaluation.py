@@ -12,7 +12,15 @@ import torch.nn.functional as F
 from inflection_fast.records import Metrics
 from inflection_fast.run.batches import IGNORED
 
-__all__ = ["class_logits", "classification_metrics", "in_words", "language_metrics", "token_losses"]
+__all__ = [
+    "class_logits",
+    "classification_metrics",
+    "in_words",
+    "language_metrics",
+    "log_probabilities",
+    "saturation",
+    "token_losses",
+]
 
 SATURATED = 0.99  # a largest class probability above this
 
@@ -22,26 +30,37 @@ def class_logits(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
     return (outputs[0] if isinstance(outputs, tuple) else outputs).float()
 
 
+def log_probabilities(logits: np.ndarray) -> np.ndarray:
+    """Log-softmax over classes, float64 [N, C]."""
+    logits = np.asarray(logits, dtype=np.float64)
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def saturation(log_p: np.ndarray) -> tuple[float, float]:
+    """How sure a classifier is: mean largest probability, and share of texts above 0.99."""
+    largest = np.exp(log_p.max(axis=-1))
+    return float(largest.mean()), float((largest > SATURATED).mean())
+
+
 def classification_metrics(logits: np.ndarray, labels: np.ndarray) -> Metrics:
     """Accuracy, mean cross-entropy and saturation, and a "1" for every text that was right.
 
     With the last, two models on the same texts can be compared text by text.
     """
-    logits = np.asarray(logits, dtype=np.float64)
-    top = logits.max(axis=-1, keepdims=True)
-    log_sum = top[:, 0] + np.log(np.exp(logits - top).sum(axis=-1))
-    losses = log_sum - logits[np.arange(len(labels)), labels]
-    right = logits.argmax(axis=-1) == labels
+    log_p = log_probabilities(logits)
+    losses = -log_p[np.arange(len(labels)), labels]
+    right = log_p.argmax(axis=-1) == labels
     correct = int(right.sum())
-    largest = np.exp(top[:, 0] - log_sum)
+    largest, share = saturation(log_p)
     return Metrics(
         n=len(labels),
         loss=float(losses.mean()),
         accuracy=correct / len(labels),
         correct=correct,
         right="".join("01"[one] for one in right.tolist()),
-        largest_probability=float(largest.mean()),
-        share_above_099=float((largest > SATURATED).mean()),
+        largest_probability=largest,
+        share_above_099=share,
     )
 
 

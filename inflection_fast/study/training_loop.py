@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from inflection_fast.run.evaluation import SATURATED, classification_metrics
+from inflection_fast.run.evaluation import classification_metrics, log_probabilities, saturation
 from inflection_fast.study.config import LoopConfig
 from inflection_fast.study.texts import Tokens
 
-__all__ = ["Clock", "Trained", "batch_of", "batches_of", "evaluate", "forward", "logits_of", "saturation", "train"]
+__all__ = ["Clock", "Trained", "batch_of", "batches_of", "evaluate", "forward", "logits_of", "saturation_of", "train"]
 
 SORTED_BATCHES = 8  # so many batches of a random order are sorted by length together, to pad less
 
@@ -198,15 +198,13 @@ def evaluate(model: nn.Module, tokens: Tokens, config: LoopConfig) -> dict[str, 
     }
 
 
-def saturation(logits: np.ndarray) -> dict[str, float]:
+def saturation_of(logits: np.ndarray) -> dict[str, float]:
     """How sure a classifier is: mean largest probability, mean entropy in nats, share of texts above 0.99."""
-    logits = np.asarray(logits, np.float64)
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    largest = np.exp(log_p.max(axis=1))
+    log_p = log_probabilities(logits)
+    largest, share = saturation(log_p)
     return {
-        "largest_probability": round(float(largest.mean()), 5),
+        "largest_probability": round(largest, 5),
         "entropy_nats": round(float(-(np.exp(log_p) * log_p).sum(axis=1).mean()), 5),
-        "share_above_099": round(float((largest > SATURATED).mean()), 5),
-        "n": len(logits),
+        "share_above_099": round(share, 5),
+        "n": len(log_p),
     }

@@ -25,7 +25,7 @@ from inflection_fast.study.config import StudyConfig
 from inflection_fast.study.record import failed, record
 from inflection_fast.study.store import Busy, Store
 from inflection_fast.study.texts import TASK, Texts, Tokens, texts_of
-from inflection_fast.study.training_loop import Clock, Trained, evaluate, logits_of, saturation, train
+from inflection_fast.study.training_loop import Clock, Trained, evaluate, logits_of, saturation_of, train
 from inflection_fast.timeline import Timeline
 
 if TYPE_CHECKING:
@@ -110,6 +110,7 @@ class Work:
         trained = train(
             model, tokens, self.config.train, learning_rate=settings.learning_rate, seed=settings.seed, steps=steps
         )
+        some = tokens.take(np.arange(min(400, len(tokens))))
         facts = {
             "transfer": transfer,
             "regime": regime,
@@ -118,8 +119,8 @@ class Work:
             **_training(trained, settings.learning_rate),
             "test": _without_bits(evaluate(model, test, self.config.train)),
             "saturation": {
-                "test": saturation(logits_of(model, test, self.config.train)),
-                "train": saturation(logits_of(model, tokens.take(np.arange(min(400, len(tokens)))), self.config.train)),
+                "test": saturation_of(logits_of(model, test, self.config.train)),
+                "train": saturation_of(logits_of(model, some, self.config.train)),
             },
         }
         folder = self.store.path(f"{self._source_name(transfer, regime)}/model")
