@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _DISPATCH[argv[0]](argv[1:])
     except KeyboardInterrupt:
         return _fail("interrupted; the same command continues from the last checkpoint", INTERRUPTED)
-    except processes.Elsewhere:
+    except processes.FirstFailed:
         return USER_ERROR
     except UserError as error:
         return _fail(str(error), USER_ERROR)

@@ -148,7 +148,7 @@ def take_turns(rank, store, folder):
 
     with pytest.raises(UserError) as caught:
         processes.alone(refuse)
-    assert isinstance(caught.value, processes.Elsewhere) == (rank == 1)
+    assert isinstance(caught.value, processes.FirstFailed) == (rank == 1)
     assert processes.alone(lambda: "on") == "on"
     (folder / str(rank)).touch()
 
@@ -162,7 +162,7 @@ def test_what_the_first_process_has_said_is_not_said_again(monkeypatch, capsys):
     from inflection_fast import cli
 
     def told(argv):
-        raise processes.Elsewhere("the first process has failed")
+        raise processes.FirstFailed("the first process has failed")
 
     monkeypatch.setitem(cli._DISPATCH, "run", told)
     assert cli.main(["run"]) == cli.USER_ERROR and capsys.readouterr().err == ""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import platform
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from inflection_fast.atomic import replacing
 from inflection_fast.run.config import ModelConfig
 from inflection_fast.run.errors import UserError, user_errors
+from inflection_fast.run.machine import processor_name
 
 if TYPE_CHECKING:
     import torch
@@ -319,11 +319,8 @@ def _machine(device: torch.device) -> dict[str, Any]:
 
     from inflection_fast import build_info
 
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
-        "processor": names[0] if names else platform.processor() or platform.machine(),
+        "processor": processor_name(),
         "threads": torch.get_num_threads(),
         "instructions": build_info()["cpu"]["isa"],
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",

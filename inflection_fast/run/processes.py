@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from inflection_fast.run.config import RunConfig
 
-__all__ = ["Elsewhere", "alone", "count", "first", "in_turn", "join", "wait"]
+__all__ = ["FirstFailed", "alone", "count", "first", "in_turn", "join", "wait"]
 
 Result = TypeVar("Result")
 PATIENCE = timedelta(days=1)  # a large data set is read, and a report drawn, by one process
@@ -28,7 +28,7 @@ SHARDED = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed
 _apart = False  # this process works while the others do not
 
 
-class Elsewhere(UserError):
+class FirstFailed(UserError):
     """What the first process has said already."""
 
 
@@ -71,7 +71,7 @@ def join(config: RunConfig) -> None:
 def alone(work: Callable[[], Result]) -> Result:
     """What `work` returns in the first process, for all of them; it is not called in the others.
 
-    The result is pickled. What `work` raises is raised in the first process, and `Elsewhere` in the others.
+    The result is pickled. What `work` raises is raised in the first process, and `FirstFailed` in the others.
     """
     if count() == 1 or _apart:
         return work()
@@ -87,7 +87,7 @@ def alone(work: Callable[[], Result]) -> Result:
         _broadcast(told)
     succeeded, result = told[0]
     if not succeeded:
-        raise Elsewhere("the first process has failed")
+        raise FirstFailed("the first process has failed")
     return result  # type: ignore[return-value]  # that of `work`, which has succeeded
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from inflection_fast.run.folder import package_versions
+from inflection_fast.run.machine import processor_name
 from inflection_fast.study.adaptation import Adaptation
 from inflection_fast.study.arms import Seen
 from inflection_fast.study.cells import Cell
@@ -110,16 +111,7 @@ def _short(value: float) -> float:
 
 @cache
 def _system() -> dict[str, str]:
-    return {"machine": platform.machine(), "processor": _processor(), "system": platform.system()}
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()
+    return {"machine": platform.machine(), "processor": processor_name(), "system": platform.system()}
 
 
 @cache
