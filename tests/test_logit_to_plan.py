@@ -16,7 +16,7 @@ pytestmark = pytest.mark.sources
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = Path(inflection_fast.__file__).resolve().parent
 ROWS = re.findall(r"^\| `([^`]+)` \| `([^`]+)` \|", (ROOT / "docs" / "logit_to_plan.md").read_text(), re.M)
-
+README = (ROOT / "README.md").read_text()
 
 # Called too, but no logit passes them: settings, hooks, checks of arguments, other quantities, what columns mean.
 BESIDE_THE_WAY = {
@@ -91,6 +91,11 @@ def test_every_function_is_called_on_the_way(file, name, called):
 def test_every_name_of_the_kernels_is_defined_in_its_file(file, name):
     text = (PACKAGE / file).read_text()
     assert re.search(rf"^[^/\n]*\b{re.escape(name)}\b[^;\n]*[({{]", text, re.M)
+
+
+@pytest.mark.parametrize("file, line", re.findall(r"^\| [^|`]+ \| `(\S+/\S+)` \| `([^`]+)` \|$", README, re.M))
+def test_every_line_that_the_readme_points_at_is_there_once(file, line):
+    assert (ROOT / file).read_text().count(line) == 1
 
 
 def test_no_file_of_the_package_that_the_way_must_pass_is_left_out(called):
