@@ -53,8 +53,11 @@ demo: build $(DEMO_READY)
 	$(PY) examples/prepare_demo_data.py runs/demo-data
 	$(PY) -m inflection_fast run --config examples/demo.yaml
 
+# Each of two workers has one thread: the threads of one would wait, busily, for a core that the other has. Tests of
+# threads set their number.
+ONE_THREAD = OMP_NUM_THREADS=1
 test: build
-	$(PY) -m pytest tests -n 2 --dist loadfile
+	$(ONE_THREAD) $(PY) -m pytest tests -n 2 --dist loadfile
 
 # Every type of Transformers that a tiny model can be built of: entropies, then adapters trained one step (half an hour);
 # writes docs/models.md. In pieces: PYTHONPATH=tests python -m model_types.sweep --keep FILE --minutes 4, until all are there.
@@ -67,14 +70,14 @@ WIDE = $(abspath build/wide)
 test-wide: build
 	rm -rf $(WIDE)/lib
 	CFLAGS=-DINFLECTION_LOWERED_AVX512 $(PY) setup.py --quiet build --build-base $(WIDE) --build-lib $(WIDE)/lib
-	cd $(WIDE)/lib && $(abspath $(PY)) -m pytest --rootdir $(CURDIR) -c $(CURDIR)/pyproject.toml -n 2 --dist loadfile \
+	cd $(WIDE)/lib && $(ONE_THREAD) $(abspath $(PY)) -m pytest --rootdir $(CURDIR) -c $(CURDIR)/pyproject.toml -n 2 --dist loadfile \
 		$(addprefix $(CURDIR)/,$(KERNEL_TESTS)) -m 'kernel and avx512'
 
 # The CUDA kernels in their own source, compiled as C++ for an emulator: no GPU needed. `-sanitized` adds ASan and UBSan.
 # The markers `emulated` and `sanitized` name what runs: of the tests of CKA those that reach every kernel in every mode,
 # because all of them take four minutes.
 test-emulated: build
-	$(PY) -m pytest -p tests.emulation.plugin -n 2 --dist worksteal $(KERNEL_TESTS) -m emulated
+	$(ONE_THREAD) $(PY) -m pytest -p tests.emulation.plugin -n 2 --dist worksteal $(KERNEL_TESTS) -m emulated
 test-emulated-sanitized: build
 	$(PRELOADED) $(PY) -m pytest -p tests.emulation.sanitized $(KERNEL_TESTS) -m sanitized
 

@@ -1,6 +1,7 @@
 """What the tests of the operators share: instruction sets, devices, temperaments of logits, the error budget."""
 
 import functools
+import gc
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable
@@ -18,8 +19,25 @@ BEST = torch.ops.inflection_fast.cpu_isa(len(ISA_NAMES))
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() and ops.build_info()["cuda"] else [])]
 
 
+# Half a minute and more. They are first, so that no worker of xdist begins one when the others have nothing left.
+LONG = (
+    "test_study.py",
+    "test_graph_taps.py",
+    "test_run.py",
+    "test_distributed.py",
+    "test_exec.py",
+    "test_model_types.py",
+)
+
+
+def pytest_configure(config):
+    """Workers of xdist take files in the order of collection, and not those with most tests first."""
+    config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(items):
-    """Skip what reads the sources where only the tests lie beside an installed package."""
+    """Long files first. Skip what reads the sources where only the tests lie beside an installed package."""
+    items.sort(key=lambda item: item.path.name not in LONG)
     if (Path(__file__).resolve().parent.parent / "csrc").is_dir():
         return
     for item in items:
@@ -67,6 +85,13 @@ def truths_computed_once():
         for name in TWINS:
             patch.setattr(reference, name, once(getattr(reference, name), held, 1000))
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def imports_out_of_garbage_collection():
+    """Training loops collect garbage after every run; over all that is imported this takes a quarter of a second."""
+    gc.collect()
+    gc.freeze()
 
 
 ISA_PARAMS = [

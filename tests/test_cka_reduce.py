@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from torch import distributed, multiprocessing
+from helpers.programs import spawn
+from torch import distributed
 
 from inflection_fast import CkaBasis, CkaState, linear_cka
 
@@ -73,7 +74,7 @@ def work(rank, ranks, store, results):
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_any_number_of_ranks_gives_the_value_of_all_rows(ranks, tmp_path):
-    multiprocessing.spawn(work, (ranks, tmp_path / "store", tmp_path), nprocs=ranks)
+    spawn(work, (ranks, tmp_path / "store", tmp_path), ranks)
     x, y = features()
     alone = {name: pushed(0, 1, False, **kind) for name, kind in
              (("groups", {"groups": 3}), ("basis", {"basis": basis()}))}  # fmt: skip

@@ -8,6 +8,7 @@ import helpers.tiny_texts as tiny
 import pytest
 import torch
 import yaml
+from helpers import programs
 from helpers.small_runs import own_cache, small  # noqa: F401
 
 pytest.importorskip("jsonargparse")
@@ -43,9 +44,9 @@ def settings(tmp_path_factory):
 def finished(settings, tmp_path_factory):
     """The output of one run, and what it printed."""
     folder = tmp_path_factory.mktemp("run") / "out"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(folder.parent / "cache")}
-    command = [sys.executable, "-m", "inflection_fast", "run", "--config", str(settings), "--output", str(folder)]
-    return folder, subprocess.run([*command, "--seed", "3"], env=environment, capture_output=True, text=True)
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(folder.parent / "cache")}
+    words = ["-m", "inflection_fast", "run", "--config", settings, "--output", folder, "--seed", 3]
+    return folder, programs.run(words, folder.parent, environment=environment)
 
 
 def failing(capsys, *argv):

@@ -2,14 +2,13 @@ import csv
 import importlib.util
 import os
 import re
-import subprocess
-import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from helpers import programs
 from helpers.tiny_models import one_thread  # noqa: F401
 
 from inflection_fast import Timeline
@@ -107,14 +106,8 @@ def test_a_framework_measures_with_one_argument(capsys, tmp_path, name, package,
 
 
 def test_fsdp2_is_measured_over_ranks(tmp_path):
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*words, str(EXAMPLES / "fsdp2_loop.py"), str(tmp_path / "out")],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", EXAMPLES / "fsdp2_loop.py"]
+    done = programs.run([*words, tmp_path / "out"], tmp_path, environment={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     timeline = Timeline.load(tmp_path / "out")
     assert timeline.steps.tolist() == [0, 2, 4] and np.isfinite(timeline.parameter_grad).all()

@@ -1,8 +1,6 @@
 """`inflection-fast exec`: scripts that know nothing of the monitor are measured."""
 
 import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from helpers import programs
 from helpers.loops_to_exec import Net, batches
+from helpers.rank_processes import free_port
 from torch import nn
 
 from inflection_fast import Monitor, MonitorConfig, Timeline
@@ -25,9 +25,9 @@ PYTHON = [sys.executable, SCRIPT]
 def run(folder, *words, options=("--every", "2"), path=HERE):
     """The finished process, with `words` under exec."""
     path = os.pathsep.join(filter(None, [str(path), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "inflection_fast", "exec", *options, "--out", str(folder / "out"), "--", *words]
+    words = ["-m", "inflection_fast", "exec", *options, "--out", folder / "out", "--", *words]
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+    return programs.run(words, folder, environment=environment)
 
 
 @pytest.fixture(scope="module")
@@ -92,10 +92,7 @@ def test_accelerate_launch_counts_optimizer_steps_and_takes_the_loss_that_was_di
 
 def test_llama_factory_is_measured_through_the_torchrun_that_it_starts(tmp_path, monkeypatch):
     """A stand-in of its launcher, which hands the environment on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    for name, value in {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "1", "MASTER_PORT": str(port)}.items():
+    for name, value in {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "1", "MASTER_PORT": str(free_port())}.items():
         monkeypatch.setenv(name, value)
     settings = {"output_dir": str(tmp_path / "run"), "max_steps": 3, "use_cpu": True, "report_to": "none"}
     (tmp_path / "a.yaml").write_text(yaml.safe_dump({**settings, "save_strategy": "no", "disable_tqdm": True}))

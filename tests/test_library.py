@@ -2,9 +2,9 @@
 
 import shutil
 import subprocess
-import sys
 
 import pytest
+from helpers import programs
 
 from inflection_fast import build_info
 from inflection_fast.ops import library
@@ -22,7 +22,8 @@ except ImportError as error:
 
 
 def refused(folder):
-    done = subprocess.run([sys.executable, "-c", PROBE, str(folder)], capture_output=True, text=True, check=True)
+    done = programs.run(["-c", PROBE, folder], folder)
+    assert done.returncode == 0, done.stderr
     return done.stdout
 
 

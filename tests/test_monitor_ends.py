@@ -12,6 +12,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from helpers import programs
 from helpers.monitored import EVERY_STEP, train
 from helpers.tiny_models import loss_of, model_and_batch, one_thread  # noqa: F401
 
@@ -105,12 +106,6 @@ def test_workers_of_a_data_loader_leave_the_timeline_alone(tmp_path):
     assert Timeline.load(tmp_path).steps.tolist() == [0, 1]
 
 
-def run_program(code, folder):
-    """How a Python program ended that was given a folder."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    return subprocess.run([sys.executable, "-c", code, str(folder)], env=environment, capture_output=True)
-
-
 def test_a_killed_run_keeps_what_was_written_and_is_continued_there(tmp_path):
     code = (
         "import os, sys, torch\n"
@@ -124,32 +119,34 @@ def test_a_killed_run_keeps_what_was_written_and_is_continued_there(tmp_path):
         "        if step == 3: monitor.timeline\n"
         "    os.kill(os.getpid(), 9)\n"
     )
-    ended = run_program(code, tmp_path)
-    assert ended.returncode == -9
+    out = tmp_path / "out"
+    ended = programs.run(["-c", code, out], tmp_path)
+    assert ended.returncode == -9, ended.stderr
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the last row may be torn
-        kept = Timeline.load(tmp_path).steps.tolist()
+        kept = Timeline.load(out).steps.tolist()
     assert kept == list(range(len(kept))) and 4 <= len(kept) <= 6
     model, batch = model_and_batch("bert")
-    with Monitor(model, EVERY_STEP, tmp_path, start_step=3) as monitor:  # the checkpoint is older than the file
+    with Monitor(model, EVERY_STEP, out, start_step=3) as monitor:  # the checkpoint is older than the file
         loss_of(model(**batch)).backward()
         monitor.step()
-    assert Timeline.load(tmp_path).steps.tolist() == [0, 1, 2, 3]
+    assert Timeline.load(out).steps.tolist() == [0, 1, 2, 3]
 
 
 def test_ctrl_c_keeps_every_step_that_was_measured(tmp_path):
     code = (
         "import sys, torch\n"
-        "from helpers.tiny_models import model_and_batch\n"
+        "from helpers.loops_to_exec import Net, batches\n"
         "from inflection_fast import Monitor, MonitorConfig\n"
-        "model, batch = model_and_batch('hand-written')\n"
+        "model = Net()\n"
         "monitor = Monitor(model, MonitorConfig(every=1), sys.argv[1]).__enter__()\n"  # nobody closes it
-        "for step in range(6):\n"
-        "    model(**batch)['loss'].backward()\n"
+        "for x, y in batches(6):\n"
+        "    torch.nn.functional.cross_entropy(model(x), y).backward()\n"
         "    monitor.step()\n"
         "raise KeyboardInterrupt\n"
     )
-    ended = run_program(code, tmp_path)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    ended = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment, capture_output=True)
     assert ended.returncode != 0 and b"KeyboardInterrupt" in ended.stderr
     timeline = Timeline.load(tmp_path)
     assert timeline.steps.tolist() == [0, 1, 2, 3, 4, 5] and not timeline.truncated

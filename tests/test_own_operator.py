@@ -4,11 +4,11 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import programs
 from torch.utils.cpp_extension import include_paths
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -111,10 +111,7 @@ def test_its_test_passes_and_its_benchmark_runs(example):
     options = ["-p", "plugin", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(example), "-q"]
     paths = f"{example}:{ROOT}"
     outside = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, *sources],
-        capture_output=True, text=True, env={**outside, "PYTHONPATH": paths},
-    )  # fmt: skip
+    done = programs.run(["-m", "pytest", *options, *sources], example, environment={**outside, "PYTHONPATH": paths})
     assert done.returncode == 0 and "failed" not in done.stdout, done.stdout + done.stderr
     assert list((example / "benchmarks" / "results").glob("*.json")), done.stdout
 

@@ -3,15 +3,14 @@
 import dataclasses
 import json
 import os
-import socket
-import subprocess
-import sys
 
 import helpers.tiny_texts as tiny
 import numpy as np
 import pytest
 import torch
 import yaml
+from helpers.programs import spawn
+from helpers.rank_processes import finish, start_ranks
 
 pytest.importorskip("datasets")
 
@@ -53,16 +52,16 @@ def config_of(folder, output, **changes):
     return RunConfig(**{**settings, **changes})
 
 
-def torchrun(folder, config):
+def run_on_two(folder, config):
+    """What the two processes of a run have printed."""
     settings = folder / "settings.yaml"
     settings.write_text(yaml.safe_dump(to_dict(config)))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
-    words += ["-m", "inflection_fast", "run", "--config", str(settings)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
-    return subprocess.run(words, capture_output=True, text=True, timeout=300, env=environment)
+    words = ["-m", "inflection_fast", "run", "--config", str(settings)]
+    ranks = start_ranks(words, folder, 2, HF_DATASETS_CACHE=str(folder / "cache"))
+    finish(ranks)
+    printed = "".join((folder / f"log{rank}").read_text() for rank in range(2))
+    assert [process.exitcode for process in ranks] == [0, 0], printed[-3000:]
+    return printed
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +86,7 @@ def both(folder):
     stages = Stages(config_of(folder, "one"), say=lambda line: None, quiet=True)
     stages.source(), stages.measure(), stages.plan(), stages.tune(), stages.baseline("last")
     torch.set_num_threads(threads)
-    done = torchrun(folder, config_of(folder, "two"))
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder / "one", folder / "two", done
+    return folder / "one", folder / "two", run_on_two(folder, config_of(folder, "two"))
 
 
 def test_every_stage_finds_the_same(both):
@@ -124,9 +121,9 @@ def test_the_models_are_the_same(both):
 
 
 def test_the_first_process_alone_writes_and_speaks(both):
-    _, two, done = both
+    _, two, printed = both
     assert (two / "report" / "index.html").is_file()
-    assert done.stdout.count("measure: begins") == 1 and done.stdout.count("report: ") == 1
+    assert printed.count("measure: begins") == 1 and printed.count("report: ") == 1
     assert not list(two.glob("*/checkpoints")) and not list(two.rglob("*.partial"))
 
 
@@ -154,7 +151,7 @@ def take_turns(rank, store, folder):
 
 
 def test_the_first_process_works_before_the_others_and_its_errors_are_theirs(tmp_path):
-    torch.multiprocessing.spawn(take_turns, (tmp_path / "store", tmp_path), nprocs=2)
+    spawn(take_turns, (tmp_path / "store", tmp_path), 2)
     assert (tmp_path / "0").exists() and (tmp_path / "1").exists()
 
 

@@ -1,9 +1,6 @@
 import dataclasses
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 
 import helpers.tiny_texts as tiny
@@ -11,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from helpers import programs
 from helpers.small_runs import own_cache, small  # noqa: F401
 
 pytest.importorskip("datasets")
@@ -230,16 +228,16 @@ def test_a_killed_process_leaves_what_the_next_one_needs(files, tmp_path):
     config = dataclasses.replace(config, measure=dataclasses.replace(config.measure, train=train))
     settings = tmp_path / "settings.yaml"
     settings.write_text(yaml.safe_dump(to_dict(config)))
-    command = [sys.executable, "-m", "inflection_fast", "run", "--config", str(settings)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    words = ["-m", "inflection_fast", "run", "--config", settings]
+    process = programs.start(words, tmp_path / "printed", environment=environment)
     try:
         while not (tmp_path / "run" / "measure" / "checkpoints" / "checkpoint-4" / "clock.json").exists():
-            assert process.poll() is None, process.stderr.read()
+            assert process.is_alive(), (tmp_path / "printed").read_text()
             time.sleep(0.01)
     finally:
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.kill()
+        process.join()
     run(config)
     assert stage(tmp_path / "run", "measure")["steps"] == 30
     assert Timeline.load(tmp_path / "run" / "measure").steps.tolist() == list(range(0, 30, 2))

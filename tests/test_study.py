@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from fnmatch import fnmatch
@@ -13,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from helpers import programs
 from helpers.tiny_study import tiny_study
 
 from inflection_fast.run.errors import UserError
@@ -112,10 +111,10 @@ def test_the_search_tries_every_rate_and_takes_the_lowest_loss(done):
 
 
 WORKER = """
-import sys; from pathlib import Path; sys.path.insert(0, sys.argv[2])
+import sys; from pathlib import Path
 from helpers.tiny_study import tiny_study
 from inflection_fast.study.runner import work_through
-work_through(tiny_study(Path(sys.argv[1])), only=sys.argv[3])
+work_through(tiny_study(Path(sys.argv[1])), only=sys.argv[2])
 """
 
 
@@ -123,21 +122,20 @@ def test_a_killed_study_goes_on_without_loss_and_two_workers_share_it(done, tmp_
     only = "one/under/*/1"
     cells = {name: cell for name, cell in done[1].items() if fnmatch(name, only)}
     tiny_study(tmp_path)  # the data
-    here = str(Path(__file__).parent)
-    arguments = [sys.executable, "-c", WORKER, str(tmp_path), here, only]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    first = subprocess.Popen(arguments, env=environment)
+    words = ["-c", WORKER, tmp_path, only]
+    first = programs.start(words, tmp_path / "first")
     mine = tiny_study(tmp_path)
     deadline = time.monotonic() + 120
     while len(list((mine.folder / "cells").rglob("*.json"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
-    first.send_signal(signal.SIGKILL)
-    first.wait()
+    first.kill()
+    first.join()
     before = {path: path.read_bytes() for path in (mine.folder / "cells").rglob("*.json")}
     assert 2 <= len(before) < len(cells)
-    second = subprocess.Popen(arguments, env=environment)
+    second = programs.start(words, tmp_path / "second")
     work_through(mine, only=only)
-    assert second.wait(timeout=120) == 0
+    second.join(120)
+    assert second.exitcode == 0, (tmp_path / "second").read_text()
     assert all(path.read_bytes() == content for path, content in before.items())
     after = read_cells(mine, only)
     assert {name: outcome(cell) for name, cell in after.items()} == {
@@ -253,17 +251,7 @@ def test_the_command_restarts_a_worker_that_dies_and_its_workers_end_with_it(tmp
     config = tiny_study(tmp_path)
     settings = tmp_path / "study.yaml"
     settings.write_text(yaml.safe_dump(plain(config)))
-    arguments = [
-        sys.executable,
-        "-m",
-        "inflection_fast",
-        "study",
-        "--config",
-        str(settings),
-        "--only",
-        "one/under/head/1",
-    ]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    words = ["-m", "inflection_fast", "study", "--config", settings, "--only", "one/under/head/1"]
 
     def children(process):
         path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
@@ -276,16 +264,17 @@ def test_the_command_restarts_a_worker_that_dies_and_its_workers_end_with_it(tmp
             assert time.monotonic() < deadline
             time.sleep(0.05)
 
-    first = subprocess.Popen(arguments, env=environment)
+    first = programs.start(words, tmp_path / "first")
     until(lambda: children(first))
     worker = children(first)[0]
     os.kill(worker, signal.SIGKILL)
     until(lambda: [pid for pid in children(first) if pid != worker])
     worker = next(pid for pid in children(first) if pid != worker)
     first.kill()
-    first.wait()
+    first.join()
     until(lambda: not alive(worker))
-    assert subprocess.run(arguments, env=environment, timeout=240).returncode == 0
+    done = programs.run(words, tmp_path)
+    assert done.returncode == 0, done.stderr
     assert progress_of(config, Store.of(config), "one/under/head/1").left == 0
 
 

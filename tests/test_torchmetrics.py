@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from torch import distributed, multiprocessing
+from helpers.programs import spawn
+from torch import distributed
 
 pytest.importorskip("torchmetrics")
 
@@ -93,7 +94,7 @@ def work(rank, store, results):
 
 
 def test_two_ranks_give_the_values_of_all_rows(tmp_path):
-    multiprocessing.spawn(work, (tmp_path / "store", tmp_path), nprocs=2)
+    spawn(work, (tmp_path / "store", tmp_path), 2)
     for rank in range(2):
         values = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         torch.testing.assert_close(values["entropy"], mean_entropy(), rtol=0, atol=ERROR)

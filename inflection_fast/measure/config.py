@@ -113,7 +113,8 @@ class MonitorConfig:
             if not isinstance(one, (str, Quantity)):
                 raise TypeError(f"{field}: expected names and instances of Quantity, got {one!r}")
         object.__setattr__(self, "quantities", tuple(value))
-        unknown = [one for one in value if isinstance(one, str) and one not in registry.known()]
+        names = [one for one in value if isinstance(one, str) and one not in registry.QUANTITIES]
+        unknown = [name for name in names if name not in registry.known()]  # which reads the metadata of all packages
         if unknown or not value or len(set(self.names)) < len(value):
             raise ValueError(
                 f"{field}: expected distinct names out of {registry.known()}, or instances, at least one, got {value}"

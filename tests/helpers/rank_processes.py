@@ -5,40 +5,48 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
+
+from helpers import programs
 
 TESTS = Path(__file__).resolve().parents[1]
 SECONDS = 300
 
 
-def run_ranks(script, folder, world, *names, seconds=SECONDS):
-    """Run `script folder names...` on `world` ranks, whose output goes to `folder`/log0, log1, ..."""
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]), "GLOO_SOCKET_IFNAME": "lo",
+        return free.getsockname()[1]
+
+
+def start_ranks(words, folder, world, **environment):
+    """`python WORDS` on `world` ranks, as torchrun starts them; rank i writes to `folder`/log{i}."""
+    environment = os.environ | environment | {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world), "GLOO_SOCKET_IFNAME": "lo",
     }  # fmt: skip
-    command = [sys.executable, str(TESTS / script), str(folder), *names]
-    processes, logs = [], []
+    return [
+        programs.start(
+            words, folder / f"log{rank}", environment=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        )
+        for rank in range(world)
+    ]
+
+
+def finish(processes, seconds=SECONDS):
+    """Wait for all of them, `seconds` for each; what still runs then is killed."""
     try:
-        for rank in range(world):
-            logs.append(open(folder / f"log{rank}", "wb"))
-            ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            processes.append(
-                subprocess.Popen(command, env=environment | ranks, stdout=logs[-1], stderr=subprocess.STDOUT)
-            )
         for process in processes:
-            process.wait(seconds)
+            process.join(seconds)
     finally:
         for process in processes:
             process.kill()
-            process.wait()
-        for log in logs:
-            log.close()
+            process.join()
+
+
+def run_ranks(script, folder, world, *names, seconds=SECONDS):
+    """Run `script folder names...` on `world` ranks, whose output goes to `folder`/log0, log1, ..."""
+    finish(start_ranks([TESTS / script, folder, *names], folder, world), seconds)
     return folder
 
 
