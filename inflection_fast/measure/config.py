@@ -20,7 +20,7 @@ from .schedule import ProbeBudget
 __all__ = ["MonitorConfig", "meta_of"]
 
 EVERY = 10
-FROZEN_SHARE = 0.125
+FROZEN_SHARE = 1 / 32
 _PACKAGES = ("inflection_fast", "torch", "transformers", "peft")  # whose versions the timeline has
 _FORWARDS = ("trained", "all")
 _COMPILED = ("graph", "eager")
@@ -56,8 +56,9 @@ class MonitorConfig:
     # Which forwards under autograd count: "trained", those that a backward pass has gone through; "all".
     forwards: str = "trained"
     # Of the sequences of each micro-batch, for gradients of activations below the lowest block that trains, which cost
-    # a walk back that the training does not need. At least one sequence; 1.0: all, exactly. Always exact are
-    # batches of one, packed sequences, batch norm in a block, several stacks, FSDP2 and tensor parallelism.
+    # a walk back that the training does not need; by default less than a tenth of a step from batches of 32 on. At
+    # least one sequence; 1.0: all, exactly. Always exact are batches of one, packed sequences, batch norm in a block,
+    # several stacks, FSDP2 and tensor parallelism.
     frozen_share: float = FROZEN_SHARE
     cka_rank: int | None = None  # shared PCA basis of this rank; None: full space
     cka_debiased: bool = True  # debiased (may leave [0, 1]) or biased CKA
