@@ -220,7 +220,10 @@ def test_an_intervention_is_compared_with_the_same_adapters_without_it(tmp_path)
     page = write(tmp_path).read_text()
     section = page[page.index("## Interventions") :].split("##")[1]
     effect = compare(results.cells, "greedy_softer", "greedy")
-    assert effect.low > 1 and f"| `greedy_softer` | 24 | {effect.smallest:.2f} | +{effect.difference:.2f} [" in section
+    assert (
+        effect.low > 1
+        and f"| `greedy_softer` | `greedy` | 24 | {effect.smallest:.2f} | +{effect.difference:.2f} [" in section
+    )
     assert "`greedy_softer`" not in page.split("## All arms")[0], "an intervention is no way to choose blocks"
 
 

@@ -17,7 +17,7 @@ from .configs import _saved, _task, refuse_mismatch
 from .inject import _restored_on_error
 from .targets import targets_of
 
-__all__ = ["KINDS", "adapt", "adapter_parameters", "default_modules", "train_only"]
+__all__ = ["KINDS", "adapt", "adapter_parameters", "default_modules", "head_modules", "train_only"]
 
 KINDS = ("lora", "dora", "adalora", "ia3", "vera", "prefix")
 
@@ -121,6 +121,13 @@ def _adalora(
 def adapter_parameters(model: nn.Module) -> int:
     """How many trainable parameters a model adapted by peft has outside of its head."""
     return sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and "modules_to_save" not in name)
+
+
+def head_modules(model: nn.Module) -> list[str]:
+    """Names of the modules with parameters that lie outside of the backbone; none where the model does not name it."""
+    backbone = getattr(model, "base_model_prefix", "")
+    children = model.named_children() if backbone else ()
+    return [name for name, child in children if name != backbone and any(True for _ in child.parameters())]
 
 
 def train_only(model: nn.Module, part: str, top: int = 0) -> None:

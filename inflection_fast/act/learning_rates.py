@@ -9,6 +9,7 @@ timeline (`parameter_grad`, the mean over its steps), so that the rates are know
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import nn
 from ..blocks import find_blocks
 from ..timeline import Timeline
 
-__all__ = ["learning_rates", "parameter_groups"]
+__all__ = ["groups_of", "learning_rates", "parameter_groups"]
 
 
 def learning_rates(model: nn.Module, timeline: Timeline, lr: float, *, least: float = 0.0) -> np.ndarray:
@@ -58,7 +59,13 @@ def parameter_groups(
     share is in the group of the first. With `weight_decay`, biases and other vectors are in groups of their own
     without it, as the Trainer has them. `ValueError` as `learning_rates`.
     """
-    rates = learning_rates(model, timeline, lr, least=least)
+    return groups_of(model, learning_rates(model, timeline, lr, least=least), lr, weight_decay=weight_decay)
+
+
+def groups_of(
+    model: nn.Module, rates: Sequence[float] | np.ndarray, lr: float, *, weight_decay: float | None = None
+) -> list[dict]:
+    """The groups of `parameter_groups`, from the learning rate of each block."""
     seen: set[int] = set()
     groups = []
     parts = [(b.name, b.module, rate) for b, rate in zip(find_blocks(model), rates, strict=True)]

@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from inflection_fast.act.adapters import KINDS, adapt, adapter_parameters, default_modules, train_only
+from inflection_fast.act.adapters import KINDS, adapt, adapter_parameters, default_modules, head_modules, train_only
 from inflection_fast.act.bottleneck import bottleneck
+from inflection_fast.act.unfreeze import unfreeze
 from inflection_fast.blocks import find_blocks
 
 __all__ = ["Adaptation", "NoArm", "Spending", "gradient_of", "on_layers", "on_modules", "weight_of"]
@@ -28,10 +29,10 @@ class Adaptation:
     """What is trained.
 
     Args:
-        kind: lora, dora, adalora, ia3, vera, prefix, bottleneck; or head, unfreeze, bitfit, full, lisa
+        kind: lora, dora, adalora, ia3, vera, prefix, bottleneck; or head, unfreeze, blocks, bitfit, full, lisa
         ranks: full module name -> rank, for adapters
         layers: blocks that hold something trained beside the head
-        options: of the kind, such as the number of blocks to unfreeze
+        options: of the kind, such as the number of blocks to unfreeze, and of an intervention
         note: how the choice came about, for a reader; it does not change what is trained
         scores: number of each block or module that the choice was made from
     """
@@ -53,6 +54,9 @@ class Adaptation:
         try:
             if self.kind in PARTS:
                 train_only(model, PARTS[self.kind], **self.options_for("top"))
+                return model
+            if self.kind == "blocks":
+                unfreeze(model, self.options["layers"], also=head_modules(model))
                 return model
             if self.kind == "bottleneck":
                 return bottleneck(model, self.layers, self.options["width"])

@@ -207,12 +207,13 @@ class Planned:
 def _own() -> dict[str, Arm]:
     placed = {which: Places(which) for which in ("first", "last", "even")}
     from inflection_fast.study.arms_data import BlockSimilarity, Breakpoints, Eva, FirstOrderGain, GradientRule
-    from inflection_fast.study.arms_interventions import Intervened
+    from inflection_fast.study.arms_interventions import Intervened, PlannedBlocks, RatesByBlock
     from inflection_fast.study.arms_other import Other
     from inflection_fast.study.arms_trial import AdaLora, Lisa, SuccessiveHalving, TrialShare
     from inflection_fast.study.arms_weights import Kappa, Spectrum
 
     greedy = Planned(SelectConfig(method="greedy"))
+    whole = PlannedBlocks(greedy)
     other = {kind: Other(kind, Everywhere()) for kind in ("ia3", "dora", "vera", "prefix", "bottleneck")}
     other |= {f"{kind}_planned": Other(kind, greedy) for kind in ("ia3", "dora", "vera", "bottleneck")}
     return {
@@ -245,6 +246,12 @@ def _own() -> dict[str, Arm]:
             "entropy_floor", greedy, {"target": 1.0, "weight": 0.1, "add_to_loss": True}
         ),
         "greedy_head_dropout": Intervened("head_dropout", greedy, {"p": 0.1}),
+        "greedy_debiased": Intervened("debiasing", greedy, {"lr": 1e-4, "least_accuracy": 0.75}),
+        "blocks": whole,
+        "blocks_new_heads": Intervened("new_heads", whole),
+        "blocks_reset_feed_forward": Intervened("reset_feed_forward", whole),
+        "blocks_sigma": Intervened("sigma", whole, {"keep": True}),
+        "full_rates": RatesByBlock(),
         "maxima": Planned(SelectConfig(method="maxima")),
         "top": Planned(SelectConfig(method="top", k=1, significance=None), count=True),
     }

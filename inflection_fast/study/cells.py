@@ -56,7 +56,8 @@ def cells_of(config: StudyConfig, only: str | None = None) -> list[Cell]:
     """All cells in the order of computing: by wave, seed, transfer and regime.
 
     The cells of one seed, transfer and regime stand together, so that a study that is stopped holds whole comparisons.
-    `only` is a pattern as of a shell, over names such as `tweets_reviews/over/greedy/1`.
+    `only` is a pattern as of a shell, over names such as `tweets_reviews/over/greedy/1`; of `jobs_of` also over those
+    of trainings that are measured all along, such as `gradients/tweets_reviews/over/greedy`.
     """
     cells = [cell for wave in config.waves for cell in _of_wave(config, wave)]
     return [cell for cell in dict.fromkeys(cells) if only is None or fnmatch.fnmatchcase(cell.name, only)]
@@ -78,7 +79,8 @@ def jobs_of(config: StudyConfig, only: str | None = None) -> list[Job]:
     ]
     jobs = [Job("source", transfer, regime) for transfer, regime in tuning]
     jobs += [Job("tune", *place, SHALLOW, rate) for place in tuning for rate in rates_of(config, SHALLOW)]
-    measured = [Job("gradients", *_parts(cell)) for cell in config.gradients if only is None]
+    measured = [Job("gradients", *_parts(cell)) for cell in config.gradients]
+    measured = [job for job in measured if only is None or fnmatch.fnmatchcase(job.name, only)]
     for number, wave in enumerate(config.waves):
         for arm in wave.arms:
             if any(cell.arm == arm for cell in cells):

@@ -27,6 +27,7 @@ __all__ = [
 RATES: dict[str, tuple[float, ...]] = {
     "head": (1e-2, 3e-2, 1e-1),
     "unfreeze": (1e-4, 3e-4, 1e-3),
+    "blocks": (1e-4, 3e-4, 1e-3),
     "full": (3e-5, 1e-4, 3e-4),
     "bitfit": (1e-3, 3e-3, 1e-2),
     "lora": (2e-3, 5e-3, 1.5e-2),

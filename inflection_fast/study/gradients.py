@@ -35,9 +35,8 @@ def _measured(work: Work, transfer: str, regime: str, arm: str, name: str) -> di
     seen.learning_rate = rate
     adaptation = work.chosen(arm, seen)
     split = work.texts(transfer).split(seed)
-    model = work.start(transfer, regime, seed)
-    before = block_probes(model, split.validation, loop)
-    adapted = adaptation.apply(model, steps)
+    before = block_probes(work.start(transfer, regime, seed), split.validation, loop)
+    adapted = work.adapted(transfer, regime, seed, adaptation)
     probe = batch_of(split.validation, np.arange(min(PROBE_TEXTS, len(split.validation))), loop.device)
     del probe["labels"]
     every = max(1, steps // (MEASURED_STEPS - 1))
@@ -52,7 +51,7 @@ def _measured(work: Work, transfer: str, regime: str, arm: str, name: str) -> di
             learning_rate=rate,
             seed=seed,
             after_backward=lambda step: monitor.step(),
-            **training_hooks(adaptation, adapted, steps, seed),
+            **training_hooks(adaptation, adapted, steps, seed, rate),
         )
     timeline = Timeline.load(folder)
     metrics = evaluate(adapted, split.test, loop)

@@ -36,7 +36,9 @@ __all__ = [
 SELECTORS = ("greedy", "maxima", "top", "first", "last", "even", "kappa", "spectrum", "eva", "gradient_high",
              "gradient_low", "auto_rgn", "block_cka", "breakpoints", "first_order", "trial_norm",
              "trial_sensitivity", "halving")  # fmt: skip
-RANDOM, EVERYWHERE, PLANNED = "random", "all", "greedy"
+RANDOM, EVERYWHERE, PLANNED, WHOLE = "random", "all", "greedy", "blocks"
+# What trains a part of the model, or at other rates, beside the arm that trains everything.
+SCHEDULES = {WHOLE: "full", "lisa": "full", "full_rates": "full"}
 
 
 def selectors_of(cells: Sequence[Result]) -> list[str]:
@@ -47,31 +49,36 @@ def selectors_of(cells: Sequence[Result]) -> list[str]:
     return [arm for arm in SELECTORS if arm in present] + extra
 
 
-def _intervened(cells: Sequence[Result]) -> list[str]:
-    """Arms that act on the planned blocks while their adapters train."""
-    options = {cell.arm: cell.content["run_info"]["peft_config"].get("options", {}) for cell in cells}
-    return [arm for arm, option in options.items() if "intervention" in option]
+def _intervened(cells: Sequence[Result]) -> dict[str, str]:
+    """Arms that act on the planned blocks beside training them, and the arm without that."""
+    configs = {cell.arm: cell.content["run_info"]["peft_config"] for cell in cells}
+    acting = {arm: config["kind"] for arm, config in configs.items() if "intervention" in config.get("options", {})}
+    return {arm: kind if kind == WHOLE else PLANNED for arm, kind in acting.items()}
 
 
 def interventions(cells: Sequence[Result]) -> str:
-    """Each intervention beside the same adapters without it."""
-    effects = compare_all(cells, _intervened(cells), PLANNED)
+    """Each intervention beside the same training without it."""
+    present = {cell.arm for cell in cells}
+    beside = _intervened(cells) | {arm: other for arm, other in SCHEDULES.items() if arm in present}
+    effects = {arm: effect for arm, other in beside.items() for _, effect in compare_all(cells, [arm], other).items()}
     if not effects:
         return ""
     corrected = holm(effects)
     regimes = list(dict.fromkeys(cell.regime for cell in cells))
     rows = []
     for arm, effect in sorted(effects.items(), key=lambda item: -item[1].difference):
-        apart = [interval(compare(cells, arm, PLANNED, regime=regime)) for regime in regimes]
+        apart = [interval(compare(cells, arm, beside[arm], regime=regime)) for regime in regimes]
         places = {(c.transfer, c.regime, c.seed) for c in cells if c.arm == arm}
         p = [p_value(effect.p), p_value(corrected[arm])]
-        rows.append([f"`{arm}`", len(places), f"{effect.smallest:.2f}", interval(effect), *p, *apart])
-    header = ["arm", "cells", "smallest that could be seen", f"minus `{PLANNED}`, 95 %", "p", "p after Holm"]
+        names = f"`{arm}`", f"`{beside[arm]}`"
+        rows.append([*names, len(places), f"{effect.smallest:.2f}", interval(effect), *p, *apart])
+    header = ["arm", "without", "cells", "smallest that could be seen", "difference, 95 %", "p", "p after Holm"]
     return "\n\n".join(
         [
-            "## Interventions on the planned blocks",
-            f"The same adapters on the same blocks as `{PLANNED}`, with an intervention while they train"
-            " (docs/interventions.md). What each does to the gradients stands in the section on gradients.",
+            "## Interventions",
+            "The same training with and without an intervention (docs/interventions.md): adapters on the planned"
+            f" blocks (`{PLANNED}`), these blocks trained whole (`{WHOLE}`), or everything trained (`full`)."
+            " What they do to the gradients stands in the section on gradients.",
             table([*header, *(f"{regime.upper()} alone" for regime in regimes)], rows),
         ]
     )

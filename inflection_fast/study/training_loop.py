@@ -90,10 +90,10 @@ def forward(model: nn.Module, batch: dict[str, Tensor], config: LoopConfig) -> A
 
 
 class TrainingHooks(TypedDict, total=False):
-    """Functions that `train` calls with the number of the step."""
+    """What `train` does otherwise for some kinds of adaptation: a function that it calls, and what it optimizes."""
 
-    before_step: Callable[[int], None]
     after_step: Callable[[int], None]
+    parameters: list[nn.Parameter] | list[dict[str, Any]]
 
 
 def train(
@@ -105,13 +105,13 @@ def train(
     seed: int,
     steps: int | None = None,
     after_backward: Callable[[int], None] = lambda step: None,
-    before_step: Callable[[int], None] = lambda step: None,
     after_step: Callable[[int], None] = lambda step: None,
+    parameters: list[nn.Parameter] | list[dict[str, Any]] | None = None,
 ) -> Trained:
-    """Trains what requires gradients.
+    """Trains what requires gradients at the beginning, or `parameters`: a list, or groups with learning rates.
 
-    `before_step` may change which parameters do; `after_backward` is called with gradients unclipped, and
-    `after_step` before they are cleared.
+    `after_backward` is called with the number of the step, gradients unclipped, and `after_step` before they are
+    cleared.
     """
     steps = config.steps if steps is None else steps
     clock = Clock()
@@ -119,28 +119,25 @@ def train(
     step_bytes = 0
     torch.manual_seed(seed)
     model.to(config.device).train()
-    optimizer: torch.optim.Optimizer | None = None
-    parameters: list[nn.Parameter] = []
+    given = [p for p in model.parameters() if p.requires_grad] if parameters is None else parameters
+    optimizer = torch.optim.AdamW(given, lr=learning_rate, weight_decay=config.weight_decay)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
     warmup = max(1, round(config.warmup_share * steps))
     with clock.running():
         for step, rows in enumerate(batches_of(tokens, config.batch_size, steps, seed)):
-            before_step(step)
-            current = [p for p in model.parameters() if p.requires_grad]
-            if optimizer is None or [*map(id, current)] != [*map(id, parameters)]:
-                parameters = current
-                optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=config.weight_decay)
             factor = min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate * min(1.0, factor)
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * min(1.0, factor)
             batch = batch_of(tokens, rows, config.device)
             with _counting(step == 0, model) as kept:
                 loss = forward(model, batch, config).loss
             loss.backward()
             after_backward(step)
-            torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+            torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
             optimizer.step()
             if step == 0:
-                grown = sum(p.grad.nbytes for p in parameters if p.grad is not None)
+                grown = sum(p.grad.nbytes for p in trained if p.grad is not None)
                 grown += sum(v.nbytes for state in optimizer.state.values() for v in state.values())
                 step_bytes = kept() + grown
             after_step(step)
@@ -148,7 +145,7 @@ def train(
             losses.append(loss.detach())
     values = torch.stack(losses).float().cpu().numpy()
     means = [round(float(part.mean()), 5) for part in np.array_split(values, min(10, len(values)))]
-    trainable = sum(p.numel() for p in parameters)
+    trainable = sum(p.numel() for p in trained)
     return Trained(steps, means, clock, step_bytes, trainable)
 
 

@@ -20,11 +20,13 @@ from inflection_fast.run.errors import UserError, takes_nothing
 from inflection_fast.run.folder import write_json
 from inflection_fast.study.adaptation import Adaptation, NoArm
 from inflection_fast.study.arms import Seen, arm_of
+from inflection_fast.study.arms_interventions import prepare
 from inflection_fast.study.cells import SHALLOW, Cell, Job, rates_of
 from inflection_fast.study.config import StudyConfig
 from inflection_fast.study.record import failed, record
 from inflection_fast.study.store import Busy, Store
 from inflection_fast.study.texts import TASK, Texts, Tokens, texts_of
+from inflection_fast.study.training_hooks import training_hooks
 from inflection_fast.study.training_loop import Clock, Trained, evaluate, logits_of, saturation_of, train
 from inflection_fast.timeline import Timeline
 
@@ -153,6 +155,13 @@ class Work:
                     reset()
         return model
 
+    def adapted(self, transfer: str, regime: str, seed: int, adaptation: Adaptation) -> nn.Module:
+        """That model as it is trained by a cell."""
+        model = self.start(transfer, regime, seed)
+        prepare(adaptation, model, lambda: self.texts(transfer).source_parts[0], self.config.train, seed)
+        torch.manual_seed(seed)
+        return adaptation.apply(model, self.config.train.steps)
+
     def measured(self, transfer: str, regime: str, seed: int) -> tuple[Timeline, dict[str, Any]]:
         """The timeline of the measured training, which is that of the arm `shallow`, and what it took."""
         name = f"measured/{transfer}-{regime}-{seed}"
@@ -183,7 +192,7 @@ class Work:
         with clock.running():
             self.training(transfer, regime, seed, adaptation, rate, "test", watched)
             if not folder.is_dir():  # the arm was computed before, without the monitor
-                model = adaptation.apply(self.start(transfer, regime, seed), self.config.train.steps)
+                model = self.adapted(transfer, regime, seed, adaptation)
                 watched(model, self.texts(transfer).split(seed).train)
         return {**clock.facts(), "steps": self.config.train.steps}
 
@@ -276,9 +285,7 @@ class Work:
 
         def compute() -> dict[str, Any]:
             split, texts = self.texts(transfer).split(seed), self.texts(transfer)
-            model = self.start(transfer, regime, seed)
-            torch.manual_seed(seed)
-            adapted = adaptation.apply(model, self.config.train.steps)
+            adapted = self.adapted(transfer, regime, seed, adaptation)
             parameters = adaptation.parameters(adapted)
             trained = (how or self._plain(adaptation, rate, seed))(adapted, split.train)
             clock = Clock()
@@ -299,10 +306,8 @@ class Work:
         return self.store.get(f"trainings/{key}.json", compute)
 
     def _plain(self, adaptation: Adaptation, rate: float, seed: int) -> Any:
-        from inflection_fast.study.training_hooks import training_hooks
-
         def how(model: nn.Module, tokens: Tokens) -> Trained:
-            more = training_hooks(adaptation, model, self.config.train.steps, seed)
+            more = training_hooks(adaptation, model, self.config.train.steps, seed, rate)
             return train(model, tokens, self.config.train, learning_rate=rate, seed=seed, **more)
 
         return how
