@@ -19,6 +19,14 @@ CAUGHT = {
     "copy_that_nobody_waits_for": "ended before its asynchronous copies had arrived",
     "copy_to_a_crooked_address": "is not aligned",
     "matrix_at_a_crooked_address": "not aligned to 16 bytes",
+    "barrier_that_nobody_made": "an mbarrier is not initialised",
+    "arrivals_beyond_the_phase": "more threads arrive at an mbarrier",
+    "bytes_that_never_arrive": "nothing can run: thread",
+    "box_inside_of_a_pattern": "a box that is swizzled begins at 128",
+    "box_that_nobody_waits_for": "the block ended before its boxes had arrived",
+    "product_without_a_fence": "wgmma without a fence",
+    "product_that_nobody_waits_for": "ended before its products were waited for",
+    "product_of_three_warps": "different numbers of products",
     "too_many_threads": "a block of 1056 threads",
     "too_much_shared_memory": "bytes of shared memory",
 }
@@ -29,7 +37,7 @@ def program(tmp_path_factory):
     path = tmp_path_factory.mktemp("emulation") / "misuse"
     includes = [f"-I{HERE}", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'cuda'}"]
     flags = ["-std=c++20", "-O1", "-g1", "-DINFLECTION_EMULATION", "-Wno-unknown-pragmas", *includes, *SANITIZE[:1]]
-    sources = ["-x", "c++", str(HERE / "misuse.cu"), str(HERE / "emulator.cpp")]
+    sources = ["-x", "c++", str(HERE / "misuse.cu"), *map(str, sorted(HERE.glob("*.cpp")))]
     subprocess.run(["c++", *flags, *sources, "-o", str(path)], check=True)
     return path
 
@@ -78,6 +86,22 @@ def test_an_asynchronous_copy_arrives_when_it_is_waited_for_and_not_before(progr
 def test_fragments_of_tensor_cores_lie_as_the_manual_says(program, case):
     done = run(program, case)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+RIGHT = ["box_inside", "box_across_the_ends", "box_before_the_beginning", "phases", "product_of_bf16", "product_of_f16"]
+
+
+@pytest.mark.parametrize("case", RIGHT)
+def test_boxes_phases_and_products_of_a_group_are_what_the_manual_says(program, case):
+    for seed in range(3):  # boxes arrive at other times
+        done = run(program, case, seed)
+        assert done.returncode == 0 and not done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("case", ["product_read_too_early", "product_of_a_matrix_overwritten"])
+def test_a_product_is_carried_out_when_it_is_waited_for_and_not_before(program, case):
+    done = run(program, case)
+    assert done.returncode == 1 and ("is nan" in done.stdout) == (case == "product_read_too_early")
 
 
 def test_numbers_in_pairs_are_compared_as_the_manual_says(program):

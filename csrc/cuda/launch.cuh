@@ -23,6 +23,8 @@ template <class T>
 T& shared() {
   return *static_cast<T*>(emulator::shared_memory());
 }
+inline int multiprocessors() { return emulator::kMultiprocessors; }
+inline bool is_hopper() { return true; }
 
 #else
 
@@ -47,9 +49,17 @@ int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_b
 // used, so that the emulation sees every byte of it.
 template <class T>
 __device__ __forceinline__ T& shared() {
-  extern __shared__ __align__(128) unsigned char inflection_shared_memory[];
+  extern __shared__ __align__(1024) unsigned char inflection_shared_memory[];
   return *reinterpret_cast<T*>(inflection_shared_memory);
 }
+// Of the current device; 0 where there is none.
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  return cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess ? value : 0;
+}
+inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
+inline bool is_hopper() { return device_attribute(cudaDevAttrComputeCapabilityMajor) == 9; }
 
 #endif
 

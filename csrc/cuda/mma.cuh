@@ -12,6 +12,7 @@ namespace inflection {
 
 #ifdef INFLECTION_EMULATION
 
+inline unsigned shared_address(const void* p) { return emulator::shared_offset(p); }
 template <class T>
 inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   emulator::mma(c, a, b0, b1, [](uint16_t bits) { return to_float(T{bits}); }, EMULATOR_PLACE("mma"));

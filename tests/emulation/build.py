@@ -27,7 +27,7 @@ def build(folder: Path, *, sanitize: bool = False) -> Path:
     flags = ["-std=c++20", "-O2", "-g1", "-fPIC", "-DINFLECTION_EMULATION", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     flags += [f"-I{HERE}", f"-I{ROOT / 'csrc'}", *(f"-I{path}" for path in include_paths())]
     flags += ["-Wall", "-Wno-unknown-pragmas", "-ffp-contract=off", *(SANITIZE if sanitize else [])]
-    sources = [HERE / "emulator.cpp"]
+    sources = sorted(HERE.glob("*.cpp"))
     sources += [ROOT / "csrc" / "cuda" / f"{stem}.cu" for stem in stems()]
     bindings = [ROOT / "csrc" / "torch" / f"{stem}.cpp" for stem in stems()]
     sources += [path for path in bindings if path.is_file()]

@@ -7,12 +7,14 @@
 #include <type_traits>
 
 #include "emulator.h"
+#include "hopper.h"
 
 #define __global__
 #define __device__
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __align__(n) alignas(n)
 #define __restrict__ __restrict
 
@@ -54,6 +56,10 @@ inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return
 #define __shfl_sync(mask, value, from) \
   ::emulator::shuffle(mask, value, [](int, int by) { return by & 31; }, from, EMULATOR_PLACE("__shfl_sync"))
 #define __ballot_sync(mask, predicate) ::emulator::ballot(mask, predicate, EMULATOR_PLACE("__ballot_sync"))
+#define __reduce_min_sync(mask, value) \
+  ::emulator::reduce(mask, value, [](int a, int b) { return a < b ? a : b; }, EMULATOR_PLACE("__reduce_min_sync"))
+#define __reduce_max_sync(mask, value) \
+  ::emulator::reduce(mask, value, [](int a, int b) { return a > b ? a : b; }, EMULATOR_PLACE("__reduce_max_sync"))
 #define __any_sync(mask, predicate) (::emulator::ballot(mask, predicate, EMULATOR_PLACE("__any_sync")) != 0)
 #define __all_sync(mask, predicate) (::emulator::ballot(mask, predicate, EMULATOR_PLACE("__all_sync")) == (mask))
 
@@ -102,8 +108,19 @@ inline unsigned ballot(unsigned mask, bool predicate, const Place& place) {
   return payload;
 }
 
-// mma m16n8k16. The 16 products of an element are added to it as one sum, which is then cut off, not rounded: no device
-// is documented to do better.
+template <class Choose>
+int reduce(unsigned mask, int value, Choose, const Place& place) {
+  warp_operation(mask, &value, sizeof value, [](void* const* payloads, unsigned mask, const void*) {
+    int total = *static_cast<int*>(payloads[__builtin_ctz(mask)]);
+    for (int lane = 0; lane < kWarp; ++lane)
+      if (mask >> lane & 1) total = Choose{}(total, *static_cast<int*>(payloads[lane]));
+    for (int lane = 0; lane < kWarp; ++lane)
+      if (mask >> lane & 1) *static_cast<int*>(payloads[lane]) = total;
+  }, nullptr, place);
+  return value;
+}
+
+// mma m16n8k16.
 template <class Widen>
 void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Widen, const Place& place) {
   struct Payload {
@@ -112,23 +129,19 @@ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Widen,
   } payload{{c[0], c[1], c[2], c[3]}, {a[0], a[1], a[2], a[3]}, {b0, b1}};
   warp_operation(0xffffffffu, &payload, sizeof payload, [](void* const* payloads, unsigned, const void*) {
     const auto half = [](uint32_t word, int which) { return Widen{}(static_cast<uint16_t>(word >> 16 * which)); };
-    float left[16][16], right[16][8];
+    float left[16][16], right[8][16];
     for (int lane = 0; lane < kWarp; ++lane) {
       const auto& mine = *static_cast<Payload*>(payloads[lane]);
       const int g = lane / 4, t = lane % 4;
       for (int i = 0; i < 4; ++i)
         for (int e = 0; e < 2; ++e) left[g + i % 2 * 8][2 * t + e + i / 2 * 8] = half(mine.a[i], e);
       for (int i = 0; i < 2; ++i)
-        for (int e = 0; e < 2; ++e) right[2 * t + e + i * 8][g] = half(mine.b[i], e);
+        for (int e = 0; e < 2; ++e) right[g][2 * t + e + i * 8] = half(mine.b[i], e);
     }
     for (int lane = 0; lane < kWarp; ++lane) {
       auto& mine = *static_cast<Payload*>(payloads[lane]);
-      for (int i = 0; i < 4; ++i) {
-        double sum = mine.c[i];
-        for (int k = 0; k < 16; ++k) sum += double(left[lane / 4 + i / 2 * 8][k]) * right[k][2 * (lane % 4) + i % 2];
-        const float near = static_cast<float>(sum);
-        mine.c[i] = std::fabs(double(near)) > std::fabs(sum) && !std::isinf(near) ? std::nextafter(near, 0.f) : near;
-      }
+      for (int i = 0; i < 4; ++i)
+        mine.c[i] = sum_of_products(mine.c[i], left[lane / 4 + i / 2 * 8], right[2 * (lane % 4) + i % 2]);
     }
   }, nullptr, place);
   for (int i = 0; i < 4; ++i) c[i] = payload.c[i];

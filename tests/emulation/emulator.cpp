@@ -1,6 +1,8 @@
 // See emulator.h.
 #include "emulator.h"
 
+#include "stack_switch.h"
+
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>
@@ -14,52 +16,20 @@
 #include <vector>
 
 #include <sys/mman.h>
-
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #define EMULATOR_ASAN 1
 #endif
 
-#if defined(__x86_64__)
-// Saves what the System V ABI asks a callee to save, and goes on with the other stack. Switching this way takes a few
-// nanoseconds; swapcontext makes a system call for the signal mask each time.
-extern "C" void emulator_switch(void** save_stack, void* load_stack);
-asm(R"(
-.text
-.globl emulator_switch
-.hidden emulator_switch
-.type emulator_switch,@function
-emulator_switch:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
-  movq %rsp, (%rdi)
-  movq %rsi, %rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
-  ret
-.size emulator_switch, .-emulator_switch
-)");
-#else
-#include <ucontext.h>
-#endif
-
 namespace emulator {
 namespace {
 
-constexpr size_t kSharedAlignment = 128;
+constexpr size_t kSharedAlignment = 1024;
 constexpr size_t kStackBytes = 256 << 10;  // address space; the pages are used only where a thread touches them
 constexpr size_t kUnreturnedBytes = 4096;  // more than the frames take that a thread leaves when it ends
 
-enum class State { ready, at_barrier, at_warp_operation, ended };
+enum class State { ready, at_barrier, at_warp_operation, at_condition, ended };
 
 struct Copy {
   void* to;
@@ -75,7 +45,9 @@ struct Fiber {
   unsigned mask;  // of the warp operation
   void* payload;
   size_t size;
-  char* stack;  // lowest address
+  bool (*condition)(const void*);
+  const void* argument;  // of the condition
+  char* stack;           // lowest address
 #if defined(__x86_64__)
   void* stack_pointer;
 #else
@@ -101,7 +73,8 @@ struct Machine {
   long launches = 0;
   std::mt19937_64 random{0};
   bool running = false;
-  bool any = false, voted = false;  // of barrier_or: of the open vote, of the last one
+  std::vector<std::function<void()>> events;  // that may happen at any time
+  bool any = false, voted = false;            // of barrier_or: of the open vote, of the last one
 };
 
 Machine& machine() {
@@ -135,6 +108,7 @@ void fiber_main() {
   for (const auto& group : m.current->copies) {
     if (!group.empty()) fail("thread %d ended before its asynchronous copies had arrived", m.current->self.linear);
   }
+  thread_ends();
   m.current->state = State::ended;
   switch_to_scheduler(true);
   abort();  // an ended fiber is never resumed
@@ -196,7 +170,7 @@ void describe(const Fiber& fiber, char* text, size_t size) {
   const char* const state = fiber.state == State::ended   ? "has ended"
                             : fiber.state == State::ready ? "runs"
                                                           : "waits at";
-  const bool waits = fiber.state == State::at_barrier || fiber.state == State::at_warp_operation;
+  const bool waits = fiber.state != State::ended && fiber.state != State::ready;
   snprintf(text, size, "thread (%u, %u, %u) %s%s%s", fiber.self.index.x, fiber.self.index.y, fiber.self.index.z, state,
            waits ? " " : "", waits ? fiber.place.what : "");
   if (waits) snprintf(text + strlen(text), size - strlen(text), " (%s:%d)", fiber.place.file, fiber.place.line);
@@ -236,7 +210,7 @@ bool open_barrier(size_t count) {
     if (fibers[i]->state == State::at_warp_operation) waiting = fibers[i].get();
   if (!waiting) {
     for (size_t i = 0; i < count; ++i)
-      if (fibers[i]->state == State::at_barrier) waiting = fibers[i].get();
+      if (fibers[i]->state == State::at_barrier || fibers[i]->state == State::at_condition) waiting = fibers[i].get();
     fail_with(*waiting, *waiting, "nothing can run");
   }
   const size_t first = static_cast<size_t>(waiting->self.linear) / kWarp * kWarp;
@@ -248,8 +222,18 @@ bool open_barrier(size_t count) {
   fail_with(*waiting, *waiting, "the mask of a warp operation names lanes that do not exist");
 }
 
+// One of the events that are due, any one.
+void let_happen() {
+  auto& events = machine().events;
+  std::swap(events[machine().random() % events.size()], events.back());
+  const auto event = std::move(events.back());
+  events.pop_back();
+  event();
+}
+
 void run_block(size_t count) {
   Machine& m = machine();
+  block_begins();
   memset(m.shared.get(), 0xff, m.shared_size);  // NaN in every float format
   for (size_t i = 0; i < count; ++i) {
     Fiber& fiber = fiber_at(i);
@@ -264,14 +248,16 @@ void run_block(size_t count) {
     std::shuffle(order.begin(), order.end(), m.random);
     bool ran = false;
     for (size_t i : order) {
-      if (m.fibers[i]->state != State::ready) continue;
-      resume(*m.fibers[i]);
+      Fiber& fiber = *m.fibers[i];
+      if (fiber.state == State::at_condition && fiber.condition(fiber.argument)) fiber.state = State::ready;
+      if (fiber.state != State::ready) continue;
+      resume(fiber);
       ran = true;
     }
+    const auto ended = [&](size_t i) { return m.fibers[i]->state == State::ended; };
+    if (std::all_of(order.begin(), order.end(), ended)) return block_ends(m.events.size());
+    if (!m.events.empty() && (!ran || m.random() % 4 == 0)) let_happen(), ran = true;
     if (ran || open_barrier(count)) continue;
-    const bool done =
-        std::all_of(order.begin(), order.end(), [&](size_t i) { return m.fibers[i]->state == State::ended; });
-    if (done) return;
     fail_stuck(count);
   }
 }
@@ -298,6 +284,11 @@ const uint3& block_index() { return machine().block_index; }
 const dim3& block_size() { return machine().block; }
 const dim3& grid_size() { return machine().grid; }
 void* shared_memory() { return machine().shared.get(); }
+unsigned shared_offset(const void* address) {
+  const auto offset = static_cast<size_t>(static_cast<const unsigned char*>(address) - machine().shared.get());
+  if (offset >= machine().shared_size) fail("an address is not in shared memory");
+  return static_cast<unsigned>(offset);
+}
 
 void barrier(const Place& place) {
   Fiber& self = *machine().current;
@@ -311,6 +302,16 @@ int barrier_or(int predicate, const Place& place) {
   barrier(place);
   return machine().voted;
 }
+
+void wait_until(bool (*condition)(const void*), const void* argument, const Place& place) {
+  Fiber& self = *machine().current;
+  self.state = State::at_condition;
+  self.place = place;
+  self.condition = condition, self.argument = argument;
+  switch_to_scheduler(false);
+}
+
+void happens_later(std::function<void()> event) { machine().events.push_back(std::move(event)); }
 
 void copy_later(void* to, const void* from, size_t size, size_t given) {
   if (reinterpret_cast<uintptr_t>(to) % size || reinterpret_cast<uintptr_t>(from) % size)

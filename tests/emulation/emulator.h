@@ -14,7 +14,7 @@
 //
 // What it cannot show: the order of memory operations between real warps (everything here is sequentially consistent),
 // bank conflicts, coalescing, occupancy, speed, the true rounding of sums inside tensor cores (here: one cut-off for 16
-// products), and anything about clusters, tensor maps or warpgroup instructions.
+// products), and anything about clusters. What it has of Hopper's own instructions stands in hopper.h.
 #pragma once
 
 #include <cstddef>
@@ -35,6 +35,7 @@ constexpr int kWarp = 32;
 constexpr int kMaxThreads = 1024;         // of a block
 constexpr size_t kMaxShared = 227 << 10;  // bytes of a block on Hopper
 constexpr size_t kLargestPayload = 128;   // bytes that a lane hands to a warp operation
+constexpr int kMultiprocessors = 3;       // what a kernel is told that divides its work among them
 
 struct Place {  // where in the source a thread waits
   const char* what;
@@ -52,6 +53,7 @@ const uint3& block_index();
 const dim3& block_size();
 const dim3& grid_size();
 void* shared_memory();
+unsigned shared_offset(const void* address);  // from the beginning of shared memory
 
 void barrier(const Place& place);
 int barrier_or(int predicate, const Place& place);  // a barrier; whether any thread brought something but 0
@@ -61,6 +63,11 @@ int barrier_or(int predicate, const Place& place);  // a barrier; whether any th
 // gets its own bytes back.
 using Apply = void (*)(void* const* payloads, unsigned mask, const void* argument);
 void warp_operation(unsigned mask, void* payload, size_t size, Apply apply, const void* argument, const Place& place);
+
+// The calling thread goes on when condition(argument) is true and its turn has come.
+void wait_until(bool (*condition)(const void*), const void* argument, const Place& place);
+// What is done by nobody's thread: at any time from now on, at the latest when no thread can run.
+void happens_later(std::function<void()> event);
 
 // Asynchronous copies of the calling thread: of `size` bytes `given` are copied, the others are 0.
 void copy_later(void* to, const void* from, size_t size, size_t given);
@@ -72,6 +79,11 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void
 
 // The order in which threads and blocks run follows this seed.
 void seed(uint64_t value);
+
+// What hopper.cpp looks after: called when a block begins, when one of its threads ends, and when all have.
+void block_begins();
+void thread_ends();
+void block_ends(size_t events);  // so many have not happened
 
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 

@@ -5,6 +5,7 @@
 #include <string>
 #include <type_traits>
 
+#include "hopper_cases.h"
 #include "mma.cuh"
 
 using namespace inflection;
@@ -150,6 +151,7 @@ int check_product() {
 int main(int count, char** arguments) {
   const std::string name = arguments[1];
   emulator::seed(count > 2 ? strtoull(arguments[2], nullptr, 10) : 0);
+  if (int result; hopper_cases::run_case(name, result)) return result;
   for (int i = 0; i < kThreads; ++i) source[i] = float(i);
   for (int i = 0; i < 256; ++i) put(&left[i / 16][i % 16], float(i * 7 % 31 - 15));
   for (int i = 0; i < 128; ++i) put(&right[i / 8][i % 8], float(i * 5 % 23 - 11));

@@ -26,9 +26,10 @@ def pytest_configure(config):
     is_worker = hasattr(config, "workerinput")  # of xdist: whoever started it has compiled
     library = folder / LIBRARY if is_worker else build(folder, sanitize=sanitize)
     torch.ops.load_library(str(library))
-    launches = ctypes.CDLL(str(library)).emulator_launches
-    launches.restype = ctypes.c_long
-    config.emulator_launches = launches
+    counts = ctypes.CDLL(str(library))
+    for name in ("emulator_launches", "emulator_products"):
+        getattr(counts, name).restype = ctypes.c_long
+        setattr(config, name, getattr(counts, name))
     config.launches_of_workers = 0
     if config.pluginmanager.has_plugin("xdist"):
         config.pluginmanager.register(Workers(config))
