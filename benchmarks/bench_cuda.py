@@ -1,6 +1,7 @@
 """The operators on a GPU: against what one would write, fused attention, and the card's own copy and matrix rates."""
 
 import functools
+import os
 
 import pytest
 import torch
@@ -162,6 +163,21 @@ def flex_attention_with_statistics(query, key, value, causal):
     return lambda: compiled(query, key, value, block_mask=mask, return_aux=wanted)
 
 
+def on_hopper(call):
+    """The same call with the variant for Hopper GPUs (docs/kernels.md), with and without polynomial exponentials."""
+
+    def switched_on(value):
+        os.environ["INFLECTION_HOPPER"] = value
+        try:
+            return call()
+        finally:
+            del os.environ["INFLECTION_HOPPER"]
+
+    if torch.cuda.get_device_capability()[0] != 9:
+        return {}
+    return {"Hopper": lambda: switched_on("1"), "Hopper, split": lambda: switched_on("split")}
+
+
 def works(call):
     try:
         call()
@@ -177,6 +193,7 @@ def bench_entropy_from_q_and_k(benchmark, causal, depth):
     B, H, T, _ = SHAPE
     query, key, value = (torch.randn(B, T, H, depth, device="cuda", dtype=BF16).transpose(1, 2) for _ in range(3))
     rivals = {"ours": lambda: attention_entropy_qk(query, key, is_causal=causal)}
+    rivals |= on_hopper(rivals["ours"]) if depth <= 128 else {}
     rivals |= {k: v for k, v in attention_rivals(query, key, value, causal).items() if works(v)}
     flops = 2 * B * H * T * T * depth / (2 if causal else 1)
     matrix = card()["matrix"]

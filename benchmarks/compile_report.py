@@ -1,4 +1,5 @@
-"""Compiles every CUDA kernel for every target and lists registers, shared memory and spills; a spill fails.
+"""Compiles every CUDA kernel for every target and lists registers, shared memory and spills; a spill fails, and so does
+a warning of ptxas that it carries out products of warp groups one by one, or leaves registers where they are.
 
     python benchmarks/compile_report.py [--arch 80 90a 100 ptx] [--json FILE] [STEM ...]
 
@@ -57,6 +58,8 @@ def compile_for(source: Path, target: str) -> list[dict]:
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise SystemExit(f"{source.name} for {target} does not compile:\n{done.stderr[:4000]}")
+    if refused := re.findall(r"^.*\(C75\d\d\).*$", done.stderr, re.MULTILINE):
+        raise SystemExit(f"{source.name} for {target}: {refused[0][:400]}")
     records = kernels_of(done.stderr)
     if target != "ptx" and not records:
         raise SystemExit(f"{source.name} for {target}: ptxas reported no kernel")
@@ -80,10 +83,10 @@ def main() -> int:
             worst = max((r["registers"] for r in found), default=0)
             print(f"{source.name} {target}: {len(found)} kernels, at most {worst} registers", flush=True)
     local = [r for r in records if r["stack"] or r["stores"] or r["loads"]]
-    print(f"{'file':22} {'target':8} {'registers':>9} {'static':>6} {'spill':>5} {'stack':>5}  kernel")
+    print(f"{'file':28} {'target':8} {'registers':>9} {'static':>6} {'spill':>5} {'stack':>5}  kernel")
     for r in records:
         spill = r["stores"] + r["loads"]
-        row = f"{r['file']:22} {r['target']:8} {r['registers']:9} {r['static_shared']:6} {spill:5} {r['stack']:5}"
+        row = f"{r['file']:28} {r['target']:8} {r['registers']:9} {r['static_shared']:6} {spill:5} {r['stack']:5}"
         print(row, r["kernel"], sep="  ")
     if options.json:
         options.json.write_text(json.dumps(records, indent=1) + "\n")

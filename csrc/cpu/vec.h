@@ -8,6 +8,7 @@
 #include "isa.h"
 
 #include "core/dtypes.h"
+#include "core/exp2.h"
 
 namespace inflection::INFLECTION_ISA {
 
@@ -194,10 +195,8 @@ IF_INLINE vd log1p_nonnegative(vd x) {
   return series + ((vd)(k | kExponent) - 0x1p52) * 0.6931471805599453;
 }
 
-// 2^(n + f) for |f| <= 1/2, a minimax polynomial with relative error 9.3e-8; `shifted` is n + kRound, whose low bits of
-// the mantissa are n. N vectors step by step: one alone is a chain too long for a scheduler to find work beside it.
-constexpr float kRound = 0x1.8p23f;
-constexpr float kExp2Series[] = {0x1.5bda36p-10f, 0x1.3ce8aap-7f, 0x1.c6b6d8p-5f, 0x1.ebf9c2p-3f, 0x1.62e42ap-1f, 1.0f};
+// 2^(n + f) for |f| <= 1/2; `shifted` is n + kRound. N vectors step by step: one alone is a chain too long for a
+// scheduler to find work beside it.
 template <int N>
 IF_INLINE void exp2_parts(const vf (&shifted)[N], const vf (&f)[N], vf (&y)[N]) {
   for (int i = 0; i < N; ++i) y[i] = splat(kExp2Series[0]);

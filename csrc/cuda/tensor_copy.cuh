@@ -1,5 +1,5 @@
-// Copies of boxes of a tensor into shared memory, by the unit that does nothing else (TMA): the description of the tensor
-// for the host to make, the instruction for one thread to issue. The emulator has its own of both. sm_90.
+// Copies of boxes of a tensor into shared memory, by the unit that does nothing else (TMA): the description of the
+// tensor for the host to make, the instruction for one thread to issue. The emulator has its own of both. sm_90.
 //
 // A box lands row by row, 128 bytes each, 16-byte pieces exchanged within every eight rows, so that eight rows at one
 // column lie in different banks: bits 4 to 6 of an address are those of the plain layout, exclusive or bits 7 to 9.
@@ -19,8 +19,8 @@ constexpr int kSwizzleAlign = 1024;                  // of a box in shared memor
 constexpr int kTensorDims = 4;                       // of every tensor that is described here
 constexpr uint64_t kMostStride = uint64_t{1} << 40;  // bytes
 
-// The tensor, innermost dimension first and contiguous; strides in bytes, of the other dimensions, multiples of 16. Boxes
-// are `box` numbers of 16 bits in each dimension, kSwizzledRow bytes in the innermost.
+// The tensor, innermost dimension first and contiguous; strides in bytes, of the other dimensions, multiples of 16.
+// Boxes are `box` numbers of 16 bits in each dimension, kSwizzledRow bytes in the innermost.
 struct TensorShape {
   const void* data;
   uint64_t sizes[kTensorDims], strides[kTensorDims - 1];

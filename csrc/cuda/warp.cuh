@@ -2,6 +2,7 @@
 #pragma once
 
 #include "core/dtypes.h"
+#include "core/exp2.h"
 #include "launch.cuh"
 
 namespace inflection {

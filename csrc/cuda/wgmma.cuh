@@ -1,12 +1,12 @@
-// Products of a warp group, four warps that begin at a multiple of four: C (64 x 128) += A (64 x 16) B (16 x 128), A from
-// registers, B from shared memory, asynchronous. The emulator has its own of these functions. sm_90a.
+// Products of a warp group, four warps that begin at a multiple of four: C (64 x 128) += A (64 x 16) B (16 x 128), A
+// from registers, B from shared memory, asynchronous. The emulator has its own of these functions. sm_90a.
 //
-// Warp w of the group has rows 16 w to 16 w + 15 of A and C. Its lane l, with g = l / 4 and t = l % 4, holds of A what mma
-// m16n8k16 takes (mma.cuh), and of C in c[4 n + i] row g, from i = 2 on row g + 8, columns 8 n + 2t + i % 2.
+// Warp w of the group has rows 16 w to 16 w + 15 of A and C. Its lane l, with g = l / 4 and t = l % 4, holds of A what
+// mma m16n8k16 takes (mma.cuh), and of C in c[4 n + i] row g, from i = 2 on row g + 8, columns 8 n + 2t + i % 2.
 //
-// B lies as copy_box leaves it (tensor_copy.cuh): column n of B is a row of 128 bytes, 64 numbers of the depth, of which a
-// product takes 16. Between wgmma_fence() and wgmma_wait() nobody may touch the registers of a product; B is in use
-// until the wait.
+// B lies as copy_box leaves it (tensor_copy.cuh): column n of B is a row of 128 bytes, 64 numbers of the depth, of
+// which a product takes 16. Between wgmma_fence() and wgmma_wait() nobody may touch the registers of a product; B is in
+// use until the wait.
 #pragma once
 
 #include "tensor_copy.cuh"
@@ -19,8 +19,8 @@ constexpr int kProductCols = 128;                 // of B
 constexpr int kProductDepth = 16;                 // of A and B
 constexpr int kProductFloats = kProductCols / 2;  // of C, a thread
 
-// The description of B: its first byte divided by 16; eight rows of 128 bytes to the next eight; the kind of swizzle. The
-// field in between (bits 16 to 29) has no meaning where rows are swizzled.
+// The description of B: its first byte divided by 16; eight rows of 128 bytes to the next eight; the kind of swizzle.
+// The field in between (bits 16 to 29) has no meaning where rows are swizzled.
 __device__ __forceinline__ uint64_t swizzled_matrix(unsigned address) {
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kEightRows = uint64_t{kSwizzleAlign >> 4} << 32;
   return uint64_t{(address & 0x3ffff) >> 4} | uint64_t{1} << 16 | kEightRows | kSwizzle128;

@@ -14,7 +14,7 @@ constexpr uint64_t kSwizzledRow = 128, kSwizzleAlign = 1024;
 
 uint64_t swizzled(uint64_t offset) { return offset ^ (offset >> 7 & 7) << 4; }
 
-// ---- barriers ---------------------------------------------------------------------------------------------------------
+// ---- barriers -------------------------------------------------------------------------------------------------------
 
 // In the 64 bits of shared memory that are theirs. Bytes may arrive before they are announced: counted from the middle.
 constexpr unsigned kMost = (1 << 20) - 1;  // threads; bytes under way
@@ -52,7 +52,7 @@ unsigned count_bytes(unsigned bytes, int64_t more) {
   return static_cast<unsigned>(total);
 }
 
-// ---- products ---------------------------------------------------------------------------------------------------------
+// ---- products -------------------------------------------------------------------------------------------------------
 
 constexpr int kGroupWarps = 4;
 

@@ -1,16 +1,17 @@
-// Hopper's own instructions as the PTX manual describes them, those that this package's kernels use: barriers that count
-// threads and bytes (mbarrier), copies of boxes of a tensor (cp.async.bulk.tensor), products of a warp group (wgmma).
+// Hopper's own instructions as the PTX manual describes them, those that this package's kernels use: barriers that
+// count threads and bytes (mbarrier), copies of boxes of a tensor (cp.async.bulk.tensor), products of a warp group
+// (wgmma).
 //
-// What is asynchronous there is as unkind here as it may be. A box arrives at any time after its copy was issued, in any
-// order. A product is carried out when it is waited for: its accumulators are NaN until then where it does not add to
-// them, and whoever overwrites its matrix in shared memory before that has spoilt it. The four warps of a group carry out
-// their quarters on their own, nothing else holds them together.
+// What is asynchronous there is as unkind here as it may be. A box arrives at any time after its copy was issued, in
+// any order. A product is carried out when it is waited for: its accumulators are NaN until then where it does not add
+// to them, and whoever overwrites its matrix in shared memory before that has spoilt it. The four warps of a group
+// carry out their quarters on their own, nothing else holds them together.
 //
-// An error, besides those of emulator.h: a barrier that nobody initialised, more arrivals in a phase than it was made for,
-// more bytes than it can count; a box to an address where its pattern does not begin; a tensor that the driver would
-// not describe; a product without a fence since the last wait, or of a matrix that lies otherwise than emulated here; a
-// thread that ends before its products are waited for, warps of a group with different numbers of products, a block that
-// ends before its boxes have arrived.
+// An error, besides those of emulator.h: a barrier that nobody initialised, more arrivals in a phase than it was made
+// for, more bytes than it can count; a box to an address where its pattern does not begin; a tensor that the driver
+// would not describe; a product without a fence since the last wait, or of a matrix that lies otherwise than emulated
+// here; a thread that ends before its products are waited for, warps of a group with different numbers of products, a
+// block that ends before its boxes have arrived.
 //
 // What it cannot show: fences between ordinary and asynchronous accesses (everything here is in one order), how many
 // registers setmaxnreg moves, the rounding of wgmma (taken to be that of mma: one cut-off for 16 products).

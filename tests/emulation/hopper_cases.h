@@ -46,7 +46,7 @@ inline Memory& with_barrier(unsigned threads) {
 // A row of the box as it lies in the tensor, read through the swizzle.
 inline uint16_t& at_of(Memory& memory, int row, int k) { return memory.matrix[row][k ^ row % 8 * 8]; }
 
-// ---- what has to be right -----------------------------------------------------------------------------------------------
+// ---- what has to be right -------------------------------------------------------------------------------------------
 
 template <int kX, int kY>
 void box() {
@@ -122,7 +122,7 @@ int check_product() {
   return 0;
 }
 
-// ---- what has to be caught ------------------------------------------------------------------------------------------------
+// ---- what has to be caught ------------------------------------------------------------------------------------------
 
 inline void barrier_that_nobody_made() { arrive(shared<Memory>().barrier); }
 inline void arrivals_beyond_the_phase() {
