@@ -21,8 +21,7 @@ __device__ __forceinline__ float exp2_approx(float x) {
 }
 
 // The same on the units that multiply and add, in nine instructions, for -127 <= x < 2^7: relative error below 2e-7
-// above
-// -126, exactly 1 at 0 and 0 at -127. What it makes of NaN need not be NaN.
+// above -126, exactly 1 at 0 and 0 at -127. What it makes of NaN need not be NaN.
 __device__ __forceinline__ float exp2_polynomial(float x) {
   const float shifted = x + kRound, f = x - (shifted - kRound);
   constexpr float a = kExp2Series[0], b = kExp2Series[1], c = kExp2Series[2], d = kExp2Series[3], e = kExp2Series[4];
