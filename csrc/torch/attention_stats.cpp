@@ -60,7 +60,7 @@ Tensor new_rows(const Tensor& logits, bool wanted) {
     sizes.clear();
     for (int64_t d = 0; d < logits.dim() - 1; ++d) sizes.push_back(logits.size(d));
   }
-  return torch::stable::new_empty(logits, {sizes.data(), sizes.size()}, ScalarType::Float);
+  return new_tensor(logits, {sizes.data(), sizes.size()}, ScalarType::Float);
 }
 
 #ifdef INFLECTION_CPU_KERNELS
@@ -111,7 +111,7 @@ Tensor attention_stats_backward(MaybeTensor grad_entropy, MaybeTensor grad_lse, 
   std::vector<int64_t> sizes;
   for (int64_t d = 0; d < logits.dim(); ++d) sizes.push_back(logits.size(d));
   const ScalarType dtype = of_scores ? ScalarType::Float : logits.scalar_type();
-  Tensor grad = torch::stable::new_empty(logits, {sizes.data(), sizes.size()}, dtype);
+  Tensor grad = new_tensor(logits, {sizes.data(), sizes.size()}, dtype);
   args.grad = grad.data_ptr();
   const auto parts = new_parts(logits, args.forward, row_slices(count, args.forward.cols));
   INFLECTION_RUN(attention_stats_backward, args, logits, count, grain(args.forward));

@@ -11,6 +11,7 @@
 
 #include <optional>
 
+#include "huge_pages.h"
 #include "kernels.h"
 
 #ifdef USE_CUDA
@@ -81,8 +82,14 @@ inline void check_device(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(kCuda ? tensor.is_cuda() : tensor.is_cpu(), name, ": expected a ", kCuda ? "CUDA" : "CPU", " tensor");
 }
 
+// Of every result and all scratch: to be written as a whole.
+inline Tensor new_tensor(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
+  Tensor tensor = torch::stable::new_empty(like, sizes, dtype);
+  if constexpr (!kCuda) ask_for_huge_pages(tensor.mutable_data_ptr(), tensor.numel() * tensor.element_size());
+  return tensor;
+}
 inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
+  return new_tensor(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
 }
 inline Tensor new_float(const Tensor& like, std::initializer_list<int64_t> sizes) {
   return new_tensor(like, sizes, ScalarType::Float);
