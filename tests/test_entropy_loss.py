@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 from helpers.injected import plan_for
+from helpers.plain_flash import flash, packed_llama  # noqa: F401
 from helpers.tiny_models import one_thread  # noqa: F401
 from model_types.tiny import batch_of, config_of, model_of
 from torch.utils.checkpoint import checkpoint
 
 from inflection_fast import Monitor, MonitorConfig, find_blocks
 from inflection_fast.act import attention_entropy_loss, attention_temperature
+from inflection_fast.ops import qk_arguments
 
 TARGET = 1.2  # nats, within the range of the tiny models' heads
 PENALTY_ONLY = 50.0  # a weight at which nothing else is seen in a gradient
@@ -280,3 +282,20 @@ def test_what_cannot_be_is_refused_and_nothing_is_applied(options, words):
     with attention_entropy_loss(double, TARGET), pytest.raises(TypeError, match="attention is in float64"):
         double(**batch)
     assert len(find_blocks(model)) == 3
+
+
+def test_layers_share_what_is_made_of_packed_sequences_until_the_next_forward(flash, monkeypatch):
+    model, batch = packed_llama(flash)
+    made, bounds = [], qk_arguments.key_bounds
+    monkeypatch.setattr(qk_arguments, "key_bounds", lambda *lengths: made.append(1) or bounds(*lengths))
+    with attention_entropy_loss(model, target=TARGET, rows=None) as handle:
+        model(**batch)
+        assert len(made) == 1 < len(handle.layers)
+        of_three = handle.loss()
+        batch["position_ids"].copy_(torch.arange(batch["position_ids"].numel()))  # the same tensor, now one sequence
+        model(**batch)
+        of_one = handle.loss()
+    batch["position_ids"] = batch["position_ids"].clone()
+    with attention_entropy_loss(model, target=TARGET, rows=None) as handle:
+        model(**batch)
+        assert handle.loss() == of_one != of_three

@@ -157,6 +157,7 @@ class AttentionEntropyLoss(Scheduled):
         if model is not self.model:
             return
         self._seen.clear()
+        self._starts = Starts()  # those of the forward before may have been written over
         if torch.is_grad_enabled():
             self._valid = ValidRows(named_inputs(model, args, kwargs))
 
@@ -318,7 +319,7 @@ def _entropy_of(call: AttentionCall, rows: Tensor | None, heads: list[int] | Non
         query, mask, rows = _rows(query, rows), bias, None
     return ops.attention_entropy_qk(
         query, key, attn_mask=mask, is_causal=call.is_causal, scale=call.scale, window=call.window,
-        softcap=call.softcap, sinks=sinks, rows=rows, cu_seqlens=call.cu_seqlens,
+        softcap=call.softcap, sinks=sinks, rows=rows, cu_seqlens=call.sequences,
     )  # fmt: skip
 
 

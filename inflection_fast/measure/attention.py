@@ -9,13 +9,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from ..blocks import Block
-from ..ops import AttentionStats, PackedSequences
+from ..ops import AttentionStats
 from ..quantities.quantity import AttentionRows, AttentionSeen
 from .attention_call import AttentionCall, stats_of
 from .attention_sight import AttentionSight, See
@@ -145,10 +144,8 @@ class AttentionTaps:
             # Kept together with the starts: an id is unique only as long as its object lives.
             key, known = (length, number, id(call.cu_seqlens)), micro_batch.packed_strata
             if key not in known:
-                starts = call.cu_seqlens.to(strata.weights.device)
-                known[key] = strata.within(starts), PackedSequences(call.cu_seqlens, length)
-            strata, packed = known[key]
-            call = replace(call, packed=packed)
+                known[key] = call.cu_seqlens, strata.within(call.cu_seqlens.to(strata.weights.device))
+            strata = known[key][1]
         rows = None if strata.rows is None else strata.rows.to(call.query.device)
         # Not only without gradients: what autograd adds to the call of an operator is a fifth of its time.
         with torch.inference_mode():

@@ -40,6 +40,11 @@ class AttentionCall:
     sparse: bool = False  # the mask also leaves out tokens that an indexer did not choose: it tells nothing of padding
     foreign_keys: Tensor | None = None  # [] bool: keys of packed sequences are not those of the queries; None: they are
 
+    @property
+    def sequences(self) -> Tensor | ops.PackedSequences | None:
+        """Where packed sequences begin, as the operators take it."""
+        return self.cu_seqlens if self.packed is None else self.packed
+
     def refuse_foreign_keys(self) -> None:
         """`ValueError` for packed sequences that attend to others. Waits for the device to know."""
         if self.foreign_keys is not None and bool(self.foreign_keys):
@@ -96,7 +101,7 @@ def _stats_of(call: AttentionCall, rows: Tensor | None) -> ops.AttentionStats:
         softcap=call.softcap,
         sinks=None if call.sinks is None else call.sinks.detach(),
         rows=rows,
-        cu_seqlens=call.cu_seqlens if call.packed is None else call.packed,
+        cu_seqlens=call.sequences,
     )
 
 
@@ -166,10 +171,18 @@ def takes_flash_masks(name: str) -> bool:
 
 
 class Starts:
-    """Where the sequences of a row begin, by the positions in it; the layers of one forward share both."""
+    """Where the sequences of a row begin, and what operators make of it: once for all layers of one forward."""
 
     def __init__(self):
         self._positions = self._cu_seqlens = None
+        self._packed: ops.PackedSequences | None = None
+
+    def packed(self, cu_seqlens: Tensor, length: int) -> ops.PackedSequences:
+        """What the operators need of starts in a row of so many positions."""
+        known = self._packed
+        if known is None or known.cu_seqlens is not cu_seqlens or len(known.key_bounds) != length:
+            known = self._packed = ops.PackedSequences(cu_seqlens, length)
+        return known
 
     def of(self, positions: Tensor) -> Tensor:
         """[T + 1] int64, the starts first and T in all other places, for positions [1, T].

@@ -143,7 +143,10 @@ def call_of(
     """What `attend`, which is the implementation `name`, makes of its arguments (`args` follow after the mask)."""
     settings = _named_arguments(attend, args, kwargs)
     mask = _as_added(mask, query, attend) if name == "eager" else mask
-    return _interface_call(name, module, query, key, mask, settings, starts)
+    call = _interface_call(name, module, query, key, mask, settings, starts)
+    if call.cu_seqlens is None:
+        return call
+    return replace(call, packed=starts.packed(call.cu_seqlens, call.query.shape[2]))
 
 
 def traced_call(

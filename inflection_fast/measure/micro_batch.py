@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks import Block
-from ..ops import PackedSequences
 from ..quantities.quantity import BlockForward, ModelOutput
 from .attention_call import AttentionCall
 from .packet import Piece
@@ -51,8 +50,8 @@ class MicroBatch:
         self.waiting: list[tuple] = []
         self.waiting_bytes = 0
         self.strata: dict[tuple[int, int], Strata] = {}  # (query length, number of the call) -> sampled positions
-        # and with the id of starts: kept, too
-        self.packed_strata: dict[tuple[int, int, int], tuple[Strata, PackedSequences]] = {}
+        # and with the id of the starts of packed sequences, which are kept, too
+        self.packed_strata: dict[tuple[int, int, int], tuple[Tensor, Strata]] = {}
         self.positions: Counter = Counter()  # layer -> queries of a head, of all rows of the batch
         self.awaits_gradient: set[int] = set()  # layers whose output has a hook
         self.reached: set[int] = set()  # layers whose output a gradient has reached
