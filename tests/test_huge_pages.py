@@ -1,4 +1,4 @@
-"""Large results of the CPU come from huge pages where Linux has them: small ones cost more than what is written there."""
+"""Large results of the CPU lie in huge pages where Linux has them: small ones cost more than what is written there."""
 
 import re
 from pathlib import Path
