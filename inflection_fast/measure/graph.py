@@ -97,7 +97,12 @@ _OTHERWISE = "measure it as it is written, by MonitorConfig(compiled='eager')"
 
 
 class GraphSlots:
-    """The tensors that a graph with taps reads and writes: flags, draws of rows, and slots of sums."""
+    """The tensors that a graph with taps reads and writes: flags, draws of rows, and slots of sums.
+
+    A graph keeps some of them for its backward pass, and autograd refuses one whose tensors were written to in between.
+    Here that is meant: another forward may come before the backward pass of the first. So what stands around the graph
+    writes through `data`, which autograd does not count.
+    """
 
     def __init__(self, layers: int, heads: int, rows: int | None, device: torch.device):
         self.measures_attention, self.measures_gradients = (
@@ -113,19 +118,28 @@ class GraphSlots:
 
     def lower(self) -> None:
         """Nothing is measured from here on."""
-        self.measures_attention.zero_()
-        self.measures_gradients.zero_()
+        self.lower_attention()
+        self.measures_gradients.data.zero_()
+
+    def lower_attention(self) -> None:
+        """No attention is measured from here on."""
+        self.measures_attention.data.zero_()
+
+    def forget_gradients(self) -> None:
+        """Those of the step before."""
+        self.gradients.data.zero_()
 
     def begin_forward(self, attention: bool, gradients: bool, sampler: RowSampler) -> None:
         """The next forward is measured."""
         if attention:
             if self.draws is not None:
-                self.draws.copy_(sampler.uniform(), non_blocking=True)
-            self.attention.zero_()
-            self.attention[:, _MAX_LOGIT].fill_(-torch.inf)
-            self.measures_attention.fill_(1)
+                self.draws.data.copy_(sampler.uniform(), non_blocking=True)
+            slots = self.attention.data
+            slots.zero_()
+            slots[:, _MAX_LOGIT].fill_(-torch.inf)
+            self.measures_attention.data.fill_(1)
         if gradients:
-            self.measures_gradients.fill_(1)
+            self.measures_gradients.data.fill_(1)
 
     def end_forward(self, piece: Piece, quantities: Sequence[Quantity]) -> None:
         """Add what was found to the accumulators of a micro-batch."""
@@ -162,7 +176,7 @@ class GraphSlots:
                 sums = piece[quantity.name]
                 sums["squares"].copy_(self.gradients[:, 1])
                 sums["count"].copy_(self.gradients[:, 0].clamp(max=1))
-        self.gradients.zero_()
+        self.forget_gradients()
 
 
 def _add_attention(sums, slots: Tensor) -> None:
@@ -210,6 +224,7 @@ class TracedTaps:
             if attention:
                 begins = self._part.register_forward_pre_hook(self._forward_begins, with_kwargs=True)
                 stack.callback(begins.remove)
+                stack.callback(self._part.register_forward_hook(self._forward_ends).remove)
                 for interface in self._sight.interfaces:
                     stack.enter_context(replaced(interface, "get_interface", self._tapped))
             if gradients:
@@ -229,6 +244,9 @@ class TracedTaps:
 
     def _forward_begins(self, part: nn.Module, args: tuple, kwargs: dict) -> None:
         self._inputs = kwargs
+
+    def _forward_ends(self, part: nn.Module, args: tuple, output: object) -> None:
+        self._inputs = {}  # or a batch would live until the next one: what the graph leaves in attributes stays there
 
     def _block_ends(self, layer: int, block: nn.Module, args: tuple, output: object) -> object:
         if block not in self._layers or not torch.is_grad_enabled():

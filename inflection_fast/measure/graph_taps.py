@@ -142,7 +142,7 @@ class GraphTaps(Taps):
             super()._attach_to_model()
             return
         self._sees_attention = self._wants_gradients = False  # by hooks
-        self._slots.gradients.zero_()
+        self._slots.forget_gradients()
         add = self._attached.enter_context
         if self._around._compiled_call_impl is not None:
             add(_around_compiled(self._around, self._run_begins, self._run_ends))
@@ -198,7 +198,7 @@ class GraphTaps(Taps):
     def _forward_ends(self, model: nn.Module, args: tuple, output: object) -> None:
         super()._forward_ends(model, args, output)
         if self._in_graph:
-            self._slots.measures_attention.zero_()
+            self._slots.lower_attention()
 
     def _forward_ended(self, micro_batch: MicroBatch, output: object) -> None:
         if self._in_graph:

@@ -43,14 +43,13 @@ def _(gradient, flag, slots, slot):
 class _Listened(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tensor: Tensor, slots: Tensor, slot: int, flag: Tensor) -> Tensor:
-        ctx.save_for_backward(slots, flag)
-        ctx.slot = slot
+        # Not by `save_for_backward`: they are written to in between, by the backward pass of another micro-batch.
+        ctx.slots, ctx.flag, ctx.slot = slots, flag, slot
         return tensor.view_as(tensor)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        slots, flag = ctx.saved_tensors
-        torch.ops.inflection_fast.tap_gradient(gradient, flag, slots, ctx.slot)  # which checks what came
+        torch.ops.inflection_fast.tap_gradient(gradient, ctx.flag, ctx.slots, ctx.slot)  # which checks what came
         return gradient, None, None, None
 
 
