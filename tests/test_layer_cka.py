@@ -38,6 +38,26 @@ def test_both_matrices_equal_the_truth():
     assert timeline.columns["layer_cka"].axes == ("layer", "other_layer")
 
 
+def test_without_a_reference_no_state_is_kept(tmp_path):
+    model, batch = model_and_batch("bert")
+    probe = [{name: value for name, value in batch.items() if name != "labels"}]
+    now = states(model, batch)
+    runs = []
+    model.register_forward_hook(lambda *_: runs.append(model.training))
+    config = MonitorConfig(every=1, quantities=(LayerCka(every=1),), cka_reference=None)
+    with Monitor(model.train(), config, tmp_path, probe=probe) as monitor:
+        loss_of(model(**batch)).backward()
+        monitor.step()
+        timeline = monitor.timeline
+    assert runs == [True, False]  # a training step, and one run of the probe
+    assert [path.name for path in tmp_path.iterdir()] == ["timeline.arrows"]
+    truth = np.array([[float(reference.linear_cka(a, b)) for b in now] for a in now])
+    np.testing.assert_allclose(timeline.layer_cka[0], truth, atol=3e-4)
+    assert np.isnan(timeline.layer_delta_cka).all()
+    with pytest.raises(ValueError, match="delta_cka: compares with a reference"):
+        Monitor(model, MonitorConfig(quantities=("delta_cka",), cka_reference=None), probe=probe)
+
+
 def test_layers_of_other_stacks_have_no_value():
     model, batch = model_and_batch("t5")
     probe = [

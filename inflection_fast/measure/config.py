@@ -24,7 +24,7 @@ FROZEN_SHARE = 1 / 32
 _PACKAGES = ("inflection_fast", "torch", "transformers", "peft")  # whose versions the timeline has
 _FORWARDS = ("trained", "all")
 _COMPILED = ("graph", "eager")
-_REFERENCES = ("start", "previous", "adapters_off")
+_REFERENCES = ("start", "previous", "adapters_off", None)
 _MIN_SAMPLED_ROWS = 2  # the standard error comes from differences between neighbouring sampled rows
 _MIN_CKA_ROWS = 4  # debiased CKA is undefined below
 _MAX_SEED = 2**32 - 1  # torch's generator on the CPU takes no more bits of a seed
@@ -64,7 +64,9 @@ class MonitorConfig:
     cka_debiased: bool = True  # debiased (may leave [0, 1]) or biased CKA
     cka_pooling: str = "tokens"  # "tokens": every valid token is a row; "mean", "first", "last": a row per sequence
     cka_rows: int = 2048  # feature rows of the probe; memory: layers * cka_rows * width elements, twice while comparing
-    cka_reference: str = "start"  # "previous": the snapshot before; "adapters_off": the peft model without its adapters
+    # "previous": the snapshot before; "adapters_off": the peft model without its adapters; None: no state is kept, for
+    # quantities that look at the probe as it is now, and the probe has half the memory and one run less.
+    cka_reference: str | None = "start"
     # Standard error of delta-CKA, by leaving out each sequence of the probe: five times its time, and a wait for the
     # device, because the lengths of the sequences are read on the host.
     cka_se: bool = False
@@ -202,7 +204,7 @@ def _names(config: MonitorConfig, field: str) -> None:
     object.__setattr__(config, field, tuple(value))
 
 
-def _choice(config: MonitorConfig, field: str, accepted: tuple[str, ...]) -> None:
+def _choice(config: MonitorConfig, field: str, accepted: tuple[str | None, ...]) -> None:
     value = getattr(config, field)
     if value not in accepted:
         raise ValueError(f"{field}: expected one of {accepted}, got {value!r}")

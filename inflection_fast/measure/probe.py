@@ -40,6 +40,7 @@ REFERENCE_NAME = "probe_reference.npz"  # in the folder of the timeline
 
 FEWEST_ROWS = 256  # to which `probe_share` thins out what is compared
 _MIN_ROWS = 4  # debiased CKA is undefined below
+_KEPT = ("start", "previous")  # references that are features of an earlier state
 
 
 class Probe:
@@ -102,7 +103,7 @@ class Probe:
         `guarded` runs what writes to the disk. Of several ranks, one `keeps` the reference of its blocks in a file.
         """
         self.budget, resumed, path = budget, budget.first_step > 0, None
-        if self.compares and self._config.cka_reference != "adapters_off":
+        if self.compares and self._config.cka_reference in _KEPT:
             if folder is not None and self._config.cka_reference == "start":
                 path = folder / (f"layer{self._here[0]}_{REFERENCE_NAME}" if self._here[0] else REFERENCE_NAME)
             if resumed and path is not None and path.exists():
@@ -155,8 +156,8 @@ class Probe:
         return replace(event, features=thin(event.features), sequences=thin(event.sequences), reference=reference)
 
     def remember(self) -> None:
-        """Take the model as it is now for the reference; with "adapters_off" there is nothing to store."""
-        if self._config.cka_reference != "adapters_off":
+        """Take the model as it is now for the reference, where the configuration keeps one."""
+        if self._config.cka_reference in _KEPT:
             self._reference = self._features()
 
     def save(self, path: Path) -> None:

@@ -40,7 +40,9 @@ class DeltaCka(Quantity):
     }
 
     def prepare(self, model: MeasuredModel) -> None:
-        """Take the settings of CKA."""
+        """Take the settings of CKA; `ValueError` where there is no state to compare with."""
+        if getattr(model.config, "cka_reference", "start") is None:
+            raise ValueError("delta_cka: compares with a reference; give MonitorConfig a cka_reference other than None")
         self._config, self._device = model.config, model.device
 
     def on_probe(self, sums: Sums, probe: ProbeFeatures) -> None:

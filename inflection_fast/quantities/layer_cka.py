@@ -22,7 +22,7 @@ class LayerCka(Quantity):
 
     * `layer_cka`: between the layers of the model as it is now (`ops.cka_matrix`);
     * `layer_delta_cka`: 1 - CKA between a layer now and another layer in the reference state, the diagonal being
-      `delta_cka` in the full space.
+      `delta_cka` in the full space; not with `cka_reference=None`.
 
     `MonitorConfig.cka_debiased` and `cka_reference` say how. Every 500 steps where `MonitorConfig.every` is one number.
     Cost: twice that of `cka_matrix`. Memory: 32 L^2 bytes in the packet; while it runs that of `cka_matrix` and the
