@@ -30,6 +30,13 @@ def test_the_numbers_of_the_timeline_stand_in_the_page_to_four_digits(page):
     assert column(text, "delta_cka")["error"] == "delta_cka_se"
 
 
+def test_what_was_measured_comes_before_what_the_step_took(page):
+    quantities = [(entry["quantity"], entry["name"]) for entry in manifest_of(page[0])["columns"]]
+    of_step = [place for place, (quantity, _) in enumerate(quantities) if quantity == "step"]
+    assert of_step == list(range(of_step[0], len(quantities))) and len(of_step) > 1
+    assert quantities[of_step[0]][1] == "loss" and quantities[0][1] == "entropy"
+
+
 def test_a_missing_value_is_missing_and_a_column_without_any_is_named(page):
     text, timeline = page
     gradient = array_of(text, column(text, "parameter_grad")["map"])[0]

@@ -38,9 +38,9 @@ class State:
 def state(content: Content) -> State:
     """Everything that the page shows of a run."""
     made, run, measured = State(), content.run, content.measured
-    columns = [
-        entry for name, series in content.series.items() if (entry := _column(made, name, series, content.series))
-    ]
+    # What the step itself was and took comes after what was measured in it, its loss first.
+    ordered = sorted(content.series.items(), key=lambda one: (one[1].column.quantity == "step", one[0] != "loss"))
+    columns = [entry for name, series in ordered if (entry := _column(made, name, series, content.series))]
     made.manifest = {
         "version": content.version,
         "title": title(run),
