@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 from helpers.browser import browser
-from helpers.pages import MARKUP
+from helpers.pages import MARKUP, PEAK, WIDE, array_of, column, write_wide
 from helpers.tiny_runs import LAYERS, measured, write_run, write_timeline
 
 from inflection_fast.report.content import Content
@@ -200,6 +200,30 @@ def test_on_paper_charts_fill_their_cards_and_nothing_is_there_to_be_clicked(dri
     finally:
         driver.execute_script("dispatchEvent(new Event('afterprint'))")
         driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+    quiet(driver)
+
+
+def test_a_page_of_100_000_steps_128_layers_and_128_heads_is_bounded_and_opens(driver, tmp_path):
+    step, layer, head = write_wide(tmp_path)
+    url = page_of(tmp_path)
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert len(text) < 4_000_000
+    entropy = column(text, "entropy")
+    assert entropy["length"] == 2 and len(entropy["steps"]) == 257 and len(column(text, "loss")["steps"]) == 514
+    _, low, high = array_of(text, entropy["map"])
+    at = [first <= step <= last for first, last in entropy["steps"]].index(True)
+    assert high.shape == (WIDE, 257) and high[layer, at] == pytest.approx(PEAK, rel=1e-4) and low[layer, at] < 2
+    assert (high > 2).sum() == 1
+    parts = entropy["parts"]
+    largest = array_of(text, parts)[2]
+    assert largest.shape == (WIDE, WIDE, len(parts["steps"])) and len(parts["steps"]) <= 16
+    assert np.unravel_index(largest.argmax(), largest.shape)[:2] == (layer, head) and (largest > 2).sum() == 1
+    opened(driver, url)
+    assert len(driver.find_elements("css selector", "#cards article .plot canvas")) == 3
+    box = find(driver, "#map-entropy .plot")
+    press(driver, box, *["PageDown"] * (WIDE // 8), *["PageUp"] * (layer // 8), *["ArrowUp"] * (layer % 8), "Enter")
+    until(lambda: driver.find_elements("css selector", "#map-entropy .detail canvas"), "heads")
+    assert f"Layer {layer}, heads" in find(driver, "#map-entropy .detail h3").text
     quiet(driver)
 
 

@@ -11,8 +11,11 @@ import pytest
 from helpers.tiny_runs import write_run
 from inflection_fast.report.content import Content
 from inflection_fast.report.single_page import html, state
-from inflection_fast.timeline import Timeline
+from inflection_fast.timeline import Timeline, TimelineWriter
+from inflection_fast.timeline.older import STANDARD
 
+WIDE = 128  # layers, and heads of each, of the run of `write_wide`
+PEAK = 777.0  # one value of its entropy, far above all others
 MARKUP = "</script><img src=x onerror=alert(1)><b>&amp;"
 
 
@@ -34,6 +37,27 @@ def array_of(page, reference):
 
 def column(page, name):
     return next(entry for entry in manifest_of(page)["columns"] if entry["name"] == name)
+
+
+def write_wide(folder, measured=514):
+    """A run of 100,000 steps, 128 layers and 128 heads; returns the step, layer and head of its largest entropy.
+
+    With more than 512 measured steps every map of its page is reduced, and so as large as after any number of them.
+    """
+    rng = np.random.default_rng(0)
+    names = ("entropy", "max_logit", "activation_grad", "loss")
+    columns = {name: STANDARD[name] for name in names}
+    places = [f"model.layers.{i}" for i in range(WIDE)]
+    place = measured // 3, 77, 99
+    steps = np.linspace(0, 100_000, measured).astype(int)
+    with TimelineWriter(folder, layers=places, heads=WIDE, meta={}, columns=columns) as out:
+        for number, step in enumerate(steps):
+            entropy = rng.random((WIDE, WIDE), np.float32) + 1
+            if number == place[0]:
+                entropy[place[1:]] = PEAK
+            logits = rng.random((WIDE, WIDE), np.float32) + 9
+            out.append(int(step), entropy=entropy, max_logit=logits, activation_grad=rng.random(WIDE) + 1, loss=1.0)
+    return int(steps[place[0]]), *place[1:]
 
 
 @pytest.fixture(scope="module")
