@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -10,13 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from inflection_fast.checkpoints.files import Source
+from inflection_fast.checkpoints.gguf_files import read_sparingly
+from inflection_fast.checkpoints.memory import give_back
 from inflection_fast.run.errors import UserError, user_errors
 from inflection_fast.run.models import most_tokens
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Loaded", "load", "tokenizer_of"]
+__all__ = ["Loaded", "load", "sparingly", "tokenizer_of"]
 
 # Ends of class names in `architectures` -> what the texts are to such a model.
 _TASKS = {
@@ -80,12 +83,19 @@ def load(source: Source, *, device: str | None = None, config: PretrainedConfig 
             options["use_safetensors"] = True
         config = _config_of(source) if config is None else config
         task = _task_of(config)
-        model = getattr(transformers, _CLASSES[task]).from_pretrained(source.folder, config=config, **options)
+        with sparingly(source):
+            model = getattr(transformers, _CLASSES[task]).from_pretrained(source.folder, config=config, **options)
     if source.gguf is not None and getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.remove_quantization_config(model)
     model.config.use_cache = False  # keys and values of earlier tokens are not wanted again
     model.to(where).eval().requires_grad_(False)
+    give_back()
     return Loaded(model, task, where)
+
+
+def sparingly(source: Source) -> AbstractContextManager[None]:
+    """Within it, Transformers reads a GGUF file once, and in little memory; other files it maps."""
+    return nullcontext() if source.gguf is None else read_sparingly()
 
 
 def bring_libraries(source: Source) -> PretrainedConfig:

@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from inflection_fast.blocks import find_blocks
+from inflection_fast.checkpoints.memory import give_back
 from inflection_fast.checkpoints.threads import threads_for
 from inflection_fast.measure import Monitor, MonitorConfig
 from inflection_fast.measure.hooks import undisturbed
@@ -113,13 +114,15 @@ def measure(
             inputs = {name: value.to(device) for name, value in batch.items()}
             output = model(**inputs)
             found = loss_of(output) if loss is None else loss(inputs, output)
+            del output  # logits of a large vocabulary are more than all activations
             if gradients:
                 if found is None:
                     raise ValueError("loader: a batch gives no loss; put labels into the batches")
                 found.backward()
-            monitor.step(None if found is None else found.detach())
+            found = None if found is None else found.detach()  # without the graph
+            give_back()  # before the probe runs, and the next forward
+            monitor.step(found)
             wanted.close()
-            del output, found  # before the next forward makes its own
         timeline = monitor.timeline
         if monitor.dropped:
             logger.warning("%d of %d measured batches are missing from the timeline", monitor.dropped, len(batches))

@@ -125,7 +125,9 @@ def measured(
 def _config(*more: str | Quantity) -> MonitorConfig:
     quantities = ("attention", "residual", Rank(sequences=RANKED, every=ONCE), LayerCka(every=ONCE), *more)
     forwards = "trained" if more else "all"
-    return MonitorConfig(every=1, rows=None, quantities=quantities, forwards=forwards, cka_rows=CKA_ROWS)
+    return MonitorConfig(
+        every=1, rows=None, quantities=quantities, forwards=forwards, cka_rows=CKA_ROWS, cka_reference=None
+    )
 
 
 def _first(batches: Sequence[Batch], texts: int) -> int:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import resource
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -15,7 +13,8 @@ import numpy as np
 from inflection_fast.checkpoints.documents import read_document, write_document
 from inflection_fast.checkpoints.files import find
 from inflection_fast.checkpoints.findings import Finding, Nulls, findings
-from inflection_fast.checkpoints.loading import Loaded, bring_libraries, load, tokenizer_of
+from inflection_fast.checkpoints.loading import Loaded, bring_libraries, load, sparingly, tokenizer_of
+from inflection_fast.checkpoints.memory import give_back, peak_bytes, resident_bytes
 from inflection_fast.checkpoints.numbers import Numbers, error_of, mean_of, numbers
 from inflection_fast.checkpoints.on_texts import Measured, Module
 from inflection_fast.checkpoints.on_texts import measured as measured_on
@@ -140,7 +139,7 @@ def scan(
     """
     began = time.perf_counter()
     source = find(str(model))
-    before = _peak_bytes()
+    before = resident_bytes()
     settings: dict[str, object] = {"rank": rank, "tokens": tokens, "seed": seed}
     measured: Measured | None = None
     about: dict[str, object] = {"name": source.name, "bytes on disk": source.bytes}
@@ -148,9 +147,11 @@ def scan(
     plan, settings_yaml = None, None
     if texts is not None:
         told("loading the model")
-        tokenizer = tokenizer_of(source)  # what lacks is said before the weights are loaded
-        config = bring_libraries(source)
-        before = _peak_bytes()
+        with sparingly(source):
+            tokenizer = tokenizer_of(source)  # what lacks is said before the weights are loaded
+            config = bring_libraries(source)
+        give_back()
+        before = resident_bytes()
         loaded = load(source, config=config)
         about |= _about(loaded)
         with user_errors(ValueError, RuntimeError, about=f"{source.name} cannot be measured"):
@@ -164,11 +165,12 @@ def scan(
         settings["weights in memory, MiB"] = round(loaded.weight_bytes / 2**20, 1)
         del loaded  # before the weights are read
         gc.collect()
+        give_back()
     found: list[MatrixSpectrum] = []
     if weights:
         told("reading the weights")
         found = spectra(source, told=lambda done: told(f"reading the weights: {done} matrices"))
-    settings["peak above libraries, MiB"] = round((_peak_bytes() - before) / 2**20, 1)
+    settings["peak above libraries, MiB"] = round((peak_bytes() - before) / 2**20, 1)
     settings["seconds"] = round(time.perf_counter() - began, 1)
     modules = [] if measured is None else measured.modules
     return Scan(
@@ -221,12 +223,3 @@ def _versions() -> dict[str, str]:
     from importlib.metadata import version
 
     return {name: version(name) for name in ("inflection_fast", "torch", "transformers")}
-
-
-def _peak_bytes() -> int:
-    """The most memory that this process has had."""
-    status = Path("/proc/self/status")
-    if status.exists():  # ru_maxrss of Linux begins with what the parent of the process had
-        lines = status.read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from inflection_fast.checkpoints.files import Source
+from inflection_fast.checkpoints.memory import give_back
 from inflection_fast.checkpoints.threads import threads_for
 from inflection_fast.ops import weight_spectrum
 from inflection_fast.ops.spectrum import Spectrum, noise_singular_values, spectrum_of
@@ -51,6 +52,7 @@ def spectra(source: Source, *, told: Callable[[int], None] = lambda done: None) 
         except ValueError:  # it holds NaN or infinity
             said = Spectrum(math.nan, math.nan, math.nan, math.nan, math.nan, 0, math.nan)
         del matrix  # before the next one is read
+        give_back()
         size = (min(shape), max(shape))
         if size not in random:
             random[size] = spectrum_of(noise_singular_values(*size), *size)

@@ -27,7 +27,7 @@ TRACY_WIDOM = 3.27  # the 99.9 % quantile of the distribution of order 1
 MP_POINTS = 20_001  # of the integral of the Marchenko-Pastur density
 LEAST_TAIL = 10  # eigenvalues that a power law is fitted to
 KS_CELLS = 2**18  # differences of distribution functions that are held at a time
-GRAM_COLUMNS = 2048  # of the longer side that are in float64 at a time
+GRAM_COLUMNS = 1024  # of the longer side that are in float64 at a time
 GRAM_ROWS = 512  # of the lower triangle of a Gram matrix that are made at a time
 
 
@@ -70,7 +70,7 @@ def singular_values(weight: Tensor) -> np.ndarray:
 
     The product is summed in float64, so a singular value s errs by about 1e-16 s_1^2 / s: by 1e-9 of s_1 where it is
     1e-7 of s_1, and what is below 1e-8 s_1 is noise. Memory beside the matrix: twice its smaller Gram matrix in
-    float64, and 2048 of its columns (rows), however long its longer side is. Of the Gram matrix the lower triangle is
+    float64, and 1024 of its columns (rows), however long its longer side is. Of the Gram matrix the lower triangle is
     made, which is all that the eigenvalues are taken from.
 
     Raises:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,9 +16,13 @@ from ..ops.spectrum import weight_spectrum
 from .arguments import check_count
 from .quantity import Accumulator, Column, MeasuredModel, Quantity
 
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType, GGUFReader
+
 __all__ = ["Spectrum", "matrices_of_checkpoint", "spectra_of_checkpoint"]
 
 LEAST_SIDE = 16  # of a matrix that is looked at
+GGUF_ROWS = 1024  # that are dequantised at a time
 _FIELDS = ("stable_rank", "effective_rank", "alpha", "alpha_error", "alpha_distance", "outliers")
 
 
@@ -170,10 +176,36 @@ def _of_safetensors(file: Path) -> Iterator[tuple[str, Tensor]]:
 
 def _of_gguf(file: Path) -> Iterator[tuple[str, Tensor]]:
     from gguf import GGUFReader
+
+    reader = GGUFReader(file)
+    for tensor in reader.tensors:
+        if _is_matrix([int(side) for side in tensor.shape]):
+            values = dequantised(tensor.data, tensor.tensor_type)
+            forget_pages(reader)
+            if np.issubdtype(values.dtype, np.floating):
+                yield tensor.name, torch.from_numpy(values)
+            del values
+
+
+def dequantised(data: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
+    """The numbers of a tensor of a GGUF file, as `gguf.dequantize` gives them, in memory of their own.
+
+    Some rows at a time: in one go the library takes twice the memory of its result.
+    """
     from gguf.quants import dequantize
 
-    for tensor in GGUFReader(file).tensors:
-        if _is_matrix([int(side) for side in tensor.shape]):
-            values = dequantize(tensor.data, tensor.tensor_type)
-            if np.issubdtype(values.dtype, np.floating):
-                yield tensor.name, torch.from_numpy(np.array(values))
+    if data.ndim < 2 or len(data) <= GGUF_ROWS:
+        return np.array(dequantize(data, kind))
+    first = dequantize(data[:GGUF_ROWS], kind)
+    found = np.empty((len(data), *first.shape[1:]), first.dtype)
+    found[:GGUF_ROWS] = first
+    for begin in range(GGUF_ROWS, len(data), GGUF_ROWS):
+        found[begin : begin + GGUF_ROWS] = dequantize(data[begin : begin + GGUF_ROWS], kind)
+    return found
+
+
+def forget_pages(reader: GGUFReader) -> None:
+    """Let go of the memory of what was read of the file; what is looked at again is read again."""
+    mapped = reader.data.base
+    if isinstance(mapped, mmap.mmap) and hasattr(mapped, "madvise"):
+        mapped.madvise(mmap.MADV_DONTNEED)

@@ -1,0 +1,55 @@
+"""GGUF files as Transformers reads them, in less memory and time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from inflection_fast.quantities.spectrum import dequantised, forget_pages
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType, GGUFReader
+
+__all__ = ["read_sparingly"]
+
+
+@contextmanager
+def read_sparingly() -> Iterator[None]:
+    """While it is open, Transformers reads a GGUF file once, the largest tensor first, and dequantises it in parts.
+
+    Of itself it makes a reader each for the tokenizer, the configuration and the weights, which takes seconds where a
+    vocabulary is large, and a map of names for every module of the model; it needs three times the memory of a tensor
+    to dequantise it, most of it for the largest one, which may come last; and it keeps the pages of the file beside the
+    weights made of them.
+    """
+    import gguf
+
+    readers: dict[str, GGUFReader] = {}
+    before = gguf.GGUFReader, gguf.dequantize, gguf.get_tensor_name_map
+    reader_class = gguf.GGUFReader
+
+    def once(file: str) -> GGUFReader:
+        if str(file) not in readers:
+            reader = reader_class(file)
+            reader.tensors.sort(key=lambda tensor: -tensor.n_elements)
+            readers[str(file)] = reader
+        return readers[str(file)]
+
+    def in_parts(data: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
+        found = dequantised(data, kind)
+        for reader in readers.values():
+            forget_pages(reader)
+        return found
+
+    try:
+        setattr(gguf, "GGUFReader", once)  # noqa: B010  (to a type checker, a class is no variable)
+        setattr(gguf, "dequantize", in_parts)  # noqa: B010
+        setattr(gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map))  # noqa: B010
+        yield
+    finally:
+        for name, one in zip(("GGUFReader", "dequantize", "get_tensor_name_map"), before, strict=True):
+            setattr(gguf, name, one)
