@@ -109,6 +109,8 @@ def measure(
             stack.enter_context(_recomputing(model))
         wanted = stack.enter_context(_wanted(weights))  # before the monitor, which looks at what trains
         given = None if probe is None else [dict(inputs) for inputs in probe]
+        # Pieces that are kept, of features, lie between freed ones, so that each forward would take fresh memory.
+        stack.callback(model.register_forward_hook(lambda *_: give_back()).remove)
         monitor = stack.enter_context(Monitor(model, config, out, probe=given, alerts=None))
         for batch in batches:
             inputs = {name: value.to(device) for name, value in batch.items()}
@@ -120,7 +122,7 @@ def measure(
                     raise ValueError("loader: a batch gives no loss; put labels into the batches")
                 found.backward()
             found = None if found is None else found.detach()  # without the graph
-            give_back()  # before the probe runs, and the next forward
+            give_back()  # before the probe runs
             monitor.step(found)
             wanted.close()
         timeline = monitor.timeline
