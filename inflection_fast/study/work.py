@@ -145,8 +145,7 @@ class Work:
         self.source(transfer, regime)
         facts = self.texts(transfer).facts
         folder = self.store.path(f"{self._source_name(transfer, regime)}/model")
-        labels = tuple(facts["target"]["labels"])
-        model = self._load(seed, labels, folder)
+        model = self._load(seed, labels := tuple(facts["target"]["labels"]), folder)
         if self.config.transfers[transfer].head == "new" and len(labels) == len(facts["source"]["labels"]):
             torch.manual_seed(seed)
             for name, module in model.named_modules():
@@ -314,10 +313,10 @@ class Work:
 
     def _remembered(self, texts: Texts, regime: str, model: nn.Module) -> dict[str, Any]:
         """Accuracy on the source's test texts afterwards, by the source's own head where the target had a new one."""
-        _, test = texts.source_parts
+        test = texts.source_parts[1]
         if self.config.transfers[texts.name].head == "keep":
             return {**_without_bits(evaluate(model, test, self.config.train)), "head": "the target's"}
-        before = self._load(0, tuple(texts.facts["source"]["labels"]), self._source_folder(texts.name, regime))
+        before = self.source_model(texts.name, regime)
         wrapped: Any = model
         inner = wrapped.get_base_model() if hasattr(model, "get_base_model") else wrapped
         prefix = before.base_model_prefix
@@ -327,8 +326,10 @@ class Work:
         inner.num_labels = inner.config.num_labels = before.num_labels
         return {**_without_bits(evaluate(model, test, self.config.train)), "head": "the source's"}
 
-    def _source_folder(self, transfer: str, regime: str) -> Path:
-        return self.store.path(f"{self._source_name(transfer, regime)}/model")
+    def source_model(self, transfer: str, regime: str) -> PreTrainedModel:
+        """The model as the source training left it, with the source's head."""
+        folder = self.store.path(f"{self._source_name(transfer, regime)}/model")
+        return self._load(0, tuple(self.texts(transfer).facts["source"]["labels"]), folder)
 
     def _cell(self, cell: Cell) -> bool:
         name = f"cells/{cell.name}.json"
