@@ -117,7 +117,22 @@ def test_a_loss_without_noise_decides_nothing():
     run = run_files.Run(Path(), (), {}, None, None, stages={"tune": stage(None, loss=3.2), "baseline-last": other})
     assert verdict(run)[0].startswith("The injected model has a lower loss than last; losses come without a standard")
     run.stages["baseline-first"] = stage(None, loss=3.1, label="first")
-    assert "has a lower loss than last and no lower loss than first;" in verdict(run)[0]
+    assert "has a lower loss than last and a higher loss than first;" in verdict(run)[0]
+
+
+def test_losses_that_are_nearly_equal_are_no_gain():
+    run = run_files.Run(Path(), (), {}, None, None, stages={"tune": stage(None, loss=5.13562)})
+    run.stages["baseline-last"] = stage(None, loss=5.13572, label="last")
+    assert verdict(run)[0] == (
+        "This run shows no gain from injecting: the injected model has the same loss as last to 0.001 nats per token."
+    )
+    run.stages["baseline-first"] = stage(None, loss=5.2, label="first")
+    run.stages["baseline-random"] = stage(None, loss=5.135, label="random")
+    run.stages["baseline-all"] = stage(None, loss=5.1, label="all")
+    assert verdict(run)[0].startswith(
+        "The injected model has a lower loss than first, the same loss as last and random to 0.001 nats per token and"
+        " a higher loss than all; losses come without"
+    )
 
 
 def test_the_place_is_judged_at_equal_parameters_only():

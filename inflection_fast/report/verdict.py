@@ -14,9 +14,10 @@ from inflection_fast.report.folder import Run, Stage
 from inflection_fast.report.regime import regime_advice
 from inflection_fast.report.words import count, listed, percent
 
-__all__ = ["NOISE", "SAME_SIZE", "Comparison", "compare", "verdict"]
+__all__ = ["NOISE", "SAME_LOSS", "SAME_SIZE", "Comparison", "compare", "verdict"]
 
 NOISE = 2.0  # standard errors: about 95 % of all differences between equally good models lie within
+SAME_LOSS = 0.001  # nats per token: losses nearer than that differ by less than a thousandth of the perplexity
 SAME_SIZE = 0.1  # trainable parameters within this share of each other count as equally many
 
 
@@ -129,11 +130,15 @@ def _overall(comparisons: list[Comparison]) -> str:
 
 def _by_loss(comparisons: list[Comparison]) -> str:
     known = [(c.stage.label, c.difference) for c in comparisons if c.difference is not None]
-    better, worse = ([name for name, d in known if (d > 0) is lower] for lower in (True, False))
+    same = [name for name, d in known if abs(d) < SAME_LOSS]
+    better, worse = ([name for name, d in known if name not in same and (d > 0) is lower] for lower in (True, False))
     parts = [
         f"a lower loss than {listed(better)}" if better else "",
-        f"no lower loss than {listed(worse)}" if worse else "",
+        f"the same loss as {listed(same)} to {SAME_LOSS:g} nats per token" if same else "",
+        f"a higher loss than {listed(worse)}" if worse else "",
     ]
+    if len(same) == len(known):
+        return f"This run shows no gain from injecting: the injected model has {parts[1]}."
     return (
         f"The injected model has {listed([part for part in parts if part])}; losses come without a standard error, so "
         "this run cannot tell whether that is more than chance."

@@ -27,6 +27,7 @@ from inflection_fast.blocks import find_blocks
 from inflection_fast.decide import Plan, SelectConfig, select
 from inflection_fast.measure import Monitor, MonitorConfig
 from inflection_fast.records import Metrics
+from inflection_fast.report.verdict import SAME_LOSS
 from inflection_fast.run.batches import Batches
 from inflection_fast.run.chats import template_of
 from inflection_fast.run.config import DataConfig, ModelConfig
@@ -250,12 +251,12 @@ def _evaluated(small: nn.Module, texts: Batches, items: Any, config: InheritConf
 def _verdict(arms: dict[str, _Arm]) -> str:
     losses = {name: arm.metrics.loss for name, arm in arms.items()}
     words = ", ".join(f"{name} {loss:.4f}" for name, loss in sorted(losses.items(), key=lambda one: one[1]))
-    better = [name for name in losses if name != "inherited" and losses["inherited"] < losses[name]]
-    others = [name for name in losses if name != "inherited"]
+    lead = {name: loss - losses["inherited"] for name, loss in losses.items() if name != "inherited"}
+    better = [name for name, ahead in lead.items() if ahead >= SAME_LOSS]
     says = f"lower than {' and '.join(better)}" if better else "not lower than any"
-    worse = [name for name in others if name not in better]
-    says += f", not lower than {' and '.join(worse)}" if better and worse else ""
-    return f"Loss on the test texts: {words}. That of the inherited model is {says}."
+    others = [name for name in lead if name not in better]
+    says += f", not lower than {' and '.join(others)}" if better and others else ""
+    return f"Loss on the test texts: {words}. That of the inherited model is {says} by {SAME_LOSS:g} or more."
 
 
 def _page(plan: Plan, arms: dict[str, _Arm], config: InheritConfig) -> str:
