@@ -1,11 +1,14 @@
 """Plugins of tools that do not install beside this package: on stand-ins of what they are built on."""
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
+import yaml
 from helpers import tiny_models, trainers
 from helpers.tiny_models import one_thread  # noqa: F401
 
@@ -32,22 +35,40 @@ def load(path):
     return module
 
 
-def test_composer_measures_batches_and_logs(monkeypatch, tmp_path):
+@pytest.mark.parametrize("precision", ["amp_bf16", "amp_fp16"])
+def test_composer_measures_batches_and_logs(monkeypatch, tmp_path, precision):
     stand_in(monkeypatch, "composer.core", Callback=object)
-    callback = load(HERE / "composer.py").ComposerCallback(MonitorConfig(every=2), tmp_path / "out", keys=("loss",))
+    # As llm-foundry makes it: by the name of an entry point, with what the YAML says.
+    project = (HERE.parents[1] / "pyproject.toml").read_text()
+    module, name = re.search(r'llmfoundry_callbacks\]\ninflection = "(.*):(.*)"', project).groups()
+    settings = yaml.safe_load((HERE.parents[1] / "examples" / "llm_foundry.yaml").read_text())["callbacks"]
+    made = getattr(load(HERE / f"{module.rsplit('.')[-1]}.py"), name)
+    assert made(**settings["inflection"]).config == MonitorConfig(every=settings["inflection"]["config"]["every"])
+    callback = made({"every": 2}, tmp_path / "out", keys=("loss",))
     model, batch = tiny_models.model_and_batch("bert")
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)  # there is one always
+    model(**batch).loss.backward()
+    norm = float(sum(p.grad.square().sum() for p in model.bert.encoder.layer[1].parameters()) ** 0.5)
     rows = []
     logger = SimpleNamespace(log_metrics=lambda metrics, step: rows.append((step, metrics)))
-    state = SimpleNamespace(model=model, scaler=None)
+    state = SimpleNamespace(model=model, scaler=scaler, precision=precision)
     callback.fit_start(state, logger)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     for _ in range(3):
+        model.zero_grad()
         loss = model(**batch).loss
-        loss.backward()
+        (scaler.scale(loss) if precision == "amp_fp16" else loss).backward()
+        if precision == "amp_fp16":
+            scaler.unscale_(optimizer)
         callback.after_train_batch(state, logger)
+        if precision == "amp_fp16":
+            scaler.step(optimizer), scaler.update()
     callback.fit_end(state, logger)
     callback.close(state, logger)
-    assert callback.monitor.timeline.steps.tolist() == [0, 2] and [step for step, _ in rows] == [0, 2]
+    timeline = callback.monitor.timeline
+    assert timeline.steps.tolist() == [0, 2] and [step for step, _ in rows] == [0, 2]
     assert rows[0][1]["inflection/loss"] == pytest.approx(loss.item())
+    assert timeline.parameter_grad[0, 1] == pytest.approx(norm, rel=1e-4)
     assert not any(module._forward_hooks for module in model.modules())
 
 

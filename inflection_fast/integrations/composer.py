@@ -1,12 +1,12 @@
-"""The monitor as a callback of MosaicML Composer (and so of llm-foundry).
+"""The monitor as a callback of MosaicML Composer, and of llm-foundry by the name "inflection" in its YAML.
 
-Written against the public source of Composer 0.32, which does not install beside the newest torch, so that no test runs
-with the package itself.
+Written against Composer 0.32 and llm-foundry 0.22, which ask for a torch below 2.7.1: the tests stand on a stand-in.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from composer.core import Callback
@@ -25,19 +25,20 @@ class ComposerCallback(Callback):
     loggers under the number of the batch.
 
     Args:
-        config: what and when.
+        config: what and when; a mapping of its fields, as a YAML file holds it, will do.
         out: folder of the timeline; a timeline that is there is kept, and a new folder beside it is taken.
         keys: patterns of scalars beside the dozen; see `inflection_fast.integrations.scalars`.
     """
 
     def __init__(
         self,
-        config: MonitorConfig = MonitorConfig(),  # noqa: B008  frozen
+        config: MonitorConfig | Mapping[str, Any] = MonitorConfig(),  # noqa: B008  frozen
         out: str | os.PathLike | None = None,
         *,
         keys: tuple[str, ...] = (),
     ):
-        self.config, self.out = config, out
+        self.config = MonitorConfig(**config) if isinstance(config, Mapping) else config
+        self.out = out
         self._scalars = Scalars(keys)
         self.monitor: Monitor | None = None
 
@@ -52,7 +53,8 @@ class ComposerCallback(Callback):
     def after_train_batch(self, state: Any, logger: Any) -> None:
         """Ends a step; Composer has unscaled the gradients by then, and steps the optimizer next."""
         if self.monitor is not None:
-            self.monitor.step(scaler=state.scaler)
+            # There is a scaler always, which multiplies losses in this precision only.
+            self.monitor.step(scaler=state.scaler if state.precision == "amp_fp16" else None)
 
     def fit_end(self, state: Any, logger: Any) -> None:
         """Detaches."""
