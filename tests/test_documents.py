@@ -12,7 +12,7 @@ import inflection_fast
 pytestmark = pytest.mark.sources
 
 # Blocks that are not run, by the title that they carry. Whoever adds one changes the number.
-NOT_RUN = {"needs a GPU": 1, "needs several processes": 1, "signatures": 9}
+NOT_RUN = {"needs several processes": 1, "signatures": 9}
 ELSEWHERE = {"own_operator.md"}  # built, run and measured by tests/test_own_operator.py
 CONTINUED = {"quickstart.md"}  # read from top to bottom: one program, which is given nothing
 PAGES = [path for path in documents.documents() if path.name not in ELSEWHERE and documents.sections(path)[0]]

@@ -11,7 +11,7 @@ import yaml
 from helpers import programs
 from helpers.tiny_models import one_thread  # noqa: F401
 
-from inflection_fast import Timeline
+from inflection_fast import Plan, Timeline
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 pytestmark = pytest.mark.sources
@@ -93,9 +93,26 @@ def test_the_trainer_logs_what_is_measured(capsys, tmp_path):
     assert timeline.steps.tolist() == [0, 2, 4, 6] and capsys.readouterr().out.count("nats") == 4
 
 
+def test_a_base_of_4_bits_is_measured_planned_injected_and_trained(capsys, tmp_path):
+    nn = pytest.importorskip("bitsandbytes", reason="needs pip install 'inflection_fast[qlora]'").nn
+    model = load("qlora").main(str(tmp_path))
+    timeline, plan = Timeline.load(tmp_path / "timeline"), Plan.from_pretrained(tmp_path / "adapter")
+    assert timeline.steps.tolist() == list(range(8)) and np.isnan(timeline.parameter_grad).all()
+    assert np.isfinite(timeline.entropy).all() and (timeline.activation_grad > 0).all()
+    adapted = {name.split(".layers.")[1][0] for name, _ in model.named_parameters() if "lora_" in name}
+    assert adapted == {str(layer) for layer in plan.layers} and len(adapted) == 2
+    assert sum(isinstance(module, nn.Linear4bit) for module in model.modules()) == 28
+    assert float(re.search(r"loss (\S+)", capsys.readouterr().out)[1]) < timeline.loss.mean() - 0.05
+
+
 @pytest.mark.parametrize(
     ("name", "package", "steps"),
-    [("trl_sft", "trl", 3), ("lightning_training", "lightning", 4), ("accelerate_loop", "accelerate", 4)],
+    [
+        ("trl_sft", "trl", 3),
+        ("lightning_training", "lightning", 4),
+        ("accelerate_loop", "accelerate", 4),
+        ("composer_training", "composer", 4),
+    ],
 )
 def test_a_framework_measures_with_one_argument(capsys, tmp_path, name, package, steps):
     pytest.importorskip(package)
