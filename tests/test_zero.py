@@ -1,8 +1,14 @@
-"""Under DeepSpeed, gradients of parameters are refused in a sentence; all else is measured."""
+"""Under DeepSpeed, gradients of parameters are refused in a sentence; all else is measured.
+
+On a stand-in of its engine's class and on the marks that ZeRO leaves on parameters; and with the package itself, where
+it is installed. It compiles a part of itself at first, for minutes.
+"""
 
 import numpy as np
 import pytest
 from helpers import tiny_models, trainers
+from helpers.rank_processes import run_ranks, told
+from helpers.rank_training import whole
 from helpers.tiny_models import one_thread  # noqa: F401
 from torch import nn
 
@@ -59,3 +65,26 @@ def test_the_callback_refuses_where_the_trainer_trains_with_deepspeed(tmp_path, 
     callback.close()
     assert "parameter_grad: not measured under DeepSpeed" in caplog.text
     assert callback.monitor.timeline.meta["config"]["every"] == {"attention": 3}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """ZeRO 1, 2 and 3 on two processes."""
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install deepspeed, with DS_BUILD_OPS=0")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DS_ACCELERATOR", "cpu")
+        patch.setenv("LOCAL_SIZE", "2")  # so that it does not ask MPI
+        return run_ranks("zero_scenarios.py", tmp_path_factory.mktemp("zero"), 2)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_package_itself_is_measured_as_one_process_is(trained, stage):
+    found = told(trained, f"zero{stage}")
+    config = MonitorConfig(every=2, rows=None, quantities=("attention", "activation_grad", "delta_cka"))
+    expected = whole("llama", config)
+    assert found["steps"] == expected["steps"] == [0, 2]
+    for name in ("entropy", "max_logit", "activation_grad", "loss"):
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-4, err_msg=name)
+    np.testing.assert_allclose(found["delta_cka"], expected["delta_cka"], atol=1e-5)
+    assert "parameter_grad" not in found["columns"]
+    assert sum("parameter_grad: not measured under DeepSpeed" in one for one in found["messages"]) == 1
