@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from pathlib import Path
 
 import helpers.tiny_texts as tiny
 import numpy as np
@@ -35,7 +36,7 @@ from inflection_fast.timeline import Timeline
 
 TRAIN = TrainConfig(steps=4, batch_size=8, learning_rate=3e-3, checkpoint_every=2, log_every=1)
 MONITOR = MonitorConfig(every=2, rows=None, frozen_share=1.0)  # nothing is drawn, which depends on the process
-STAGES = ("source", "measure", "tune", "baseline-last")
+STAGES = {"classifier": ("source", "measure", "tune", "baseline-last"), "language": ("measure", "tune")}
 
 
 def config_of(folder, output, **changes):
@@ -52,11 +53,12 @@ def config_of(folder, output, **changes):
     return RunConfig(**{**settings, **changes})
 
 
-def run_on_two(folder, config):
-    """What the two processes of a run have printed."""
-    settings = folder / "settings.yaml"
-    settings.write_text(yaml.safe_dump(to_dict(config)))
-    words = ["-m", "inflection_fast", "run", "--config", str(settings)]
+def run_on_two(folder, **configs):
+    """What two processes have printed that do these runs one after another; the names are those of settings' files."""
+    paths = [folder / f"{name}.yaml" for name in configs]
+    for path, config in zip(paths, configs.values(), strict=True):
+        path.write_text(yaml.safe_dump(to_dict(config)))
+    words = [Path(__file__).with_name("run_scenarios.py"), *paths]
     ranks = start_ranks(words, folder, 2, HF_DATASETS_CACHE=str(folder / "cache"))
     finish(ranks)
     printed = "".join((folder / f"log{rank}").read_text() for rank in range(2))
@@ -64,37 +66,64 @@ def run_on_two(folder, config):
     return printed
 
 
+def language_of(folder, output, **changes):
+    """A decoder whose output layer shares the weights of its embeddings, without a source."""
+    model = ModelConfig(str(folder / "llama"), max_length=12)
+    settings = {"model": model, "task": "causal-lm", "source": None, "baselines": ()}
+    return config_of(folder, output, **settings, **changes)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    from transformers import BertModel
+    from transformers import BertModel, LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("processes")
     torch.manual_seed(0)
     still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # each process draws its own
     BertModel(tiny.bert_config(**still)).save_pretrained(folder / "bert")
-    tiny.tokenizer().save_pretrained(folder / "bert")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+    llama = LlamaConfig(vocab_size=64, pad_token_id=0, tie_word_embeddings=True, **sizes)
+    LlamaForCausalLM(llama).save_pretrained(folder / "llama")
+    for name in ("bert", "llama"):
+        tiny.tokenizer().save_pretrained(folder / name)
     tiny.write_csv(folder / "target.csv", tiny.reviews(150))
     tiny.write_csv(folder / "source.csv", tiny.reviews(100, seed=5))
     return folder
 
 
 @pytest.fixture(scope="module")
-def both(folder):
-    """A run of one process and a run of two, finished."""
+def runs(folder):
+    """By name, the folders of a run of one process and of a run of two, finished; and what the two have said.
+
+    The classifier is trained with DDP. The language model is divided (FSDP2), and its run is stopped and given again.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    stages = Stages(config_of(folder, "one"), say=lambda line: None, quiet=True)
-    stages.source(), stages.measure(), stages.plan(), stages.tune(), stages.baseline("last")
+    for config in (config_of(folder, "classifier-one"), language_of(folder, "language-one")):
+        stages = Stages(config, say=lambda line: None, quiet=True)
+        stages.source(), stages.measure(), stages.plan(), stages.tune()
+        for name in config.baselines:
+            stages.baseline(name)
     torch.set_num_threads(threads)
-    return folder / "one", folder / "two", run_on_two(folder, config_of(folder, "two"))
+    divided = language_of(folder, "language-two", parallel="fsdp")
+    printed = run_on_two(folder, **{"plain": config_of(folder, "classifier-two"), "stopped-divided": divided})
+    return {name: (folder / f"{name}-one", folder / f"{name}-two") for name in STAGES}, printed
+
+
+@pytest.fixture(params=list(STAGES))
+def both(request, runs):
+    """The folders of one of these runs, and its stages."""
+    return *runs[0][request.param], STAGES[request.param]
 
 
 def test_every_stage_finds_the_same(both):
-    one, two, _ = both
-    for stage in STAGES:
+    one, two, stages = both
+    for stage in stages:
         a, b = (json.loads((path / stage / "stage.json").read_text()) for path in (one, two))
         assert a["data"] == b["data"] and a["steps"] == b["steps"] == 4 and a["layers"] == b["layers"], stage
-        assert a["metrics"]["right"] == b["metrics"]["right"], stage
+        for name in ("trainable_parameters", "total_parameters"):
+            assert a[name] == b[name], stage
+        assert a["metrics"]["n"] == b["metrics"]["n"] and a["metrics"].get("right") == b["metrics"].get("right"), stage
         assert b["metrics"]["loss"] == pytest.approx(a["metrics"]["loss"], rel=1e-5), stage
         losses = [
             [row["loss"] for row in json.loads((path / stage / "log.json").read_text()) if "loss" in row]
@@ -120,11 +149,20 @@ def test_the_models_are_the_same(both):
             np.testing.assert_allclose(two[key], one[key], atol=1e-4, err_msg=f"{name}: {key}")
 
 
-def test_the_first_process_alone_writes_and_speaks(both):
-    _, two, printed = both
-    assert (two / "report" / "index.html").is_file()
-    assert printed.count("measure: begins") == 1 and printed.count("report: ") == 1
-    assert not list(two.glob("*/checkpoints")) and not list(two.rglob("*.partial"))
+def test_the_first_process_alone_writes_and_speaks(runs):
+    folders, printed = runs
+    for _, two in folders.values():
+        assert (two / "report" / "index.html").is_file()
+        assert not list(two.glob("*/checkpoints")) and not list(two.rglob("*.partial"))
+    assert printed.count("measure: begins") == 2 and printed.count("report: ") == 2
+    assert printed.count("measure: finished already") == 1 and printed.count("interrupted;") == 2
+    assert printed.count("measure: steps will not be timed") == 1
+
+
+def test_the_adapter_of_a_divided_model_is_whole(runs):
+    one, two = runs[0]["language"]
+    assert Plan.from_pretrained(two / "tune" / "adapter").layers == Plan.load(one / "plan.json").layers
+    assert json.loads((two / "measure" / "stage.json").read_text()).get("overhead") is None
 
 
 def take_turns(rank, store, folder):
@@ -165,18 +203,20 @@ def test_what_the_first_process_has_said_is_not_said_again(monkeypatch, capsys):
     assert cli.main(["run"]) == cli.USER_ERROR and capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize(
-    ("environment", "message"),
-    [
-        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP divides the model among processes: launch the run with DDP"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed divides the model"),
-    ],
-)
-def test_sharded_models_are_refused(folder, monkeypatch, environment, message):
-    for name, value in {"RANK": "1", "WORLD_SIZE": "3", **environment}.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=message):
-        Stages(config_of(folder, "sharded"), say=print, quiet=True)
+def test_models_divided_by_deepspeed_are_refused(folder, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UserError, match=r"DeepSpeed divides .*: launch the run with DDP or FSDP"):
+        Stages(config_of(folder, "divided"), say=print, quiet=True)
+
+
+@pytest.mark.parametrize("launched", [True, False])
+def test_one_process_divides_nothing(folder, monkeypatch, launched):
+    """However it was asked: by the settings, or by `accelerate launch --use_fsdp`."""
+    if launched:
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    with pytest.raises(UserError, match=r"parallel is fsdp, .* and there is one: start several with torchrun"):
+        Stages(config_of(folder, "divided", parallel="ddp" if launched else "fsdp"), say=print, quiet=True)
 
 
 def test_batches_that_cannot_be_divided_are_refused(folder, monkeypatch):

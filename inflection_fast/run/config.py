@@ -219,7 +219,8 @@ class MeasureConfig:
         head: name prefixes of the modules that are trained as the head; null: whatever comes after the last block
         train: its training
         monitor: what is measured and how often
-        overhead_pairs: steps with and without measuring that are timed against each other afterwards; 0: none
+        overhead_pairs: steps with and without measuring that are timed against each other afterwards; 0: none, as where
+            `parallel` is fsdp
     """
 
     unfreeze: int | None = 2
@@ -292,6 +293,7 @@ class RunConfig:
         select: how layers are chosen from what was measured
         tune: LoRA on the chosen layers
         baselines: other choices of equally many layers to compare with: last, first, random; or all layers
+        parallel: what several processes do with the model: ddp: each holds all of it; fsdp: they divide it (FSDP2)
         seed: seed of initialisation, order of texts and dropout
     """
 
@@ -304,6 +306,7 @@ class RunConfig:
     select: SelectConfig = field(default_factory=SelectConfig)
     tune: TuneConfig = field(default_factory=TuneConfig)
     baselines: tuple[str, ...] = ("last", "random")
+    parallel: Literal["ddp", "fsdp"] = "ddp"
     seed: int = 42
 
     def __post_init__(self) -> None:

@@ -32,6 +32,8 @@ def check_before_training(stages: Stages, *, measure: bool, tune: bool, report: 
     if not (source or measure or tune):
         return
     _check_arguments(stages, source=source, measure=measure, tune=tune)
+    if measure and stages.sharded and config.measure.overhead_pairs:
+        stages.say("measure: steps will not be timed, because the processes divide the model")
     labels = stages.target.labels
     if source:
         _ = stages.source_data  # read now, so that it is refused now
@@ -67,7 +69,7 @@ def _measure_one_step(stages: Stages, model: Any) -> None:
 
     from inflection_fast.measure import Monitor
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if torch.cuda.is_available() and not stages.sharded else "cpu"  # a GPU may not hold the whole model
     model.to(device).train()
     batch = {name: value.to(device) for name, value in stages.few(TEXTS).items()}
     where = f"model {stages.config.model.path} cannot be measured"

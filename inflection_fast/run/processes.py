@@ -1,11 +1,12 @@
 """Several processes that make one run together, as torchrun and `accelerate launch` start them.
 
-All of them take the same path through the stages and train together (DDP). The first reads before the others, writes,
-and speaks. Its errors end them all.
+All of them take the same path through the stages and train together (DDP, or FSDP2). The first reads before the others,
+writes, and speaks. Its errors end them all.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 from collections.abc import Callable
@@ -19,11 +20,11 @@ if TYPE_CHECKING:
 
     from inflection_fast.run.config import RunConfig
 
-__all__ = ["FirstFailed", "alone", "count", "first", "in_turn", "join", "wait"]
+__all__ = ["FSDP", "FirstFailed", "alone", "count", "first", "in_turn", "join", "wait"]
 
 Result = TypeVar("Result")
 PATIENCE = timedelta(days=1)  # a large data set is read, and a report drawn, by one process
-SHARDED = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}  # how `accelerate launch` says it
+FSDP, DEEPSPEED = "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"  # how `accelerate launch` says it
 
 _apart = False  # this process works while the others do not
 
@@ -42,16 +43,23 @@ def first() -> bool:
     return count() == 1 or int(os.environ["RANK"]) == 0
 
 
-def join(config: RunConfig) -> None:
-    """Meets the other processes of a run, if there are any.
+def join(config: RunConfig) -> RunConfig:
+    """Meets the other processes of a run, if there are any, and returns the settings as this launch means them.
 
-    UserError where a model would be sharded among them, or a batch cannot be divided evenly.
+    UserError where the models cannot be divided as asked, or a batch cannot be divided evenly.
     """
+    if _launched_with(DEEPSPEED):
+        raise UserError("DeepSpeed divides the gradients that are measured: launch the run with DDP or FSDP")
+    if _launched_with(FSDP):
+        config = dataclasses.replace(config, parallel="fsdp")
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # else the first process alone reads the weights
     if count() == 1:
-        return
-    for name, what in SHARDED.items():
-        if os.environ.get(name, "false").lower() == "true":
-            raise UserError(f"{what} divides the model among processes: launch the run with DDP")
+        if config.parallel == "fsdp":
+            raise UserError(
+                "parallel is fsdp, which divides the model among processes, and there is one: start several with"
+                " torchrun --nproc-per-node N -m inflection_fast"
+            )
+        return config
     trainings = {"measure.train": config.measure.train, "tune.train": config.tune.train}
     if config.source is not None:
         trainings["source.train"] = config.source.train
@@ -66,6 +74,11 @@ def join(config: RunConfig) -> None:
 
     PartialState(cpu=not torch.accelerator.is_available())
     _group()
+    return config
+
+
+def _launched_with(name: str) -> bool:
+    return os.environ.get(name, "false").lower() == "true"
 
 
 def alone(work: Callable[[], Result]) -> Result:

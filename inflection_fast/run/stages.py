@@ -48,10 +48,10 @@ class Stages:
     quiet: bool
 
     def __post_init__(self) -> None:
-        config = self.config
         if not processes.first():
             self.say, self.quiet = lambda line: None, True
-        processes.join(config)
+        self.config = config = processes.join(self.config)
+        self.sharded = config.parallel == "fsdp"  # the processes divide the models that they train and evaluate
         blocks = processes.in_turn(lambda: check_model(config.model, config.task, config.measure.monitor.blocks))
         top = config.tune.top if config.tune.when_empty == "top" else None
         counts = {"measure.unfreeze": config.measure.unfreeze, "tune.top": top, "select.k": config.select.k}
@@ -130,19 +130,20 @@ class Stages:
             if step == 0 and processes.first():  # killed before a checkpoint: what was measured is measured again
                 (folder / "timeline.arrows").unlink(missing_ok=True)
             callback = closing.enter_context(InflectionCallback(settings.monitor, folder, probe=probe))
-            with user_errors(about="measure.monitor"):
-                callback.attach(model, step)
+            if not self.sharded:  # a model is divided when its training begins, and attached to after that
+                with user_errors(about="measure.monitor"):
+                    callback.attach(model, step)
             attached.append(callback)
             return [callback]
 
-        def save(model: Any, path: Path) -> None:
+        def save(model: Any, path: Path, weights: dict[str, Any] | None) -> None:
             # The monitor goes on in memory when the disk refuses a row; a plan must not rest on what is left of it.
             if len(Timeline.load(folder).steps) < len(attached[-1].timeline.steps):
                 raise UserError(
                     f"{folder} does not hold all that was measured, because the disk refused it: make room and give the"
                     " same command again; it goes on from the last checkpoint"
                 )
-            self._save(model, path)
+            self._save(model, path, weights)
 
         attached: list[Any] = []
         job = Job(
@@ -154,9 +155,8 @@ class Stages:
         )
         with ExitStack() as closing:  # training that raises detaches nothing, and nothing compiled runs until then
             trained = self._train(folder, settings.train, data, job)
-        label = "full fine-tuning, measured"
-        if settings.unfreeze is not None:
-            label = f"shallow unfreezing (top {settings.unfreeze} blocks and head)"
+        top = settings.unfreeze
+        label = "full fine-tuning, measured" if top is None else f"shallow unfreezing (top {top} blocks and head)"
         record = self._record("measure", label, data, trained, settings.train)
         self._finish(dataclasses.replace(record, overhead=self._overhead()))
 
@@ -247,11 +247,9 @@ class Stages:
         return processes.alone(lambda: self.folder.finished(stage) and (self.folder.stage(stage) / STAGE).is_file())
 
     def _done(self, stage: str) -> bool:
-        if self.done(stage):
-            self.say(f"{stage}: finished already")
-            return True
-        self.say(f"{stage}: begins")
-        return False
+        done = self.done(stage)
+        self.say(f"{stage}: {'finished already' if done else 'begins'}")
+        return done
 
     def load(self, folder: Path | None, labels: tuple[str, ...]) -> Any:
         """The model for the task: from a folder of an earlier stage, or as it was pretrained."""
@@ -311,17 +309,19 @@ class Stages:
         from inflection_fast.run.training import train
 
         items = self.batches.items(data.train)
-        return train(folder, config, self.batches, items, job, seed=self.config.seed, quiet=self.quiet)
+        return train(
+            folder, config, self.batches, items, job, seed=self.config.seed, quiet=self.quiet, sharded=self.sharded
+        )
 
-    def _save(self, model: Any, path: Path) -> None:
-        model.save_pretrained(path)
+    def _save(self, model: Any, path: Path, weights: dict[str, Any] | None) -> None:
+        model.save_pretrained(path, state_dict=weights)
         self.batches.tokenizer.save_pretrained(path)
 
     def _evaluate(self, model: Any, config: TrainConfig, data: TextData, folder: Path) -> tuple[Metrics, float]:
         from inflection_fast.run.training import evaluate
 
         items = self.batches.items(data.test, by_length=True)
-        return evaluate(model, config, self.batches, items, folder, quiet=self.quiet)
+        return evaluate(model, config, self.batches, items, folder, quiet=self.quiet, sharded=self.sharded)
 
     def _adapt(self, stage: str, label: str, plan: Plan, *, draws: int | None = None) -> None:
         """Injects, trains and evaluates."""
@@ -336,7 +336,7 @@ class Stages:
         folder, train = self.folder.stage(stage), self.config.tune.train
         job = Job(
             build=build,
-            save=lambda model, path: model.save_pretrained(path),
+            save=lambda model, path, weights: model.save_pretrained(path, state_dict=weights),
             result=folder / "adapter",
             restore=lambda path: restore_adapter(self.start(), path),
         )
@@ -353,7 +353,7 @@ class Stages:
 
     def _overhead(self) -> OverheadRecord | None:
         pairs = self.config.measure.overhead_pairs
-        if not pairs:
+        if not pairs or self.sharded:
             return None
         import torch
 

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -21,6 +21,13 @@ from inflection_fast.run import processes
 from inflection_fast.run.batches import Batches
 from inflection_fast.run.config import TrainConfig
 from inflection_fast.run.evaluation import class_logits, classification_metrics, language_metrics, token_losses
+from inflection_fast.run.sharding import (
+    ShardedTrainer,
+    accelerate_shards,
+    divide,
+    sharding_arguments,
+    whole_weights,
+)
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
@@ -55,14 +62,14 @@ class Job:
 
     Args:
         build: gives the model as it is before training
-        save: writes the trained model to a folder
+        save: writes the trained model to a folder; its weights are given where the processes have divided them
         result: what that folder is called in the end
         restore: reads the model back from `result`, where training had finished
         callbacks: asked with the model and the step at which training begins, 0 or that of a checkpoint
     """
 
     build: Callable[[], Any]
-    save: Callable[[Any, Path], None]
+    save: Callable[[Any, Path, dict[str, torch.Tensor] | None], None]
     result: Path
     restore: Callable[[Path], Any]
     callbacks: Callable[[Any, int], Sequence[TrainerCallback]] = lambda model, step: ()
@@ -116,8 +123,9 @@ def train(
     *,
     seed: int,
     quiet: bool,
+    sharded: bool = False,
 ) -> Trained:
-    """Trains a model in `folder`, or continues where an earlier call was stopped."""
+    """Trains a model in `folder`, or continues where an earlier call was stopped; `sharded`: by FSDP2."""
     record = folder / TRAINING
     result = job.result
     checkpoints = folder / CHECKPOINTS
@@ -137,11 +145,14 @@ def train(
     clock = _Clock()
     if checkpoint is not None:
         clock.before = json.loads((checkpoint / CLOCK).read_text(encoding="utf-8"))["seconds"]
-    trainer = _trainer(model, config, batches, checkpoints, seed=seed, quiet=quiet, items=items)
+    with accelerate_shards(sharded):
+        trainer = _trainer(model, config, batches, checkpoints, seed=seed, quiet=quiet, items=items, sharded=sharded)
     step = 0 if checkpoint is None else int(checkpoint.name.rsplit("-", 1)[1])
     for callback in [*job.callbacks(model, step), clock]:
         trainer.add_callback(callback)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    with accelerate_shards(sharded):
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    weights = whole_weights(model) if sharded else None
     facts = {
         "steps": trainer.state.global_step,
         "seconds": round(clock.seconds, 3),
@@ -153,7 +164,7 @@ def train(
         write_json(folder / "log.json", trainer.state.log_history)
         partial = result.with_name(f"{result.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
-        job.save(model, partial)
+        job.save(model, partial, weights)
         write_json(record, facts)
         shutil.rmtree(result, ignore_errors=True)
         partial.rename(result)
@@ -164,12 +175,22 @@ def train(
 
 
 def evaluate(
-    model: Any, config: TrainConfig, batches: Batches, items: Sequence[Any], folder: Path, *, quiet: bool
+    model: Any,
+    config: TrainConfig,
+    batches: Batches,
+    items: Sequence[Any],
+    folder: Path,
+    *,
+    quiet: bool,
+    sharded: bool = False,
 ) -> tuple[Metrics, float]:
     """Metrics on the test items, and the seconds it took."""
-    trainer = _trainer(model, config, batches, folder / CHECKPOINTS, seed=0, quiet=quiet)
-    begin = time.perf_counter()
-    output = trainer.predict(cast("Dataset[Any]", items))
+    if sharded:
+        divide(model)
+    with accelerate_shards(False):  # it divides a model together with its optimizer only
+        trainer = _trainer(model, config, batches, folder / CHECKPOINTS, seed=0, quiet=quiet)
+        begin = time.perf_counter()
+        output = trainer.predict(cast("Dataset[Any]", items))
     metrics = language_metrics if batches.task == "causal-lm" else classification_metrics
     found = metrics(np.asarray(output.predictions), np.asarray(output.label_ids))
     return found, round(time.perf_counter() - begin, 3)
@@ -180,8 +201,12 @@ def check_arguments(config: TrainConfig) -> None:
     _arguments(config, Path("unused"), seed=0, quiet=True)
 
 
-def _arguments(config: TrainConfig, checkpoints: Path, *, seed: int, quiet: bool) -> TrainingArguments:
-    more: dict[str, Any] = {ACTIVATION_CHECKPOINTING: True} if config.activation_checkpointing else {}
+def _arguments(
+    config: TrainConfig, checkpoints: Path, *, seed: int, quiet: bool, more: Mapping[str, Any] | None = None
+) -> TrainingArguments:
+    more = dict(more or {})
+    if config.activation_checkpointing:
+        more[ACTIVATION_CHECKPOINTING] = True
     return _OneDevice(
         output_dir=str(checkpoints),
         max_steps=config.steps if config.steps is not None else -1,
@@ -221,10 +246,12 @@ def _trainer(
     seed: int,
     quiet: bool,
     items: Sequence[Any] | None = None,
+    sharded: bool = False,
 ) -> Trainer:
-    trainer = Trainer(
+    more = sharding_arguments(model) if sharded else {}
+    trainer = (ShardedTrainer if sharded else Trainer)(
         model=model,
-        args=_arguments(config, checkpoints, seed=seed, quiet=quiet),
+        args=_arguments(config, checkpoints, seed=seed, quiet=quiet, more=more),
         data_collator=batches.collate,
         train_dataset=items,
         preprocess_logits_for_metrics=token_losses if batches.task == "causal-lm" else class_logits,
