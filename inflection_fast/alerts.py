@@ -161,14 +161,14 @@ class AlertWatch:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Of the alerts that may come."""
+        """Kinds of alerts that this watch may raise."""
         own = (rule.kind or rule.test for rules in self._rules.values() for rule in rules)
         return tuple(dict.fromkeys((*ALERT_KINDS, *own)))
 
     def push(self, step: int, signals: Mapping[str, np.ndarray | float]) -> list[Alert]:
         """Look at one measurement: arrays or scalars by the names of columns, missing ones ignored.
 
-        A masked array says where nobody measured anything. In a plain one NaN does so until there was a number.
+        A masked array says where nothing was measured. In a plain array NaN means that, until there was a number.
         """
         skipped = float(np.ma.filled(signals.get("skipped", 0.0), 0.0)) == 1  # by a scaler that tries its scale out
         found = []
@@ -196,7 +196,7 @@ class AlertWatch:
         ]
 
     def resume(self, timeline: Timeline) -> None:
-        """Look at the last measurements of a run that goes on, whose alerts were told before."""
+        """Take in the last measurements of a resumed run; alerts that were raised before it are not raised again."""
         for step, signals in _measurements_of(timeline, self._rules, last=self._config.history):
             self.push(step, signals)
 
@@ -321,8 +321,8 @@ _WORDS = {
     "above": "{signal} of {place} is {value:.3g}, above {limit:.3g}",
     "below": "{signal} of {place} is {value:.3g}, below {limit:.3g}",
     "falls_below": "{signal} of {place} is {value:.3g}, below {limit:.3g}",
-    "exploding": "{signal} of {place} is {value:.3g}, above {limit:.3g}, out of its own history",
-    "dead": "{signal} of {place} is {value:.3g}, below {limit:.3g}, out of its own history",
+    "exploding": "{signal} of {place} is {value:.3g}, above {limit:.3g}, which follows from its history",
+    "dead": "{signal} of {place} is {value:.3g}, below {limit:.3g}, which follows from its history",
     "not_finite": "{signal} of {place} is {value}",
 }
 _LOW = ("entropy_collapse", "dead_gradient", "below", "falls_below", "dead")  # the least value of these is the worst

@@ -1,6 +1,5 @@
 import csv
 import importlib.util
-import os
 import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from helpers import programs
+from helpers.rank_processes import finish, start_ranks
 from helpers.tiny_models import one_thread  # noqa: F401
 
 from inflection_fast import Plan, Timeline
@@ -123,9 +122,9 @@ def test_a_framework_measures_with_one_argument(capsys, tmp_path, name, package,
 
 
 def test_fsdp2_is_measured_over_ranks(tmp_path):
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", EXAMPLES / "fsdp2_loop.py"]
-    done = programs.run([*words, tmp_path / "out"], tmp_path, environment={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
+    ranks = start_ranks([EXAMPLES / "fsdp2_loop.py", tmp_path / "out"], tmp_path, 2)
+    finish(ranks)
+    assert [process.exitcode for process in ranks] == [0, 0], (tmp_path / "log0").read_text()
     timeline = Timeline.load(tmp_path / "out")
     assert timeline.steps.tolist() == [0, 2, 4] and np.isfinite(timeline.parameter_grad).all()
 
@@ -139,13 +138,25 @@ def test_settings_of_other_tools_name_what_is_there():
     assert {"lora_rank", "lora_target"} <= yaml.safe_load((EXAMPLES / "llama_factory.yaml").read_text()).keys()
 
 
+@pytest.fixture(scope="module")
+def kernel():
+    """One process that runs notebooks, which then imports what they need once."""
+    manager = pytest.importorskip("jupyter_client").AsyncKernelManager(kernel_name="python3")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield manager
+    run_sync = pytest.importorskip("jupyter_core.utils").run_sync
+    run_sync(manager.shutdown_kernel)(now=True)
+
+
 @pytest.mark.parametrize("name", ["encoder", "decoder"])
-def test_a_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch, name):
+def test_a_notebook_runs_from_top_to_bottom(tmp_path, kernel, name):
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     notebook = nbformat.read(EXAMPLES / f"{name}.ipynb", as_version=4)
     assert all(not cell.get("outputs") for cell in notebook.cells)  # what it shows is made by whoever runs it
-    nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    begin = nbformat.v4.new_code_cell(f"%reset -f\nimport os\nos.chdir({str(tmp_path)!r})")  # without earlier names
+    notebook.cells.insert(0, begin)
+    nbclient.NotebookClient(notebook, timeout=120, km=kernel).execute()
     shown = [output for cell in notebook.cells for output in cell.get("outputs", ()) if "data" in output]
     kinds = {kind for output in shown for kind in output["data"]}
     assert len(shown) >= 4 and "text/html" in kinds and ("image/png" in kinds) == (name == "encoder")

@@ -43,20 +43,20 @@ class Block:
 def find_blocks(model: nn.Module, names: Sequence[str] | None = None) -> list[Block]:
     """The blocks of `model`, stack by stack, in the order in which their code runs.
 
-    A stack of blocks is a container (`ModuleList`, `ModuleDict`, `Sequential`) with attention in its children; of
-    nested containers the innermost counts. Children without attention (Mamba, convolutions) are blocks like the others.
-    Attention is recognised by the name of a class or an attribute, or by a `forward` that calls
-    `scaled_dot_product_attention`. Where the children are bare lists, which nobody calls, or where attentions and
-    feed-forwards lie in lists of their own (XLM), the attention modules are the blocks, and so they are where a model
-    calls the `forward` of its blocks instead of the blocks (SqueezeBERT). A model without any attention has the
-    containers of repeated children with linear layers for stacks.
+    A stack of blocks is a container (`ModuleList`, `ModuleDict`, `Sequential`) whose children contain attention; of
+    nested containers the innermost counts. Children without attention (Mamba, convolutions) are blocks too. Attention
+    is recognised by the name of a class or an attribute, or by a `forward` that calls `scaled_dot_product_attention`.
+    The attention modules themselves are the blocks where the children are lists that are never called, where attention
+    and feed-forward modules are in separate lists (XLM), or where a model calls the `forward` of its blocks instead of
+    the blocks (SqueezeBERT). In a model without any attention the stacks are the containers of repeated children with
+    linear layers.
 
-    Modules that run again and again are told by standing in their list several times, or by the configuration (ALBERT,
-    HRM): every run is a block. Others have to be named, run by run: `names=["layer@0", "layer@1"]`.
+    Blocks that run several times are recognised if they are in their list several times, or by the configuration
+    (ALBERT, HRM): every run is a block. Otherwise name each run: `names=["layer@0", "layer@1"]`.
 
-    Which stack runs first is read from the code of the `forward` that holds them: the one that it names first. Stacks
-    that take turns are in the order of their turns where the configuration tells it (Idefics, HRM), else one after the
-    other.
+    Which stack runs first is read from the code of the `forward` that uses them: the one that it names first. Stacks
+    that alternate are in the order of their runs where the configuration gives it (Idefics, HRM), otherwise one after
+    the other.
 
     Args:
         model: any module, also inside DDP, `torch.compile` or peft.

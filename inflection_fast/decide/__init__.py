@@ -1,4 +1,4 @@
-"""Deciding: from the numbers of a timeline to the layers worth adapting. NumPy only, so a plan can be made anywhere."""
+"""Deciding: from the numbers of a timeline to the layers to adapt. Needs NumPy only, so a plan can be made anywhere."""
 
 from .plan import Plan
 from .select import SelectConfig, select

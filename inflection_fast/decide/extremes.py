@@ -33,7 +33,7 @@ def minimum(entropy: Signal, level: float | None) -> Finding:
     if not evidence.holds:
         return Finding(
             name,
-            "The attention entropy has no minimum worth the name: its lowest block, "
+            "The attention entropy has no significant minimum: its lowest block, "
             f"{layer}, has {place}{_against(evidence, f'the lowest of {len(entropy.layers)}')}.",
         )
     words = f"Block {layer} has the lowest attention entropy: {place}"
@@ -56,7 +56,7 @@ def _lowest_gradient(gradient: Signal, level: float | None) -> Finding:
     if not evidence.holds:
         return Finding(
             name,
-            f"The activation gradient has no lowest point worth the name: that of block {layer} is {place}{against}.",
+            f"The activation gradient has no significant minimum: that of block {layer} is {place}{against}.",
         )
     words = f"Block {layer} has the lowest activation gradient norm: {place}{against}.{runner_up}"
     return Finding(name, f"The gradient cliff (lowest point) is block {layer}.", {layer: words})
@@ -87,7 +87,7 @@ def _steepest(gradient: Signal, level: float | None) -> Finding:
     if not weaker.holds:
         return Finding(
             name,
-            "The activation gradient has no cliff worth the name: its steepest fall, from block "
+            "The activation gradient has no significant cliff: its steepest fall, from block "
             f"{upper} to block {layer}, is {factor}{against}.",
         )
     words = f"The gradient cliff lands on block {layer}: from block {upper} the activation gradient norm falls {factor}"
@@ -118,7 +118,7 @@ def maxima(scores: np.ndarray, steps: Signal, level: float | None) -> list[Findi
     if picks:
         return [Finding(name, f"Local maxima of SKI: {', '.join(map(str, picks))}.", picks)]
     clearest = f": the clearest, {max(flat)[1]}" if flat else ": it is constant"
-    return [Finding(name, f"SKI has no local maximum worth the name{clearest}.")]
+    return [Finding(name, f"SKI has no significant local maximum{clearest}.")]
 
 
 def top(scores: np.ndarray, steps: Signal, k: int, level: float | None) -> list[Finding]:
@@ -140,7 +140,9 @@ def top(scores: np.ndarray, steps: Signal, k: int, level: float | None) -> list[
         last, out = order[k - 1], order[k]
         edge = steps.above(last, out, level, 1)
         if not edge.holds:
-            words += f" Block {last}, the last taken, cannot be told from block {out}, the first left out"
+            words += (
+                f" Block {last}, the last taken, and block {out}, the first left out, are not significantly different"
+            )
             words += f" ({_errors(edge)} apart)."
     picks = {}
     for place, layer in enumerate(order[:k]):
@@ -154,7 +156,7 @@ def _lowest(signal: Signal, level: float | None) -> tuple[int, Evidence, str]:
     layer, second = (int(i) for i in layers[np.argsort(profile[layers], kind="stable")[:2]])
     evidence = signal.above_others(layer, level, sign=-1)
     gap = signal.above(second, layer, level, len(layers))
-    alike = "" if gap.holds else f" Block {second} cannot be told apart from it ({_errors(gap)} higher)."
+    alike = "" if gap.holds else f" Block {second} is not significantly different ({_errors(gap)} higher)."
     return layer, evidence, alike
 
 
@@ -180,7 +182,7 @@ def _peaks(profile: np.ndarray) -> list[tuple[int, list[int]]]:
 
 def _against(evidence: Evidence, rival: str) -> str:
     if math.isinf(evidence.threshold):
-        return ", and a single measured step does not show what is noise (significance=None picks without asking)"
+        return ", and one measured step gives no standard error (significance=None picks without a test)"
     if evidence.threshold == 0:
         return f", {_errors(evidence)} (not tested)" if evidence.difference > 0 else ""
     return f", {_errors(evidence)}, where {rival} needs {evidence.threshold:.1f}"

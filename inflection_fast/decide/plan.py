@@ -28,7 +28,7 @@ _KIND = "inflection_fast plan"
 class Plan:
     """The chosen layers, 0-based transformer blocks in forward order, with what they were chosen from and why.
 
-    `layers` may be empty: `summary` then says why nothing was worth picking. `ValueError` if the parts contradict
+    `layers` may be empty: `summary` then says why no layer was picked. `ValueError` if the parts contradict
     each other, and from `load` also if a file is not a plan.
     """
 

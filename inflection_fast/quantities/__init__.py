@@ -48,7 +48,7 @@ def made(name: str) -> Quantity:
     """The quantity of that name, with its default settings.
 
     Raises:
-        ValueError: there is none, or what a package registered under the name is no quantity of that name.
+        ValueError: there is none, or the entry point of that name is not a quantity with that name.
     """
     if name in QUANTITIES:
         return QUANTITIES[name]()
@@ -57,7 +57,7 @@ def made(name: str) -> Quantity:
         quantity = quantity() if isinstance(quantity, type) else quantity
         if not isinstance(quantity, Quantity) or quantity.name != name:
             raise ValueError(
-                f"quantities: the entry point {point.value!r} is registered as {name!r} and is no such one"
+                f"quantities: the entry point {name!r} is {point.value!r}, which is not a Quantity with that name"
             )
         return quantity
     near = difflib.get_close_matches(name, known(), n=1)

@@ -126,7 +126,7 @@ class Attention(Quantity):
 
 
 class CrossAttention(Attention):
-    """The same of cross attention, in columns of its own; NaN in layers without it."""
+    """The same for cross attention, in separate columns; NaN in layers without it."""
 
     name = "cross_attention"
     columns = {

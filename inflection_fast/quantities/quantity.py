@@ -12,7 +12,7 @@ Rules for taps, which run in the middle of the training:
   device. No shape depends on the batch, and nothing synchronises: no `.item()`, `.cpu()`, `bool(tensor)`, `nonzero()`.
   A number of the host is written by `fill_` or added by `+=`; `sums["x"][layer] = 1` would copy it to the device.
 * They get detached tensors under `torch.no_grad()`, this rank's part of those that ranks have divided, and change none.
-* A tap that raises costs the values of its quantity in this step, and is told once. The others go on.
+* If a tap raises, its quantity has no values in this step, and one warning is logged. The others go on.
 * **Pieces.** A micro-batch is a forward of the model under autograd and the backward pass that follows. Each has
   accumulators of its own, which begin at 0 (sum) or -inf (max), and is left out if no backward pass goes through it.
   So a tap adds up, or takes the maximum over, what it is called with during one micro-batch, and sees no other.
@@ -357,7 +357,7 @@ class Quantity:
         """When backward has the gradient of a parameter of a block. Writes, does not add. `held` is "part"."""
 
     def on_backward_end(self, sums: Sums, parameters: Parameters) -> None:
-        """After a backward pass, when `grad` of all parameters is whole and nobody has clipped it. Writes."""
+        """After a backward pass, when `grad` of all parameters is complete and not yet clipped. Writes."""
 
     def before_update(self, sums: Sums, update: Update) -> None:
         """In `Monitor.step`: gradients and loss scale are as the optimizer will find them, before clipping or after."""

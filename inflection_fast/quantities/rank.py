@@ -114,7 +114,7 @@ class Rank(Quantity):
         call, n = seen.call, self.sequences
         if call.cu_seqlens is not None:
             raise ValueError(
-                "rank: sequences packed into one row have no attention matrix of their own; give the probe unpacked"
+                "rank: sequences packed into one row have no separate attention matrices; give the probe unpacked"
             )
         query, key = call.query[:n].detach(), call.key[:n].detach()
         valid = None

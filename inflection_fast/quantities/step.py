@@ -57,7 +57,7 @@ class Step(Quantity):
         "padded_rows": _of_step(
             "1",
             "padded rows included",
-            "1 if means over attention rows include those of padding: no mask tells which they are; else 0.",
+            "1 if means over attention rows include rows of padding, because no mask marks them; else 0.",
             count="forwards",
             drawn="none",
         ),

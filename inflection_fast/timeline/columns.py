@@ -20,9 +20,9 @@ class AlertRule:
 
     * "above", "below": the value is beyond `limit`;
     * "falls_below": it is below `limit` at a place that was at or above it before;
-    * "exploding", "dead": it left the median of its own last measurements by the factor `limit` (above 1, below 1) and
-      by several of its own deviations; 0 is dead whatever came before. For positive values, such as norms;
-    * "not_finite": somebody measured it, and it is infinite or no number. `limit` is not used.
+    * "exploding", "dead": it differs from the median of its last measurements by the factor `limit` (above 1, below 1)
+      and by several of their deviations; 0 is dead, whatever came before. For positive values, such as norms;
+    * "not_finite": it was measured and is infinite or NaN. `limit` is not used.
 
     Raises:
         ValueError: a test that does not exist, or a limit that is missing.

@@ -32,7 +32,7 @@ def folder_for(out: str | os.PathLike, if_exists: str, also: tuple[str, ...] = (
     if if_exists == "error":
         raise ValueError(
             f"{folder / FILE_NAME} exists already: choose another folder, or if_exists='overwrite' to delete it, or"
-            " if_exists='new' for a folder beside it, or give the step at which it goes on (start_step of a Monitor)"
+            " if_exists='new' for a folder beside it, or give the step to continue at (start_step of a Monitor)"
         )
     if if_exists == "overwrite":
         for name in (FILE_NAME, *also):

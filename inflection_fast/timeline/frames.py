@@ -45,7 +45,7 @@ def frame_of(timeline: Timeline, by: str) -> pandas.DataFrame:
 
 
 def words_of(timeline: Timeline) -> str:
-    """One line: how much there is of what."""
+    """One line: numbers of steps, layers and columns."""
     steps = timeline.steps
     period = f"steps {steps[0]} to {steps[-1]}" if len(steps) else "no step yet"
     names = list(timeline.columns)

@@ -1,4 +1,4 @@
-"""Of what shape the columns of a timeline are, and checking what is written to them."""
+"""The shapes of the columns of a timeline, and checks of what is written to them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def sizes_of(meta: dict) -> dict[str, int]:
 
 
 def shape_of(column: Column, meta: dict) -> tuple[int, ...]:
-    """Of the values of one step."""
+    """The shape of the values of one step."""
     sizes = sizes_of(meta)
     return tuple(sizes[axis] for axis in column.axes)
 
@@ -42,9 +42,9 @@ def stored(column: Column) -> type:
 
 
 def checked(values: Mapping, columns: Mapping[str, Column], shapes: Mapping[str, tuple[int, ...]]) -> dict:
-    """Every column in memory of its own, masked where nobody has measured anything.
+    """Every column as a copy, masked where nothing was measured.
 
-    A masked array says so itself; in a plain one NaN stands for it. `ValueError` names one that is unknown or unfit.
+    A masked array says so; in a plain array NaN means it. `ValueError` names a column that is unknown or does not fit.
     """
     unknown = sorted(set(values) - set(shapes))
     if unknown:

@@ -17,7 +17,7 @@ _HEAD = 2**10  # bytes by which a file is known again
 
 
 class TimelineTail:
-    """The rows of a timeline in order, each once, as they come to stand in the file.
+    """The rows of a timeline in order, each once, as they are appended to the file.
 
     A row that is half written is given later, when it is whole. A file that was replaced or cut (by a run that was
     resumed) is read again from its beginning, and `restarts` counts that. `meta` is None until the file has begun.
@@ -36,7 +36,7 @@ class TimelineTail:
         self._identity: tuple[int, int] | None = None
 
     def rows(self) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-        """New rows (step, values by name), until the end of what stands in the file now.
+        """New rows (step, values by name), up to the present end of the file.
 
         No file is no rows. `ValueError` if the file is not a timeline.
         """

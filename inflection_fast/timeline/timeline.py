@@ -42,8 +42,8 @@ class Timeline:
         meta: format, layers, heads, model, config, versions, columns, axes.
         truncated: a torn end was dropped while loading.
         columns: by name; None: the standard ones among `values`.
-        measured: name -> bool array like the column, False where nobody measured anything; what is not in it is not
-            known, and NaN stands for both that and a number that is none.
+        measured: name -> bool array like the column, False where nothing was measured. For a column that is not in it
+            this is not known, and NaN means either.
         values: the columns by name.
     """
 
@@ -115,7 +115,7 @@ class Timeline:
         return dict(self.meta.get("axes", {}))
 
     def masked(self, name: str) -> np.ndarray:
-        """A column as a masked array, masked where nobody measured anything; a plain one where that is not known."""
+        """A column as a masked array, masked where nothing was measured; a plain array where that is not known."""
         if name not in self._measured:
             return getattr(self, name)
         return np.ma.array(self._values[name], mask=~self._measured[name])

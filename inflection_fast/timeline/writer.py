@@ -47,7 +47,7 @@ class TimelineWriter:
     A file or folder that was deleted is written again as a whole; one that another process has replaced is refused.
 
     No more than `keep_bytes` (None: 64 MiB with a folder, any number without one) of rows stay in memory. Of more the
-    oldest are given up, as whoever looks for trouble looks at the last ones; `given_up` counts them, and it is logged.
+    oldest are dropped, because the last ones show what went wrong; `given_up` counts them, and a warning is logged.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class TimelineWriter:
     def append(self, step: int, **signals: np.ndarray) -> None:
         """Add one measured step: arrays [L, H], [L] or scalars by the name of the column; a missing one is NaN.
 
-        A masked array says where nobody measured anything; in a plain one, NaN stands for that.
+        A masked array says where nothing was measured; in a plain array NaN means that.
         Steps increase. An unknown signal, a wrong shape, a step that does not increase or a closed writer:
         `ValueError`, and nothing is added. `OSError` if the disk refuses (see the class).
         """

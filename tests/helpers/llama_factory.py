@@ -11,31 +11,34 @@ import sys
 from copy import deepcopy
 
 import yaml
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
 
 
-class LogCallback(TrainerCallback):
-    pass
+def trainer_class():
+    """Imported where a process trains: the launcher only starts it."""
+    from transformers import Seq2SeqTrainer
 
+    class CustomSeq2SeqTrainer(Seq2SeqTrainer):
+        def __init__(self, finetuning_args, **kwargs):
+            super().__init__(**kwargs)
+            self.finetuning_args = finetuning_args
 
-class CustomSeq2SeqTrainer(Seq2SeqTrainer):
-    def __init__(self, finetuning_args, **kwargs):
-        super().__init__(**kwargs)
-        self.finetuning_args = finetuning_args
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            return super().compute_loss(model, inputs, *args, **kwargs)
 
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        return super().compute_loss(model, inputs, *args, **kwargs)
+    return CustomSeq2SeqTrainer
 
 
 def run_exp(args=None, callbacks=None):
+    from transformers import Seq2SeqTrainingArguments, TrainerCallback
+
     from helpers import trainers
 
     if args is None:
         with open(sys.argv[1]) as file:
             args = yaml.safe_load(file)
     callbacks = callbacks or []
-    callbacks.append(LogCallback())
-    trainer = CustomSeq2SeqTrainer(
+    callbacks.append(TrainerCallback())
+    trainer = trainer_class()(
         finetuning_args=None,
         model=trainers.classifier(),
         args=Seq2SeqTrainingArguments(**args),
