@@ -164,7 +164,7 @@ def test_a_gradient_that_grows_on_its_way_down_has_no_cliff():
 def test_one_measured_step_shows_no_noise_and_gives_no_pick():
     one = timeline(2 - DIP[None], -STEP[None])
     plan = select(one)
-    assert plan.layers == () and "a single measured step does not show what is noise" in plan.summary
+    assert plan.layers == () and "one measured step gives no standard error" in plan.summary
     assert plan.found == {"entropy minimum": [], "gradient cliff": []}
     picked = select(one, SelectConfig(significance=None))
     assert picked.layers == (0, 1, 4, 5, 6) and picked.found == {"entropy minimum": [5], "gradient cliff": [0]}
