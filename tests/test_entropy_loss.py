@@ -206,6 +206,7 @@ def test_it_is_added_to_the_loss_of_the_model_and_amp_scales_both():
 
 def test_a_compiled_model_has_the_same_penalty():
     model, batch = tiny.model_and_batch("llama")
+    del model.model.layers[1:]  # each breaks the graph, and compiles a few seconds
     with attention_entropy_loss(model, TARGET, rows=5, weight=PENALTY_ONLY) as handle:
         model(**batch)
         expected = handle.loss()

@@ -48,13 +48,13 @@ def bert_config(**changes):
     return BertConfig(**{**settings, **changes})
 
 
-def bert(folder: Path) -> Path:
+def bert(folder: Path, **changes) -> Path:
     """A BERT without a head, and its tokenizer, saved."""
     import torch
     from transformers import BertModel
 
     torch.manual_seed(0)
-    BertModel(bert_config()).save_pretrained(folder)
+    BertModel(bert_config(**changes)).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
 
