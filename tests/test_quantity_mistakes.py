@@ -133,9 +133,7 @@ def test_packages_add_quantities_by_an_entry_point(monkeypatch):
     timeline = train(*model_and_batch("bert"), MonitorConfig(every=1, quantities=("from_a_package",)), 1)
     assert timeline.columns["output_rms"].quantity == "from_a_package"
     monkeypatch.setattr(Entry, "load", lambda: object())
-    with pytest.raises(
-        ValueError, match="'from_a_package' is 'package:OutputRms', which is not a Quantity"
-    ):
+    with pytest.raises(ValueError, match="'from_a_package' is 'package:OutputRms', which is not a Quantity"):
         quantities.made("from_a_package")
 
 
