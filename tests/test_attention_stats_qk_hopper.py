@@ -12,15 +12,19 @@ BF16, F16 = torch.bfloat16, torch.float16
 SWITCH = "INFLECTION_HOPPER"
 
 
-@pytest.fixture(params=["1", "split"])
+@pytest.fixture
 def variant(request, monkeypatch, on_cpu):
-    """What is switched on; nothing of it can run on the CPU or on another GPU."""
+    """What is switched on: "1" unless a test asks for others; nothing of it can run on the CPU or on another GPU."""
     if on_cpu:
         pytest.skip("a CUDA kernel: run it with -p tests.emulation.plugin or -p on_cuda")
     if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("no Hopper GPU")
-    monkeypatch.setenv(SWITCH, request.param)
-    return request.param
+    value = getattr(request, "param", "1")
+    monkeypatch.setenv(SWITCH, value)
+    return value
+
+
+both = pytest.mark.parametrize("variant", ["1", "split"], indirect=True)
 
 
 @pytest.fixture
@@ -35,6 +39,7 @@ def usual(variant, monkeypatch):
     return call
 
 
+@both
 @pytest.mark.parametrize("dtype, depth", [(BF16, 64), (F16, 128)], ids=str)
 @pytest.mark.parametrize("keys", [1, 63, 64, 65, 255, 257])
 def test_any_number_of_keys_gives_the_truth(variant, keys, dtype, depth):
@@ -68,7 +73,7 @@ def test_bounds_groups_and_rounds_of_the_ring_give_the_truth(variant, case):
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1e5, 1e20])
-@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("variant, dtype", [("1", BF16), ("split", F16)], indirect=["variant"], ids=str)
 def test_scores_are_to_the_bit_those_that_the_backward_pass_will_form(variant, usual, dtype, scale):
     """Of any size: the gradient needs the scores of the log-sum-exp, and forms them by other instructions."""
     query, key = pair(1, 4, 2, 90, 300, 128, sharp=1.0, dtype=dtype)
@@ -78,6 +83,7 @@ def test_scores_are_to_the_bit_those_that_the_backward_pass_will_form(variant, u
         torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-6, atol=1e-5)
 
 
+@both
 def test_a_poisoned_key_spoils_the_rows_that_attend_it_and_no_other(variant):
     query, key = pair(1, 1, 1, 150, 200, 64, dtype=BF16)
     clean = attention_stats_qk(query, key, is_causal=True)
