@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
@@ -64,7 +64,8 @@ def divide(model: nn.Module) -> None:
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     """The weights of a divided model, on the host of the first process; nothing in the others. All of them call it."""
-    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = cast("dict[str, Tensor]", get_model_state_dict(model, options=options))
     names: dict[nn.Parameter, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name in weights:  # one that has several names is one tensor again
