@@ -122,9 +122,9 @@ def measure(
                     raise ValueError("loader: a batch gives no loss; put labels into the batches")
                 found.backward()
             found = None if found is None else found.detach()  # without the graph
-            give_back()  # before the probe runs
+            wanted.close()  # before the probe runs, which would keep its activations for their gradients
+            give_back()
             monitor.step(found)
-            wanted.close()
         timeline = monitor.timeline
         if monitor.dropped:
             logger.warning("%d of %d measured batches are missing from the timeline", monitor.dropped, len(batches))
