@@ -115,6 +115,18 @@ def test_no_pickle_is_loaded(models, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "was_run").exists()
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "model.gguf"])
+def test_damaged_weights_are_a_sentence(models, tmp_path, capsys, name):
+    shutil.copytree(models / "a", tmp_path / "m")
+    whole = (tmp_path / "m" / "model.safetensors").read_bytes()
+    (tmp_path / "m" / "model.safetensors").unlink()
+    asked = ("--data", models / "texts.txt", "--out", tmp_path / "out")
+    for damaged in (b"nothing that weights begin with", whole[: len(whole) // 2]):
+        (tmp_path / "m" / name).write_bytes(damaged)
+        assert "cannot be read" in refused(capsys, "scan", tmp_path / "m", "--out", tmp_path / "out")
+        refused(capsys, "scan", tmp_path / "m", *asked)
+
+
 @pytest.mark.parametrize("indexed", [True, False])
 def test_missing_shards_are_named(tmp_path, capsys, indexed):
     save_file({"w": torch.zeros(2, 2)}, tmp_path / "model-00002-of-00003.safetensors")

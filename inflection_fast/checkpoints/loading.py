@@ -19,7 +19,7 @@ from inflection_fast.run.models import most_tokens
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Loaded", "load", "sparingly", "tokenizer_of"]
+__all__ = ["Loaded", "damages", "load", "sparingly", "tokenizer_of"]
 
 # Ends of class names in `architectures` -> what the texts are to such a model.
 _TASKS = {
@@ -62,6 +62,13 @@ class Loaded:
         return most_tokens(self.model)
 
 
+def damages() -> tuple[type[Exception], ...]:
+    """What is raised where a file of weights is damaged or cut off."""
+    from safetensors import SafetensorError
+
+    return (SafetensorError, OSError, ValueError, IndexError)
+
+
 def load(source: Source, *, device: str | None = None, config: PretrainedConfig | None = None) -> Loaded:
     """The model of a checkpoint, in float32 on the CPU and as it was saved on a GPU.
 
@@ -74,7 +81,7 @@ def load(source: Source, *, device: str | None = None, config: PretrainedConfig 
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     about = f"{source.name} could not be loaded"
     options: dict[str, object] = {"dtype": torch.float32 if where.type == "cpu" else "auto"}
-    with user_errors(OSError, ValueError, ImportError, KeyError, about=about):
+    with user_errors(*damages(), ImportError, KeyError, about=about):
         if source.gguf is not None:
             options["gguf_file"] = source.gguf
             if hasattr(transformers, "GgufConfig"):

@@ -13,7 +13,7 @@ import numpy as np
 from inflection_fast.checkpoints.documents import read_document, write_document
 from inflection_fast.checkpoints.files import find
 from inflection_fast.checkpoints.findings import Finding, Nulls, findings
-from inflection_fast.checkpoints.loading import Loaded, bring_libraries, load, sparingly, tokenizer_of
+from inflection_fast.checkpoints.loading import Loaded, bring_libraries, damages, load, sparingly, tokenizer_of
 from inflection_fast.checkpoints.memory import give_back, peak_bytes, resident_bytes
 from inflection_fast.checkpoints.numbers import Numbers, error_of, mean_of, numbers
 from inflection_fast.checkpoints.on_texts import Measured, Module
@@ -169,7 +169,8 @@ def scan(
     found: list[MatrixSpectrum] = []
     if weights:
         told("reading the weights")
-        found = spectra(source, told=lambda done: told(f"reading the weights: {done} matrices"))
+        with user_errors(*damages(), about=f"the weights of {source.name} cannot be read"):
+            found = spectra(source, told=lambda done: told(f"reading the weights: {done} matrices"))
     settings["peak above libraries, MiB"] = round((peak_bytes() - before) / 2**20, 1)
     settings["seconds"] = round(time.perf_counter() - began, 1)
     modules = [] if measured is None else measured.modules
