@@ -1,3 +1,5 @@
+import json
+
 import helpers.tiny_texts as tiny
 import pytest
 import yaml
@@ -22,12 +24,13 @@ def test_a_first_file_names_the_columns_and_runs(tmp_path, capsys, monkeypatch):
     text = out.read_text()
     tree = yaml.safe_load(text)
     assert tree["target"] == {"path": str(data), "text": "review", "label": "stars"}
+    assert tree["model"]["max_length"] == json.loads((model / "config.json").read_text())["max_position_embeddings"]
     assert len(text.splitlines()) <= 17 and text.count("#") >= 10
     assert "the data has: id, review, stars" in text and "neg, pos" in text and max(map(len, text.splitlines())) <= 140
     trained = []
     monkeypatch.setattr(training, "train", lambda *a, **k: trained.append(a) or (_ for _ in ()).throw(SystemExit))
     with pytest.raises(SystemExit):
-        cli.main(["run", "--config", str(out), "--output", str(tmp_path / "run"), "--model.max_length", "12"])
+        cli.main(["run", "--config", str(out), "--output", str(tmp_path / "run")])
     assert trained  # everything before the first training step is right
     code, said = init(capsys, "--model", model, "--data", data, "--out", out)
     assert code == 2 and "exists already" in said.err and out.read_text() == text
@@ -50,6 +53,7 @@ def test_a_language_model_needs_no_label(tmp_path, capsys):
     out = tmp_path / "run.yaml"
     assert init(capsys, "--model", "m", "--data", data, "--task", "causal-lm", "--out", out)[0] == 0
     tree = yaml.safe_load(out.read_text())
+    assert tree["model"]["max_length"] == 128  # the model is a name on the hub
     assert tree["task"] == "causal-lm" and tree["target"] == {"path": str(data), "text": "text"}
     code, said = init(capsys, "--model", "m", "--data", data, "--out", tmp_path / "b.yaml")
     assert code == 2 and "use --task causal-lm" in said.err

@@ -115,7 +115,7 @@ def output_projection(block: Block) -> tuple[nn.Module, int]:
     heads = heads_of([block])
     output = _linear_in(outer, _OUTPUT)
     if output is None or heads is None or _sizes(output)[0] % heads:
-        raise ValueError(f"model: the output projection of the attention heads of {block.name} cannot be told")
+        raise ValueError(f"model: the output projection of the attention heads of {block.name} cannot be found")
     return output, heads
 
 

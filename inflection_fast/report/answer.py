@@ -49,7 +49,7 @@ def answer(content: Content) -> Answer:
         lines = alert_lines(content.alerts)
         return Answer(
             _alarms(content), f"First: {lines[0]} In all: {period}",
-            "Look at that layer in its map below, around that step.",
+            "Look at that layer around that step, on the page or in the report.",
         )  # fmt: skip
     return Answer(
         _alarms(content), f"No rule of the alerts holds anywhere in {period}", "Choose layers from what was measured:",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from inflection_fast.run.files import column_names, load_rows
 
 __all__ = ["write_init_config"]
 
+LENGTH = 128  # tokens
 SAMPLE = 1000  # rows that are looked at to tell the text from the labels
 
 
@@ -60,6 +62,15 @@ def _columns(
     return text, label
 
 
+def _length(model: str) -> int:
+    """What texts are cut to: 128 tokens, or what a model in a folder takes at most."""
+    try:
+        longest = json.loads((Path(model) / "config.json").read_text()).get("max_position_embeddings")
+    except (OSError, ValueError, AttributeError):  # a name on the hub, or nothing that says it: the run will tell
+        return LENGTH
+    return min(LENGTH, longest) if isinstance(longest, int) and longest > 0 else LENGTH
+
+
 def _written(model: str, config: DataConfig, task: str, names: list[str], found: TextData) -> str:
     import yaml
 
@@ -72,7 +83,7 @@ def _written(model: str, config: DataConfig, task: str, names: list[str], found:
         (f"task: {task}", "sequence-classification or causal-lm"),
         ("model:", ""),
         (f"  path: {value(model)}", "folder of a saved model, or its name on the hub"),
-        ("  max_length: 128", "texts are cut to so many tokens"),
+        (f"  max_length: {_length(model)}", "texts are cut to so many tokens"),
         (
             "target:",
             f"{len(found.train)} texts to train on, {len(found.test)} to test on, {len(found.probe)} to compare",

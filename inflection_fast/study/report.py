@@ -103,7 +103,7 @@ def _verdict(effect: Effect) -> str:
         return "The planned layers were better places than random ones."
     if effect.high < 0:
         return "The planned layers were worse places than random ones."
-    return "Which of the two is better cannot be told from these cells."
+    return "These cells do not show which of the two is better."
 
 
 def _against_random(results: Results, cells: Sequence[Result], pictures: Path) -> str:
@@ -130,7 +130,7 @@ def _against_random(results: Results, cells: Sequence[Result], pictures: Path) -
     worse = [arm for arm in effects if corrected[arm] < LEVEL and effects[arm].difference < 0]
     words = (
         f"Better than random layers at p < {LEVEL} after Holm: {names(better)}."
-        f" Worse: {names(worse)}. Of the others it cannot be told."
+        f" Worse: {names(worse)}. For the others the difference is not significant."
     )
     return "\n\n".join(
         [

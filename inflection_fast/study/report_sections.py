@@ -171,7 +171,7 @@ def stable(results: Results, cells: Sequence[Result]) -> str:
             f" agree by {mean(over_alpha):.2f} on average over all pairs ({len(choices)} measurements). With `alpha`"
             " = 0.5 they agree as follows.",
             table(["alpha", "Jaccard with alpha 0.5"], by_alpha),
-            f"`greedy` found nothing worth the name in {empty} of {len(choices)} measurements (the arm then takes the"
+            f"`greedy` found nothing significant in {empty} of {len(choices)} measurements (the arm then takes the"
             " three best blocks by SKI). Blocks chosen by window:",
             table(["window", "blocks chosen, mean"], by_window),
         ]
