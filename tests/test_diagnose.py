@@ -174,9 +174,10 @@ def test_misuse_is_named(tmp_path):
     adapted = trainers.trainer(tmp_path, None, model=peft.get_peft_model(trainers.classifier(), peft.LoraConfig()))
     with pytest.raises(ValueError, match="carries adapters already"):
         DiagnoseThenInject(adapted, steps=3)
-    _, run = made(tmp_path / "both", InflectionCallback(CONFIG))
-    with pytest.raises(ValueError, match="give the Trainer one of them only"):
-        run.train()
+    with InflectionCallback(CONFIG) as callback:
+        _, run = made(tmp_path / "both", callback)
+        with pytest.raises(ValueError, match="give the Trainer one of them only"):
+            run.train()
 
 
 def test_the_state_in_between_is_plain_json(whole):
