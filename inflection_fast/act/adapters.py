@@ -17,7 +17,7 @@ from .configs import _saved, _task, refuse_mismatch
 from .inject import _restored_on_error
 from .targets import targets_of
 
-__all__ = ["KINDS", "adapt", "adapter_parameters", "default_modules", "head_modules", "train_only"]
+__all__ = ["KINDS", "adapt", "adapter_parameters", "default_modules", "head_parameters", "train_only"]
 
 KINDS = ("lora", "dora", "adalora", "ia3", "vera", "prefix")
 
@@ -123,11 +123,10 @@ def adapter_parameters(model: nn.Module) -> int:
     return sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and "modules_to_save" not in name)
 
 
-def head_modules(model: nn.Module) -> list[str]:
-    """Names of the modules with parameters that lie outside of the backbone; none where the model does not name it."""
+def head_parameters(model: nn.Module) -> list[str]:
+    """Names of the parameters that lie outside of the backbone; none where the model does not name its backbone."""
     backbone = getattr(model, "base_model_prefix", "")
-    children = model.named_children() if backbone else ()
-    return [name for name, child in children if name != backbone and any(True for _ in child.parameters())]
+    return [name for name, _ in model.named_parameters() if not name.startswith(f"{backbone}.")] if backbone else []
 
 
 def train_only(model: nn.Module, part: str, top: int = 0) -> None:
@@ -141,14 +140,13 @@ def train_only(model: nn.Module, part: str, top: int = 0) -> None:
     """
     if part not in ("head", "top", "bias", "all"):
         raise ValueError(f"part: expected head, top, bias or all, got {part!r}")
-    backbone = getattr(model, "base_model_prefix", "")
     named = list(model.named_parameters())
     blocks: list[Block] = find_blocks(model)
     if top > len(blocks):
         raise ValueError(f"top: the model has {len(blocks)} blocks, got {top}")
     last = max(i for i, (name, _) in enumerate(named) if name.startswith(f"{blocks[-1].path}."))
     inside = tuple(f"{block.path}." for block in blocks[len(blocks) - top :])
-    head = [name for name, _ in named if not name.startswith(f"{backbone}.")] if backbone else []
+    head = head_parameters(model)
     if part == "head" and not head:
         raise ValueError(f"part: {type(model).__name__} has no head outside of its backbone")
     for i, (name, parameter) in enumerate(named):

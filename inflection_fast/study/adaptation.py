@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from inflection_fast.act.adapters import KINDS, adapt, adapter_parameters, default_modules, head_modules, train_only
+from inflection_fast.act.adapters import KINDS, adapt, adapter_parameters, default_modules, head_parameters, train_only
 from inflection_fast.act.bottleneck import bottleneck
 from inflection_fast.act.unfreeze import unfreeze
 from inflection_fast.blocks import find_blocks
@@ -56,7 +56,7 @@ class Adaptation:
                 train_only(model, PARTS[self.kind], **self.options_for("top"))
                 return model
             if self.kind == "blocks":
-                unfreeze(model, self.options["layers"], also=head_modules(model))
+                unfreeze(model, self.options["layers"], also=head_parameters(model))
                 return model
             if self.kind == "bottleneck":
                 return bottleneck(model, self.layers, self.options["width"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -184,7 +183,4 @@ def intervention_hooks(adaptation: Adaptation, model: nn.Module, steps: int) -> 
 
 def rate_groups(adaptation: Adaptation, model: nn.Module, learning_rate: float) -> list[dict[str, Any]]:
     """Parameter groups of `RatesByBlock`."""
-    rates = learning_rate * np.array(adaptation.options["rates"])
-    if not math.isfinite(rates.sum()):
-        raise NoArm(f"learning rates of blocks must be finite, got {rates.tolist()}")
-    return groups_of(model, rates, learning_rate)
+    return groups_of(model, [learning_rate * share for share in adaptation.options["rates"]], learning_rate)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypedDict
 
 import numpy as np
@@ -52,7 +52,17 @@ class Trained:
     clock: Clock
     step_bytes: int  # tensors that a step keeps for the backward pass, gradients and optimizer states
     trainable: int
-    hook: dict[str, Any] = field(default_factory=dict)
+
+    def facts(self, learning_rate: float) -> dict[str, Any]:
+        """As it stands among the results of a study."""
+        return {
+            "learning_rate": learning_rate,
+            "steps": self.steps,
+            "training": self.clock.facts(),
+            "trainable": self.trainable,
+            "step_bytes": self.step_bytes,
+            "losses": self.losses,
+        }
 
 
 def batch_of(tokens: Tokens, rows: np.ndarray, device: str) -> dict[str, Tensor]:

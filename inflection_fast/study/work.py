@@ -118,14 +118,14 @@ class Work:
             "regime": regime,
             "texts": len(tokens),
             "epochs": round(steps / per_epoch, 3),
-            **_training(trained, settings.learning_rate),
+            **trained.facts(settings.learning_rate),
             "test": _without_bits(evaluate(model, test, self.config.train)),
             "saturation": {
                 "test": saturation_of(logits_of(model, test, self.config.train)),
                 "train": saturation_of(logits_of(model, some, self.config.train)),
             },
         }
-        folder = self.store.path(f"{self._source_name(transfer, regime)}/model")
+        folder = self._source_folder(transfer, regime)
         partial = folder.with_name(f"{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         model.save_pretrained(partial)
@@ -144,8 +144,9 @@ class Work:
         """The model of a cell before it has seen the target."""
         self.source(transfer, regime)
         facts = self.texts(transfer).facts
-        folder = self.store.path(f"{self._source_name(transfer, regime)}/model")
-        model = self._load(seed, labels := tuple(facts["target"]["labels"]), folder)
+        folder = self._source_folder(transfer, regime)
+        labels = tuple(facts["target"]["labels"])
+        model = self._load(seed, labels, folder)
         if self.config.transfers[transfer].head == "new" and len(labels) == len(facts["source"]["labels"]):
             torch.manual_seed(seed)
             for name, module in model.named_modules():
@@ -293,7 +294,7 @@ class Work:
             result = {
                 "key": key,
                 "metrics": metrics,
-                **_training(trained, rate),
+                **trained.facts(rate),
                 "adapter_parameters": parameters,
                 "total": sum(p.numel() for p in adapted.parameters()),
                 "evaluation": clock.facts(),
@@ -328,8 +329,11 @@ class Work:
 
     def source_model(self, transfer: str, regime: str) -> PreTrainedModel:
         """The model as the source training left it, with the source's head."""
-        folder = self.store.path(f"{self._source_name(transfer, regime)}/model")
-        return self._load(0, tuple(self.texts(transfer).facts["source"]["labels"]), folder)
+        labels = tuple(self.texts(transfer).facts["source"]["labels"])
+        return self._load(0, labels, self._source_folder(transfer, regime))
+
+    def _source_folder(self, transfer: str, regime: str) -> Path:
+        return self.store.path(f"{self._source_name(transfer, regime)}/model")
 
     def _cell(self, cell: Cell) -> bool:
         name = f"cells/{cell.name}.json"
@@ -383,17 +387,6 @@ class Work:
 
     def _end(self, cell: Cell) -> None:
         self.store.path(f"claims/{cell.name.replace('/', '__')}.begun.json").unlink(missing_ok=True)
-
-
-def _training(trained: Trained, rate: float) -> dict[str, Any]:
-    return {
-        "learning_rate": rate,
-        "steps": trained.steps,
-        "training": trained.clock.facts(),
-        "trainable": trained.trainable,
-        "step_bytes": trained.step_bytes,
-        "losses": trained.losses,
-    }
 
 
 def _without_bits(metrics: dict[str, Any]) -> dict[str, Any]:
