@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 __all__ = ["read_json", "replacing", "write_json", "write_text"]
 
@@ -16,10 +17,11 @@ __all__ = ["read_json", "replacing", "write_json", "write_text"]
 def replacing(path: Path) -> Iterator[Path]:
     """A path beside `path` to write a file to; the file takes the place of `path` if the block ends without an error.
 
-    The folder is made where it is missing. `OSError` if the disk refuses; `path` is then as it was.
+    The folder is made where it is missing. Several processes may write the same file at once: the last one wins.
+    `OSError` if the disk refuses; `path` is then as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.tmp")
+    fresh = path.with_name(f".{path.name}.{uuid4().hex}.tmp")  # not by mkstemp, whose files only their owner can read
     try:
         yield fresh
         with open(fresh, "rb+") as file:

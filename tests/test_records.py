@@ -99,6 +99,16 @@ def test_a_file_that_could_not_be_written_leaves_the_old_one(tmp_path, monkeypat
     assert json.loads(path.read_text()) == {"a": 1} and [item.name for item in tmp_path.iterdir()] == ["a.json"]
 
 
+def test_two_writers_of_one_file_at_once(tmp_path):
+    """As two workers of a study that take over the same published cell."""
+    path = tmp_path / "a.json"
+    with replacing(path) as fresh:
+        fresh.write_text("1")
+        write_json(path, 2)
+        assert json.loads(path.read_text()) == 2
+    assert json.loads(path.read_text()) == 1 and [item.name for item in tmp_path.iterdir()] == ["a.json"]
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from inflection_fast.atomic import replacing
 from inflection_fast.run.config import DataConfig
 from inflection_fast.run.data import normalised, read
 from inflection_fast.run.errors import UserError
@@ -123,11 +124,8 @@ def _prepare(config: StudyConfig, name: str, store: Store) -> dict[str, Any]:
     numbers = {group: i for i, group in enumerate(dict.fromkeys(row["group"] for row in target))}
     arrays["groups"] = np.array([numbers[row["group"]] for row in target])
     path = store.path(f"data/{name}.npz")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}")
-    with open(partial, "wb") as file:
+    with replacing(path) as fresh, open(fresh, "wb") as file:
         np.savez_compressed(file, allow_pickle=False, **arrays)
-    partial.replace(path)
     write_json(store.path(f"data/{name}.facts.json"), facts)
     return facts
 
