@@ -290,7 +290,12 @@ def test_published_cells_and_their_report_need_the_files_alone(done, tmp_path):
     config, cells = done
     assert publish(config.folder, tmp_path) == len(cells)
     again = {path.name for path in tmp_path.iterdir()}
-    assert again == {"cells", "rates.json", "sources.json", "choices.json"}
+    assert again == {"cells", "rates.json", "sources.json", "probes.json", "choices.json"}
+    probes = json.loads((tmp_path / "probes.json").read_text())
+    assert set(probes) == {"one-under", "one-over"}
+    for one in probes.values():  # a probe on each of the model's blocks, which see words that tell the label
+        assert one["n"] == config.target.validation and len(one["accuracy"]) == 3
+        assert all(0.5 < share <= 1 for share in one["accuracy"]), one
     choices = json.loads((tmp_path / "choices.json").read_text())
     measured = {f"one-{regime}-{seed}" for regime in ("under", "over") for seed in (0, 1, 2)}
     assert set(choices) == measured

@@ -328,6 +328,27 @@ def test_a_rule_that_is_there_is_found_on_transfers_that_are_left_out(tmp_path):
     assert score.advice.startswith("unfreezing above 0.8") and "LoRA everywhere below" in score.advice
 
 
+def test_a_rule_by_probes_is_found_where_saturation_says_nothing(tmp_path):
+    """`all` wins where the last block's probe is behind the best block's; how sure a source is has nothing to say."""
+    cells, probes = [], {}
+    for transfer, sure in enumerate((0.7, 0.9, 0.7, 0.9)):
+        for regime, lost in (("under", 0.2), ("over", 0.0)):
+            probes[f"t{transfer}-{regime}"] = {"accuracy": [0.6, 0.8, 0.8 - lost]}
+            for arm in ("greedy", "all", "shallow"):
+                gain = 4 * (arm == "all") if lost else 8 * (arm == "shallow")
+                name, content = cell(f"t{transfer}", regime, arm, 1, np.arange(100) < 60 + gain)
+                source = content["meta_info"]["dataset_info"]["source_training"]
+                source["saturation"]["test"]["largest_probability"] = sure
+                cells.append((name, content))
+    cells = study(tmp_path, cells).cells
+    assert not score_rule(cells).better
+    score = score_rule(cells, probes)
+    assert score.better and score.means == pytest.approx((66, 64, 66)) and "probe" in score.advice
+    assert score_rule(cells, {name: one for name, one in probes.items() if name < "t2"}) is None
+    (tmp_path / "probes.json").write_text(json.dumps(probes))
+    assert "reaches 66.00 %, and is ahead of always one family (64.00 %)" in write(tmp_path).read_text()
+
+
 def test_without_a_rule_the_advice_is_one_family(tmp_path):
     score = score_rule(advised(tmp_path, {"greedy": 0, "all": 4, "shallow": 0}).cells)
     assert score.means == pytest.approx((64, 64, 64))

@@ -1,9 +1,9 @@
-"""Regime advice: which family of arms is likely to pay, from how saturated the source is, and how good that rule is."""
+"""Regime advice: which family of arms is likely to pay, from the state of the source, and how good that rule is."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
 from typing import Any
@@ -12,28 +12,35 @@ import numpy as np
 
 from inflection_fast.study.results import Result
 
-__all__ = ["FAMILIES", "Fold", "Rule", "Score", "fit_rule", "for_runs", "score_rule"]
+__all__ = ["FAMILIES", "LAST", "LOST", "RISE", "SURE", "Fold", "Rule", "Score", "fit_rule", "for_runs", "score_rule"]
 
 # Of each the arm that stands for it.
 FAMILIES = {"selective LoRA": "greedy", "LoRA everywhere": "all", "unfreezing": "shallow"}
 
 
+# What a rule may look at, in the words of the report.
+SURE = "mean largest probability"
+LAST, RISE, LOST = "last block's probe", "last block's probe minus the first's", "best block's probe minus the last's"
+
+
 @dataclass(frozen=True)
 class Rule:
-    """`above` for a source whose mean largest probability exceeds the threshold, else `below`."""
+    """`above` for a source of which a number exceeds the threshold, else `below`."""
 
     threshold: float
     below: str
     above: str
+    number: str = SURE
 
-    def family(self, sure: float) -> str:
+    def family(self, state: Mapping[str, float]) -> str:
         """The family for a source."""
-        return self.above if sure > self.threshold else self.below
+        return self.above if state[self.number] > self.threshold else self.below
 
     def __str__(self) -> str:
         if self.below == self.above:
             return f"always {self.below}"
-        return f"{self.above} above {self.threshold:.2f}, {self.below} below"
+        number = "" if self.number == SURE else f" ({self.number})"
+        return f"{self.above} above {self.threshold:.2f}, {self.below} below{number}"
 
 
 @dataclass(frozen=True)
@@ -74,12 +81,16 @@ class Score:
         return f"{self.rule}." if self.better else f"{self.always}, whatever the state of the source."
 
 
-Place = tuple[float, dict[str, float]]  # how sure the source is, accuracy of each family
+Place = tuple[dict[str, float], dict[str, float]]  # the numbers that a rule may look at, accuracy of each family
 
 
-def score_rule(cells: Sequence[Result]) -> Score | None:
-    """Scores the rule; None where fewer than three transfers have cells of every family."""
-    places = _places(cells)
+def score_rule(cells: Sequence[Result], probes: Mapping[str, Mapping[str, Any]] | None = None) -> Score | None:
+    """Scores the rule; None where fewer than three transfers have cells of every family.
+
+    The rule looks at the saturation of the source. Given `probes` ("transfer-regime" -> {"accuracy": [...]}), it looks
+    at the accuracy of linear probes on its blocks as well, and places without them are left out.
+    """
+    places = _places(cells, probes)
     if len(places) < 3:
         return None
     folds = []
@@ -90,7 +101,7 @@ def score_rule(cells: Sequence[Result]) -> Score | None:
             Fold(
                 left_out,
                 str(rule),
-                float(np.mean([accuracy[rule.family(sure)] for sure, accuracy in selected])),
+                float(np.mean([accuracy[rule.family(state)] for state, accuracy in selected])),
                 float(np.mean([accuracy[always] for _, accuracy in selected])),
                 float(np.mean([max(accuracy.values()) for _, accuracy in selected])),
             )
@@ -121,20 +132,28 @@ def for_runs(cells: Sequence[Result]) -> dict[str, Any] | None:
     }
 
 
-def _places(cells: Sequence[Result]) -> dict[str, list[Place]]:
-    """Transfer -> for each regime how sure the source is, and the accuracy of every family where all were run."""
+def _places(cells: Sequence[Result], probes: Mapping[str, Mapping[str, Any]] | None) -> dict[str, list[Place]]:
+    """Transfer -> for each regime the state of the source, and the accuracy of every family where all were run."""
     found: dict[tuple[str, str], dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
-    sure = {}
+    states: dict[tuple[str, str], dict[str, float]] = {}
     for cell in cells:
         found[cell.transfer, cell.regime][cell.arm][cell.seed] = 100 * cell.accuracy
         source = cell.content["meta_info"]["dataset_info"]["source_training"]
-        sure[cell.transfer, cell.regime] = source["saturation"]["test"]["largest_probability"]
+        states[cell.transfer, cell.regime] = {SURE: source["saturation"]["test"]["largest_probability"]}
+    if probes is not None:
+        for place, state in states.items():
+            of_blocks = probes.get("-".join(place), {}).get("accuracy")
+            if of_blocks is None:
+                del found[place]
+            else:
+                last = of_blocks[-1]
+                state |= {LAST: last, RISE: last - of_blocks[0], LOST: max(of_blocks) - last}
     places = defaultdict(list)
     for place, arms in found.items():
         seeds = set.intersection(*(set(arms[arm]) for arm in FAMILIES.values()))
         if seeds:
             accuracy = {name: float(np.mean([arms[arm][s] for s in sorted(seeds)])) for name, arm in FAMILIES.items()}
-            places[place[0]].append((sure[place], accuracy))
+            places[place[0]].append((states[place], accuracy))
     return dict(places)
 
 
@@ -143,9 +162,11 @@ def _best_family(places: Sequence[Place]) -> str:
 
 
 def fit_rule(places: Sequence[Place]) -> Rule:
-    """The threshold and families with the highest mean accuracy; the simplest of equals."""
-    values = sorted({sure for sure, _ in places})
-    thresholds = [(a + b) / 2 for a, b in pairwise(values)] or [values[0]]
-    rules = [Rule(t, below, above) for t, below, above in product(thresholds, FAMILIES, FAMILIES)]
+    """The number, threshold and families with the highest mean accuracy; the simplest of equals."""
+    rules = []
+    for number in places[0][0]:
+        values = sorted({state[number] for state, _ in places})
+        thresholds = [(a + b) / 2 for a, b in pairwise(values)] or [values[0]]
+        rules += [Rule(t, below, above, number) for t, below, above in product(thresholds, FAMILIES, FAMILIES)]
     rules.sort(key=lambda rule: rule.below != rule.above)  # of equals the one without a threshold
-    return max(rules, key=lambda rule: round(np.mean([acc[rule.family(sure)] for sure, acc in places]), 9))
+    return max(rules, key=lambda rule: round(np.mean([acc[rule.family(state)] for state, acc in places]), 9))

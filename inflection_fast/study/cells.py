@@ -36,7 +36,7 @@ class Cell:
 class Job:
     """A piece of work: a `source` or `measured` training that cells share, one training of a search, or a cell."""
 
-    what: str  # source, tune, cell, gradients
+    what: str  # source, probes, tune, cell, gradients
     transfer: str
     regime: str
     arm: str = ""
@@ -90,6 +90,7 @@ def jobs_of(config: StudyConfig, only: str | None = None) -> list[Job]:
             if cell in selected:
                 jobs += [
                     Job("source", cell.transfer, cell.regime),
+                    Job("probes", cell.transfer, cell.regime),
                     Job("cell", cell.transfer, cell.regime, cell.arm, cell=cell),
                 ]
         if number == min(1, len(config.waves) - 1):

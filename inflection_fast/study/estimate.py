@@ -73,6 +73,8 @@ def _seconds(config: StudyConfig, job: Job, step: float, text: float) -> float:
         length = config.regimes[job.regime]
         steps = length.steps_of(config.source.limit, config.train.batch_size)
         return steps * step * FULL_STEP + config.source.test * text
+    if job.what == "probes":
+        return config.target.validation * text
     judged = config.target.validation if job.what == "tune" else config.target.test + config.source.test
     cost = config.train.steps * step * _factor(job.arm) + judged * text
     if job.what == "gradients":

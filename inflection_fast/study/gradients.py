@@ -1,4 +1,4 @@
-"""Trainings that are measured all along: gradients, change of features and linear probes of every block."""
+"""Gradients, change of features and linear probes of every block: of trainings measured all along, and of sources."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from inflection_fast.timeline import Timeline
 if TYPE_CHECKING:
     from inflection_fast.study.work import Work
 
-__all__ = ["gradients"]
+__all__ = ["gradients", "probes"]
 
 PROBE_TEXTS = 64  # on which features are compared with those before training
 MEASURED_STEPS = 7
@@ -25,6 +25,18 @@ MEASURED_STEPS = 7
 def gradients(work: Work, transfer: str, regime: str, arm: str, name: str) -> dict[str, Any]:
     """Measures one arm at the first seed; the result is kept under `name`."""
     return work.store.get(name, lambda: _measured(work, transfer, regime, arm, name))
+
+
+def probes(work: Work, transfer: str, regime: str, name: str) -> dict[str, Any]:
+    """Accuracy of a probe on every block of the source model, on validation texts of the target; kept under `name`."""
+
+    def compute() -> dict[str, Any]:
+        seed = work.config.tuning.seed
+        texts = work.texts(transfer).split(seed).validation
+        accuracy = block_probes(work.start(transfer, regime, seed), texts, work.config.train)
+        return {"transfer": transfer, "regime": regime, "n": len(texts), "accuracy": accuracy}
+
+    return work.store.get(name, compute)
 
 
 def _measured(work: Work, transfer: str, regime: str, arm: str, name: str) -> dict[str, Any]:

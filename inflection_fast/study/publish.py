@@ -33,8 +33,9 @@ def publish(study: Path, out: Path) -> int:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
         count += 1
-    for name, pattern in (("rates", "rates/*.json"), ("sources", "sources/*.json"), ("gradients", "gradients/*.json")):
-        found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(study.glob(pattern))}
+    for name in ("rates", "sources", "probes", "gradients"):
+        paths = sorted((study / name).glob("*.json"))
+        found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
         _add(out / f"{name}.json", found)
     choices: dict[str, Any] = {}
     for path in sorted(study.glob("measured/*.json")):

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from inflection_fast.study.advice import FAMILIES, score_rule
+from inflection_fast.study.advice import FAMILIES, LAST, LOST, RISE, Score, score_rule
 from inflection_fast.study.analysis import compare
 from inflection_fast.study.formatting import interval, mean, p_value, signed, table
 from inflection_fast.study.results import Result, Results
@@ -162,13 +162,21 @@ def regimes(results: Results, cells: Sequence[Result]) -> str:
     if score is None:
         return ""
     names = ", ".join(f"{family} (`{arm}`)" for family, arm in FAMILIES.items())
-    rows = [[one.transfer, one.words, f"{one.rule:.2f}", f"{one.always:.2f}", f"{one.best:.2f}"] for one in score.folds]
-    rows.append(["mean", "", *(f"{value:.2f}" for value in score.means)])
     verdict = (
         "The rule is worth following here."
         if score.better
         else f"So the saturation of the source is no ground to choose by here; {score.always} is."
     )
+    parts = [f"{verdict} In short: {score.advice}"]
+    probed = score_rule(cells, results.shared["probes"])
+    if probed is not None:
+        ahead = "is ahead of" if probed.better else "is not ahead of"
+        parts += [
+            "The same for a rule that may look at linear probes of the source model as well, on validation texts of the"
+            f" target: at the accuracy of the {LAST}, at the {RISE}, or at the {LOST}. On transfers left out it reaches"
+            f" {probed.means[0]:.2f} %, and {ahead} always one family ({probed.means[1]:.2f} %).",
+            _folds(probed),
+        ]
     return "\n\n".join(
         [
             "## Does the state of the source say what pays?",
@@ -176,7 +184,13 @@ def regimes(results: Results, cells: Sequence[Result]) -> str:
             " threshold gets one family, the others another; threshold and families are those that are best on all"
             " transfers but one and are scored on that one, by mean accuracy, beside the family that is best on the"
             " others without any rule, and the best choice in hindsight.",
-            table(["left out", "rule from the others", "rule, %", "always one, %", "hindsight, %"], rows),
-            f"{verdict} In short: {score.advice}",
+            _folds(score),
+            *parts,
         ]
     )
+
+
+def _folds(score: Score) -> str:
+    rows = [[one.transfer, one.words, f"{one.rule:.2f}", f"{one.always:.2f}", f"{one.best:.2f}"] for one in score.folds]
+    rows.append(["mean", "", *(f"{value:.2f}" for value in score.means)])
+    return table(["left out", "rule from the others", "rule, %", "always one, %", "hindsight, %"], rows)

@@ -72,7 +72,7 @@ class Results:
 
     cells: tuple[Result, ...]
     failed: tuple[tuple[str, str], ...]  # name and error
-    shared: dict[str, Any]  # rates, sources, choices, gradients: {} where there is none
+    shared: dict[str, Any]  # rates, sources, probes, choices, gradients: {} where there is none
 
     def honest(self) -> list[Result]:
         """Cells whose source holds no text of the target."""
@@ -109,7 +109,7 @@ def read_results(folder: str | os.PathLike) -> Results:
             raise ValueError(f"{path} is not a cell of a study: {error}") from error
         cells.append(cell)
     shared = {}
-    for name in ("rates", "sources", "choices", "gradients"):
+    for name in ("rates", "sources", "probes", "choices", "gradients"):
         path = folder / f"{name}.json"
         shared[name] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return Results(tuple(cells), tuple(failed), shared)

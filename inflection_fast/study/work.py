@@ -59,10 +59,12 @@ class Work:
         try:
             if job.what == "source":
                 return self._new(f"{self._source_name(job.transfer, job.regime)}.json", self.source, job)
-            if job.what == "gradients":
-                from inflection_fast.study.gradients import gradients
+            if job.what in ("gradients", "probes"):
+                from inflection_fast.study.gradients import gradients, probes
 
-                name = f"gradients/{job.transfer}-{job.regime}-{job.arm}.json"
+                name = f"{job.what}/{'-'.join(part for part in (job.transfer, job.regime, job.arm) if part)}.json"
+                if job.what == "probes":
+                    return self._new(name, lambda transfer, regime: probes(self, transfer, regime, name), job)
                 return self._new(name, lambda transfer, regime: gradients(self, transfer, regime, job.arm, name), job)
             return self._tune(job)
         except Busy:
