@@ -13,6 +13,7 @@ from inflection_fast.study.results import Result
 
 __all__ = ["draw_blocks", "draw_effects", "draw_pareto"]
 
+LABELS_APART = 0.035  # of the height of the picture
 INK, MARK, FAINT = "#222222", "#1f5fa8", "#bbbbbb"
 
 
@@ -47,6 +48,8 @@ def draw_blocks(effects: Sequence[tuple[int, float, float, float]], path: Path) 
 
 def draw_pareto(cells: Sequence[Result], arms: Sequence[str], path: Path) -> None:
     """Accuracy against parameters, time and memory; the arms that no other beats in both are joined."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     accuracy = means(cells)
     spent = {arm: costs(cells, arm) for arm in arms}
     panels: dict[str, dict[str, float]] = {
@@ -56,7 +59,7 @@ def draw_pareto(cells: Sequence[Result], arms: Sequence[str], path: Path) -> Non
         },
         "megabytes that a step keeps": {arm: max(0.01, spent[arm]["step_bytes"] / 1e6) for arm in arms},
     }
-    figure, all_axes = _canvas(12.5, 4.2, columns=len(panels))
+    figure, all_axes = _canvas(13.5, 4.6, columns=len(panels))
     for axes, (label, costs_of) in zip(all_axes, panels.items(), strict=True):
         best, front = -np.inf, []
         for arm in sorted(arms, key=lambda arm: (costs_of[arm], -accuracy[arm])):
@@ -64,14 +67,40 @@ def draw_pareto(cells: Sequence[Result], arms: Sequence[str], path: Path) -> Non
                 best = accuracy[arm]
                 front.append(arm)
         axes.step([costs_of[a] for a in front], [accuracy[a] for a in front], where="post", color=FAINT, lw=1)
-        for arm in arms:
-            on = arm in front
-            axes.plot(costs_of[arm], accuracy[arm], "o", ms=4, color=MARK if on else INK)
-            axes.annotate(arm, (costs_of[arm], accuracy[arm]), xytext=(3, 2), textcoords="offset points", fontsize=6.5)
+        least, most = min(costs_of.values()), max(costs_of.values())
         axes.set_xscale("log")
+        axes.set_xlim(right=most * (most / least) ** 0.45)  # room for labels
+        if most < 100 * least:
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        for arm, height in _apart({arm: accuracy[arm] for arm in arms}, LABELS_APART).items():
+            color = MARK if arm in front else INK
+            axes.plot(costs_of[arm], accuracy[arm], "o", ms=4, color=color, zorder=4)  # above the labels
+            axes.annotate(
+                arm,
+                (costs_of[arm], accuracy[arm]),
+                xytext=(14, height),
+                textcoords=("offset points", "data"),
+                va="center",
+                fontsize=6.5,
+                color=color,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
+                arrowprops={"arrowstyle": "-", "lw": 0.4, "color": FAINT, "shrinkA": 1, "shrinkB": 2},
+            )
         axes.set_xlabel(label, fontsize=8)
     all_axes[0].set_ylabel("accuracy, %")
     _save(figure, path)
+
+
+def _apart(values: dict[str, float], share: float) -> dict[str, float]:
+    """Heights for labels near these values, from the lowest up, at least a share of the range apart."""
+    gap = share * max(max(values.values()) - min(values.values()), 1.0)
+    heights: dict[str, float] = {}
+    last = -np.inf
+    for name in sorted(values, key=values.__getitem__):
+        last = heights[name] = max(values[name], last + gap)
+    return heights
 
 
 def _canvas(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
@@ -83,7 +112,7 @@ def _canvas(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
     figure, axes = pyplot.subplots(1, columns, figsize=(width, height), layout="constrained")
     for one in np.ravel(axes):
         one.spines[["top", "right"]].set_visible(False)
-        one.tick_params(labelsize=8)
+        one.tick_params(which="both", labelsize=8)
     return figure, axes
 
 
