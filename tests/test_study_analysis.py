@@ -133,6 +133,18 @@ def test_the_smallest_difference_is_found_four_times_in_five(tmp_path):
     assert power == pytest.approx(0.8, abs=0.02)
 
 
+def test_the_difference_that_is_needed_is_just_significant_after_correction(tmp_path):
+    effect = compare(planted(tmp_path / "none", 0.0).cells, "greedy", "random")
+    needed = effect.needed(0.01, tests=7)
+    assert 7 * 2 * stats.t.sf(needed / effect.error, effect.clusters - 1) == pytest.approx(0.01)
+    short = effect.needed(0.01, tests=1) - effect.difference
+    row = next(line for line in write(tmp_path / "none").read_text().splitlines() if line.startswith("| `greedy`"))
+    assert f"| {short:.2f} |" in row
+    planted(tmp_path / "some", 0.05)
+    row = next(line for line in write(tmp_path / "some").read_text().splitlines() if line.startswith("| `greedy`"))
+    assert "| reached |" in row
+
+
 def test_alike_trainings_have_no_difference_and_no_error(tmp_path):
     cells = [cell("t", "over", arm, seed, [1, 0, 1]) for arm in ("greedy", "random") for seed in (1, 2)]
     effect = compare(study(tmp_path, cells).cells, "greedy", "random")

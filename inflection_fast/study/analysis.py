@@ -43,7 +43,7 @@ class Effect:
         p: two-sided
         clusters: of the interval: transfers and seeds, or whole transfers
         texts: compared text by text
-        smallest: difference that this design finds with a probability of 0.8 at the level of 0.05
+        error: standard error of the difference, in points
     """
 
     difference: float
@@ -52,7 +52,20 @@ class Effect:
     p: float
     clusters: int
     texts: int
-    smallest: float
+    error: float
+
+    @property
+    def smallest(self) -> float:
+        """The difference that this design finds with a probability of 0.8 at the level of 0.05, in points."""
+        from scipy.stats import t
+
+        return float(t.ppf(0.975, self.clusters - 1) + t.ppf(POWER, self.clusters - 1)) * self.error
+
+    def needed(self, level: float, tests: int) -> float:
+        """The difference that is significant at `level` however Holm orders so many tests (Bonferroni), in points."""
+        from scipy.stats import t
+
+        return float(t.isf(level / tests / 2, self.clusters - 1)) * self.error
 
 
 def compare(
@@ -66,7 +79,6 @@ def compare(
     `cov_type="cluster"`, whose small-sample factor is G / (G - 1)).
     """
     import statsmodels.api as sm
-    from scipy.stats import t
 
     first, second = _rights(cells, arm, regime), _rights(cells, other, regime)
     values, transfers, clusters = [], [], []
@@ -86,10 +98,8 @@ def compare(
         return Effect(0.0, 0.0, 0.0, 1.0, len(names), len(difference), 0.0)
     fit = model.fit(cov_type="cluster", cov_kwds={"groups": numbers}, use_t=True)
     low, high = fit.conf_int()[0]
-    freedom = len(names) - 1
-    smallest = (t.ppf(0.975, freedom) + t.ppf(POWER, freedom)) * fit.bse[0]
-    found, low, high = (100 * float(x) for x in (fit.params[0], low, high))
-    return Effect(found, low, high, float(fit.pvalues[0]), len(names), len(difference), 100 * float(smallest))
+    found, low, high, error = (100 * float(x) for x in (fit.params[0], low, high, fit.bse[0]))
+    return Effect(found, low, high, float(fit.pvalues[0]), len(names), len(difference), error)
 
 
 def _rights(cells: Sequence[Result], arm: str, regime: str | None) -> dict[tuple[str, str, int], np.ndarray]:

@@ -122,6 +122,7 @@ def _against_random(results: Results, cells: Sequence[Result], pictures: Path) -
                 interval(effects[arm]),
                 p_value(effects[arm].p),
                 p_value(corrected[arm]),
+                _short(effects[arm], corrected[arm], len(effects)),
                 interval(wide),
                 _marked(cells, arm),
             ]
@@ -130,7 +131,8 @@ def _against_random(results: Results, cells: Sequence[Result], pictures: Path) -
     worse = [arm for arm in effects if corrected[arm] < LEVEL and effects[arm].difference < 0]
     words = (
         f"Better than random layers at p < {LEVEL} after Holm: {names(better)}."
-        f" Worse: {names(worse)}. For the others the difference is not significant."
+        f" Worse: {names(worse)}. For the others the difference is not significant. What an arm is short of: the points"
+        " by which it misses being better, at its standard error, corrected for all arms (Bonferroni)."
     )
     return "\n\n".join(
         [
@@ -139,13 +141,20 @@ def _against_random(results: Results, cells: Sequence[Result], pictures: Path) -
             table(
                 [
                     "arm", "smallest that could be seen", "minus random, 95 % (by seed)", "p", "p after Holm",
-                    "95 %, whole transfers as clusters", "parameters",
+                    f"short of p < {LEVEL}", "95 %, whole transfers as clusters", "parameters",
                 ],
                 rows,
             ),
             f"![differences]({pictures.name}/against_random.png)",
         ]
     )  # fmt: skip
+
+
+def _short(effect: Effect, corrected: float, tests: int) -> str:
+    """By how many points an arm misses being better than random layers, at the present standard error."""
+    if effect.difference > 0 and corrected < LEVEL:
+        return "reached"
+    return f"{effect.needed(LEVEL, tests) - effect.difference:.2f}"
 
 
 def _marked(cells: Sequence[Result], arm: str) -> str:
