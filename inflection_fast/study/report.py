@@ -37,6 +37,7 @@ from inflection_fast.study.results import Result, Results, read_results
 __all__ = ["write"]
 
 LEVEL = 0.01
+GOAL = 0.4  # half of the interval of planned minus random layers, in points, that the study aims at
 MARGIN = 0.5  # points below LoRA everywhere that still count as reaching it
 
 
@@ -90,6 +91,11 @@ def _first_words(results: Results, cells: Sequence[Result]) -> str:
             f" {effect.clusters} clusters of transfer and seed, {effect.texts} texts). **Planned minus random layers at"
             f" equal parameters: {interval(effect)} points, p = {p_value(effect.p)}** (± {half:.2f})."
             f" {_verdict(effect)}"
+            + (
+                f" At this spread ± {GOAL} would take about {effect.clusters * (half / GOAL) ** 2:.0f} clusters."
+                if half > GOAL
+                else ""
+            )
         )
     return "\n\n".join(lines)
 
