@@ -21,7 +21,7 @@ PARTS = {"head": "head", "unfreeze": "top", "bitfit": "bias", "full": "all", "li
 
 
 class NoArm(ValueError):
-    """This arm cannot be had here: the model has no such modules, or the choice failed. The cell records it."""
+    """This arm is not possible here: the model has no such modules, or the choice failed. The cell records it."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Adaptation:
         ranks: full module name -> rank, for adapters
         layers: blocks that hold something trained beside the head
         options: of the kind, such as the number of blocks to unfreeze, and of an intervention
-        note: how the choice came about, for a reader; it does not change what is trained
-        scores: number of each block or module that the choice was made from
+        note: how the choice was made, for the reader; it does not change the training
+        scores: the number per block or module that the choice is based on
     """
 
     kind: str
@@ -45,7 +45,7 @@ class Adaptation:
     scores: Mapping[str, float] = field(default_factory=dict)
 
     def key(self, **more: Any) -> str:
-        """A name for the training of this adaptation under the conditions in `more`: equal trainings share it."""
+        """A key for the training of this adaptation under the conditions in `more`. Equal trainings have equal keys."""
         what = {"kind": self.kind, "ranks": dict(sorted(self.ranks.items())), "options": dict(self.options), **more}
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -78,7 +78,7 @@ class Adaptation:
 
 @dataclass(frozen=True)
 class Spending:
-    """How the ranks of LoRA are spread over the blocks that were chosen."""
+    """How the ranks of LoRA are divided among the chosen blocks."""
 
     budget: int  # sum of the ranks over blocks
 

@@ -85,7 +85,7 @@ Place = tuple[dict[str, float], dict[str, float]]  # the numbers that a rule may
 
 
 def score_rule(cells: Sequence[Result], probes: Mapping[str, Mapping[str, Any]] | None = None) -> Score | None:
-    """Scores the rule; None where fewer than three transfers have cells of every family.
+    """Score the rule; None where fewer than three transfers have cells of every family.
 
     The rule looks at the saturation of the source. Given `probes` ("transfer-regime" -> {"accuracy": [...]}), it looks
     at the accuracy of linear probes on its blocks as well, and places without them are left out.

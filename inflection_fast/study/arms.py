@@ -1,4 +1,4 @@
-"""Arms: each says which modules to adapt, from what it may look at. A user adds arms by entry point."""
+"""Arms: each chooses the modules to adapt, from its inputs. Users add arms by entry point."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ ENTRY_POINTS = "inflection_fast.arms"
 
 @dataclass
 class Seen:
-    """What an arm may look at before it chooses. What it looked at is counted as the cost of choosing.
+    """The inputs of an arm. What an arm uses is counted as its cost of choosing.
 
     Args:
         config: the study
-        load: gives a fresh copy of the model as it is before the target is seen
+        load: returns a fresh copy of the model before training on the target
         split: texts of the target; an arm may use those of `train` only
-        measure: gives the timeline of the measured training and what that took
+        measure: returns the timeline of the measured training and its cost
         seed: seed of the cell
         draw: number of the draw, for arms that draw at random
-        place: transfer and regime, from which a random arm draws other blocks than elsewhere
+        place: transfer and regime as numbers, part of the seed of random arms
         learning_rate: the one that the search found for this arm; None while it is being searched for
     """
 
@@ -56,7 +56,7 @@ class Seen:
 
     @cached_property
     def model(self) -> nn.Module:
-        """The model as it is before the target is seen; an arm leaves it as it was."""
+        """The model before training on the target. An arm must not change it."""
         return self.load()
 
     @cached_property
@@ -79,7 +79,7 @@ class Seen:
 
     @property
     def rng(self) -> np.random.Generator:
-        """A generator of the cell's own."""
+        """A random generator seeded by the cell."""
         return np.random.default_rng([self.seed, self.draw, *self.place])
 
     @cached_property
@@ -91,7 +91,7 @@ class Seen:
             raise NoArm(" ".join(str(error).split())) from error
 
     def best(self, scores: dict[int, float], **more: Any) -> Adaptation:
-        """LoRA on the blocks of the highest scores. NoArm where a score is no number."""
+        """LoRA on the blocks with the highest scores. NoArm where a score is NaN."""
         k = self.config.blocks
         odd = [layer for layer, score in scores.items() if np.isnan(score)]
         if odd or len(scores) < k:
@@ -105,7 +105,7 @@ class Seen:
         return on_layers(self.model, layers, Spending(self.config.budget).over, **more)
 
     def cost(self) -> dict[str, float]:
-        """What choosing took: seconds, and steps of training."""
+        """The cost of choosing: seconds, and steps of training."""
         cost = {**self.clock.facts(), "steps": self.steps}
         for name, value in (self.measured or {}).items():
             cost[name] = round(cost.get(name, 0) + value, 3)
@@ -156,7 +156,7 @@ class Everywhere:
 
 @dataclass(frozen=True)
 class Places:
-    """LoRA on blocks that are chosen without looking at anything."""
+    """LoRA on blocks that are chosen without any input."""
 
     which: str
     draws: bool = False
@@ -178,7 +178,7 @@ class Places:
 
 @dataclass(frozen=True)
 class Planned:
-    """LoRA, or another adapter, on the blocks that the measured training points at.
+    """LoRA, or another adapter, on the blocks that the plan of the measured training chooses.
 
     Where a plan is empty because nothing stands out from chance, the best blocks by SKI are taken without asking for
     significance, as `tune.when_empty: top` of a run does, and the note says so.

@@ -1,4 +1,4 @@
-"""Arms that act on the planned blocks beside training them: before it, or while it goes on."""
+"""Arms that act on the planned blocks before or during their training."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from inflection_fast.study.training_loop import TrainingHooks, batch_of, batches
 
 __all__ = ["Intervened", "PlannedBlocks", "RatesByBlock", "intervention_hooks", "prepare", "rate_groups"]
 
-# While the model trains. What `remove` leaves is the model as it trained, or, of a reparametrisation, `merge`.
+# During training. Afterwards `remove` takes them away, or `merge` for a reparametrisation.
 DURING: dict[str, Callable[..., Handle]] = {
     "temperature": attention_temperature,
     "entropy_floor": attention_entropy_loss,
     "head_dropout": head_dropout,
     "sigma": sigma_reparametrisation,
 }
-# Before it trains.
+# Before training.
 BEFORE: dict[str, Callable[..., Handle]] = {"reset_feed_forward": reset_feed_forward, "new_heads": reinitialise_heads}
 DEBIASING = "debiasing"
 SOFT_SHARE = 0.5  # of the steps, after which the temperature is the model's own
@@ -100,7 +100,7 @@ class Intervened:
 
     @property
     def kind(self) -> str:
-        """Of what is trained: learning rates are tried as for it."""
+        """The kind of what is trained, whose learning rates are tried."""
         return self.place.kind
 
     def choose(self, seen: Seen) -> Adaptation:

@@ -1,4 +1,4 @@
-"""Arms that look at the weights alone."""
+"""Arms that use the weights alone."""
 
 from __future__ import annotations
 

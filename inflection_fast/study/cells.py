@@ -1,4 +1,4 @@
-"""The grid: which cells a study has, and in which order they are computed."""
+"""The grid: the cells of a study, and the order in which they are computed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Its name in the folder of the study."""
+        """The name in the folder of the study."""
         draw = "" if self.draw is None else f"-{self.draw}"
         return f"{self.transfer}/{self.regime}/{self.arm}{draw}/{self.seed}"
 
@@ -45,7 +45,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        """What a person reads."""
+        """The name for the reader."""
         if self.cell is not None:
             return self.cell.name
         rate = "" if self.rate is None else f"/{self.rate:g}"
@@ -71,7 +71,7 @@ def _of_wave(config: StudyConfig, wave: WaveConfig) -> Iterator[Cell]:
 
 
 def jobs_of(config: StudyConfig, only: str | None = None) -> list[Job]:
-    """The work behind the cells, in the order of computing: what they share stands before the first that needs it."""
+    """The jobs behind the cells, in the order of computing. Shared work stands before the first cell that needs it."""
     cells = cells_of(config, only)
     regimes = {cell.regime for cell in cells}
     tuning = [

@@ -26,7 +26,7 @@ FULL_STEP = 2.0
 
 
 def estimate(config: StudyConfig, only: str | None, jobs: int) -> Iterator[str]:
-    """Lines for a reader: the cells, what they share, and the hours that it would all take, of full-length texts."""
+    """Lines to print: the cells, the shared work, and the hours it takes at most, with texts of full length."""
     work = jobs_of(config, only)
     cells = [job.cell for job in work if job.cell is not None]
     yield from (cell.name for cell in cells)

@@ -23,7 +23,7 @@ MEASURED_STEPS = 7
 
 
 def gradients(work: Work, transfer: str, regime: str, arm: str, name: str) -> dict[str, Any]:
-    """Measures one arm at the first seed; the result is kept under `name`."""
+    """Measure one arm at the first seed, and keep the result under `name`."""
     return work.store.get(name, lambda: _measured(work, transfer, regime, arm, name))
 
 

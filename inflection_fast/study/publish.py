@@ -19,7 +19,7 @@ __all__ = ["publish", "reuse"]
 
 
 def publish(study: Path, out: Path) -> int:
-    """Copies the cells of a study, its learning rates and sources, and what its measurements point at.
+    """Copy the cells of a study, its learning rates and sources, and the layers that its measurements would choose.
 
     Returns the number of cells. What `out` holds beside them stays, so that a study may be computed in several folders.
     UserError where there is no study.
@@ -45,10 +45,10 @@ def publish(study: Path, out: Path) -> int:
 
 
 def reuse(published: Path, config: StudyConfig, store: Store) -> int:
-    """Puts published cells and learning rates into the folder of a study, where they count as computed.
+    """Take published cells and learning rates into the folder of a study, where they count as computed.
 
-    Returns the number of cells that came. A cell of the study stays. UserError where there are no published cells, or
-    where one was trained with other settings.
+    Returns the number of cells taken over. A cell that the study has already stays as it is. UserError where there are
+    no published cells, or where one was trained with other settings.
     """
     if not (published / "cells").is_dir():
         raise UserError(f"{published} holds no published cells (it has no folder `cells`)")
@@ -80,7 +80,7 @@ def _entries(path: Path) -> dict[str, Any]:
 
 
 def _add(path: Path, found: dict[str, Any]) -> None:
-    """Adds entries to those of a file. One line for each: small, and a change of one shows as one."""
+    """Add entries to a JSON file, one line each, so that a diff shows which entry changed."""
     if not found:
         return
     entries = sorted((_entries(path) | found).items())

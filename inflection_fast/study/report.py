@@ -42,7 +42,7 @@ MARGIN = 0.5  # points below LoRA everywhere that still count as reaching it
 
 
 def write(folder: str | os.PathLike, out: str | os.PathLike | None = None) -> Path:
-    """Writes the page and its pictures, and returns the page. FileNotFoundError where there are no cells."""
+    """Write the page and its pictures, and return the path of the page. FileNotFoundError where there are no cells."""
     results = read_results(folder)
     page = Path(folder) / "study.md" if out is None else Path(out)
     pictures = page.parent / f"{page.stem}_images"
@@ -164,7 +164,7 @@ def _short(effect: Effect, corrected: float, tests: int) -> str:
 
 
 def _marked(cells: Sequence[Result], arm: str) -> str:
-    """Says whether an arm's parameters are those of random layers."""
+    """Whether an arm has as many parameters as random layers, in words."""
     low, high = parameters(cells, arm)
     base = parameters(cells, RANDOM)[1]
     apart = max(abs(low - base), abs(high - base)) / base

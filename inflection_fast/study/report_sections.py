@@ -222,7 +222,7 @@ def leaking(results: Results) -> str:
 
 
 def how(results: Results, cells: Sequence[Result]) -> str:
-    """Model, texts, learning rates, and what failed."""
+    """Model, texts, learning rates, and failed cells."""
     run, meta = cells[0].content["run_info"]["train_config"], cells[0].content["meta_info"]
     data = [[c.transfer, c.content["meta_info"]["dataset_info"]] for c in cells]
     rows = []

@@ -41,7 +41,7 @@ class Result:
 
     @property
     def name(self) -> str:
-        """Its name in the study."""
+        """The name in the study."""
         return self.content["run_info"]["experiment_name"]
 
     @property
@@ -104,7 +104,7 @@ def read_results(folder: str | os.PathLike) -> Results:
                 continue
             facts = (run["transfer"], run["regime"], run["arm"], run["draw"], run["seed"], run["leaking"])
             cell = Result(*facts, content)
-            cell.right  # noqa: B018  a damaged file is told here, with its name
+            cell.right  # noqa: B018  a damaged file is reported here, with its name
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a cell of a study: {error}") from error
         cells.append(cell)

@@ -20,15 +20,15 @@ from inflection_fast.study.store import Busy, Store
 
 __all__ = ["Progress", "progress_of", "retry", "run", "work_through"]
 
-PAUSE_S = 0.5  # between two looks for work that others hold
-LOOK_S = 2.0  # between two looks at the progress
+PAUSE_S = 0.5  # between two attempts at jobs that other workers hold
+LOOK_S = 2.0  # between two updates of the progress
 DEATHS = 20  # workers that may die before the study gives up
 FULL = 28  # exit code of a worker that met a full disk, after ENOSPC
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a study is."""
+    """Progress of a study."""
 
     cells: int
     done: int
@@ -52,7 +52,7 @@ def progress_of(config: StudyConfig, store: Store, only: str | None = None) -> P
 
 
 def retry(config: StudyConfig, store: Store, only: str | None = None) -> int:
-    """Removes the cells that failed, so that they are computed again, and says how many there were."""
+    """Remove the cells that failed, so that they are computed again. Returns how many there were."""
     removed = 0
     for cell in cells_of(config, only):
         found = store.find(f"cells/{cell.name}.json")
@@ -63,10 +63,10 @@ def retry(config: StudyConfig, store: Store, only: str | None = None) -> int:
 
 
 def work_through(config: StudyConfig, only: str | None = None, begun: Callable[[Job], None] = lambda job: None) -> None:
-    """One worker: does every job that nobody else has, until none is left.
+    """Run as one worker: compute every job that no other worker holds, until none is left.
 
-    A job that another process holds is left for later; where only such jobs are left, it waits for them, because the
-    other process may die.
+    A job that another process holds is tried again later. Where only such jobs are left, the worker waits for them,
+    because the other process may die.
     """
     from inflection_fast.study.work import Work
 
@@ -99,12 +99,12 @@ def run(
     only: str | None,
     show: Callable[[], None] = lambda: None,
 ) -> Progress:
-    """Computes what is missing with so many workers, and returns how far it came. `show` is called now and then.
+    """Compute what is missing with `jobs` workers. Returns the progress; `show` is called every few seconds.
 
     UserError where the disk is full, or workers keep dying: what is finished stays, and the same call goes on.
     """
     store = Store.of(config)
-    cells_of(config, only)  # an unknown arm is told before anything is computed
+    cells_of(config, only)  # an unknown arm is reported before anything is computed
     (_with_ray if executor == "ray" else _with_processes)(config, jobs, only, show)
     return progress_of(config, store, only)
 
@@ -113,9 +113,9 @@ def _worker(config: StudyConfig, only: str | None) -> None:
     from inflection_fast.run.quiet import quiet_libraries
 
     quiet_libraries()
-    signal.signal(signal.SIGTERM, _interrupted)  # so that a cell that is cut off does not count as one that killed
+    signal.signal(signal.SIGTERM, _interrupted)  # an interrupted cell must not count as one that killed its worker
     parent = multiprocessing.parent_process()
-    if parent is not None:  # a parent that was killed stops nobody, and its workers would go on unseen
+    if parent is not None:  # a parent that is killed cannot stop its workers
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     try:
         work_through(config, only)
@@ -167,7 +167,7 @@ def _with_processes(config: StudyConfig, jobs: int, only: str | None, show: Call
                     deaths += 1
                     if deaths > DEATHS:
                         raise UserError(f"{deaths} workers died, the last with exit code {worker.exitcode}")
-                    workers.append(start())  # the cell it was at is free again, and is given up after two deaths
+                    workers.append(start())  # its cell is free again, and is given up after several deaths
     finally:
         for worker in workers:
             worker.terminate()

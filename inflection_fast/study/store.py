@@ -68,7 +68,7 @@ class Store:
 
     @contextmanager
     def claim(self, name: str) -> Iterator[None]:
-        """Holds the work on one result; Busy where another process holds it."""
+        """Hold the claim on one result; Busy where another process holds it."""
         lock = self.folder / "claims" / f"{name.replace('/', '__')}.lock"
         lock.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -78,7 +78,7 @@ class Store:
             raise Busy(name) from error
 
     def get(self, name: str, compute: Callable[[], Any]) -> Any:
-        """A JSON result, computed where it is not there; Busy where another process is at it."""
+        """A JSON result, computed where it is missing; Busy where another process computes it."""
         found = self.find(name)
         if found is None:
             with self.claim(name):

@@ -1,4 +1,4 @@
-"""The texts of a transfer: read, freed of what stands on both sides, cut into tokens once, and split by seed."""
+"""The texts of a transfer: read, without texts that stand on both sides, tokenised once, and split by seed."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Texts:
 
     @cached_property
     def source_parts(self) -> tuple[Tokens, Tokens]:
-        """Texts to train the source on, and to test what is remembered of it."""
+        """Texts to train the source on, and to measure forgetting on."""
         settings = self.config.source
         order = np.random.default_rng(settings.seed).permutation(len(self.source))
         test, train = order[: settings.test], order[settings.test :][: settings.limit]

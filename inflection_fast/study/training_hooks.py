@@ -1,4 +1,4 @@
-"""What some kinds of adaptation do otherwise in a training: between its steps, or to its optimizer."""
+"""What some kinds of adaptation add to a training: calls between steps, or groups of the optimizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The study's training loop. A Trainer would spend more on a short training than the training itself."""
+"""The study's training loop. `transformers.Trainer` has more overhead than a short training takes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Clock:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Counts while the block runs."""
+        """Count the time that the `with` block takes."""
         wall, cpu = time.perf_counter(), time.process_time()
         try:
             yield
@@ -39,13 +39,13 @@ class Clock:
             self.cpu += time.process_time() - cpu
 
     def facts(self) -> dict[str, float]:
-        """As it stands in a cell."""
+        """The entry in a cell."""
         return {"wall_s": round(self.wall, 3), "cpu_s": round(self.cpu, 3)}
 
 
 @dataclass
 class Trained:
-    """What a training was like."""
+    """Result of a training."""
 
     steps: int
     losses: list[float]  # mean of each tenth of the steps
@@ -54,7 +54,7 @@ class Trained:
     trainable: int
 
     def facts(self, learning_rate: float) -> dict[str, Any]:
-        """As it stands among the results of a study."""
+        """The entries in the results of a study."""
         return {
             "learning_rate": learning_rate,
             "steps": self.steps,
@@ -100,7 +100,7 @@ def forward(model: nn.Module, batch: dict[str, Tensor], config: LoopConfig) -> A
 
 
 class TrainingHooks(TypedDict, total=False):
-    """What `train` does otherwise for some kinds of adaptation: a function that it calls, and what it optimizes."""
+    """Arguments of `train` that some kinds of adaptation need."""
 
     after_step: Callable[[int], None]
     parameters: list[nn.Parameter] | list[dict[str, Any]]
@@ -118,7 +118,7 @@ def train(
     after_step: Callable[[int], None] = lambda step: None,
     parameters: list[nn.Parameter] | list[dict[str, Any]] | None = None,
 ) -> Trained:
-    """Trains what requires gradients at the beginning, or `parameters`: a list, or groups with learning rates.
+    """Train the parameters that require gradients at the start, or `parameters`: a list, or groups with learning rates.
 
     `after_backward` is called with the number of the step, gradients unclipped, and `after_step` before they are
     cleared.
@@ -161,7 +161,7 @@ def train(
 
 @contextlib.contextmanager
 def _counting(on: bool, model: nn.Module) -> Iterator[Callable[[], int]]:
-    """Counts the bytes of the tensors that autograd saves, each storage once, without the model's own parameters."""
+    """Count the bytes of the tensors that autograd saves, each storage once, without the model's own parameters."""
     seen: dict[int, int] = {}
     parameter_storages = {p.untyped_storage().data_ptr() for p in model.parameters()}
 

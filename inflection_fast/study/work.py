@@ -39,20 +39,20 @@ DEATHS = 3  # workers that a cell may kill before it is given up
 
 
 class Work:
-    """One process's hands on a study. Every result is looked for in the folder before it is computed."""
+    """The computations of one worker. Every result is looked up in the folder before it is computed."""
 
     def __init__(self, config: StudyConfig, store: Store):
         self.config = config
         self.store = store
-        self._failed: dict[str, str] = {}  # shared work that failed: not tried again by this process
+        self._failed: dict[str, str] = {}  # shared work that failed, and is not tried again by this process
         self._texts = lru_cache(maxsize=16)(lambda name: texts_of(config, name, store))
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
 
     def do(self, job: Job) -> bool:
-        """Does a job, and says whether there was anything to do. Busy where another process has it, or what it needs.
+        """Compute a job. Returns whether anything was missing. Busy where another process holds it, or what it needs.
 
-        What goes wrong in a cell is recorded in it; a full disk, and what is no cell's fault, is raised.
+        An error in a cell is recorded in the cell. A full disk and other errors that no cell causes are raised.
         """
         if job.cell is not None:
             return self._cell(job.cell)
@@ -72,7 +72,7 @@ class Work:
         except Exception as error:
             if takes_nothing(error):
                 raise
-            return False  # the cells that need it meet the same error, and record it
+            return False  # the cells that need it raise the same error, and record it
 
     def _new(self, name: str, compute: Any, job: Job) -> bool:
         if self.store.find(name) is not None or name in self._failed:
@@ -87,7 +87,7 @@ class Work:
         return self._once(f"data/{transfer}", lambda: self._texts(transfer))
 
     def _once(self, name: str, compute: Any) -> Any:
-        """Shared work, which is not tried again after it failed for a reason that stays."""
+        """Shared work. It is not tried again after a UserError."""
         if name in self._failed:
             raise UserError(self._failed[name])
         try:
@@ -100,7 +100,7 @@ class Work:
         return f"sources/{transfer}-{regime}"
 
     def source(self, transfer: str, regime: str) -> dict[str, Any]:
-        """The source training of a transfer and regime: its facts; the weights lie beside them."""
+        """The facts of the source training of a transfer and regime; the weights are saved beside them."""
         name = self._source_name(transfer, regime)
         return self._once(name, lambda: self.store.get(f"{name}.json", lambda: self._train_source(transfer, regime)))
 
@@ -143,7 +143,7 @@ class Work:
         return load_model(self.config.model, TASK, tokenizer, labels=labels, folder=folder)
 
     def start(self, transfer: str, regime: str, seed: int) -> PreTrainedModel:
-        """The model of a cell before it has seen the target."""
+        """The model of a cell before training on the target."""
         self.source(transfer, regime)
         facts = self.texts(transfer).facts
         folder = self._source_folder(transfer, regime)
@@ -158,14 +158,14 @@ class Work:
         return model
 
     def adapted(self, transfer: str, regime: str, seed: int, adaptation: Adaptation) -> nn.Module:
-        """That model as it is trained by a cell."""
+        """That model, prepared for the training of a cell."""
         model = self.start(transfer, regime, seed)
         prepare(adaptation, model, lambda: self.texts(transfer).source_parts[0], self.config.train, seed)
         torch.manual_seed(seed)
         return adaptation.apply(model, self.config.train.steps)
 
     def measured(self, transfer: str, regime: str, seed: int) -> tuple[Timeline, dict[str, Any]]:
-        """The timeline of the measured training, which is that of the arm `shallow`, and what it took."""
+        """The timeline of the measured training, which is that of the arm `shallow`, and its cost."""
         name = f"measured/{transfer}-{regime}-{seed}"
         facts = self.store.get(f"{name}.json", lambda: self._measure(transfer, regime, seed, name))
         return Timeline.load(self.store.path(name)), facts
@@ -189,7 +189,7 @@ class Work:
                 )
 
         adaptation = arm_of(SHALLOW).choose(self.seen(transfer, regime, SHALLOW, seed))
-        # One training for the measurement and for the arm: the key is the same, and so is what is trained.
+        # The measured training is that of the arm itself: it has the same key and trains the same parameters.
         clock = Clock()
         with clock.running():
             self.training(transfer, regime, seed, adaptation, rate, "test", watched)
@@ -267,7 +267,7 @@ class Work:
         )
 
     def chosen(self, arm: str, seen: Seen) -> Adaptation:
-        """What the arm chooses, with its time counted. The random state is the cell's own."""
+        """What the arm chooses, with the time it takes. The random state is set by the cell's seed."""
         torch.manual_seed(seen.seed)
         with seen.clock.running():
             return arm_of(arm).choose(seen)
@@ -282,7 +282,7 @@ class Work:
         on: str,
         how: Any = None,
     ) -> dict[str, Any]:
-        """A training with its evaluation on the `test` or `validation` texts; arms that choose alike share it."""
+        """A training with its evaluation on the `test` or `validation` texts. Arms with the same choice share it."""
         key = adaptation.key(transfer=transfer, regime=regime, seed=seed, rate=rate, on=on)
 
         def compute() -> dict[str, Any]:
@@ -379,7 +379,7 @@ class Work:
         source = self.source(cell.transfer, cell.regime)
         return record(self.config, cell, adaptation, result, seen, source, self.texts(cell.transfer).facts)
 
-    # A note of each cell begun: one that is found again belongs to a worker that died.
+    # Every cell leaves a note when it begins. A note that is found later belongs to a worker that died.
 
     def _begin(self, cell: Cell) -> int:
         path = f"claims/{cell.name.replace('/', '__')}.begun.json"
