@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 from helpers import programs
-from helpers.tiny_study import tiny_study
+from helpers.tiny_study import added_arms, tiny_study
 
 from inflection_fast.run.errors import UserError
 from inflection_fast.study.cells import cells_of
@@ -163,20 +163,16 @@ def test_an_arm_that_cannot_be_had_is_recorded_and_the_others_are_computed(tmp_p
     assert retry(config, Store.of(config), "one/under/*/1") == 2
 
 
-def test_an_arm_that_breaks_while_rates_are_searched_stops_no_other_cell(tmp_path, monkeypatch):
+def test_an_arm_that_breaks_while_rates_are_searched_stops_no_other_cell(tmp_path):
     class Broken:
         draws = False
 
         def choose(self, seen):
             raise RuntimeError("shapes do not fit")
 
-    class Point:
-        name, value = "broken", "mine:Broken"
-        load = staticmethod(lambda: Broken)
-
-    monkeypatch.setattr("inflection_fast.study.arms.entry_points", lambda group: [Point])
     config = tiny_study(tmp_path, waves=(WaveConfig(("broken", "head"), seeds=(1,)),))
-    work_through(config, only="one/under/*")
+    with added_arms(broken=Broken):
+        work_through(config, only="one/under/*")
     cell = Store.of(config).find("cells/one/under/broken/1.json")
     assert (
         cell["run_info"]["error_msg"] == "RuntimeError: shapes do not fit"

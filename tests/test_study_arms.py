@@ -6,7 +6,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from helpers.tiny_study import tiny_study
+from helpers.tiny_study import added_arms, tiny_study
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from inflection_fast.blocks import find_blocks
@@ -228,21 +228,16 @@ def test_breakpoints_are_kept_in_the_order_of_the_tolerance():
     assert all(kept[point] <= kept[2] for point in (1, 3, 4))
 
 
-def test_an_unknown_arm_is_named_and_a_user_s_arm_is_found(monkeypatch, work):
+def test_an_unknown_arm_is_named_and_a_user_s_arm_is_found(work):
     class Middle:
         draws = False
 
         def choose(self, seen):
             return seen.lora([1])
 
-    class Point:
-        name, value = "middle", "mine:Middle"
-        load = staticmethod(lambda: Middle)
-
-    monkeypatch.setattr("inflection_fast.study.arms.entry_points", lambda group: [Point])
-    assert arm_of("middle").choose(work.seen("one", "under", "middle", 1)).layers == (1,)
-    Point.name = "first"
-    with pytest.raises(UserError, match="has the name of another arm"):
+    with added_arms(middle=Middle):
+        assert arm_of("middle").choose(work.seen("one", "under", "middle", 1)).layers == (1,)
+    with added_arms(first=Middle), pytest.raises(UserError, match="has the name of another arm"):
         arms()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.metadata import entry_points
 from typing import Any, Protocol
 
@@ -257,6 +257,7 @@ def _own() -> dict[str, Arm]:
     }
 
 
+@cache  # the metadata of all installed packages is read, and the grid asks for every cell
 def arms() -> dict[str, Arm]:
     """All arms by name: our own, and those of the entry point group `inflection_fast.arms`."""
     found = _own()

@@ -17,7 +17,7 @@ WINDOWS = (0, 1, 2)
 
 
 def choices_of(timeline: Timeline, k: int) -> dict[str, Any]:
-    """Layers that `top` (the best `k`, untested) chooses for every alpha, and `greedy` for every window; the profiles."""
+    """Layers that `top` (the best `k`, untested) chooses for every alpha and `greedy` for every window; profiles."""
     top = SelectConfig(method="top", k=k, significance=None)
     greedy = select(timeline, SelectConfig(method="greedy"))
     return {

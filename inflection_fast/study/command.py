@@ -65,8 +65,9 @@ def _parse(parser: Any, argv: list[str]) -> Any:
 def _run(config: Any, parsed: Any, console: Any) -> int:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from inflection_fast.study.cells import cells_of
     from inflection_fast.study.publish import reuse
-    from inflection_fast.study.runner import progress_of, retry, run
+    from inflection_fast.study.runner import finished, retry, run
     from inflection_fast.study.store import Store
 
     store = Store.of(config)
@@ -74,18 +75,16 @@ def _run(config: Any, parsed: Any, console: Any) -> int:
         console.print(f"{reuse(Path(parsed.published), config, store)} published cells were taken over", markup=False)
     if parsed.retry:
         console.print(f"{retry(config, store, parsed.only)} failed cells will be computed again", markup=False)
-    before = progress_of(config, store, parsed.only)
+    cells = cells_of(config, parsed.only)
     columns = (TextColumn("cells"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(elapsed_when_finished=True))
     with Progress(*columns, console=console, disable=not sys.stderr.isatty(), speed_estimate_period=600) as bar:
-        task = bar.add_task("cells", total=before.cells, completed=before.done)
+        task = bar.add_task("cells", total=len(cells), completed=finished(cells, store))
         end = run(
             config,
             jobs=parsed.jobs,
             executor=parsed.executor,
             only=parsed.only,
-            show=(lambda: None)
-            if bar.disable
-            else lambda: bar.update(task, completed=progress_of(config, store, parsed.only).done),
+            show=lambda: bar.update(task, completed=finished(cells, store)),
         )
     failed = f", {end.failed} of them failed (their files say why)" if end.failed else ""
     console.print(f"{end.done} of {end.cells} cells{failed}: {config.folder / 'cells'}", markup=False)

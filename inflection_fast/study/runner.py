@@ -9,16 +9,16 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from inflection_fast.run.errors import UserError, disk_full
-from inflection_fast.study.cells import Job, cells_of, jobs_of
+from inflection_fast.study.cells import Cell, Job, cells_of, jobs_of
 from inflection_fast.study.config import StudyConfig
 from inflection_fast.study.store import Busy, Store
 
-__all__ = ["Progress", "progress_of", "retry", "run", "work_through"]
+__all__ = ["Progress", "finished", "progress_of", "retry", "run", "work_through"]
 
 PAUSE_S = 0.5  # between two attempts at jobs that other workers hold
 LOOK_S = 2.0  # between two updates of the progress
@@ -49,6 +49,11 @@ def progress_of(config: StudyConfig, store: Store, only: str | None = None) -> P
             states["failed" if found["run_info"]["error_msg"] else "good"] += 1
         states["all"] += 1
     return Progress(states["all"], states["good"] + states["failed"], states["failed"])
+
+
+def finished(cells: Sequence[Cell], store: Store) -> int:
+    """How many of the cells are computed or failed, without reading them."""
+    return sum(store.path(f"cells/{cell.name}.json").is_file() for cell in cells)
 
 
 def retry(config: StudyConfig, store: Store, only: str | None = None) -> int:

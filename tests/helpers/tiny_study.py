@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 from helpers import tiny_texts
 from helpers.tiny_texts import BAD, GOOD, OTHER
 from inflection_fast.run.config import DataConfig, ModelConfig
+from inflection_fast.study.arms import arms
 from inflection_fast.study.config import (
     LoopConfig,
     MeasuredConfig,
@@ -62,3 +67,15 @@ def tiny_study(folder: Path, **changes) -> StudyConfig:
         "everywhere_rank": 4,
     }
     return StudyConfig(**{**settings, **changes})
+
+
+@contextmanager
+def added_arms(**classes: type) -> Iterator[None]:
+    """Arms by name, as if an installed package added them by entry points."""
+    points = [SimpleNamespace(name=n, value=f"mine:{c.__name__}", load=lambda c=c: c) for n, c in classes.items()]
+    arms.cache_clear()
+    try:
+        with patch("inflection_fast.study.arms.entry_points", lambda group: points):
+            yield
+    finally:
+        arms.cache_clear()
