@@ -86,14 +86,14 @@ def test_attention_through_a_flash_kernel(name, padded, flash):
 
 
 def test_without_a_mask_eager_attention_is_not_causal_and_others_are_what_the_module_says():
-    from inflection_fast.measure.attention_call import Starts
-    from inflection_fast.measure.attention_sight import _interface_call
+    from inflection_fast.measure.attention_call import SequenceStarts
+    from inflection_fast.measure.attention_observer import _interface_call
 
     causal, q = nn.Identity(), torch.randn(1, HEADS, 6, 4)
     causal.is_causal = True
 
     def is_causal(name, mask=None, **settings):
-        return _interface_call(name, causal, q, q, mask, settings, Starts()).is_causal
+        return _interface_call(name, causal, q, q, mask, settings, SequenceStarts()).is_causal
 
     assert [is_causal(name) for name in ("eager", "sdpa", "other")] == [False, True, True]
     assert not is_causal("sdpa", is_causal=False)
@@ -101,7 +101,7 @@ def test_without_a_mask_eager_attention_is_not_causal_and_others_are_what_the_mo
 
 
 def test_flash_kernels_align_causal_masks_at_the_last_key():
-    from inflection_fast.measure.attention_sight import _last_aligned
+    from inflection_fast.measure.attention_observer import _last_aligned
 
     band = _last_aligned(2, 5, True, (2, 0), "cpu")
     assert band.tolist() == [[False, True, True, True, False], [False, False, True, True, True]]

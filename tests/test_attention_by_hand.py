@@ -10,7 +10,7 @@ from torch import nn
 from inflection_fast.blocks import find_blocks
 from inflection_fast.measure import Monitor, MonitorConfig
 from inflection_fast.measure.attention_call import AttentionCall, stats_of
-from inflection_fast.measure.attention_sight import AttentionSight, heads_first
+from inflection_fast.measure.attention_observer import AttentionObserver, heads_first
 
 WIDTH, HEADS, B, T = 16, 4, 2, 6
 ALL_ROWS = MonitorConfig(every=1, rows=None, quantities=("attention",))
@@ -113,7 +113,7 @@ def truth(model):
 def calls_of(model, *inputs):
     """Every call that is seen: (module, call)."""
     found = []
-    with AttentionSight(find_blocks(model)).seeing(lambda module, read: found.append((module, read()))):
+    with AttentionObserver(find_blocks(model)).observing(lambda module, read: found.append((module, read()))):
         model(*inputs)
     return found
 
@@ -309,7 +309,7 @@ def test_sinks_of_single_queries_are_one_more_column():
 
 
 def test_an_eager_function_that_adds_its_mask_adds_a_bool_as_a_number():
-    from inflection_fast.measure.attention_sight import _as_added
+    from inflection_fast.measure.attention_observer import _as_added
 
     mask, q = torch.ones(1, 1, T, T, dtype=torch.bool).tril(), torch.randn(1, 1, T, 4)
 
@@ -359,14 +359,16 @@ def test_flex_attention_is_seen_through_its_own_call():
 
 
 def test_flex_attention_of_transformers_is_read_from_its_block_mask():
-    from inflection_fast.measure.attention_call import Starts
-    from inflection_fast.measure.attention_sight import _interface_call
+    from inflection_fast.measure.attention_call import SequenceStarts
+    from inflection_fast.measure.attention_observer import _interface_call
 
     flex = pytest.importorskip("torch.nn.attention.flex_attention")
     torch.manual_seed(0)
     q, k = torch.randn(B, HEADS, T, 8), torch.randn(B, HEADS, T, 8)
     mask = flex.create_block_mask(lambda b, h, i, j: (i >= j) & (i - j < 3), B, None, T, T, device="cpu")
-    call = _interface_call("flex_attention", nn.Identity(), q, k, mask, {"scaling": 0.5, "softcap": 2.0}, Starts())
+    call = _interface_call(
+        "flex_attention", nn.Identity(), q, k, mask, {"scaling": 0.5, "softcap": 2.0}, SequenceStarts()
+    )
     seen = torch.ones(T, T, dtype=torch.bool).tril().triu(-2)
     scores = 2 * torch.tanh(0.5 * q.double() @ k.double().mT / 2)
     p = scores.masked_fill(~seen, -torch.inf).softmax(-1)

@@ -265,7 +265,7 @@ def test_blocks_by_name_keep_the_given_order():
 def test_a_name_that_does_not_exist_is_refused_with_near_matches():
     with pytest.raises(ValueError, match=r"no module 'transformer.h.7'.*'transformer.h.[012]'"):
         find_blocks(gpt2(), ["transformer.h.7"])
-    with pytest.raises(ValueError, match="stands twice"):
+    with pytest.raises(ValueError, match="is given twice"):
         find_blocks(gpt2(), ["transformer.h.1", "transformer.h.1"])
     with pytest.raises(TypeError, match=r"single string 'transformer.h.1'"):
         find_blocks(gpt2(), "transformer.h.1")

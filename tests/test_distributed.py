@@ -171,8 +171,8 @@ def test_a_rank_without_a_batch_takes_part(pair):
 @pytest.mark.parametrize(
     ("name", "first", "second"),
     [
-        ("other_config", "ValueError: ranks have to measure alike, but config is", "ValueError: ranks have to"),
-        ("other_model", "ValueError: ranks have to measure alike, but blocks is", "ValueError: ranks have to"),
+        ("other_config", "ValueError: config must be equal on all ranks, and is", "must be equal on all ranks"),
+        ("other_model", "ValueError: blocks must be equal on all ranks, and is", "must be equal on all ranks"),
         ("folder_of_another_run", "exists already: choose another folder", "ValueError: rank 0: "),
     ],
 )

@@ -179,7 +179,7 @@ def test_what_no_graph_has_taps_for_is_measured_on_steps_that_run_as_written(cap
     called = torch.compile(model, fullgraph=True, backend="aot_eager")
     with caplog.at_level(logging.WARNING):
         actual = train(called, batch, config, steps=4)
-    assert "where ['residual'] are due, measured steps of the compiled model run as it is written" in caplog.text
+    assert "where ['residual'] are due, measured steps of the compiled model run uncompiled" in caplog.text
     for name in ("entropy", "max_logit", "residual_rms"):
         np.testing.assert_allclose(getattr(actual, name), getattr(expected, name), rtol=1e-5, err_msg=name)
     assert np.isfinite(actual.residual_rms[[0, 3]]).all() and np.isnan(actual.residual_rms[[1, 2]]).all()

@@ -4,7 +4,7 @@ from itertools import permutations
 
 import pytest
 
-from inflection_fast.measure.hooks import replaced
+from inflection_fast.measure.hooks import patched
 
 
 class Owner:
@@ -23,7 +23,7 @@ def test_replacements_end_in_any_order_and_leave_what_was_there(order, own):
     if own:
         owner.value = lambda at: [-at]
     before, found = dict(vars(owner)), owner.value(7)
-    contexts = [replaced(owner, "value", marking(mark)) for mark in range(3)]
+    contexts = [patched(owner, "value", marking(mark)) for mark in range(3)]
     for context in contexts:
         context.__enter__()
     active = [0, 1, 2]
@@ -37,7 +37,7 @@ def test_replacements_end_in_any_order_and_leave_what_was_there(order, own):
 
 def test_what_somebody_else_puts_on_top_stays():
     owner = Owner()
-    with replaced(owner, "value", marking(1)):
+    with patched(owner, "value", marking(1)):
         ours = owner.value
         owner.value = others = lambda at: [*ours(at), "other"]
     assert owner.value is others and owner.value(7) == [7, "other"]

@@ -40,7 +40,10 @@ BESIDE_THE_WAY = {
         )
     ),
     *(f"ops/{name}.py" for name in ("checks", "qk_arguments", "sum_of_squares")),
-    *(f"quantities/{name}.py" for name in ("__init__", "activation_grad", "delta_cka", "parameter_grad", "step")),
+    *(
+        f"quantities/{name}.py"
+        for name in ("__init__", "activation_grad", "delta_cka", "dtensors", "parameter_grad", "protocols", "step")
+    ),
     *(f"timeline/{name}.py" for name in ("columns", "existing", "signals")),
 }
 

@@ -80,7 +80,7 @@ def test_a_model_that_is_saved_as_a_whole_takes_hooks_along_that_do_nothing(tmp_
 def test_a_monitor_that_is_collected_while_another_one_attaches_does_not_hang():
     from inflection_fast.measure import hooks
 
-    forgotten = hooks.eagerly()
+    forgotten = hooks.force_eager()
     forgotten.__enter__()
 
     def attach():

@@ -70,7 +70,7 @@ def declared(**settings):
     "one, says",
     [
         (declared(name="Own Name"), "name is 'Own Name'; expected a name like 'rank'"),
-        (declared(name="attention"), "'attention' stands twice|distinct names"),
+        (declared(name="attention"), "'attention' is given twice|distinct names"),
         (declared(columns={"entropy": column()}), "'attention' and 'output_rms' both name a column 'entropy'"),
         (declared(columns={"steps": column()}), "column 'steps' cannot be named so"),
         (declared(columns={"x": column(count="rows")}), "counts by 'rows', which is none of its accumulators"),

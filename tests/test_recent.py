@@ -5,11 +5,11 @@ from helpers.tiny_models import model_and_batch, one_thread  # noqa: F401
 
 from inflection_fast.blocks import find_blocks
 from inflection_fast.measure import parameters, schedule
-from inflection_fast.measure.schedule import Recent
+from inflection_fast.measure.schedule import BoundedDict
 
 
 def test_a_new_key_takes_the_place_of_the_oldest():
-    table = Recent(2)
+    table = BoundedDict(2)
     for key in "abac":
         table[key] = key.upper()
     assert table == {"b": "B", "c": "C"}  # to set a key again makes it no younger

@@ -13,7 +13,7 @@ from helpers.packets import TRAINING, packet_of, panel_of
 
 from inflection_fast.measure import recorder as module
 from inflection_fast.measure.hooks import WarnOnce
-from inflection_fast.measure.packet import Measured
+from inflection_fast.measure.packet import MeasuredStep
 from inflection_fast.measure.recorder import Recorder
 from inflection_fast.timeline import Timeline, TimelineWriter
 
@@ -41,7 +41,7 @@ def record(recorder, packet, step):
 
 
 def of_step(step):
-    return Measured(step, frozenset({"step", *TRAINING}), frozenset(), False, 0.0)
+    return MeasuredStep(step, frozenset({"step", *TRAINING}), frozenset(), False, 0.0)
 
 
 class SlowDevice:
@@ -235,14 +235,14 @@ def test_a_process_that_ends_without_closing_keeps_what_it_measured(tmp_path):
         "from inflection_fast.measure import MonitorConfig\n"
         "from inflection_fast.timeline import TimelineWriter\n"
         "from inflection_fast.measure.hooks import WarnOnce\n"
-        "from inflection_fast.measure.packet import Measured, Packet\n"
+        "from inflection_fast.measure.packet import MeasuredStep, Packet\n"
         "from inflection_fast.measure.panel import Panel\n"
         "from inflection_fast.measure.recorder import Recorder\n"
         "panel = Panel(MonitorConfig().instances())\n"
         "packet = Packet(panel.fields(1, 1))\n"
         "out = TimelineWriter(sys.argv[1], layers=['a'], heads=1, meta={}, columns=panel.columns)\n"
         "recorder = Recorder(out, packet, panel.row, WarnOnce(logging.getLogger()))\n"
-        "for step in range(4): recorder.record(Measured(step, frozenset(), frozenset(), False, 0.0), packet)\n"
+        "for step in range(4): recorder.record(MeasuredStep(step, frozenset(), frozenset(), False, 0.0), packet)\n"
         "recorder.drain()\n"
         "os.kill(os.getpid(), int(sys.argv[2]))\n"
     )

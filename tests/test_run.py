@@ -176,7 +176,9 @@ def test_stages_that_were_stopped_halfway_go_on(files, finished, tmp_path, monke
         with pytest.raises(Killed):
             run(config)
         assert not (folder / victim / "stage.json").exists()
-        assert hooks.eagerly._holders == 0  # no monitor is left open, which would keep all compiled code from running
+        assert (
+            hooks.force_eager._holders == 0
+        )  # no monitor is left open, which would keep all compiled code from running
         # A checkpoint that was being written when the process died.
         (folder / victim / "checkpoints" / f"checkpoint-{last + 2}").mkdir()
     monkeypatch.setattr(training._Clock, "on_save", save)

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..decide import Plan
-from ..measure.attention_call import AttentionCall, Starts
+from ..measure.attention_call import AttentionCall, SequenceStarts
+from ..measure.attention_observer import FunctionMode, call_of, interfaces_of
 from ..measure.attention_places import AttentionPlaces
-from ..measure.attention_sight import FunctionMode, call_of, interfaces_of
 from ..measure.micro_batch import ValidRows, decoder_layers, named_inputs
 from ..measure.schedule import RowSampler, Strata
 from .handle import Scheduled, check_steps
@@ -84,7 +84,7 @@ class AttentionEntropyLoss(Scheduled):
         self._valid: ValidRows | None = None  # while a forward pass of the model with gradients is running
         self._sampler = RowSampler(rows, seed, next(model.parameters()).device)
         self._strata: dict[int, Strata] = {}
-        self._starts = Starts()
+        self._starts = SequenceStarts()
         self._decoders = decoder_layers(model, self.blocks)
         self._owners: dict[nn.Module, int] = {}
         for block in reversed(self.blocks):
@@ -157,7 +157,7 @@ class AttentionEntropyLoss(Scheduled):
         if model is not self.model:
             return
         self._seen.clear()
-        self._starts = Starts()  # those of the forward before may have been written over
+        self._starts = SequenceStarts()  # those of the forward before may have been written over
         if torch.is_grad_enabled():
             self._valid = ValidRows(named_inputs(model, args, kwargs))
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..decide import Plan
-from ..measure.attention_sight import interfaces_of
+from ..measure.attention_observer import interfaces_of
 from .handle import Scheduled, check_steps
 from .interface import InterfaceCall, change_queries
 

@@ -64,7 +64,7 @@ def find_blocks(model: nn.Module, names: Sequence[str] | None = None) -> list[Bl
 
     Raises:
         TypeError: `model` is no module, or `names` is one string.
-        ValueError: there are no blocks, or a name does not exist or stands twice.
+        ValueError: there are no blocks, or a name does not exist or is given twice.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -281,7 +281,7 @@ def _named(model: nn.Module, names: Sequence[str]) -> list[str]:
             raise ValueError(f"names: {type(model).__name__} has no module {name!r}; near matches are {near}")
         path = known[base] + at + run
         if path in found:
-            raise ValueError(f"names: {name!r} stands twice")
+            raise ValueError(f"names: {name!r} is given twice")
         found.append(path)
     return found
 

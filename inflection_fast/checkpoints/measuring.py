@@ -16,7 +16,7 @@ from inflection_fast.blocks import find_blocks
 from inflection_fast.checkpoints.memory import give_back
 from inflection_fast.checkpoints.threads import threads_for
 from inflection_fast.measure import Monitor, MonitorConfig
-from inflection_fast.measure.hooks import undisturbed
+from inflection_fast.measure.hooks import isolated_evaluation
 from inflection_fast.measure.micro_batch import loss_of
 from inflection_fast.ops.cka import RowSample, feature_rows
 from inflection_fast.quantities.quantity import BlockForward, Quantity, Sums
@@ -104,7 +104,7 @@ def measure(
     with ExitStack() as stack:
         stack.enter_context(threads_for(_operations(model, batches)))
         stack.enter_context(_frozen(model))
-        stack.enter_context(undisturbed(model, device, autograd=True))
+        stack.enter_context(isolated_evaluation(model, device, autograd=True))
         if recomputes:
             stack.enter_context(_recomputing(model))
         wanted = stack.enter_context(_wanted(weights))  # before the monitor, which looks at what trains

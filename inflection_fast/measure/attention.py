@@ -1,7 +1,7 @@
-"""Attention calls of training forwards, on their way to the quantities that listen to them.
+"""Statistics of the attention calls of training forwards, for the quantities that listen to them.
 
-A call is owned by a layer, gets its statistics once, whoever listens, and waits for others of its shape: more layers at
-once are fewer operators. Several calls of self-attention by one layer in one forward add up.
+The statistics of a call are computed once for all quantities. Calls of equal shape are collected, because the sums of
+several layers at once need fewer operators. Several self-attention calls of a layer in one forward are summed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..blocks import Block
 from ..ops import AttentionStats
 from ..quantities.quantity import AttentionRows, AttentionSeen
 from .attention_call import AttentionCall, stats_of
-from .attention_sight import AttentionSight, See
+from .attention_observer import AttentionObserver, Observe
 from .context import Context, refuse_context
 from .micro_batch import MicroBatch, decoder_layers
 from .packet import StepSums
@@ -40,18 +40,18 @@ class AttentionTaps:
         self, model: nn.Module, blocks: Sequence[Block], panel: Panel, rows: int | None, seed: int, device: torch.device
     ):
         self._blocks, self._panel = blocks, panel
-        # Several where blocks share a module, or one runs repeatedly: which of them runs is known when it runs.
+        # Several where blocks share a module, or one runs repeatedly: which one it is shows when it runs.
         self._owners: dict[nn.Module, set[int]] = {}
         for block in blocks:
             for module in block.module.modules():
                 self._owners.setdefault(module, set()).add(block.index)
         self._decoders = decoder_layers(model, blocks)
-        self._sight: AttentionSight | None = AttentionSight(blocks)
+        self._observer: AttentionObserver | None = AttentionObserver(blocks)
         self.sampler = RowSampler(rows, seed, device)
         self._indices = LayerIndices(device)
         self._layout = Layout()
         self.context: Context | None = None  # ranks that share sequences
-        self._told = False  # which blocks have no attention
+        self._warned = False  # about blocks without attention
         self.widest = 0  # heads of any call so far, on all ranks together
 
     def share(self, layout: Layout) -> None:
@@ -65,16 +65,16 @@ class AttentionTaps:
 
     def forget_model(self) -> None:
         """Hold nothing of the model any more."""
-        self._blocks, self._owners, self._sight = [], {}, None
+        self._blocks, self._owners, self._observer = [], {}, None
 
     @contextmanager
-    def seeing(self, see: See) -> Iterator[None]:
-        """Hand every attention call of the model to `see`."""
-        if self._sight is not None:
-            with self._sight.seeing(see):
+    def observing(self, observe: Observe) -> Iterator[None]:
+        """Pass every attention call of the model to `observe`."""
+        if self._observer is not None:
+            with self._observer.observing(observe):
                 yield
 
-    def see(
+    def observe(
         self,
         micro_batch: MicroBatch,
         sums: StepSums,
@@ -82,34 +82,34 @@ class AttentionTaps:
         module: nn.Module | None,
         read: Callable[[], AttentionCall],
         *,
-        forgives: bool,
+        tolerates_errors: bool,
     ) -> None:
-        """Take the statistics of a call by `module`, which is of the block `running` or, where none is, of its owner.
+        """Compute the statistics of a call by `module`, of the block `running`, or else of the block that owns it.
 
-        A call that cannot be measured is an error, even if only the device knows it, or costs values if it `forgives`.
+        A call that cannot be measured raises, or with `tolerates_errors` costs the values of the step.
         """
-        with self._costs_attention_only(forgives):
-            self._see(micro_batch, sums, running, module, read(), may_wait=not forgives)
+        with self._costs_attention_only(tolerates_errors):
+            self._observe(micro_batch, sums, running, module, read(), may_wait=not tolerates_errors)
 
-    def end_forward(self, micro_batch: MicroBatch, sums: StepSums, *, forgives: bool) -> None:
-        """Tell what is left of a forward, and complain of what went by unseen."""
-        with self._costs_attention_only(forgives):
+    def end_forward(self, micro_batch: MicroBatch, sums: StepSums, *, tolerates_errors: bool) -> None:
+        """Sum the remaining calls of a forward, and warn about blocks without an observed call."""
+        with self._costs_attention_only(tolerates_errors):
             self._refuse_unseen(micro_batch)
             self._add_up(micro_batch, sums)
 
     @contextmanager
-    def _costs_attention_only(self, forgives: bool) -> Iterator[None]:
-        """What cannot be measured of attention costs the quantities that listen to it, once a step was measured."""
+    def _costs_attention_only(self, tolerates_errors: bool) -> Iterator[None]:
+        """With `tolerates_errors` an error costs the values of the quantities that listen to attention."""
         try:
             yield
         except Exception as error:
-            if not forgives:
+            if not tolerates_errors:
                 raise
             for tap in ATTENTION_TAPS:
                 for quantity in self._panel.listening(tap):
                     self._panel.fail(quantity.name, error, tap)
 
-    def _see(
+    def _observe(
         self,
         micro_batch: MicroBatch,
         sums: StepSums,
@@ -124,7 +124,7 @@ class AttentionTaps:
             return
         layer = running if running in owners else min(owners)
         if call.kind == "cross" and not self._panel.listening("on_cross_attention"):
-            micro_batch.attended[layer] += 0  # which is attention all the same
+            micro_batch.attended[layer] += 0  # the block has attention, though nobody listens to it
             return
         self._refuse(layer, call)
         if self.context is None:
@@ -141,13 +141,13 @@ class AttentionTaps:
             micro_batch.strata[length, number] = self.sampler.draw(length)
         strata = micro_batch.strata[length, number]
         if call.cu_seqlens is not None:
-            # Kept together with the starts: an id is unique only as long as its object lives.
+            # The starts are kept too: an id is unique only as long as its object lives.
             key, known = (length, number, id(call.cu_seqlens)), micro_batch.packed_strata
             if key not in known:
                 known[key] = call.cu_seqlens, strata.within(call.cu_seqlens.to(strata.weights.device))
             strata = known[key][1]
         rows = None if strata.rows is None else strata.rows.to(call.query.device)
-        # Not only without gradients: what autograd adds to the call of an operator is a fifth of its time.
+        # Not only no_grad: autograd's bookkeeping would be a fifth of the time of the call.
         with torch.inference_mode():
             stats = stats_of(call, rows) if self.context is None else self.context.stats_of(call, rows)
             valid = micro_batch.valid_rows(call, rows, layer in self._decoders)
@@ -155,7 +155,7 @@ class AttentionTaps:
         if listening:
             place = self._place(layer, heads, sums)
             seen = AttentionSeen(layer, place, call, rows, stats, valid, strata.weights)
-            self._panel.tell("on_attention_call", listening, micro_batch.piece, seen)
+            self._panel.notify("on_attention_call", listening, micro_batch.piece, seen)
         stats = stats._replace(lse=stats.entropy)  # no sum needs its memory
         micro_batch.waiting.append((layer, stats, valid, strata, number, call.kind))
         micro_batch.waiting_bytes += sum(field.nbytes for field in stats if field is not None)
@@ -175,15 +175,15 @@ class AttentionTaps:
             )
 
     def _refuse_unseen(self, micro_batch: MicroBatch) -> None:
-        """`ValueError` if no block ran. Blocks that ran and whose attention went by unseen are named, once."""
+        """`ValueError` if no block ran. One warning names the blocks that ran without an observed attention."""
         if not micro_batch.entered:
             raise ValueError(
                 f"none of the blocks {[block.name for block in self._blocks]} ran: the model does not call them as "
                 "modules; name modules that it calls (MonitorConfig.blocks)"
             )
         unseen = [self._blocks[layer].name for layer in sorted(micro_batch.entered - set(micro_batch.attended))]
-        if unseen and not self._told:
-            self._told = True
+        if unseen and not self._warned:
+            self._warned = True
             logger.warning(
                 "no softmax attention was seen in the blocks %s, so their entropy is NaN: they have none (Mamba, "
                 "linear attention), or compute it otherwise than by a softmax",
@@ -191,7 +191,7 @@ class AttentionTaps:
             )
 
     def _add_up(self, micro_batch: MicroBatch, sums: StepSums) -> None:
-        """Tell what waits."""
+        """Pass the collected statistics to the quantities."""
         groups: dict[tuple, list[tuple]] = {}
         for entry in micro_batch.waiting:
             layer, stats, valid, strata, number, kind = entry
@@ -204,12 +204,12 @@ class AttentionTaps:
                 rows = rows_of(layers, self._indices[layers], heads, stats, valid, strata)
             tap = "on_attention" if kind == "self" else "on_cross_attention"
             listening = self._panel.listening(tap)
-            self._panel.tell(tap, listening, micro_batch.piece, rows)
+            self._panel.notify(tap, listening, micro_batch.piece, rows)
         micro_batch.waiting.clear()
         micro_batch.waiting_bytes = 0
 
     def _place(self, layer: int, heads: int, sums: StepSums) -> slice:
-        """Where `heads` heads of a layer on this rank stand among those of all."""
+        """The place of this rank's `heads` heads of a layer among the heads of all ranks."""
         sharded = layer in self._layout.sharded_heads
         first = heads * self._layout.tensor_rank if sharded else 0
         everywhere = heads * (self._layout.tensor if sharded else 1)

@@ -1,4 +1,4 @@
-"""One call of attention, sequences that are packed into one row of it, and the statistics of its rows."""
+"""One attention call, its packed sequences, and the statistics of its rows."""
 
 from __future__ import annotations
 
@@ -10,50 +10,51 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .placements import local_of
+from ..quantities.dtensors import local_of
+from ..quantities.protocols import add_mask, combined_mask
 
-__all__ = ["FOREIGN_KEYS", "VARLEN", "AttentionCall", "Starts", "as_packed", "stats_of", "takes_flash_masks"]
+__all__ = ["FOREIGN_KEYS", "VARLEN", "AttentionCall", "SequenceStarts", "as_packed", "stats_of", "takes_flash_masks"]
 
 _HEADS, _POSITIONS = 1, 2  # dimensions of queries [B, H, Tq, D]
 
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """One call of attention, as the model's implementation will apply it."""
+    """One attention call, as the model's implementation computes it."""
 
     query: Tensor  # [B, H, Tq, D]
     key: Tensor  # [B, Hkv, Tk, D]
     mask: Tensor | None = None  # bool (True: attend) or additive, broadcastable to [B, H, Tq, Tk]
-    bias: Tensor | None = None  # additive, broadcastable to [B, H, Tq, Tk], on top of the mask
+    bias: Tensor | None = None  # additive, broadcastable to [B, H, Tq, Tk], in addition to the mask
     scale: float | None = None  # None: D ** -0.5
     is_causal: bool = False
     window: tuple[int, int] | None = None
     softcap: float | None = None
-    sinks: Tensor | None = None  # [H], or [B, H, Tq, 1] where every query has one of its own
-    logits: Tensor | None = None  # [B, H, Tq, Tk], finished scores where the caller had them; key is then unused
-    cu_seqlens: Tensor | None = None  # [S + 1], where sequences begin that are packed into one row, without a mask
-    packed: ops.PackedSequences | None = None  # what the operators need of them, once for all layers
-    # What FlexAttention makes of (scores, b, h, q, k) and whether (b, h, q, k) attends, for tensors that broadcast.
+    sinks: Tensor | None = None  # [H], or [B, H, Tq, 1]: one per query
+    logits: Tensor | None = None  # [B, H, Tq, Tk], final scores, if known; key is then unused
+    cu_seqlens: Tensor | None = None  # [S + 1], starts of sequences that are packed into one row, without a mask
+    packed: ops.PackedSequences | None = None  # derived from them for the operators, once for all layers
+    # Functions of FlexAttention, of (scores, b, h, q, k) and of (b, h, q, k), for tensors that broadcast.
     score_mod: Callable | None = None
     mask_mod: Callable | None = None
     kind: str = "self"  # or "cross"
-    sparse: bool = False  # the mask also leaves out tokens that an indexer did not choose: it tells nothing of padding
+    sparse: bool = False  # the mask also excludes tokens that an indexer did not choose, so it does not show padding
     foreign_keys: Tensor | None = None  # [] bool: keys of packed sequences are not those of the queries; None: they are
 
     @property
     def sequences(self) -> Tensor | ops.PackedSequences | None:
-        """Where packed sequences begin, as the operators take it."""
+        """The starts of packed sequences, in the form that the operators take."""
         return self.cu_seqlens if self.packed is None else self.packed
 
     def refuse_foreign_keys(self) -> None:
-        """`ValueError` for packed sequences that attend to others. Waits for the device to know."""
+        """`ValueError` for packed sequences that attend to others. Waits for the device."""
         if self.foreign_keys is not None and bool(self.foreign_keys):
             raise ValueError(FOREIGN_KEYS)
 
     def here(self, *, shares_sequences: bool = False) -> AttentionCall:
-        """This rank's part of a call on DTensors, which may be sharded by heads. `ValueError` for others.
+        """This rank's part of a call on DTensors. `ValueError` unless they are sharded by heads.
 
-        Where ranks `shares_sequences`, they may be sharded by positions, too.
+        With `shares_sequences` they may be sharded by positions too.
         """
         if type(self.query) is Tensor or not hasattr(self.query, "placements"):
             return self
@@ -85,12 +86,11 @@ def _stats_of(call: AttentionCall, rows: Tensor | None) -> ops.AttentionStats:
         return _flex_stats(call, rows)
     if call.sinks is not None and call.sinks.dim() > 1:
         return _stats_with_sinks(call, call.sinks.detach(), rows)
-    query, mask = call.query.detach(), call.mask if call.bias is None else call.bias.detach()
-    if call.bias is not None and call.mask is not None:
-        if not call.is_causal and call.window is None:  # nothing else depends on where a row stands
-            query, mask, rows = _at(query, rows), _biased(_at(call.bias.detach(), rows), _at(call.mask, rows)), None
-        else:
-            mask = _biased(call.bias.detach(), call.mask)
+    query, mask, bias = call.query.detach(), call.mask, call.bias
+    if mask is None or bias is None or call.is_causal or call.window is not None:
+        mask = combined_mask(call)
+    else:  # nothing else depends on the position of a row
+        query, mask, rows = _at(query, rows), add_mask(_at(bias.detach(), rows), _at(mask, rows)), None
     return ops.attention_stats_qk(
         query,
         call.key.detach(),
@@ -106,11 +106,11 @@ def _stats_of(call: AttentionCall, rows: Tensor | None) -> ops.AttentionStats:
 
 
 def _stats_with_sinks(call: AttentionCall, sinks: Tensor, rows: Tensor | None) -> ops.AttentionStats:
-    """With a sink for every query, which stands before its scores as one more column."""
+    """With a sink for every query, as one more column before its scores."""
     scores = _scores(call, rows)
     for added in (call.bias, call.mask):
         if added is not None:
-            scores = _biased(scores, _at(added.detach(), rows))
+            scores = add_mask(scores, _at(added.detach(), rows))
     if call.is_causal or call.window is not None:
         queries = torch.arange(call.query.shape[2], device=scores.device)
         ahead = torch.arange(scores.shape[-1], device=scores.device) - _at(queries[:, None], rows)
@@ -121,14 +121,14 @@ def _stats_with_sinks(call: AttentionCall, sinks: Tensor, rows: Tensor | None) -
 
 
 def _flex_stats(call: AttentionCall, rows: Tensor | None) -> ops.AttentionStats:
-    """By the functions of FlexAttention, which are evaluated for the rows that are asked for and for no others."""
+    """With the functions of FlexAttention, evaluated for the wanted rows alone."""
     here = call.query.device
     queries = torch.arange(call.query.shape[2], device=here) if rows is None else rows
     batch, heads, keys = (torch.arange(n, device=here) for n in (*call.query.shape[:2], call.key.shape[2]))
     index = batch[:, None, None, None], heads[:, None, None], queries[:, None], keys
     mask = None if call.mask_mod is None else call.mask_mod(*index)
     if call.bias is not None:
-        mask = _at(call.bias.detach(), rows) if mask is None else _biased(_at(call.bias.detach(), rows), mask)
+        mask = _at(call.bias.detach(), rows) if mask is None else add_mask(_at(call.bias.detach(), rows), mask)
     if call.score_mod is not None:
         return ops.attention_stats(call.score_mod(_scores(call, rows), *index), attn_mask=mask)
     query, sinks = _at(call.query.detach(), rows), None if call.sinks is None else call.sinks.detach()
@@ -149,36 +149,32 @@ def _at(tensor: Tensor, rows: Tensor | None) -> Tensor:
     return tensor if rows is None or tensor.shape[-2] == 1 else tensor.index_select(-2, rows)
 
 
-def _biased(bias: Tensor, mask: Tensor) -> Tensor:
-    return bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
-
-
-# ---- packed sequences, and where each begins, as Transformers' flash attention finds it ------------------------------
+# ---- packed sequences, by the rules of Transformers' flash attention -------------------------------------------------
 
 
 FOREIGN_KEYS = (
     "attention gets packed sequences whose keys are not those of its queries (cu_seq_lens_q and cu_seq_lens_k differ, "
     "or keys of a cache stand before them), which cannot be measured"
 )
-VARLEN = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")  # what tells of packing, or position_ids
+VARLEN = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")  # arguments of packing besides position_ids
 
 
 def takes_flash_masks(name: str) -> bool:
-    """Whether the implementation `name` gets masks as flash kernels do, or none: without packing in them."""
+    """Whether the implementation `name` gets masks in the form for flash kernels, which do not contain packing."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
 
     return ALL_MASK_ATTENTION_FUNCTIONS.get(name, flash_attention_mask) is flash_attention_mask
 
 
-class Starts:
-    """Where the sequences of a row begin, and what operators make of it: once for all layers of one forward."""
+class SequenceStarts:
+    """The starts of packed sequences, and what operators derive from them, cached for all layers of one forward."""
 
     def __init__(self):
         self._positions = self._cu_seqlens = None
         self._packed: ops.PackedSequences | None = None
 
     def packed(self, cu_seqlens: Tensor, length: int) -> ops.PackedSequences:
-        """What the operators need of starts in a row of so many positions."""
+        """The `PackedSequences` of starts in a row of `length` positions."""
         known = self._packed
         if known is None or known.cu_seqlens is not cu_seqlens or len(known.key_bounds) != length:
             known = self._packed = ops.PackedSequences(cu_seqlens, length)
@@ -187,8 +183,8 @@ class Starts:
     def of(self, positions: Tensor) -> Tensor:
         """[T + 1] int64, the starts first and T in all other places, for positions [1, T].
 
-        Sequences begin where the lowest position stands, as in `prepare_fa_kwargs_from_position_ids` of Transformers.
-        Only the device knows how many there are, so there is room for T of them, of which the last ones are empty.
+        Sequences begin at the lowest position, as in `prepare_fa_kwargs_from_position_ids` of Transformers. Their
+        number is known on the device only, so the result has T of them, and the last ones are empty.
         """
         if positions is not self._positions:
             flat = positions.flatten()
@@ -199,19 +195,19 @@ class Starts:
 
 
 def as_packed(
-    query: Tensor, key: Tensor, settings: dict, starts: Starts
+    query: Tensor, key: Tensor, settings: dict, starts: SequenceStarts
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """What `_flash_attention_forward` of Transformers makes of a call without a mask.
+    """A call without a mask, as `_flash_attention_forward` of Transformers interprets it.
 
-    The four `VARLEN` arguments count where all are given: they are about the rows of the batch one after the other.
-    Else positions that do not go up by one tell of packing in a batch of one row, and of nothing in any other batch.
+    The four `VARLEN` arguments count if all are given; they describe the concatenated rows of the batch. Otherwise
+    positions that do not increase by one mean packing, in a batch of one row.
 
     Returns:
-        query and key, [1, H, B * T, D] for `VARLEN`; `cu_seqlens` [S + 1], None where nothing is packed; and [] bool,
-        whether the keys are others than those of the queries' own sequences, None where they are not.
+        query and key, [1, H, B * T, D] for `VARLEN`; `cu_seqlens` [S + 1], None without packing; and [] bool, whether
+        keys are not those of the queries' own sequences, None: they are.
 
     Raises:
-        ValueError: they are others, as shapes tell.
+        ValueError: by their shapes they are not.
     """
     varlen = [settings.get(name) for name in VARLEN]
     cu_seqlens, of_keys, *_ = varlen

@@ -1,4 +1,4 @@
-"""Where in a block attention is: the modules that attend, what each of them attends to, and which one is running."""
+"""The attention modules of a block: which there are, whether each is self or cross attention, which one is running."""
 
 from __future__ import annotations
 
@@ -10,21 +10,14 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..blocks import Block, is_linear_attention, is_named_attention
-from .elsewhere import Elsewhere
+from .remote_block import RemoteBlock
 
 __all__ = ["AttentionPlaces", "Place", "heads_of"]
 
 _CROSS = re.compile(r"cross|enc_?dec|encoder_(attn|attention)(_|$)|multihead_attn$", re.IGNORECASE)
 _PLAIN = re.compile(r"(self_?)?(attention|attn|mha)|self|layers?|\d+", re.IGNORECASE)
 _HEAD_COUNTS = (
-    "num_heads",
-    "num_attention_heads",
-    "n_heads",
-    "n_head",
-    "nhead",
-    "heads",
-    "num_head",
-    "nheads",
+    *("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads", "num_head", "nheads"),
     "num_attn_heads",
 )
 
@@ -33,33 +26,33 @@ _HEAD_COUNTS = (
 class Place:
     """What the attention of one module is to its block."""
 
-    # "self" and "cross" are measured; "other" is an attention beside the block's own (over frames, channels, memory);
-    # None: what looks like attention here is none.
+    # "self" and "cross" are measured; "other" is an additional attention (over frames, channels, memory); None: no
+    # attention.
     kind: str | None
-    heads: int | None  # as the module states it
+    heads: int | None  # as an attribute of the module says
 
 
 class AttentionPlaces:
-    """The places of attention in the blocks of a model.
+    """The attention modules in the blocks of a model.
 
-    The attention of a block is what lies in modules called attention; in a block without any, whose modules state a
-    number of heads, the block itself. Cross attention is told by its name or by `is_cross_attention`. Of several others
-    the block's own is the one called "self" something, else the one without a further name ("attention" beside
-    "temporal_attention"); several of equal standing and as many heads count together.
+    A module is attention by the name of its class or attribute. In a block without such a module, but with a number of
+    heads, the block itself is the attention. Cross attention is recognised by its name or by `is_cross_attention`. Of
+    several others the main one has "self" in its name, or else no further name ("attention" beside
+    "temporal_attention"). Several main ones with equal numbers of heads are summed.
     """
 
     def __init__(self, blocks: Sequence[Block]):
         self._places: dict[nn.Module, Place] = {}
         self._running: list[tuple[nn.Module, tuple[int, ...]]] = []
         self.others: list[str] = []  # names of the modules whose attention is "other"
-        self.unnamed = False  # some block has no module that is called attention
-        self.innermost: list[nn.Module] = []  # the modules called attention with none such inside
+        self.unnamed = False  # some block has no module called attention
+        self.innermost: list[nn.Module] = []  # attention modules without another one inside
         for block in blocks:
-            if not isinstance(block.module, Elsewhere):
+            if not isinstance(block.module, RemoteBlock):
                 self._look_into(block)
 
     def of(self, module: nn.Module) -> Place:
-        """The place of a module that attends, whatever it is called."""
+        """The place of a module that attends."""
         return self._places.get(module) or Place("self", _heads_of(module))
 
     @property
@@ -74,12 +67,12 @@ class AttentionPlaces:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """The two leading sizes of the hidden state that went into it; () if it was given none."""
+        """The two leading sizes of its input hidden state; () if there is none."""
         return self._running[-1][1]
 
     @contextmanager
     def hidden(self) -> Iterator[None]:
-        """Nothing is `running` while the context is open: what runs has been seen."""
+        """Hide what runs while the context is open: it was observed already."""
         running, self._running = self._running, []
         try:
             yield
@@ -107,7 +100,7 @@ class AttentionPlaces:
             pass
 
     def __deepcopy__(self, memo: dict) -> AttentionPlaces:
-        """Itself: a copy of a measured model carries the hooks along, which then do nothing."""
+        """Itself: hooks that are copied with a model do nothing."""
         return self
 
     def _look_into(self, block: Block) -> None:
@@ -129,10 +122,10 @@ class AttentionPlaces:
         standing = {path: _standing(path) for path in inner if path not in cross}
         best = min(standing.values(), default=0)
         counts = {path: _heads_around(block.module, path) or 0 for path in standing if standing[path] == best}
-        # Heads of two numbers cannot be added up: the attention with the most counts (Grounding DINO's encoder).
+        # Different numbers of heads cannot be summed: the attention with most heads counts (Grounding DINO's encoder).
         selfs = {path for path, count in counts.items() if count == max(counts.values())}
         self.innermost += inner.values()
-        # Outer ones first: the same module may be in two blocks, and the last word is that of the innermost.
+        # Outer ones first: the same module may be in two blocks, and the innermost decides.
         heads = next((count for one in block.module.modules() if (count := _heads_of(one))), None)
         kind = "cross" if own and _is_cross(block.module) else "self" if own or (heads and not named) else None
         self._places[block.module] = Place(kind, heads)
@@ -144,7 +137,7 @@ class AttentionPlaces:
                 kind = "self" if path in selfs else "other"
             elif is_linear_attention(module, path.rpartition(".")[2]):
                 kind = None
-            else:  # holds others: what attends in its own code is what these are
+            else:  # contains others: its own attention is of their kind
                 within = [other for other in inner if other.startswith(path + ".")]
                 kinds = {"cross" if other in cross else "self" if other in selfs else "other" for other in within}
                 kind = kinds.pop() if len(kinds) == 1 else "self"
@@ -160,7 +153,7 @@ def _heads_around(block: nn.Module, path: str) -> int | None:
 
 
 def _standing(path: str) -> int:
-    """0: called self-attention; 1: attention and nothing else; 2: of some kind of its own; 3: over channels."""
+    """0: named self-attention; 1: attention without a further name; 2: with one; 3: over channels."""
     if "channel" in path.lower():
         return 3
     if "self" in path.lower():
@@ -172,8 +165,8 @@ def _is_cross(module: nn.Module) -> bool:
     return getattr(module, "is_cross_attention", False) is True or bool(_CROSS.search(type(module).__name__))
 
 
-def _heads_of(module: nn.Module) -> int | None:
-    counts = (getattr(module, name, None) for name in _HEAD_COUNTS)
+def _heads_of(holder: object) -> int | None:
+    counts = (getattr(holder, name, None) for name in _HEAD_COUNTS)
     return next(
         (count for count in counts if isinstance(count, int) and not isinstance(count, bool) and count > 0), None
     )
@@ -181,15 +174,9 @@ def _heads_of(module: nn.Module) -> int | None:
 
 def heads_of(blocks: Sequence[Block]) -> int | None:
     """The number of attention heads as the modules of the blocks state it, the largest; None if none does."""
-    stated = [_stated(block.module) for block in blocks]
-    return max((count for count in stated if count is not None), default=None)
-
-
-def _stated(block: nn.Module) -> int | None:
-    modules = list(block.modules())
-    for holder in [*modules, *(getattr(module, "config", None) for module in modules)]:
-        for name in _HEAD_COUNTS:
-            count = getattr(holder, name, None)
-            if isinstance(count, int) and count > 0:
-                return count
-    return None
+    found = []
+    for block in blocks:
+        modules = list(block.module.modules())
+        holders = [*modules, *(getattr(module, "config", None) for module in modules)]
+        found += [count for holder in holders if (count := _heads_of(holder))][:1]
+    return max(found, default=None)

@@ -1,4 +1,4 @@
-"""What a block hands on, of all that it returns."""
+"""The hidden state among the outputs of a block."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ __all__ = ["output_of"]
 
 
 def output_of(block: nn.Module, output: object) -> Tensor | None:
-    """The hidden state that a block hands on: of several tensors the one that its code calls `hidden_states`.
+    """The hidden state that a block passes on: of several tensors the one that its code calls `hidden_states`.
 
-    In blocks of two streams (SD3, Flux) that is the image's, whichever comes first. Where the code does not tell, it is
+    In blocks with two streams (SD3, Flux) it is that of the image, in any position. If the code has no such name, it is
     the first floating-point tensor.
     """
     cls = type(block)
@@ -30,11 +30,11 @@ def output_of(block: nn.Module, output: object) -> Tensor | None:
     return next(tensors_of(output), None)
 
 
-_PLACES: dict[type, int | None] = {}  # of the hidden state in what a class returns: reading code takes a while
+_PLACES: dict[type, int | None] = {}  # position of the hidden state by class; cached, because reading code is slow
 
 
 def _place_of_hidden(cls: type[nn.Module]) -> int | None:
-    """Where `hidden_states` stands in the tuple that `forward` returns; None where it returns no tuple with it."""
+    """The position of `hidden_states` in the tuple that `forward` returns; None: there is no such tuple."""
     code = getattr(inspect.unwrap(cls.forward), "__code__", None)
     if code is None:
         return None

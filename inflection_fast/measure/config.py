@@ -1,4 +1,4 @@
-"""What to measure, and when."""
+"""The settings of a monitor."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .. import quantities as registry
 from ..blocks import Block
 from ..ops.cka import POOLINGS
 from ..quantities import Quantity
-from .elsewhere import Elsewhere
+from .remote_block import RemoteBlock
 from .schedule import ProbeBudget
 
 __all__ = ["MonitorConfig", "meta_of"]
 
 EVERY = 10
 FROZEN_SHARE = 1 / 32
-_PACKAGES = ("inflection_fast", "torch", "transformers", "peft")  # whose versions the timeline has
+_PACKAGES = ("inflection_fast", "torch", "transformers", "peft")  # their versions are stored in the timeline
 _FORWARDS = ("trained", "all")
 _COMPILED = ("graph", "eager")
 _REFERENCES = ("start", "previous", "adapters_off", None)
@@ -31,7 +31,7 @@ _MAX_SEED = 2**32 - 1  # torch's generator on the CPU takes no more bits of a se
 
 
 class _Names(tuple):
-    """What `signals` reads as. `dataclasses.replace` hands it back, which then means nothing new."""
+    """The value of `signals`; `dataclasses.replace` passes it on, which must not change `quantities`."""
 
 
 @dataclass(frozen=True)
@@ -39,38 +39,38 @@ class MonitorConfig:
     """Settings of a `Monitor`. `TypeError` or `ValueError` names the field, what came and what is accepted."""
 
     # Measure optimizer steps 0, every, 2 * every, ...; or a mapping from quantities to such numbers. A quantity with a
-    # cadence of its own (Quantity.every) keeps it unless the mapping names it; one that nobody says anything of has 10.
+    # cadence of its own (Quantity.every) keeps it unless the mapping names it; other quantities that it lacks have 10.
     every: int | Mapping[str, int] = EVERY
-    # Query rows sampled per sequence of the batch, stratified over positions; None: all. Sequences that are packed into
-    # one row count as one, and share its rows by their lengths.
+    # Query rows sampled per sequence of the batch, stratified over positions; None: all. Sequences packed into one row
+    # count as one sequence; each gets rows in proportion to its length.
     rows: int | None = 64
     # What to measure: names (ours: `inflection_fast.quantities.QUANTITIES`; others by entry points) and instances.
     quantities: tuple[str | Quantity, ...] = registry.DEFAULT
     blocks: tuple[str, ...] | None = None  # module names of the blocks in forward order; None: found by structure
-    # Run the probe every so many steps (a multiple of every). None: as `every`, but once its runs have taken a second
-    # in all, so seldom that a run takes at most `probe_share` of the time of the steps until the next. Before that,
-    # where comparing features takes longer than the forward passes, fewer rows are compared, one out of two, three, ...
-    # What was chosen is in the timeline's columns `probe_every` and `probe_rows`.
+    # Run the probe every `probe_every` steps (a multiple of every). None: as `every`, but once its runs have taken a
+    # second in all, a run takes at most `probe_share` of the time until the next one. To reach that, fewer rows are
+    # compared (every second, third, ...) where comparing features takes longer than the forward passes, and runs are
+    # further apart. The columns `probe_every` and `probe_rows` of the timeline have the values in use.
     probe_every: int | None = None
-    probe_share: float | None = 0.01  # None: no bound
-    # Which forwards under autograd count: "trained", those that a backward pass has gone through; "all".
+    probe_share: float | None = 0.01  # None: no limit
+    # Which forwards under autograd count: "trained", those with a backward pass; "all".
     forwards: str = "trained"
-    # Of the sequences of each micro-batch, for gradients of activations below the lowest block that trains, which cost
-    # a walk back that the training does not need; by default less than a tenth of a step from batches of 32 on. At
-    # least one sequence; 1.0: all, exactly. Always exact are batches of one, packed sequences, batch norm in a block,
-    # several stacks, FSDP2 and tensor parallelism.
+    # Share of the sequences of each micro-batch that is used for activation gradients below the lowest trainable block,
+    # which need a backward pass that the training does not have; the default costs less than a tenth of a step from
+    # batches of 32 on. At least one sequence; 1.0: all, exactly. Always exact are batches of one, packed sequences,
+    # batch norm in a block, several stacks, FSDP2 and tensor parallelism.
     frozen_share: float = FROZEN_SHARE
     cka_rank: int | None = None  # shared PCA basis of this rank; None: full space
     cka_debiased: bool = True  # debiased (may leave [0, 1]) or biased CKA
     cka_pooling: str = "tokens"  # "tokens": every valid token is a row; "mean", "first", "last": a row per sequence
     cka_rows: int = 2048  # feature rows of the probe; memory: layers * cka_rows * width elements, twice while comparing
-    # "previous": the snapshot before; "adapters_off": the peft model without its adapters; None: no state is kept, for
-    # quantities that look at the probe as it is now, and the probe has half the memory and one run less.
+    # "previous": the snapshot before; "adapters_off": the peft model without its adapters; None: no reference, for
+    # quantities without one: half the memory, and one probe run less.
     cka_reference: str | None = "start"
-    # Standard error of delta-CKA, by leaving out each sequence of the probe: five times its time, and a wait for the
+    # Standard error of delta-CKA, by leaving out each sequence of the probe: five times the time, and a wait for the
     # device, because the lengths of the sequences are read on the host.
     cka_se: bool = False
-    # A compiled model: "graph" compiles taps into it, anew if it has run; "eager": measured steps run as written.
+    # A compiled model: "graph" compiles taps into it, again if it has run; "eager": measured steps run uncompiled.
     compiled: str = "graph"
     seed: int = 0  # of the sampled query rows and of the probe's feature rows
     signals: InitVar[tuple[str, ...] | None] = None  # the earlier name of `quantities`
@@ -139,15 +139,15 @@ class MonitorConfig:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the quantities, in order."""
+        """Names of the quantities, in order."""
         return tuple(one if isinstance(one, str) else one.name for one in self.quantities)
 
     def instances(self) -> list[Quantity]:
-        """The quantities themselves."""
+        """The quantities."""
         return [registry.made(one) if isinstance(one, str) else one for one in self.quantities]
 
     def cadence(self, quantity: Quantity) -> int:
-        """Every how many steps a quantity is measured, the bound on the probe apart. `ValueError` below 1."""
+        """The cadence of a quantity in steps, before the limit of `probe_share`. `ValueError` below 1."""
         own = quantity.every
         if own is not None and (isinstance(own, bool) or not hasattr(own, "__index__") or operator.index(own) < 1):
             raise ValueError(f"quantity {quantity.name!r}: every is {own!r}, expected an integer >= 1 or None")
@@ -158,14 +158,14 @@ class MonitorConfig:
     def probe_budget(
         self, every: Mapping[str, int], first_step: int, *, joined: bool, patience_s: float
     ) -> ProbeBudget:
-        """When to run the probe, for the quantities whose cadences are `every`; see `ProbeBudget`."""
+        """The schedule of the probe, for quantities with the cadences `every`; see `ProbeBudget`."""
         named = self.probe_every
         every = dict.fromkeys(every, named) if named else every
         share = None if named else self.probe_share
         return ProbeBudget(every, share, first_step, joined=joined, patience_s=patience_s)
 
     def as_dict(self) -> dict:
-        """Every setting in a form that JSON can hold; quantities by name."""
+        """All settings as JSON values; quantities by name."""
         return asdict(replace(self, quantities=("attention",), every=1)) | {
             "quantities": list(self.names),
             "every": dict(self.every) if isinstance(self.every, Mapping) else self.every,
@@ -211,7 +211,7 @@ def _choice(config: MonitorConfig, field: str, accepted: tuple[str | None, ...])
 
 
 def meta_of(model: nn.Module, config: MonitorConfig, blocks: Sequence[Block]) -> dict:
-    """Model, stacks of blocks, configuration and versions, as they are stored in the timeline."""
+    """Model, stacks of blocks, configuration and versions, for the metadata of the timeline."""
     inner = getattr(model, "module", model) if isinstance(model, nn.parallel.DistributedDataParallel) else model
     inner = getattr(inner, "get_base_model", lambda: inner)()
     return {
@@ -227,21 +227,21 @@ def meta_of(model: nn.Module, config: MonitorConfig, blocks: Sequence[Block]) ->
 
 
 def _stacks_of(blocks: Sequence[Block]) -> list[dict]:
-    """Each stack with the indices of its blocks, its number of parameters, and how many of them train."""
+    """Each stack: indices of its blocks, its numbers of parameters and of trainable ones."""
     stacks: dict[str, list[Block]] = {}
     for block in blocks:
         stacks.setdefault(block.stack, []).append(block)
     described = []
     for name, held in stacks.items():
         parameters = {id(p): p for block in held for p in block.module.parameters()}
-        elsewhere = [block.module.held for block in held if isinstance(block.module, Elsewhere)]
+        remote_block = [block.module.held for block in held if isinstance(block.module, RemoteBlock)]
         described.append(
             {
                 "name": name,
                 "layers": [block.index for block in held],
-                "parameters": sum(p.numel() for p in parameters.values()) + sum(n for n, _ in elsewhere),
+                "parameters": sum(p.numel() for p in parameters.values()) + sum(n for n, _ in remote_block),
                 "trainable": sum(p.numel() for p in parameters.values() if p.requires_grad)
-                + sum(n for _, n in elsewhere),
+                + sum(n for _, n in remote_block),
             }
         )
     return described

@@ -1,12 +1,12 @@
 """Context parallelism: each rank holds a part of every sequence, and its queries attend to the keys of all ranks.
 
-A call of attention is seen with this rank's queries and keys. For the statistics of its rows the keys of the other
-ranks come one rank after the other, so that no rank holds those of all, and what the parts say is merged by
-log-sum-exp: with part j of the keys, of log-sum-exp l_j and entropy H_j, and w_j = exp(l_j - log sum_i exp(l_i)),
+An attention call has this rank's queries and keys. For the statistics of its rows the keys of the other ranks are
+broadcast one rank after the other, so no rank holds all keys. The statistics of the parts are merged by log-sum-exp:
+with part j of the keys, of log-sum-exp l_j and entropy H_j, and w_j = exp(l_j - log sum_i exp(l_i)),
 
     H = sum_j w_j H_j + H(w),   collision = sum_j w_j^2 collision_j.
 
-To the rest of the measuring, ranks that share a sequence are ranks with batches of their own: their rows add up.
+Otherwise, ranks that share a sequence are measured like ranks with batches of their own: their rows add up.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ _TORCHS = "torch.distributed.tensor.experimental._context_parallel._attention"
 
 
 def _in_force() -> bool:
-    """Whether torch's `context_parallel` has replaced SDPA, whose queries then see the keys of other ranks."""
+    """Whether torch's `context_parallel` has replaced SDPA, whose queries then attend to keys of other ranks."""
     module = sys.modules.get(_TORCHS)
     return module is not None and F.scaled_dot_product_attention in module._replaced_functions
 
 
 def refuse_context() -> None:
-    """`ValueError` where ranks share sequences and the monitor was not told."""
+    """`ValueError` if ranks share sequences and the monitor has no `context`."""
     if _in_force():
         raise ValueError(
             "attention runs under torch's context_parallel, whose queries attend to keys of other ranks; give its mesh "
@@ -70,23 +70,23 @@ class Context:
         self._here = self.ranks.index(dist.get_rank())
 
     def stats_of(self, call: AttentionCall, rows: Tensor | None) -> AttentionStats:
-        """As `attention_call.stats_of` of this rank's rows, against the keys of all ranks. All ranks call it.
+        """As `attention_call.stats_of`, of this rank's rows and the keys of all ranks. A collective call.
 
         Raises:
-            ValueError: a mask, an additive bias, packed sequences or other things that are about keys by their place.
+            ValueError: the call has a mask, a bias, packed sequences, sinks or functions of FlexAttention.
         """
         queries, keys = call.query.shape[2], call.key.shape[2]
         if keys == len(self.ranks) * queries:
-            return stats_of(call, rows)  # the model has gathered the keys itself
-        told = (call.mask, call.bias, call.logits, call.cu_seqlens, call.mask_mod, call.score_mod, call.sinks)
-        if any(one is not None for one in told) or keys != queries:
+            return stats_of(call, rows)  # the model has gathered the keys
+        unsupported = (call.mask, call.bias, call.logits, call.cu_seqlens, call.mask_mod, call.score_mod, call.sinks)
+        if any(one is not None for one in unsupported) or keys != queries:
             raise ValueError(
                 "attention under context parallelism is measured with the keys of a rank's own positions, and without "
                 f"masks, biases, sinks or packing; got {queries} queries and {keys} keys with a mask or the like"
             )
         parts = []
         for j, rank in enumerate(self.ranks):
-            key = call.key.detach().contiguous()  # in the layout in which all ranks send theirs
+            key = call.key.detach().contiguous()  # the layout for the broadcast
             key = key if j == self._here else torch.empty_like(key)
             dist.broadcast(key, rank, group=self._group)
             mask = self._mask(call, rows, j)
@@ -96,7 +96,7 @@ class Context:
         return merged(parts)
 
     def _mask(self, call: AttentionCall, rows: Tensor | None, other: int) -> Tensor | None:
-        """[R, T] bool: which keys of a rank the rows may attend to, by their places in the whole sequence."""
+        """[R, T] bool: the keys of a rank that the rows may attend to, by positions in the whole sequence."""
         if not call.is_causal and call.window is None:
             return None
         of_keys = self._positions(other, call.key)
@@ -108,7 +108,7 @@ class Context:
         return (ahead >= -left) & (ahead <= (0 if call.is_causal else right))
 
     def _positions(self, rank: int, key: Tensor) -> Tensor:
-        """[T]: where the tokens of a rank stand in the whole sequence; torch gives each its two ends, to share work."""
+        """[T]: positions of a rank's tokens in the whole sequence. For load balance torch gives a rank two chunks."""
         length, count = key.shape[2], len(self.ranks)
         if not (_in_force() and sys.modules[_TORCHS]._cp_options.enable_load_balance):
             return torch.arange(rank * length, (rank + 1) * length, device=key.device)
@@ -118,7 +118,7 @@ class Context:
 
 
 def merged(parts: Sequence[AttentionStats]) -> AttentionStats:
-    """Statistics of rows from those of parts of their keys, of which the first holds key 0."""
+    """Statistics of rows from those of parts of their keys; the first part holds key 0."""
     entropy, lse, max_logit, keys, collision, _ = (torch.stack(field) for field in zip(*parts, strict=True))
     whole = torch.logsumexp(lse, 0)
     # Without the rounding of `whole`, which is large where scores are; of a row without any key it would be NaN.

@@ -1,8 +1,8 @@
-"""What measuring costs a training step: arms of one race, interleaved in one process, beside noise.
+"""What measuring costs a training step: an interleaved benchmark in one process, with its noise.
 
 An arm is a function that runs one step, forward and backward. A round runs every arm once, in a new random order, so
-that whatever disturbs the machine disturbs all of them. One arm runs twice, unmonitored, and what lies between these
-two (A/A) is what the race cannot tell from nothing.
+that a disturbance of the machine affects all arms alike. The unmonitored arm runs twice (A/A): the difference between
+these two is the noise of the benchmark.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ class Steps:
 
     @contextmanager
     def watched(self, config: MonitorConfig) -> Iterator[tuple[Callable[[], None], Callable[[], None]]]:
-        """Two arms under one monitor: a measured step, and one that is not, while which nothing else is attached.
+        """Two arms under one monitor: a measured step, and a step of the same monitor that is not measured.
 
-        All quantities of `config` are due at a measured step. Other arms find no hook on the model: only what is
-        compiled into it stays.
+        All quantities of `config` are due in a measured step. Between the arms no hook is on the model. In a compiled
+        model the taps stay in the graph.
         """
         every_other = replace(config, every=dict.fromkeys(config.names, 2), probe_every=None)
         with Monitor(self.model, every_other, alerts=None) as monitor:
@@ -81,8 +81,8 @@ def race(
 
     Args:
         arms: by name.
-        seconds: no round begins later, but there are `LEAST_ROUNDS`.
-        rounds: at most so many.
+        seconds: no round begins later, but at least `LEAST_ROUNDS` run.
+        rounds: upper limit of their number.
         seed: of the order of the arms.
     """
     order = random.Random(seed)
@@ -107,13 +107,13 @@ class Cost:
 
     label: str
     ms: float  # median
-    added: float  # median over rounds of its time over that of both unmonitored steps, less 1; of the A/A arm over one
+    added: float  # median over rounds of the ratio to the unmonitored steps (of A/A: to the other one), minus 1
     error: float  # standard error of that median
     rounds: int
 
 
 def costs(times: Mapping[str, list[float]]) -> list[Cost]:
-    """Of every arm of a race that has `UNMONITORED` and `AGAIN`."""
+    """The cost of every arm; `times` has the arms `UNMONITORED` and `AGAIN`."""
     base = [(a + b) / 2 for a, b in zip(times[UNMONITORED], times[AGAIN], strict=True)]
     found = []
     for label, values in times.items():
@@ -133,7 +133,7 @@ def median_error(values: list[float]) -> float:
 
 
 def extra_bytes(call: Callable[[], object], device: torch.device) -> int | None:
-    """Most bytes of a GPU that tensors allocated during `call` held at once; None on a CPU, where nobody counts."""
+    """Peak bytes of GPU memory that `call` allocates; None on a CPU, which has no such counter."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)

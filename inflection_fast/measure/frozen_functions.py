@@ -1,4 +1,4 @@
-"""Functions whose results in a second run of a block are known from the first: linear layers, and dropout."""
+"""Recording and replaying functions of a block: the second run reuses linear outputs and dropout masks of the first."""
 
 from __future__ import annotations
 
@@ -10,30 +10,37 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Again", "Found", "Unknown", "Watching"]
+__all__ = ["CannotReplay", "RecordFunctions", "RecordedCalls", "ReplayFunctions"]
 
-Found = deque[tuple[Callable, Tensor | None]]  # by functions, in the order of their calls; None: to be computed again
+RecordedCalls = deque[
+    tuple[Callable, Tensor | None]
+]  # by functions, in the order of their calls; None: to be computed again
 _MATH = 0  # of torch.nn.attention.SDPBackend, as a number
 
 
-class Unknown(Exception):
-    """What a block does cannot be done again on some sequences alone."""
+class CannotReplay(Exception):
+    """A block cannot run again on some of the sequences."""
 
 
-class Watching(TorchFunctionMode):
-    """Runs functions as they are and keeps what the chosen sequences need of them, while a link runs."""
+_METHODS = {F.linear: "_linear", F.dropout: "_dropout", F.scaled_dot_product_attention: "_attention"}
+
+
+class _Functions(TorchFunctionMode):
+    """Redirects linear layers, dropout and attention to methods."""
+
+    found: RecordedCalls | None = None  # None: functions run unchanged
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        method = _METHODS.get(func) if self.found is not None else None
+        return (func if method is None else getattr(self, method))(*args, **(kwargs or {}))
+
+
+class RecordFunctions(_Functions):
+    """Runs functions unchanged, and records the results for the chosen sequences while `found` is set."""
 
     def __init__(self, pick: Callable[[Tensor], Tensor]):
         super().__init__()
         self._pick, self.batch = pick, 0
-        self.found: Found | None = None  # of the link that runs; None: none does, and nothing is kept
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        look = _LOOK.get(func) if self.found is not None else None
-        if look is None:
-            return func(*args, **kwargs)
-        return look(self, *args, **kwargs)
 
     def _keep(self, func: Callable, of: Callable[[], Tensor] | None) -> None:
         if self.found is not None:
@@ -64,7 +71,7 @@ class Watching(TorchFunctionMode):
         if plain and attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -torch.inf)
         chosen = torch._fused_sdp_choice(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
-        if not plain or chosen != _MATH:  # inside a fused kernel nobody sees what is kept
+        if not plain or chosen != _MATH:  # a fused kernel does not return its dropout mask
             self._keep(F.scaled_dot_product_attention, None)
             return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
         device = query.device.type
@@ -73,42 +80,30 @@ class Watching(TorchFunctionMode):
             dtype = torch.get_autocast_dtype(device)
             inputs = [x.to(dtype) if x is not None and x.dtype == torch.float32 else x for x in inputs]
         with torch.autocast(device, enabled=False):  # as inside of the call
-            math = torch.ops.aten._scaled_dot_product_attention_math  # what the call would come to
+            math = torch.ops.aten._scaled_dot_product_attention_math  # the operator that the call would end in
             output, weights = math(*inputs, dropout_p, is_causal, scale=scale)
         self._keep(F.scaled_dot_product_attention, lambda: self._pick(weights) != 0)
         return output
 
 
-_LOOK = {
-    F.linear: Watching._linear,
-    F.dropout: Watching._dropout,
-    F.scaled_dot_product_attention: Watching._attention,
-}
+class ReplayFunctions(_Functions):
+    """Uses recorded results for the same calls in the same order."""
 
+    found: RecordedCalls
 
-class Again(TorchFunctionMode):
-    """Takes what was found for the results of the same calls in the same order."""
-
-    def __init__(self, found: Found):
+    def __init__(self, found: RecordedCalls):
         super().__init__()
         self._all = found
         self.rewind()
 
     def rewind(self) -> None:
-        """Begin with the first call again."""
-        self._found = deque(self._all)
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        again = _AGAIN.get(func)
-        if again is None:
-            return func(*args, **kwargs)
-        return again(self, *args, **kwargs)
+        """Start at the first call again."""
+        self.found = deque(self._all)
 
     def _next(self, func: Callable) -> Tensor | None:
-        if not self._found or self._found[0][0] is not func:
-            raise Unknown("a frozen block takes another way when it runs again")
-        return self._found.popleft()[1]
+        if not self.found or self.found[0][0] is not func:
+            raise CannotReplay("a frozen block calls other functions when it runs again")
+        return self.found.popleft()[1]
 
     def _linear(self, input, weight, bias=None):
         known = self._next(F.linear)
@@ -125,7 +120,7 @@ class Again(TorchFunctionMode):
             return F.scaled_dot_product_attention(query, key, value, attn_mask, 0.0, is_causal, scale=scale, **kwargs)
         kept = self._next(F.scaled_dot_product_attention)
         if kept is None:
-            raise Unknown("dropout inside a fused attention cannot be seen")
+            raise CannotReplay("the dropout mask of a fused attention is not known")
         scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
         if is_causal:
             causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
@@ -135,15 +130,8 @@ class Again(TorchFunctionMode):
         return (scores.softmax(-1) * kept / (1 - dropout_p)) @ value
 
 
-_AGAIN = {
-    F.linear: Again._linear,
-    F.dropout: Again._dropout,
-    F.scaled_dot_product_attention: Again._attention,
-}
-
-
 class _KnownLinear(torch.autograd.Function):
-    """A linear layer whose output is known: its gradient with respect to the input needs nothing else."""
+    """A linear layer with a known output; the gradient of its input needs the weight alone."""
 
     @staticmethod
     def forward(ctx, input, weight, known):

@@ -1,14 +1,13 @@
 """Taps that are compiled with a model: one graph, measured or not.
 
-Dynamo traces hooks that stand on the modules when it compiles. These hooks call two operators, `tap_attention` and
-`tap_gradient`, which return where a flag on the device is down, and write sums of fixed shape to slots where it is up.
-So what is compiled is the same at every step and for every batch of a shape: a measured step changes the numbers in a
-few tensors, and nothing that a guard or a captured CUDA graph looks at.
+Dynamo traces the hooks that modules have at compilation. These hooks call two operators, `tap_attention` and
+`tap_gradient`. With a flag on the device at 0 they return at once; at 1 they write sums of fixed shape to slots. So the
+compiled code is the same in every step: a measured step changes values in a few tensors, and nothing that a guard or a
+captured CUDA graph depends on.
 
-Both operators write to an input (`mutates_args`), so no compiler may drop them although nobody uses a result, and
-what they write is theirs alone, so nothing has to be copied. A tap of attention replaces what its slot held: where
-activation checkpointing runs a block again, nothing counts twice. Gradients are seen by an identity whose backward
-pass calls the operator.
+Both operators write to an input (`mutates_args`), so compilers keep them though no result is used. An attention tap
+overwrites its slot, so a block that activation checkpointing runs again counts once. An identity whose backward pass
+calls the operator observes gradients.
 """
 
 from __future__ import annotations
@@ -25,13 +24,15 @@ from ..ops.tap_attention import ATTENTION_SUMS, tap_attention
 from ..ops.tap_gradient import GRADIENT_SUMS, listened_to
 from ..quantities.activation_grad import ActivationGrad
 from ..quantities.attention import Attention, CrossAttention
+from ..quantities.dtensors import is_dtensor
+from ..quantities.protocols import combined_mask
 from ..quantities.quantity import Quantity
 from .attention_call import AttentionCall
-from .attention_sight import AttentionSight, traced_call
-from .hooks import Nothing, replaced
+from .attention_observer import AttentionObserver, traced_call
+from .hooks import NoHooks, patched
 from .micro_batch import decoder_layers, valid_rows
 from .packet import Piece
-from .placements import is_dtensor
+from .panel import overrides
 from .schedule import RowSampler
 
 __all__ = ["GraphSlots", "TracedTaps", "compiled_part", "in_graph", "refusal", "sums_attention"]
@@ -44,10 +45,7 @@ assert ATTENTION_SUMS[_PARTS] == Attention.axes["part"]
 
 
 def compiled_part(model: nn.Module) -> nn.Module | None:
-    """What is compiled of a model: the module that `torch.compile` or `Module.compile` was given; None: nothing.
-
-    Of several that lie beside each other the first.
-    """
+    """The first module of a model that `torch.compile` or `Module.compile` was applied to; None: there is none."""
     for module in model.modules():
         if isinstance(module, torch._dynamo.OptimizedModule):
             return module._orig_mod
@@ -57,7 +55,7 @@ def compiled_part(model: nn.Module) -> nn.Module | None:
 
 
 def refusal(model: nn.Module, part: nn.Module, blocks: Sequence[Block], heads: int | None) -> str | None:
-    """Why a compiled model cannot be measured inside its graph, in words; None: it can."""
+    """Why a compiled model cannot be measured inside its graph; None: it can."""
     modules = [block.module for block in blocks]
     inside = set(part.modules())
     if not all(module in inside for module in modules) or part in modules:
@@ -80,28 +78,28 @@ _INSIDE = ("on_attention", "on_cross_attention", "on_attention_call", "on_block"
 
 
 def sums_attention(quantity: Quantity) -> bool:
-    """Whether what `tap_attention` sums up is what a quantity declares."""
+    """Whether the sums of `tap_attention` are the accumulators of a quantity."""
     return type(quantity) in (Attention, CrossAttention)
 
 
 def in_graph(quantity: Quantity) -> bool:
-    """Whether a quantity of the training listens to nothing inside the model, but around it."""
-    return all(getattr(type(quantity), tap) is getattr(Quantity, tap) for tap in _INSIDE)
+    """Whether a quantity of the training has no taps inside the model."""
+    return not any(overrides(quantity, tap) for tap in _INSIDE)
 
 
-_SHARED = "another model of its kind that was compiled after the monitor was entered and before this one's first step"
-_OTHERWISE = "measure it as it is written, by MonitorConfig(compiled='eager')"
+_SHARED = "another model of its class that was compiled after the monitor was entered and before this one's first step"
+_OTHERWISE = "measure it uncompiled, by MonitorConfig(compiled='eager')"
 
 
 # ---- the taps --------------------------------------------------------------------------------------------------------
 
 
 class GraphSlots:
-    """The tensors that a graph with taps reads and writes: flags, draws of rows, and slots of sums.
+    """The tensors that a graph with taps reads and writes: flags, random row positions, and slots of sums.
 
-    A graph keeps some of them for its backward pass, and autograd refuses one whose tensors were written to in between.
-    Here that is meant: another forward may come before the backward pass of the first. So what stands around the graph
-    writes through `data`, which autograd does not count.
+    A graph saves some of them for its backward pass, and autograd raises if they were written to in between. Here they
+    are: another forward may run before the backward pass of the first. So code outside the graph writes through `data`,
+    whose writes autograd does not count.
     """
 
     def __init__(self, layers: int, heads: int, rows: int | None, device: torch.device):
@@ -113,24 +111,24 @@ class GraphSlots:
         self.gradients = torch.zeros(layers, len(GRADIENT_SUMS), dtype=torch.float64, device=device)
         self.draws = None if rows is None else torch.zeros(rows, dtype=torch.float64, device=device)
         for tensor in (self.measures_attention, self.measures_gradients, self.attention, self.gradients, self.draws):
-            if tensor is not None:  # or a CUDA graph would copy it to an address of its own
+            if tensor is not None:  # otherwise a CUDA graph copies it to another address
                 torch._dynamo.mark_static_address(tensor)
 
     def lower(self) -> None:
-        """Nothing is measured from here on."""
+        """Set all flags to 0."""
         self.lower_attention()
         self.measures_gradients.data.zero_()
 
     def lower_attention(self) -> None:
-        """No attention is measured from here on."""
+        """Set the flag of attention to 0."""
         self.measures_attention.data.zero_()
 
     def forget_gradients(self) -> None:
-        """Those of the step before."""
+        """Clear the slots of gradients."""
         self.gradients.data.zero_()
 
     def begin_forward(self, attention: bool, gradients: bool, sampler: RowSampler) -> None:
-        """The next forward is measured."""
+        """Set the flags, and prepare the slots for the next forward."""
         if attention:
             if self.draws is not None:
                 self.draws.data.copy_(sampler.uniform(), non_blocking=True)
@@ -142,7 +140,7 @@ class GraphSlots:
             self.measures_gradients.data.fill_(1)
 
     def end_forward(self, piece: Piece, quantities: Sequence[Quantity]) -> None:
-        """Add what was found to the accumulators of a micro-batch."""
+        """Add the sums of attention to the accumulators of a micro-batch."""
         layers = len(self.gradients)
         for quantity in quantities:
             if isinstance(quantity, (Attention, CrossAttention)):
@@ -150,7 +148,7 @@ class GraphSlots:
                 _add_attention(piece[quantity.name], self.attention[first : first + layers])
 
     def refuse_missing_attention(self, names: Sequence[str]) -> None:
-        """An error if the graph that ran has no taps of attention, or attends several times in a block."""
+        """Raise if the graph has no attention taps, or a block attends several times."""
         calls = self.attention[:, _CALLS, 0].tolist()
         if not any(calls):
             raise RuntimeError(
@@ -162,7 +160,7 @@ class GraphSlots:
             raise ValueError(f"the blocks {several} attend several times in one forward; {_OTHERWISE}")
 
     def refuse_missing_gradients(self) -> None:
-        """`RuntimeError` if the graph that ran has no taps of gradients."""
+        """`RuntimeError` if the graph has no gradient taps."""
         if not any(self.gradients[:, 0].tolist()):
             raise RuntimeError(
                 f"the compiled graph saw no gradient at any block: it was captured without the taps, as that of "
@@ -170,7 +168,7 @@ class GraphSlots:
             )
 
     def end_backward(self, piece: Piece, quantities: Sequence[Quantity]) -> None:
-        """Write what has arrived to the accumulators of a micro-batch, and forget it."""
+        """Move the sums of gradients to the accumulators of a micro-batch."""
         for quantity in quantities:
             if isinstance(quantity, ActivationGrad):
                 sums = piece[quantity.name]
@@ -181,7 +179,7 @@ class GraphSlots:
 
 def _add_attention(sums, slots: Tensor) -> None:
     heads = min(slots.shape[2], sums["rows"].shape[1])
-    # Of several calls in one layer the last has replaced the others: no number is right then.
+    # After several calls in one layer the slot has those of the last call alone.
     slots = slots[..., :heads].masked_fill(slots[:, :1, :heads] > 1, torch.nan)
     sums["rows"][:, :heads] += slots[:, _ROWS]
     sums["entropy"][:, :heads] += slots[:, _ENTROPY]
@@ -191,62 +189,62 @@ def _add_attention(sums, slots: Tensor) -> None:
 
 
 class TracedTaps:
-    """The hooks on a compiled model, from entering a monitor to leaving it.
+    """The hooks on a compiled model, as long as its monitor is open.
 
     Args:
-        part: what is compiled.
+        part: the compiled module.
         blocks: inside it.
-        slots: what the hooks hand to the operators.
+        slots: arguments of the operators.
     """
 
     def __init__(self, part: nn.Module, blocks: Sequence[Block], slots: GraphSlots):
         self.slots, self._part = slots, part
         self._layers = {block.module: block.index for block in blocks}
         self._decoders = decoder_layers(part, blocks)
-        self._sight = AttentionSight(blocks)
+        self._observer = AttentionObserver(blocks)
         self._inputs: dict = {}  # arguments of the forward under way by name
         self._places: dict[nn.Module, tuple[int, int]] = {}  # module that attends -> slot, layer
         for block in blocks:
             for module in block.module.modules():
-                kind = self._sight.places.of(module).kind or "self"
+                kind = self._observer.places.of(module).kind or "self"
                 if kind != "other":
                     self._places[module] = (block.index + (kind == "cross") * len(blocks), block.index)
 
     @property
     def sees_attention(self) -> bool:
-        """Whether all attention goes through Transformers' interfaces, the one way in which it is seen in a graph."""
-        return bool(self._sight.interfaces) and not self._sight.needs_functions
+        """Whether all attention goes through Transformers' interfaces, as observing it in a graph needs."""
+        return bool(self._observer.interfaces) and not self._observer.needs_functions
 
     @contextmanager
     def attached(self, *, attention: bool, gradients: bool) -> Iterator[TracedTaps]:
-        """Hooks stand on the model while the context is open."""
+        """Install the hooks while the context is open."""
         with ExitStack() as stack:
             if attention:
                 begins = self._part.register_forward_pre_hook(self._forward_begins, with_kwargs=True)
                 stack.callback(begins.remove)
                 stack.callback(self._part.register_forward_hook(self._forward_ends).remove)
-                for interface in self._sight.interfaces:
-                    stack.enter_context(replaced(interface, "get_interface", self._tapped))
+                for interface in self._observer.interfaces:
+                    stack.enter_context(patched(interface, "get_interface", self._tapped))
             if gradients:
                 for module, layer in self._layers.items():
                     stack.callback(module.register_forward_hook(partial(self._block_ends, layer)).remove)
             yield self
 
     def __deepcopy__(self, memo: dict) -> TracedTaps:
-        """Itself: a copy of a measured model carries hooks along, which then do nothing."""
+        """Itself: hooks that are copied with a model do nothing."""
         return self
 
     def __reduce__(self) -> tuple:
-        """Nothing attached: so a model can be saved as a whole while it is measured."""
-        return Nothing, ()
+        """Hooks that do nothing, so that a measured model can be pickled."""
+        return NoHooks, ()
 
-    # ---- what dynamo traces ------------------------------------------------------------------------------------------
+    # ---- traced by dynamo --------------------------------------------------------------------------------------------
 
     def _forward_begins(self, part: nn.Module, args: tuple, kwargs: dict) -> None:
         self._inputs = kwargs
 
     def _forward_ends(self, part: nn.Module, args: tuple, output: object) -> None:
-        self._inputs = {}  # or a batch would live until the next one: what the graph leaves in attributes stays there
+        self._inputs = {}  # otherwise the batch would stay in memory until the next one
 
     def _block_ends(self, layer: int, block: nn.Module, args: tuple, output: object) -> object:
         if block not in self._layers or not torch.is_grad_enabled():
@@ -282,11 +280,7 @@ class TracedTaps:
         return get_interface
 
     def _tap(self, call: AttentionCall, slot: int, layer: int) -> None:
-        mask = call.mask if call.bias is None else call.bias
-        if call.bias is not None and call.mask is not None:
-            added = call.mask.dtype != torch.bool
-            mask = call.bias + call.mask if added else call.bias.masked_fill(~call.mask, -torch.inf)
-        slots = self.slots
+        mask, slots = combined_mask(call), self.slots
         tap_attention(
             call.query,
             call.key,

@@ -1,4 +1,4 @@
-"""What is attached to a model that may be compiled: taps inside its graph, and around it what sums them up."""
+"""Taps on a model that may be compiled: inside its graph, and hooks around it that collect their sums."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..quantities.activation_grad import ActivationGrad
 from ..quantities.quantity import Quantity
 from .config import MonitorConfig
 from .graph import GraphSlots, TracedTaps, compiled_part, in_graph, refusal, sums_attention
-from .hooks import forgiving, hooks_guarded, removed, replaced
+from .hooks import catch_hook_errors, guard_module_hooks, patched, removing
 from .micro_batch import MicroBatch
 from .taps import Taps
 
@@ -25,31 +25,31 @@ __all__ = ["GraphTaps"]
 
 logger = logging.getLogger(__name__)
 
-_AS_WRITTEN = "measured steps of the compiled model run as it is written, which costs its speed"
+_AS_WRITTEN = "measured steps of the compiled model run uncompiled, and are slower"
 
 
 class GraphTaps(Taps):
-    """Taps that leave a compiled model compiled while they measure, where all that is due can be seen in its graph.
+    """Taps inside the graph of a compiled model, where all due quantities can be measured there.
 
-    Arguments are those of `Taps`. Until `open`, and of a model that is not compiled, they do what `Taps` do.
+    Arguments as for `Taps`. Before `open`, and for a model that is not compiled, they work like `Taps`.
     """
 
     def __init__(self, model: nn.Module, blocks, panel, config: MonitorConfig, **options):
         super().__init__(model, blocks, panel, config, **options)
         self._config = config
-        self._around = model  # what hooks stand around in a step that is measured in the graph
-        # Where the model may be compiled later: its heads, and the cadences of the quantities.
+        self._around = model  # the module that has the hooks in a step that is measured in the graph
+        # If the model is not compiled yet: its heads, and the cadences of the quantities.
         self._waits_for: tuple[int | None, Mapping[str, int]] | None = None
         self._traced: TracedTaps | None = None
         self._opened = ExitStack()
-        self._as_written: frozenset[str] = frozenset()  # quantities that no graph has taps for
-        self._in_graph = False  # the step under way is measured in the graph
-        self._ending: set[MicroBatch] = set()  # whose backward pass is under way
+        self._as_written: frozenset[str] = frozenset()  # quantities without taps for a graph
+        self._in_graph = False  # the present step is measured in the graph
+        self._ending: set[MicroBatch] = set()  # whose backward pass runs
 
-    # ---- as long as the monitor --------------------------------------------------------------------------------------
+    # ---- the lifetime of the monitor ---------------------------------------------------------------------------------
 
     def open(self, heads: int | None, every: Mapping[str, int]) -> None:
-        """Put taps on the model, if it is compiled and wants them.
+        """Put taps on the model, if it is compiled and they are possible.
 
         Args:
             heads: of its widest block, if it states them.
@@ -81,15 +81,15 @@ class GraphTaps(Taps):
             logger.warning("where %s are due, %s: no graph has taps for them", as_written, _AS_WRITTEN)
         rest = [one.name for one in trained if one.name not in as_written]
         if all(any(every[name] % every[other] == 0 for other in as_written) for name in rest):
-            return  # no step is left that is measured in a graph
-        # What was compiled has no taps, and no guard that would notice: hooks are not looked at.
+            return  # no step would be measured in the graph
+        # Code compiled so far has no taps, and no guard checks for hooks.
         torch.compiler.reset()
-        self._opened.enter_context(hooks_guarded())
+        self._opened.enter_context(guard_module_hooks())
         self._as_written = frozenset(as_written)
         self._traced = self._opened.enter_context(traced.attached(attention=attention, gradients=gradients))
 
     def _look_again(self) -> None:
-        """Put taps on a model that was compiled after `open`. It is compiled once more where it has run so."""
+        """Put taps on a model that was compiled after `open`; if it has run, it is compiled again."""
         if self._waits_for is None or compiled_part(self._around) is None:
             return
         (heads, every), self._waits_for = self._waits_for, None
@@ -101,7 +101,7 @@ class GraphTaps(Taps):
             )
 
     def _note_compiler(self) -> None:
-        """What `torch.compile` has made of the model knows it, and not the other way round: it is on the stack."""
+        """Find the `OptimizedModule` that `torch.compile(model)` returned: it is on the call stack of the forward."""
         frame: FrameType | None = sys._getframe(1)
         while frame is not None:
             caller = frame.f_locals.get("self") if frame.f_code.co_name == "__call__" else None
@@ -116,11 +116,11 @@ class GraphTaps(Taps):
         return gradients if isinstance(quantity, ActivationGrad) else in_graph(quantity)
 
     def _reaches_all(self) -> bool:
-        """Whether the first block trains: then gradients reach the outputs of all."""
+        """Whether the first block trains, so that gradients reach the outputs of all blocks."""
         return any(parameter.requires_grad for parameter in self._blocks[0].module.parameters())
 
     def forget_model(self) -> None:
-        """Take the taps off the model, and hold nothing of it any more."""
+        """Remove the taps, and drop all references to the model."""
         self._opened.close()
         self._traced = self._waits_for = None
         self._around = nn.Identity()
@@ -129,11 +129,11 @@ class GraphTaps(Taps):
     # ---- the length of a step ----------------------------------------------------------------------------------------
 
     def attach(self, step: int, due: Collection[str]) -> None:
-        """Raise flags in the graph, or install hooks and run the model as it is written, whatever `due` needs."""
+        """Prepare a step in the graph, or install hooks and run the model uncompiled, as `due` needs."""
         self._look_again()
         gradients = any(isinstance(self._panel.quantities[name], ActivationGrad) for name in due)
         self._in_graph = self._traced is not None and self._as_written.isdisjoint(due)
-        self._in_graph &= self._reaches_all() or not gradients  # blocks may have been frozen since
+        self._in_graph &= self._reaches_all() or not gradients  # blocks may have been frozen meanwhile
         self._ending.clear()
         super().attach(step, due)
 
@@ -141,35 +141,35 @@ class GraphTaps(Taps):
         if not self._in_graph:
             super()._attach_to_model()
             return
-        self._sees_attention = self._wants_gradients = False  # by hooks
+        self._sees_attention = self._wants_gradients = False  # no hooks for these
         self._slots.forget_gradients()
         add = self._attached.enter_context
         if self._around._compiled_call_impl is not None:
             add(_around_compiled(self._around, self._run_begins, self._run_ends))
         else:
-            add(removed(self._around.register_forward_pre_hook(self._run_begins, with_kwargs=True)))
-            add(removed(self._around.register_forward_hook(self._run_ends, always_call=True)))
+            add(removing(self._around.register_forward_pre_hook(self._run_begins, with_kwargs=True)))
+            add(removing(self._around.register_forward_hook(self._run_ends, always_call=True)))
 
     def detach(self) -> None:
-        """Lower the flags, and remove what stands around the graph. Safe to repeat."""
+        """Set the flags to 0, and remove the hooks around the graph. Safe to repeat."""
         super().detach()
         if self._traced is not None:
             self._traced.slots.lower()
 
     @property
     def _slots(self) -> GraphSlots:
-        assert self._traced is not None, "only steps that are measured in a graph ask"
+        assert self._traced is not None, "used in steps that are measured in the graph"
         return self._traced.slots
 
     def check_seen(self, step: int, warn: Callable[[str, str], None]) -> None:
-        """A step whose forward or backward went by unseen must not pass for one that was measured."""
+        """Warn if the step had no forward or backward pass; raise in the first measured step."""
         missing = self.missing()
         if missing is not None:
-            if not self.forgives:
+            if not self.tolerates_errors:
                 raise RuntimeError(f"the first measured step ({step}) saw {missing}")
             warn("unseen", f"measured step {step} saw {missing}; its values are NaN")
-        elif complaint := self.complaint():
-            warn(*complaint)
+        elif step_warning := self.step_warning():
+            warn(*step_warning)
 
     # ---- the length of a forward -------------------------------------------------------------------------------------
 
@@ -189,7 +189,7 @@ class GraphTaps(Taps):
         if self._in_graph and self._current is not None and self._current is not before:
             self._raise_flags()
 
-    @forgiving
+    @catch_hook_errors
     def _raise_flags(self) -> None:
         attention = any(map(self._panel.listening, ("on_attention", "on_cross_attention")))
         gradients = bool(self._panel.listening("on_output_gradient"))
@@ -205,12 +205,12 @@ class GraphTaps(Taps):
             self._add_attention(micro_batch)
         super()._forward_ended(micro_batch, output)
 
-    @forgiving
+    @catch_hook_errors
     def _add_attention(self, micro_batch: MicroBatch) -> None:
         listening = self._panel.listening("on_attention") + self._panel.listening("on_cross_attention")
         if not listening:
             return
-        if not self.forgives:
+        if not self.tolerates_errors:
             self._slots.refuse_missing_attention([block.name for block in self._blocks])
         self._slots.end_forward(micro_batch.piece, listening)
 
@@ -223,19 +223,19 @@ class GraphTaps(Taps):
             self._ending.add(micro_batch)
             Variable._execution_engine.queue_callback(partial(self._backward_ended, micro_batch))
 
-    @forgiving
+    @catch_hook_errors
     def _backward_ended(self, micro_batch: MicroBatch) -> None:
         self._ending.discard(micro_batch)
         if not micro_batch.live:
             return
-        if not self.forgives and not self._ending:
+        if not self.tolerates_errors and not self._ending:
             self._slots.refuse_missing_gradients()
-        # Of several micro-batches in one backward pass the first gets the sum: they are added up later anyhow.
+        # Of several micro-batches in one backward pass the first gets the sum; they are added later anyway.
         self._slots.end_backward(micro_batch.piece, self._panel.listening("on_output_gradient"))
 
 
 def _around_compiled(model: nn.Module, begins: Callable, ends: Callable) -> AbstractContextManager[None]:
-    """Hooks on a model that `Module.compile` was called of: its own ones would be compiled with it."""
+    """Hooks around a model after `Module.compile()`, whose own hooks are part of the compiled code."""
 
     def watching(compiled: Callable) -> Callable:
         def watched(*args, **kwargs):
@@ -249,4 +249,4 @@ def _around_compiled(model: nn.Module, begins: Callable, ends: Callable) -> Abst
 
         return watched
 
-    return replaced(model, "_compiled_call_impl", watching)
+    return patched(model, "_compiled_call_impl", watching)

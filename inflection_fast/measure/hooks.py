@@ -1,7 +1,4 @@
-"""Being attached to a model without harm: hooks that cost a step its values and not the training, and that go again.
-
-And running a model for the sake of measuring: compiled code as it is written, and no trace left.
-"""
+"""Hooks that cannot harm a training (an error costs the values of a step), and running a model without side effects."""
 
 from __future__ import annotations
 
@@ -19,22 +16,22 @@ from torch import nn
 from .placements import reshard
 
 __all__ = [
-    "Nothing",
+    "NoHooks",
     "WarnOnce",
-    "eagerly",
-    "forgiving",
-    "hooks_guarded",
-    "removed",
-    "replaced",
-    "trainable_as_before",
-    "undisturbed",
+    "catch_hook_errors",
+    "force_eager",
+    "guard_module_hooks",
+    "isolated_evaluation",
+    "patched",
+    "preserve_requires_grad",
+    "removing",
 ]
 
-_lock = threading.RLock()  # the garbage collector may end a forgotten monitor in a thread that is in here
+_lock = threading.RLock()  # reentrant: the garbage collector may close a monitor in a thread that holds the lock
 
 
-def forgiving(hook):
-    """A hook that fails costs the step its values. Before a first step was measured, it is an error of the set-up."""
+def catch_hook_errors(hook):
+    """Keep what a hook raises as `failure` of the step. Until a step was measured it is raised: the set-up is wrong."""
 
     @wraps(hook)
     def guarded(self, *args):
@@ -44,7 +41,7 @@ def forgiving(hook):
         try:
             return hook(self, *args)
         except Exception as error:
-            if not self.forgives:
+            if not self.tolerates_errors:
                 raise
             self.failure = error
             return None
@@ -54,8 +51,8 @@ def forgiving(hook):
     return guarded
 
 
-class Nothing:
-    """What taps are to a model that was read from a file: hooks that do nothing."""
+class NoHooks:
+    """Replaces taps in a model that was unpickled: hooks that do nothing."""
 
     def _do_nothing(self, *args) -> None:
         pass
@@ -65,8 +62,8 @@ class Nothing:
 
 
 @contextmanager
-def removed(handle) -> Iterator[None]:
-    """Remove a hook at the end."""
+def removing(handle) -> Iterator[None]:
+    """Remove a hook on exit."""
     try:
         yield
     finally:
@@ -74,22 +71,22 @@ def removed(handle) -> Iterator[None]:
 
 
 @contextmanager
-def replaced(owner: Any, name: str, make: Callable[[Callable], Callable]) -> Iterator[None]:
-    """`make(original)` in place of the function `name` of an object; such replacements may end in any order."""
-    stand_in = _StandIn(owner, name, make)
-    setattr(owner, name, stand_in)
+def patched(owner: Any, name: str, make: Callable[[Callable], Callable]) -> Iterator[None]:
+    """Replace the function `name` of an object by `make(original)`; patches may end in any order."""
+    patch = _Patch(owner, name, make)
+    setattr(owner, name, patch)
     try:
         yield
     finally:
-        stand_in.end()
+        patch.end()
 
 
-class _StandIn:
-    """One that ends below others stays in place, and does nothing of its own, until they have ended."""
+class _Patch:
+    """One patch of several on a function. If it ends first, it stays in place as a plain call until the others end."""
 
     def __init__(self, owner: Any, name: str, make: Callable[[Callable], Callable]):
         self._owner, self._name, self._ended = owner, name, False
-        self._original = getattr(owner, name)  # bound, or what somebody else has put there
+        self._original = getattr(owner, name)  # bound, or another replacement
         self._below = vars(owner).get(name)
         self._instead = make(self._original)
 
@@ -98,7 +95,7 @@ class _StandIn:
 
     def end(self) -> None:
         self._ended = True
-        while isinstance(top := vars(self._owner).get(self._name), _StandIn) and top._ended:
+        while isinstance(top := vars(self._owner).get(self._name), _Patch) and top._ended:
             if top._below is None:
                 delattr(self._owner, self._name)
             else:
@@ -106,24 +103,23 @@ class _StandIn:
 
 
 class WarnOnce:
-    """Warnings of a run, each kind once: what fails in one step fails in thousands."""
+    """Logs each kind of warning once: what fails in one step usually fails in all."""
 
     def __init__(self, logger: logging.Logger):
         self._logger = logger
         self._given: set[str] = set()
 
     def __call__(self, kind: str, message: str) -> None:
-        """Log `message` unless one of its kind was logged before."""
+        """Log `message`, the first of its kind."""
         if kind not in self._given:
             self._given.add(kind)
             self._logger.warning("%s", message)
 
 
-class _Shared:
-    """A setting of the process that holds while anybody wants it.
+class _SharedSetting:
+    """A setting of the process with a reference count: the first context sets it, the last one restores it.
 
-    What sets it restores what it found, which is wrong where two monitors end in another order than the reverse of
-    their beginning: the first to come sets it, and the last to go restores it.
+    Contexts of several monitors may end in any order.
     """
 
     def __init__(self, make: Callable[[], AbstractContextManager]):
@@ -144,23 +140,23 @@ class _Shared:
                     self._set.close()
 
 
-# Compiled code holds the hooks that there were when it was compiled. Code that runs as it is written has all.
-eagerly = _Shared(lambda: torch.compiler.set_stance("force_eager"))
+# Compiled code has the hooks of the time of its compilation; eager code has the present ones.
+force_eager = _SharedSetting(lambda: torch.compiler.set_stance("force_eager"))
 
-# Models of one class share compiled code where its guards allow it, and these do not look at hooks: one without hooks
-# would lend its code to one with taps, or the other way round.
-hooks_guarded = _Shared(lambda: torch._dynamo.config.patch(skip_nnmodule_hook_guards=False))
+# Models of one class share compiled code, and by default its guards do not check hooks: a model with taps would get the
+# code of one without.
+guard_module_hooks = _SharedSetting(lambda: torch._dynamo.config.patch(skip_nnmodule_hook_guards=False))
 
 
 @contextmanager
-def undisturbed(model: nn.Module, device: torch.device, autograd: bool) -> Iterator[None]:
-    """Run a model in evaluation mode and leave no trace: training flags and random generators as they were."""
+def isolated_evaluation(model: nn.Module, device: torch.device, autograd: bool) -> Iterator[None]:
+    """Evaluation mode; training flags and random generators are restored on exit."""
     training = [(module, module.training) for module in model.modules()]
     generators = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=generators), torch.set_grad_enabled(autograd), eagerly():
+    with torch.random.fork_rng(devices=generators), torch.set_grad_enabled(autograd), force_eager():
         try:
             for module, _ in training:
-                module.training = False  # not model.eval(), which some models turn into more than a flag
+                module.training = False  # not model.eval(), which some models override
             yield
         finally:
             for module, flag in training:
@@ -169,9 +165,9 @@ def undisturbed(model: nn.Module, device: torch.device, autograd: bool) -> Itera
 
 
 @contextmanager
-def trainable_as_before(model: nn.Module) -> Iterator[None]:
-    """Leave `requires_grad` of all parameters as it was."""
-    # peft marks every active adapter trainable when it switches them on again, frozen ones too.
+def preserve_requires_grad(model: nn.Module) -> Iterator[None]:
+    """Restore `requires_grad` of all parameters on exit."""
+    # peft makes every active adapter trainable when it enables adapters again.
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield

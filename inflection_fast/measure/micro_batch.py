@@ -1,4 +1,4 @@
-"""One forward pass of a measured step and the backward pass that follows: what goes in and out, and what is padding."""
+"""A micro-batch, one forward pass and the backward pass that follows: its inputs, outputs and padding."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks import Block
+from ..quantities.dtensors import local_of
 from ..quantities.quantity import BlockForward, ModelOutput
 from .attention_call import AttentionCall
 from .packet import Piece
-from .placements import local_of
 from .schedule import Strata
 
 if TYPE_CHECKING:
@@ -36,32 +36,32 @@ __all__ = [
 
 
 class MicroBatch:
-    """What one training forward has shown so far, and what its backward pass still has to find."""
+    """The state of one training forward and its backward pass."""
 
     def __init__(self, index: int, inputs: dict, piece: Piece):
         self.index, self.piece = index, piece
         self.inputs: dict | None = inputs  # arguments of the model's forward by name
         self.valid: ValidRows | None = ValidRows(inputs)
-        self.live = True  # False once its step is over: hooks of a graph that lives longer must not write
+        self.live = True  # False when its step is over: hooks of a longer-lived graph must not write
         self.entered: set[int] = set()  # layers whose block ran
-        self.visits: Counter = Counter()  # how often a module that is a block has run
-        self.attended: Counter = Counter()  # layer -> how many of its attention calls were seen
-        # (layer, statistics [B, H, R], valid rows [B, R], strata, how many calls of the layer were before)
+        self.visits: Counter = Counter()  # number of runs by module
+        self.attended: Counter = Counter()  # number of observed attention calls by layer
+        # (layer, statistics [B, H, R], valid rows [B, R], strata, number of earlier calls of the layer)
         self.waiting: list[tuple] = []
         self.waiting_bytes = 0
         self.strata: dict[tuple[int, int], Strata] = {}  # (query length, number of the call) -> sampled positions
-        # and with the id of the starts of packed sequences, which are kept, too
+        # also by the id of the starts of packed sequences, which are kept
         self.packed_strata: dict[tuple[int, int, int], tuple[Tensor, Strata]] = {}
-        self.positions: Counter = Counter()  # layer -> queries of a head, of all rows of the batch
+        self.positions: Counter = Counter()  # queries of one head over the batch, by layer
         self.awaits_gradient: set[int] = set()  # layers whose output has a hook
         self.reached: set[int] = set()  # layers whose output a gradient has reached
         self.went_back = False  # a backward pass went through it
-        self.reads_parameters = False  # an engine callback is on its way
+        self.reads_parameters = False  # an engine callback is queued
         self.chain: Chain | None = None  # of its frozen blocks
         self._tokens: dict[bool, Tensor | None] = {}
 
     def tokens(self, shape: tuple[int, ...], decoder: bool) -> Tensor | None:
-        """[B, T] bool, True at tokens, for a tensor [B, T, ...]; None: all, or nobody knows."""
+        """[B, T] bool, True at tokens, for a tensor [B, T, ...]; None: all, or not known."""
         if decoder not in self._tokens:
             mask = token_mask(self.inputs or {}, decoder)
             self._tokens[decoder] = None if mask is None else mask.bool()
@@ -73,20 +73,20 @@ class MicroBatch:
         return None if self.valid is None else self.valid.of(call, rows, decoder)
 
     def tokens_of(self, tensor: Tensor | None, decoder: bool) -> Tensor | None:
-        """The same for a tensor that may not be there."""
+        """As `tokens`, of a tensor or None."""
         return None if tensor is None else self.tokens(tensor.shape, decoder)
 
     def block(self, layer: int, module: nn.Module, entered: tuple, hidden: Tensor, decoder: bool) -> BlockForward:
-        """What went into a block, `entered` as (tensor, its version then), and what came out, for taps."""
+        """The event of a block for taps. `entered` is its input with the version at entry."""
         before, version = entered
-        # What a block has changed in place is no longer what went in.
+        # An input that was changed in place is not known any more.
         unchanged = before is not None and version_of(before) == version
         output = local_of(hidden.detach())
         before = local_of(before.detach()) if unchanged else None
         return BlockForward(layer, before, output, self.tokens_of(output, decoder), module, self.index)
 
     def output(self, output: object, decoder: bool) -> ModelOutput:
-        """What the model returned, for taps."""
+        """The event of the model's output for taps."""
         logits = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)
         inputs = self.inputs or {}
         logits, labels = (x if isinstance(x, Tensor) else None for x in (logits, inputs.get("labels")))
@@ -95,7 +95,7 @@ class MicroBatch:
         return ModelOutput(inputs, output, logits, labels, loss_of(output), tokens, self.index, untold)
 
     def end_forward(self) -> None:
-        """Let go of what only the forward needs: among it are the masks of the batch, which may be large."""
+        """Free what only the forward needs, such as the masks of the batch, which may be large."""
         self.inputs = self.valid = None
         self._tokens.clear()
         self.strata.clear()
@@ -104,15 +104,15 @@ class MicroBatch:
 
 
 def version_of(tensor: Tensor | None) -> int | None:
-    """A number that changes when a tensor is written to in place; None where nobody counts."""
+    """The version of a tensor, which changes with a write in place; None for inference tensors."""
     return None if tensor is None or tensor.is_inference() else tensor._version
 
 
-# ---- what goes into a module and what comes out of it ----------------------------------------------------------------
+# ---- inputs and outputs of modules -----------------------------------------------------------------------------------
 
 
 def hidden_of(args: tuple, kwargs: dict) -> Tensor | None:
-    """The hidden state that a block is given: its first floating-point tensor."""
+    """The input hidden state of a block: its first floating-point tensor."""
     for value in (*args, kwargs.get("hidden_states"), *kwargs.values()):
         if isinstance(value, Tensor) and value.is_floating_point():
             return value
@@ -120,33 +120,33 @@ def hidden_of(args: tuple, kwargs: dict) -> Tensor | None:
 
 
 def requiring_grad(args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    """The arguments of a block with a hidden state that autograd follows, if it did not: so gradients reach the block.
+    """The arguments of a block with a hidden state that requires a gradient; None: it does already.
 
-    A clone, not the tensor itself: the model may go on to change it in place, which a leaf would not allow, and nobody
-    else's tensor is touched. The same happens when checkpointing runs the block again, or its graphs would differ.
+    The hidden state is cloned, because the model may change it in place, which a leaf does not allow. The same happens
+    when checkpointing runs the block again, so that both graphs are equal.
     """
     for i, value in enumerate(args):
         if isinstance(value, Tensor) and value.is_floating_point():
-            return None if value.requires_grad else ((*args[:i], _followed(value), *args[i + 1 :]), kwargs)
-    for name in sorted(kwargs, key=lambda name: name != "hidden_states"):  # before a mask, which is a float as well
+            return None if value.requires_grad else ((*args[:i], _requiring_grad(value), *args[i + 1 :]), kwargs)
+    for name in sorted(kwargs, key=lambda name: name != "hidden_states"):  # before masks, which are floats too
         value = kwargs[name]
         if isinstance(value, Tensor) and value.is_floating_point():
-            return None if value.requires_grad else (args, kwargs | {name: _followed(value)})
+            return None if value.requires_grad else (args, kwargs | {name: _requiring_grad(value)})
     return None
 
 
-def _followed(hidden: Tensor) -> Tensor:
+def _requiring_grad(hidden: Tensor) -> Tensor:
     return hidden.detach().requires_grad_().clone()
 
 
 def loss_of(output: object) -> Tensor | None:
-    """What a model returned under the name "loss"."""
+    """The output of a model named "loss"."""
     loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
     return loss if isinstance(loss, Tensor) else None
 
 
 def tensors_of(output: object) -> Iterator[Tensor]:
-    """Floating-point tensors in what a module returned, in order."""
+    """The floating-point tensors in the output of a module, in order."""
     if isinstance(output, Tensor):
         if output.is_floating_point():
             yield output
@@ -159,18 +159,18 @@ def tensors_of(output: object) -> Iterator[Tensor]:
 
 
 def named_inputs(model: nn.Module, args: tuple, kwargs: dict) -> dict:
-    """The arguments of the model's forward by name, where it has names for them."""
-    if len(args) < 2:  # the first is the input itself, masks come later
+    """The named arguments of the model's forward."""
+    if len(args) < 2:  # the first is the input itself; masks follow
         return kwargs
     names = inspect.signature(model.forward).parameters
     return dict(zip(names, args, strict=False)) | kwargs
 
 
-# ---- which query rows are tokens and which are padding ---------------------------------------------------------------
+# ---- tokens and padding ----------------------------------------------------------------------------------------------
 
 
 def decoder_layers(model: nn.Module, blocks: Sequence[Block]) -> frozenset[int]:
-    """Layers of the decoder of an encoder-decoder: those below a "decoder" that has an "encoder" beside it."""
+    """Layers of the decoder of an encoder-decoder: those below a "decoder" whose parent has an "encoder" too."""
     modules = {name for name, _ in model.named_modules()}
     found = set()
     for block in blocks:
@@ -186,11 +186,11 @@ _IGNORED = -100  # labels of padding, in Transformers and torch
 
 
 def token_mask(inputs: dict, decoder: bool) -> Tensor | None:
-    """The [B, T] mask of tokens among the inputs of a model, nonzero at tokens; None if nothing tells.
+    """The [B, T] mask of tokens among the inputs of a model, nonzero at tokens; None: not known.
 
-    Encoder-decoders take the encoder's under `attention_mask` and the decoder's under a name of its own. The usual
-    collators give labels alone, which the model shifts to the right into its decoder's inputs, so that a row predicts
-    the label at its own position: the rows up to the last label that counts are tokens.
+    For the decoder of an encoder-decoder it is `decoder_attention_mask`, or follows from the labels: the model shifts
+    them to the right to make the decoder's inputs, so a row predicts the label at its own position, and rows up to the
+    last counted label are tokens.
     """
     mask = inputs.get("decoder_attention_mask" if decoder else "attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2:
@@ -202,27 +202,27 @@ def token_mask(inputs: dict, decoder: bool) -> Tensor | None:
 
 
 class ValidRows:
-    """Finds the valid query rows of the attention calls of one forward; layers that share a mask share the answer."""
+    """Finds the valid query rows of the attention calls of one forward; cached by mask."""
 
     def __init__(self, inputs: dict):
         self._inputs = inputs
         self._tokens: dict[bool, Tensor | None] = {}
         self._known: dict[tuple, tuple[object, Tensor | None]] = {}
-        self.untold = False  # the model was given a mask of tokens, and of some call nobody knows which rows they are
+        self.untold = False  # there was a mask of tokens, and for some call the valid rows are not known
 
     def of(self, call: AttentionCall, rows: Tensor | None, decoder: bool) -> Tensor | None:
         """[B, R] bool of the query rows `rows` (None: all); None where every row is valid.
 
-        From what the model was called with, if its shape is that of the queries (a speech model's mask counts samples
-        where its attention counts frames). Otherwise from the attention mask: a position that no query may attend to
-        is padding. Where neither tells, all rows count.
+        They follow from the model's mask of tokens if it has the shape of the queries (that of a speech model counts
+        samples, not frames). Otherwise they follow from the attention mask: a position that no query may attend to is
+        padding. Without either, all rows count.
         """
         batch, length = call.query.shape[0], call.query.shape[2]
         if decoder not in self._tokens:
             self._tokens[decoder] = token_mask(self._inputs, decoder)
         given = self._tokens[decoder]
         tokens, source = _source(given, call)
-        # The source is kept beside the answer: an id is unique only as long as its object lives.
+        # The source is kept too: an id is unique only as long as its object lives.
         key = (id(source), batch, length)
         if key not in self._known:
             self._known[key] = (source, _valid(tokens, source, batch, length, rows))
@@ -231,13 +231,13 @@ class ValidRows:
 
 
 def valid_rows(inputs: dict, call: AttentionCall, decoder: bool) -> Tensor | None:
-    """[B, Tq] as `ValidRows.of` finds it for all rows, for compilers that trace it: nothing is kept."""
+    """[B, Tq]: as `ValidRows.of` for all rows, without a cache, for compilers that trace it."""
     tokens, source = _source(token_mask(inputs, decoder), call)
     return _valid(tokens, source, call.query.shape[0], call.query.shape[2], None)
 
 
 def _source(tokens: Tensor | None, call: AttentionCall) -> tuple[Tensor | None, Tensor | None]:
-    """The mask of tokens, if it is about the queries, and what tells which rows are valid."""
+    """The mask of tokens, if it has the shape of the queries, and the tensor from which valid rows follow."""
     if tokens is not None and tokens.shape != (call.query.shape[0], call.query.shape[2]):
         tokens = None
     if tokens is not None or call.sparse:
@@ -252,7 +252,7 @@ def _valid(tokens: Tensor | None, source: Tensor | None, batch: int, length: int
         return None
     else:
         valid = _attended(source)
-        if valid.shape[-1] != length:  # keys are other positions than queries: nothing to learn about rows
+        if valid.shape[-1] != length:  # keys are not at the positions of the queries
             return None
         valid = valid.expand(batch, length)
     return valid if rows is None else valid.index_select(1, rows.to(valid.device))
@@ -261,6 +261,6 @@ def _valid(tokens: Tensor | None, source: Tensor | None, batch: int, length: int
 def _attended(mask: Tensor) -> Tensor:
     """[B or 1, Tk] bool: keys that some query of some head may attend to."""
     if mask.dtype != torch.bool:
-        mask = mask > torch.finfo(mask.dtype).min / 2  # what models write for minus infinity
+        mask = mask > torch.finfo(mask.dtype).min / 2  # models use the minimum for minus infinity
     mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
     return mask.any(1).any(1)

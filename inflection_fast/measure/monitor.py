@@ -22,11 +22,11 @@ from ..quantities.parameter_grad import ParameterGrad
 from ..quantities.quantity import MeasuredModel, Update
 from ..timeline import Timeline
 from .config import MonitorConfig
-from .packet import Measured, Packet, Row
+from .packet import MeasuredStep, Packet, Row
 from .panel import Panel
-from .parallel import whole_of
+from .parallel import rank_model_of
 from .parallel_taps import ParallelTaps
-from .parameters import Background, Updates, clip_by_known, scale_of, squares_of_all
+from .parameters import Background, Updates, clip_by_known, scale_of, total_squares
 from .probe import REFERENCE_NAME, Probe
 from .ranks import Layout, Ranks, world_size
 from .recorder import Record, Recorder
@@ -54,38 +54,37 @@ class Monitor:
                 optimizer.zero_grad()
         monitor.timeline
 
-    Entering attaches hooks on the steps that measure and none on the others; leaving detaches everything, also when
-    training raises. The model's attention implementation does the attending; outputs are equal to the bit. Only
-    forwards of `model` itself under autograd count, so evaluations in between do not. Gradients are read at the end of
-    each backward pass, before anybody clips them; several forwards, each with its backward pass, before one `step` are
-    gradient accumulation. Of two backward passes through one forward, activation gradients are those of the last.
-    What fails before a first step was measured is an error. From then on it costs a warning and the values of the step.
-    A compiled model is compiled with what measures it (`MonitorConfig.compiled`): enter before its first step.
+    Only measured steps have hooks on the model. Leaving the context removes everything, also when training raises. The
+    model's own attention implementation runs, and outputs are equal to the bit. Only forwards of `model` under autograd
+    count, not evaluations. Gradients are read at the end of each backward pass, before clipping. Several forwards with
+    their backward passes before one `step` are gradient accumulation. After two backward passes through one forward,
+    activation gradients are those of the last. Until a first step was measured errors are raised; from then on an
+    error costs a warning and the values of the step. A compiled model is compiled with its taps
+    (`MonitorConfig.compiled`): enter the monitor before the first step.
 
     Args:
         model: what the training loop calls, wrapped (DDP, peft) or not; of Transformers or any other PyTorch model.
         config: what and when.
         out: folder of the timeline; None: kept in memory only.
-        probe: list of model inputs (dicts of tensors) for delta-CKA, and for entropy and activation gradients on data
-            that stays the same (with labels, if the model returns a loss then); without it these signals are NaN.
+        probe: list of model inputs (dicts of tensors) for delta-CKA, and for entropy and activation gradients on fixed
+            data (the latter need labels, for which the model returns a loss). None: these columns are NaN.
         start_step: the first optimizer step of this run; above 0 the timeline in `out` is continued from there.
-        alerts: what is logged as a warning when it goes wrong (`inflection_fast.alerts`); None: nothing.
-        on_alert: called with the alerts of a measured step, from the monitor's own thread; what it raises is logged.
-        on_row: called with every finished `Row`, in order, by the training's thread in a later `step`, in `flush` or in
-            `close`, never by the monitor's own; what it raises is logged once.
-        if_exists: what becomes of a timeline that is in `out` when a run begins at step 0: "error" refuses to begin,
-            "overwrite" deletes it, "new" measures into `out`-2, `out`-3, ... (`folder` tells which).
-        rank_timeout_s: how long the sums of a measured step wait for other ranks, in that thread, before this rank
-            gives them up and measures on its own, which `missing_ranks` of the timeline and an alert tell.
-        accelerator: the Accelerator of a loop with `accumulate`: `step` does nothing where gradients still add up.
+        alerts: rules of the alerts that are logged as warnings (`inflection_fast.alerts`); None: no alerts.
+        on_alert: called with the alerts of a measured step, in the monitor's thread; its exceptions are logged.
+        on_row: called with every finished `Row`, in order, in the training thread by a later `step`, `flush` or
+            `close`; its exceptions are logged once.
+        if_exists: what to do with a timeline in `out` when a run begins at step 0: "error" raises, "overwrite" deletes
+            it, "new" measures into `out`-2, `out`-3, ... (see `folder`).
+        rank_timeout_s: how long the monitor's thread waits for the sums of other ranks. Then this rank measures alone;
+            an alert and the column `missing_ranks` say so.
+        accelerator: the Accelerator of a loop with `accumulate`: `step` does nothing while gradients accumulate.
         pipeline: the schedule (`ScheduleGPipe` or `Schedule1F1B` of torch.distributed.pipelining) whose stage `model`
-            is. Each rank measures its own blocks, and the timeline has those of all. All make their monitors at once.
+            is. Each rank measures its own blocks; the timeline has all. All ranks create their monitors together.
         context: the ranks that share each sequence (torch's `context_parallel`), as a mesh of one dimension or a group.
 
-    Where torch.distributed is in use (DDP, FSDP2, tensor parallelism by DTensor), every rank enters its Monitor and
-    calls `step`, and the values are those of the whole batch, whose loss is taken to be the mean of the ranks' losses.
-    Rank 0 keeps the file, logs alerts and calls `on_alert` and `on_row`; with `out`, the timelines of the other ranks
-    stay empty.
+    With torch.distributed (DDP, FSDP2, tensor parallelism by DTensor) every rank enters its Monitor and calls `step`.
+    Values are those of the whole batch, with the mean of the ranks' losses as its loss. Rank 0 writes the file, logs
+    alerts and calls `on_alert` and `on_row`; with `out`, the timelines of other ranks stay empty.
 
     Raises:
         TypeError: `model` is no module, or an argument is of another type.
@@ -114,12 +113,12 @@ class Monitor:
             raise TypeError(f"config: expected a MonitorConfig, got {type(config).__name__}")
         if operator.index(start_step) < 0:
             raise ValueError(f"start_step: expected a step >= 0, got {start_step}")
-        self._whole = whole_of(model, config, pipeline, context, rank_timeout_s, probe)
-        self.blocks: list[Block] = self._whole.blocks
+        self._rank_model = rank_model_of(model, config, pipeline, context, rank_timeout_s, probe)
+        self.blocks: list[Block] = self._rank_model.blocks
         if isinstance(model, nn.DataParallel):
             raise ValueError("model: DataParallel runs replicas that cannot be measured; use DistributedDataParallel")
         self._model = model
-        self._config, self._heads, heads = config, self._whole.heads, self._whole.heads or 1
+        self._config, self._heads, heads = config, self._rank_model.heads, self._rank_model.heads or 1
         self._rank_timeout_s, self._accelerator = rank_timeout_s, accelerator
         self._ranks: Ranks | None = None
         self._layout = Layout()
@@ -131,8 +130,8 @@ class Monitor:
         self._probed = frozenset(self._panel.of_group("probe"))
         self._probe: Probe | None = None
         if probe is not None and self._probed:
-            self._probe = Probe(model, self.blocks, probe, config, self._panel, heads, self._whole.run)
-        taps = partial(ParallelTaps, heads=heads, counts_all=config.forwards == "all", whole=self._whole)
+            self._probe = Probe(model, self.blocks, probe, config, self._panel, heads, self._rank_model.run)
+        taps = partial(ParallelTaps, heads=heads, counts_all=config.forwards == "all", rank_model=self._rank_model)
         self._taps = taps(model, self.blocks, self._panel, config)
         watch = None if alerts is None else AlertWatch(alerts, self._panel.columns, self._panel.axes)
         self._names = [block.name for block in self.blocks]
@@ -141,8 +140,8 @@ class Monitor:
         self._budget: ProbeBudget | None = None
         self._open = self._closed = False
         self._due: frozenset[str] = frozenset()  # what the step under way measures; its hooks are attached
-        # A step was measured: what fails from now on is told, and does not stop the training.
-        self._proven = self._taps.forgives = self._step > 0
+        # A step was measured: from now on an error becomes a warning.
+        self._proven = self._taps.tolerates_errors = self._step > 0
         self._owner = os.getpid()
 
     def __enter__(self) -> Monitor:
@@ -150,13 +149,13 @@ class Monitor:
             raise RuntimeError("a Monitor is entered once; make another one to measure again")
         error = None
         if world_size() > 1:
-            self._ranks = self._whole.ranks or Ranks(self._model, self._rank_timeout_s)
+            self._ranks = self._rank_model.ranks or Ranks(self._model, self._rank_timeout_s)
             self._record.writes = self._ranks.writes
         try:
             self._record.choose_folder(also=(REFERENCE_NAME,))
-            # Where ranks divide the heads among them, only the first call of attention tells how many there are.
+            # Where ranks shard the heads, only the first attention call shows their number.
             if self._heads is not None and (self._ranks is None or not self._ranks.divide_batches):
-                self._record.open(self._heads, self._whole.meta(self._model, self._config, self.blocks))
+                self._record.open(self._heads, self._rank_model.meta(self._model, self._config, self.blocks))
         except ValueError as refused:
             if self._ranks is None:
                 raise
@@ -169,7 +168,7 @@ class Monitor:
                 every, joined = {name: self._every[name] for name in self._probed}, self._ranks is not None
                 budget = self._config.probe_budget(every, self._step, joined=joined, patience_s=self._rank_timeout_s)
                 self._budget = self._record.budget = budget
-                self._probe.begin(self._record.folder, budget, self._record.guarded, keeps=self._layout.leads)
+                self._probe.begin(self._record.folder, budget, self._record.guarded, saves_reference=self._layout.leads)
             self._taps.open(self._heads, self._every)
             self._arm()
         except BaseException:
@@ -186,16 +185,16 @@ class Monitor:
             "columns": str(self._panel.columns),
             "start_step": self._step,
             "probe": self._probe is not None,
-            "context": self._whole.context_ranks,
+            "context": self._rank_model.context_ranks,
         }
         said = None if error is None else str(error)
-        folder, peers = self._record.folder, self._whole.peers
+        folder, peers = self._record.folder, self._rank_model.peers
         self._layout, self._record.folder = ranks.agree(self.blocks, facts, folder, said, peers)
         self._taps.share(self._layout)
         self._background.share(self._layout)
         if self._probe is not None:
             self._probe.share(self._layout)
-        if self._layout.tensor > 1:  # what modules state may be the heads of one rank
+        if self._layout.tensor > 1:  # modules may state the number of heads of one rank
             self._taps.sums.resize(1)
 
     def __exit__(self, *exception) -> None:
@@ -209,13 +208,13 @@ class Monitor:
             if self._background.close() and self._record.recorder is not None:
                 self._record.recorder.before_overwriting()
                 finished = self._background.alone(self._taps.sums)
-                last = Measured(self._step, finished, frozenset(), False, perf_counter())
+                last = MeasuredStep(self._step, finished, frozenset(), False, perf_counter())
                 self._hand_over(last, self._taps.sums.packet)
         self._due, self._open, self._closed = frozenset(), False, True
-        # Whoever keeps the monitor for its timeline keeps no model.
+        # A monitor that is kept for its timeline must not keep the model alive.
         self._model, self._probe = nn.Identity(), None
         self._taps.forget_model()
-        self._whole.forget_model()
+        self._rank_model.forget_model()
         self.blocks = [dataclasses.replace(block, module=nn.Identity()) for block in self.blocks]
         if os.getpid() == self._owner:
             self._record.close()
@@ -243,14 +242,14 @@ class Monitor:
     ) -> None:
         """End one optimizer step; call it after the last backward pass and before the gradients are cleared.
 
-        On a measured step this starts a copy of what was summed up on the device, and a thread of the monitor's own
-        appends it to the timeline: nothing here waits for the device or the disk. Other steps do nothing.
+        In a measured step this starts a copy of the sums on the device, which the monitor's thread appends to the
+        timeline; the training does not wait for the device or the disk. In other steps nothing happens.
 
         Args:
             loss: of this step; None: the mean of the `loss` that the model returned, NaN if it returned none.
-            loss_scale: what the loss was multiplied by (accumulation needs none); norms are divided by it.
-            scaler: the gradient scaler that multiplied the loss as well, before its `step` and `update`. Norms are
-                divided by its scale too, and `skipped` says whether it drops this step, as a gradient is not finite.
+            loss_scale: factor of the loss; norms are divided by it. Gradient accumulation needs none.
+            scaler: the gradient scaler of the loss, before its `step` and `update`. Norms are divided by its scale,
+                and `skipped` is 1 if it will drop this step because a gradient is not finite.
 
         Raises:
             RuntimeError: outside the context, or the first measured step saw no training forward of the model.
@@ -260,31 +259,31 @@ class Monitor:
         if not getattr(self._accelerator, "sync_gradients", True):
             return
         self._updates.finish(self._panel, self._taps.parameters, self._hand_over)
-        self._record.tell_rows()
+        self._record.deliver_rows()
         if self._due:
             self._taps.detach()
             began = perf_counter() - self._taps.seconds
             packet = self._filled(loss, loss_scale, scaler)
-            finished = self._background.add(packet)  # before copying, whose results are of a later row however soon
+            finished = self._background.add(packet)  # before the new copies, whose results belong to a later row
             self._background.copy(self._panel.listening("in_background"), self._taps.parameters)
             self._panel.mark_failures(packet, everything=self._taps.failure is not None)
             probe = self._probe if self._due & self._probed else None
             outputs = frozenset(self._taps.sharded_outputs | (set() if probe is None else probe.sharded_outputs))
             due, later = self._panel.due | finished, tuple(self._panel.later)
-            measured = Measured(self._step, due, outputs, probe is not None, began, later)
+            measured = MeasuredStep(self._step, due, outputs, probe is not None, began, later)
             if not self._updates.begin(measured, packet, self._panel.listening("after_update")):
                 self._hand_over(measured, packet)
-            self._proven = self._taps.forgives = True
+            self._proven = self._taps.tolerates_errors = True
         self._step += 1
         self._arm()
 
-    def _hand_over(self, measured: Measured, packet: Packet) -> None:
+    def _hand_over(self, measured: MeasuredStep, packet: Packet) -> None:
         if self._record.recorder is None:
             heads = packet.fields.heads
             if not self._record.is_open(heads):
-                self._record.open_or_keep(heads, self._whole.meta(self._model, self._config, self.blocks))
+                self._record.open_or_keep(heads, self._rank_model.meta(self._model, self._config, self.blocks))
             recorder = self._record.start(packet, self._layout, self._ranks, self._probed, self._rank_timeout_s)
-            # Whoever forgets to close loses nothing at the end of the process, and keeps no thread for ever.
+            # Without `close` the timeline is finished when the monitor is garbage collected or the process ends.
             weakref.finalize(self, _end, self._taps, recorder)
         self._record.record(measured, packet)
 
@@ -292,7 +291,7 @@ class Monitor:
         """The local sums of this step."""
         taps, sums = self._taps, self._taps.sums
         if taps.failure is None:
-            if self._ranks is None:  # else some other rank may have seen something, which shows when they are joined
+            if self._ranks is None:  # other ranks may have seen a forward; joining their sums shows that
                 taps.check_seen(self._step, self._record.warn)
             try:
                 self._fill(*known)
@@ -312,16 +311,16 @@ class Monitor:
         loss = taps.loss_seen if loss is None else loss
         if scaler is not None and scaler.is_enabled():
             loss_scale = loss_scale * scale_of(scaler, taps.device)
-            squares = squares_of_all(list(self._model.parameters()), self.blocks, self._known_squares())
+            squares = total_squares(list(self._model.parameters()), self.blocks, self._known_squares())
             of_step["skipped"].copy_(~squares.isfinite())
         if scaler is not None:
             of_step["scaled"].fill_(1)
         taps.gather(loss_scale)
         if self._probe is not None and self._due & self._probed:
-            self._probe.step(self._step, taps.sums, self._due & self._probed, forgives=self._proven)
+            self._probe.step(self._step, taps.sums, self._due & self._probed, tolerates_errors=self._proven)
         listening = self._panel.listening("before_update")
-        self._panel.tell("before_update", listening, taps.sums.packet, Update(taps.parameters, ()))
-        of_step = taps.sums.packet[Step.name]  # which the probe may have made anew
+        self._panel.notify("before_update", listening, taps.sums.packet, Update(taps.parameters, ()))
+        of_step = taps.sums.packet[Step.name]  # the probe may have replaced the packet
         if loss is not None:
             of_step["losses"].fill_(1)
             if isinstance(loss, Tensor):
@@ -330,7 +329,7 @@ class Monitor:
                 of_step["loss"].fill_(float(loss))
 
     def _known_squares(self) -> Tensor | None:
-        """[L]: squares of the gradients of the blocks, as they were at the end of the last backward pass."""
+        """[L]: squares of the gradients of the blocks at the end of the last backward pass; None: not known."""
         name = ParameterGrad.name
         known = self._taps.parameters_read and name in self._due and name not in self._panel.failures
         return self._taps.sums.packet[name]["squares"] if known else None
@@ -342,15 +341,15 @@ class Monitor:
         *,
         scaler: torch.amp.GradScaler | None = None,
     ) -> Tensor:
-        """`torch.nn.utils.clip_grad_norm_` by the l2 norm, which on a measured step does not sum the blocks again.
+        """`torch.nn.utils.clip_grad_norm_` by the l2 norm; in a measured step it reuses the sums of the blocks.
 
-        With several ranks it does, because their sums are joined only later. Call it between the backward pass and
-        `step`, on gradients that nobody has changed since but `scaler.unscale_`.
+        With several ranks it does not, because their sums are joined later. Call it between the backward pass and
+        `step`; only `scaler.unscale_` may have changed the gradients.
 
         Args:
-            max_norm: the largest norm that is left as it is.
-            parameters: whose gradients are clipped, by the norm of all of them; None: all of the model.
-            scaler: the gradient scaler that unscaled the gradients after the backward pass.
+            max_norm: gradients are scaled down to this norm.
+            parameters: whose gradients are clipped, by their total norm; None: all of the model.
+            scaler: the gradient scaler that unscaled the gradients.
 
         Returns:
             The norm before clipping, float32 [].
@@ -361,31 +360,31 @@ class Monitor:
 
     @property
     def timeline(self) -> Timeline:
-        """All that was measured so far. `RuntimeError` before the context is entered."""
+        """The timeline so far. `RuntimeError` before the context is entered."""
         return self._record.timeline
 
     @property
     def folder(self) -> Path | None:
-        """Of the timeline; None: it is in memory only. Known once the context is entered."""
+        """The folder of the timeline, final once the context is entered; None: in memory only."""
         return self._record.folder
 
     @property
     def dropped(self) -> int:
-        """How many measured steps are missing from the timeline: the disk or a rank was too slow, or a row failed."""
+        """The number of measured steps without a row: the disk or a rank was too slow, or computing the row failed."""
         return self._record.dropped
 
     def flush(self) -> None:
-        """Wait until every measured step is in the timeline, and tell `on_row` of each."""
-        self._record.scalars()  # which waits
-        self._record.tell_rows()
+        """Wait until every measured step is in the timeline, and call `on_row` for each."""
+        self._record.scalars()  # waits
+        self._record.deliver_rows()
 
     def scalars(self) -> dict[str, float]:
-        """Of the last measured step, for trackers: every column as its mean over the places that were measured."""
+        """The last measured step, for trackers: every column as its mean over the measured places."""
         return self._record.scalars()
 
     @property
     def data_ranks(self) -> int:
-        """The number of processes, or groups of them under tensor parallelism, that have a batch of their own."""
+        """The number of processes, or of groups under tensor parallelism, with a batch of their own."""
         return self._layout.data
 
     @property

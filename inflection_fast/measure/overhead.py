@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import operator
-import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from time import perf_counter
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from .config import EVERY, MonitorConfig
-from .cost import Steps, median_error
-from .monitor import Monitor
+from .cost import AGAIN, UNMONITORED, Steps, costs, race
 
 __all__ = ["Overhead", "measure_overhead"]
 
-_WARM_UP_PAIRS = 2
+_MEASURED = "measured"
 
 
 @dataclass(frozen=True)
@@ -27,8 +24,8 @@ class Overhead:
 
     off_ms: float  # a step that is not monitored
     on_ms: float  # a step that is measured
-    noise: float  # standard error of the median ratio, found between two unmonitored steps (A/A)
-    ratio: float  # measured over unmonitored step, spread over the config's `every` steps: 1.01 costs 1 %
+    noise: float  # standard error of the median ratio of two unmonitored steps (A/A)
+    ratio: float  # measured step over unmonitored step, averaged over `every` steps: 1.01 costs 1 %
 
     def __str__(self) -> str:
         return (
@@ -44,61 +41,37 @@ def measure_overhead(
     *,
     pairs: int = 15,
 ) -> Overhead:
-    """Time `pairs` triples of steps on one batch: unmonitored, measured, unmonitored.
+    """Time `pairs` rounds of three steps on one batch: unmonitored, measured, unmonitored (`cost.race`).
 
-    The cost of a measured step, with all quantities due, is counted every `config.every` steps, of a mapping the least;
-    the steps between have no hooks. The probe is not run. Gradients and the state of the random generators are left as
-    they were.
+    All quantities are due in the measured step. Its cost is divided by `config.every`, of a mapping by the smallest
+    value: the steps between have no hooks. The probe is not run. Gradients and random generators are restored.
 
     Args:
-        model: in the state in which it trains; a loss among its outputs is used, else the mean of its first output.
+        model: in training state; the loss among its outputs is used, else the mean of its first output.
         batch: its inputs.
         config: what to measure.
-        pairs: at least 3.
+        pairs: number of rounds, at least 3.
 
     Raises:
         ValueError: too few pairs, or the model returned neither a loss nor a floating-point tensor.
     """
     if operator.index(pairs) < 3:
         raise ValueError(f"pairs: expected at least 3, got {pairs}")
-    every_step = replace(config, every=dict.fromkeys(config.names, 1), probe_every=None)
     spread = config.every if isinstance(config.every, int) else min(config.every.values(), default=EVERY)
-    off: list[float] = []
-    on: list[float] = []
-    again: list[float] = []
-    with _gradients_set_aside(model):
-        for pair in range(_WARM_UP_PAIRS + pairs):
-            # The order turns round with every pair, so that drift of the machine favours nobody.
-            arms = [(off, None), (on, every_step), (again, None)]
-            for times, settings in arms if pair % 2 else reversed(arms):
-                times.append(_step_ms(model, batch, settings))
-    off, on, again = (times[_WARM_UP_PAIRS:] for times in (off, on, again))
-    base = [(a + b) / 2 for a, b in zip(off, again, strict=True)]
-    measured = statistics.median(x / y for x, y in zip(on, base, strict=True))
-    identical = [x / y for x, y in zip(off, again, strict=True)]
+    steps = Steps(model, batch)
+    with _preserved_gradients(model), steps.watched(config) as (measured, _):
+        times = race({UNMONITORED: steps, _MEASURED: measured, AGAIN: steps}, seconds=float("inf"), rounds=pairs)
+    cost = {one.label: one for one in costs(times)}
     return Overhead(
-        off_ms=statistics.median(base),
-        on_ms=statistics.median(on),
-        noise=median_error(identical) / spread,
-        ratio=1 + (measured - 1) / spread,
+        off_ms=cost[UNMONITORED].ms,
+        on_ms=cost[_MEASURED].ms,
+        noise=cost[AGAIN].error / spread,
+        ratio=1 + cost[_MEASURED].added / spread,
     )
 
 
-def _step_ms(model: nn.Module, batch: dict, config: MonitorConfig | None) -> float:
-    step = Steps(model, batch)
-    if config is None:
-        started = perf_counter()
-        step()
-        return 1e3 * (perf_counter() - started)
-    with Monitor(model, config) as monitor:
-        started = perf_counter()
-        step()
-        monitor.step()
-        return 1e3 * (perf_counter() - started)
-
-
 @contextmanager
-def _gradients_set_aside(model: nn.Module) -> Iterator[None]:
+def _preserved_gradients(model: nn.Module) -> Iterator[None]:
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     device = next(model.parameters()).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -1,7 +1,7 @@
-"""What a measured step adds up to: one piece of memory, laid out from the accumulators that quantities declare.
+"""The sums of a measured step: one piece of memory, laid out from the accumulators that quantities declare.
 
-The sums of pieces add and their maxima combine by max, so micro-batches, shards and ranks may cut a step anywhere. What
-is not linear in the pieces (means, square roots, standard errors) is left to each quantity's `values`, on the host.
+Sums add and maxima combine by max, so micro-batches, shards and ranks may divide a step in any way. What is not linear
+(means, square roots, standard errors) is computed by each quantity's `values`, on the host.
 """
 
 from __future__ import annotations
@@ -19,7 +19,18 @@ from ..alerts import Alert
 from ..quantities.quantity import Accumulator
 from ..timeline import Column
 
-__all__ = ["CudaCopies", "Field", "Fields", "HostCopies", "Later", "Measured", "Packet", "Piece", "Row", "StepSums"]
+__all__ = [
+    "CudaCopies",
+    "Field",
+    "Fields",
+    "HostCopies",
+    "HostTask",
+    "MeasuredStep",
+    "Packet",
+    "Piece",
+    "Row",
+    "StepSums",
+]
 
 _KINDS = (("float64", "sum"), ("float32", "sum"), ("float32", "max"))  # in the order of their memory
 
@@ -49,7 +60,7 @@ class Fields:
     """The layout of a packet: float64 sums, then float32 sums, then float32 maxima.
 
     Args:
-        declared: quantity -> name -> accumulator; quantities that follow each other lie side by side in each kind.
+        declared: quantity -> name -> accumulator; the order of quantities is their order in memory, in each kind.
         sizes: quantity -> axis -> size, "layer" and "head" among them.
     """
 
@@ -75,7 +86,7 @@ class Fields:
 
     @property
     def heads(self) -> int:
-        """For which there is room."""
+        """Size of the axis "head"."""
         return next(iter(self.sizes.values()))["head"]
 
     def only(self, quantities: Iterable[str]) -> Fields:
@@ -84,11 +95,11 @@ class Fields:
         return Fields({name: one for name, one in self.declared.items() if name in wanted}, self.sizes)
 
     def with_heads(self, heads: int) -> Fields:
-        """The same for blocks of so many heads."""
+        """The layout for another number of heads."""
         return Fields(self.declared, {name: {**sizes, "head": heads} for name, sizes in self.sizes.items()})
 
     def region(self, quantities: Iterable[str]) -> list[tuple[int, int]]:
-        """Bytes [start, end) in each kind of what `quantities`, which lie side by side, have there."""
+        """Bytes [start, end) in each kind of `quantities`, which are adjacent."""
         wanted = set(quantities)
         found = []
         for kind in range(len(_KINDS)):
@@ -102,7 +113,7 @@ class Fields:
 class Views(Mapping):
     """The accumulators of a quantity: `sums["x"] += ...` and `sums["x"][layer] = ...` write to the packet.
 
-    `TypeError` for another tensor in the place of a view, with which nothing would be summed up.
+    `TypeError` for an assignment of another tensor, which would not change the packet.
     """
 
     def __init__(self, quantity: str, views: dict[str, Tensor]):
@@ -128,9 +139,8 @@ class Views(Mapping):
 class Packet:
     """Sums and maxima of a step: preallocated bytes, copied as a whole, with named views.
 
-    `packet["attention"]["rows"]` is the view of that accumulator. Writing to it writes to `data`, uint8, of which
-    `sums` (float64), `parts` (float32) and `maxima` (float32) are views too: the whole of each kind, flat. Sums begin
-    at 0, and maxima at -inf.
+    `packet["attention"]["rows"]` is the view of that accumulator in `data`, uint8. `sums` (float64), `parts` (float32)
+    and `maxima` (float32) are flat views of all accumulators of a kind. Sums begin at 0, and maxima at -inf.
     """
 
     def __init__(self, fields: Fields, device: torch.device | str = "cpu", data: Tensor | None = None):
@@ -161,14 +171,14 @@ class Packet:
             self.maxima.fill_(-torch.inf)
 
     def add(self, part: Packet, region: list[tuple[int, int]]) -> None:
-        """Join a packet that holds only the quantities of `region`, which is `fields.region` of them."""
+        """Add a packet of the quantities of `region` alone, which is their `fields.region`."""
         for (start, end), dtype, piece in zip(region, _DTYPES, (part.sums, part.parts, part.maxima), strict=True):
             if start < end:
                 whole = self.data[start:end].view(dtype)
                 torch.maximum(whole, piece, out=whole) if piece is part.maxima else whole.add_(piece)
 
     def with_heads(self, heads: int) -> Packet:
-        """The same numbers in the layout for so many heads; heads beyond are left out."""
+        """The same values for another number of heads; further heads are left out."""
         wider = Packet(self.fields.with_heads(heads), self.data.device)
         for name, views in self._views.items():
             for field, view in views.items():
@@ -189,7 +199,7 @@ _DTYPES = (torch.float64, torch.float32, torch.float32)
 class Piece:
     """What one micro-batch adds to a step."""
 
-    forward: Packet | None  # of its forward; None: it is in the sums of the step already, or was thrown away
+    forward: Packet | None  # of its forward; None: added to the step already, or dropped
     backward: Packet | None  # of its backward pass
 
     def __getitem__(self, quantity: str) -> Views:
@@ -201,12 +211,12 @@ class Piece:
 
 
 class StepSums:
-    """The memory of one measured step after the other: the packet of the step, and those of micro-batches on the way.
+    """The packet of a measured step and those of its micro-batches; the memory is reused from step to step.
 
     Args:
-        fields: of the packet. What `forward`, `backward` and the rest declare lies side by side in it, in that order.
-        forward: quantities that add up in the forward, and count once a backward pass has gone through the micro-batch.
-        backward: quantities with taps that may be called again for one micro-batch: kept apart until the step ends.
+        fields: layout of the packet: the quantities of `forward`, then those of `backward`, then the others.
+        forward: quantities summed in the forward; they count once a backward pass goes through the micro-batch.
+        backward: quantities whose taps may run again for a micro-batch; they are added at the end of the step.
         device: of all packets.
     """
 
@@ -226,7 +236,7 @@ class StepSums:
 
     @property
     def heads(self) -> int:
-        """For which there is room."""
+        """Size of the axis "head"."""
         return self.fields.heads
 
     def begin(self) -> None:
@@ -245,7 +255,7 @@ class StepSums:
         return piece
 
     def count(self, piece: Piece) -> None:
-        """A backward pass goes through the micro-batch: what its forward gave counts. Once is enough."""
+        """A backward pass goes through the micro-batch: add the sums of its forward, once."""
         if piece.forward is not None:
             self.packet.add(piece.forward, self._regions[0])
             self._release(0, piece.forward)
@@ -260,16 +270,16 @@ class StepSums:
             piece.forward = piece.backward = None
 
     def finish(self) -> Packet:
-        """The packet of the step, with what backward passes gave."""
+        """The packet of the step, with the sums of backward passes."""
         for piece in self._open:
-            if piece.forward is None and piece.backward is not None:  # it has gone back
+            if piece.forward is None and piece.backward is not None:  # a backward pass went through it
                 self.packet.add(piece.backward, self._regions[1])
                 self._release(1, piece.backward)
                 piece.backward = None
         return self.packet
 
     def resize(self, heads: int) -> None:
-        """Make room for so many heads, before anybody relies on the layout."""
+        """Change the number of heads, before the layout is fixed."""
         self._lay_out(self.fields.with_heads(heads))
         self.packet = self.packet.with_heads(heads)
         self._free = ([], [])
@@ -287,47 +297,47 @@ class StepSums:
             self._free[group].append(packet)
 
 
-# ---- on its way to the host ------------------------------------------------------------------------------------------
+# ---- copies to the host ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
-class Later:
-    """Work of a quantity on a step whose sums are on the host; see `Quantity.later`."""
+class HostTask:
+    """Work of a quantity that the recorder's thread does on the host; see `Quantity.later`."""
 
     quantity: str
     finish: Callable[..., None]
-    tensors: Sequence[Tensor]  # on the host once they have `arrived`
+    tensors: Sequence[Tensor]  # on the host after `arrived`
     arrived: torch.cuda.Event | None
 
     @classmethod
-    def of(cls, quantity: str, finish: Callable[..., None], tensors: Sequence[Tensor]) -> Later:
-        """Begin to bring the tensors to the host."""
+    def of(cls, quantity: str, finish: Callable[..., None], tensors: Sequence[Tensor]) -> HostTask:
+        """Start the copy of the tensors to the host."""
         if not any(tensor.is_cuda for tensor in tensors):
             return cls(quantity, finish, tensors, None)
         pinned = [torch.empty(one.shape, dtype=one.dtype, pin_memory=True) for one in tensors]
         copies = [host.copy_(one, non_blocking=True) for host, one in zip(pinned, tensors, strict=True)]
-        arrived = torch.cuda.Event(blocking=True)  # whoever waits sleeps
+        arrived = torch.cuda.Event(blocking=True)  # a waiting thread sleeps
         arrived.record()
         return cls(quantity, finish, copies, arrived)
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What the training's thread knows of a measured step, beside its packet."""
+class MeasuredStep:
+    """What the training thread knows of a measured step, besides its packet."""
 
     step: int
     due: frozenset[str]  # quantities that were measured
     sharded_outputs: frozenset[int]  # layers whose output the ranks of one batch have split
     probed: bool  # the probe was run
-    began: float  # `perf_counter` at which it would have begun, if all of measuring had been done in one go
-    later: tuple[Later, ...] = ()  # what is left to do on the host
+    began: float  # `perf_counter` at its end less the time that measuring took so far
+    later: tuple[HostTask, ...] = ()
 
 
 class HostCopies:
-    """Copies within the memory of the host, which are there at once."""
+    """Copies within host memory, complete on return."""
 
     def start(self, host: Tensor, source: Tensor) -> None:
-        """Copy `source` into `host`; nothing to wait for afterwards."""
+        """Copy `source` into `host`."""
         host.copy_(source)
 
     def before_overwriting(self) -> None:
@@ -335,23 +345,23 @@ class HostCopies:
 
 
 class CudaCopies:
-    """Copies into pinned memory on a stream of their own, so that the stream of the training does not wait for them."""
+    """Copies into pinned memory on a stream of their own; the training's stream does not wait for them."""
 
     def __init__(self, device: torch.device):
         self._device, self._stream = device, torch.cuda.Stream(device)
         self._last: torch.cuda.Event | None = None
 
     def start(self, host: Tensor, source: Tensor) -> torch.cuda.Event:
-        """Begin to copy `source` into `host`, which is pinned, and return the event that ends it."""
+        """Start to copy `source` into pinned `host`; returns the event of the end."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             host.copy_(source, non_blocking=True)
-            self._last = copied = torch.cuda.Event(blocking=True)  # whoever waits sleeps
+            self._last = copied = torch.cuda.Event(blocking=True)  # a waiting thread sleeps
             copied.record(self._stream)
         return copied
 
     def before_overwriting(self) -> None:
-        """Make the device, not the host, finish the copy before it writes to its source again."""
+        """Make the device, not the host, wait for the copy before the next write to its source."""
         if self._last is not None:
             torch.cuda.current_stream(self._device).wait_event(self._last)
 
@@ -361,12 +371,12 @@ class Row:
     """A measured step as it is in the timeline."""
 
     step: int
-    # Masked arrays, or numbers of the step, by name, of the axes of `timeline.columns`; only what there is.
+    # By name: masked arrays with the axes of `timeline.columns`, or numbers; only what was measured.
     columns: Mapping[str, np.ndarray | float]
     described: Mapping[str, Column] = dataclasses.field(default_factory=dict)  # what the columns are
-    alerts: tuple[Alert, ...] = ()  # that it completes
+    alerts: tuple[Alert, ...] = ()  # raised by this row
 
     def scalars(self) -> dict[str, float]:
-        """Each column as its mean over the places that were measured; without those of which none was."""
+        """Each measured column as its mean over the measured places."""
         means = {name: np.ma.mean(value) for name, value in self.columns.items()}
         return {name: float(mean) for name, mean in means.items() if mean is not np.ma.masked}

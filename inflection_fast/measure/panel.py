@@ -1,4 +1,4 @@
-"""The quantities of one monitor: what they declare together, who listens to what, and what their sums amount to."""
+"""The quantities of one monitor: their memory and columns, which taps they listen to, and the rows of their values."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from torch import Tensor
 from ..quantities import Step
 from ..quantities.quantity import Accumulator, Column, MeasuredModel, Quantity, Sums
 from ..timeline import Timeline
-from .packet import Fields, Later, Packet, Piece
+from .packet import Fields, HostTask, Packet, Piece
 
-__all__ = ["FAILED", "MACHINERY", "Panel"]
+__all__ = ["FAILED", "MACHINERY", "Panel", "overrides"]
 
-MACHINERY = "monitor"  # under this name the packet holds what is no quantity: who has failed
+MACHINERY = "monitor"  # name in the packet of the monitor's own memory: which quantities have failed
 FAILED = "failed"
-_TAKEN = ("layer", "step", "steps", "layers", "meta", "columns", "truncated")  # by the timeline itself
+_TAKEN = ("layer", "step", "steps", "layers", "meta", "columns", "truncated")  # names of the timeline itself
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _BACKWARD = ("on_output_gradient", "on_parameter_gradient")
 _FORWARD = ("on_attention", "on_cross_attention", "on_attention_call", "on_block", "on_submodule", "on_model_output")
@@ -32,10 +32,10 @@ TAPS = (*_FORWARD, *_BACKWARD, *_WHOLE)
 
 
 class Panel:
-    """Copies of the given quantities, and the step's own, for one monitor.
+    """Copies of the given quantities, and `Step`, for one monitor.
 
     Raises:
-        ValueError: two of one name, or a name that is none.
+        ValueError: two quantities have one name, or a name is not valid.
     """
 
     def __init__(self, quantities: Sequence[Quantity], *, with_step: bool = True):
@@ -45,29 +45,26 @@ class Panel:
             if not isinstance(name, str) or not _NAME.fullmatch(name) or name == MACHINERY:
                 raise ValueError(f"quantities: {type(quantity).__name__}.name is {name!r}; expected a name like 'rank'")
             if name in self.quantities:
-                raise ValueError(f"quantities: {name!r} stands twice")
-            if (
-                _overrides(quantity, "on_probe")
-                and quantity.data != "probe"
-                and any(_overrides(quantity, tap) for tap in (*_FORWARD, *_BACKWARD))
-            ):
+                raise ValueError(f"quantities: {name!r} is given twice")
+            on_training = quantity.data != "probe" and any(overrides(quantity, tap) for tap in (*_FORWARD, *_BACKWARD))
+            if on_training and overrides(quantity, "on_probe"):
                 raise ValueError(
                     f"quantity {name!r} listens to the training and to the probe; state data = 'probe', or make it two"
                 )
             self.quantities[name] = copy.copy(quantity)
             vars(self.quantities[name])["later"] = partial(self._keep, name)
-        self._listeners = {tap: tuple(q for q in self.quantities.values() if _overrides(q, tap)) for tap in TAPS}
-        self.probing = False  # it is about the probe set
-        self._step = 0  # the last that has begun
+        self._listeners = {tap: tuple(q for q in self.quantities.values() if overrides(q, tap)) for tap in TAPS}
+        self.probing = False  # the taps are those of the probe set
+        self._step = 0  # the step under way
         self.due: frozenset[str] = frozenset()
         self.failures: dict[str, Exception] = {}  # of the step under way, by quantity
-        self.later: list[Later] = []  # of the step under way
+        self.later: list[HostTask] = []  # of the step under way
         self.warn: Callable[[str, str], None] = _log_only
 
     # ---- what they declare -------------------------------------------------------------------------------------------
 
     def prepare(self, model: MeasuredModel) -> None:
-        """Let every quantity look at the model, and check what they declare. `ValueError` in words for the user."""
+        """Call `prepare` of every quantity, and check their declarations. `ValueError` names what is wrong."""
         for quantity in self.quantities.values():
             quantity.prepare(model)
         owners: dict[str, str] = {}
@@ -101,8 +98,8 @@ class Panel:
             raise ValueError(f"{where} cannot be named so; expected a name like 'residual_rms'")
         _check_axes(quantity, f"column {name!r}", column.axes)
         if column.count is None:
-            if _overrides(quantity, "in_background"):
-                raise ValueError(f"{where} needs a count: what is measured in the background is not in every step")
+            if overrides(quantity, "in_background"):
+                raise ValueError(f"{where} needs a count: background results are not in every step")
             return
         if column.count not in quantity.accumulators:
             raise ValueError(f"{where} counts by {column.count!r}, which is none of its accumulators")
@@ -112,7 +109,7 @@ class Panel:
 
     @property
     def columns(self) -> dict[str, Column]:
-        """All columns by name, with the quantity that each is of."""
+        """All columns by name, with their quantity."""
         return {
             column: replace(said, quantity=name)
             for name, quantity in self.quantities.items()
@@ -130,16 +127,16 @@ class Panel:
         }
 
     def forget(self) -> None:
-        """Hold no quantity any more, as they may know the model."""
+        """Drop all quantities, which may refer to the model."""
         self.quantities = {}
         self._listeners = dict.fromkeys(TAPS, ())
 
     def has(self, tap: str) -> bool:
-        """Whether any quantity ever listens to a tap."""
+        """Whether any quantity overrides a tap."""
         return bool(self._listeners[tap])
 
     def for_probe(self) -> Panel:
-        """The same quantities that listen to the probe set, in a panel of their own, as if it were the training's."""
+        """A panel of the quantities with `data = "probe"`."""
         panel = Panel((), with_step=False)
         panel.quantities = {name: one for name, one in self.quantities.items() if one.data == "probe"}
         panel._listeners = {tap: tuple(q for q in of if q.data == "probe") for tap, of in self._listeners.items()}
@@ -147,7 +144,7 @@ class Panel:
         return panel
 
     def of_group(self, group: str) -> list[str]:
-        """Names of the quantities with memory of a kind: "backward", "forward", "whole" or "probe"; see `StepSums`."""
+        """Names of the quantities of a memory group: "backward", "forward", "whole" or "probe"; see `StepSums`."""
         return [name for name, quantity in self.quantities.items() if _group(quantity, self.probing) == group]
 
     def fields(self, layers: int, heads: int) -> Fields:
@@ -165,13 +162,13 @@ class Panel:
     # ---- who listens -------------------------------------------------------------------------------------------------
 
     def begin(self, due: Collection[str], step: int = 0) -> None:
-        """Begin `step`, at which the quantities `due` are measured; the step's own always are."""
+        """Begin `step`, in which the quantities `due` and `Step` are measured."""
         self._step = step
         self.due = (frozenset(due) | {Step.name}) & set(self.quantities)
         self.failures, self.later = {}, []
 
     def listening(self, tap: str) -> list[Quantity]:
-        """The quantities that a tap has to be told to: due, not failed, and on the data that this panel is about."""
+        """The quantities to call for a tap: due, not failed, and for the data of this panel."""
         return [
             quantity
             for quantity in self._listeners[tap]
@@ -180,8 +177,8 @@ class Panel:
             and (quantity.data == "probe") == self.probing
         ]
 
-    def tell(self, tap: str, quantities: Iterable[Quantity], packet: Packet | Piece, event: object) -> None:
-        """Call a tap of the quantities; one that raises costs its own values of this step."""
+    def notify(self, tap: str, quantities: Iterable[Quantity], packet: Packet | Piece, event: object) -> None:
+        """Call a tap of the quantities; one that raises has no values in this step."""
         for quantity in quantities:
             if quantity.name in self.failures:
                 continue
@@ -191,33 +188,31 @@ class Panel:
             except Exception as error:
                 self.fail(quantity.name, error, tap)
 
-    def tell_late(self, tap: str, quantities: Iterable[Quantity], packet: Packet, event: object) -> None:
-        """As `tell`, about a step that is over: who raises is marked in its packet at once."""
+    def notify_late(self, tap: str, quantities: Iterable[Quantity], packet: Packet, event: object) -> None:
+        """As `notify`, for a finished step: a quantity that raises is marked in its packet at once."""
         for quantity in quantities:
-            self.tell_to(packet, quantity.name, tap, partial(getattr(quantity, tap), packet[quantity.name], event))
+            self.notify_one(packet, quantity.name, tap, partial(getattr(quantity, tap), packet[quantity.name], event))
 
-    def tell_to(self, packet: Packet, name: str, where: str, call: Callable[[], None]) -> None:
-        """Call a quantity about a step that is over: if it raises, that is marked in its packet at once."""
+    def notify_one(self, packet: Packet, name: str, where: str, call: Callable[[], None]) -> None:
+        """Call a quantity for a finished step; if it raises, that is marked in its packet at once."""
         try:
             with torch.no_grad():
                 call()
         except Exception as error:
             packet[MACHINERY][FAILED][list(self.quantities).index(name)] = 1
-            self._say(name, error, where)
+            self._warn_failed(name, error, where)
 
     def fail(self, name: str, error: Exception, where: str) -> None:
-        """A quantity has no values in this step."""
+        """Give a quantity no values in this step."""
         self.failures[name] = error
-        self._say(name, error, where)
+        self._warn_failed(name, error, where)
 
-    def _say(self, name: str, error: Exception, where: str) -> None:
-        message = (
-            f"measured step {self._step} failed for quantity {name!r} in {where}: {error!r}; it has no values then"
-        )
+    def _warn_failed(self, name: str, error: Exception, where: str) -> None:
+        message = f"measured step {self._step} failed for quantity {name!r} in {where}: {error!r}; it has no values"
         self.warn(f"quantity {name}", message)
 
     def mark_failures(self, packet: Packet, *, everything: bool = False) -> None:
-        """Write down who has failed, for all ranks to see."""
+        """Write to the packet which quantities have failed, for all ranks."""
         flags = packet[MACHINERY][FAILED]
         if everything:
             flags.fill_(1)
@@ -227,26 +222,26 @@ class Panel:
                 flags[place] = 1
 
     def _keep(self, name: str, sums: Sums, finish: Callable[..., None], *tensors: Tensor) -> None:
-        self.later.append(Later.of(name, finish, tensors))
+        self.later.append(HostTask.of(name, finish, tensors))
 
-    def finish_later(self, packet: Packet, later: Iterable[Later]) -> float:
-        """Do what quantities have left for the host, whose sums are in `packet`; returns the milliseconds it took."""
+    def finish_later(self, packet: Packet, later: Iterable[HostTask]) -> float:
+        """Run the host tasks of quantities on the sums in `packet`; returns the milliseconds."""
         started = perf_counter()
         for work in later:
             if work.arrived is not None:
                 work.arrived.synchronize()
-            self.tell_to(packet, work.quantity, "later", partial(work.finish, packet[work.quantity], *work.tensors))
+            self.notify_one(packet, work.quantity, "later", partial(work.finish, packet[work.quantity], *work.tensors))
         return 1e3 * (perf_counter() - started)
 
-    # ---- what their sums amount to -----------------------------------------------------------------------------------
+    # ---- values ------------------------------------------------------------------------------------------------------
 
     def row(self, packet: Packet, due: Collection[str], *, alone: bool = False) -> dict[str, np.ma.MaskedArray]:
-        """The columns of a step, from its packet on the host; masked where nobody measured anything.
+        """The columns of a step, from its packet on the host; masked where nothing was measured.
 
         Args:
             packet: joined over ranks.
             due: the quantities that were measured.
-            alone: other ranks are missing, so what is no sum of their batches alone has no value.
+            alone: other ranks are missing; quantities that need all ranks have no values.
         """
         failed = np.from_dlpack(packet[MACHINERY][FAILED])
         row: dict[str, np.ma.MaskedArray] = {}
@@ -255,10 +250,10 @@ class Panel:
                 continue
             sums = {field: np.from_dlpack(view).astype(np.float64) for field, view in packet[name].items()}
             try:
-                with np.errstate(all="ignore"):  # NaN and inf of a run that diverges are values like others
+                with np.errstate(all="ignore"):  # a run that diverges has NaN and inf
                     row |= self._columns_of(quantity, sums, packet.fields.sizes[name])
             except Exception as error:
-                self._say(name, error, "values")
+                self._warn_failed(name, error, "values")
         return row
 
     @staticmethod
@@ -266,7 +261,7 @@ class Panel:
         values, found = quantity.values(sums), {}
         unknown = sorted(set(values) - set(quantity.columns))
         if unknown:
-            raise ValueError(f"values() returned {unknown}, which are none of its columns")
+            raise ValueError(f"values() returned {unknown}, which are not among its columns")
         for name, value in values.items():
             column = quantity.columns[name]
             shape = tuple(sizes[axis] for axis in column.axes)
@@ -275,22 +270,23 @@ class Panel:
                 raise ValueError(f"column {name!r} has shape {value.shape} where its axes {column.axes} say {shape}")
             mask = np.zeros(shape, bool)
             if column.count is not None:
-                counted = ~(sums[column.count] == 0)  # NaN counts: somebody measured, and it went wrong
+                counted = ~(sums[column.count] == 0)  # NaN counts: it was measured
                 mask |= ~counted.reshape(counted.shape + (1,) * (len(shape) - counted.ndim))
             found[name] = np.ma.array(np.where(mask, np.nan, value), mask=mask)
         return found
 
 
-def _overrides(quantity: Quantity, tap: str) -> bool:
+def overrides(quantity: Quantity, tap: str) -> bool:
+    """Whether a quantity listens to a tap."""
     return getattr(type(quantity), tap) is not getattr(Quantity, tap) or tap in vars(quantity)
 
 
 def _group(quantity: Quantity, probing: bool) -> str:
-    if not probing and (quantity.data == "probe" or _overrides(quantity, "on_probe")):
+    if not probing and (quantity.data == "probe" or overrides(quantity, "on_probe")):
         return "probe"
-    if any(_overrides(quantity, tap) for tap in _BACKWARD):
+    if any(overrides(quantity, tap) for tap in _BACKWARD):
         return "backward"
-    return "forward" if any(_overrides(quantity, tap) for tap in _FORWARD) else "whole"
+    return "forward" if any(overrides(quantity, tap) for tap in _FORWARD) else "whole"
 
 
 def _sizes(quantity: Quantity) -> dict[str, int]:

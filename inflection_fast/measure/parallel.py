@@ -1,14 +1,13 @@
-"""What a rank has of a model: all blocks, or one stage of a pipeline (`torch.distributed.pipelining`).
+"""The part of a model on this rank: all blocks, or one stage of a pipeline (`torch.distributed.pipelining`).
 
-Every rank measures the blocks of its own stage; in its lists of blocks those of the others are `Elsewhere`, so that a
-layer has one index on all ranks, and sums over ranks are sums over stages. A micro-batch of the schedule is a
-micro-batch of the step: one forward and one backward pass. What differs from a training without a pipeline:
+Every rank measures the blocks of its own stage. In its list of blocks those of other stages are `RemoteBlock`, so a
+layer has the same index on all ranks, and sums over ranks are sums over stages. A micro-batch of the schedule is one
+forward and one backward pass. Differences from a training without a pipeline:
 
-* The first step of a schedule runs the stage on memory without contents, to learn shapes. Only the forwards of
-  micro-batches count.
-* Gradients of parameters are whole at the end of the schedule's step, when FSDP2 has reduced them. Until then they are
-  those of the sum of the losses of micro-batches; with `scale_grads` the schedule divides them by their number.
-* The loss is computed by the schedule, on the last stage.
+* In its first step a schedule runs the stage on empty memory to infer shapes. Only forwards of micro-batches count.
+* Gradients of parameters are complete at the end of the schedule's step, after FSDP2 has reduced them. Until then they
+  are those of the summed losses of the micro-batches; with `scale_grads` the schedule divides by their number.
+* The schedule computes the loss, on the last stage.
 """
 
 from __future__ import annotations
@@ -26,15 +25,15 @@ from ..blocks import Block, find_blocks
 from .attention_places import heads_of
 from .config import MonitorConfig, meta_of
 from .context import Context
-from .elsewhere import Elsewhere
 from .micro_batch import tensors_of
 from .ranks import Ranks, world_size
+from .remote_block import RemoteBlock
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 
-__all__ = ["Pipeline", "Whole", "whole_of"]
+__all__ = ["Pipeline", "RankModel", "rank_model_of"]
 
 _UNKNOWN = (
     "pipeline: the schedule {name} is not known; those that are known are ScheduleGPipe and Schedule1F1B, where a rank "
@@ -44,7 +43,7 @@ _UNKNOWN = (
 
 @dataclass(frozen=True)
 class _Stage:
-    """What a rank tells the others of its stage."""
+    """What a rank sends to the others about its stage."""
 
     facts: tuple  # equal on all ranks
     index: int
@@ -56,27 +55,26 @@ class _Stage:
     heads: int | None
 
 
-def whole_of(
+def rank_model_of(
     model: nn.Module,
     config: MonitorConfig,
     schedule: object,
     context: DeviceMesh | dist.ProcessGroup | None,
     timeout_s: float,
     probe: object,
-) -> Whole:
-    """What this rank has of a model; see `Monitor`."""
-    staged = None if schedule is None else Pipeline(schedule, model, config, timeout_s, probe)
-    whole = staged or Whole(model, config)
-    whole.context = None if context is None else Context(context)
-    return whole
+) -> RankModel:
+    """The part of a model on this rank; see `Monitor`."""
+    part = RankModel(model, config) if schedule is None else Pipeline(schedule, model, config, timeout_s, probe)
+    part.context = None if context is None else Context(context)
+    return part
 
 
-class Whole:
-    """The blocks of a model that this process holds all of."""
+class RankModel:
+    """A model whose blocks are all on this rank."""
 
-    ranks: Ranks | None = None  # the processes that measure together, where they have met already
-    peers: tuple[int, ...] | None = None  # those with the stages of this pipeline
-    context: Context | None = None  # those that share a sequence
+    ranks: Ranks | None = None  # the processes that measure together, if their group exists already
+    peers: tuple[int, ...] | None = None  # ranks of this pipeline
+    context: Context | None = None  # ranks that share a sequence
 
     def __init__(self, model: nn.Module, config: MonitorConfig):
         self.blocks = find_blocks(model, config.blocks)
@@ -88,7 +86,7 @@ class Whole:
         return 1 if self.context is None else len(self.context.ranks)
 
     def run(self, model: nn.Module, inputs: dict) -> object:
-        """Run the whole model on a batch, outside of the training."""
+        """Run the model on a batch of the probe."""
         return model(**inputs)
 
     def meta(self, model: nn.Module, config: MonitorConfig, blocks: Sequence[Block]) -> dict:
@@ -96,23 +94,23 @@ class Whole:
         return meta_of(model, config, blocks)
 
     def forget_model(self) -> None:
-        """Hold nothing of the model any more."""
+        """Drop all references to the model."""
         self.blocks = []
 
 
-class Pipeline(Whole):
-    """The stage of this rank, and the blocks of all. Making it is a collective call.
+class Pipeline(RankModel):
+    """The stage of this rank, and the blocks of all stages. The constructor is a collective call.
 
     Args:
-        schedule: a `ScheduleGPipe` or a `Schedule1F1B`, or a subclass that runs micro-batches as they do.
+        schedule: a `ScheduleGPipe` or a `Schedule1F1B`, or a subclass with their `_step_microbatches`.
         model: the module of its stage.
-        config: names the blocks of this stage, or lets them be found.
+        config: its `blocks` are those of this stage.
         timeout_s: how long to wait for the other ranks.
-        probe: batches that are run through all stages, as dicts of arguments of theirs; None: there are none.
+        probe: batches for all stages, as dicts of their arguments, or None.
 
     Raises:
-        TypeError: `schedule` is none.
-        ValueError: the schedule is not known, is of another module, has no use for a probe, or ranks disagree.
+        TypeError: `schedule` is no schedule.
+        ValueError: the schedule is not known, is of another module, cannot take the probe, or ranks disagree.
     """
 
     def __init__(
@@ -121,33 +119,33 @@ class Pipeline(Whole):
         self.ranks = Ranks(model, timeout_s) if world_size() > 1 else None
         own: list[Block] = []
         try:
-            self._schedule = _checked(schedule, model)
-            _check_probe(probe, model, self._schedule)
+            self.schedule = _checked(schedule, model)
+            _check_probe(probe, model, self.schedule)
             _check_quantities(config)
             own = find_blocks(model, config.blocks)
-            told = self._described(model, own)
+            own_stage = self._described(model, own)
         except (TypeError, ValueError) as error:
             if self.ranks is not None:
-                self.ranks.tell(str(error))
+                self.ranks.all_gather(str(error))
             raise
-        everybody = [told] if self.ranks is None else self.ranks.tell(told)
+        everybody = [own_stage] if self.ranks is None else self.ranks.all_gather(own_stage)
         for rank, said in enumerate(everybody):
             if isinstance(said, str):
                 raise ValueError(f"rank {rank}: {said}")
         self._stages = _in_order(everybody)
         self.blocks = self._blocks(own)
         self.heads = max((stage.heads for stage in self._stages if stage.heads is not None), default=None)
-        self.peers = told.peers
-        self._rank_of = {everybody[peer].index: peer for peer in told.peers} if self.ranks else {}
+        self.peers = own_stage.peers
+        self._rank_of = {everybody[peer].index: peer for peer in own_stage.peers} if self.ranks else {}
 
     def run(self, model: nn.Module, inputs: dict) -> object:
-        """Run a batch through the stages, all of which call it, and return what this one gives.
+        """Run a batch through the stages, all of which call it; returns the output of this one.
 
-        The first stage gets what its forward has names for, the others the outputs of the stage before, and by name
-        what their forward has names for beyond those. Outputs go over the host, as the probe is small. What a stage
-        raises is an error on all ranks.
+        The first stage gets the inputs that its forward names. The others get the outputs of the stage before, and the
+        further inputs that their forward names. Outputs are sent through the host, as the probe is small. An error of
+        one stage is raised on all ranks.
         """
-        here, error, output = self._schedule._stage.stage_index, None, None
+        here, error, output = self.schedule._stage.stage_index, None, None
         before = self._received(here)
         if before is not None:
             try:
@@ -160,7 +158,7 @@ class Pipeline(Whole):
         if here < len(self._stages) - 1:
             tensors = None if output is None else [tensor.detach().cpu() for tensor in tensors_of(output)]
             dist.send_object_list([tensors], self._rank_of[here + 1], group=self._group)
-        everybody = [] if self.ranks is None else self.ranks.tell(None if error is None else str(error))
+        everybody = [] if self.ranks is None else self.ranks.all_gather(None if error is None else str(error))
         if error is not None:
             raise error
         for rank, said in enumerate(everybody):
@@ -169,19 +167,19 @@ class Pipeline(Whole):
         return output
 
     def _received(self, here: int) -> list[Tensor] | None:
-        """What the stage before has given, on the host; None: it has failed."""
+        """The outputs of the stage before, on the host; None: it has failed."""
         if here == 0:
             return []
-        told: list = [None]
-        dist.recv_object_list(told, self._rank_of[here - 1], group=self._group)
-        return told[0]
+        received: list = [None]
+        dist.recv_object_list(received, self._rank_of[here - 1], group=self._group)
+        return received[0]
 
     @property
     def _group(self) -> dist.ProcessGroup | None:
         return None if self.ranks is None else self.ranks.group
 
     def _described(self, model: nn.Module, own: Sequence[Block]) -> _Stage:
-        schedule, stage = self._schedule, self._schedule._stage
+        schedule, stage = self.schedule, self.schedule._stage
         facts = type(schedule).__name__, schedule._n_microbatches, schedule.scale_grads, stage.num_stages
         parameters = [{id(p): p for p in block.module.parameters()}.values() for block in own]
         return _Stage(
@@ -196,14 +194,14 @@ class Pipeline(Whole):
         )
 
     def _blocks(self, own: Sequence[Block]) -> list[Block]:
-        here = self._schedule._stage.stage_index
+        here = self.schedule._stage.stage_index
         names = [name for stage in self._stages for name in stage.names]
         blocks: list[Block] = []
         for stage in self._stages:
-            # Stages that count their blocks from 0 each would all have a block of the same name.
+            # Stages that each count their blocks from 0 have blocks of equal names.
             prefix = "" if len(set(names)) == len(names) else f"stage{stage.index}."
             there = zip(stage.names, stage.stacks, stage.held, strict=True)
-            of_stage = [Block(0, name, "", Elsewhere(*held), stack) for name, stack, held in there]
+            of_stage = [Block(0, name, "", RemoteBlock(*held), stack) for name, stack, held in there]
             for block in own if stage.index == here else of_stage:
                 blocks.append(replace(block, index=len(blocks), name=prefix + block.name))
         return blocks
@@ -215,21 +213,14 @@ class Pipeline(Whole):
         return meta
 
     def forget_model(self) -> None:
-        """Hold nothing of the model any more, nor the schedule, which has it."""
+        """Drop all references to the model, and the schedule, which refers to it."""
         super().forget_model()
-        vars(self).pop("_schedule", None)
-
-    # ---- what taps need of the schedule ------------------------------------------------------------------------------
+        vars(self).pop("schedule", None)
 
     @property
     def loss_scale(self) -> int:
-        """What the gradients of a backward pass are multiples of, before the schedule divides them."""
-        return self._schedule._n_microbatches if self._schedule.scale_grads else 1
-
-    @property
-    def schedule(self) -> PipelineScheduleSingle:
-        """As it was given."""
-        return self._schedule
+        """The factor in the gradients of a backward pass, before the schedule divides by it."""
+        return self.schedule._n_microbatches if self.schedule.scale_grads else 1
 
 
 def _checked(schedule: object, model: nn.Module) -> PipelineScheduleSingle:
@@ -263,14 +254,14 @@ _ACROSS = {"gradient_noise": "counts micro-batches of all ranks", "trajectory": 
 
 
 def _check_quantities(config: MonitorConfig) -> None:
-    """`ValueError` for quantities that no sum over stages gives."""
+    """`ValueError` for quantities that are no sums over stages."""
     for name in config.names:
         if name in _ACROSS:
             raise ValueError(f"quantities: {name!r} {_ACROSS[name]}, which no stage of a pipeline sees; leave it out")
 
 
 def _check_probe(probe: object, model: nn.Module, schedule: PipelineScheduleSingle) -> None:
-    """`ValueError` where the first stage cannot be called with a batch of the probe."""
+    """`ValueError` if the first stage cannot be called with a batch of the probe."""
     first = probe[0] if isinstance(probe, (list, tuple)) and probe else probe
     if not isinstance(first, Mapping) or schedule._stage.stage_index > 0:
         return

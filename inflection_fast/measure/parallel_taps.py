@@ -1,4 +1,4 @@
-"""Taps of a rank that has one stage of a pipeline, or a part of each sequence; see `parallel.py`."""
+"""Taps of a rank that holds one pipeline stage, or a part of each sequence; see `parallel.py`."""
 
 from __future__ import annotations
 
@@ -9,41 +9,41 @@ import torch
 from torch import Tensor, nn
 
 from .graph_taps import GraphTaps
-from .hooks import forgiving, replaced
+from .hooks import catch_hook_errors, patched
 from .micro_batch import MicroBatch
-from .parallel import Pipeline, Whole
+from .parallel import Pipeline, RankModel
 
 __all__ = ["ParallelTaps"]
 
 
 class ParallelTaps(GraphTaps):
-    """Taps on a model of which this rank has a stage, or a part of each sequence. Arguments are those of `Taps`, and:
+    """Taps on a model of which this rank holds a stage, or a part of each sequence. Arguments as for `Taps`, and:
 
-    whole: what this rank has; of a whole model these taps do what `Taps` do.
+    rank_model: what this rank holds; for a whole model the taps are those of `GraphTaps`.
     """
 
-    def __init__(self, *args, whole: Whole | None = None, **options):
+    def __init__(self, *args, rank_model: RankModel, **options):
         super().__init__(*args, **options)
-        self._pipeline = whole if isinstance(whole, Pipeline) else None
-        if whole is not None and whole.context is not None:
+        self._pipeline = rank_model if isinstance(rank_model, Pipeline) else None
+        if rank_model.context is not None:
             if self._panel.has("on_attention_call"):
                 raise ValueError(
                     "context: quantities that look into calls of attention (rank, attention_detail) would see the keys "
                     "of one rank alone; leave them out"
                 )
-            self._attention.context = whole.context
-            self._frozen.forbid()  # it runs blocks again, of which other ranks know nothing
+            self._attention.context = rank_model.context
+            self._frozen.possible = False  # it runs blocks again, without the other ranks
         self._in_chunk = False  # a forward of a micro-batch of the schedule runs
         self._losses: list[Tensor] = []
 
     def forget_model(self) -> None:
-        """Hold nothing of the model any more."""
+        """Drop all references to the model."""
         self._pipeline = None
         super().forget_model()
 
     @property
     def loss_seen(self) -> Tensor | None:
-        """[]: what the schedule has computed in this step, as it trains on it; None: it has computed none here."""
+        """[]: the loss that the schedule trains on in this step; None: it is not computed on this rank."""
         if not self._losses:
             return None
         losses = torch.stack([loss.detach().mean() for loss in self._losses])
@@ -55,9 +55,9 @@ class ParallelTaps(GraphTaps):
         if self._pipeline is not None:
             schedule, stage = self._pipeline.schedule, self._pipeline.schedule._stage
             add = self._attached.enter_context
-            add(replaced(stage, "forward_one_chunk", self._chunks))
-            add(replaced(stage, "perform_reduce_grad", partial(self._reduces, stage)))
-            add(replaced(schedule, "_compute_loss", self._computes_loss))
+            add(patched(stage, "forward_one_chunk", self._chunks))
+            add(patched(stage, "perform_reduce_grad", partial(self._reduces, stage)))
+            add(patched(schedule, "_compute_loss", self._computes_loss))
 
     def _chunks(self, run: Callable) -> Callable:
         def forward_one_chunk(*args, **kwargs):
@@ -94,16 +94,16 @@ class ParallelTaps(GraphTaps):
         if self._pipeline is None:
             super()._read_parameters(micro_batch)
         else:
-            micro_batch.reads_parameters = False  # they are whole at the end of the schedule's step
+            micro_batch.reads_parameters = False  # they are complete at the end of the schedule's step
 
-    @forgiving
+    @catch_hook_errors
     def _read_whole(self) -> None:
         listening = self._panel.listening("on_backward_end")
         if listening and self.backwards:
-            self._panel.tell("on_backward_end", listening, self.sums.packet, self.parameters)
+            self._panel.notify("on_backward_end", listening, self.sums.packet, self.parameters)
             self.parameters_read = True
             self.stepped_inside = self.parameters.lost_gradients
 
     def gather(self, loss_scale: float | Tensor) -> None:
-        """Join what was kept apart until now, and take scales out of gradients, that of the schedule too."""
+        """As `Taps.gather`, without the scale of the schedule."""
         super().gather(loss_scale if self._pipeline is None else loss_scale * self._pipeline.loss_scale)

@@ -1,9 +1,8 @@
 """The parameters of the blocks: their gradients, their change by the optimizer, and slow work on copies of them.
 
-Slow work is done in a thread of the lowest importance. At a step at which such a quantity is due, as many of its
-parameters as fit into `COPY_BYTES` are copied to the host, in turn: those that do not fit come at the next such steps.
-The thread measures them one after the other. What is done goes into the sums of the next measured step. While it is
-still busy nothing is copied, so it never falls behind.
+Slow work runs in a thread of the lowest priority. When such a quantity is due, as many of its parameters as fit into
+`COPY_BYTES` are copied to the host; the others follow at the next such steps. Results go into the sums of the next
+measured step. While the thread is busy nothing is copied, so the work does not pile up.
 """
 
 from __future__ import annotations
@@ -24,13 +23,14 @@ from torch.utils.hooks import RemovableHandle
 
 from .. import ops
 from ..blocks import Block
+from ..quantities.dtensors import full_of, local_of
 from ..quantities.quantity import Parameters, Quantity, Update
-from .hooks import removed
-from .packet import Measured, Packet, StepSums
+from .hooks import removing
+from .packet import MeasuredStep, Packet, StepSums
 from .panel import Panel
-from .placements import full_of, local_of, when_gathered
+from .placements import when_gathered
 from .ranks import Layout
-from .schedule import MOST_LISTS, Recent
+from .schedule import MOST_LISTS, BoundedDict
 
 __all__ = [
     "COPY_BYTES",
@@ -38,31 +38,31 @@ __all__ = [
     "BlockParameters",
     "Updates",
     "clip_by_known",
-    "gradients_heard",
     "gradients_of",
+    "observing_parameter_gradients",
     "scale_of",
-    "squares_of_all",
+    "total_squares",
 ]
 
-COPY_BYTES = 2**28  # of parameters that are copied in one step, but at least one parameter
-_LEAST_IMPORTANCE = 19
+COPY_BYTES = 2**28  # limit of the copies of one step; at least one parameter is copied
+_LOWEST_PRIORITY = 19
 _POLL_S = 0.01
 _PATIENCE_S = 60.0  # for the last results, when a monitor is closed
 
 
 class BlockParameters:
-    """The parameters of the blocks as taps get them: `inflection_fast.quantities.quantity.Parameters`."""
+    """The parameters of the blocks for taps: `inflection_fast.quantities.quantity.Parameters`."""
 
     def __init__(self, blocks: Sequence[Block], device: torch.device):
         self._blocks, self._device, self._layout = blocks, device, Layout()
         self.parameters: tuple[nn.Parameter, ...] = ()
         self.layers: tuple[int, ...] = ()
         self.names: tuple[str, ...] = ()
-        self._marks: dict[frozenset[int], Tensor] = Recent(MOST_LISTS)
+        self._marks: dict[frozenset[int], Tensor] = BoundedDict(MOST_LISTS)
         self.look()
 
     def look(self) -> None:
-        """Find the parameters that there are now: adapters may come and go while a model trains."""
+        """Find the present parameters: adapters may be added and removed during training."""
         first: dict[nn.Parameter, tuple[int, str]] = {}
         for block in self._blocks:
             for name, parameter in block.module.named_parameters():
@@ -85,7 +85,7 @@ class BlockParameters:
 
     @property
     def lost_gradients(self) -> bool:
-        """Whether there are trainable parameters and none of them has a gradient."""
+        """Whether no trainable parameter has a gradient, and there is one."""
         trained = [parameter for parameter in self.parameters if parameter.requires_grad]
         return bool(trained) and all(parameter.grad is None for parameter in trained)
 
@@ -102,7 +102,7 @@ class BlockParameters:
         return torch.cat([squares, squares.new_zeros(len(self._blocks) - len(squares))])
 
     def marked(self, layers: Iterable[int]) -> Tensor:
-        """[L] float64, 1 at `layers`. Kept for the next step, because a copy from the host takes its time."""
+        """[L] float64, 1 at `layers`; cached, because a copy from the host takes time."""
         key = frozenset(layers)
         if key not in self._marks:
             marks = [float(layer in key) for layer in range(len(self._blocks))]
@@ -111,43 +111,43 @@ class BlockParameters:
 
 
 @contextmanager
-def gradients_heard(
+def observing_parameter_gradients(
     model: nn.Module, parameters: BlockParameters, hear: Callable[[int, str, nn.Parameter, Tensor], None]
 ) -> Iterator[None]:
-    """Call `hear(layer, name, parameter, gradient)` for every gradient that a backward pass has for a trainable one.
+    """Call `hear(layer, name, parameter, gradient)` for every gradient of a trainable parameter in a backward pass.
 
-    Under FSDP2 it is that of the parameter that is gathered for a forward, before it is averaged and sharded.
+    Under FSDP2 it is the gradient of the gathered parameter, before it is averaged and sharded.
     """
     places = {parameter: (layer, name) for layer, name, parameter in parameters if parameter.requires_grad}
-    hooked: dict[nn.Parameter, nn.Parameter] = {}  # what FSDP2 has gathered, in many forwards the same
+    hooked: dict[nn.Parameter, nn.Parameter] = {}  # gathered by FSDP2, often the same tensor in several forwards
     with ExitStack() as attached:
 
         def listen(parameter: nn.Parameter, gathered: nn.Parameter) -> None:
             if parameter in places and gathered.requires_grad and hooked.get(parameter) is not gathered:
                 hooked[parameter] = gathered
                 arrives = partial(hear, *places[parameter], parameter)
-                attached.enter_context(removed(gathered.register_hook(arrives)))
+                attached.enter_context(removing(gathered.register_hook(arrives)))
 
         for parameter in places:
             listen(parameter, parameter)
         for handle in when_gathered(model, listen):
-            attached.enter_context(removed(handle))
+            attached.enter_context(removing(handle))
         yield
 
 
 def gradients_of(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    """The gradients that there are; of a sparse one its values, each position once."""
+    """The existing gradients; of a sparse one its coalesced values."""
     gradients = [p.grad for p in parameters if p.requires_grad and p.grad is not None]
     return [gradient.coalesce().values() if gradient.is_sparse else gradient for gradient in gradients]
 
 
-def squares_of_all(
+def total_squares(
     parameters: Sequence[nn.Parameter], blocks: Sequence[Block], known: Tensor | None, loss_scale: float | Tensor = 1.0
 ) -> Tensor:
     """Sum of squares of the gradients of `parameters`, or of this rank's parts of them, float64 [].
 
-    `known` are the sums of the blocks, [<= L], of gradients that were `loss_scale` times as large. They are used if
-    they are about just these parameters; None, or blocks that share parameters or have others: all are summed.
+    `known` [<= L] are the sums of the blocks for gradients `loss_scale` times as large. They are used unless blocks
+    share parameters or have others than `parameters`; without them all gradients are read.
     """
     of_blocks = [p for block in blocks for p in block.module.parameters() if p.requires_grad and p.grad is not None]
     distinct = set(of_blocks)
@@ -168,41 +168,40 @@ def clip_by_known(
     known: Tensor | None,
     scaler: torch.amp.GradScaler | None,
 ) -> Tensor:
-    """Clip gradients by their norm, and return it, float32 []; `known` as in `squares_of_all`, before `scaler`."""
+    """Clip gradients by their norm, and return it, float32 []; `known` as in `total_squares`, before `scaler`."""
     if known is None:
         return full_of(nn.utils.clip_grad_norm_(parameters, max_norm))
     scale = 1.0 if scaler is None else scale_of(scaler, known.device)
-    norm = squares_of_all(parameters, blocks, known, scale).sqrt().float()
+    norm = total_squares(parameters, blocks, known, scale).sqrt().float()
     nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
 
 
 def scale_of(scaler: torch.amp.GradScaler, device: torch.device) -> Tensor:
-    """What `scaler` multiplies losses by, float64 [], without waiting for the device as its `get_scale` does."""
-    return scaler.scale(torch.ones((), device=device)).double()  # its square may be more than a float32 holds
+    """The scale of `scaler`, float64 []; unlike its `get_scale` it does not wait for the device."""
+    return scaler.scale(torch.ones((), device=device)).double()  # its square may exceed float32
 
 
 # ---- the optimizer's step --------------------------------------------------------------------------------------------
 
 
 class Updates:
-    """Keeps the packet of a step from `Monitor.step` until the next one, when the weights are those after the update.
+    """Keeps the packet of a step until the weights are updated: the next `Monitor.step` or forward.
 
-    Forward and backward change no weight, so nothing has to be attached to the model in between. Which optimizers have
-    stepped is heard from torch.optim.
+    Forward and backward change no weight, so the model needs no hook in between. A hook of torch.optim tells which
+    optimizers have stepped.
     """
 
     def __init__(self, model: nn.Module):
-        self._waiting: tuple[Measured, Packet, list[Quantity]] | None = None
+        self._waiting: tuple[MeasuredStep, Packet, list[Quantity]] | None = None
         self._stepped: dict[int, Optimizer] = {}
         self._handle: RemovableHandle | None = None
 
-    def begin(self, measured: Measured, packet: Packet, listening: Sequence[Quantity]) -> bool:
-        """Keep a copy of the packet, because the next step writes to the same memory; False if nobody listens."""
+    def begin(self, measured: MeasuredStep, packet: Packet, listening: Sequence[Quantity]) -> bool:
+        """Keep a copy of the packet, because the next step writes to the same memory; False if nothing listens."""
         if not listening:
             return False
-        own = Packet(packet.fields, data=packet.data.clone())
-        self._waiting = measured, own, list(listening)
+        self._waiting = measured, Packet(packet.fields, data=packet.data.clone()), list(listening)
         stepped = self._stepped = {}
 
         def note(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
@@ -211,8 +210,8 @@ class Updates:
         self._handle = register_optimizer_step_post_hook(note)
         return True
 
-    def finish(self, panel: Panel, parameters: Parameters, hand_over: Callable[[Measured, Packet], None]) -> None:
-        """Hand over the step that was waiting, if there is one, with what its update has added."""
+    def finish(self, panel: Panel, parameters: Parameters, hand_over: Callable[[MeasuredStep, Packet], None]) -> None:
+        """Hand over the waiting step, if there is one, with the values of its update."""
         if self._waiting is None:
             return
         (measured, packet, listening), self._waiting = self._waiting, None
@@ -225,7 +224,7 @@ class Updates:
             if any(id(parameter) in ours for group in optimizer.param_groups for parameter in group["params"])
         )
         self._stepped = {}
-        panel.tell_late("after_update", listening, packet, Update(parameters, optimizers))
+        panel.notify_late("after_update", listening, packet, Update(parameters, optimizers))
         hand_over(measured, packet)
 
 
@@ -233,7 +232,7 @@ class Updates:
 
 
 class Background:
-    """The thread that measures parameters for the quantities of a panel. It is started with the first copy."""
+    """The thread that measures copies of parameters; it starts with the first copy."""
 
     def __init__(self, panel: Panel):
         self._panel, self._rank, self._world = panel, 0, 1
@@ -244,12 +243,12 @@ class Background:
         self._owner = os.getpid()
 
     def share(self, layout: Layout) -> None:
-        """Measure as one of several ranks, which divide the parameters of their stage among them."""
+        """Divide the parameters of a stage among its ranks."""
         self._rank = layout.data_rank * layout.tensor + layout.tensor_rank
         self._world = layout.world // layout.stages
 
     def copy(self, listening: Sequence[Quantity], parameters: BlockParameters) -> None:
-        """Begin to measure parameters as they are now. Every rank calls it at the same steps."""
+        """Start to measure the present parameters. Every rank calls it at the same steps."""
         busy = self._todo.unfinished_tasks > 0
         if busy and self._world == 1:
             return
@@ -265,7 +264,7 @@ class Background:
                     break
                 room -= parameter.numel() * parameter.element_size()
                 self._next[quantity.name] = (place + 1) % len(wanted)
-                whole = full_of(parameter.detach())  # a collective call, where it is sharded
+                whole = full_of(parameter.detach())  # a collective call where it is sharded
                 if place % self._world == self._rank and not busy:
                     self._start(quantity, layer, name, whole)
 
@@ -285,9 +284,9 @@ class Background:
 
     def _work(self) -> None:
         try:
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LEAST_IMPORTANCE)  # of this thread, on Linux
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)  # of this thread, on Linux
         except (AttributeError, OSError):
-            pass  # another system: as important as the rest
+            pass  # another system: normal priority
         while (item := self._todo.get()) is not None:
             quantity, layer, name, host, arrived = item
             try:
@@ -301,7 +300,7 @@ class Background:
             self._todo.task_done()
 
     def add(self, packet: Packet) -> frozenset[str]:
-        """Add what is done to the sums of a step; returns the quantities that it is of."""
+        """Add finished results to the sums of a step; returns their quantities."""
         finished = set()
         while not self._done.empty():
             name, found = self._done.get()
@@ -316,7 +315,7 @@ class Background:
         return frozenset(finished)
 
     def alone(self, sums: StepSums) -> frozenset[str]:
-        """Make `sums` those of a last row, which holds what is done and nothing else."""
+        """Make `sums` those of a last row with nothing but finished results."""
         sums.begin()
         self._panel.begin(())
         finished = self.add(sums.packet)
@@ -324,7 +323,7 @@ class Background:
         return finished
 
     def close(self) -> bool:
-        """Wait for what is on its way, but not for ever. Returns whether there may be results that no step has yet."""
+        """Wait for running work, up to a limit. Returns whether there may be results that are in no step yet."""
         if not self._next or os.getpid() != self._owner:
             return False
         if self._thread is not None:

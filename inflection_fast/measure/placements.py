@@ -1,4 +1,4 @@
-"""DTensors: what of a tensor this rank holds, and which ranks hold the rest."""
+"""Sharded models: which ranks share a batch, and the parameters that FSDP2 gathers."""
 
 from __future__ import annotations
 
@@ -11,82 +11,30 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from ..blocks import is_named_attention
+from ..quantities.dtensors import is_dtensor, is_shard, sharded_over
 
 if TYPE_CHECKING:
-    from typing import TypeGuard
-
     from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.tensor import DTensor, Placement
     from torch.utils.hooks import RemovableHandle
 
-__all__ = [
-    "BatchMesh",
-    "full_of",
-    "is_dtensor",
-    "is_fully_sharded",
-    "is_part",
-    "local_of",
-    "reshard",
-    "sharded_over",
-    "when_gathered",
-]
-
-
-def is_dtensor(tensor: object) -> TypeGuard[DTensor]:
-    """Whether it is one."""
-    module = sys.modules.get("torch.distributed.tensor")  # whoever has one has imported it
-    return module is not None and isinstance(tensor, module.DTensor)
-
-
-def local_of(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this rank holds; a sum that is still pending over ranks is carried out first."""
-    if not is_dtensor(tensor):
-        return tensor
-    if any(placement.is_partial() for placement in tensor.placements):
-        tensor = tensor.redistribute(placements=_settled(tensor.placements))
-    return tensor.to_local()
-
-
-def full_of(tensor: Tensor) -> Tensor:
-    """The whole of a tensor, gathered where ranks hold parts of it."""
-    return tensor.full_tensor() if is_dtensor(tensor) else tensor
-
-
-def _settled(placements: tuple[Placement, ...]) -> list[Placement]:
-    from torch.distributed.tensor import Replicate
-
-    return [Replicate() if placement.is_partial() else placement for placement in placements]
-
-
-def sharded_over(tensor: Tensor) -> int:
-    """Into how many different parts the ranks have split a tensor; 1 for a plain one."""
-    if not is_dtensor(tensor):
-        return 1
-    parts = 1
-    for dim, placement in enumerate(tensor.placements):
-        parts *= tensor.device_mesh.size(dim) if _is_shard(placement) else 1
-    return parts
+__all__ = ["BatchMesh", "is_fully_sharded", "is_part", "reshard", "when_gathered"]
 
 
 def is_part(gradient: Tensor, positions: int | None, ranks: int) -> bool:
-    """Whether the `ranks` of one batch have split the output of a block, which has fewer positions than queries."""
+    """Whether the `ranks` of a batch have split a block's output: it has fewer positions than attention has queries."""
     split = gradient.shape[:2].numel() * ranks == positions
     return sharded_over(gradient) > 1 or (gradient.dim() > 2 and split)
 
 
-def _is_shard(placement: Placement) -> bool:
-    return not placement.is_replicate() and not placement.is_partial()  # strided shards included
-
-
-_EXPERTS = "ep"  # what Transformers and torchtitan call the dimension of a mesh along which experts are divided
+_EXPERTS = "ep"  # mesh dimension of expert parallelism in Transformers and torchtitan
 
 
 class BatchMesh:
-    """Which ranks compute on one batch with this one, from the device meshes of the parameters.
+    """The ranks that compute on one batch with this rank, from the device meshes of the parameters.
 
-    Those are the ranks along the mesh dimensions that are tensor parallel: the ones on which parameters are sharded,
-    except FSDP's own, which come first: (Shard, ...), or (Replicate, Shard, ...) where shards are replicated. Experts
-    have meshes of their own, whose ranks may have batches of their own, and tell nothing.
+    These are the ranks along the tensor parallel mesh dimensions: those that shard parameters, except the first ones of
+    FSDP, (Shard, ...) or with replicated shards (Replicate, Shard, ...). Meshes of experts are ignored: their ranks may
+    have different batches.
     """
 
     def __init__(self, model: nn.Module):
@@ -99,9 +47,9 @@ class BatchMesh:
         mesh = max((parameter.device_mesh for parameter in parameters), key=lambda mesh: mesh.ndim)
         placements = [parameter.placements for parameter in parameters]
         if is_fully_sharded(model):
-            self._first = 1 if any(_is_shard(one[0]) for one in placements) else 2
+            self._first = 1 if any(is_shard(one[0]) for one in placements) else 2
         whole = [one for one in placements if len(one) == mesh.ndim]
-        dims = [dim for dim in range(self._first, mesh.ndim) if any(_is_shard(one[dim]) for one in whole)]
+        dims = [dim for dim in range(self._first, mesh.ndim) if any(is_shard(one[dim]) for one in whole)]
         ranks, coordinate = mesh.mesh, mesh.get_coordinate() or ()
         for dim in reversed(range(mesh.ndim)):
             if dim not in dims:
@@ -109,30 +57,28 @@ class BatchMesh:
         self.peers = [int(rank) for rank in ranks.flatten()]
 
     def shards_attention(self, block: nn.Module) -> bool:
-        """Whether the ranks of one batch hold different heads of a block: its attention's parameters are sharded."""
+        """Whether the ranks of one batch hold different heads of a block: parameters of its attention are sharded."""
         attentions = [part for name, part in block.named_modules() if is_named_attention(part, name.split(".")[-1])]
         parameters = [parameter for part in attentions or [block] for parameter in part.parameters()]
-        return any(
-            map(_is_shard, (place for p in parameters if is_dtensor(p) for place in p.placements[self._first :]))
-        )
+        return any(map(is_shard, (place for p in parameters if is_dtensor(p) for place in p.placements[self._first :])))
 
 
 def is_fully_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 has parts of a model."""
+    """Whether FSDP2 shards a model or parts of it."""
     return next(_fsdp_modules(model), None) is not None
 
 
 def _fsdp_modules(model: nn.Module) -> Iterator[FSDPModule]:
-    module = sys.modules.get("torch.distributed.fsdp")  # whoever shards a model has imported it
+    module = sys.modules.get("torch.distributed.fsdp")  # imported if a model is sharded
     if module is not None:
         yield from (part for part in model.modules() if isinstance(part, module.FSDPModule))
 
 
 def when_gathered(model: nn.Module, tell: Callable[[nn.Parameter, nn.Parameter], None]) -> Iterator[RemovableHandle]:
-    """Call `tell(parameter, gathered)` in every forward for each parameter that FSDP2 has gathered for it.
+    """Call `tell(parameter, gathered)` in every forward for each parameter that FSDP2 gathers.
 
-    What autograd sees is `gathered`, whole on this rank but for tensor parallelism; `parameter` is the shard that the
-    model has outside of a forward.
+    `gathered`, which autograd uses, is whole on this rank apart from tensor parallelism; `parameter` is the shard that
+    the model has outside of a forward.
     """
     shards: set[object] = set(_fsdp_modules(model))
     for sharded in (part for part in model.modules() if part in shards):
@@ -144,7 +90,7 @@ def when_gathered(model: nn.Module, tell: Callable[[nn.Parameter, nn.Parameter],
             if module not in others
             for name, parameter in module.named_parameters(recurse=False)
         ]
-        # FSDP2's own hook comes first: it was there before.
+        # FSDP2's own hook was registered first and runs first.
         yield sharded.register_forward_pre_hook(partial(_tell_gathered, places, tell))
 
 
@@ -161,10 +107,10 @@ def _tell_gathered(
 
 
 def reshard(model: nn.Module) -> None:
-    """Give up the gathered parameters of an FSDP2 model after a forward without a backward.
+    """Free the gathered parameters of an FSDP2 model after a forward without a backward pass.
 
-    The root keeps its own until its backward pass, and takes them for current in the next forward even if the
-    optimizer has changed the shards in between.
+    The root module keeps its gathered parameters until its backward pass, and would use them in the next forward even
+    if the optimizer has changed the shards meanwhile.
     """
     for module in _fsdp_modules(model):
         module.reshard()

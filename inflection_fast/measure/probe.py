@@ -1,4 +1,4 @@
-"""What a fixed probe set shows of each block: its features, beside those of a reference state, attention, gradients."""
+"""The fixed probe set: features of each block compared with a reference state, attention and gradients."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from ..atomic import replacing
 from ..blocks import Block
 from ..ops.cka import RowSample, feature_rows, mean_rows
 from ..quantities import Step
+from ..quantities.dtensors import full_of
 from ..quantities.quantity import ProbeFeatures
 from .config import MonitorConfig
-from .elsewhere import Elsewhere
-from .hooks import trainable_as_before, undisturbed
+from .hooks import isolated_evaluation, preserve_requires_grad
 from .micro_batch import decoder_layers, loss_of, token_mask
 from .packet import StepSums
 from .panel import Panel
-from .placements import full_of
 from .ranks import Layout
+from .remote_block import RemoteBlock
 from .schedule import LayerIndices, ProbeBudget, ProbeClock
 from .taps import Taps
 
@@ -44,12 +44,11 @@ _KEPT = ("start", "previous")  # references that are features of an earlier stat
 
 
 class Probe:
-    """Runs the probe set, and tells quantities the blocks' outputs beside those of the reference state.
+    """Runs the probe set, and passes the blocks' outputs and those of the reference state to the quantities.
 
-    A probe run leaves no trace: evaluation mode, every training flag and the state of the random generators restored.
-    Only where gradients are asked for does autograd run, from the loss that the model returns for the probe's labels to
-    the blocks' outputs and no further: no `grad`, no gradient scaler and no bucket of DistributedDataParallel is met.
-    Which rows of the features are kept is drawn once, from the seed.
+    A run is in evaluation mode; training flags and random generators are restored. Autograd runs only where gradients
+    are due: from the loss that the model returns for the probe's labels to the blocks' outputs. It touches no `grad`,
+    no gradient scaler and no bucket of DistributedDataParallel. The kept feature rows are drawn once, from the seed.
     """
 
     def __init__(
@@ -65,13 +64,13 @@ class Probe:
         batches, self._run = _fixed(batches), run
         if config.cka_reference == "adapters_off" and not hasattr(_peft_of(model), "disable_adapter"):
             raise ValueError(f"cka_reference: 'adapters_off' needs a peft model, got {type(model).__name__}")
-        # Without its wrapper: DistributedDataParallel would broadcast, and prepare its buckets for a backward pass.
+        # Without the wrapper: DistributedDataParallel would broadcast and prepare its buckets for a backward pass.
         if _peft_of(model) is not model:
             model, blocks = _peft_of(model), [replace(one, path=one.path.removeprefix("module.")) for one in blocks]
         self._model, self._blocks, self._batches, self._config = model, blocks, batches, config
         self._panel, listening = panel, panel.for_probe()
         self.taps = None
-        self._here = [block.index for block in blocks if not isinstance(block.module, Elsewhere)]
+        self._here = [block.index for block in blocks if not isinstance(block.module, RemoteBlock)]
         if listening.quantities and len(self._here) < len(blocks):
             raise ValueError(f"probe: no pipeline shows what {list(listening.quantities)} look at; leave them out")
         if listening.quantities:
@@ -82,12 +81,12 @@ class Probe:
         self._device = next(model.parameters()).device
         self._sample = RowSample(config.cka_rows, len(batches), config.seed)
         self._sequences: list[Tensor] = []  # per layer [N], which sequence of the probe set a row is of
-        # By batch, stack of layers and shape: which rows are kept, and of which sequence each is. The probe does not
-        # change, and to count its tokens again would wait for the device.
+        # By batch, stack of layers and shape: the kept rows and their sequences. They are kept because counting the
+        # tokens of the probe again would wait for the device.
         self._kept: dict[tuple, tuple[Tensor, Tensor]] = {}
         self._indices = LayerIndices(self._device)
         self._reference: list[Tensor] | None = None
-        self._thinning = 1  # of the rows that are kept, one out of so many is compared
+        self._thinning = 1  # of the kept rows every n-th is compared
         self._rows_kept = 0
 
     def begin(
@@ -96,11 +95,11 @@ class Probe:
         budget: ProbeBudget,
         guarded: Callable[[Callable[[], None]], None],
         *,
-        keeps: bool = True,
+        saves_reference: bool = True,
     ) -> None:
-        """Take the reference, or that of the run that goes on in `folder`, before the first step.
+        """Take the reference before the first step, or load that of the run that is resumed in `folder`.
 
-        `guarded` runs what writes to the disk. Of several ranks, one `keeps` the reference of its blocks in a file.
+        `guarded` runs writes to the disk. One of several ranks `saves_reference`.
         """
         self.budget, resumed, path = budget, budget.first_step > 0, None
         if self.compares and self._config.cka_reference in _KEPT:
@@ -110,19 +109,19 @@ class Probe:
                 self.load(path)
             else:
                 if resumed:
-                    message = "delta_cka is measured against step %d: no reference of the start is there"
+                    message = "delta_cka is measured against step %d, because there is no saved reference of the start"
                     logger.warning(message, budget.first_step)
                 self.remember()
-                if path is not None and keeps:
+                if path is not None and saves_reference:
                     guarded(lambda: self.save(path))
         self._at, self._training_from = budget.first_step - 1, perf_counter()
 
-    def step(self, step: int, sums: StepSums, due: Collection[str], *, forgives: bool) -> None:
-        """Run the probe in a training step; what fails costs the values of `due`, or is raised unless it `forgives`."""
+    def step(self, step: int, sums: StepSums, due: Collection[str], *, tolerates_errors: bool) -> None:
+        """Run the probe in a training step; with `tolerates_errors` an error costs the values of `due`."""
         try:
             self._step(step, sums, due)
         except Exception as error:
-            if not forgives:
+            if not tolerates_errors:
                 raise
             for name in due:
                 self._panel.fail(name, error, "the probe")
@@ -136,18 +135,18 @@ class Probe:
         of_step["steps"].fill_(1)
         self._thin_out(step_ms)
         steps = self.budget.run(step, due, self._clock.last_ms + self.budget.later_ms, step_ms)
-        of_step["probe_every"].fill_(steps or 0)  # else those that join the ranks' sums know
+        of_step["probe_every"].fill_(steps or 0)  # with several ranks the recorder fills it in
         self._at, self._training_from = step, perf_counter()
 
     def _thin_out(self, step_ms: float) -> None:
-        """Compare fewer rows from now on, where a run is too long and comparing is most of it: until it is half."""
+        """Where a run takes too long and comparing is more than half of it, compare fewer rows from now on."""
         forwards_ms = self._clock.last_ms - self._clock.after_ms
         if self.budget.is_over(self._clock.last_ms, step_ms) and self._clock.after_ms > forwards_ms > 0:
             most = max(self._rows_kept // FEWEST_ROWS, 1)
             self._thinning = min(self._thinning * math.ceil(self._clock.after_ms / forwards_ms), most)
 
     def _thinned(self, event: ProbeFeatures) -> ProbeFeatures:
-        """Every n-th row of all that is compared, so that every sequence keeps its share of them."""
+        """Every n-th row, so that each sequence keeps its share of the rows."""
         self._rows_kept = min(len(event.features[layer]) for layer in self._here)
         if self._thinning == 1:
             return event
@@ -156,7 +155,7 @@ class Probe:
         return replace(event, features=thin(event.features), sequences=thin(event.sequences), reference=reference)
 
     def remember(self) -> None:
-        """Take the model as it is now for the reference, where the configuration keeps one."""
+        """Take the present features as the reference, where the configuration keeps one."""
         if self._config.cka_reference in _KEPT:
             self._reference = self._features()
 
@@ -168,7 +167,7 @@ class Probe:
             np.savez(file, *(features.float().cpu().numpy() for features in self._reference))
 
     def load(self, path: Path) -> None:
-        """Take the reference that an earlier run saved. `ValueError` if it is of other blocks or another probe."""
+        """Load the reference of an earlier run. `ValueError` if it is of other blocks or another probe."""
         if self._config.cka_reference != "start":
             return
         now = self._features()
@@ -187,7 +186,7 @@ class Probe:
             self.taps.share(replace(layout, world=layout.tensor, data=1, data_rank=0))
 
     def measure(self, sums: StepSums, due: Collection[str]) -> None:
-        """Run the probe set once and write what the quantities `due` make of it, and what it took, into `sums`."""
+        """Run the probe set once; the values of the quantities `due` and the time go into `sums`."""
         self._clock.begin()
         listening, taps = self._listening, None
         if self.taps is not None and not listening.quantities.keys().isdisjoint(due):
@@ -205,18 +204,14 @@ class Probe:
             if taps.widest > sums.heads and not sums.fixed:
                 sums.resize(taps.widest)
             taps.sums.resize(sums.heads)
-        panels = (
-            [(self._panel, sums.packet)]
-            if taps is None
-            else [(self._panel, sums.packet), (listening, taps.sums.packet)]
-        )
-        told = [(panel, of, panel.listening("on_probe")) for panel, of in panels]
+        panels = [(self._panel, sums.packet)] + ([] if taps is None else [(listening, taps.sums.packet)])
+        listeners = [(panel, of, panel.listening("on_probe")) for panel, of in panels]
         self._clock.seen()
-        if any(quantities for _, _, quantities in told):
+        if any(quantities for _, _, quantities in listeners):
             event = self._thinned(self._beside_reference(features))
             self._clock.seen()
-            for panel, of, quantities in told:
-                panel.tell("on_probe", quantities, of, event)
+            for panel, of, quantities in listeners:
+                panel.notify("on_probe", quantities, of, event)
         if taps is not None:
             for name in listening.due:
                 for field, view in taps.sums.packet[name].items():
@@ -233,23 +228,11 @@ class Probe:
         """Layers whose output the ranks of one batch have split."""
         return set() if self.taps is None else self.taps.sharded_outputs
 
-    def delta_cka(self) -> Tensor:
-        """[L] float32: 1 - CKA between the reference and the model as it is now."""
-        event = self._beside_reference(self._features())
-        found = torch.empty(len(event.features), device=self._device)
-        if event.reference is None:
-            raise RuntimeError("Probe.delta_cka before `remember`: there is nothing to compare with")
-        rank, debiased = self._config.cka_rank, self._config.cka_debiased
-        for layers, index in zip(event.stacks, event.indices, strict=True):
-            x, y = (torch.stack([of[i] for i in layers]) for of in (event.reference, event.features))
-            found.index_copy_(0, index, ops.delta_cka(x, y, rank=rank, debiased=debiased).float())
-        return found
-
     def _beside_reference(self, after: list[Tensor]) -> ProbeFeatures:
         before = self._reference
         if self._config.cka_reference == "adapters_off":
             disabled: Callable[[], AbstractContextManager] = getattr(_peft_of(self._model), "disable_adapter")  # noqa: B009
-            with trainable_as_before(self._model), disabled():
+            with preserve_requires_grad(self._model), disabled():
                 before = self._features()
         if self._config.cka_reference == "previous":
             self._reference = after
@@ -264,11 +247,11 @@ class Probe:
     # ---- one run -----------------------------------------------------------------------------------------------------
 
     def _features(self, taps: Taps | None = None) -> list[Tensor]:
-        """Per layer [N, D]: the kept rows of the outputs of the blocks that are here, and what `taps` see of them."""
+        """Per layer [N, D]: the kept rows of the outputs of this rank's blocks. `taps` need autograd."""
         kept: list[list[Tensor]] = [[] for _ in self._blocks]
         sequences: list[list[Tensor]] = [[] for _ in self._blocks]
         begun = 0  # sequences of earlier batches
-        with undisturbed(self._model, self._device, autograd=taps is not None):
+        with isolated_evaluation(self._model, self._device, autograd=taps is not None):
             for number, batch in enumerate(self._batches):
                 there = partial(torch.Tensor.to, device=self._device, non_blocking=True)
                 inputs = {k: there(v) if isinstance(v, Tensor) else v for k, v in batch.items()}
@@ -299,7 +282,7 @@ class Probe:
         return features
 
     def _check_memory(self, first: list[Tensor]) -> None:
-        """Refuse a probe set whose rows of both sides, if all batches are like the first, would not fit."""
+        """Refuse a probe set whose rows would not fit in memory, if all batches are like the first."""
         need, have = 2 * len(self._batches) * sum(rows.nbytes for rows in first), ops.memory_bytes(self._device)
         if need > have:
             raise ValueError(
@@ -310,9 +293,9 @@ class Probe:
     def _rows_of(
         self, output: Tensor, tokens: Tensor | None, number: int, taken: int, in_decoder: bool
     ) -> tuple[Tensor, Tensor]:
-        """The rows of one output [B, T, D] that are kept, [n, D], when `taken` rows of earlier batches are.
+        """The kept rows [n, D] of one output [B, T, D], after `taken` rows of earlier batches, and their sequences [n].
 
-        And which sequence of the batch each is of. Layers of one stack come here with the same rows and keep the same.
+        All layers of one stack keep the same rows.
         """
         if output.dim() != 3:
             raise ValueError(f"probe: expected block outputs [B, T, D], got shape {tuple(output.shape)}")
@@ -330,7 +313,7 @@ class Probe:
         return rows.index_select(0, places.to(rows.device)), sequences.to(rows.device)
 
     def _places_of(self, output: Tensor, tokens: Tensor | None, number: int, taken: int) -> tuple[Tensor, Tensor]:
-        """Which rows of all positions, or with "mean" of all sequences, are kept; and the sequence of each."""
+        """The kept rows among all positions, or with "mean" among all sequences; and the sequence of each."""
         pooling = self._config.cka_pooling
         positions = torch.arange(output.shape[0] * output.shape[1], device=output.device).view(*output.shape[:2], 1)
         rows, sequences = feature_rows(positions, tokens, pooling)
@@ -343,7 +326,7 @@ class Probe:
 
 
 def _fixed(batches: Iterable[Mapping] | Mapping) -> list[dict]:
-    """The probe as a list of dicts, which stays what it is."""
+    """The probe as a list of dicts. `ValueError` if its batches differ the second time."""
     expected = "probe: expected a list of model inputs (dicts of tensors), at least one"
     if isinstance(batches, Mapping):
         batches = [batches]  # what a tokenizer returns is one batch
@@ -373,13 +356,10 @@ def _same(left: Mapping, right: Mapping) -> bool:
 
 
 def _backward_to(outputs: Iterable[Tensor], loss: Tensor | None) -> None:
-    """Send the gradients of `loss` as far down as to `outputs`, past their hooks and into no parameter's `grad`."""
+    """Run the backward pass of `loss` to `outputs`, whose hooks run; no parameter gets a `grad`."""
     outputs = [output for output in outputs if output.requires_grad]
     if loss is not None and loss.requires_grad and outputs:
         torch.autograd.grad(loss, outputs, allow_unused=True)
-
-
-# ---- seeing outputs --------------------------------------------------------------------------------------------------
 
 
 @contextmanager

@@ -1,17 +1,16 @@
-"""Several processes that train one model: who holds what, and how their sums become those of the whole step.
+"""Several processes that train one model: what each holds, and how their sums become those of the whole step.
 
-Every rank adds up what it holds itself. `Layout.weigh` scales those local sums so that plain addition over all ranks
-gives the numbers of one process on the whole batch, whose loss is the mean of the ranks' losses:
+Every rank sums what it holds. `Layout.weigh` scales these sums so that their sum over ranks has the values of one
+process on the whole batch, whose loss is the mean of the ranks' losses:
 
-* what several ranks hold alike (replicated parameters, activations under tensor parallelism) counts once: 1 / copies;
-* what is sharded adds, as squares do;
-* gradients of activations are those of the rank's own loss, of which the whole has 1 / data ranks: squares, 1 / data^2.
-  Gradients of parameters have been averaged by DDP or FSDP before they are read.
+* replicated values (parameters, activations under tensor parallelism) have the weight 1 / copies;
+* squares of shards add;
+* activation gradients are those of the rank's own loss, which enters the mean with 1 / data ranks: squares with
+  1 / data^2. Gradients of parameters were averaged by DDP or FSDP before they are read.
 
-`Ranks.join` then is one all-reduce of the sums and one of the maxima, on the host, in a gloo group of its own, called
-from the recorder's thread: it shares no queue with the training's collectives, costs no device memory (a second NCCL
-communicator takes hundreds of MiB), and a rank that is lost costs a bounded wait, where NCCL's watchdog would end the
-process.
+`Ranks.join` is one all-reduce of the sums and one of the maxima, on the host, in a gloo group of its own, in the
+recorder's thread. So it does not delay the training's collectives and needs no device memory (a second NCCL
+communicator takes hundreds of MiB), and a lost rank costs a bounded wait, where NCCL's watchdog would end the process.
 """
 
 from __future__ import annotations
@@ -29,10 +28,11 @@ from torch import distributed as dist
 from .. import ops
 from ..blocks import Block
 from ..quantities import Step
+from ..quantities.dtensors import local_of, sharded_over
 from ..quantities.quantity import Accumulator
 from .packet import Fields, Packet
 from .panel import FAILED, MACHINERY
-from .placements import BatchMesh, local_of, sharded_over
+from .placements import BatchMesh
 
 __all__ = ["Join", "Layout", "Ranks", "world_size"]
 
@@ -40,36 +40,36 @@ logger = logging.getLogger(__name__)
 
 
 def world_size() -> int:
-    """The number of processes that train together; 1 where torch.distributed is not in use."""
+    """The number of processes that train together; 1 without torch.distributed."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How `world` ranks share the work: in `data` groups with batches of their own, each of `world / data` ranks."""
+    """How `world` ranks divide the work: `data` groups with batches of their own, of `world / data` ranks each."""
 
     world: int = 1
     data: int = 1
     data_rank: int = 0
     tensor_rank: int = 0  # among the ranks that share one batch
-    stages: int = 1  # of a pipeline, which hold different blocks; each has `world / stages` ranks
-    sharded_heads: frozenset[int] = frozenset()  # layers whose heads those ranks have divided among them
-    writes: bool = True  # this rank keeps the file and compares the probe
+    stages: int = 1  # of a pipeline, with different blocks; each has `world / stages` ranks
+    sharded_heads: frozenset[int] = frozenset()  # layers whose heads are sharded over the ranks of a batch
+    writes: bool = True  # this rank writes the file
 
     @property
     def tensor(self) -> int:
-        """Ranks that share one batch, and its tensors: those of one stage."""
+        """The number of ranks of one stage that share a batch."""
         return self.world // (self.data * self.stages)
 
     @property
     def leads(self) -> bool:
-        """Whether this is the first rank of its stage, or of all where there are no stages."""
+        """Whether this is the first rank of its stage (without stages: of all)."""
         return self.data_rank == self.tensor_rank == 0
 
     def parameter_squares(self, gradients: Sequence[Tensor], layers: Sequence[int]) -> Tensor:
         """[max(layers) + 1] float64: this rank's part of the squared norm of each layer's gradient.
 
-        Summed over ranks that is the squared norm: a sharded gradient adds up, one that several ranks hold counts once.
+        The parts of all ranks add up to the squared norm, of sharded and of replicated gradients.
         """
         weights = [sharded_over(gradient) * self.stages / self.world for gradient in gradients]
         distinct = sorted(set(weights))
@@ -77,7 +77,7 @@ class Layout:
         squares = ops.sum_of_squares([local_of(gradient) for gradient in gradients], groups)
         missing = -len(squares) % len(distinct)  # the last layer may have no gradient of the last weight
         squares = torch.cat([squares, squares.new_zeros(missing)]).view(-1, len(distinct))
-        # Numbers of Python's own: a tensor of weights would be a copy from the host.
+        # Python floats: a tensor of weights would be a copy from the host.
         first, *others = (weight * of_weight for weight, of_weight in zip(distinct, squares.unbind(1), strict=True))
         return sum(others, first)
 
@@ -94,32 +94,32 @@ class Layout:
             if accumulator.join == "sum" and accumulator.held != "part":
                 view = packet[field.quantity][field.name]
                 weight = self._weight(accumulator, view, sharded_outputs, probed=field.quantity in probed)
-                # What does not count may be NaN.
+                # Values of weight 0 may be NaN.
                 view.copy_(torch.where(weight == 0, 0.0, view.double() * weight))
 
     def _weight(self, accumulator: Accumulator, view: Tensor, outputs: Collection[int], *, probed: bool) -> Tensor:
         by_layer = accumulator.axes[:1] == ("layer",)
         weight = torch.ones(len(view) if by_layer else 1, dtype=torch.float64)
-        if accumulator.held == "alike":  # of a layer, the first rank of its stage knows
+        if accumulator.held == "alike":  # of a layer: from the first rank of its stage
             weight *= self.leads if by_layer else self.writes
         else:
             weight /= self.tensor
             for layer in {"heads": self.sharded_heads, "output": outputs}.get(accumulator.held, ()) if by_layer else ():
                 weight[layer] = 1.0
-            # All ranks run the whole probe; of a step's batches each has its own, whose loss is one of `data`.
+            # All ranks run the whole probe; in the training each of `data` groups has its own batch and loss.
             weight *= (self.data_rank == 0) if probed else float(self.data) ** -accumulator.gradient_power
         return weight.view(-1, *(1,) * (view.dim() - 1)) if accumulator.axes else weight[0]
 
 
 class Ranks:
-    """The processes that measure together. Made on every rank at once, which is a collective call.
+    """The processes that measure together. The constructor is a collective call.
 
     Args:
         model: its DTensor parameters tell which ranks share a batch.
         timeout_s: how long to wait for the others, here and in every `join`.
 
     Raises:
-        RuntimeError: a rank has not come within the timeout.
+        RuntimeError: a rank did not call it within the timeout.
     """
 
     def __init__(self, model: nn.Module, timeout_s: float):
@@ -136,7 +136,7 @@ class Ranks:
 
     @property
     def writes(self) -> bool:
-        """Whether this rank keeps the file."""
+        """Whether this rank writes the file."""
         return self._rank == 0
 
     @property
@@ -144,11 +144,11 @@ class Ranks:
         """Whether several ranks compute on one batch."""
         return len(self._mesh.peers) > 1
 
-    def tell(self, value: object) -> list:
-        """What each rank has told, in their order."""
-        told: list = [None] * self._world
-        dist.all_gather_object(told, value, group=self.group)
-        return told
+    def all_gather(self, value: object) -> list:
+        """The values of all ranks, in their order."""
+        gathered: list = [None] * self._world
+        dist.all_gather_object(gathered, value, group=self.group)
+        return gathered
 
     def agree(
         self,
@@ -158,33 +158,33 @@ class Ranks:
         error: str | None = None,
         pipeline: Sequence[int] | None = None,
     ) -> tuple[Layout, Path | None]:
-        """Make sure that all ranks measure the same thing, and learn the layout and the folder that rank 0 has chosen.
+        """Check that all ranks measure the same, and return the layout and the folder of rank 0.
 
         Args:
             blocks: of the model.
-            facts: what has to be equal on all ranks, by name.
-            folder: what rank 0 has chosen; of the others none counts.
+            facts: what must be equal on all ranks, by name.
+            folder: of the timeline; that of rank 0 counts.
             error: why this rank cannot measure; then none does.
-            pipeline: ranks that hold the stages of this rank's pipeline; None: there is none.
+            pipeline: ranks with the stages of this rank's pipeline; None: there is none.
 
         Raises:
             ValueError: ranks differ, or one of them has an error; on all ranks alike.
         """
         stages = tuple(pipeline or [self._rank])
-        told = self.tell((facts, error, min(self._mesh.peers), stages, folder))
-        for rank, (_, failed, *_) in enumerate(told):
+        gathered = self.all_gather((facts, error, min(self._mesh.peers), stages, folder))
+        for rank, (_, failed, *_) in enumerate(gathered):
             if failed is not None:
                 raise ValueError(failed if rank == self._rank else f"rank {rank}: {failed}")
         for name in facts:
-            values = [other[name] for other, *_ in told]
+            values = [other[name] for other, *_ in gathered]
             if any(value != values[0] for value in values):
                 rank = next(i for i, value in enumerate(values) if value != values[0])
                 raise ValueError(
-                    f"ranks have to measure alike, but {name} is {values[0]!r} on rank 0 and {values[rank]!r} on rank "
-                    f"{rank}; where blocks are spread over ranks, give the schedule: Monitor(stage, pipeline=schedule)"
+                    f"{name} must be equal on all ranks, and is {values[0]!r} on rank 0 and {values[rank]!r} on rank "
+                    f"{rank}; where ranks have different blocks, give the schedule: Monitor(stage, pipeline=schedule)"
                 )
         # The ranks of a pipeline, and of its stages, work on one batch.
-        batch_of = [min(told[peer][2] for peer in stages) for _, _, _, stages, _ in told]
+        batch_of = [min(gathered[peer][2] for peer in stages) for _, _, _, stages, _ in gathered]
         batches = sorted(set(batch_of))
         layout = Layout(
             self._world,
@@ -195,18 +195,18 @@ class Ranks:
             frozenset(block.index for block in blocks if self._mesh.shards_attention(block.module)),
             writes=self.writes,
         )
-        return layout, told[0][-1]
+        return layout, gathered[0][-1]
 
     def join(self, step: int, packet: Packet, *, dropped: bool = False) -> bool:
-        """Turn the weighed sums and the maxima of this rank, on the host, into those of all ranks.
+        """Turn the weighted sums and the maxima of this rank, on the host, into those of all ranks.
 
-        Returns False, and leaves the packet alone, once a rank is lost or has come with another step: that is told
-        once, and no rank is waited for again. `LookupError` if some rank has `dropped` its packet of this step.
+        Once a rank is lost or at another step, it returns False, leaves the packet unchanged and does not wait again;
+        one warning is logged. `LookupError` if some rank has `dropped` its packet of this step.
         """
         if self.lost:
             return False
         sums = torch.cat([packet.sums, packet.parts.double()])
-        # The step travels along, from above and from below: ranks that are out of step must not be added up.
+        # The step is sent too, as maximum and minimum: ranks that are out of step must not be added.
         maxima = torch.cat([packet.maxima.double(), torch.tensor([step, -step, dropped], dtype=torch.float64)])
         try:
             works = [
@@ -240,26 +240,26 @@ class Ranks:
 
 
 class Join:
-    """What a `Recorder` calls for every step: the packet of this rank becomes that of all ranks."""
+    """The `join` of a `Recorder`: for every step the packet of this rank becomes that of all ranks."""
 
     def __init__(
         self,
         ranks: Ranks,
         layout: Layout,
-        fields: Fields,  # of the packets that all have
+        fields: Fields,  # layout of the packets of all ranks
         probed: Collection[str],  # see `Layout.weigh`
         warn: Callable[[str, str], None],
     ):
         self._ranks, self._layout, self._fields, self._probed, self._warn = ranks, layout, fields, probed, warn
 
     def __call__(self, step: int, packet: Packet | None, sharded_outputs: Collection[int] = ()) -> int:
-        """Join `packet` in place; None: this rank has dropped it, and takes part so that the others need not wait.
+        """Join `packet` in place; None: it was dropped here, and the call is made so that other ranks do not wait.
 
         Returns:
-            The number of ranks whose sums are missing: all the others, once one of them is lost.
+            The number of ranks whose sums are missing: all others, once one is lost.
 
         Raises:
-            LookupError: some rank has dropped its packet, so that nobody knows the step.
+            LookupError: some rank has dropped its packet, so the step has no row.
         """
         if packet is None:
             self._ranks.join(step, Packet(self._fields), dropped=True)

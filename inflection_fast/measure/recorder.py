@@ -1,8 +1,8 @@
-"""Where measured steps go: from the device into the timeline, on a way on which the training never waits.
+"""From the sums on the device to rows of the timeline, without a wait of the training.
 
-The training's thread starts a copy into a free slot of a ring, hands over a `Measured` that nobody writes afterwards,
-and goes on; a second thread waits for the copy, joins it with the other ranks', finishes the numbers, appends them and
-raises alerts. Where no slot is free, because the disk stalls, the step is dropped and counted.
+The training thread starts a copy into a free slot of a ring and queues a `MeasuredStep`. The recorder's thread waits
+for the copy, joins it with those of the other ranks, computes the columns, appends them and raises alerts. If no slot
+is free, because the disk stalls, the step is dropped and counted.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..quantities import Step
 from ..timeline import IF_EXISTS, Timeline, TimelineWriter, folder_for
 from ..timeline.writer import KEPT_BYTES
 from .hooks import WarnOnce
-from .packet import CudaCopies, HostCopies, Later, Measured, Packet, Row
+from .packet import CudaCopies, HostCopies, HostTask, MeasuredStep, Packet, Row
 from .panel import Panel
 from .ranks import Join, Layout, Ranks
 from .schedule import ProbeBudget
@@ -33,33 +33,32 @@ __all__ = ["Record", "Recorder"]
 
 logger = logging.getLogger(__name__)
 
-RING_BYTES = 2**20  # of memory for the ring, if that gives a number of slots between these
+RING_BYTES = 2**20  # memory of the ring, with a number of slots between these
 MIN_SLOTS, MAX_SLOTS = 8, 256
-PATIENCE_S = 60.0  # how long reading or closing a timeline waits for a disk that hangs
-POLL_S = 0.2  # how often somebody who waits looks whether the thread still lives
-KEPT_ROWS = 1024  # finished rows that wait for `Monitor.step` to tell them; of more the oldest go
+PATIENCE_S = 60.0  # how long reading or closing a timeline waits for a stalled disk
+POLL_S = 0.2  # interval at which a waiting caller checks that the thread is alive
+KEPT_ROWS = 1024  # finished rows that wait for `Monitor.step`; beyond that the oldest are dropped
 
 
 class Recorder:
-    """Appends packets to a timeline from a thread of its own.
+    """Appends packets to a timeline in a thread of its own.
 
-    A child process that was forked owns neither the thread nor the file: there, all methods do nothing. When the disk
-    refuses rows they stay in memory, and when the thread has died, whoever reads or closes the timeline does its work.
+    In a forked child process all methods do nothing: it has neither the thread nor the file. Rows that the disk refuses
+    stay in memory. If the thread has died, reading or closing the timeline does its work.
 
     Args:
         writer: of the timeline.
-        packet: one like those that are recorded.
-        row: makes the columns of a packet, of what was due, and of whether other ranks are missing; see `Panel.row`.
-        warn: once of each kind.
-        copies: how packets come to the host.
-        join: makes the packet of this process that of all, in place, for every step in order, and returns how many
-            processes are missing from it; called with None for a step that was dropped here, which the others must not
-            wait for.
-        finish: does what quantities have left for the host, in the sums of a packet, before it is joined.
-        decide: called with the row of every step with a run of the probe, of all ranks, or with none where it is not
-            known; returns how many steps there are to the next run.
-        told: called with every row that has any values, after it was appended.
-        keeps: whether rows are appended at all.
+        packet: one of the layout that is recorded.
+        row: computes the columns, see `Panel.row`.
+        warn: logs each kind of warning once.
+        copies: how packets get to the host.
+        join: turns the packet of this process into that of all ranks, in place, for every step in order; returns the
+            number of missing processes. Called with None for a step dropped here, so that other ranks do not wait.
+        finish: does the host tasks of quantities in the sums of a packet, before it is joined.
+        decide: called with the row of all ranks of every step with a probe run (empty: not known); returns the steps
+            to the next run.
+        on_finished: called with every row that has values, after it was appended.
+        stores_rows: whether rows are appended.
         patience_s: how long reading and closing wait for the thread.
     """
 
@@ -72,16 +71,16 @@ class Recorder:
         copies=None,
         *,
         join: Callable[..., int] | None = None,
-        finish: Callable[[Packet, Sequence[Later]], None] | None = None,
+        finish: Callable[[Packet, Sequence[HostTask]], None] | None = None,
         decide: Callable[[dict], int] | None = None,
-        told: Callable[[Row], None] | None = None,
-        keeps: bool = True,
+        on_finished: Callable[[Row], None] | None = None,
+        stores_rows: bool = True,
         patience_s: float = PATIENCE_S,
     ):
         self._without_slot = self._unfinished = 0  # packets that are missing; each is counted by one thread alone
         self._decide, self._finish_later = decide, finish
         self.last: Row | None = None  # the row that was finished last
-        self._join, self._told, self._keeps, self._patience_s = join, told, keeps, patience_s
+        self._join, self._on_finished, self._stores_rows, self._patience_s = join, on_finished, stores_rows, patience_s
         self._writer, self._fields, self._row_of, self._warn = writer, packet.fields, row, warn
         pinned = packet.data.device.type == "cuda"
         self._copies = copies or (CudaCopies(packet.data.device) if pinned else HostCopies())
@@ -94,7 +93,7 @@ class Recorder:
         self._thread = threading.Thread(target=self._work, name="inflection_fast timeline", daemon=True)
         self._thread.start()
 
-    def record(self, measured: Measured, packet: Packet) -> None:
+    def record(self, measured: MeasuredStep, packet: Packet) -> None:
         """Copy the packet as it is now."""
         if os.getpid() != self._owner:
             return
@@ -118,7 +117,7 @@ class Recorder:
 
     @property
     def dropped(self) -> int:
-        """Packets that are in no row: no slot was free, here or in a process that is joined, or finishing failed."""
+        """Packets without a row: no slot was free on some rank, or computing the row failed."""
         return self._without_slot + self._unfinished
 
     # ---- the other thread --------------------------------------------------------------------------------------------
@@ -141,12 +140,12 @@ class Recorder:
             row = self._row(measured, slot, arrival)
             if not decided and self._decide is not None and row["missing_ranks"] == 0:
                 row["probe_every"], decided = float(self._decide(row)), True
-            if self._keeps:
+            if self._stores_rows:
                 store(step, **row, measure_ms=measure_ms)
         except OSError as error:
             self._warn("disk", f"{self._writer.path}: {error}; measuring goes on in memory")
         except Exception as error:
-            self._unfinished += slot is not None  # else it was counted when it was dropped
+            self._unfinished += slot is not None  # a dropped one was counted already
             self._warn("row", f"step {step} is missing from the timeline: {error!r}")
         finally:
             if not decided and self._decide is not None:
@@ -155,11 +154,11 @@ class Recorder:
                 self._free.append(slot)
         if row:
             self.last = Row(step, row | {"measure_ms": measure_ms})
-            if self._told is not None:
-                self._told(self.last)
+            if self._on_finished is not None:
+                self._on_finished(self.last)
 
-    def _row(self, measured: Measured, slot: int, arrival) -> dict:
-        """The finished numbers in a slot, which do not refer to its memory."""
+    def _row(self, measured: MeasuredStep, slot: int, arrival) -> dict:
+        """The columns of a slot, in memory of their own."""
         if arrival is not None:
             arrival.synchronize()
         packet = Packet(self._fields, data=self._ring[slot])
@@ -177,10 +176,10 @@ class Recorder:
     # ---- the end -----------------------------------------------------------------------------------------------------
 
     def drain(self) -> None:
-        """Wait until everything recorded so far is in the timeline, but not for ever."""
+        """Wait, up to a limit, until everything recorded so far is in the timeline."""
         if os.getpid() != self._owner or self._closed:
             return
-        if threading.current_thread() is self._thread:  # where the garbage collector may run, and end a monitor
+        if threading.current_thread() is self._thread:  # the garbage collector may close a monitor in this thread
             self._finish_all(self._writer.append)
             return
         reached, waited, self._hangs = threading.Event(), 0.0, False
@@ -206,8 +205,8 @@ class Recorder:
         if threading.current_thread() is not self._thread:
             self._thread.join(POLL_S if self._hangs else self._patience_s)
             if self._thread.is_alive():
-                return  # it hangs in the disk, which `drain` has told
-            # Whoever keeps a closed recorder keeps no quantity, which may know the model.
+                return  # the disk stalls; `drain` has warned
+            # A closed recorder must not keep quantities alive, which may hold the model.
             self._row_of, self._finish_later = (lambda *_, **__: {}), None
         try:
             self._writer.close()
@@ -223,10 +222,10 @@ class Record:
         layers: names of the blocks.
         panel: the quantities, whose columns it has.
         resume_at: the step from which an existing file is continued; None: there must be none.
-        watch: raises alerts; None: there are none.
-        on_alert: called with them.
-        on_row: called with finished rows by whoever calls `tell_rows`.
-        if_exists: what becomes of a timeline that is in `out`; see `inflection_fast.timeline.folder_for`.
+        watch: raises alerts; None: no alerts.
+        on_alert: called with alerts.
+        on_row: called with finished rows, by `deliver_rows`.
+        if_exists: what to do with a timeline in `out`; see `inflection_fast.timeline.folder_for`.
     """
 
     def __init__(
@@ -246,7 +245,7 @@ class Record:
         self.folder: Path | None = None if out is None else Path(out)
         self._if_exists, self._on_row = if_exists, on_row
         self._panel, self._watch, self._on_alert = panel, watch, on_alert
-        self._rows: deque[Row] = deque(maxlen=KEPT_ROWS)  # which wait for `tell_rows`
+        self._rows: deque[Row] = deque(maxlen=KEPT_ROWS)  # which wait for `deliver_rows`
         self._writer: TimelineWriter | None = None
         self._heads, self.writes = 0, True  # whether this process keeps the file
         self.recorder: Recorder | None = None
@@ -254,28 +253,28 @@ class Record:
         self.warn = panel.warn = WarnOnce(logger)
 
     def choose_folder(self, also: tuple[str, ...]) -> None:
-        """Make room for a new timeline, and for the files `also` beside it, where this process writes one."""
+        """Choose the folder of a new timeline and of the files `also`, if this process writes one."""
         if self.folder is not None and self._resume_at is None and self.writes:
             self.folder = folder_for(self.folder, self._if_exists, also)
 
     def is_open(self, heads: int) -> bool:
-        """Whether there is a timeline already, for blocks of so many heads."""
+        """Whether the timeline is open for this number of heads."""
         return self._writer is not None and self._heads == heads
 
     def open(self, heads: int, meta: dict) -> None:
         """Open the timeline, in memory where this process does not write. `ValueError` if it is of another run."""
         folder = self.folder if self.writes else None
-        if self._writer is not None:  # the number of heads was taken for another, and nothing was written yet
+        if self._writer is not None:  # opened with another number of heads; nothing was written yet
             self._writer.close()
             self._resume_at = self._resume_at or 0
         self._writer, self._heads = self._opened(folder, heads, meta), heads
 
     def open_or_keep(self, heads: int, meta: dict) -> None:
-        """As `open`; a disk that refuses costs the file, not the training: the last rows are kept in memory."""
+        """As `open`; if the disk refuses, the last rows are kept in memory."""
         try:
             self.open(heads, meta)
         except OSError as error:
-            self._tell(error)
+            self._warn_disk(error)
             self._writer, self._heads = self._opened(None, heads, meta, keep_bytes=KEPT_BYTES), heads
 
     def _opened(self, folder: Path | None, heads: int, meta: dict, keep_bytes: int | None = None) -> TimelineWriter:
@@ -301,27 +300,27 @@ class Record:
         probed: Collection[str],
         rank_timeout_s: float,
     ) -> Recorder:
-        """Record packets like `packet` from now on, joined with those of `ranks`. `open` has been called."""
+        """Create the recorder of packets like `packet`, joined with those of `ranks`. `open` was called before."""
         if self._writer is None:
             raise RuntimeError("Record.start before open: there is no timeline")
-        keeps, join, patience_s = layout.writes or self.folder is None, None, PATIENCE_S
+        stores_rows, join, patience_s = layout.writes or self.folder is None, None, PATIENCE_S
         if ranks is not None:
             join = Join(ranks, layout, packet.fields, probed, self.warn)
             patience_s += rank_timeout_s
-        # The recorder outlives a monitor that is forgotten: nothing here may hold on to it.
+        # The recorder outlives a monitor that is garbage collected: nothing here may refer to the monitor.
         budget, panel, decide = self.budget, self._panel, None
         if join is not None and budget is not None:
             decide = lambda row: budget.decide(*(_number(row.get(name)) for name in ("probe_ms", "step_ms")))  # noqa: E731
         watch, on_alert = self._watch if layout.writes else None, self._on_alert
         rows = self._rows if layout.writes and self._on_row is not None else deque(maxlen=0)
 
-        def finish(packet: Packet, later: Sequence[Later]) -> None:
+        def finish(packet: Packet, later: Sequence[HostTask]) -> None:
             took_ms = panel.finish_later(packet, later)
             packet[Step.name]["probe_ms"] += took_ms
             if budget is not None:
                 budget.later_ms = took_ms
 
-        def told(row: Row) -> None:
+        def on_finished(row: Row) -> None:
             found = [] if watch is None else watch.push(row.step, row.columns)
             rows.append(replace(row, described=panel.columns, alerts=tuple(found)))
             log_alerts(found, on_alert)
@@ -334,20 +333,20 @@ class Record:
             join=join,
             finish=finish,
             decide=decide,
-            told=told,
-            keeps=keeps,
+            on_finished=on_finished,
+            stores_rows=stores_rows,
             patience_s=patience_s,
         )
         return self.recorder
 
-    def record(self, measured: Measured, packet: Packet) -> None:
+    def record(self, measured: MeasuredStep, packet: Packet) -> None:
         """Copy the packet as it is now; see `Recorder`."""
         if self.recorder is not None:
             self.recorder.record(measured, packet)
 
     @property
     def timeline(self) -> Timeline:
-        """All that was recorded, waiting for what is on its way. `RuntimeError` before it was opened."""
+        """All recorded rows; waits for those in the queue. `RuntimeError` before it was opened."""
         if self._writer is None:
             raise RuntimeError("Monitor.timeline before the context was entered: nothing was measured")
         if self.recorder is not None:
@@ -355,14 +354,14 @@ class Record:
         return self._writer.timeline
 
     def scalars(self) -> dict[str, float]:
-        """The last row, each column as its mean over the places that were measured."""
+        """The last row, each column as its mean over the measured places."""
         if self.recorder is None:
             return {}
         self.recorder.drain()
         return {} if self.recorder.last is None else self.recorder.last.scalars()
 
-    def tell_rows(self) -> None:
-        """Call `on_row` with the rows that were finished since the last call, without waiting for others."""
+    def deliver_rows(self) -> None:
+        """Call `on_row` with the rows finished since the last call."""
         while self._rows and self._on_row is not None:
             row = self._rows.popleft()
             try:
@@ -372,26 +371,26 @@ class Record:
 
     @property
     def dropped(self) -> int:
-        """Measured steps that are missing from the timeline: the disk or a rank was too slow, or a row failed."""
+        """Measured steps that are not in the timeline: the disk or a rank was too slow, or a row failed."""
         given_up = 0 if self._writer is None else self._writer.given_up
         return given_up + (0 if self.recorder is None else self.recorder.dropped)
 
     def close(self) -> None:
-        """Finish and close the timeline, which stays readable, and tell the last rows."""
+        """Finish and close the timeline, which stays readable, and deliver the last rows."""
         if self.recorder is not None:
             self.recorder.close()
         elif self._writer is not None:
             self.guarded(self._writer.close)
-        self.tell_rows()
+        self.deliver_rows()
 
     def guarded(self, write: Callable[[], None]) -> None:
-        """Run a write to the disk; one that is refused is told."""
+        """Run a write to the disk; an `OSError` becomes a warning."""
         try:
             write()
         except OSError as error:
-            self._tell(error)
+            self._warn_disk(error)
 
-    def _tell(self, error: OSError) -> None:
+    def _warn_disk(self, error: OSError) -> None:
         self.warn("disk", f"{self.folder}: {error}; measuring goes on in memory")
 
 

@@ -1,4 +1,4 @@
-"""When to measure, and which query rows."""
+"""When quantities are measured, and on which query rows."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch import Tensor
 
 __all__ = [
     "MOST_LISTS",
+    "BoundedDict",
     "LayerIndices",
     "ProbeBudget",
     "ProbeClock",
-    "Recent",
     "RowSampler",
     "Strata",
     "is_due",
     "seed_of",
 ]
 
-MOST_LISTS = 512  # of layers, of which tensors are kept: where layers are dropped at random, every step has others
+MOST_LISTS = 512  # cached tensors of layer lists: with layers dropped at random, every step has another list
 
 
 def is_due(step: int, every: int) -> bool:
@@ -32,18 +32,18 @@ def is_due(step: int, every: int) -> bool:
 
 
 class ProbeBudget:
-    """When the probe is run: as the quantities say that need it, but so seldom that it keeps to its share of the time.
+    """When the probe runs: at the cadences of its quantities, but within its share of the training time.
 
-    The decision follows from what a run and the training steps before it took. Several ranks decide by the means over
-    all of them, which their recorders' threads know a little later; the training's threads ask only at the next step at
-    which a run could be due, when those have long arrived.
+    The next run follows from the time of a run and of the training steps before it. Several ranks use the means over
+    all ranks, which their recorders' threads know a little later. The training threads need them only at the next step
+    at which a run could be due.
 
     Args:
         every: cadence by quantity.
-        share: of the training time; None: no bound.
+        share: of the training time; None: no limit.
         first_step: of the run.
-        joined: other ranks decide along; then `decide` is called for every run, in whatever thread.
-        patience_s: how long to wait for a decision; after that the one before holds.
+        joined: several ranks decide together; then `decide` is called after every run, in any thread.
+        patience_s: how long to wait for a decision; then the one before holds.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class ProbeBudget:
         self.first_step = first_step
         self._last = dict.fromkeys(every, first_step - 1)
         self._next = self._at = first_step
-        self._spent_ms = self.later_ms = 0.0  # the latter is what a run took after it, in another thread
+        self._spent_ms = self.later_ms = 0.0  # the latter: work of a run in another thread, after it
         self._decided = threading.Event()
         self._decided.set()
 
@@ -70,20 +70,20 @@ class ProbeBudget:
         return any(is_due(step, every) for every in self._every.values())
 
     def is_over(self, probe_ms: float, step_ms: float) -> bool:
-        """Whether a run takes more than its share of the steps from one to the next, as quantities ask for them."""
+        """Whether a run at the cadences of the quantities takes more than its share of the time."""
         if self._share is None or self._spent_ms + probe_ms <= FREE_MS:
             return False
         return probe_ms > self._share * step_ms * min(self._every.values())
 
     def run(self, step: int, quantities: Collection[str], probe_ms: float, step_ms: float) -> int | None:
-        """The probe was run at `step`. Returns the steps to the next run, where other ranks need not be asked."""
+        """The probe was run at `step`. Returns the steps to the next run; None with several ranks."""
         self._last |= dict.fromkeys(quantities, step)
         self._at, self._next = step, step + 1
         self._decided.clear()
         return None if self._joined else self.decide(probe_ms, step_ms)
 
     def decide(self, probe_ms: float | None, step_ms: float | None) -> int:
-        """Fix the next step with a run, from the times of the last one; None: nobody knows. Returns their distance."""
+        """Fix the next run from the times of the last one (None: not known); returns the steps to it."""
         steps = 1
         if probe_ms is not None and step_ms is not None:
             self._spent_ms += probe_ms
@@ -95,9 +95,9 @@ class ProbeBudget:
 
 
 class ProbeClock:
-    """What a run of the probe takes, without waiting for a device: of a GPU, the last run of which the end was seen.
+    """Times a run of the probe without waiting for the device; on a GPU the times are those of the last finished run.
 
-    A run has two parts: the forward passes, and what is made of them.
+    A run has two parts: the forward passes, and the computations on their features.
     """
 
     def __init__(self, device: torch.device):
@@ -118,7 +118,7 @@ class ProbeClock:
         self._mark(1)
 
     def end(self) -> None:
-        """After the run: fix its times."""
+        """After the run."""
         self._mark(2)
         begun, seen, ended = self._times
         parts = [(1e3 * (ended - begun), 1e3 * (ended - seen))]
@@ -134,11 +134,11 @@ class ProbeClock:
             self._runs[-1][place].record()
 
 
-FREE_MS = 1000.0  # of runs of the probe in all, before their share of the training time counts
+FREE_MS = 1000.0  # total time of probe runs before the share of the training time is enforced
 
 
-class Recent(dict):
-    """A dict with no more than `most` keys, which a run of months does not fill: a new one replaces the oldest."""
+class BoundedDict(dict):
+    """A dict of at most `most` keys: a new key replaces the oldest one."""
 
     def __init__(self, most: int):
         super().__init__()
@@ -150,8 +150,8 @@ class Recent(dict):
         super().__setitem__(key, value)
 
 
-class LayerIndices(Recent):
-    """Tuples of layers as int64 tensors on a device, each brought there once: a copy from the host takes its time."""
+class LayerIndices(BoundedDict):
+    """Tuples of layers as int64 tensors on a device, cached because a copy from the host takes time."""
 
     def __init__(self, device: torch.device):
         super().__init__(MOST_LISTS)
@@ -164,17 +164,17 @@ class LayerIndices(Recent):
 
 @dataclass(frozen=True)
 class Strata:
-    """Sampled query positions: one out of each of R strata, consecutive and of nearly equal size, that cover [0, T)."""
+    """Sampled query positions: one of each of R consecutive strata of nearly equal size that cover [0, T)."""
 
     rows: Tensor | None  # [R] int64, increasing; None: every position is measured
-    weights: Tensor  # [R] float64, positions that each sampled one stands for
+    weights: Tensor  # [R] float64, size of each stratum
     difference_weights: Tensor  # [R - 1] float64, see `_difference_weights`; empty where every position is measured
 
     def within(self, cu_seqlens: Tensor) -> Strata:
         """The same for sequences that are packed into one row and begin at `cu_seqlens` [S + 1].
 
-        A sample has neighbours in its own sequence only, because what is measured jumps from one to the next; one
-        without any keeps those that it had.
+        Neighbours of a sample are those in its own sequence, because values jump between sequences. A sample without
+        any keeps its former neighbours.
         """
         if self.rows is None or len(self.rows) < 2:
             return self
@@ -192,22 +192,23 @@ class Strata:
 class RowSampler:
     """Draws query positions from a seed: the same seed, step and order of lengths give the same positions.
 
-    Of `share` = (i, n), sampler i of n takes every n-th draw: together they draw what one would for all their batches.
+    With `share` = (i, n) it is sampler i of n and takes every n-th draw: together they draw what one sampler would draw
+    for all their batches.
     """
 
     def __init__(self, rows: int | None, seed: int, device: torch.device):
         self._rows, self._seed, self._device = rows, seed, device
         self.share = (0, 1)
         self._generator = torch.Generator()
-        # What does not depend on the draw, (first positions, sizes, weights) by length.
-        self._shapes: dict[int, tuple[Tensor, Tensor, Tensor]] = Recent(MOST_LENGTHS)
+        # (first positions, sizes, weights) by length, which do not depend on the draw
+        self._shapes: dict[int, tuple[Tensor, Tensor, Tensor]] = BoundedDict(MOST_LENGTHS)
 
     def begin(self, step: int) -> None:
-        """Start the draws of one step, whatever was drawn before: a resumed run samples the same rows."""
+        """Seed the draws of a step: a resumed run samples the same rows."""
         self._generator.manual_seed(seed_of(step, self._seed))
 
     def draw(self, length: int) -> Strata:
-        """Positions out of [0, length), fresh with every call; all of them if there are no more than `rows`."""
+        """New positions in [0, length); all positions if there are at most `rows`."""
         if self._rows is None or length <= self._rows:
             ones = torch.ones(length, dtype=torch.float64, device=self._device)
             return Strata(None, ones, ones[:0])
@@ -217,7 +218,7 @@ class RowSampler:
         return Strata(self._there(starts + offsets.long()), sizes, weights)
 
     def uniform(self) -> Tensor:
-        """[rows] float64 on the host, in [0, 1): where in its stratum each position of the next draw lies."""
+        """[rows] float64 on the host, in [0, 1): the relative places of the next positions in their strata."""
         if self._rows is None:
             raise ValueError("all rows are measured: no position is drawn")
         own, samplers = self.share
@@ -230,18 +231,18 @@ class RowSampler:
         return self._shapes[length]
 
     def _there(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self._device, non_blocking=True)  # else the host would wait for all that the device has to do
+        return tensor.to(self._device, non_blocking=True)  # otherwise the host would wait for the device
 
 
-MOST_LENGTHS = 32  # of sequences, of which the strata are kept: batches may all be of different lengths
+MOST_LENGTHS = 32  # cached strata: all batches may have different lengths
 
 
-# Knuth's multiplier scatters the steps over the 32 bits that torch's generator on the CPU takes of a seed.
+# Knuth's multiplier spreads the steps over the 32 bits of a seed of torch's CPU generator.
 _STEP_STRIDE = 2654435761
 
 
 def seed_of(step: int, seed: int) -> int:
-    """Of what is drawn at a step of a run with `seed`."""
+    """The seed of a step in a run with `seed`."""
     return _STEP_STRIDE * step + seed
 
 
@@ -254,10 +255,9 @@ def _strata(length: int, rows: int) -> tuple[Tensor, Tensor]:
 def _difference_weights(sizes: Tensor) -> Tensor:
     """Weights of the squared differences between neighbouring samples in the variance of the estimated total.
 
-    With one sample per stratum the variance inside stratum r comes from its neighbours (collapsed strata): s_r^2 is
-    the mean of (e_r - e_{r-1})^2 / 2 and (e_{r+1} - e_r)^2 / 2. The variance of the total is then
-    sum_r n_r^2 (1 - 1 / n_r) s_r^2: the bracket corrects for the finite population, and a stratum of one position
-    adds nothing.
+    With one sample per stratum, the variance s_r^2 inside stratum r is estimated from its neighbours (collapsed
+    strata): the mean of (e_r - e_{r-1})^2 / 2 and (e_{r+1} - e_r)^2 / 2. The variance of the total is
+    sum_r n_r^2 (1 - 1 / n_r) s_r^2, with the finite population correction in brackets: 0 for a stratum of one position.
     """
     neighbours = torch.full_like(sizes, 2.0)
     neighbours[0] = neighbours[-1] = 1.0

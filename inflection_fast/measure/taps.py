@@ -1,8 +1,8 @@
-"""Everything that is attached to a model while it is measured, and nothing while it is not.
+"""The hooks on a model in a measured step. In other steps the model has none.
 
-A measured optimizer step has one or more micro-batches, each a forward pass of the model under autograd and the
-backward pass that follows. Only such forwards count: evaluations in between, and the recomputations of activation
-checkpointing, run without autograd or outside the model's forward.
+A measured optimizer step has one or more micro-batches, each a forward pass under autograd and the backward pass that
+follows. Evaluations and the recomputations of activation checkpointing do not count: they run without autograd or
+outside the model's forward.
 """
 
 from __future__ import annotations
@@ -16,25 +16,26 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 
 from ..blocks import Block
+from ..quantities.dtensors import local_of, sharded_over
 from ..quantities.quantity import OutputGradient, ParameterGradient, SubmoduleForward
 from .attention import ATTENTION_TAPS, AttentionTaps
 from .attention_call import AttentionCall
 from .block_output import output_of
 from .config import MonitorConfig
 from .frozen import FrozenBlocks
-from .hooks import Nothing, eagerly, forgiving, removed
+from .hooks import NoHooks, catch_hook_errors, force_eager, removing
 from .micro_batch import MicroBatch, decoder_layers, hidden_of, named_inputs, requiring_grad, tensors_of, version_of
 from .packet import StepSums
 from .panel import Panel
-from .parameters import BlockParameters, gradients_heard
-from .placements import is_part, local_of, sharded_over
+from .parameters import BlockParameters, observing_parameter_gradients
+from .placements import is_part
 from .ranks import Layout
 
 __all__ = ["Taps", "device_of"]
 
 
 def device_of(blocks: Sequence[Block]) -> torch.device:
-    """Where the sums of a model are kept: with the first parameter of its first block that is here."""
+    """The device of the sums: that of the first parameter of the blocks on this rank."""
     return next((p for block in blocks for p in block.module.parameters()), torch.empty(0)).device
 
 
@@ -45,9 +46,9 @@ class Taps:
         model: what the training loop calls.
         blocks: of it.
         panel: the quantities that listen.
-        heads: for which there is room at first.
-        config: tells which query rows are drawn.
-        counts_all: forwards count although no backward pass goes through them.
+        config: settings of the sampled query rows and sequences.
+        heads: size of the axis "head" at first.
+        counts_all: forwards count without a backward pass.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class Taps:
         self.device = device_of(blocks)
         self._attention = AttentionTaps(model, blocks, panel, config.rows, config.seed, self.device)
         self._sees_attention = False
-        self._layers: dict[nn.Module, list[int]] = {}  # several, where one module is run again and again
+        self._layers: dict[nn.Module, list[int]] = {}  # several, where a module runs repeatedly
         for block in blocks:
             self._layers.setdefault(block.module, []).append(block.index)
         self._decoders = decoder_layers(model, blocks)
@@ -76,15 +77,15 @@ class Taps:
         self._current: MicroBatch | None = None  # inside a training forward
         self._going_back: MicroBatch | None = None  # whose backward pass began last
         self.micro_batches: list[MicroBatch] = []
-        self._running: list[tuple[int | None, tuple]] = []  # blocks that run, the innermost last, and what went in
+        self._running: list[tuple[int | None, tuple]] = []  # running blocks, innermost last, and their input
         share = 1.0 if panel.probing else config.frozen_share
-        self._frozen = FrozenBlocks(model, blocks, share, config.seed, self._tell_gradient, panel)
+        self._frozen = FrozenBlocks(model, blocks, share, config.seed, self._notify_gradient, panel)
         self._layout = Layout()
         self.sharded_outputs: set[int] = set()  # layers whose output the ranks of one batch have split
         self.parameters_read = False
-        self.stepped_inside = False  # at the end of the backward pass no gradient was left: somebody has used them up
-        self.seconds = 0.0  # host time spent in here since `attach`
-        self.forgives = False  # what a hook raises is kept as `failure` and does not reach the training
+        self.stepped_inside = False  # no gradient was left at the end of the backward pass: an optimizer used them
+        self.seconds = 0.0  # host time of the hooks since `attach`
+        self.tolerates_errors = False  # errors of hooks become `failure` instead of reaching the training
         self.failure: Exception | None = None  # why this step has no values
 
     def share(self, layout: Layout) -> None:
@@ -96,11 +97,11 @@ class Taps:
 
     @property
     def widest(self) -> int:
-        """Heads of the widest attention so far, on all ranks together; 0: none was seen."""
+        """Heads of the widest attention so far, over all ranks; 0: none was observed."""
         return self._attention.widest
 
     def fit_heads(self, of_probe: Taps | None, *, shrinks: bool) -> None:
-        """Before the first step is recorded: room for as many heads as were seen, whatever modules state."""
+        """Fix the size of the axis "head" before the first step is recorded, to the observed number of heads."""
         widest = max(self.widest, 0 if of_probe is None else of_probe.widest)
         if shrinks and not self.sums.fixed and 0 < widest < self.sums.heads:
             self.sums.resize(widest)
@@ -109,7 +110,7 @@ class Taps:
     # ---- the length of a step ----------------------------------------------------------------------------------------
 
     def attach(self, step: int, due: Collection[str]) -> None:
-        """Install the hooks that the quantities `due` need, and forget the step before."""
+        """Install the hooks that the quantities `due` need, and clear the sums."""
         self.reset()
         panel = self._panel
         panel.begin(due, step)
@@ -121,42 +122,42 @@ class Taps:
         self._attached.callback(self._stop_listening)
         self._attach_to_model()
         if panel.listening("on_parameter_gradient"):
-            heard = gradients_heard(self._model, self.parameters, self._parameter_gradient)
+            heard = observing_parameter_gradients(self._model, self.parameters, self._parameter_gradient)
             self._attached.enter_context(heard)
 
     def _attach_to_model(self) -> None:
         add = self._attached.enter_context
-        add(eagerly())
-        add(removed(self._model.register_forward_pre_hook(self._forward_begins, with_kwargs=True)))
-        add(removed(self._model.register_forward_hook(self._forward_ends, always_call=True)))
+        add(force_eager())
+        add(removing(self._model.register_forward_pre_hook(self._forward_begins, with_kwargs=True)))
+        add(removing(self._model.register_forward_hook(self._forward_ends, always_call=True)))
         for module, layers in self._layers.items():
             begins, ends = partial(self._block_begins, layers), partial(self._block_ends, layers)
-            add(removed(module.register_forward_pre_hook(begins, with_kwargs=True)))
-            add(removed(module.register_forward_hook(ends, always_call=True)))
-            if self._wants_gradients and self._frozen.possible:  # before whoever else looks at outputs
-                add(removed(module.register_forward_hook(self._block_follows, prepend=True)))
+            add(removing(module.register_forward_pre_hook(begins, with_kwargs=True)))
+            add(removing(module.register_forward_hook(ends, always_call=True)))
+            if self._wants_gradients and self._frozen.possible:  # before other hooks on outputs
+                add(removing(module.register_forward_hook(self._block_follows, prepend=True)))
         for quantity in self._panel.listening("on_submodule"):
             for layers in self._layers.values():
                 for name, module in quantity.submodules(self._blocks[layers[0]]).items():
                     ends = partial(self._submodule_ends, quantity, layers, name)
-                    add(removed(module.register_forward_hook(ends, with_kwargs=True)))
+                    add(removing(module.register_forward_hook(ends, with_kwargs=True)))
 
     def __deepcopy__(self, memo: dict) -> Taps:
-        """Itself: a copy of a measured model (an average of its weights) carries hooks along, which then do nothing."""
+        """Itself: hooks that are copied with a model (to average its weights) do nothing."""
         return self
 
     def __reduce__(self) -> tuple:
-        """Nothing attached: so a model can be saved as a whole while it is measured."""
-        return Nothing, ()
+        """Hooks that do nothing, so that a measured model can be pickled."""
+        return NoHooks, ()
 
     def detach(self) -> None:
-        """Remove the hooks. What was accumulated stays; graphs that are still alive write no more. Safe to repeat."""
+        """Remove the hooks. The sums stay, and graphs that are still alive no longer change them. Safe to repeat."""
         for micro_batch in self.micro_batches:
             micro_batch.live = False
         self._attached.close()
 
     def forget_model(self) -> None:
-        """Hold nothing of the model any more: these taps are not attached again."""
+        """Drop all references to the model; these taps are not attached again."""
         self.reset()
         self._model, self._blocks, self._layers = nn.Identity(), [], {}
         self._attention.forget_model()
@@ -164,7 +165,7 @@ class Taps:
         self.parameters = BlockParameters([], self.device)
 
     def reset(self) -> None:
-        """Forget what was accumulated."""
+        """Clear the sums."""
         self.micro_batches = []
         self._current = self._going_back = None
         self._running.clear()
@@ -175,11 +176,11 @@ class Taps:
 
     @property
     def backwards(self) -> list[MicroBatch]:
-        """Those that a backward pass was seen to go through."""
+        """The micro-batches with a backward pass."""
         return [micro_batch for micro_batch in self.micro_batches if micro_batch.went_back]
 
     def missing(self) -> str | None:
-        """What a step has to have and this one had not, in words."""
+        """What is missing in this step, a forward or a backward pass, in words."""
         by_gradient = map(self._panel.listening, ("on_output_gradient", "on_parameter_gradient", "on_backward_end"))
         if not self.micro_batches:
             return "no training forward of the monitored model: give Monitor the object that the loop calls"
@@ -187,14 +188,14 @@ class Taps:
             return "no backward pass through the model's outputs: call step() after backward()"
         return None
 
-    def complaint(self) -> tuple[str, str] | None:
-        """What went by unseen in a step that was measured, as a kind and in words."""
+    def step_warning(self) -> tuple[str, str] | None:
+        """A warning about gradients that were not observed in a measured step: kind and message."""
         back = self.backwards
         ran, reached = (set().union(*(getattr(one, name) for one in back)) for name in ("entered", "reached"))
         if self.stepped_inside:
             inside = "no parameter has a gradient when the backward pass ends, as with optimizers that step inside it"
             return "stepped", f"{inside}; parameter_grad has no values"
-        ran -= set().union(*(one.chain.layers for one in back if one.chain is not None and one.chain.failure))  # told
+        ran -= set().union(*(one.chain.layers for one in back if one.chain is not None and one.chain.failure))
         if ran - reached and self._panel.listening("on_output_gradient"):
             names = [self._blocks[layer].name for layer in sorted(ran - reached)]
             return "unreached", f"no gradient reached the outputs of {names}; their activation_grad is NaN"
@@ -202,7 +203,7 @@ class Taps:
 
     # ---- the length of a forward -------------------------------------------------------------------------------------
 
-    @forgiving
+    @catch_hook_errors
     def _forward_begins(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         if not torch.is_grad_enabled() or self._current is not None or model is not self._model:
             return
@@ -212,7 +213,7 @@ class Taps:
         if (functions := self._frozen.forward_begins(self._current)) is not None:
             self._listening.enter_context(functions)
         if self._sees_attention:
-            self._listening.enter_context(self._attention.seeing(self._see))
+            self._listening.enter_context(self._attention.observing(self._observe))
 
     def _forward_ends(self, model: nn.Module, args: tuple, output: object) -> None:
         if model is not self._model:
@@ -228,12 +229,12 @@ class Taps:
         self._forward_ended(micro_batch, output)
         micro_batch.end_forward()
 
-    @forgiving
+    @catch_hook_errors
     def _forward_ended(self, micro_batch: MicroBatch, output: object) -> None:
         if self._sees_attention:
-            self._attention.end_forward(micro_batch, self.sums, forgives=self.forgives)
+            self._attention.end_forward(micro_batch, self.sums, tolerates_errors=self.tolerates_errors)
         event = micro_batch.output(output, bool(self._decoders))
-        self._panel.tell("on_model_output", self._panel.listening("on_model_output"), micro_batch.piece, event)
+        self._panel.notify("on_model_output", self._panel.listening("on_model_output"), micro_batch.piece, event)
         for tensor in tensors_of(output):
             if tensor.requires_grad:
                 tensor.register_hook(partial(self._backward_begins, micro_batch))
@@ -247,7 +248,7 @@ class Taps:
     # ---- blocks ------------------------------------------------------------------------------------------------------
 
     def _is_own(self, block: nn.Module) -> bool:
-        """Whether `block` is of the model that is measured, not of a copy, which may outlive the measuring."""
+        """Whether `block` belongs to the measured model and not to a copy of it."""
         return block in self._layers
 
     def _block_begins(self, layers: list[int], block: nn.Module, args: tuple, kwargs: dict):
@@ -255,12 +256,12 @@ class Taps:
             return None
         self._block_entered(layers, block, args, kwargs)
         if self._wants_gradients and torch.is_grad_enabled():
-            # Whatever failed before: recomputing must meet the same graph.
+            # Also after a failure: recomputing needs the same graph.
             of_chain = self._frozen.block_begins(self._current or self.micro_batches, layers[0], block, args, kwargs)
             return of_chain or requiring_grad(args, kwargs)
         return None
 
-    @forgiving
+    @catch_hook_errors
     def _block_entered(self, layers: list[int], block: nn.Module, args: tuple, kwargs: dict) -> None:
         if self._current is None:
             return
@@ -276,14 +277,14 @@ class Taps:
         hidden = hidden_of(args, kwargs) if self._panel.listening("on_block") else None
         self._running.append((layers[visit], (hidden, version_of(hidden))))
 
-    @forgiving
+    @catch_hook_errors
     def _block_follows(self, block: nn.Module, args: tuple, output: object) -> object:
         layer = self._running[-1][0] if self._running else None
         return (
             None if layer is None or not self._is_own(block) else self._frozen.block_ends(self._current, layer, output)
         )
 
-    @forgiving
+    @catch_hook_errors
     def _block_ends(self, layers: list[int], block: nn.Module, args: tuple, output: object) -> None:
         if not self._is_own(block):
             return
@@ -292,34 +293,36 @@ class Taps:
         if hidden is None or not torch.is_grad_enabled():
             return
         if micro_batch is not None and layer is not None:
-            self._tell_block(micro_batch, layer, block, before, hidden)
+            self._notify_block(micro_batch, layer, block, before, hidden)
         if not self._wants_gradients or not hidden.requires_grad:
             return
         if micro_batch is None:
-            # A block that is recomputed inside backward. Where its output had no graph the first time (reentrant
-            # checkpointing), this is the one that gradients go through; otherwise they go through the first.
+            # The block is recomputed in the backward pass. If its output had no graph in the forward (reentrant
+            # checkpointing), gradients go through this run; otherwise through the first.
             micro_batch, layer = self._recomputed(layers)
         if micro_batch is not None and layer is not None:
             micro_batch.awaits_gradient.add(layer)
             hidden.register_hook(partial(self._gradient_arrives, micro_batch, layer))
 
-    def _tell_block(self, micro_batch: MicroBatch, layer: int, block: nn.Module, before: tuple, hidden: Tensor) -> None:
+    def _notify_block(
+        self, micro_batch: MicroBatch, layer: int, block: nn.Module, before: tuple, hidden: Tensor
+    ) -> None:
         listening = self._panel.listening("on_block")
         if not listening:
             return
         event = micro_batch.block(layer, block, before, hidden, layer in self._decoders)
-        self._panel.tell("on_block", listening, micro_batch.piece, event)
+        self._panel.notify("on_block", listening, micro_batch.piece, event)
 
     def _recomputed(self, layers: list[int]) -> tuple[MicroBatch | None, int | None]:
-        # Backward passes visit micro-batches in any order; recomputing visits each layer once per micro-batch, and of
-        # a module that ran several times the last run first.
+        # Backward passes visit micro-batches in any order. Each layer is recomputed once per micro-batch; of a module
+        # that ran several times the last run comes first.
         for micro_batch in self.micro_batches:
             for layer in reversed(layers):
                 if layer in micro_batch.entered and layer not in micro_batch.awaits_gradient:
                     return micro_batch, layer
         return None, None
 
-    @forgiving
+    @catch_hook_errors
     def _submodule_ends(
         self, quantity, layers: list[int], name: str, module: nn.Module, args: tuple, kwargs: dict, output: object
     ) -> None:
@@ -327,37 +330,39 @@ class Taps:
         if self._current is not None and layer in layers and torch.is_grad_enabled():
             tokens = self._current.tokens_of(next(tensors_of(args), None), layer in self._decoders)
             event = SubmoduleForward(layer, name, module, args, kwargs, output, tokens)
-            self._panel.tell("on_submodule", [quantity], self._current.piece, event)
+            self._panel.notify("on_submodule", [quantity], self._current.piece, event)
 
-    @forgiving
-    def _see(self, module: nn.Module | None, read: Callable[[], AttentionCall]) -> None:
+    @catch_hook_errors
+    def _observe(self, module: nn.Module | None, read: Callable[[], AttentionCall]) -> None:
         if self._current is not None:
             running = self._running[-1][0] if self._running else None
-            self._attention.see(self._current, self.sums, running, module, read, forgives=self.forgives)
+            self._attention.observe(
+                self._current, self.sums, running, module, read, tolerates_errors=self.tolerates_errors
+            )
 
     # ---- backward ----------------------------------------------------------------------------------------------------
 
-    @forgiving
+    @catch_hook_errors
     def _gradient_arrives(self, micro_batch: MicroBatch, layer: int, gradient: Tensor) -> None:
         if micro_batch.live:
             if self._layout.tensor > 1 and is_part(gradient, micro_batch.positions.get(layer), self._layout.tensor):
                 self.sharded_outputs.add(layer)
             if self._frozen.is_whole(micro_batch, layer):
-                self._tell_gradient(micro_batch, layer, local_of(gradient.detach()))
+                self._notify_gradient(micro_batch, layer, local_of(gradient.detach()))
                 self._frozen.walk_down(micro_batch, layer, gradient)
-        self._backward_begins(micro_batch, gradient)  # for a loss that is computed from something else than the outputs
+        self._backward_begins(micro_batch, gradient)  # if the loss does not depend on the model's outputs
 
-    def _tell_gradient(
+    def _notify_gradient(
         self, micro_batch: MicroBatch, layer: int, gradient: Tensor, sequences: int | None = None
     ) -> None:
         micro_batch.reached.add(layer)
         event = OutputGradient(layer, gradient, micro_batch.index, sequences)
         listening = self._panel.listening("on_output_gradient")
-        self._panel.tell("on_output_gradient", listening, micro_batch.piece, event)
+        self._panel.notify("on_output_gradient", listening, micro_batch.piece, event)
 
     def _backward_begins(self, micro_batch: MicroBatch, gradient: Tensor) -> None:
-        # The outputs of the model are where its backward pass begins, also under checkpointing, whose blocks run
-        # backward passes of their own inside it.
+        # The backward pass begins at the outputs of the model, also under checkpointing, whose blocks run backward
+        # passes of their own inside it.
         if not micro_batch.live:
             return
         micro_batch.went_back = True
@@ -365,25 +370,25 @@ class Taps:
         self.sums.count(micro_batch.piece)
         if not micro_batch.reads_parameters and self._panel.listening("on_backward_end"):
             micro_batch.reads_parameters = True
-            # Queued from inside a callback, it runs after those that others (DDP's reduction) queue meanwhile.
+            # Queued from a callback, so that it runs after callbacks of others (DDP's reduction).
             Variable._execution_engine.queue_callback(
                 lambda: Variable._execution_engine.queue_callback(partial(self._read_parameters, micro_batch))
             )
 
-    @forgiving
+    @catch_hook_errors
     def _parameter_gradient(self, layer: int, name: str, parameter: nn.Parameter, gradient: Tensor) -> None:
         micro_batch = self._going_back
         if micro_batch is not None and micro_batch.live:
             share = sharded_over(gradient) / self._layout.tensor
             event = ParameterGradient(layer, name, parameter, local_of(gradient.detach()), micro_batch.index, share)
             listening = self._panel.listening("on_parameter_gradient")
-            self._panel.tell("on_parameter_gradient", listening, micro_batch.piece, event)
+            self._panel.notify("on_parameter_gradient", listening, micro_batch.piece, event)
 
-    @forgiving
+    @catch_hook_errors
     def _read_parameters(self, micro_batch: MicroBatch) -> None:
         micro_batch.reads_parameters = False
         if micro_batch.live:
-            self._panel.tell(
+            self._panel.notify(
                 "on_backward_end", self._panel.listening("on_backward_end"), self.sums.packet, self.parameters
             )
             self.parameters_read = True
@@ -392,7 +397,7 @@ class Taps:
     # ---- the end of a step -------------------------------------------------------------------------------------------
 
     def gather(self, loss_scale: float | Tensor) -> None:
-        """Join what was kept apart until now, and take the scale out of gradients."""
+        """Add the sums of backward passes to the packet, and divide gradients by the loss scale."""
         packet = self.sums.finish()
         if isinstance(loss_scale, Tensor) or loss_scale != 1.0:
             for field in packet.fields.all:

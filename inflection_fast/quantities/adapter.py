@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from .dtensors import full_of, is_dtensor, local_of, sharded_over
 from .quantity import Accumulator, AlertRule, Column, MeasuredModel, Parameters, Quantity, Sums, Update
-from .update import is_dtensor, local
 
 __all__ = ["LARGEST_PRODUCT", "Adapter"]
 
@@ -145,9 +145,9 @@ class Adapter(Quantity):
             for parameter in found.parameters:
                 if parameter.grad is not None:
                     gradient = parameter.grad
-                    gradients.append(local(gradient.coalesce().values() if gradient.is_sparse else gradient))
+                    gradients.append(local_of(gradient.coalesce().values() if gradient.is_sparse else gradient))
                     places.append(place)
-                    shares.append(parts_of(parameter) / self._ranks)  # ranks add up: what several hold counts once
+                    shares.append(sharded_over(parameter) / self._ranks)  # ranks add up: what several hold counts once
             if found.factors is not None and not any(map(is_dtensor, found.factors)):
                 self._write_product(sums, place, *(p.detach() for p in found.factors))
         sums["gradient"].zero_()
@@ -205,20 +205,6 @@ class Adapter(Quantity):
             "adapter_idle": ((sums["reached"] == 0) | (sums["gradient"] == 0) | zero_b).astype(np.float64),
             "adapter_share": share,
         }
-
-
-def full_of(tensor: Tensor) -> Tensor:
-    """The whole of a tensor; a collective call where ranks have divided it."""
-    return tensor.full_tensor() if is_dtensor(tensor) else tensor
-
-
-def parts_of(tensor: Tensor) -> int:
-    """Into how many parts ranks have divided a tensor; 1: all of them hold all of it."""
-    parts = 1
-    if is_dtensor(tensor):
-        for axis, placement in enumerate(tensor.placements):
-            parts *= tensor.device_mesh.size(axis) if placement.is_shard() else 1
-    return parts
 
 
 def effective_rank(singular: np.ndarray) -> np.ndarray:

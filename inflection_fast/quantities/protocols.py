@@ -1,4 +1,4 @@
-"""What quantities see of things that live in `measure`: calls of attention, and settings."""
+"""Protocols of objects of `measure` that quantities get: calls of attention, and settings."""
 
 # ruff: noqa: D102  (the docstrings of the classes say what their members are)
 
@@ -6,9 +6,10 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-__all__ = ["Call", "Settings"]
+__all__ = ["Call", "Settings", "add_mask", "combined_mask"]
 
 
 class Call(Protocol):
@@ -52,8 +53,20 @@ class Call(Protocol):
     def cu_seqlens(self) -> Tensor | None: ...
 
 
+def combined_mask(call: Call) -> Tensor | None:
+    """Mask and bias of a call as one mask, as in `Call`."""
+    if call.bias is None or call.mask is None:
+        return call.mask if call.bias is None else call.bias.detach()
+    return add_mask(call.bias.detach(), call.mask)
+
+
+def add_mask(bias: Tensor, mask: Tensor) -> Tensor:
+    """An additive `bias` with a mask, bool (True: attend) or additive."""
+    return bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
+
+
 class Settings(Protocol):
-    """Those of the MonitorConfig that quantities look at."""
+    """The settings of a MonitorConfig that quantities use."""
 
     @property
     def cka_rank(self) -> int | None: ...

@@ -9,7 +9,7 @@ import torch
 
 from .. import ops
 from .arguments import check_count
-from .protocols import Call
+from .protocols import combined_mask
 from .quantity import Accumulator, AlertRule, AttentionSeen, BlockForward, Column, MeasuredModel, Quantity, Sums
 
 __all__ = ["LAZY_RANK", "Rank"]
@@ -123,7 +123,7 @@ class Rank(Quantity):
         found = ops.attention_rank(
             query,
             key,
-            attn_mask=_first(_joined(call), n),
+            attn_mask=_first(combined_mask(call), n),
             is_causal=call.is_causal,
             scale=call.scale,
             window=call.window,
@@ -157,16 +157,6 @@ class Rank(Quantity):
             "rank_max": np.where((known == measured).all(-1), largest, np.nan),  # one unknown may be the largest
             "lazy_heads": lazy,
         }
-
-
-def _joined(call: Call) -> torch.Tensor | None:
-    """Mask and bias of a call as one."""
-    if call.bias is None:
-        return call.mask
-    bias = call.bias.detach()
-    if call.mask is None:
-        return bias
-    return bias.masked_fill(~call.mask, -torch.inf) if call.mask.dtype == torch.bool else bias + call.mask
 
 
 def _first(mask: torch.Tensor | None, count: int) -> torch.Tensor | None:

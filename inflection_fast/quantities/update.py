@@ -11,13 +11,11 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from .arguments import check_count
+from .dtensors import is_dtensor, local_of
 from .quantity import Accumulator, AlertRule, Column, MeasuredModel, Parameters, Quantity, Sums
 from .quantity import Update as UpdateSeen
 
 if TYPE_CHECKING:
-    from typing import TypeGuard
-
-    from torch.distributed.tensor import DTensor
     from torch.optim import Optimizer
     from torch.utils.hooks import RemovableHandle
 
@@ -125,7 +123,7 @@ class _Changes:
         """Copy what the state will not tell."""
         wanted = [p for group in optimizer.param_groups for p in group["params"] if p in self._layers]
         wanted = [p for p in wanted if not _tells(optimizer, p)]
-        need = sum(local(p).nbytes for p in wanted)
+        need = sum(local_of(p).nbytes for p in wanted)
         self._stride = -(-need // self._copy_bytes) if need else 1
         with torch.no_grad():
             self._copies = {p: _thinned(p.detach(), self._stride).clone() for p in wanted}
@@ -151,21 +149,11 @@ class _Changes:
         self._copies = {}
 
 
-def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
-    """Whether ranks hold a tensor together."""
-    return hasattr(tensor, "to_local")
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this rank holds."""
-    return tensor.to_local() if is_dtensor(tensor) else tensor
-
-
 def _thinned(tensor: Tensor, stride: int) -> Tensor:
     """Every `stride`-th element of what this rank holds, placed over ranks like the whole."""
     if stride == 1:
         return tensor
-    kept = local(tensor).flatten()[::stride]
+    kept = local_of(tensor).flatten()[::stride]
     if not is_dtensor(tensor):
         return kept
     return type(tensor).from_local(kept, tensor.device_mesh, tensor.placements, run_check=False)

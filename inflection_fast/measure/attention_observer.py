@@ -1,9 +1,9 @@
-"""Where a model attends, and what it attends with: queries, keys and masks, seen while its own implementation runs.
+"""Observing attention: queries, keys and masks of every call, while the model's own implementation runs.
 
-Three ways in. Transformers models fetch their attention function from an `AttentionInterface`; other PyTorch models
-call one of torch's attention functions, or a softmax of their own. All of them hand every call to a `see` function and
-then let the original run on the original arguments, so that the model's outputs stay equal to the bit. While torch's
-functions are watched, every call of one takes a detour of about a microsecond, in measured steps alone.
+There are three ways. Transformers models get their attention function from an `AttentionInterface`; other PyTorch
+models call one of torch's attention functions, or a softmax of their own. Each way passes every call to an `observe`
+function and then runs the original on the original arguments, so the model's outputs stay equal to the bit. In measured
+steps every call of a torch function costs about a microsecond more.
 """
 
 from __future__ import annotations
@@ -21,36 +21,36 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..blocks import Block
-from .attention_call import AttentionCall, Starts, as_packed, takes_flash_masks
+from .attention_call import AttentionCall, SequenceStarts, as_packed, takes_flash_masks
 from .attention_places import AttentionPlaces
-from .hooks import replaced
+from .hooks import patched
 
 __all__ = [
-    "AttentionSight",
+    "AttentionObserver",
     "FunctionMode",
-    "See",
+    "Observe",
     "call_of",
     "heads_first",
     "interfaces_of",
-    "seeing_functions",
-    "seeing_interfaces",
+    "observing_functions",
+    "observing_interfaces",
     "traced_call",
 ]
 
 logger = logging.getLogger(__name__)
 
-# Takes the attention module, where it is known, and what reads its call: reading may fail, and is for `see` to forgive.
-See = Callable[[nn.Module | None, Callable[[], AttentionCall]], None]
+# Gets the attention module, where it is known, and a function that reads the call and may raise.
+Observe = Callable[[nn.Module | None, Callable[[], AttentionCall]], None]
 
-_SDPA = torch._C._nn.scaled_dot_product_attention  # also where the name in F stands for another (context_parallel)
+_SDPA = torch._C._nn.scaled_dot_product_attention  # context_parallel replaces the name in F
 _SOFTMAX = {torch.softmax, F.softmax, Tensor.softmax, torch.special.softmax}
 _SOFTMAX |= {torch.log_softmax, F.log_softmax, Tensor.log_softmax, torch.special.log_softmax}
 _LOGSUMEXP = {torch.logsumexp, Tensor.logsumexp, torch.special.logsumexp}
 _BY_HAND_KINDS = ("self", "cross")
 
 
-class AttentionSight:
-    """All ways in which the blocks of a model may attend."""
+class AttentionObserver:
+    """Observes all attention of the blocks of a model."""
 
     def __init__(self, blocks: Sequence[Block]):
         self.places = AttentionPlaces(blocks)
@@ -62,13 +62,13 @@ class AttentionSight:
             logger.info("attention beside that of the blocks is not measured: %s", ", ".join(self.places.others))
 
     @contextmanager
-    def seeing(self, see: See) -> Iterator[None]:
-        """Hand every attention call of the blocks to `see`, once each."""
+    def observing(self, observe: Observe) -> Iterator[None]:
+        """Pass every attention call of the blocks to `observe`, once each."""
         with ExitStack() as stack:
             if self.interfaces:
-                stack.enter_context(seeing_interfaces(self.interfaces, self.places, see))
+                stack.enter_context(observing_interfaces(self.interfaces, self.places, observe))
             if self.needs_functions:
-                stack.enter_context(seeing_functions(self.places, see))
+                stack.enter_context(observing_functions(self.places, observe))
             yield
 
 
@@ -76,7 +76,7 @@ class AttentionSight:
 
 
 def interfaces_of(module: nn.Module) -> list:
-    """The `AttentionInterface` objects that `module` and its submodules fetch their attention from; none: not seen."""
+    """The `AttentionInterface` objects from which `module` and its submodules get their attention."""
     found = {}
     for cls in {cls for submodule in module.modules() for cls in type(submodule).__mro__}:
         for function in map(inspect.unwrap, filter(inspect.isfunction, vars(cls).values())):
@@ -87,23 +87,22 @@ def interfaces_of(module: nn.Module) -> list:
     return list(found.values())
 
 
-_INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # what modeling files call it; some have one of their own
+_INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # its name in modeling files, some of which have an object of their own
 
 
 @contextmanager
-def seeing_interfaces(interfaces: list, places: AttentionPlaces, see: See) -> Iterator[None]:
-    """Hand every attention call that goes through `interfaces` to `see`, then let the chosen implementation run.
+def observing_interfaces(interfaces: list, places: AttentionPlaces, observe: Observe) -> Iterator[None]:
+    """Pass every attention call that goes through `interfaces` to `observe`, then run the chosen implementation.
 
-    What that calls in turn (a softmax, torch's SDPA) is the same attention, and is hidden from the other ways in.
+    What the implementation calls (a softmax, torch's SDPA) is the same attention, and is hidden from the other ways.
 
-    `get_interface` is shadowed on the interface objects, because it is the one place that knows the implementation in
-    use, "eager" included, whose function is private to each model. The names that the model's config carries stay as
-    they are, so the masks it builds and its checks for "flash" do too; a name of our own, registered for attention and
-    for masks, would change both and rebuild a flash model's 2-D mask as a full one.
+    `get_interface` is patched on the interface objects: only there is the implementation in use known, also "eager",
+    whose function is private to each model. The name in the model's config stays, and with it the masks that the model
+    builds. A registered name of our own would turn the 2-D mask of a flash model into a full one.
     """
-    starts = Starts()
+    starts = SequenceStarts()
 
-    def seeing(original):
+    def observing(original):
         def get_interface(name, default):
             attend = original(name, default)
 
@@ -115,7 +114,7 @@ def seeing_interfaces(interfaces: list, places: AttentionPlaces, see: See) -> It
                     return replace(call, kind=kind)
 
                 if kind != "other":
-                    see(module, read)
+                    observe(module, read)
                 with places.hidden():
                     return attend(module, query, key, value, attention_mask, *args, **kwargs)
 
@@ -125,7 +124,7 @@ def seeing_interfaces(interfaces: list, places: AttentionPlaces, see: See) -> It
 
     with ExitStack() as stack:
         for interface in interfaces:
-            stack.enter_context(replaced(interface, "get_interface", seeing))
+            stack.enter_context(patched(interface, "get_interface", observing))
         yield
 
 
@@ -138,9 +137,9 @@ def call_of(
     mask: Tensor | None,
     args: tuple,
     kwargs: dict,
-    starts: Starts,
+    starts: SequenceStarts,
 ) -> AttentionCall:
-    """What `attend`, which is the implementation `name`, makes of its arguments (`args` follow after the mask)."""
+    """The call that the implementation `name`, `attend`, makes of its arguments (`args` follow after the mask)."""
     settings = _named_arguments(attend, args, kwargs)
     mask = _as_added(mask, query, attend) if name == "eager" else mask
     call = _interface_call(name, module, query, key, mask, settings, starts)
@@ -152,15 +151,15 @@ def call_of(
 def traced_call(
     name: str, attend: Callable, module: nn.Module, query: Tensor, key: Tensor, mask: object, args: tuple, kwargs: dict
 ) -> AttentionCall | None:
-    """As an interface's call is read, for compilers that trace it; None: it needs more than one operator.
+    """As `call_of`, for compilers that trace it; None where one operator is not enough.
 
-    Those are FlexAttention, packed sequences, sinks of every query, and bool masks that an eager function adds.
+    Those cases are FlexAttention, packed sequences, a sink per query, and bool masks that an eager function adds.
     """
     if name == "flex_attention" or not (mask is None or isinstance(mask, Tensor)):
         return None
     if name == "eager" and mask is not None and mask.dtype == torch.bool:
         return None
-    call = _interface_call(name, module, query, key, mask, _named_arguments(attend, args, kwargs), Starts())
+    call = _interface_call(name, module, query, key, mask, _named_arguments(attend, args, kwargs), SequenceStarts())
     several = call.cu_seqlens is not None or call.foreign_keys is not None
     return None if several or (call.sinks is not None and call.sinks.dim() > 1) else call
 
@@ -169,7 +168,7 @@ _READS_BOOL = {"masked_fill", "masked_fill_", "where", "logical_not"}
 
 
 def _as_added(mask: Tensor | None, query: Tensor, eager: Callable) -> Tensor | None:
-    """The mask of an eager function, which adds what it gets: True is 1 and False is 0, unless it looks for either."""
+    """The mask as an eager function uses it: it adds a bool mask as 1 and 0, unless its code handles bool masks."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         return mask
     code = getattr(inspect.unwrap(eager), "__code__", None)
@@ -181,15 +180,21 @@ _BEFORE_SETTINGS = 5  # module, query, key, value, attention_mask
 
 
 def _named_arguments(function: Callable, args: tuple, kwargs: dict) -> dict:
-    # Almost every model passes keywords; positions differ from one eager function to the next, hence the signature.
+    # Almost every model passes keywords. Positions differ between eager functions, so the signature is read.
     names = list(inspect.signature(function).parameters)[_BEFORE_SETTINGS:] if args else []
     return dict(zip(names, args, strict=False)) | kwargs
 
 
 def _interface_call(
-    name: str, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, settings: dict, starts: Starts
+    name: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    settings: dict,
+    starts: SequenceStarts,
 ) -> AttentionCall:
-    """What the implementation `name` makes of its arguments: the same ones mean different things to different ones."""
+    """The call by the rules of the implementation `name`: implementations interpret equal arguments differently."""
     mask_mod = None
     if name == "flex_attention" and hasattr(mask, "mask_mod"):
         mask_mod, mask = getattr(mask, "mask_mod"), None  # noqa: B009  (a BlockMask)
@@ -202,7 +207,7 @@ def _interface_call(
     causal = getattr(module, "is_causal", True) if causal is None else causal
     window = cu_seqlens = foreign_keys = None
     if name in ("eager", "flex_attention"):
-        causal = False  # these functions apply the mask that they are given, and nothing else
+        causal = False  # these functions apply the given mask alone
     elif name != "sdpa":
         reach = settings.get("sliding_window")
         window = None if reach is None else (reach - 1, reach - 1)
@@ -211,14 +216,14 @@ def _interface_call(
     if mask is not None and mask.dim() == 2:
         mask = mask[:, None, None, : key.shape[2]].bool()  # flash: 1 for keys that are not padding
     elif mask is not None:
-        causal, window = False, None  # a full mask holds both already
+        causal, window = False, None  # a full mask contains both
     if name not in ("eager", "sdpa") and query.shape[2] != key.shape[2] and (causal or window):
         # Flash kernels align at the last key, where torch and the operators align at the first.
         band = _last_aligned(query.shape[2], key.shape[2], causal, window, query.device)
         mask, causal, window = band if mask is None else band & mask, False, None
     sinks = settings.get("s_aux", settings.get("sinks"))
     if sinks is None and name == "eager":
-        sinks = getattr(module, "sinks", None)  # eager functions reach for the parameter itself
+        sinks = getattr(module, "sinks", None)  # eager functions read the parameter
     return AttentionCall(
         query,
         key,
@@ -246,49 +251,49 @@ def _last_aligned(queries: int, keys: int, causal: bool, window: tuple[int, int]
 
 
 @contextmanager
-def seeing_functions(places: AttentionPlaces, see: See) -> Iterator[None]:
-    """Hand every attention that ends in one of torch's functions to `see`, and then let the function run.
+def observing_functions(places: AttentionPlaces, observe: Observe) -> Iterator[None]:
+    """Pass every attention that ends in one of torch's functions to `observe`, then run the function.
 
-    A softmax over the last dimension counts as attention if it runs inside a module that is called attention (or in a
-    block that has none such), and if one of the other dimensions is that of the module's heads. So a router, a pooling
-    and a vocabulary are none.
+    A softmax over the last dimension counts as attention if it runs inside an attention module (or in a block without
+    one), and another dimension has the size of the module's number of heads. So a router, a pooling or a softmax over
+    a vocabulary does not count.
     """
-    with places.followed(), FunctionMode(places, see):
+    with places.followed(), FunctionMode(places, observe):
         yield
 
 
 class FunctionMode(TorchFunctionMode):
-    """Hands attention that ends in one of torch's functions to `see`, at the places that are running."""
+    """Passes attention that ends in one of torch's functions to `observe`, where an attention module is running."""
 
-    # A mode is off inside its own handler: what a function that was seen calls in turn is not seen a second time.
-    def __init__(self, places: AttentionPlaces, see: See):
+    # A mode is off inside its own handler, so nested calls are not observed twice.
+    def __init__(self, places: AttentionPlaces, observe: Observe):
         super().__init__()
-        self._places, self._see = places, see
-        self._flex = _flex_attention()
+        self._places, self._observe = places, observe
+        self._flex = getattr(torch.ops.higher_order, "flex_attention", None)  # None: this build of torch has none
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func in _SOFTMAX:
-            self._see_softmax(*args, **kwargs)
+            self._observe_softmax(*args, **kwargs)
         elif func in _LOGSUMEXP:
-            self._see_logsumexp(*args, **kwargs)
+            self._observe_logsumexp(*args, **kwargs)
         elif func is F.scaled_dot_product_attention or func is _SDPA:
-            return _seen_sdpa(self._see_here, func)(*args, **kwargs)
+            return _observed_sdpa(self._observe_here, func)(*args, **kwargs)
         elif getattr(func, "__code__", None) is F.multi_head_attention_forward.__code__:  # or a twin of it, see below
-            return _seen_multi_head(self._see_here, func, *args, **kwargs)
+            return _observed_multi_head(self._observe_here, func, *args, **kwargs)
         elif func is self._flex:
-            self._see_flex(*args, **kwargs)
+            self._observe_flex(*args, **kwargs)
         return func(*args, **kwargs)
 
-    def _see_here(self, read: Callable[[], AttentionCall]) -> None:
+    def _observe_here(self, read: Callable[[], AttentionCall]) -> None:
         place = self._places.running
-        if place is None:  # outside of all blocks, or seen already
+        if place is None:  # outside of all blocks, or observed already
             return
         kind = place.kind or "self"
         if kind in _BY_HAND_KINDS:
-            self._see(self._places.module, lambda: replace(read(), kind=kind))
+            self._observe(self._places.module, lambda: replace(read(), kind=kind))
 
-    def _see_softmax(self, input=None, dim=None, *args, **kwargs) -> None:
+    def _observe_softmax(self, input=None, dim=None, *args, **kwargs) -> None:
         place = self._places.running
         if place is None or place.kind not in _BY_HAND_KINDS or not isinstance(input, Tensor):
             return
@@ -296,33 +301,28 @@ class FunctionMode(TorchFunctionMode):
             return
         logits = heads_first(input, place.heads, self._places.sizes)
         if logits is not None:
-            self._see_here(lambda: AttentionCall(logits, logits, logits=logits))
+            self._observe_here(lambda: AttentionCall(logits, logits, logits=logits))
 
-    def _see_logsumexp(self, input=None, dim=None, keepdim=False, **kwargs) -> None:
-        if keepdim:  # the softmax of Reformer is exp(x - logsumexp(x)); without the dimension it is something else's
-            self._see_softmax(input, dim)
+    def _observe_logsumexp(self, input=None, dim=None, keepdim=False, **kwargs) -> None:
+        if keepdim:  # Reformer's softmax is exp(x - logsumexp(x)), which keeps the dimension
+            self._observe_softmax(input, dim)
 
-    def _see_flex(self, query, key, value, score_mod, block_mask, scale, *args, **kwargs) -> None:
+    def _observe_flex(self, query, key, value, score_mod, block_mask, scale, *args, **kwargs) -> None:
         mask_mod = block_mask[-1] if isinstance(block_mask, tuple) else None
-        self._see_here(lambda: AttentionCall(query, key, scale=scale, score_mod=score_mod, mask_mod=mask_mod))
-
-
-def _flex_attention() -> object:
-    """The operator that `flex_attention` ends in. `None`: this build of torch has none."""
-    return getattr(torch.ops.higher_order, "flex_attention", None)
+        self._observe_here(lambda: AttentionCall(query, key, scale=scale, score_mod=score_mod, mask_mod=mask_mod))
 
 
 # ---- softmax ---------------------------------------------------------------------------------------------------------
 
 
 def heads_first(logits: Tensor, heads: int | None, sizes: tuple[int, ...] = ()) -> Tensor | None:
-    """Scores before a softmax as [B, H, Q, K]; None where no dimension is that of the `heads` (None: not known).
+    """Scores before a softmax as [B, H, Q, K]; None where no dimension has the size `heads` (None: not known).
 
-    `sizes` are the leading ones of the hidden state, batch and length in either order, where they are known.
+    `sizes` are the leading sizes of the hidden state, batch and length in either order, where they are known.
 
-    Dimensions before the queries that are not the heads (windows, blocks of a sequence) join the batch. Known forms
-    are [B, H, Q, K], [B * H, Q, K], [B, Q, H, K], [H, B, Q, K], and with windows W, [B, W, H, Q, K] and the like; for
-    grouped queries also [B, Hkv, H / Hkv, Q, K].
+    Other dimensions before the queries (windows, blocks of a sequence) become part of the batch. Known forms are
+    [B, H, Q, K], [B * H, Q, K], [B, Q, H, K], [H, B, Q, K], with windows W [B, W, H, Q, K], and for grouped queries
+    [B, Hkv, H / Hkv, Q, K].
     """
     dims = logits.dim()
     if dims < 3:
@@ -334,8 +334,8 @@ def heads_first(logits: Tensor, heads: int | None, sizes: tuple[int, ...] = ()) 
     if heads is None:
         return logits if dims == 4 else None
     if dims == 4 and logits.shape[2:] == (heads, heads) and logits.shape[1] != heads:
-        return None  # [B, Q, H, H]: what the heads of one token have to do with each other
-    # The usual place first, then before the queries, then behind them, then at the front.
+        return None  # [B, Q, H, H]: attention among the heads of one token
+    # The usual place first, then before the queries, then after them, then at the front.
     for at in (1, *range(dims - 3, 1, -1), dims - 2, 0):
         if logits.shape[at] == heads:
             return logits.movedim(at, dims - 3).flatten(0, dims - 4)
@@ -347,9 +347,9 @@ def heads_first(logits: Tensor, heads: int | None, sizes: tuple[int, ...] = ()) 
 # ---- torch's own attention -------------------------------------------------------------------------------------------
 
 
-def _seen_sdpa(see: Callable, attend: Callable) -> Callable:
+def _observed_sdpa(observe: Callable, attend: Callable) -> Callable:
     def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **kwargs):
-        see(lambda: AttentionCall(query, key, attn_mask, scale=kwargs.get("scale"), is_causal=is_causal))
+        observe(lambda: AttentionCall(query, key, attn_mask, scale=kwargs.get("scale"), is_causal=is_causal))
         return attend(query, key, value, attn_mask, dropout_p, is_causal, **kwargs)
 
     return scaled_dot_product_attention
@@ -358,20 +358,20 @@ def _seen_sdpa(see: Callable, attend: Callable) -> Callable:
 _MULTI_HEAD_NAMES = tuple(inspect.signature(F.multi_head_attention_forward).parameters)
 
 
-def _seen_multi_head(see: Callable, original: FunctionType, *args, **kwargs):
-    # A function mode is off inside its own handler, so the inner call of SDPA would go by unseen, and calling again
-    # with the mode on would come straight back here. The same code with two names looked up elsewhere sees it, without
-    # touching torch's own namespace: SDPA, and the softmax that stands in its place when weights are asked for.
+def _observed_multi_head(observe: Callable, original: FunctionType, *args, **kwargs):
+    # A function mode is off inside its own handler, so the inner call of SDPA would not be observed; with the mode on
+    # the call would come back here. So the same code runs with other globals, in which SDPA, and the softmax that
+    # replaces it when weights are asked for, are observed. torch's own namespace is not changed.
     heads = (dict(zip(_MULTI_HEAD_NAMES, args, strict=False)) | kwargs)["num_heads"]
 
     def softmax(logits, dim):
         scores = logits.unflatten(0, (-1, heads))  # [B * H, Tq, Tk]
-        see(lambda: AttentionCall(scores, scores, logits=scores))
+        observe(lambda: AttentionCall(scores, scores, logits=scores))
         return original.__globals__["softmax"](logits, dim=dim)
 
     names = {**original.__globals__, "softmax": softmax}
-    names["scaled_dot_product_attention"] = _seen_sdpa(see, names["scaled_dot_product_attention"])
+    names["scaled_dot_product_attention"] = _observed_sdpa(observe, names["scaled_dot_product_attention"])
     twin = FunctionType(original.__code__, names, original.__name__, original.__defaults__, original.__closure__)
     twin.__kwdefaults__ = original.__kwdefaults__
-    names[original.__name__] = twin  # what it hands to the function mode of another monitor, which makes a twin of it
+    names[original.__name__] = twin  # for the function mode of another monitor, which makes a twin of this twin
     return twin(*args, **kwargs)
