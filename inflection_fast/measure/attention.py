@@ -151,11 +151,10 @@ class AttentionTaps:
         with torch.inference_mode():
             stats = stats_of(call, rows) if self.context is None else self.context.stats_of(call, rows)
             valid = micro_batch.valid_rows(call, rows, layer in self._decoders)
-        listening = self._panel.listening("on_attention_call") if call.kind == "self" else []
-        if listening:
+        if call.kind == "self" and self._panel.listening("on_attention_call"):
             place = self._place(layer, heads, sums)
             seen = AttentionSeen(layer, place, call, rows, stats, valid, strata.weights)
-            self._panel.notify("on_attention_call", listening, micro_batch.piece, seen)
+            self._panel.notify("on_attention_call", micro_batch.piece, seen)
         stats = stats._replace(lse=stats.entropy)  # no sum needs its memory
         micro_batch.waiting.append((layer, stats, valid, strata, number, call.kind))
         micro_batch.waiting_bytes += sum(field.nbytes for field in stats if field is not None)
@@ -203,8 +202,7 @@ class AttentionTaps:
             with torch.no_grad():
                 rows = rows_of(layers, self._indices[layers], heads, stats, valid, strata)
             tap = "on_attention" if kind == "self" else "on_cross_attention"
-            listening = self._panel.listening(tap)
-            self._panel.notify(tap, listening, micro_batch.piece, rows)
+            self._panel.notify(tap, micro_batch.piece, rows)
         micro_batch.waiting.clear()
         micro_batch.waiting_bytes = 0
 

@@ -318,8 +318,7 @@ class Monitor:
         taps.gather(loss_scale)
         if self._probe is not None and self._due & self._probed:
             self._probe.step(self._step, taps.sums, self._due & self._probed, tolerates_errors=self._proven)
-        listening = self._panel.listening("before_update")
-        self._panel.notify("before_update", listening, taps.sums.packet, Update(taps.parameters, ()))
+        self._panel.notify("before_update", taps.sums.packet, Update(taps.parameters, ()))
         of_step = taps.sums.packet[Step.name]  # the probe may have replaced the packet
         if loss is not None:
             of_step["losses"].fill_(1)

@@ -177,9 +177,11 @@ class Panel:
             and (quantity.data == "probe") == self.probing
         ]
 
-    def notify(self, tap: str, quantities: Iterable[Quantity], packet: Packet | Piece, event: object) -> None:
-        """Call a tap of the quantities; one that raises has no values in this step."""
-        for quantity in quantities:
+    def notify(
+        self, tap: str, packet: Packet | Piece, event: object, quantities: Iterable[Quantity] | None = None
+    ) -> None:
+        """Call a tap of `quantities` (None: all that listen); one that raises has no values in this step."""
+        for quantity in self.listening(tap) if quantities is None else quantities:
             if quantity.name in self.failures:
                 continue
             try:

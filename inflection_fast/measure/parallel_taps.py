@@ -98,11 +98,8 @@ class ParallelTaps(GraphTaps):
 
     @catch_hook_errors
     def _read_whole(self) -> None:
-        listening = self._panel.listening("on_backward_end")
-        if listening and self.backwards:
-            self._panel.notify("on_backward_end", listening, self.sums.packet, self.parameters)
-            self.parameters_read = True
-            self.stepped_inside = self.parameters.lost_gradients
+        if self._panel.listening("on_backward_end") and self.backwards:
+            self._notify_backward_end()
 
     def gather(self, loss_scale: float | Tensor) -> None:
         """As `Taps.gather`, without the scale of the schedule."""

@@ -211,7 +211,7 @@ class Probe:
             event = self._thinned(self._beside_reference(features))
             self._clock.seen()
             for panel, of, quantities in listeners:
-                panel.notify("on_probe", quantities, of, event)
+                panel.notify("on_probe", of, event, quantities)
         if taps is not None:
             for name in listening.due:
                 for field, view in taps.sums.packet[name].items():

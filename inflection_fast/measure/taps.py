@@ -234,7 +234,7 @@ class Taps:
         if self._sees_attention:
             self._attention.end_forward(micro_batch, self.sums, tolerates_errors=self.tolerates_errors)
         event = micro_batch.output(output, bool(self._decoders))
-        self._panel.notify("on_model_output", self._panel.listening("on_model_output"), micro_batch.piece, event)
+        self._panel.notify("on_model_output", micro_batch.piece, event)
         for tensor in tensors_of(output):
             if tensor.requires_grad:
                 tensor.register_hook(partial(self._backward_begins, micro_batch))
@@ -307,11 +307,9 @@ class Taps:
     def _notify_block(
         self, micro_batch: MicroBatch, layer: int, block: nn.Module, before: tuple, hidden: Tensor
     ) -> None:
-        listening = self._panel.listening("on_block")
-        if not listening:
-            return
-        event = micro_batch.block(layer, block, before, hidden, layer in self._decoders)
-        self._panel.notify("on_block", listening, micro_batch.piece, event)
+        if self._panel.listening("on_block"):
+            event = micro_batch.block(layer, block, before, hidden, layer in self._decoders)
+            self._panel.notify("on_block", micro_batch.piece, event)
 
     def _recomputed(self, layers: list[int]) -> tuple[MicroBatch | None, int | None]:
         # Backward passes visit micro-batches in any order. Each layer is recomputed once per micro-batch; of a module
@@ -330,7 +328,7 @@ class Taps:
         if self._current is not None and layer in layers and torch.is_grad_enabled():
             tokens = self._current.tokens_of(next(tensors_of(args), None), layer in self._decoders)
             event = SubmoduleForward(layer, name, module, args, kwargs, output, tokens)
-            self._panel.notify("on_submodule", [quantity], self._current.piece, event)
+            self._panel.notify("on_submodule", self._current.piece, event, [quantity])
 
     @catch_hook_errors
     def _observe(self, module: nn.Module | None, read: Callable[[], AttentionCall]) -> None:
@@ -357,8 +355,7 @@ class Taps:
     ) -> None:
         micro_batch.reached.add(layer)
         event = OutputGradient(layer, gradient, micro_batch.index, sequences)
-        listening = self._panel.listening("on_output_gradient")
-        self._panel.notify("on_output_gradient", listening, micro_batch.piece, event)
+        self._panel.notify("on_output_gradient", micro_batch.piece, event)
 
     def _backward_begins(self, micro_batch: MicroBatch, gradient: Tensor) -> None:
         # The backward pass begins at the outputs of the model, also under checkpointing, whose blocks run backward
@@ -381,18 +378,18 @@ class Taps:
         if micro_batch is not None and micro_batch.live:
             share = sharded_over(gradient) / self._layout.tensor
             event = ParameterGradient(layer, name, parameter, local_of(gradient.detach()), micro_batch.index, share)
-            listening = self._panel.listening("on_parameter_gradient")
-            self._panel.notify("on_parameter_gradient", listening, micro_batch.piece, event)
+            self._panel.notify("on_parameter_gradient", micro_batch.piece, event)
 
     @catch_hook_errors
     def _read_parameters(self, micro_batch: MicroBatch) -> None:
         micro_batch.reads_parameters = False
         if micro_batch.live:
-            self._panel.notify(
-                "on_backward_end", self._panel.listening("on_backward_end"), self.sums.packet, self.parameters
-            )
-            self.parameters_read = True
-            self.stepped_inside = self.parameters.lost_gradients
+            self._notify_backward_end()
+
+    def _notify_backward_end(self) -> None:
+        self._panel.notify("on_backward_end", self.sums.packet, self.parameters)
+        self.parameters_read = True
+        self.stepped_inside = self.parameters.lost_gradients
 
     # ---- the end of a step -------------------------------------------------------------------------------------------
 

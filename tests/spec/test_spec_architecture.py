@@ -23,7 +23,7 @@ OWN = {  # part -> parts of ours that it may import; the table of docs/design.md
     "integrations": {"ops", "measure", "timeline", "alerts", "blocks", "decide", "act"},
     "report": DECIDING | {"records", "alerts", "atomic"},
     "run": (ALL - {"run", "checkpoints"}) | {"atomic", "records"}, "checkpoints": (ALL - {"checkpoints"}) | {"atomic"},
-    "study": ALL, "cli": {"run", "report", "decide", "study", "checkpoints", "integrations"},
+    "study": ALL | {"atomic"}, "cli": {"run", "report", "decide", "study", "checkpoints", "integrations"},
     "__main__": {"cli"}, "__init__": ALL,
 }  # fmt: skip
 TYPES = {"decide": {"torch", "peft"}}  # for type checkers only
