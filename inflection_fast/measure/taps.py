@@ -247,12 +247,8 @@ class Taps:
 
     # ---- blocks ------------------------------------------------------------------------------------------------------
 
-    def _is_own(self, block: nn.Module) -> bool:
-        """Whether `block` belongs to the measured model and not to a copy of it."""
-        return block in self._layers
-
     def _block_begins(self, layers: list[int], block: nn.Module, args: tuple, kwargs: dict):
-        if not self._is_own(block):
+        if block not in self._layers:  # of a copy of the model
             return None
         self._block_entered(layers, block, args, kwargs)
         if self._wants_gradients and torch.is_grad_enabled():
@@ -281,12 +277,14 @@ class Taps:
     def _block_follows(self, block: nn.Module, args: tuple, output: object) -> object:
         layer = self._running[-1][0] if self._running else None
         return (
-            None if layer is None or not self._is_own(block) else self._frozen.block_ends(self._current, layer, output)
+            None
+            if layer is None or block not in self._layers
+            else self._frozen.block_ends(self._current, layer, output)
         )
 
     @catch_hook_errors
     def _block_ends(self, layers: list[int], block: nn.Module, args: tuple, output: object) -> None:
-        if not self._is_own(block):
+        if block not in self._layers:
             return
         micro_batch, hidden = self._current, output_of(block, output)
         layer, before = self._running.pop() if micro_batch is not None and self._running else (None, ())
