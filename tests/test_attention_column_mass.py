@@ -200,8 +200,8 @@ Q, K = torch.zeros(2, 4, 5, 8), torch.zeros(2, 2, 7, 8)
 BAD = {
     "lse: expected a tensor": (TypeError, (Q, K, None), {}),
     "lse: expected dtype": (TypeError, (Q, K, torch.zeros(2, 4, 5).double()), {}),
-    "lse: expected one per row, \\[2, 4, 5\\], got": (ValueError, (Q, K, torch.zeros(2, 4, 1)), {}),
-    "lse: expected one per row, \\[2, 4, 2\\], got": (
+    "lse: expected shape \\[2, 4, 5\\], got": (ValueError, (Q, K, torch.zeros(2, 4, 1)), {}),
+    "lse: expected shape \\[2, 4, 2\\], got": (
         ValueError, (Q, K, torch.zeros(2, 4, 5)), {"rows": torch.tensor([0, 1])},
     ),
     "key: 3 heads do not divide the 4": (ValueError, (Q, torch.zeros(2, 3, 7, 8), torch.zeros(2, 4, 5)), {}),

@@ -148,7 +148,7 @@ BAD = {
     "key: 3 heads": (ValueError, {"key": torch.zeros(2, 3, 7, 8)}),
     "share: expected a number above 0": (ValueError, {"share": 1.0}),
     "block: expected at least 1": (ValueError, {"block": 0}),
-    "valid: expected bool": (ValueError, {"valid": torch.ones(2, 4, dtype=torch.bool)}),
+    "valid: expected shape": (ValueError, {"valid": torch.ones(2, 4, dtype=torch.bool)}),
     "is_causal: expected a bool": (TypeError, {"is_causal": 1}),
 }
 

@@ -277,7 +277,7 @@ BAD = {
     "softcap: expected a number above 0": (ValueError, (Q, K), {"softcap": 0.0}),
     "sinks: expected one per head": (ValueError, (Q, K), {"sinks": torch.zeros(2)}),
     "rows: expected dtype": (TypeError, (Q, K), {"rows": torch.zeros(2, dtype=torch.int32)}),
-    "rows: expected one dimension": (ValueError, (Q, K), {"rows": torch.zeros(1, 1).long()}),
+    "rows: expected shape": (ValueError, (Q, K), {"rows": torch.zeros(1, 1).long()}),
 }
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from inflection_fast import ops
-from inflection_fast.ops.tap_gradient import listened_to, tap_gradient
+from inflection_fast.ops.tap_gradient import gradient_tap, tap_gradient
 
 pytestmark = [pytest.mark.kernel, pytest.mark.emulated, pytest.mark.sanitized]
 
@@ -39,7 +39,7 @@ def test_gradients_add_up_and_a_flag_that_is_down_leaves_everything():
 def test_a_gradient_is_listened_to_on_its_way_and_arrives_unchanged():
     slots, x = slots_of(), torch.randn(3, 4, requires_grad=True)
     weights = torch.randn(3, 4)
-    (listened_to(x * 2, slots, 0, flag=flag()) * weights).sum().backward()
+    (gradient_tap(x * 2, slots, 0, flag=flag()) * weights).sum().backward()
     assert torch.equal(x.grad, 2 * weights)
     torch.testing.assert_close(slots[0, 1], weights.double().square().sum())
 

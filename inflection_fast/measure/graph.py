@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..blocks import Block
 from ..ops.tap_attention import ATTENTION_SUMS, tap_attention
-from ..ops.tap_gradient import GRADIENT_SUMS, listened_to
+from ..ops.tap_gradient import GRADIENT_SUMS, gradient_tap
 from ..quantities.activation_grad import ActivationGrad
 from ..quantities.attention import Attention, CrossAttention
 from ..quantities.dtensors import is_dtensor
@@ -253,13 +253,13 @@ class TracedTaps:
         if isinstance(output, Tensor):
             if not output.requires_grad:
                 return None
-            return listened_to(output, slots.gradients, layer, flag=slots.measures_gradients)
+            return gradient_tap(output, slots.gradients, layer, flag=slots.measures_gradients)
         if isinstance(output, tuple):
             for i, value in enumerate(output):
                 if isinstance(value, Tensor) and value.is_floating_point():
                     if not value.requires_grad:
                         return None
-                    value = listened_to(value, slots.gradients, layer, flag=slots.measures_gradients)
+                    value = gradient_tap(value, slots.gradients, layer, flag=slots.measures_gradients)
                     return (*output[:i], value, *output[i + 1 :])
         return None
 

@@ -1,4 +1,4 @@
-"""What a block gives out, and how far it moved what it took in: sums over tokens, from one read of both."""
+"""Moments of a block's output, and its distance from the block's input: sums over tokens in one pass."""
 
 from __future__ import annotations
 
@@ -31,37 +31,39 @@ MASSIVE_OF_MEDIAN = 1000.0  # kMassiveOfMedian
 
 
 class ActivationMoments(NamedTuple):
-    """Sums over the rows that count, and the largest magnitude. Sums of batches and ranks add up."""
+    """Sums over the rows that count, and the largest magnitude. To merge batches or ranks, add the sums."""
 
     sums: Tensor
     """float64 ``[12]``, in the order of `MOMENT_SUMS`."""
     largest: Tensor
-    """float32 ``[]``, largest magnitude of `output`; 0 without rows."""
+    """float32 ``[]``, largest magnitude of `output`; 0 if there are no rows."""
 
 
 def activation_moments(output: Tensor, input: Tensor | None = None, *, mask: Tensor | None = None) -> ActivationMoments:
-    """Moments of activations, and how far a block moved its input, over all rows (tokens).
+    """Moments of a block's output, and how far the block moved its input, over all rows (tokens).
 
-    With rows y of `output` and x of `input`, `sums` holds: the number of `rows` and of their `elements`; the sums of y
-    (`first`), y^2, y^3 and y^4; the number of `massive` activations, those with ``|y| > 100`` and ``|y| >= 1000 *
-    median(|y|)`` over their row (Sun et al. 2024, arXiv 2402.17762; the lower median, as ``torch.median`` takes it);
-    the sum of x^2 (`input`); the sum over rows of ``||y - x|| / ||x||`` (`ratio`) over the `ratio_rows` with
-    ``||x|| > 0``, and of ``x.y / (||x|| ||y||)`` (`cosine`) over the `cosine_rows` where both norms are above 0. The
-    last five are 0 without `input`.
+    With rows y of `output` and x of `input`, `sums` holds:
 
-    Every product and sum is float64, so any norm that the inputs' dtypes can hold comes out right. Each element is read
-    once from memory; a row with an activation above 100 is read again, from the cache, and 32 times more if it has a
-    massive one. Sums of powers about 0: a kurtosis from them errs by 1e-16 times (mean / standard deviation)^4. The
-    same in every run and for any number of threads. Not differentiable: inputs are read as values.
+    * `rows` and `elements`: numbers of rows and of their elements;
+    * `first` to `fourth`: sums of y, y^2, y^3 and y^4;
+    * `massive`: number of activations with ``|y| > 100`` and ``|y| >= 1000 * median(|y|)`` of their row (Sun et al.
+      2024, arXiv 2402.17762), with the lower median, as ``torch.median``;
+    * `input`: sum of x^2;
+    * `ratio`: sum of ``||y - x|| / ||x||`` over the `ratio_rows` with ``||x|| > 0``;
+    * `cosine`: sum of ``x.y / (||x|| ||y||)`` over the `cosine_rows` whose norms are both above 0.
+
+    The last five are 0 without `input`. Products and sums are float64. Powers are taken about 0: a kurtosis computed
+    from them errs by 1e-16 times (mean / standard deviation)^4. Each element is read once from memory; a row with a
+    massive activation is read again from the cache, to find its median. The result does not depend on the number of
+    threads. Not differentiable.
 
     Args:
         output: ``[..., D]``, float32, bfloat16 or float16, any strides, at most 9 dimensions.
-        input: of the shape of `output`, any of these dtypes; None: only `output` is described.
-        mask: bool, broadcastable to ``[...]``; True counts. None: every row does.
+        input: same shape as `output`, any of these dtypes; None: only `output` is described.
+        mask: bool, broadcastable to ``[...]``, True counts; None: all rows count.
 
     Returns:
-        `ActivationMoments`. A row that holds NaN makes NaN of every number it is part of, infinities likewise where
-        they cancel.
+        `ActivationMoments`. NaN in a row makes all numbers of that row NaN, also infinities that cancel.
 
     Raises:
         TypeError: an argument is no tensor of these dtypes.
@@ -75,12 +77,8 @@ def activation_moments(output: Tensor, input: Tensor | None = None, *, mask: Ten
         if input.shape != output.shape:
             raise ValueError(f"input: expected the shape of output, {list(output.shape)}, got {list(input.shape)}")
     if mask is not None:
-        if checks.device_tensor(mask, "mask", output, "output").dtype != torch.bool:
-            raise TypeError(f"mask: expected dtype bool (True counts), got {mask.dtype}")
-        rows = output.shape[:-1]
-        tail = rows[len(rows) - mask.ndim :] if mask.ndim <= len(rows) else ()
-        if mask.ndim > len(rows) or any(have not in (1, want) for have, want in zip(mask.shape, tail, strict=True)):
-            raise ValueError(f"mask: shape {list(mask.shape)} does not broadcast to the rows' {list(rows)}")
+        checks.device_tensor(mask, "mask", output, "output", torch.bool)
+        checks.broadcasts(mask, "mask", output.shape[:-1], "the rows")
     checks.no_tangent("activation_moments", output, input, differentiable=False)
     with torch.no_grad():
         return ActivationMoments(*torch.ops.inflection_fast.activation_moments(output, input, mask))

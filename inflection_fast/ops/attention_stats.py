@@ -15,8 +15,8 @@ __all__ = ["AttentionStats", "attention_entropy", "attention_stats"]
 class AttentionStats(NamedTuple):
     """Statistics of softmax rows, each float32 ``[..., Q]``.
 
-    A row without any key has entropy 0, lse -inf, max_logit -inf, keys 0, collision 0 and sink 0. NaN or +inf at a
-    position that is attended makes every field of that row NaN, except `keys`.
+    A row without keys has entropy 0, lse -inf, max_logit -inf, keys 0, collision 0 and sink 0. NaN or +inf at an
+    attended position makes all fields of that row NaN, except `keys`.
     """
 
     entropy: Tensor
@@ -24,24 +24,24 @@ class AttentionStats(NamedTuple):
     lse: Tensor
     """Log-sum-exp of the scores."""
     max_logit: Tensor
-    """Largest score that is attended."""
+    """Largest attended score."""
     keys: Tensor
-    """Number of keys that are attended."""
+    """Number of attended keys."""
     collision: Tensor
     """Sum of squared probabilities."""
     sink: Tensor
-    """Probability of key 0, of the first key of a packed row's sequence, or of the sink column where there is one."""
+    """Probability of the sink column if there is one, else of key 0 (packed: the first key of the row's sequence)."""
 
 
 def attention_entropy(
     logits: Tensor, *, attn_mask: Tensor | None = None, is_causal: bool = False, scale: float = 1.0
 ) -> Tensor:
-    """Entropy of every softmax row of attention, in nats.
+    """Entropy of each softmax row of attention, in nats.
 
     Equivalent to: ``p = softmax(logits * scale + attn_mask, -1); -xlogy(p, p).sum(-1)``
 
-    Reads every logit once, in its dtype and layout, and keeps no ``[Q, K]`` block. Differentiable in `logits` and in an
-    additive `attn_mask`, once.
+    Reads each logit once, in its dtype and layout, and stores no ``[Q, K]`` intermediate. Differentiable once, with
+    respect to `logits` and to an additive `attn_mask`.
 
     Args:
         logits: ``[..., Q, K]`` scores before the softmax, float32, bfloat16 or float16, any strides.
@@ -50,11 +50,11 @@ def attention_entropy(
         scale: factor on `logits`, before the mask; any finite number.
 
     Returns:
-        float32 ``[..., Q]``. Values at or below half of the lowest finite number of their dtype, in `logits` or
-        `attn_mask`, are -inf. A row without keys is 0; NaN or +inf where it is attended makes its row NaN.
+        float32 ``[..., Q]``. A value of `logits` or `attn_mask` at or below half of the lowest finite number of its
+        dtype counts as -inf. A row without keys has entropy 0. NaN or +inf at an attended position makes its row NaN.
 
     Raises:
-        TypeError: an argument is not of these types and dtypes.
+        TypeError: an argument has another type or dtype.
         ValueError: a shape, a device or `scale` does not fit.
     """
     return forward(logits, attn_mask, is_causal, scale, entropy_only=True).entropy
@@ -63,9 +63,9 @@ def attention_entropy(
 def attention_stats(
     logits: Tensor, *, attn_mask: Tensor | None = None, is_causal: bool = False, scale: float = 1.0
 ) -> AttentionStats:
-    """All statistics of every softmax row of attention in one pass; see `AttentionStats`.
+    """All statistics of each softmax row of attention in one pass; see `AttentionStats`.
 
-    Arguments and errors as for `attention_entropy`. `entropy`, `lse`, `collision` and `sink` are differentiable, once.
+    Arguments and errors as for `attention_entropy`. `entropy`, `lse`, `collision` and `sink` are differentiable once.
 
     Equivalent to: ``s = logits * scale + attn_mask; p = softmax(s, -1)``, then the entropy of p, ``logsumexp(s, -1)``,
     ``s.amax(-1)``, ``(s > -inf).sum(-1)``, ``(p * p).sum(-1)`` and ``p[..., 0]``
@@ -115,7 +115,7 @@ def backward(ctx, grad_entropy, grad_lse, _grad_max_logit, _grad_keys, grad_coll
         grads[2:] = None, None
     if all(grad is None for grad in grads):
         return None, None, None, None, None
-    grads = [None if grad is None else grad.contiguous() for grad in grads]  # [..., Q]: small beside the logits
+    grads = [None if grad is None else grad.contiguous() for grad in grads]  # [..., Q]: small compared with the logits
     of_scores = ctx.needs_input_grad[1]
     grad = torch.ops.inflection_fast.attention_stats_backward(
         *grads, *rows, logits, attn_mask, ctx.is_causal, ctx.scale, of_scores

@@ -1,4 +1,4 @@
-"""Statistics of attention rows, fused from queries and keys: no matrix of scores is ever stored."""
+"""Statistics of attention rows, fused from queries and keys. The matrix of scores is never stored."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def attention_entropy_qk(
     rows: Tensor | None = None,
     cu_seqlens: Tensor | PackedSequences | None = None,
 ) -> Tensor:
-    """Entropy of every row of attention probabilities, in nats, from queries and keys.
+    """Entropy of each row of attention probabilities, in nats, from queries and keys.
 
     Equivalent to: ``p = (scale * query @ key.mT + mask).softmax(-1); -(p * p.log()).sum(-1)``
 
-    Arguments, errors and derivatives are those of `attention_stats_qk`; only less is computed.
+    Arguments, errors and derivatives are those of `attention_stats_qk`. Faster, because only the entropy is computed.
 
     Returns:
         float32 ``[B, H, Q]``, or ``[B, H, R]`` with `rows`.
@@ -51,32 +51,34 @@ def attention_stats_qk(
     rows: Tensor | None = None,
     cu_seqlens: Tensor | PackedSequences | None = None,
 ) -> AttentionStats:
-    """Statistics of every row of attention probabilities, from queries and keys.
+    """Statistics of each row of attention probabilities, from queries and keys.
 
-    Equivalent to: ``attention_stats(scale * query @ key.mT, attn_mask=...)`` without storing the scores: beyond its
-    result the operator needs a fixed amount of memory per thread. Differentiable once with respect to `query`, `key`
-    and `sinks`, through entropy, lse, collision and sink; the backward pass recomputes the scores.
+    Equivalent to: ``attention_stats(scale * query @ key.mT, attn_mask=...)``, without storing the scores. Memory beside
+    the result is a fixed amount per thread. `entropy`, `lse`, `collision` and `sink` are differentiable once, with
+    respect to `query`, `key` and `sinks`; the backward pass recomputes the scores.
 
     Args:
         query: ``[B, H, Q, D]``, float32, bfloat16 or float16, any strides, D at most 512.
         key: ``[B, Hkv, K, D]``, like `query`; H a multiple of Hkv (grouped queries).
-        attn_mask: broadcastable to ``[B, H, Q, K]``; bool (True attends), or float values that are added, where those
-            at or below half of their dtype's lowest finite number are -inf. A mask that requires grad is refused.
+        attn_mask: broadcastable to ``[B, H, Q, K]``; bool (True attends) or float, which is added to the scores. A
+            value at or below half of the lowest finite number of its dtype counts as -inf. It must not require grad.
         is_causal: row i attends keys j <= i (aligned top-left).
         scale: factor of the scores; None is ``1 / sqrt(D)``.
         window: (left, right): row i attends keys i - left <= j <= i + right; -1 or None is no bound.
         softcap: c > 0 makes the scores ``c * tanh(s / c)`` before the mask; None leaves them.
-        sinks: ``[H]``, scores of one more column per head, which has no value. Entropy, lse and collision count it.
-        rows: int64 ``[R]``, query positions in ``[0, Q)``, any order: only these rows are computed. On CUDA, and under
-            torch.compile, where looking at the values would cost a synchronisation, a position outside gives NaN.
-        cu_seqlens: int32 or int64 ``[S + 1]``, numbers in ``[0, Q]`` that never fall, or the `PackedSequences` that
-            layers share: sequence s lies at positions ``cu_seqlens[s]`` to ``cu_seqlens[s + 1] - 1`` of queries and
-            keys alike (Q = K). A row attends keys of its own sequence only; one that is in none attends nothing. `sink`
-            is then the probability of the first key of the row's sequence. Checked where `rows` are.
+        sinks: ``[H]``, learned sink logits: scores of one additional column per head, which has no value vector.
+            Entropy, lse and collision include it.
+        rows: int64 ``[R]``, query positions in ``[0, Q)`` in any order: only these rows are computed. A position out of
+            range is an error on the CPU; on CUDA, and under torch.compile, it gives NaN, as a check would synchronise.
+        cu_seqlens: cumulative lengths of packed sequences, as in flash-attention: int32 or int64 ``[S + 1]``,
+            non-decreasing numbers in ``[0, Q]``, or `PackedSequences`. Sequence s has the positions ``cu_seqlens[s]``
+            to ``cu_seqlens[s + 1] - 1`` of queries and of keys (Q = K). A row attends only keys of its own sequence; a
+            row in no sequence attends nothing. `sink` is the probability of the first key of the row's sequence. Values
+            are checked on the CPU only, as those of `rows`.
 
     Returns:
         `AttentionStats`, each float32 ``[B, H, Q]``, or ``[B, H, R]`` with `rows`. A row without keys has entropy 0 and
-        lse -inf; NaN or +inf among the scores that a row attends makes that row NaN, and no other.
+        lse -inf. NaN or +inf among the attended scores of a row makes that row NaN, and no other.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
@@ -93,7 +95,7 @@ def _call(query, key, attn_mask, is_causal, scale, window, softcap, sinks, rows,
     )
     if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
         raise ValueError("attn_mask: requires grad, but no gradient is computed for masks; pass attn_mask.detach()")
-    sinks = None if sinks is None else checks.sinks(sinks, query).float().contiguous()  # one number per head
+    sinks = None if sinks is None else checks.sinks(sinks, query)
     checks.no_tangent("attention_stats_qk", query, key, attn_mask, sinks)
     *stats, _lse_low = torch.ops.inflection_fast.attention_stats_qk(
         query, key, attn_mask, *numbers, sinks, rows, key_bounds, entropy_only
@@ -104,7 +106,7 @@ def _call(query, key, attn_mask, is_causal, scale, window, softcap, sinks, rows,
 @torch.library.register_fake("inflection_fast::attention_stats_qk")
 def _(query, key, attn_mask, is_causal, scale, left, right, softcap, sinks, rows, key_bounds, entropy_only):
     shape = (*query.shape[:2], query.shape[2] if rows is None else rows.shape[0])
-    rest = (0,) if entropy_only else shape  # all but entropy, lse and what that lost when it was rounded
+    rest = (0,) if entropy_only else shape  # all but entropy, lse and lse_low, the rounding error of lse
     return tuple(query.new_empty(size, dtype=torch.float32) for size in (shape, shape, rest, rest, rest, rest, shape))
 
 
@@ -130,14 +132,14 @@ def backward(ctx, grad_entropy, grad_lse, _grad_max_logit, _grad_keys, grad_coll
     grads = [grad_entropy, grad_lse, grad_collision, grad_sink]
     if ctx.entropy_only:
         grads[2:] = None, None
-    grads = [None if grad is None else grad.contiguous() for grad in grads]  # one number per row
+    grads = [None if grad is None else grad.contiguous() for grad in grads]
     grad_query = grad_key = grad_sinks = None
     wanted = any(grad is not None for grad in grads)
     if wanted and (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]):
         grad_query, grad_key = torch.ops.inflection_fast.attention_stats_qk_backward(
             *grads, *stats, query, key, attn_mask, *ctx.numbers, sinks is not None, rows, key_bounds
         )
-        if rows is not None:  # positions may repeat, and most positions were not asked for
+        if rows is not None:  # positions may repeat
             grad_query = grad_query.new_zeros(query.shape).index_add_(2, rows, grad_query)
         grad_query, grad_key = grad_query.to(query.dtype), grad_key.to(key.dtype)
     if wanted and ctx.needs_input_grad[8]:
@@ -146,7 +148,7 @@ def backward(ctx, grad_entropy, grad_lse, _grad_max_logit, _grad_keys, grad_coll
 
 
 def sink_gradient(sinks, grad_entropy, grad_lse, grad_collision, grad_sink, entropy, lse, collision, sink, lse_low):
-    """The derivative with respect to the scores of one more column, which is the column that `sink` reports."""
+    """Gradient of the sink logits, whose column is the one that `sink` reports."""
     empty = lse == -torch.inf
     log_p = (sinks[:, None] - lse - lse_low).masked_fill(empty, 0.0).clamp(min=-88.0, max=0.0)
     p = log_p.exp().masked_fill(empty, 0.0)

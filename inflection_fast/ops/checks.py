@@ -1,4 +1,4 @@
-"""The checks of operator arguments, each written once: what came, and what is accepted."""
+"""Checks of operator arguments. An error names the argument, what it is, and what is accepted."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def float_tensor(value: object, name: str) -> Tensor:
 
 
 def no_tangent(operator: str, *values: Tensor | None, differentiable: bool = True) -> None:
-    """Refuse what carries a tangent of forward-mode differentiation: `operator` would answer with a tangent of 0."""
+    """Refuse tensors with a tangent of forward-mode differentiation: the result would have a tangent of 0."""
     for value in values:
         if value is not None and unpack_dual(value).tangent is not None:
             way = "use backward(), or pass x.detach()" if differentiable else "pass x.detach()"
@@ -40,29 +40,49 @@ def no_tangent(operator: str, *values: Tensor | None, differentiable: bool = Tru
 
 
 def same_device(value: Tensor, name: str, like: Tensor, like_name: str) -> None:
-    """Refuse operands that lie on different devices."""
+    """Refuse operands on different devices."""
     if value.device != like.device:
         raise ValueError(f"{name}: is on {value.device}, but {like_name} is on {like.device}")
 
 
-def device_tensor(value: object, name: str, like: Tensor, like_name: str) -> Tensor:
-    """`value`, if it is a tensor on the device of `like`."""
+def device_tensor(value: object, name: str, like: Tensor, like_name: str, dtype: torch.dtype | None = None) -> Tensor:
+    """`value`, if it is a tensor on the device of `like`, and of `dtype` if one is given."""
     found = tensor(value, name)
+    if dtype is not None and found.dtype != dtype:
+        expected = "bool (True counts)" if dtype == torch.bool else dtype
+        raise TypeError(f"{name}: expected dtype {expected}, got {found.dtype}")
     same_device(found, name, like, like_name)
     return found
 
 
+def shape(value: Tensor, name: str, *accepted: Sequence[int | str]) -> None:
+    """Refuse a tensor that has none of the `accepted` shapes; a string in a shape stands for any size."""
+    for sizes in accepted:
+        if len(sizes) == value.ndim and all(
+            n == m or isinstance(n, str) for n, m in zip(sizes, value.shape, strict=True)
+        ):
+            return
+    wanted = " or ".join(f"[{', '.join(map(str, sizes))}]" for sizes in accepted)
+    raise ValueError(f"{name}: expected shape {wanted}, got {list(value.shape)}")
+
+
+def broadcasts(mask: Tensor, name: str, sizes: Sequence[int], what: str) -> None:
+    """Refuse a mask that does not broadcast to `sizes`, those of `what`."""
+    sizes = list(sizes)
+    aligned = [1] * (len(sizes) - mask.ndim) + list(mask.shape)
+    if len(aligned) != len(sizes) or any(have not in (1, want) for have, want in zip(aligned, sizes, strict=True)):
+        raise ValueError(f"{name}: shape {list(mask.shape)} does not broadcast to {what}, {sizes}")
+
+
 def attn_mask(value: object, shape: Sequence[int], like: Tensor, like_name: str) -> Tensor | None:
-    """`value`, if it is None or a mask that broadcasts to the scores, of `shape`, on the device of `like`."""
+    """`value`, if it is None or a mask that broadcasts to scores of `shape`, on the device of `like`."""
     if value is None:
         return None
     mask = tensor(value, "attn_mask")
     if mask.dtype not in (torch.bool, *FLOATS):
         raise TypeError(f"attn_mask: expected dtype bool (True attends), {FLOAT_NAMES} (added), got {mask.dtype}")
     same_device(mask, "attn_mask", like, like_name)
-    tail = shape[len(shape) - mask.ndim :] if mask.ndim <= len(shape) else ()
-    if mask.ndim > len(shape) or any(have not in (1, want) for have, want in zip(mask.shape, tail, strict=True)):
-        raise ValueError(f"attn_mask: shape {list(mask.shape)} does not broadcast to the scores' {list(shape)}")
+    broadcasts(mask, "attn_mask", shape, "the scores")
     return mask
 
 
@@ -103,7 +123,7 @@ MAX_KEYS = 2**31 - 256  # kMostKeys in csrc/kernels.h
 
 
 def length(count: int, name: str, what: str) -> None:
-    """Refuse more queries or keys than kernels count in 32 bits."""
+    """Refuse more queries or keys than a 32-bit counter of the kernels holds."""
     if count > MAX_KEYS:
         raise ValueError(f"{name}: expected at most {MAX_KEYS} {what}, got {count}")
 
@@ -145,22 +165,18 @@ def window(value: object) -> tuple[int, int]:
 
 
 def sinks(value: object, query: Tensor) -> Tensor:
-    """`value`, if it is one float per head of `query`."""
+    """`value` as contiguous float32, if it is one float per head of `query`."""
     found = float_tensor(value, "sinks")
     if found.shape != query.shape[1:2]:
         raise ValueError(f"sinks: expected one per head, [{query.shape[1]}], got {list(found.shape)}")
     same_device(found, "sinks", query, "query")
-    return found
+    return found.float().contiguous()
 
 
 def rows(value: object, queries: int, query: Tensor) -> Tensor:
-    """`value`, if it is a vector of positions in [0, queries); read only on the CPU, and not while compiling."""
-    found = tensor(value, "rows")
-    if found.dtype != torch.int64:
-        raise TypeError(f"rows: expected dtype torch.int64, got {found.dtype}")
-    if found.ndim != 1:
-        raise ValueError(f"rows: expected one dimension, got {list(found.shape)}")
-    same_device(found, "rows", query, "query")
+    """`value`, if it is a vector of positions in [0, queries). Values are read on the CPU only, not while compiling."""
+    found = device_tensor(value, "rows", query, "query", torch.int64)
+    shape(found, "rows", "R")
     if found.is_cpu and found.numel() and not torch.compiler.is_compiling():
         low, high = (int(bound) for bound in found.aminmax())
         if low < 0 or high >= queries:
@@ -169,7 +185,7 @@ def rows(value: object, queries: int, query: Tensor) -> Tensor:
 
 
 def packed_lengths(query: Tensor, key: Tensor, length: int) -> None:
-    """Refuse packed sequences that are not over `length` queries and as many keys."""
+    """Refuse packed sequences unless there are `length` queries and as many keys."""
     queries, keys = query.shape[2], key.shape[2]
     if queries != keys:
         raise ValueError(f"cu_seqlens: needs as many queries as keys, got {queries} queries and {keys} keys")
@@ -178,7 +194,7 @@ def packed_lengths(query: Tensor, key: Tensor, length: int) -> None:
 
 
 def cu_seqlens(value: object, length: int) -> Tensor:
-    """`value`, if it is a vector of cumulative lengths of sequences packed into `length`; read where `rows` are."""
+    """`value`, if it holds cumulative lengths of sequences packed into `length` positions. Read as `rows` are."""
     found = tensor(value, "cu_seqlens")
     if found.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens: expected dtype torch.int32 or torch.int64, got {found.dtype}")
@@ -210,49 +226,37 @@ def features(value: object, name: str) -> Tensor:
     return found
 
 
+def same_dtype(y: Tensor, name: str, x: Tensor, x_name: str) -> None:
+    """Refuse two sets of features of different dtypes."""
+    if x.dtype != y.dtype:
+        raise TypeError(f"{name}: expected dtype {x.dtype} as {x_name} has, got {y.dtype}")
+
+
 def paired_features(first: object, second: object, names: tuple[str, str]) -> tuple[Tensor, Tensor]:
     """Both, if they are features ``[..., N, D]`` and ``[..., N, D2]`` of one dtype on one device."""
     x, y = features(first, names[0]), features(second, names[1])
-    if x.dtype != y.dtype:
-        raise TypeError(f"{names[1]}: expected dtype {x.dtype} as {names[0]} has, got {y.dtype}")
+    same_dtype(y, names[1], x, names[0])
     same_device(y, names[1], x, names[0])
-    if x.shape[:-1] != y.shape[:-1]:
-        shape = ", ".join(map(str, (*x.shape[:-1], "D")))
-        raise ValueError(f"{names[1]}: expected shape [{shape}] as {names[0]} has, got {list(y.shape)}")
+    shape(y, names[1], (*x.shape[:-1], "D"))
     return x, y
 
 
-def row_mask(value: object, name: str, like: Tensor) -> Tensor:
-    """`value`, if it is a bool mask [N] or [L, N] of the rows of `like` [L, N, D]."""
-    mask = tensor(value, name)
-    if mask.dtype != torch.bool:
-        raise TypeError(f"{name}: expected dtype bool (True counts), got {mask.dtype}")
-    same_device(mask, name, like, "x")
-    if tuple(mask.shape) not in (tuple(like.shape[:2]), (like.shape[1],)):
-        raise ValueError(f"{name}: expected shape [{like.shape[1]}] or {list(like.shape[:2])}, got {list(mask.shape)}")
-    return mask
-
-
 def sequences(value: object, like: Tensor) -> Tensor:
-    """`value`, if it is a vector [N] that says of which sequence each row of `like` [L, N, D] is."""
-    found = tensor(value, "sequences")
-    if found.dtype != torch.int64:
-        raise TypeError(f"sequences: expected dtype torch.int64, got {found.dtype}")
-    same_device(found, "sequences", like, "x")
-    if tuple(found.shape) != (like.shape[-2],):
-        raise ValueError(f"sequences: expected shape [{like.shape[-2]}], got {list(found.shape)}")
+    """`value`, if it is a vector [N] with the number of the sequence of each row of `like` [..., N, D]."""
+    found = device_tensor(value, "sequences", like, "x", torch.int64)
+    shape(found, "sequences", like.shape[-2:-1])
     return found
 
 
 def memory_bytes(device: torch.device) -> int:
-    """All the memory of a device."""
+    """Total memory of a device, in bytes."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def fits(need: int, device: torch.device, what: str) -> None:
-    """Refuse what needs more bytes than the device has; `what` begins with the argument that asks for them."""
+    """Refuse an allocation of more bytes than the device has. `what` begins with the name of the argument."""
     have = memory_bytes(device)
     if need > have:
         raise ValueError(f"{what} take {need} bytes, {device} has {have}")

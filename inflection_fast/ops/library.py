@@ -1,7 +1,7 @@
-"""Loads the operator libraries: the CPU one always, the CUDA one where torch has CUDA.
+"""Loads the operator libraries: the CPU library always, the CUDA library if torch has CUDA.
 
-Importing this module defines every ``torch.ops.inflection_fast.*`` operator. A library that is missing or cannot be
-opened is an ImportError that says which command mends it: there is no slower path to fall back to unnoticed.
+Importing this module defines all ``torch.ops.inflection_fast.*`` operators. If a library is missing or cannot be
+opened, the ImportError names the command that rebuilds it. There is no slower fallback.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ def load(stem: str) -> Path:
     except OSError as error:
         raise ImportError(
             f"inflection_fast: {found[0].name} cannot be loaded into torch {torch.__version__} "
-            f"({error.__cause__ or error}); "  # torch names the file, the loader beneath it the reason
+            f"({error.__cause__ or error}); "  # torch's own error names only the file, its cause the reason
             f"it needs torch >= 2.10 on the platform it was built for; rebuild it with: {REBUILD}"
         ) from error
     return found[0]
 
 
 CPU_LIBRARY = load("_cpu")
-# A wheel built without a CUDA toolkit has no CUDA library; its operators then refuse CUDA tensors, and doctor says so.
+# A wheel built without a CUDA toolkit has no CUDA library. Its operators refuse CUDA tensors, and `doctor` reports it.
 CUDA_LIBRARY = load("_cuda") if torch.version.cuda and list(FOLDER.glob("_cuda.*")) else None
 
 
 def build_info() -> dict:
-    """What is loaded: ``{"cpu": {"path", "isa"}, "cuda": {"path"} or None}``; `isa` is the instruction set in use."""
+    """The loaded libraries: ``{"cpu": {"path", "isa"}, "cuda": {"path"} or None}``; `isa`: instruction set in use."""
     isa = ISA_NAMES[torch.ops.inflection_fast.cpu_isa(-1)]
     return {
         "cpu": {"path": str(CPU_LIBRARY), "isa": isa},
@@ -48,7 +48,7 @@ def build_info() -> dict:
 
 
 def refuse_second_derivative(operator: str) -> None:
-    """Make differentiating `operator`, itself a derivative, an error: torch would otherwise warn and return zeros."""
+    """Make differentiation of `operator`, itself a derivative, an error. Torch would only warn and return zeros."""
 
     def backward(ctx, *grads):
         raise NotImplementedError(f"{operator}: second derivatives are not implemented")

@@ -1,4 +1,4 @@
-"""What the operators on queries and keys have in common: their arguments, checked and as the kernels take them."""
+"""Arguments of the operators on queries and keys: their checks, and their form for the kernels."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ __all__ = ["PackedSequences"]
 
 
 class PackedSequences:
-    """Where packed sequences begin and end, made ready for the operators once: the layers of a forward can share it.
+    """Bounds of packed sequences, computed once. All layers of a forward pass can share one object.
 
     Args:
-        cu_seqlens: int32 or int64 ``[S + 1]``, numbers in ``[0, length]`` that never fall. Read when this is made.
-        length: the number of queries, and of keys.
+        cu_seqlens: int32 or int64 ``[S + 1]``, non-decreasing numbers in ``[0, length]``, as in flash-attention.
+        length: number of queries, and of keys.
 
     Raises:
-        TypeError, ValueError: `cu_seqlens` is not that; its values are looked at on the CPU only.
+        TypeError, ValueError: `cu_seqlens` has another dtype or shape, or, on the CPU, other values.
     """
 
     def __init__(self, cu_seqlens: Tensor, length: int):
@@ -26,14 +26,14 @@ class PackedSequences:
         self.key_bounds = key_bounds(cu_seqlens, length)
 
     def of(self, query: Tensor, key: Tensor) -> Tensor:
-        """int64 ``[Q, 2]``, the bounds; ValueError where they are not for as many queries and keys, or elsewhere."""
+        """The bounds, int64 ``[Q, 2]``. ValueError if they are for another length or on another device."""
         checks.packed_lengths(query, key, len(self.key_bounds))
         checks.same_device(self.key_bounds, "cu_seqlens", query, "query")
         return self.key_bounds
 
 
 def qk_arguments(query, key, attn_mask, is_causal, scale, window, softcap, rows, cu_seqlens) -> tuple:
-    """The leading arguments of the operators: query, key, attn_mask, five numbers; then rows and key bounds."""
+    """The first arguments of the operators: query, key, attn_mask, five numbers, rows and key bounds."""
     query, key = checks.query_key(query, key)
     batch, heads, queries, depth = query.shape
     attn_mask = checks.attn_mask(attn_mask, (batch, heads, queries, key.shape[2]), query, "query")
@@ -51,8 +51,8 @@ def qk_arguments(query, key, attn_mask, is_causal, scale, window, softcap, rows,
 
 
 def key_bounds(cu_seqlens: Tensor, length: int) -> Tensor:
-    """int64 ``[length, 2]``: where the sequence of a position begins and ends, both 0 where it is in none."""
+    """int64 ``[length, 2]``: begin and end of the sequence of each position; both 0 for a position in no sequence."""
     position = torch.arange(length, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
-    # By the number of starts up to a position. Few operators: each of them is a kernel launch.
+    # Indexed by the number of starts up to a position. Every operator here is a kernel launch, so there are few.
     bounds = torch.nn.functional.pad(torch.stack([cu_seqlens[:-1], cu_seqlens[1:]], -1).long(), (0, 0, 1, 1))
     return bounds.index_select(0, torch.searchsorted(cu_seqlens, position, right=True))

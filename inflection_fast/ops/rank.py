@@ -1,4 +1,4 @@
-"""Singular values of attention matrices that are never formed: what their rank is, and whether it is one column."""
+"""Rank of attention matrices, from their singular values, without storing the matrices."""
 
 from __future__ import annotations
 
@@ -9,28 +9,29 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .reference import qk_scores
 
 __all__ = ["AttentionRank", "attention_rank"]
 
-EXACT_KEYS = 1024  # up to so many keys the Gram matrix A^T A of a head is decomposed as a whole
-STRIP_BYTES = 8 << 20  # of the probabilities that are there at a time, and of the Gram matrices beside them
+EXACT_KEYS = 1024  # up to this number of keys the full Gram matrix A^T A of a head is decomposed
+STRIP_BYTES = 8 << 20  # of the probabilities in memory at a time, and of the Gram matrices in memory at a time
 KRYLOV_SEED = 0
 
 
 class AttentionRank(NamedTuple):
-    """What the singular values s_1 >= s_2 >= ... of attention matrices A say, each float64 ``[B, H]``.
+    """Rank of attention matrices A with singular values s_1 >= s_2 >= ..., each float64 ``[B, H]``.
 
-    Of a head without any attended row, everything is NaN.
+    All are NaN for a head that attends no key.
     """
 
     k: Tensor
-    """Least k with s_1^2 + ... + s_k^2 >= share * ||A||_F^2; NaN where the Krylov space does not reach the share."""
+    """Least k with s_1^2 + ... + s_k^2 >= share * ||A||_F^2; NaN if the Krylov space holds less than the share."""
     stable: Tensor
     """Stable rank ||A||_F^2 / s_1^2."""
     column_mass: Tensor
-    """Largest share of one column in ||A||_F^2; near 1 all queries attend one key."""
+    """Largest share of one column in ||A||_F^2; near 1 if all queries attend the same key."""
     captured: Tensor
-    """Share of ||A||_F^2 in the space that was searched: 1, or what the block Krylov space holds of it."""
+    """Share of ||A||_F^2 in the searched space: 1 for exact results, else the share in the block Krylov space."""
 
 
 def attention_rank(
@@ -49,28 +50,28 @@ def attention_rank(
     steps: int = 3,
     exact_keys: int = EXACT_KEYS,
 ) -> AttentionRank:
-    """Rank of the attention probabilities A ``[Q, K]`` of every head (arXiv 2404.08634 takes k at share = 0.90).
+    """Rank of the attention probabilities A ``[Q, K]`` of each head (arXiv 2404.08634 uses k at share = 0.90).
 
-    A is made in strips of rows, used and thrown away, so memory is O(K block (steps + 1)) per head beside a strip of 8
-    MiB. Up to `exact_keys` keys the strips add up to A^T A, float64 ``[K, K]`` of as many heads at a time as 8 MiB
-    hold, whose eigenvalues are the squares of all singular values. Beyond, a block Krylov space (Musco & Musco 2015,
-    arXiv 1504.05477) of dimension d = block * (steps + 1) is built from A^T A V and the squares are the eigenvalues of
-    A^T A in it: the leading ones, from below, the first of them accurate to float32. So `stable` and `column_mass` are
-    as without it, and `k` comes out at the true value or above it: exact where the spectrum falls fast, a few too many
-    where it is flat, NaN where the space holds less than `share` of ||A||_F^2, which `captured` says.
+    A is computed in strips of rows, which are not kept: memory is O(K block (steps + 1)) per head and a strip of 8 MiB.
+    Up to `exact_keys` keys the strips are added up to A^T A, float64 ``[K, K]``; its eigenvalues are the squares of all
+    singular values. For more keys, the squares are the eigenvalues of A^T A in a block Krylov space (Musco & Musco
+    2015, arXiv 1504.05477) of dimension d = block * (steps + 1), which approximate the leading ones from below, the
+    first to float32 accuracy. Then `stable` and `column_mass` do not change; `k` is the true value or more: exact if
+    the spectrum falls fast, a few too many if it is flat, NaN if the space holds less than `share` of ||A||_F^2
+    (`captured` is that share).
 
-    Not differentiable. The eigenvalues are found by LAPACK or cuSOLVER, which waits for a GPU once per call.
+    Not differentiable. LAPACK or cuSOLVER computes the eigenvalues, and synchronises with a GPU once per call.
 
     Args:
-        query: ``[B, H, Q, D]``, float32, bfloat16, float16; scores are taken in float32.
+        query: ``[B, H, Q, D]``, float32, bfloat16 or float16; scores are computed in float32.
         key: ``[B, Hkv, K, D]``, H a multiple of Hkv.
         attn_mask, is_causal, scale, window, softcap, sinks: as in `attention_stats_qk`. Sinks take their share of a
-            row; their column is no part of A.
-        valid: bool ``[B, Q]``, rows of A that count; None: all.
-        share: of the squared Frobenius norm, above 0 and below 1.
-        block: columns of the first block of the Krylov space.
-        steps: products with A^T A.
-        exact_keys: most keys for which all singular values are computed.
+            row, but their column is not part of A.
+        valid: bool ``[B, Q]``, True for rows that count; None: all.
+        share: share of the squared Frobenius norm, above 0 and below 1.
+        block: number of columns of the first block of the Krylov space.
+        steps: number of products with A^T A.
+        exact_keys: largest number of keys for which all singular values are computed.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
@@ -84,28 +85,24 @@ def attention_rank(
         raise ValueError(f"share: expected a number above 0 and below 1, got {share}")
     checks.integer(block, "block", 1), checks.integer(steps, "steps", 0), checks.integer(exact_keys, "exact_keys", 0)
     if valid is not None:
-        checks.device_tensor(valid, "valid", query, "query")
-        if valid.dtype != torch.bool or valid.shape != (batch, queries):
-            raise ValueError(f"valid: expected bool [{batch}, {queries}], got {valid.dtype} {list(valid.shape)}")
+        checks.shape(checks.device_tensor(valid, "valid", query, "query", torch.bool), "valid", (batch, queries))
+    sinks = None if sinks is None else checks.sinks(sinks, query)
     options = (checks.flag(is_causal, "is_causal"), scale, checks.window(window), softcap, sinks)
     results = []
     with torch.no_grad():
         for b in range(batch):
-            mask = _of_batch(attn_mask, b)
+            whole = attn_mask is None or attn_mask.ndim < 4 or attn_mask.shape[0] == 1
+            mask = attn_mask if whole else attn_mask[b : b + 1]
             rows = _Rows(query[b : b + 1], key[b : b + 1], mask, *options, valid=None if valid is None else valid[b])
             squares, columns = _exact(rows) if keys <= exact_keys else _krylov(rows, block, steps)
             results.append(_summary(squares, columns, share))
     return AttentionRank(*(torch.stack(field) for field in zip(*results, strict=True)))
 
 
-def _of_batch(mask: Tensor | None, b: int) -> Tensor | None:
-    return mask[b : b + 1] if mask is not None and mask.ndim == 4 and mask.shape[0] > 1 else mask
-
-
 def _summary(squares: Tensor, columns: Tensor, share: float) -> tuple[Tensor, ...]:
-    """From eigenvalues of A^T A [H, d], falling, and the sums of squares of the columns [H, K]."""
+    """From eigenvalues of A^T A [H, d], in falling order, and the sums of squares of the columns [H, K]."""
     total = columns.sum(-1)
-    squares = squares.clamp(min=0.0)  # of a positive matrix: what is below 0 is rounding; NaN stays
+    squares = squares.clamp(min=0.0)  # A^T A has no negative eigenvalues, so these are rounding errors; NaN stays
     reached = squares.cumsum(-1)
     least = (reached < share * total[:, None]).sum(-1).double() + 1
     captured = reached[:, -1] / total
@@ -114,60 +111,34 @@ def _summary(squares: Tensor, columns: Tensor, share: float) -> tuple[Tensor, ..
 
 
 class _Rows:
-    """The rows of the attention matrices of one sequence, strip by strip."""
+    """The attention matrices A of one sequence, computed in strips of rows."""
 
     def __init__(self, query, key, mask, is_causal, scale, window, softcap, sinks, valid):
-        self.query, self.key, self.mask, self.valid = query, key, mask, valid
-        self.is_causal, self.window, self.softcap, self.sinks = is_causal, window, softcap, sinks
-        self.scale = query.shape[-1] ** -0.5 if scale is None else scale
+        self.query, self.key, self.options = query, key, (is_causal, scale, window, softcap)
         self.heads, self.queries, self.keys = query.shape[1], query.shape[2], key.shape[2]
-        self.device = query.device
+        self.mask = None if mask is None else mask.expand(1, self.heads, self.queries, self.keys)
+        self.is_causal, self.sinks, self.valid, self.device = is_causal, sinks, valid, query.device
 
     def strip(self, begin: int, end: int, heads: slice) -> Tensor:
-        """The first columns of A, [h, end - begin, <= K] float32; the others are 0, as are rows that do not count."""
-        group = self.heads // self.key.shape[1]
-        head = torch.arange(self.heads, device=self.device)[heads]
+        """The first columns of A, [h, end - begin, <= K] float32; other columns and rows that do not count are 0."""
+        key_heads = torch.arange(self.heads, device=self.device)[heads] // (self.heads // self.key.shape[1])
         keys = min(self.keys, end) if self.is_causal else self.keys  # no row of the strip attends a later one
-        query, key = self.query[0, heads, begin:end].float(), self.key[0, head // group, :keys].float()
-        scores = query @ key.mT * self.scale
-        if self.softcap:
-            scores = self.softcap * torch.tanh(scores / self.softcap)
-        hidden = self._hidden(begin, end, keys)
-        if self.mask is not None:
-            mask = self.mask.expand(1, self.heads, self.queries, self.keys)[0, heads, begin:end, :keys]
-            if mask.dtype == torch.bool:
-                scores = scores.masked_fill(~mask, -torch.inf)
-            else:
-                floor = torch.finfo(mask.dtype).min / 2
-                scores = scores.add_(mask.float().masked_fill(mask <= floor, -torch.inf))
-        if hidden is not None:
-            scores = scores.masked_fill(hidden, -torch.inf)
+        rows = torch.arange(begin, end, device=self.device)
+        mask = None if self.mask is None else self.mask[:, heads, :, :keys]
+        scores, attend = qk_scores(self.query[:, heads], self.key[:, key_heads, :keys], mask, *self.options, rows, None)
+        scores = scores[0].masked_fill(~attend[0], -torch.inf)
         empty = (scores == -torch.inf).all(-1, keepdim=True)
         scores = scores.masked_fill_(empty, 0.0)
         if self.sinks is not None:
-            sinks = self.sinks.float()[heads, None, None].expand(*scores.shape[:-1], 1)
+            sinks = self.sinks[heads, None, None].expand(*scores.shape[:-1], 1)
             p = torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
         else:
             p = scores.softmax(-1)
         p = p.masked_fill(empty, 0.0)
         return p if self.valid is None else p.masked_fill(~self.valid[begin:end, None], 0.0)
 
-    def _hidden(self, begin: int, end: int, keys: int) -> Tensor | None:
-        left, right = self.window
-        if not self.is_causal and left < 0 and right < 0:
-            return None
-        ahead = torch.arange(keys, device=self.device) - torch.arange(begin, end, device=self.device)[:, None]
-        hidden = torch.zeros_like(ahead, dtype=torch.bool)
-        if self.is_causal:
-            hidden |= ahead > 0
-        if left >= 0:
-            hidden |= ahead < -left
-        if right >= 0:
-            hidden |= ahead > right
-        return hidden
-
     def each(self, use: Callable[[Tensor, slice], None], heads: slice) -> None:
-        """Call `use` with every strip of `heads`."""
+        """Call `use` with each strip of `heads`."""
         count = len(range(*heads.indices(self.heads)))
         length = max(1, min(self.queries, STRIP_BYTES // (4 * count * max(self.keys, 1))))
         for begin in range(0, self.queries, length):
@@ -175,7 +146,7 @@ class _Rows:
 
 
 def _exact(rows: _Rows) -> tuple[Tensor, Tensor]:
-    """All eigenvalues of A^T A [H, K], falling, and its diagonal [H, K]; as many heads at a time as a strip holds."""
+    """All eigenvalues of A^T A [H, K], in falling order, and its diagonal [H, K], for some heads at a time."""
     squares, columns = [], []
     group = max(1, STRIP_BYTES // (8 * max(rows.keys, 1) ** 2))
     for first in range(0, rows.heads, group):
@@ -194,16 +165,16 @@ def _exact(rows: _Rows) -> tuple[Tensor, Tensor]:
 
 
 def _eigenvalues(gram: Tensor) -> Tensor:
-    # LAPACK refuses NaN and infinity; a poisoned head has no singular values, and the others go on.
+    # LAPACK refuses NaN and infinity: such a head has no singular values, and must not stop the others.
     broken = ~torch.isfinite(gram).all(-1).all(-1)
     values = torch.linalg.eigvalsh(gram.masked_fill(broken[..., None, None], 0.0))
     return values.flip(-1).masked_fill(broken[..., None], torch.nan)
 
 
 def _krylov(rows: _Rows, block: int, steps: int) -> tuple[Tensor, Tensor]:
-    """The leading eigenvalues of A^T A [H, block * (steps + 1)], falling, from below; and its diagonal [H, K]."""
+    """The leading eigenvalues of A^T A [H, block * (steps + 1)], in falling order, and its diagonal [H, K]."""
     steps = min(steps, rows.keys - 1)
-    width = min(block, rows.keys // (steps + 1))  # more columns than keys could not be orthogonal
+    width = min(block, rows.keys // (steps + 1))  # more columns than keys cannot be orthogonal
     generator = torch.Generator().manual_seed(KRYLOV_SEED)
     start = torch.randn(rows.keys, width, generator=generator).to(rows.device)
     columns = torch.zeros(rows.heads, rows.keys, dtype=torch.float64, device=rows.device)
@@ -225,7 +196,7 @@ def _krylov(rows: _Rows, block: int, steps: int) -> tuple[Tensor, Tensor]:
     space, image = v, multiplied(v, first=True)
     for _ in range(steps):
         v = image[..., -width:]
-        # Against what is there, twice: once leaves what rounding makes of nearly parallel columns.
+        # Orthogonalise twice: once is not enough for nearly parallel columns.
         for _ in range(2):
             v = torch.linalg.qr(v - space @ (space.mT @ v))[0]
         space, image = torch.cat([space, v], -1), torch.cat([image, multiplied(v)], -1)

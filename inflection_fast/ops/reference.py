@@ -1,7 +1,8 @@
-"""The specification: every operator in plain PyTorch, same name, same signature, any float dtype and device.
+"""The specification: each operator in plain PyTorch, with the same name and signature, for any float dtype and device.
 
-Short before fast. float64 inputs are computed in float64, everything else in float32. "At or below half of the lowest
-finite number is -inf" is decided in the dtype that comes in: set such values to -inf before widening a tensor.
+Written to be short, not fast. Results are float64 for float64 inputs, else float32. Values at or below half of the
+lowest finite number of their dtype count as -inf. The limit is that of the input's dtype: set such values to -inf before
+you convert a tensor to float64.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ INF = float("inf")
 def attention_entropy(
     logits: Tensor, *, attn_mask: Tensor | None = None, is_causal: bool = False, scale: float = 1.0
 ) -> Tensor:
-    """Entropy of every softmax row of `logits` ``[..., Q, K]``, in nats."""
+    """Entropy of each softmax row of `logits` ``[..., Q, K]``, in nats."""
     return attention_stats(logits, attn_mask=attn_mask, is_causal=is_causal, scale=scale).entropy
 
 
 def attention_stats(
     logits: Tensor, *, attn_mask: Tensor | None = None, is_causal: bool = False, scale: float = 1.0
 ) -> AttentionStats:
-    """Statistics of every softmax row of `logits` ``[..., Q, K]``."""
+    """Statistics of each softmax row of `logits` ``[..., Q, K]``."""
     queries, keys = logits.shape[-2:]
     attend = ~(logits <= floor_of(logits))
     if is_causal:
@@ -52,7 +53,7 @@ def attention_entropy_qk(
     rows: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """Entropy of every softmax row of the attention of `query` ``[B, H, Q, D]`` to `key` ``[B, Hkv, K, D]``."""
+    """Entropy of each softmax row of the attention of `query` ``[B, H, Q, D]`` to `key` ``[B, Hkv, K, D]``."""
     return attention_stats_qk(
         query, key, attn_mask=attn_mask, is_causal=is_causal, scale=scale, window=window, softcap=softcap, sinks=sinks,
         rows=rows, cu_seqlens=cu_seqlens,
@@ -72,7 +73,7 @@ def attention_stats_qk(
     rows: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> AttentionStats:
-    """Statistics of every softmax row of the attention of `query` ``[B, H, Q, D]`` to `key` ``[B, Hkv, K, D]``."""
+    """Statistics of each softmax row of the attention of `query` ``[B, H, Q, D]`` to `key` ``[B, Hkv, K, D]``."""
     scores, attend = qk_scores(query, key, attn_mask, is_causal, scale, window, softcap, rows, cu_seqlens)
     first = None
     if cu_seqlens is not None:
@@ -94,7 +95,7 @@ def attention_column_mass(
     rows: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> AttentionColumns:
-    """Sums over the rows of the probabilities ``[B, H, Q, K]`` that `lse` ``[B, H, Q]`` makes of the scores."""
+    """Column sums of the probabilities ``exp(scores - lse)`` ``[B, H, Q, K]``, with `lse` ``[B, H, Q]``."""
     scores, attend = qk_scores(query, key, attn_mask, is_causal, scale, window, softcap, rows, cu_seqlens)
     counts = attend & (scores != -INF) & (lse != -INF)[..., None]
     p = (scores - lse[..., None]).exp().clamp(max=1.0).masked_fill(~counts, 0.0)
@@ -102,17 +103,15 @@ def attention_column_mass(
 
 
 def qk_scores(query, key, attn_mask, is_causal, scale, window, softcap, rows, cu_seqlens) -> tuple[Tensor, Tensor]:
-    """Scores ``[B, H, R, K]`` and which of them are attended."""
+    """Scores ``[B, H, R, K]``, and a bool mask of the attended ones."""
     batch, heads, queries, depth = query.shape
     kv_heads, keys = key.shape[1:3]
     rows = torch.arange(queries, device=query.device) if rows is None else rows
     repeated = wide(key).repeat_interleave(heads // kv_heads, dim=1)
-    scores = wide(query)[:, :, rows] @ repeated.mT * (depth**-0.5 if scale is None else scale)
+    scores = wide(query[:, :, rows]) @ repeated.mT * (depth**-0.5 if scale is None else scale)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    bias, allowed = split(attn_mask, (batch, heads, queries, keys))
-    if attn_mask is not None:
-        bias, allowed = (x[..., rows, :] if x.ndim else x for x in (bias, allowed))
+    bias, allowed = split(None if attn_mask is None else attn_mask.expand(batch, heads, queries, keys)[:, :, rows])
     attend = allowed & torch.ones(keys, dtype=torch.bool, device=query.device)
     column = torch.arange(keys, device=query.device)
     if is_causal:
@@ -122,7 +121,7 @@ def qk_scores(query, key, attn_mask, is_causal, scale, window, softcap, rows, cu
     if window is not None and window[1] >= 0:
         attend = attend & (column <= rows[:, None] + window[1])
     if cu_seqlens is not None:
-        sequence = (cu_seqlens[:, None] <= column).sum(0)  # numbered from 1; 0 is before the first one
+        sequence = (cu_seqlens[:, None] <= column).sum(0)  # counted from 1; 0 is before the first sequence
         inside = (sequence > 0) & (sequence < len(cu_seqlens))
         attend = attend & inside & (sequence[rows][:, None] == sequence)
     scores = scores + bias
@@ -130,7 +129,7 @@ def qk_scores(query, key, attn_mask, is_causal, scale, window, softcap, rows, cu
 
 
 def linear_cka(x: Tensor, y: Tensor, *, rank: int | None = None, debiased: bool = True) -> Tensor:
-    """Linear CKA of features ``[..., N, D]`` and ``[..., N, D2]``, from its definition over N x N matrices."""
+    """Linear CKA of features ``[..., N, D]`` and ``[..., N, D2]``, by its definition with N x N Gram matrices."""
     x, y = wide(x), wide(y)
     if rank is not None:
         pooled = torch.cat([x, y], -2)
@@ -146,12 +145,12 @@ def linear_cka(x: Tensor, y: Tensor, *, rank: int | None = None, debiased: bool 
 
 
 def delta_cka(before: Tensor, after: Tensor, *, rank: int | None = None, debiased: bool = True) -> Tensor:
-    """How far features have moved."""
+    """Distance of features: one minus their CKA."""
     return 1 - linear_cka(before, after, rank=rank, debiased=debiased)
 
 
 def hsic(k: Tensor, l: Tensor, debiased: bool) -> Tensor:  # noqa: E741
-    """Of centred Gram matrices, times a factor of N; debiased, HSIC_1 of Song et al. (2012): they have no diagonal."""
+    """HSIC of centred Gram matrices, times a factor of N. Debiased: HSIC_1 of Song et al. (2012), of zero diagonals."""
     inner, n = (k * l).sum((-2, -1)), k.shape[-1]
     if not debiased:
         return inner
@@ -160,7 +159,7 @@ def hsic(k: Tensor, l: Tensor, debiased: bool) -> Tensor:  # noqa: E741
 
 
 def sum_of_squares(tensors: Sequence[Tensor], groups: Sequence[int], *, inv_scale: Tensor | None = None) -> Tensor:
-    """Sum of squares of the tensors of every group, times the square of `inv_scale`."""
+    """Sum of squares of the tensors of each group, times the square of `inv_scale`."""
     total = torch.zeros(max(groups) + 1, dtype=torch.float64, device=tensors[0].device)
     for tensor, group in zip(tensors, groups, strict=True):
         total[group] += tensor.double().square().sum()
@@ -168,7 +167,7 @@ def sum_of_squares(tensors: Sequence[Tensor], groups: Sequence[int], *, inv_scal
 
 
 def activation_moments(output: Tensor, input: Tensor | None = None, *, mask: Tensor | None = None) -> ActivationMoments:
-    """Sums over the rows of `output` ``[..., D]``, and how far they are from those of `input`, in float64."""
+    """Moments of the rows of `output` ``[..., D]``, and their distance from those of `input`, in float64."""
     rows = torch.ones(output.shape[:-1], dtype=torch.bool, device=output.device)
     rows = rows if mask is None else rows & mask
     y = output.double()[rows]
@@ -193,9 +192,9 @@ def activation_moments(output: Tensor, input: Tensor | None = None, *, mask: Ten
 def row_stats(
     scores: Tensor, attend: Tensor, sinks: Tensor | None = None, first: Tensor | None = None
 ) -> AttentionStats:
-    """Statistics over the last dimension of `scores` where `attend`; `sinks` is one more column without a value.
+    """Statistics over the attended scores of the last dimension; `sinks` is one additional column without a value.
 
-    `first` ``[R]`` are the keys whose probability `sink` is where there are no sinks; None: key 0.
+    Without sinks, `sink` is the probability of the keys `first` ``[R]``; None: key 0.
     """
     keys = attend.sum(-1)
     broken = (attend & (scores.isnan() | (scores == INF))).any(-1)
@@ -205,7 +204,7 @@ def row_stats(
         scores = torch.cat([sinks.expand_as(scores[..., :1]), scores[..., 1:]], -1)
         broken = broken | (sinks.isnan() | (sinks == INF)).squeeze(-1)
     empty = (scores == -INF).all(-1)
-    scores = scores.masked_fill(empty[..., None], 0.0)  # any finite number: its results are replaced below
+    scores = scores.masked_fill(empty[..., None], 0.0)  # any finite number: the results are replaced below
 
     log_p = scores.log_softmax(-1)
     p = log_p.exp()
@@ -232,21 +231,20 @@ def causal(rows: Tensor, keys: int) -> Tensor:
     return torch.arange(keys, device=rows.device) <= rows[:, None]
 
 
-def split(mask: Tensor | None, shape: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-    """A mask as what it adds to the scores and what it allows."""
+def split(mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A mask as a bias, which is added to the scores, and a bool mask of the attended positions."""
     if mask is None:
         return torch.tensor(0.0), torch.tensor(True)
-    mask = mask if shape is None else mask.expand(shape)
     if mask.dtype == torch.bool:
         return torch.tensor(0.0), mask
     return wide(mask), ~(mask <= floor_of(mask))
 
 
 def floor_of(x: Tensor) -> float:
-    """Values at or below half of the lowest finite number mean -inf."""
+    """Values at or below this count as -inf."""
     return torch.finfo(x.dtype).min / 2
 
 
 def wide(x: Tensor) -> Tensor:
-    """float64 stays, everything else becomes float32."""
+    """`x` in float64 if it is float64, else in float32."""
     return x if x.dtype == torch.float64 else x.float()

@@ -1,4 +1,4 @@
-"""Statistics of attention inside a graph, behind a flag that the device reads."""
+"""Statistics of attention, measured inside a graph if a flag on the device is set."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ def tap_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> None:
-    """Where `flag` is not 0, write what `attention_stats_qk` finds on sampled rows to a slot; else do nothing.
+    """If `flag` is not 0, write sums of `attention_stats_qk` over sampled query rows to a slot.
 
     Equivalent to: ``if flag: slots[slot, 0] += 1; slots[slot, 1:, :H] = sums of attention_stats_qk(query, key,
     rows=...) over batch and rows``
 
-    No shape of what is written depends on the batch, and the host waits for nothing: so it may stand in a compiled
-    graph or a captured CUDA graph, measured or not. With R draws u and Q > R queries, row r is the position
-    ``floor(r * Q / R) + floor(u_r * n_r)`` of a stratum of n_r positions, for which it stands. In the order of
-    `ATTENTION_SUMS`: calls so far; rows that count, and their entropy, collision and sink, all times n_r; the parts of
-    the variance of the mean entropy; the largest logit. Rows of padding and rows without any key do not count.
-    Sums are float64 throughout: over the batch they differ from a float32 sum by its rounding.
+    The output has a fixed shape and the host never waits, so the call works in a compiled graph and in a captured CUDA
+    graph. Rows are a stratified sample: with R draws u and Q > R queries, row r is the position
+    ``floor(r * Q / R) + floor(u_r * n_r)`` of stratum r, which has n_r positions. The sums, in the order of
+    `ATTENTION_SUMS`: number of calls; number of rows, their entropy, collision and sink, each weighted by n_r; three
+    terms of the variance of the mean entropy; the largest logit. Padding and rows without keys do not count. Sums are
+    float64.
 
     Args:
-        query, key, attn_mask, is_causal, scale, window, softcap, sinks: as in `attention_stats_qk`; read as values.
+        query, key, attn_mask, is_causal, scale, window, softcap, sinks: as in `attention_stats_qk`. No gradient flows.
         slots: float64 ``[S, 9, >= H]``, contiguous, on the device of `query`.
-        slot: which of them.
+        slot: index into the first dimension of `slots`.
         flag: int32, one element, on the device of `query`.
-        draws: float64 ``[R]`` in [0, 1); None, or no fewer than Q: every row is measured.
-        tokens: bool ``[B or 1, Q]``, True where a row counts; None: everywhere.
+        draws: float64 ``[R]`` in [0, 1). Every row is measured if None, or if R >= Q.
+        tokens: bool ``[B or 1, Q]``, True at tokens, False at padding; None: no padding.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
@@ -59,7 +59,7 @@ def tap_attention(
     for name, value in (("flag", flag), ("slots", slots), ("draws", draws), ("tokens", tokens)):
         if value is not None:
             checks.device_tensor(value, name, query, "query")
-    sinks = None if sinks is None else checks.sinks(sinks, query).float().contiguous()
+    sinks = None if sinks is None else checks.sinks(sinks, query)
     attn_mask, sinks = (None if x is None else x.detach() for x in (attn_mask, sinks))
     torch.ops.inflection_fast.tap_attention(
         query.detach(), key.detach(), attn_mask, *numbers, sinks, tokens, draws, flag, slots, slot

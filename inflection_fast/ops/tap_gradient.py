@@ -1,4 +1,4 @@
-"""Squared norms of gradients inside a graph, behind a flag that the device reads."""
+"""Squared norms of gradients, measured inside a graph if a flag on the device is set."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from torch import Tensor
 
 from . import checks
 
-__all__ = ["GRADIENT_SUMS", "listened_to", "tap_gradient"]
+__all__ = ["GRADIENT_SUMS", "gradient_tap", "tap_gradient"]
 
 GRADIENT_SUMS = ("arrivals", "squares")  # kTapGradientSums
 
 
 def tap_gradient(gradient: Tensor, slots: Tensor, slot: int, *, flag: Tensor) -> None:
-    """Where `flag` is not 0, add 1 and the squared l2 norm of a tensor to a slot; else do nothing.
+    """If `flag` is not 0, add 1 and the squared l2 norm of a tensor to a slot.
 
     Equivalent to: ``if flag: slots[slot] += torch.stack([1, gradient.double().square().sum()])``
 
-    In float64 and in the order of `sum_of_squares`. May stand in a compiled or a captured graph.
+    Sums in float64, in the order of `sum_of_squares`. Works in a compiled graph and in a captured CUDA graph.
 
     Args:
         gradient: any shape and strides, float32, bfloat16 or float16.
-        slots: float64 ``[S, 2]``, contiguous, on the device of `gradient`, in the order of `GRADIENT_SUMS`.
-        slot: which of them.
-        flag: int32, one element, on that device.
+        slots: float64 ``[S, 2]``, contiguous, on the device of `gradient`; columns as in `GRADIENT_SUMS`.
+        slot: index of the row of `slots`.
+        flag: int32, one element, on the same device.
 
     Raises:
         TypeError: `gradient` is no tensor of these dtypes.
@@ -40,19 +40,19 @@ def _(gradient, flag, slots, slot):
     return None
 
 
-class _Listened(torch.autograd.Function):
+class _GradientTap(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tensor: Tensor, slots: Tensor, slot: int, flag: Tensor) -> Tensor:
-        # Not by `save_for_backward`: they are written to in between, by the backward pass of another micro-batch.
+        # Not `save_for_backward`: the backward pass of another micro-batch writes to them in between.
         ctx.slots, ctx.flag, ctx.slot = slots, flag, slot
         return tensor.view_as(tensor)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        torch.ops.inflection_fast.tap_gradient(gradient, ctx.flag, ctx.slots, ctx.slot)  # which checks what came
+        torch.ops.inflection_fast.tap_gradient(gradient, ctx.flag, ctx.slots, ctx.slot)  # the operator checks them
         return gradient, None, None, None
 
 
-def listened_to(tensor: Tensor, slots: Tensor, slot: int, *, flag: Tensor) -> Tensor:
-    """`tensor`, whose gradient goes through `tap_gradient` on its way back."""
-    return _Listened.apply(tensor, slots, slot, flag)
+def gradient_tap(tensor: Tensor, slots: Tensor, slot: int, *, flag: Tensor) -> Tensor:
+    """Identity whose backward pass calls `tap_gradient` on the gradient."""
+    return _GradientTap.apply(tensor, slots, slot, flag)
