@@ -176,8 +176,8 @@ def test_a_missing_value_says_why():
         assert got.value.isnan().tolist() == [False, True, True, True, True]
         assert sorted(got.reasons) == [1, 2, 3, 4]
         assert got.reasons[1].startswith("x is constant") and got.reasons[2].startswith("y is constant")
-        assert got.reasons[3] == "x holds NaN or infinite features"
-        assert got.reasons[4] == "y holds NaN or infinite features"
+        assert got.reasons[3] == "x has NaN or infinite features"
+        assert got.reasons[4] == "y has NaN or infinite features"
     few = CkaState(5, 9, 13)
     few.push(x[:, :3], y[:, :3])
     assert set(few.result().reasons.values()) == {"too few rows"}
@@ -203,7 +203,7 @@ def test_a_result_reads_well():
     (lambda x, y, s: cka_jackknife(x, y, s.float()), TypeError, "sequences: expected dtype torch.int64"),
     (lambda x, y, s: cka_jackknife(x, y, s, rank=3), ValueError, "rank: a shared basis needs both sides of the same"),
     (lambda x, y, s: cka_jackknife(x[:, :3], y[:, :3], s[:3]), ValueError, "x: debiased CKA needs at least 4 rows"),
-    (lambda x, y, s: CkaState(2, 9, 13).push(x, y, sequences=s), ValueError, "sequences: only a state with groups"),
+    (lambda x, y, s: CkaState(2, 9, 13).push(x, y, sequences=s), ValueError, "sequences: only for a state with groups"),
     (lambda x, y, s: CkaState(2, 9, groups=1), ValueError, "groups: expected at least 2, got 1"),
     (lambda x, y, s: CkaState(9, 10**4, groups=500), ValueError, r"take 7202\d+ bytes"),
 ])  # fmt: skip

@@ -91,8 +91,9 @@ def attention_rank(
     results = []
     with torch.no_grad():
         for b in range(batch):
-            whole = attn_mask is None or attn_mask.ndim < 4 or attn_mask.shape[0] == 1
-            mask = attn_mask if whole else attn_mask[b : b + 1]
+            mask = attn_mask
+            if mask is not None and mask.ndim == 4 and mask.shape[0] > 1:
+                mask = mask[b : b + 1]
             rows = _Rows(query[b : b + 1], key[b : b + 1], mask, *options, valid=None if valid is None else valid[b])
             squares, columns = _exact(rows) if keys <= exact_keys else _krylov(rows, block, steps)
             results.append(_summary(squares, columns, share))
@@ -114,7 +115,8 @@ class _Rows:
     """The attention matrices A of one sequence, computed in strips of rows."""
 
     def __init__(self, query, key, mask, is_causal, scale, window, softcap, sinks, valid):
-        self.query, self.key, self.options = query, key, (is_causal, scale, window, softcap)
+        self.query, self.key = query, key
+        self.options = {"is_causal": is_causal, "scale": scale, "window": window, "softcap": softcap}
         self.heads, self.queries, self.keys = query.shape[1], query.shape[2], key.shape[2]
         self.mask = None if mask is None else mask.expand(1, self.heads, self.queries, self.keys)
         self.is_causal, self.sinks, self.valid, self.device = is_causal, sinks, valid, query.device
@@ -125,7 +127,8 @@ class _Rows:
         keys = min(self.keys, end) if self.is_causal else self.keys  # no row of the strip attends a later one
         rows = torch.arange(begin, end, device=self.device)
         mask = None if self.mask is None else self.mask[:, heads, :, :keys]
-        scores, attend = qk_scores(self.query[:, heads], self.key[:, key_heads, :keys], mask, *self.options, rows, None)
+        query, key = self.query[:, heads], self.key[:, key_heads, :keys]
+        scores, attend = qk_scores(query, key, mask, rows=rows, cu_seqlens=None, **self.options)
         scores = scores[0].masked_fill(~attend[0], -torch.inf)
         empty = (scores == -torch.inf).all(-1, keepdim=True)
         scores = scores.masked_fill_(empty, 0.0)

@@ -1,8 +1,8 @@
 """The specification: each operator in plain PyTorch, with the same name and signature, for any float dtype and device.
 
 Written to be short, not fast. Results are float64 for float64 inputs, else float32. Values at or below half of the
-lowest finite number of their dtype count as -inf. The limit is that of the input's dtype: set such values to -inf before
-you convert a tensor to float64.
+lowest finite number of their dtype count as -inf. The limit is that of the input's dtype: set such values to -inf
+before you convert a tensor to float64.
 """
 
 from __future__ import annotations

@@ -128,8 +128,8 @@ def spectrum_of(s: np.ndarray, rows: int, columns: int) -> Spectrum:
 def power_law(values: np.ndarray) -> PowerLaw:
     """Fit of p(x) ~ x^-alpha, x >= xmin, to positive values (Clauset, Shalizi & Newman 2009, arXiv 0706.1062).
 
-    For each xmin that leaves at least 10 values in the tail, alpha = 1 + n / sum log(x / xmin) maximises the likelihood.
-    The fit with the smallest Kolmogorov-Smirnov distance is returned. NaN for fewer than 10 values.
+    For each xmin with at least 10 values in the tail, alpha = 1 + n / sum log(x / xmin) maximises the likelihood. The
+    fit with the smallest Kolmogorov-Smirnov distance is returned. NaN for fewer than 10 values.
     """
     x = np.sort(np.asarray(values, np.float64))
     logs = np.log(x)

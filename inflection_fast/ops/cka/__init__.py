@@ -1,8 +1,8 @@
-"""Linear CKA: how alike two sets of features of the same samples are.
+"""Linear CKA: similarity of two sets of features of the same samples.
 
-`linear` of all rows at once, `state` of rows that come in batches, `matrix` of layers with layers, `jackknife` with a
-standard error; `gram` holds the sums that all of them rest on, `basis` the shared PCA basis, `result` a value with what
-belongs to it, and `rows` says which rows of a batch are samples.
+`linear`: all rows at once; `state`: rows in batches; `matrix`: all pairs of layers; `jackknife`: with a standard error.
+`gram` has the sums that all of them use, `basis` the shared PCA basis, `result` a value with its standard error and
+other details, `rows` the choice of rows of a batch.
 """
 
 from .basis import CkaBasis

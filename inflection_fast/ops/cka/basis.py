@@ -1,4 +1,4 @@
-"""The shared PCA basis of one layer before and after: found from sums, frozen for long streams."""
+"""The shared PCA basis of one layer before and after a change: computed from sums, and frozen for long streams."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ import torch
 from torch import Tensor, distributed
 
 from .. import checks, library
-from .gram import HEAD, SHIFT_ROWS, layers_of, new_grads, packed, pooled, scaled, unpack
+from .gram import HEAD, SHIFT_ROWS, empty_grads, layer_indices, packed_size, pooled_scatter, scaled_rows, unpack
 
 __all__ = ["CkaBasis"]
 
-PROJECTED_ROWS = 512  # at a time, where torch multiplies: their float32 copy stays in the cache
-DEGREE, ROUNDS, SPARE = 12, 2, 16  # of the block method: products with the scatter a round, rounds, columns beside k
+PROJECTED_ROWS = 512  # projected at a time by torch: their float32 copy stays in the cache
+DEGREE, ROUNDS, OVERSAMPLING = 12, 2, 16  # block method: products with the scatter per round, rounds, extra columns
 
 
 @dataclass(frozen=True, eq=False)
 class CkaBasis:
-    """Leading principal directions of the rows of both sides pooled, made by `CkaState.basis`.
+    """Leading principal directions of the pooled rows of both sides; computed by `CkaState.basis`.
 
     Attributes:
-        vectors: float32 ``[layers, D, k]``, orthonormal columns, the one of most variance first.
-        variance_kept: float64 ``[layers]``, their share of the variance of the rows that they were found from.
-        residual: float64 ``[layers]``, ``|T V - V diag(e)| / |T|`` (Frobenius) for the scatter T of those rows: how far
-            the columns are from eigenvectors. Near 1e-15 from `eigh`, larger from the block method.
+        vectors: float32 ``[layers, D, k]``, orthonormal columns, in falling order of variance.
+        variance_kept: float64 ``[layers]``, share of the variance of the rows that the columns keep.
+        residual: float64 ``[layers]``, ``|T V - V diag(e)| / |T|`` (Frobenius norm) with the scatter T of the rows: the
+            error of the columns as eigenvectors. About 1e-15 from `eigh`, larger from the block method.
     """
 
     vectors: Tensor
@@ -57,12 +57,12 @@ class CkaBasis:
         return f"CkaBasis({self.layers} layers, rank {self.rank} of {self.dim})"
 
     def same_as(self, other: CkaBasis | None) -> bool:
-        """Whether the columns are equal to the bit."""
+        """Whether the columns are bitwise equal."""
         return other is self or (other is not None and torch.equal(self.vectors, other.vectors))
 
 
 def check_fits(basis: object, layers: int, dim: int, dim_y: int, device: torch.device) -> None:
-    """Refuse what is no basis for so many layers of sides of these widths."""
+    """Refuse a basis that is not for this number of layers and these widths."""
     if not isinstance(basis, CkaBasis):
         raise TypeError(f"basis: expected a CkaBasis, got {type(basis).__name__}")
     if dim != dim_y:
@@ -74,12 +74,12 @@ def check_fits(basis: object, layers: int, dim: int, dim_y: int, device: torch.d
 
 
 def check_same_on_ranks(basis: CkaBasis | None, group: distributed.ProcessGroup | None, device: torch.device) -> None:
-    """`ValueError` on every rank where one has another basis: sums in different bases do not add. Collective."""
-    mark = torch.zeros((), dtype=torch.float64, device=device)
+    """ValueError on all ranks if their bases differ: sums in different bases cannot be added. Collective."""
+    checksum = torch.zeros((), dtype=torch.float64, device=device)
     if basis is not None:
         vectors = basis.vectors.double().flatten()
-        mark = vectors @ torch.arange(1, len(vectors) + 1, device=device, dtype=torch.float64).sqrt()
-    bounds = torch.stack([mark, -mark])
+        checksum = vectors @ torch.arange(1, len(vectors) + 1, device=device, dtype=torch.float64).sqrt()
+    bounds = torch.stack([checksum, -checksum])
     distributed.all_reduce(bounds, op=distributed.ReduceOp.MAX, group=group)
     if bounds[0] != -bounds[1]:
         raise ValueError("basis: the ranks have different ones; broadcast one before the first update")
@@ -92,23 +92,28 @@ def check_rank(rank, dim_x, dim_y) -> None:
 
 
 def variance_share(scatters: Tensor, bases: Tensor) -> Tensor:
-    """``[layers]``: the share of the traces of ``[layers, D, D]`` that lies in the columns of ``[layers, D, k]``."""
+    """``[layers]``: share of the traces of ``[layers, D, D]`` in the columns of ``[layers, D, k]``."""
     return ((scatters @ bases) * bases).sum((1, 2)) / scatters.diagonal(dim1=1, dim2=2).sum(1)
 
 
 def pooled_basis(x: Tensor, y: Tensor, rank: int) -> Tensor:
-    """Leading eigenvectors ``[..., D, rank]`` of the scatter of the rows of both sides, float64.
+    """Leading eigenvectors ``[..., D, rank]`` of the pooled scatter of both sides, float64.
 
-    Differentiable as a subspace: to first order, it turns towards the other eigenvectors by their coupling over the
-    gap. Turns within the subspace change nothing that is computed from it, so their gaps, which may be 0, do not occur.
+    The gradient is that of the subspace: first-order perturbation towards the other eigenvectors. Rotations within the
+    subspace do not change CKA, so gaps between the leading eigenvalues, which may be 0, do not occur.
     """
     scatter = torch.ops.inflection_fast.cka_scatter(x, y)
-    return leading(scatter, rank, x.requires_grad or y.requires_grad)
+    return leading_eigenvectors(scatter, rank, x.requires_grad or y.requires_grad)
 
 
-def leading(scatter: Tensor, rank: int, differentiable: bool = False) -> Tensor:
-    finite = scatter.isfinite().all(-1).all(-1)[..., None, None]
-    scatter = torch.where(finite, scatter, 0.0)  # the rows themselves make the values of such a layer NaN
+def finite_scatter(scatter: Tensor) -> Tensor:
+    """0 in place of a matrix with NaN or infinity, which `eigh` refuses. The rows make the CKA of such a layer NaN."""
+    return torch.where(scatter.isfinite().all(-1).all(-1)[..., None, None], scatter, 0.0)
+
+
+def leading_eigenvectors(scatter: Tensor, rank: int, differentiable: bool = False) -> Tensor:
+    """Eigenvectors ``[..., D, rank]`` of the largest eigenvalues of ``[..., D, D]``; see `pooled_basis`."""
+    scatter = finite_scatter(scatter)
     values, vectors = torch.linalg.eigh(scatter.detach())
     rest, top = vectors[..., :-rank], vectors[..., -rank:]
     if not differentiable:
@@ -119,22 +124,21 @@ def leading(scatter: Tensor, rank: int, differentiable: bool = False) -> Tensor:
 
 
 def project(x: Tensor, basis: Tensor) -> Tensor:
-    """Rows in the basis, ``[..., N, rank]`` float32, less a shift so that an offset costs no digits."""
+    """Rows in the basis, ``[..., N, rank]`` float32. A shift is subtracted first, so that an offset costs no digits."""
     shift = x[..., :SHIFT_ROWS, :].detach().mean(-2, keepdim=True, dtype=torch.float64).float()
     basis = basis.float()
-    layers = [(x[i].float() - shift[i]) @ basis[i] for i in layers_of(x)]  # one by one: this copies rows to float32
+    layers = [(x[i].float() - shift[i]) @ basis[i] for i in layer_indices(x)]  # copies a layer to float32
     if not layers:
         return x.new_empty((*x.shape[:-1], basis.shape[-1]), dtype=torch.float32)
     return torch.stack(layers).reshape(*x.shape[:-1], basis.shape[-1])
 
 
-def find(scatters: Tensor, rank: int | None, variance: float | None, start: CkaBasis | None) -> CkaBasis:
-    """The leading eigenvectors of ``[layers, D, D]``, so many or of so much variance in every layer.
+def find_basis(scatters: Tensor, rank: int | None, variance: float | None, start: CkaBasis | None) -> CkaBasis:
+    """The leading eigenvectors of ``[layers, D, D]``: `rank` of them, or as many as keep this share of the `variance`.
 
-    `start`: columns near the wanted ones, of the same rank; then the block method from there instead of `eigh`.
+    `start`: approximate columns of the same rank, from which the block method starts instead of `eigh`.
     """
-    finite = scatters.isfinite().all(-1).all(-1)[:, None, None]
-    scatters = torch.where(finite, scatters, 0.0)  # the rows themselves make the values of such a layer NaN
+    scatters = finite_scatter(scatters)
     traces = scatters.diagonal(dim1=-2, dim2=-1).sum(-1)
     if start is not None:
         values, vectors = block_eigh(scatters, start.vectors.double())
@@ -151,37 +155,39 @@ def find(scatters: Tensor, rank: int | None, variance: float | None, start: CkaB
 
 
 def block_eigh(scatters: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-    """Leading eigenvalues ``[layers, k]`` and eigenvectors ``[layers, D, k]`` of ``[layers, D, D]``, from some nearby.
+    """Leading eigenvalues ``[layers, k]`` and eigenvectors ``[layers, D, k]`` of ``[layers, D, D]``, improved from
+        `start`.
 
     Chebyshev-filtered subspace iteration (Zhou et al. 2006): the polynomial is small on all eigenvalues below those of
-    the block, so that a round of DEGREE products does what hundreds of plain powers would. The block has SPARE columns
-    more than are wanted, which keeps its last eigenvalue below them.
+    the block, so a round of DEGREE products replaces hundreds of power iterations. The block has OVERSAMPLING more
+    columns than needed, so that its smallest eigenvalue lies below the wanted ones.
     """
     k, dim = start.shape[-1], start.shape[-2]
-    spare = torch.randn(dim, SPARE, dtype=start.dtype, generator=torch.Generator().manual_seed(0)).to(start.device)
-    block = torch.linalg.qr(torch.cat([start, scatters @ spare.expand(len(start), -1, -1)], -1)).Q
-    values, block = ritz(scatters, block)
+    extra = torch.randn(dim, OVERSAMPLING, dtype=start.dtype, generator=torch.Generator().manual_seed(0))
+    extra = extra.to(start.device).expand(len(start), -1, -1)
+    block = torch.linalg.qr(torch.cat([start, scatters @ extra], -1)).Q
+    values, block = rayleigh_ritz(scatters, block)
     for _ in range(ROUNDS):
-        half = values[:, -1:, None] / 2  # the polynomial damps [0, the least of the block]
+        half = values[:, -1:, None] / 2  # the polynomial damps [0, smallest eigenvalue of the block]
         half = torch.where(half > 0, half, 1.0)
         before, filtered = block, scatters @ block / half - block
         for _ in range(DEGREE - 1):
             before, filtered = filtered, 2 * (scatters @ filtered / half - filtered) - before
         filtered = filtered / torch.linalg.vector_norm(filtered, dim=-2, keepdim=True).clamp(min=1e-300)
-        values, block = ritz(scatters, torch.linalg.qr(filtered).Q)
+        values, block = rayleigh_ritz(scatters, torch.linalg.qr(filtered).Q)
     return values[:, :k], block[..., :k]
 
 
-def ritz(scatters: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
-    """What a block of orthonormal columns knows of the eigenvalues and eigenvectors, the largest first."""
+def rayleigh_ritz(scatters: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
+    """Rayleigh-Ritz eigenvalues and eigenvectors from a block of orthonormal columns, in falling order."""
     values, turn = torch.linalg.eigh(block.mT @ scatters @ block)
     return values.flip(-1), block @ turn.flip(-1)
 
 
 class Projection:
-    """Rows in a frozen basis, and of the rows themselves what tells how much of their variance it keeps.
+    """Projects rows on a frozen basis, and adds up the variance of the rows in the full space.
 
-    ``sums`` is float64 ``[layers, D + D + 2]``: sums of u and v, of |u|^2 and of |v|^2, u and v less the shift.
+    ``sums`` is float64 ``[layers, D + D + 2]``: sums of u, v, |u|^2 and |v|^2 with u = x - shift, v = y - shift.
     """
 
     def __init__(self, basis: CkaBasis, sums: Tensor):
@@ -192,7 +198,7 @@ class Projection:
         return torch.ops.inflection_fast.cka_project(self.sums, x, y, shift, self.basis.vectors, mask)
 
     def rebase(self, move: Tensor, rows: Tensor) -> None:
-        """Let the shift change by minus `move` ``[layers, D + D]``: u becomes u + move."""
+        """Change the shift by ``-move``, ``[layers, D + D]``: u becomes u + move."""
         dim = self.basis.dim
         for number in (0, 1):
             side = slice(number * dim, (number + 1) * dim)
@@ -201,12 +207,12 @@ class Projection:
             s += rows[:, None] * e
 
     def variance(self, shift: Tensor, rows: Tensor) -> Tensor:
-        """Of both sides pooled, ``[layers]``: the trace of the scatter that the basis is a part of."""
+        """Pooled variance of both sides in the full space, ``[layers]``: the trace of the scatter."""
         dim = self.basis.dim
         sums, squares = self.sums[:, : 2 * dim], self.sums[:, 2 * dim :].sum(-1)
         means = shift.double() + sums / rows[:, None]
-        apart = means[:, :dim] - means[:, dim:]
-        return squares - sums.square().sum(-1) / rows + rows / 2 * apart.square().sum(-1)
+        difference = means[:, :dim] - means[:, dim:]
+        return squares - sums.square().sum(-1) / rows + rows / 2 * difference.square().sum(-1)
 
 
 @torch.library.register_fake("inflection_fast::cka_project")
@@ -218,7 +224,7 @@ def _(sums, x, y, shift, basis, mask):
 def cka_project(
     sums: Tensor, x: Tensor, y: Tensor, shift: Tensor, basis: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Where there is no kernel for it: ``(x - c) P`` of both sides, and the sums of `Projection` added to `sums`."""
+    """For devices without a kernel: ``(x - c) P`` of both sides; adds to the `sums` of `Projection`."""
     dim = x.shape[2]
     shape = (*x.shape[:2], basis.shape[2])
     out = x.new_empty(shape, dtype=torch.float32), y.new_empty(shape, dtype=torch.float32)
@@ -239,7 +245,7 @@ def cka_project(
 torch.library.impl("inflection_fast::cka_project", "CompositeExplicitAutograd", cka_project)
 
 
-# ---- of all rows at once ----
+# ---- all rows at once ----
 
 
 @torch.library.register_fake("inflection_fast::cka_scatter")
@@ -249,38 +255,38 @@ def _(x, y):
 
 @torch.library.register_fake("inflection_fast::cka_scatter_backward")
 def _(grad, x, y):
-    return new_grads(x, y)
+    return empty_grads(x, y)
 
 
 @torch.library.impl("inflection_fast::cka_scatter", "CompositeExplicitAutograd")
 def cka_scatter(x: Tensor, y: Tensor) -> Tensor:
-    """Centred scatter of the rows of both sides together: see `pooled`.
+    """Centred scatter of the rows of both sides together: see `pooled_scatter`.
 
-    Each side has a Gram matrix of its own, because one shift would be far from the mean of one of them.
+    Each side has its own Gram matrix, because a common shift would be far from the mean of one side.
     """
     dim, n = x.shape[-1], x.shape[-2]
     out = x.new_empty((*x.shape[:-2], dim, dim), dtype=torch.float64)
-    for i in layers_of(x):
+    for i in layer_indices(x):
         scatters, means = [], []
         for side in (x[i][None], y[i][None]):
-            gram = x.new_zeros((1, packed(HEAD + dim)), dtype=torch.float64)
+            gram = x.new_zeros((1, packed_size(HEAD + dim)), dtype=torch.float64)
             shift = x.new_zeros((1, dim), dtype=torch.float32)
             torch.ops.inflection_fast.cka_push(gram, shift, side, side[..., :0], None, True)
             full = unpack(gram[0], HEAD + dim)
             mean = full[0, HEAD:] / n
             scatters.append(full[HEAD:, HEAD:] - torch.outer(full[0, HEAD:], mean))
             means.append(shift[0] + mean)
-        out[i] = pooled(scatters[0], scatters[1], means[0] - means[1], n)
+        out[i] = pooled_scatter(scatters[0], scatters[1], means[0] - means[1], n)
     return out
 
 
 @torch.library.impl("inflection_fast::cka_scatter_backward", "CompositeExplicitAutograd")
 def cka_scatter_backward(grad: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the scatter of rows w with mean m, ``sum (w - m) (w - m)^T``: ``(w - m) (g + g^T)``."""
+    """Gradient of the scatter ``sum (w - m) (w - m)^T`` of rows w with mean m: ``(w - m) (g + g^T)``."""
     grad = grad + grad.mT
-    out = new_grads(x, y)
-    for i in layers_of(x):
-        rows, power = scaled(torch.cat([x[i], y[i]]))
+    out = empty_grads(x, y)
+    for i in layer_indices(x):
+        rows, power = scaled_rows(torch.cat([x[i], y[i]]))
         rows = rows @ (grad[i] * power).float()
         out[0][i], out[1][i] = rows.chunk(2)
     return out

@@ -1,4 +1,4 @@
-"""The standard error of a CKA whose rows are all at hand: each sequence is left out in turn."""
+"""CKA with a standard error from rows in memory: a jackknife that leaves out each sequence in turn."""
 
 from __future__ import annotations
 
@@ -9,50 +9,47 @@ from torch import Tensor
 
 from .. import checks
 from .basis import pooled_basis, project
-from .gram import MIN_ROWS, centred, layers_of, of_terms, scaled
+from .gram import MIN_ROWS, centred, cka_from_terms, layer_indices, scaled_rows
 from .linear import check_rows
 from .result import CkaResult, jackknife_error, reason_of
 
 __all__ = ["cka_jackknife"]
 
-PADDED_ROWS = 1024  # of sequences that are multiplied at a time
+PADDED_ROWS = 1024  # number of padded rows that are multiplied at a time
 
 
 def cka_jackknife(
     x: Tensor, y: Tensor, sequences: Tensor, *, rank: int | None = None, debiased: bool = True
 ) -> CkaResult:
-    """Linear CKA with the standard error that comes from the choice of sequences, one per layer.
+    """Linear CKA with its standard error, one value per layer.
 
-    The value is that of `linear_cka`. Tokens of one sequence depend on each other, so the jackknife leaves out
-    sequences, not rows. It computes no CKA again: without the rows U, V of a sequence the cross term is a polynomial in
-    ``U^T V``, of which ``<S, U^T V> = sum_r u_r^T S v_r`` and ``|U^T V|^2 = <U U^T, V V^T>`` are all that is new. For N
-    rows of m per sequence that takes N (6 D^2 + 6 m D) multiplications in float32, summed in float64, whatever the
-    number of sequences: about five times the time of the value at D = 768. Where one sequence holds nearly all of the
-    variance, what is left without it is a small difference, and the error is rough. In a basis of rank k it is k in
-    place of D, the basis staying that of all rows.
+    The value is that of `linear_cka`. Tokens of one sequence are not independent, so the jackknife leaves out
+    sequences, not rows: the error is that of the choice of sequences. CKA is not computed again: without the rows U, V
+    of a sequence the cross term is a polynomial in ``U^T V`` (docs/math.md), and only two terms are new:
+    ``<S, U^T V> = sum_r u_r^T S v_r`` and ``|U^T V|^2 = <U U^T, V V^T>``. For N rows, m per sequence, that takes N (6
+    D^2 + 6 m D) multiplications in float32, summed in float64, for any number of sequences: about five times the time
+    of the value at D = 768. If one sequence holds nearly all of the variance, its omission leaves a small difference
+    and the error is inaccurate. With `rank` the cost has k in place of D; the basis of all rows is used throughout.
 
-    Extra memory: what `linear_cka` takes; then of one layer at a time at most 12 N D + P (28 D + 20 M) + 8 D^2 bytes,
-    with M rows in the longest sequence, P = max(M, 1024) and the wider D. Refused beforehand where the device has less.
+    Additional memory: that of `linear_cka`; then, for one layer at a time, at most 12 N D + P (28 D + 20 M) + 8 D^2
+    bytes, with M rows in the longest sequence, P = max(M, 1024) and the larger D.
 
     Args:
-        x: ``[..., N, D]``, as for `linear_cka`.
-        y: ``[..., N, D2]``, as for `linear_cka`.
-        sequences: int64 ``[N]``: which sequence a row is of; any numbers, in any order. Read on the host.
-        rank: as for `linear_cka`.
-        debiased: as for `linear_cka`.
+        x, y, rank, debiased: as for `linear_cka`.
+        sequences: int64 ``[N]``, number of the sequence of each row; any numbers, in any order. Read on the host.
 
     Returns:
-        `CkaResult` of tensors ``[...]``, leading dimensions flattened to one.
+        `CkaResult` of tensors ``[...]``, with leading dimensions flattened to one.
 
     Raises:
-        TypeError, ValueError: as for `linear_cka`; `sequences` does not fit the rows, or is so long in one of them that
-            its products would not fit into memory.
+        TypeError, ValueError: as for `linear_cka`; `sequences` does not fit the rows; or one sequence is so long that
+            its products do not fit into memory.
     """
     check_rows(x, y, rank, debiased, ("x", "y"))
     checks.sequences(sequences, x)
     checks.no_tangent("cka_jackknife", x, y, differentiable=False)
     x, y = x.detach(), y.detach()
-    pieces = padded(sequences)
+    pieces = padded_sequences(sequences)
     wide = max(x.shape[-1], y.shape[-1])
     longest = max((index.shape[1] for index, _, _ in pieces[0]), default=0)
     need, what = bytes_needed(x.shape[-2], wide, longest, rank), f"sequences: {x.shape[-2]} rows, {longest} of one,"
@@ -63,12 +60,12 @@ def cka_jackknife(
         kept = variance_in(x, y, basis)
         x, y = project(x, basis), project(y, basis)
     terms = torch.ops.inflection_fast.cka_terms(x, y, debiased).reshape(-1, 3)
-    value = of_terms(terms)
+    value = cka_from_terms(terms)
     errors, sums = [], []
-    for i in layers_of(x):
-        sides = [scaled(side[i])[0] for side in (x, y)]
+    for i in layer_indices(x):
+        sides = [scaled_rows(side[i])[0] for side in (x, y)]
         without = [terms_without(*pair, pieces, debiased) for pair in pairs(*sides)]
-        errors.append(jackknife_error(of_terms(torch.stack(without, -1))[:, None], pieces[1] > 0))
+        errors.append(jackknife_error(cka_from_terms(torch.stack(without, -1))[:, None], pieces[1] > 0))
         sums.append(torch.stack([side.sum() for side in sides]))  # NaN where a feature is NaN or infinite
     count, units = x.shape[-2], len(pieces[1])
     rows = kept.new_full(kept.shape, count)
@@ -87,73 +84,71 @@ def cka_jackknife(
 
 
 def bytes_needed(rows: int, wide: int, longest: int, rank: int | None) -> int:
-    """What it takes beside `linear_cka`: rows, turned rows, and pieces of them; before a basis, both sides in one."""
+    """Memory beside that of `linear_cka`: rows, their products with S, padded pieces; with a basis both sides, too."""
     piece, within = max(longest, PADDED_ROWS), wide if rank is None else rank
     leaving = 12 * rows * within + piece * (12 * within + max(16 * within, 20 * longest)) + 8 * within**2
     return leaving if rank is None else max(leaving, (20 * rows + 16 * PADDED_ROWS) * wide)
 
 
-def norms_of(parts: Sequence[Tensor]) -> Tensor:
-    """float64 ``[N]``: |u|^2 of rows that come in parts, so that no float64 copy holds them all."""
+def squared_norms(parts: Sequence[Tensor]) -> Tensor:
+    """|u|^2 of rows given in parts, float64 ``[N]``. In parts, so that no float64 copy of all rows is made."""
     return torch.cat([rows.double().square().sum(1) for rows in parts])
 
 
 def pairs(u: Tensor, v: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
-    """In the order of the terms: xy, xx, yy."""
+    """The pairs of sides in the order of the terms: xy, xx, yy."""
     return (u, v), (u, u), (v, v)
 
 
 def variance_in(x: Tensor, y: Tensor, basis: Tensor) -> Tensor:
-    """Share of the variance of the rows of both sides pooled that lies in a basis, ``[layers]``."""
+    """Share of the pooled variance of both sides that lies in the basis, ``[layers]``."""
     shares = []
-    for i in layers_of(x):
+    for i in layer_indices(x):
         parts = centred(torch.cat([x[i], y[i]])).split(PADDED_ROWS)
         within = sum((rows.double() @ basis[i]).square().sum() for rows in parts)
-        shares.append(within / norms_of(parts).sum())
+        shares.append(within / squared_norms(parts).sum())
     return torch.stack(shares) if shares else basis.new_zeros(0)
 
 
-def padded(sequences: Tensor) -> tuple[list[tuple[Tensor, Tensor, slice]], Tensor]:
-    """Sequences of like lengths side by side: their rows ``[S, M]``, which of those are there, which sequences.
+def padded_sequences(sequences: Tensor) -> tuple[list[tuple[Tensor, Tensor, slice]], Tensor]:
+    """Groups of sequences of similar lengths: row indices ``[S, M]``, which of them are valid, and the group's slice.
 
-    Also the number of rows of every sequence, the longest first.
+    Also the number of rows of each sequence. Sequences are ordered by length, the longest first.
     """
-    sizes = torch.unique(sequences, return_inverse=True, return_counts=True)
-    counts, order = sizes[2].sort(descending=True, stable=True)
-    place = torch.empty_like(order)
-    place[order] = torch.arange(len(order), device=order.device)
-    rows = place[sizes[1]].argsort(stable=True)  # by sequence, the longest first
+    _, number_of_row, sizes = torch.unique(sequences, return_inverse=True, return_counts=True)
+    counts, order = sizes.sort(descending=True, stable=True)
+    rows = order.argsort()[number_of_row].argsort(stable=True)  # by sequence, the longest first
     starts = counts.cumsum(0) - counts
     pieces, first, lengths = [], 0, counts.tolist()
     while first < len(lengths):
         longest = lengths[first]
-        many = slice(first, first + max(1, PADDED_ROWS // longest))
+        group = slice(first, first + max(1, PADDED_ROWS // longest))
         column = torch.arange(longest, device=rows.device)
-        there = column < counts[many, None]
-        pieces.append((rows[torch.where(there, starts[many, None] + column, 0)], there, many))
-        first = many.stop
+        valid = column < counts[group, None]
+        pieces.append((rows[torch.where(valid, starts[group, None] + column, 0)], valid, group))
+        first = group.stop
     return pieces, counts
 
 
 def terms_without(u: Tensor, v: Tensor, pieces: tuple[list, Tensor], debiased: bool) -> Tensor:
-    """The cross term of the centred rows u, v without each sequence, ``[S]``: see docs/cka.md."""
+    """The cross term of the centred rows u, v without each sequence, ``[S]``; formulas in docs/math.md."""
     s = u.mT @ v
-    p, q = (norms_of(side.split(PADDED_ROWS)) for side in (u, v))
-    turned = v @ s.mT
+    p, q = (squared_norms(side.split(PADDED_ROWS)) for side in (u, v))
+    s_v = v @ s.mT
     w_pv, w_qu = p.float() @ v, q.float() @ u
-    whole = s.square().sum(dtype=torch.float64)
+    s_squared = s.square().sum(dtype=torch.float64)
     out = []
-    for index, there, many in pieces[0]:
-        rows_u, rows_v = (torch.where(there[..., None], side[index], 0.0) for side in (u, v))
-        own_p, own_q = (torch.where(there, norms[index], 0.0) for norms in (p, q))
+    for index, valid, group in pieces[0]:
+        rows_u, rows_v = (torch.where(valid[..., None], side[index], 0.0) for side in (u, v))
+        own_p, own_q = (torch.where(valid, norms[index], 0.0) for norms in (p, q))
         a, b = rows_u.sum(1), rows_v.sum(1)
-        n = len(u) - pieces[1][many].double()
-        cross = total(rows_u * turned[index])
+        n = len(u) - pieces[1][group].double()
+        cross = total(rows_u * s_v[index])
         own = total((rows_u @ rows_u.mT) * (rows_v @ rows_v.mT))
         along_a, along_b = ((rows @ sums[..., None])[..., 0].double() for rows, sums in ((rows_u, a), (rows_v, b)))
         form = total((a @ s) * b) - (along_a * along_b).sum(1)  # a^T (S - U^T V) b
         aa, bb = total(a.square()) / n**2, total(b.square()) / n**2
-        squares = whole - 2 * cross + own - 2 * form / n + aa * bb * n**2
+        squares = s_squared - 2 * cross + own - 2 * form / n + aa * bb * n**2
         if debiased:
             sum_p, sum_q = p.sum() - own_p.sum(1), q.sum() - own_q.sum(1)
             kl = p @ q - (own_p * own_q).sum(1) + 4 * form / n**2 + bb * sum_p + aa * sum_q - 3 * n * aa * bb

@@ -1,4 +1,4 @@
-"""CKA of every layer with every layer, of one model or of two, by tiles of rows."""
+"""CKA of all pairs of layers, of one model or of two, in tiles of rows."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from .gram import MIN_ROWS, RUN, SHIFT_ROWS, Products, inner, parts, power_of_two, size_of, take_diagonal
+from .gram import MIN_ROWS, RUN, SHIFT_ROWS, GramBuffer, cka_ratio, inner_products, pop_diagonal, scale_factors, slices
 
 __all__ = ["cka_matrix"]
 
 METHODS = ("exact", "banded", "minibatch")
-# Relative, of a float32 mean: 100 times its unit, which covers sums in blocks of any number of rows.
+# Relative error of a float32 mean, at most: 100 units in the last place cover blockwise sums of any number of rows.
 MEAN_ROUNDING = 2**-16
-LONG = 8.0  # as cka_long of csrc/core/cka.h: times the mean of |u|^2 of a batch
-BLOCK = 4  # tiles of rows that are held while the tiles after them pass by
+LONG = 8.0  # a row is long if |u|^2 is more than this times the mean of its batch, as cka_long of csrc/core/cka.h
+BLOCK_TILES = 4  # tiles of rows that are kept while later tiles are multiplied with them
 
 
 def cka_matrix(
@@ -29,47 +29,43 @@ def cka_matrix(
 ) -> Tensor:
     """Linear CKA of all pairs of layers whose rows are the same N samples.
 
-    Equivalent to: ``linear_cka(x[:, None], y[None], debiased=debiased)``, but each layer's Gram matrix over rows is
-    computed once for all pairs, tile by tile: ``N^2 (D L + L^2) / 2`` multiplications, fewer than the
-    ``N D^2 L (L + 1) / 2`` of the pairs while N < (L + 1) D. Never an N x N buffer: extra memory is
-    ``20 tile L D + 16 tile^2 L + 8 N L`` bytes (L layers of both models), 60 MB for 12 layers of width 768, and refused
-    beforehand where the device has less. Rows are centred in float32 tile by tile, so an offset costs no digits. Not
-    differentiable.
+    Equivalent to: ``linear_cka(x[:, None], y[None], debiased=debiased)``. The Gram matrix over rows of each layer is
+    computed once for all pairs, in tiles, which takes ``N^2 (D L + L^2) / 2`` multiplications. That is less than the
+    ``N D^2 L (L + 1) / 2`` of the pairs while N < (L + 1) D. Additional memory: ``20 tile L D + 16 tile^2 L + 8 N L``
+    bytes (L layers of both models), 60 MB for 12 layers of width 768. Rows are centred in float32 in each tile, so an
+    offset costs no digits. Not differentiable.
 
-    `method` trades exactness for time:
+    `method` trades accuracy for time:
 
     * "exact": all pairs of rows.
-    * "banded": of each pair of Gram matrices, the sum of products over the tiles at most `band` apart (cyclically) of
-      the rows in an order drawn from `seed`, scaled up to all pairs; everything else, centring and debiasing, is exact
-      and linear in N. Unbiased over orders for any rows, also tokens of few texts. ``(2 band + 1) tile / N`` of the
-      work.
-    * "minibatch": HSIC_1 of consecutive batches of `tile` rows, added up (Nguyen et al. 2021), which is what streaming
-      packages compute. For independent rows only: where the rows of a batch belong to few texts it is another number.
-      ``N tile (D L + L^2) / 2`` multiplications. On the CPU the extra memory is ``2 tile (tile + 52)`` bytes for each
-      layer of the batches in work, which have 16 layers for each thread or fill 2 MiB, ``516 tile`` bytes for each
-      thread, and ``24 N L``.
+    * "banded": the rows are put into a random order, and only products of tiles at most `band` apart (cyclically) are
+      computed and scaled up to all pairs. Centring and debiasing stay exact. Unbiased over orders for any rows, also
+      tokens of few texts. Cost: a share of ``(2 band + 1) tile / N``.
+    * "minibatch": HSIC_1 of consecutive batches of `tile` rows, added up (Nguyen et al. 2021), as streaming packages
+      compute it. For independent rows only; if the rows of a batch come from few texts the result is another number.
+      Cost: ``N tile (D L + L^2) / 2`` multiplications. Additional memory on the CPU: ``2 tile (tile + 52)`` bytes per
+      layer of the batches in work (16 layers per thread, or up to 2 MiB), ``516 tile`` bytes per thread, ``24 N L``.
 
     Args:
         x: ``[L, N, D]``, float32, bfloat16 or float16, any strides.
-        y: ``[L2, N, D2]``, of another model, dtype and device of `x`. None: `x` with itself.
-        debiased: as for `linear_cka`; "minibatch" has no other.
+        y: ``[L2, N, D2]``, features of another model, dtype and device of `x`. None: `x` with itself.
+        debiased: as for `linear_cka`; must be True for "minibatch".
         method: see above.
-        tile: rows of a tile or of a minibatch, at least 4.
-        band: for "banded": so many neighbours on either side, at least 0.
-        seed: for "banded": of the order of the rows.
+        tile: number of rows of a tile or of a minibatch, at least 4.
+        band: for "banded": number of neighbours on either side, at least 0.
+        seed: for "banded": seed of the order of the rows.
 
     Returns:
         float32 ``[L, L2]``. NaN in rows and columns of layers that are constant, whose self term is not above 0, or
-        that hold NaN or infinite features. The diagonal of a model with itself is 1 but for rounding.
+        that have NaN or infinite features. The diagonal of a model with itself is 1, up to rounding.
 
     Raises:
-        TypeError, ValueError: as for `linear_cka`; an unknown `method`; a last minibatch of fewer than 4 rows; a
-            `tile` that takes more memory than there is.
+        TypeError, ValueError: as for `linear_cka`; an unknown `method`; a last minibatch of fewer than 4 rows; more
+            memory than the device has.
     """
-    check(x, "x")
-    other = x if y is None else check(y, "y")
-    if other.dtype != x.dtype:
-        raise TypeError(f"y: expected dtype {x.dtype} as x has, got {other.dtype}")
+    check_layers(x, "x")
+    other = x if y is None else check_layers(y, "y")
+    checks.same_dtype(other, "y", x, "x")
     checks.same_device(other, "y", x, "x")
     count = x.shape[1]
     if other.shape[1] != count:
@@ -91,11 +87,14 @@ def cka_matrix(
     checks.fits(bytes_needed(sides, method, tile), x.device, f"tile: {method} CKA by {tile} rows would")
     with torch.no_grad():
         if method == "minibatch":
-            return ratio(*minibatches(sides, tile))
-        return ratio(*whole(sides, tile, band if method == "banded" else None, seed, debiased))
+            cross, self_x, self_y = minibatch_terms(sides, tile)
+        else:
+            band_or_none = band if method == "banded" else None
+            cross, self_x, self_y = all_row_terms(sides, tile, band_or_none, seed, debiased)
+        return cka_ratio(cross, self_x[:, None], self_y[None]).float()
 
 
-def check(value: object, name: str) -> Tensor:
+def check_layers(value: object, name: str) -> Tensor:
     """`value`, if it is features ``[L, N, D]``."""
     features = checks.float_tensor(value, name)
     if features.ndim != 3 or 0 in (features.shape[0], features.shape[2]):
@@ -104,78 +103,65 @@ def check(value: object, name: str) -> Tensor:
 
 
 def bytes_needed(sides: list[Tensor], method: str, tile: int) -> int:
-    """What `cka_matrix` takes beside its arguments: float32 rows, their Gram matrices, and |u|^2 of every row."""
+    """Memory of `cka_matrix` beside its arguments: float32 rows, their Gram matrices, and |u|^2 of each row."""
     count, layers = sides[0].shape[1], sum(len(side) for side in sides)
-    if method == "minibatch" and sides[0].device.type == "cpu":  # the kernel, then sums of rows and products of batches
+    if method == "minibatch" and sides[0].device.type == "cpu":  # the kernel, sums of rows, and products of batches
         debiasing = 8 * (2 * layers * count + 4 * -(-count // tile) * len(sides[0]) * len(sides[-1]))
         in_y = layers - len(sides[0])
         return torch.ops.inflection_fast.cka_batches_bytes(len(sides[0]), in_y, count, tile) + debiasing
-    tile, block = min(tile, count), min(BLOCK * tile, count) if method == "exact" else min(tile, count)
+    tile, block = min(tile, count), min(BLOCK_TILES * tile, count) if method == "exact" else min(tile, count)
     rows = {"exact": block + tile, "banded": 3 * tile, "minibatch": 2 * tile}[method]
-    rows = max(rows, 3 * min(SHIFT_ROWS, count))  # their mean takes them in float64
+    rows = max(rows, 3 * min(SHIFT_ROWS, count))  # the mean converts the first rows to float64
     wide = sum(len(side) * side.shape[2] for side in sides)
-    grams = layers if len(sides) == 1 else layers + max(len(side) for side in sides)  # of two models also the squares
+    grams = layers if len(sides) == 1 else layers + max(len(side) for side in sides)  # two models: the squares, too
     sums = len(sides[0]) * len(sides[-1]) * (tile * block // RUN + 1)
-    return 4 * wide * (rows + 4) + 4 * grams * tile * block + 8 * layers * count + 12 * sums  # 4: the mean
+    return 4 * wide * (rows + 4) + 4 * grams * tile * block + 8 * layers * count + 12 * sums  # + 4: the mean
 
 
-def ratio(cross: Tensor, own_x: Tensor, own_y: Tensor) -> Tensor:
-    """From the cross terms ``[L, L2]`` and the self terms; undefined unless both self terms are above 0."""
-    own_x, own_y = own_x[:, None], own_y[None]
-    return torch.where((own_x > 0) & (own_y > 0), cross / (own_x.sqrt() * own_y.sqrt()), torch.nan).float()
-
-
-class Rows:
+class CentredRows:
     """The rows of one model, less their mean, as float32 tiles ``[L, n, D]``."""
 
     def __init__(self, features: Tensor, order: Tensor | None):
         self.features, self.order = features, order
-        self.factor = factors_of(features)[:, None, None]
-        self.shift = mean_of(features[:, :SHIFT_ROWS])  # takes the offset
+        self.factor = scale_factors(features)[:, None, None]
+        # In float64: exact for a constant column, so that nothing is left of it. The offset is gone after this.
+        self.shift = features[:, :SHIFT_ROWS].mean(1, keepdim=True, dtype=torch.float64).float()
         self.rest = torch.zeros_like(self.shift)
         n, sums = features.shape[1], self.rest.double()
-        for part in parts(n, SHIFT_ROWS):
+        for part in slices(n, SHIFT_ROWS):
             sums = sums + self.tile(part).sum(1, keepdim=True).double()
-        self.rest = (sums / -n).float()  # minus what the first subtraction left, times the factor
-        self.norms = sums.new_zeros(len(features), n)  # |u|^2, filled in as the tiles are multiplied
+        self.rest = (sums / -n).float()  # minus the mean after the first subtraction, times the factor
+        self.norms = sums.new_zeros(len(features), n)  # |u|^2, filled in when the tiles are multiplied
 
-    def tile(self, part: slice, room: Tensor | None = None) -> Tensor:
-        """Rows of this part of the order, in the memory of `room` if given: fresh pages cost more than sums."""
+    def tile(self, part: slice, buffer: Tensor | None = None) -> Tensor:
+        """The rows ``order[part]``, written to `buffer` if given: page faults of new memory cost more than the sums."""
         rows = self.features[:, part] if self.order is None else self.features[:, self.order[part]]
-        out = rows.new_empty(rows.shape, dtype=torch.float32) if room is None else room[:, : rows.shape[1]]
+        out = rows.new_empty(rows.shape, dtype=torch.float32) if buffer is None else buffer[:, : rows.shape[1]]
         if rows.dtype == torch.float32:
             torch.sub(rows, self.shift, out=out)
         else:
             out.copy_(rows).sub_(self.shift)
-        return torch.addcmul(self.rest, out, self.factor, out=out)  # one pass over the rows
+        return torch.addcmul(self.rest, out, self.factor, out=out)
 
-    def room(self, size: int) -> Tensor:
-        """For tiles of at most so many rows."""
+    def buffer(self, size: int) -> Tensor:
+        """Memory for a tile of at most `size` rows."""
         return self.shift.new_empty((len(self.features), min(size, self.norms.shape[1]), self.features.shape[2]))
 
 
-def factors_of(features: Tensor) -> Tensor:
-    """float32 ``[L]``: powers of two that make fourth powers of a layer's rows float32; CKA has no scale."""
-    return power_of_two(torch.stack([size_of(layer) for layer in features])).reciprocal()
+def all_row_terms(
+    sides: list[Tensor], tile: int, band: int | None, seed: int, debiased: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross and self terms of all rows: n (n - 3) HSIC_1, or the inner products of the centred Gram matrices.
 
-
-def mean_of(features: Tensor) -> Tensor:
-    """float32 ``[L, 1, D]``; summed in float64, so that a constant column gives its value and leaves nothing."""
-    return features.mean(1, keepdim=True, dtype=torch.float64).float()
-
-
-def whole(sides: list[Tensor], tile: int, band: int | None, seed: int, debiased: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross and self terms of all rows at once: n (n - 3) HSIC_1, or the inner products of the centred Gram matrices.
-
-    Rows are centred, so a row of a Gram matrix without its diagonal sums to -|u|^2: only the products of its other
-    elements take all pairs of rows.
+    Rows are centred, so each row of a Gram matrix without its diagonal sums to -|u|^2. Only the inner products of Gram
+    matrices need all pairs of rows.
     """
     n = sides[0].shape[1]
     order = None
     if band is not None:
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).to(sides[0].device)
-    rows = [Rows(side, order) for side in sides]
-    sums = Sums(rows)
+    rows = [CentredRows(side, order) for side in sides]
+    sums = PairSums(rows)
     scale = n * (n - 1) / (sums.all_pairs(tile) if band is None else sums.near_pairs(tile, band))
     norms = [side.norms for side in rows]
     cross, own = sums.cross * scale, [one * scale for one in sums.own]
@@ -186,7 +172,7 @@ def whole(sides: list[Tensor], tile: int, band: int | None, seed: int, debiased:
 
 
 def debias(cross: Tensor, own: list[Tensor], sums: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """n (n - 3) HSIC_1 (Song et al. 2012) of Gram matrices without diagonals, whose rows sum to ``[..., L, n]``."""
+    """n (n - 3) HSIC_1 (Song et al. 2012) of Gram matrices without diagonals, with row sums ``[..., L, n]``."""
     n, totals = sums[0].shape[-1], [side.sum(-1) for side in sums]
     a, b = 2 / (n - 2), 1 / ((n - 1) * (n - 2))
     cross = cross - a * (sums[0] @ sums[-1].mT) + b * (totals[0][..., :, None] * totals[-1][..., None, :])
@@ -194,81 +180,79 @@ def debias(cross: Tensor, own: list[Tensor], sums: list[Tensor]) -> tuple[Tensor
     return cross, own[0], own[-1]
 
 
-class Sums:
+class PairSums:
     """Inner products of Gram matrices without their diagonals, over tiles of pairs of rows."""
 
-    def __init__(self, rows: list[Rows]):
+    def __init__(self, rows: list[CentredRows]):
         self.rows = rows
-        self.products = [Products() for _ in rows]
+        self.products = [GramBuffer() for _ in rows]
         layers = [len(side.features) for side in rows]
         self.cross = rows[0].norms.new_zeros(layers[0], layers[-1])
         self.own = [rows[0].norms.new_zeros(number) for number in layers]
 
     def all_pairs(self, tile: int) -> int:
-        """Every pair of rows, by symmetry each once; returns how many ordered pairs that were."""
+        """Add all pairs of rows, each once by symmetry; returns the number of ordered pairs."""
         n, rows = self.rows[0].norms.shape[1], self.rows
-        here, beside = ([side.room(size) for side in rows] for size in (BLOCK * tile, tile))
-        for block in parts(n, BLOCK * tile):
-            left = [side.tile(block, room) for side, room in zip(rows, here, strict=True)]
-            for part in parts(block.stop - block.start, tile):
+        left_buffers, right_buffers = ([side.buffer(size) for side in rows] for size in (BLOCK_TILES * tile, tile))
+        for block in slices(n, BLOCK_TILES * tile):
+            left = [side.tile(block, buffer) for side, buffer in zip(rows, left_buffers, strict=True)]
+            for part in slices(block.stop - block.start, tile):
                 own = [side[:, part] for side in left]
-                self.add_own(own, slice(block.start + part.start, block.start + part.stop))
+                self.add_diagonal_tile(own, slice(block.start + part.start, block.start + part.stop))
                 if part.start:
-                    self.add([side[:, : part.start] for side in left], own)
-            for part in parts(n - block.stop, tile):
+                    self.add_tile([side[:, : part.start] for side in left], own)
+            for part in slices(n - block.stop, tile):
                 after = slice(block.stop + part.start, block.stop + part.stop)
-                self.add(left, [side.tile(after, room) for side, room in zip(rows, beside, strict=True)])
+                right = [side.tile(after, buffer) for side, buffer in zip(rows, right_buffers, strict=True)]
+                self.add_tile(left, right)
         return n * (n - 1)
 
     def near_pairs(self, tile: int, band: int) -> int:
-        """The pairs of tiles at most `band` apart on a ring; returns how many ordered pairs of rows that were."""
-        tiles = list(parts(self.rows[0].norms.shape[1], tile))
+        """Add the pairs of tiles at most `band` apart on a ring; returns the number of ordered pairs of rows."""
+        tiles = list(slices(self.rows[0].norms.shape[1], tile))
         used = 0
         for i, part in enumerate(tiles):
             left = [side.tile(part) for side in self.rows]
-            self.add_own(left, part)
+            self.add_diagonal_tile(left, part)
             size = part.stop - part.start
             used += size * (size - 1)
             for j in neighbours(i, len(tiles), band):
-                self.add(left, [side.tile(tiles[j]) for side in self.rows])
+                self.add_tile(left, [side.tile(tiles[j]) for side in self.rows])
                 used += 2 * size * (tiles[j].stop - tiles[j].start)
         return used
 
-    def add_own(self, rows: list[Tensor], part: slice) -> None:
-        """The tile of `part` with itself."""
+    def add_diagonal_tile(self, rows: list[Tensor], part: slice) -> None:
+        """Add the products of the tile `part` with itself."""
         grams = [product(side, side) for product, side in zip(self.products, rows, strict=True)]
         for side, gram in zip(self.rows, grams, strict=True):
-            side.norms[:, part] = take_diagonal(gram)
-        cross, own = inner(grams)
+            side.norms[:, part] = pop_diagonal(gram)
+        cross, own = inner_products(grams)
         self.cross += cross
         self.own = [one + more for one, more in zip(self.own, own, strict=True)]
 
-    def add(self, left: list[Tensor], right: list[Tensor]) -> None:
-        """A tile beside the diagonal, and its mirror image."""
+    def add_tile(self, left: list[Tensor], right: list[Tensor]) -> None:
+        """Add the products of two tiles, and of their mirror image."""
         grams = [product(b, a) for product, a, b in zip(self.products, left, right, strict=True)]
-        cross, own = inner(grams)
+        cross, own = inner_products(grams)
         self.cross += 2 * cross
         self.own = [one + 2 * more for one, more in zip(self.own, own, strict=True)]
 
 
 def neighbours(i: int, count: int, band: int) -> list[int]:
-    """Those after i on a ring of `count`, so that each pair at most `band` apart occurs once."""
-    found = []
-    for distance in range(1, min(band, count // 2) + 1):
-        if 2 * distance == count and i >= distance:  # opposite on the ring: met from the other end already
-            continue
-        found.append((i + distance) % count)
-    return found
+    """The next tiles after i on a ring of `count`, so that each pair at most `band` apart occurs once."""
+    distances = range(1, min(band, count // 2) + 1)
+    # A pair of opposite tiles occurs at the one with the lower number.
+    return [(i + distance) % count for distance in distances if 2 * distance != count or i < distance]
 
 
-def minibatches(sides: list[Tensor], tile: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums over batches of HSIC_1, each of a batch by itself."""
+def minibatch_terms(sides: list[Tensor], tile: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross and self terms: sums of the batches' HSIC_1."""
     x, y = sides[0], sides[1] if len(sides) == 2 else None
-    factors = torch.cat([factors_of(side) for side in sides])
+    factors = torch.cat([scale_factors(side) for side in sides])
     cross, own, sums = torch.ops.inflection_fast.cka_batches(x, y, tile, factors)
-    layers, whole, left = [len(side) for side in sides], x.shape[1] // tile, x.shape[1] % tile
+    layers, full, rest = [len(side) for side in sides], x.shape[1] // tile, x.shape[1] % tile
     total: list[Tensor] = []
-    for first, last, n in ((0, whole, tile), (whole, len(cross), left)):
+    for first, last, n in ((0, full, tile), (full, len(cross), rest)):
         if first == last:
             continue
         rows = sums[:, first * tile : first * tile + (last - first) * n].unflatten(1, (-1, n)).transpose(0, 1)
@@ -278,12 +262,12 @@ def minibatches(sides: list[Tensor], tile: int) -> tuple[Tensor, Tensor, Tensor]
     return total[0], total[1], total[2]
 
 
-def near_mean(rows: Tensor, factor: Tensor, out: Tensor) -> Tensor:
-    """Rows ``[L, n, D]`` less something near their mean, which is all that HSIC_1 needs, times a factor of each layer.
+def subtract_near_mean(rows: Tensor, factor: Tensor, out: Tensor) -> Tensor:
+    """Rows ``[L, n, D]`` less approximately their mean, times the factor of their layer. HSIC_1 needs no exact mean.
 
-    The mean of the rows that are not far longer than the others: with a long row in it, its products would be
-    differences of numbers far larger. A float32 mean of equal numbers need not be that number; there the first row is
-    taken, so that a constant leaves 0.
+    Long rows do not enter the mean: otherwise the products of the other rows would be small differences of large
+    numbers. A float32 mean of equal numbers can differ from them in the last digits; then the first row is subtracted
+    instead, so that a constant column gives 0.
     """
     mean, first = rows.mean(1, keepdim=True), rows[:, :1]
     size = torch.linalg.vector_norm(torch.sub(rows, mean, out=out).mul_(factor), dim=2, keepdim=True).double().square()
@@ -294,23 +278,23 @@ def near_mean(rows: Tensor, factor: Tensor, out: Tensor) -> Tensor:
     return torch.sub(rows, mean, out=out).mul_(factor)
 
 
-def without_diagonal(batch: list[Tensor], products: list) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Of the Gram matrices of rows ``[L, n, D]``, n even: inner products, as `inner`, and sums of rows ``[L, n]``.
+def batch_sums(batch: list[Tensor], products: list) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Sums over the Gram matrices without diagonals of rows ``[L, n, D]``, n even.
 
-    In halves of the rows: of the four products one is the mirror image of another and left out. `products`: of every
-    model two, for those that are at once.
+    Returns their `inner_products` and row sums ``[L, n]``. Computed in halves of the rows, because one of the four
+    products is the mirror image of another. `products`: two buffers for each model.
     """
     half = batch[0].shape[1] // 2
-    own, beside, sums = [], [], []
-    for rows, (of_halves, across) in zip(batch, products, strict=True):
+    diagonal_tiles, other_tiles, sums = [], [], []
+    for rows, (diagonal_buffer, other_buffer) in zip(batch, products, strict=True):
         halves = rows.view(2 * len(rows), half, -1)
-        own.append(of_halves(halves, halves))
-        beside.append(across(rows[:, :half], rows[:, half:]))
-        diagonal = take_diagonal(own[-1]).view(len(rows), -1)
+        diagonal_tiles.append(diagonal_buffer(halves, halves))
+        other_tiles.append(other_buffer(rows[:, :half], rows[:, half:]))
+        diagonal = pop_diagonal(diagonal_tiles[-1]).view(len(rows), -1)
         sums.append((rows @ rows.sum(1, keepdim=True).mT)[..., 0] - diagonal)
-    cross, squares = inner([gram.view(len(rows), -1) for gram, rows in zip(own, batch, strict=True)])
-    twice, more = inner(beside)
-    return cross + 2 * twice, [a + 2 * b for a, b in zip(squares, more, strict=True)], sums
+    cross, own = inner_products([gram.view(len(rows), -1) for gram, rows in zip(diagonal_tiles, batch, strict=True)])
+    other_cross, other_own = inner_products(other_tiles)
+    return cross + 2 * other_cross, [a + 2 * b for a, b in zip(own, other_own, strict=True)], sums
 
 
 @torch.library.register_fake("inflection_fast::cka_batches")
@@ -322,26 +306,28 @@ def _(x, y, tile, factors=None):
 
 
 def cka_batches(x: Tensor, y: Tensor | None, tile: int, factors: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Where there is no kernel for it: of the Gram matrices of each batch of `tile` rows, less their near mean,
-    times the power of two of their layer (`factors`, None: 1), and without the diagonals, the inner products
-    ``[batches, L, L2]`` of x with y (None: with itself), of each with itself
-    ``[batches, L (+ L2)]``, and the sums of their rows ``[L (+ L2), N]``; float64.
+    """For devices without a kernel: sums over the Gram matrices without diagonals of each batch of `tile` rows.
+
+    Rows are centred and multiplied by the `factors` of their layers (None: 1) first; see `subtract_near_mean`.
+
+    Returns, float64: inner products ``[batches, L, L2]`` of x with y (None: with itself), squared norms
+    ``[batches, L (+ L2)]``, and row sums ``[L (+ L2), N]``.
     """
     sides = [x] if y is None else [x, y]
     layers = [len(side) for side in sides]
     if factors is None:
         factors = x.new_ones(sum(layers), dtype=torch.float32)
-    products = [(Products(), Products()) for _ in sides]
+    products = [(GramBuffer(), GramBuffer()) for _ in sides]
     found: list[tuple[Tensor, Tensor, Tensor]] = []
-    room: list[Tensor] = []
-    for part in parts(x.shape[1], tile):
+    buffer: list[Tensor] = []
+    for part in slices(x.shape[1], tile):
         n = part.stop - part.start
         even = n + n % 2  # a row of zeros adds nothing
-        if not room or room[0].shape[1] != even:
-            room = [side.new_zeros((len(side), even, side.shape[2]), dtype=torch.float32) for side in sides]
-        for side, out, factor in zip(sides, room, factors[:, None, None].split(layers), strict=True):
-            near_mean(side[:, part].float(), factor, out[:, :n])
-        cross, own, sums = without_diagonal(room, products)
+        if not buffer or buffer[0].shape[1] != even:
+            buffer = [side.new_zeros((len(side), even, side.shape[2]), dtype=torch.float32) for side in sides]
+        for side, out, factor in zip(sides, buffer, factors[:, None, None].split(layers), strict=True):
+            subtract_near_mean(side[:, part].float(), factor, out[:, :n])
+        cross, own, sums = batch_sums(buffer, products)
         found.append((cross, torch.cat(own), torch.cat(sums)[:, :n]))
     by_batch = list(zip(*found, strict=True))
     return torch.stack(by_batch[0]), torch.stack(by_batch[1]), torch.cat(by_batch[2], 1)

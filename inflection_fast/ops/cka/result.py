@@ -1,4 +1,4 @@
-"""A CKA with what belongs to it: its standard error, how many rows it comes from, why it is missing."""
+"""A CKA with its standard error, number of rows, and the reason if there is no value."""
 
 from __future__ import annotations
 
@@ -9,34 +9,34 @@ from torch import Tensor
 
 __all__ = ["CkaResult"]
 
-# Why a layer has no value, by code; the first that applies.
+# Why a layer has no value: the first reason that applies, by code.
 REASONS = (
     "",
     "too few rows",
-    "x holds NaN or infinite features",
-    "y holds NaN or infinite features",
-    "x is constant, or has nothing left that chance would not give (its self term is not above 0)",
-    "y is constant, or has nothing left that chance would not give (its self term is not above 0)",
+    "x has NaN or infinite features",
+    "y has NaN or infinite features",
+    "x is constant, or not distinguishable from chance (its self term is not above 0)",
+    "y is constant, or not distinguishable from chance (its self term is not above 0)",
 )
 
 
 @dataclass(frozen=True, eq=False)
 class CkaResult:
-    """CKA of every layer, what it rests on, and how far it may be off.
+    """CKA of each layer, with its standard error and the data it comes from.
 
     Attributes:
-        value: float32 ``[layers]``, NaN where there is none, never clamped.
-        delta: float32 ``[layers]``, delta-CKA: ``1 - value``, subtracted in float64. Its standard error is the same.
-        standard_error: float32 ``[layers]``: of the choice of sequences, not of tokens; NaN if it was not asked for or
-            fewer than two units are left out in turn.
-        rows: float64 ``[layers]``, rows that counted.
-        units: float64 scalar: sequences or groups of sequences that were left out in turn; 0: no jackknife.
-        sequences: float64 scalar, sequences seen; NaN if nobody told which row is of which.
-        rank: k of the shared basis; None: full space.
-        variance_kept: float64 ``[layers]``, the share of the variance of both sides pooled that lies in the basis; 1
-            without one.
-        debiased: which estimate.
-        reason: int64 ``[layers]``, why there is no value: index of `reasons`' sentences, 0 where there is one.
+        value: float32 ``[layers]``; NaN if there is no value. Never clamped.
+        delta: float32 ``[layers]``, delta-CKA: ``1 - value``, subtracted in float64. It has the same standard error.
+        standard_error: float32 ``[layers]``, of the choice of sequences, not of tokens; NaN without a jackknife, or if
+            it has fewer than two units.
+        rows: float64 ``[layers]``, number of rows that count.
+        units: float64 scalar, number of units of the jackknife: sequences, or groups of sequences; 0: no jackknife.
+        sequences: float64 scalar, number of sequences; NaN if the sequences of the rows are not known.
+        rank: number k of directions of the shared basis; None: full space.
+        variance_kept: float64 ``[layers]``, share of the pooled variance of both sides that lies in the basis; 1
+            without a basis.
+        debiased: whether the estimate is debiased.
+        reason: int64 ``[layers]``, code of the reason why there is no value; 0 if there is one. See `reasons`.
     """
 
     value: Tensor
@@ -52,13 +52,13 @@ class CkaResult:
 
     @property
     def reasons(self) -> dict[int, str]:
-        """Layers without a value, and why. Reads the device."""
+        """Layers without a value, with the reason. Synchronises with the device."""
         return {layer: REASONS[code] for layer, code in enumerate(self.reason.tolist()) if code}
 
     def __repr__(self) -> str:
         rows = sorted({int(n) for n in self.rows.tolist()})
-        told = f"{rows[0]}" if len(rows) == 1 else f"{rows[0]} to {rows[-1]}"
-        parts = [f"{'debiased' if self.debiased else 'biased'} CKA of {told} rows"]
+        count = f"{rows[0]}" if len(rows) == 1 else f"{rows[0]} to {rows[-1]}"
+        parts = [f"{'debiased' if self.debiased else 'biased'} CKA of {count} rows"]
         if not self.sequences.isnan():
             parts.append(f"{int(self.sequences)} sequences")
         if self.units > 0:
@@ -75,7 +75,7 @@ class CkaResult:
 
 
 def reason_of(terms: Tensor, rows: Tensor, norms: Tensor, min_rows: int) -> Tensor:
-    """int64 ``[layers]`` from the terms ``[layers, 3]`` and the sums ``[layers, 2]`` of |u|^2 and |v|^2."""
+    """Codes of `REASONS`, int64 ``[layers]``, from terms ``[layers, 3]`` and sums of |u|^2, |v|^2 ``[layers, 2]``."""
     code = torch.zeros(len(terms), dtype=torch.int64, device=terms.device)
     for number, applies in (
         (5, ~(terms[:, 2] > 0)),
@@ -88,12 +88,12 @@ def reason_of(terms: Tensor, rows: Tensor, norms: Tensor, min_rows: int) -> Tens
     return code
 
 
-def jackknife_error(without: Tensor, there: Tensor) -> Tensor:
-    """Standard error ``[layers]`` from the values ``[units, layers]`` without each unit, of the units that are there.
+def jackknife_error(without: Tensor, nonempty: Tensor) -> Tensor:
+    """Standard error ``[layers]`` from the values ``[units, layers]`` without each unit, over the nonempty units.
 
     ``se^2 = (m - 1) / m sum_s (t_s - mean t)^2`` over m units (Tukey 1958); NaN for fewer than two.
     """
-    m, there = there.sum(), there[:, None]
-    mean = torch.where(there, without, 0.0).sum(0) / m
-    squares = torch.where(there, (without - mean).square(), 0.0).sum(0)
+    m, nonempty = nonempty.sum(), nonempty[:, None]
+    mean = torch.where(nonempty, without, 0.0).sum(0) / m
+    squares = torch.where(nonempty, (without - mean).square(), 0.0).sum(0)
     return torch.where(m >= 2, (squares * (m - 1) / m).sqrt(), torch.nan)

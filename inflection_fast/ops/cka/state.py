@@ -1,4 +1,4 @@
-"""Linear CKA of rows that come in batches: exact for every split, debiased too."""
+"""Linear CKA of rows in batches, biased or debiased, exact for any split into batches."""
 
 from __future__ import annotations
 
@@ -8,54 +8,64 @@ import torch
 from torch import Tensor, distributed
 
 from .. import checks
-from .basis import CkaBasis, Projection, check_fits, check_rank, check_same_on_ranks, find, leading, variance_share
-from .gram import HEAD, MIN_ROWS, Grams, check_memory, moved, of_terms, packed
+from .basis import (
+    CkaBasis,
+    Projection,
+    check_fits,
+    check_rank,
+    check_same_on_ranks,
+    find_basis,
+    leading_eigenvectors,
+    variance_share,
+)
+from .gram import HEAD, MIN_ROWS, Grams, check_buffer, cka_from_terms, packed_size, shifted_triangle
 from .result import CkaResult, jackknife_error, reason_of
 
 __all__ = ["CkaState"]
 
 
 class CkaState:
-    """CKA of `layers` pairs of features whose rows come batch by batch.
+    """CKA of `layers` pairs of features whose rows arrive in batches.
 
-    Named as torchmetrics names it: `update`, `compute`, `merge_state`, `reset`, and over ranks `sync`, or `all_reduce`,
-    which returns a new state. `push`, `value`, `merge` and `agree` are earlier names of `update`, `compute`,
-    `merge_state` and `sync_shift`.
+    Methods are named as in torchmetrics: `update`, `compute`, `merge_state`, `reset`, and over ranks `sync`, or
+    `all_reduce`, which returns a new state. `push`, `value`, `merge` and `agree` are the earlier names of `update`,
+    `compute`, `merge_state` and `sync_shift`.
 
-    Holds, per layer, the Gram matrix of ``(1, |u|^2, |v|^2, u, v)`` over all rows, with u and v the features less a
-    shift: everything that biased and debiased CKA of all rows together need. Any split of the rows, any order of
-    merging gives the same value to 1e-6. A mean over batches of debiased values would be another number wherever
-    rows depend on each other, as tokens of one text do.
+    The state holds, for each layer, the Gram matrix of ``(1, |u|^2, |v|^2, u, v)`` over all rows, where u and v are the
+    features less a shift. Biased and debiased CKA of all rows follow from it. Any split of the rows into batches and
+    any order of merging give the same value to 1e-6. A mean of debiased values over batches is another number if rows
+    are not independent, as tokens of one text.
 
-    Memory: 4 (dim + dim_y + 3)^2 bytes per layer in float64, 9.5 MB at dim = 768; with `groups` so much for each of
-    them; with `basis` of rank k 4 (2 k + 3)^2, 0.27 MB at k = 128. `bytes_needed` says it beforehand. An update reads
-    and writes that once per 256 rows, so few rows at a time cost nearly as much as 256.
+    Memory: 4 (dim + dim_y + 3)^2 bytes per layer, 9.5 MB at dim = 768; times `groups`, if given; with a `basis` of rank
+    k 4 (2 k + 3)^2 bytes, 0.27 MB at k = 128. See `bytes_needed`. An update reads and writes this memory once per 256
+    rows, so a small update costs nearly as much as one of 256 rows.
 
     Attributes:
-        gram: float64 ``[layers, K (K + 1) / 2]``, with groups ``[groups, layers, K (K + 1) / 2]``, upper triangles row
-            by row, K = 3 + dim + dim_y or, in a basis, 3 + 2 k. States that share a shift add by adding it.
+        gram: float64 ``[layers, K (K + 1) / 2]``, with groups ``[groups, layers, K (K + 1) / 2]``: upper triangles,
+            stored row by row, K = 3 + dim + dim_y or, in a basis, 3 + 2 k. States with the same shift are merged by
+            adding it.
         shift: float32 ``[layers, dim + dim_y]``.
-        frozen: the `CkaBasis` that rows are projected on, or None.
+        frozen: the `CkaBasis` on which rows are projected, or None.
 
     Args:
-        layers: pairs of features, at least 1.
+        layers: number of pairs of features, at least 1.
         dim: width of x.
         dim_y: width of y; None: that of x.
-        shift: as the attribute, near the means of the features; not copied. None: every layer takes the mean of the
-            first rows that it gets (of at most 256, but for rows far longer than the others). A first batch
-            of nothing but such rows makes a bad shift: begin with ordinary rows, or give one.
-        basis: a frozen shared basis (`CkaState.basis` finds one): rows are projected as they come, and biased and
-            debiased values are those in the basis. For the same layer before and after: both sides of one width.
-        groups: number of groups of sequences for a delete-a-group jackknife (`result`), at least 2. Exact and one-pass,
-            but it takes `groups` Gram matrices where a plain state takes one, because what a group contributes to
-            the value depends on all rows, also those to come. Where all rows are at hand, `cka_jackknife` leaves out
-            single sequences and holds one matrix. None: no standard error.
-        gram: memory for the attribute of that name, where nothing is kept apart by `groups` or `basis`: zeros, or the
-            sums of another state, whose `shift` then belongs to it. Not copied. None: of its own.
-        device: of the state and of all features, if neither `shift` nor `gram` is given.
+        shift: as the attribute, near the means of the features; not copied. None: the mean of each layer's first rows
+            (at most 256, without rows far longer than the others). If the first batch has only such rows, give a shift.
+        basis: a frozen shared basis, from `CkaState.basis`: rows are projected on it, and values are those in the
+            basis. For one layer before and after a change; both sides have the same width.
+        groups: number of groups of sequences for a delete-a-group jackknife (`result`), at least 2. Takes `groups` Gram
+            matrices instead of one, because the contribution of a group depends on all rows, also on later ones. If all
+            rows are in memory, `cka_jackknife` leaves out single sequences and needs one matrix. None: no standard
+            error.
+        gram: memory for the attribute of that name, without `groups` and `basis`: zeros, or the sums of another state,
+            together with its `shift`. Not copied. None: newly allocated.
+        device: device of the state and of all features, if neither `shift` nor `gram` is given.
 
     Raises:
-        TypeError, ValueError: a number or `shift` is none such, or the state is larger than the memory of the device.
+        TypeError, ValueError: an argument has another type or is out of range, or the state does not fit into the
+            memory of the device.
     """
 
     def __init__(
@@ -82,7 +92,7 @@ class CkaState:
         need = self.bytes_needed(layers, dim, dim_y, groups=groups, rank=rank)
         checks.fits(need, device, f"dim: {layers} layers of {dim} and {self.dim_y}")
         if shift is not None:
-            check_memory(shift, "shift", torch.float32, [self.layers, dims])
+            check_buffer(shift, "shift", torch.float32, [self.layers, dims])
         self._adopt, self._synced = shift is None, False
         self.shift = torch.zeros(self.layers, dims, device=device) if shift is None else shift
         self._allocate(device, gram)
@@ -91,29 +101,29 @@ class CkaState:
     def bytes_needed(
         layers: int, dim: int, dim_y: int | None = None, *, groups: int | None = None, rank: int | None = None
     ) -> int:
-        """What a state holds, in bytes; `rank`: of its frozen basis."""
+        """Memory of a state in bytes; `rank`: that of its frozen basis."""
         dim_y = dim if dim_y is None else dim_y
         width, sums = (dim + dim_y, 0) if rank is None else (2 * rank, dim + dim_y + 2)
-        return layers * (8 * (groups or 1) * packed(HEAD + width) + 8 * sums + 4 * (dim + dim_y))
+        return layers * (8 * (groups or 1) * packed_size(HEAD + width) + 8 * sums + 4 * (dim + dim_y))
 
     def _allocate(self, device: torch.device, gram: Tensor | None) -> None:
-        """Everything that adds up, in one piece, so that one reduction adds it."""
+        """Allocate all sums in one tensor, so that one all-reduce adds them."""
         self._widths = (self.dim, self.dim_y) if self.frozen is None else (self.frozen.rank, self.frozen.rank)
-        shape = [self.layers, packed(HEAD + sum(self._widths))]
+        shape = [self.layers, packed_size(HEAD + sum(self._widths))]
         shape = shape if self.groups is None else [self.groups, *shape]
         grams = math.prod(shape)
         extra = 0 if self.frozen is None else self.layers * (self.dim + self.dim_y + 2)
         if gram is None:
             self._sums = torch.zeros(grams + extra + (self.groups is not None), dtype=torch.float64, device=device)
         elif self.groups is None and self.frozen is None:
-            check_memory(gram, "gram", torch.float64, shape)
+            check_buffer(gram, "gram", torch.float64, shape)
             self._sums = gram.view(-1)
         else:
             raise ValueError("gram: only a state without groups and without a basis takes memory for it")
         self.gram = self._sums[:grams].view(shape)
-        self._sequences = self._sums[-1]  # with groups: how many have begun; NaN where an update did not tell them
-        self._last = torch.full((), -1, dtype=torch.int64, device=device)  # of the last row's sequence
-        self._turn = 0
+        self._sequences = self._sums[-1]  # with groups: number of sequences; NaN after an update without `sequences`
+        self._last = torch.full((), -1, dtype=torch.int64, device=device)  # sequence of the last row
+        self._turn = 0  # group of the next update without `sequences`
         self._projection = None
         if self.frozen is not None:
             self._projection = Projection(self.frozen, self._sums[grams : grams + extra].view(self.layers, -1))
@@ -121,20 +131,20 @@ class CkaState:
 
     @property
     def rows(self) -> Tensor:
-        """float64 ``[layers]``: how many rows counted so far."""
+        """Number of rows so far, float64 ``[layers]``."""
         counts = self.gram[..., 0]
         return counts if self.groups is None else counts.sum(0)
 
     def update(self, x: Tensor, y: Tensor, mask: Tensor | None = None, sequences: Tensor | None = None) -> None:
-        """Add rows x ``[layers, N, dim]`` and y ``[layers, N, dim_y]``; any N, strides, float32, bfloat16 or float16.
+        """Add rows x ``[layers, N, dim]`` and y ``[layers, N, dim_y]``. Never synchronises; no gradient flows.
 
-        `mask`: bool ``[N]`` or ``[layers, N]``, True counts; other rows are not read, whatever they hold. Never
-        synchronises; rows are read as values.
-
-        `sequences`: int64 ``[N]``, at least 0, only with `groups`: which sequence of the whole stream a row is of;
-        rows of a sequence follow each other. Sequence s is of group s modulo `groups`. Without it, all rows of an
-        update belong to one group, the next one in turn: then no sequence may go on in another update. That costs no
-        more than one without groups, while a batch that several groups share is multiplied in as many short pieces.
+        Args:
+            x, y: any N and strides, float32, bfloat16 or float16.
+            mask: bool ``[N]`` or ``[layers, N]``, True counts; other rows are not read and may hold NaN.
+            sequences: only with `groups`: int64 ``[N]``, at least 0, number of each row's sequence in the whole stream.
+                Rows of a sequence are contiguous. Sequence s belongs to group s modulo `groups`. None: all rows of an
+                update belong to one group, the groups taking turns, so no sequence may continue in another update. This
+                is faster: a batch with rows of several groups is multiplied in one piece for each of them.
 
         Raises:
             TypeError, ValueError: an argument does not fit the state.
@@ -142,16 +152,16 @@ class CkaState:
         """
         self._check_not_synced("update")
         checks.paired_features(x, y, ("x", "y"))
-        for value, name, dim in ((x, "x", self.dim), (y, "y", self.dim_y)):
-            if value.ndim != 3 or value.shape[0] != self.layers or value.shape[2] != dim:
-                raise ValueError(f"{name}: expected shape [{self.layers}, N, {dim}], got {list(value.shape)}")
+        checks.shape(x, "x", (self.layers, "N", self.dim))
+        checks.shape(y, "y", (self.layers, "N", self.dim_y))
         checks.same_device(x, "x", self.gram, "the state")
         if mask is not None:
-            mask = checks.row_mask(mask, "mask", x).expand(x.shape[:2])
+            checks.shape(checks.device_tensor(mask, "mask", x, "x", torch.bool), "mask", x.shape[1:2], x.shape[:2])
+            mask = mask.expand(x.shape[:2])
         if sequences is not None:
             checks.sequences(sequences, x)
             if self.groups is None:
-                raise ValueError("sequences: only a state with groups keeps them apart, see CkaState(groups=...)")
+                raise ValueError("sequences: only for a state with groups; create it by CkaState(..., groups=...)")
         checks.no_tangent("CkaState.update", x, y, differentiable=False)
         x, y, shift, adopt = x.detach(), y.detach(), self.shift, self._adopt
         if adopt and (self.groups is not None or self.frozen is not None):
@@ -175,24 +185,24 @@ class CkaState:
             return
         self._count(sequences, mask)
         groups = torch.arange(number, device=x.device)
-        own = (sequences % number == groups[:, None])[:, None].expand(-1, *x.shape[:2])
-        own = own if mask is None else own & mask
+        in_group = (sequences % number == groups[:, None])[:, None].expand(-1, *x.shape[:2])
+        in_group = in_group if mask is None else in_group & mask
         x, y = (side.expand(number, *side.shape) for side in (x, y))
-        torch.ops.inflection_fast.cka_push(self.gram, shift.repeat(number, 1), x, y, own.flatten(0, 1), False)
+        torch.ops.inflection_fast.cka_push(self.gram, shift.repeat(number, 1), x, y, in_group.flatten(0, 1), False)
 
     def _count(self, sequences: Tensor, mask: Tensor | None) -> None:
-        """Adds the sequences that begin among these rows; a masked row is of the sequence before it."""
+        """Count the sequences that begin among these rows; a masked row belongs to the sequence before it."""
         if not len(sequences):
             return
         ids = torch.cat([self._last[None], sequences])
         if mask is not None:
-            there = torch.cat([mask.new_ones(1), mask.any(0)])
-            ids = ids[torch.where(there, torch.arange(len(ids), device=ids.device), 0).cummax(0).values]
+            counts = torch.cat([mask.new_ones(1), mask.any(0)])
+            ids = ids[torch.where(counts, torch.arange(len(ids), device=ids.device), 0).cummax(0).values]
         self._sequences += (ids[1:] != ids[:-1]).sum()
         self._last = ids[-1]
 
     def merge_state(self, other: CkaState) -> None:
-        """Add the rows of another state, which stays as it is: exact for any shifts, one addition for a shared one."""
+        """Add the rows of another state, which does not change. Exact for any shifts; fast if the shift is shared."""
         self._check_not_synced("merge_state")
         if not isinstance(other, CkaState):
             raise TypeError(f"other: expected a CkaState, got {type(other).__name__}")
@@ -214,7 +224,7 @@ class CkaState:
         self._sums += near._sums
 
     def copy(self) -> CkaState:
-        """A state of the same rows that goes its own way."""
+        """An independent state with the same rows."""
         state = CkaState(
             self.layers, self.dim, self.dim_y, shift=self.shift.clone(), basis=self.frozen, groups=self.groups
         )
@@ -223,22 +233,22 @@ class CkaState:
         return state
 
     def like(self) -> CkaState:
-        """An empty state with this one's shift, which must be there: rows came, or it was given."""
+        """An empty state that shares this one's shift. Call it after the first update, or give a shift."""
         state = CkaState(self.layers, self.dim, self.dim_y, shift=self.shift, basis=self.frozen, groups=self.groups)
-        self._adopt = False  # a layer that is still empty must not move the shift of the other
+        self._adopt = False  # rows of a layer that is still empty must not change the shared shift
         return state
 
     def reset(self) -> None:
-        """Forget all rows. The shift stays, and rows that come later may still move it if it was not given."""
+        """Remove all rows. The shift remains; if it was not given, later rows may change it."""
         self._sums.zero_()
         self._last.fill_(-1)
         self._turn, self._synced = 0, False
 
     def sync(self, group: distributed.ProcessGroup | None = None) -> None:
-        """Let this state hold the rows of all ranks of a process group, as a torchmetrics metric does after `sync`.
+        """Replace the sums by those of all ranks of a process group, as `sync` of a torchmetrics metric.
 
-        Collective: one packed sum. A state that is synced takes no more rows, which would count once for every rank;
-        `all_reduce` leaves this state as it is and returns another one.
+        Collective: one all-reduce. A synced state takes no more rows, because they would count once for each rank.
+        `all_reduce` returns a new state instead.
         """
         self._check_not_synced("sync")
         self.sync_shift(group)
@@ -246,11 +256,11 @@ class CkaState:
         self._synced = True
 
     def all_reduce(self, group: distributed.ProcessGroup | None = None) -> CkaState:
-        """A new state with the rows of all ranks of a process group: one packed sum, one shift for all before it.
+        """A new state with the rows of all ranks of a process group; this state does not change.
 
-        Collective. The value is the same, to 1e-6, for any number of ranks that the rows are dealt out to; this state
-        stays as it is. Needs the memory of a second state. A rank without rows takes part. `ValueError` on every rank
-        where their frozen bases differ.
+        Collective: `sync_shift`, then one all-reduce. Ranks without rows take part. The value is the same to 1e-6 for
+        any distribution of the rows over ranks. Needs the memory of a second state. ValueError on all ranks if their
+        frozen bases differ.
         """
         total = self.copy()
         total.sync(group)
@@ -258,9 +268,9 @@ class CkaState:
         return total
 
     def sync_shift(self, group: distributed.ProcessGroup | None = None) -> None:
-        """Let all ranks of a process group go on with one shift, so that `all_reduce` need not move any sums.
+        """Give the states of all ranks the same shift, so that `all_reduce` only adds.
 
-        Collective, after the first update; no rows are exchanged. It is the mean of the shifts, weighted by rows.
+        Collective, after the first update; no rows are exchanged. The new shift is the mean, weighted by rows.
         """
         check_same_on_ranks(self.frozen, group, self.gram.device)
         rows = self.rows[:, None]
@@ -271,24 +281,24 @@ class CkaState:
 
     def _check_not_synced(self, call: str) -> None:
         if self._synced:
-            ways = "call reset(), or take all_reduce(), a new state, in place of sync()"
-            raise RuntimeError(f"{call}: this state holds the rows of all ranks since sync(); {ways}")
+            hint = "call reset(), or use all_reduce(), which returns a new state, instead of sync()"
+            raise RuntimeError(f"{call}: this state holds the rows of all ranks since sync(); {hint}")
 
     def compute(self, rank: int | None = None, debiased: bool = True) -> Tensor:
-        """CKA of all rows so far, float32 ``[layers]``, as `linear_cka` gives it for all of them at once.
+        """CKA of all rows so far, float32 ``[layers]``, equal to `linear_cka` of all rows at once.
 
-        `rank`: the leading directions of both sides pooled, chosen from the same sums; only with ``debiased=False``,
-        because debiasing within a basis needs the rows again or a frozen `basis`. NaN as for `linear_cka`, and with
-        fewer than 4 rows (2 if biased): a state knows their number only on its device.
+        `rank`: compare in this number of leading principal directions of both sides, computed from the same sums. Only
+        with ``debiased=False``: debiasing within a basis needs the rows again, or a frozen `basis`. NaN as for
+        `linear_cka`, and for fewer than 4 rows (2 if biased), whose number is known only on the device.
         """
         self._check_value(rank, debiased)
         grams = self._grams()
-        return of_terms(grams.terms(debiased, self._bases(grams, rank))).float()
+        return cka_from_terms(grams.terms(debiased, self._bases(grams, rank))).float()
 
     def result(self, rank: int | None = None, debiased: bool = True) -> CkaResult:
-        """The value with its standard error, number of rows and sequences, rank and variance kept, and reasons for NaN.
+        """The value with its standard error, numbers of rows and sequences, rank, variance kept, and reasons for NaN.
 
-        The standard error needs `groups` (each in turn is left out, in a basis that stays that of all rows); otherwise
+        The standard error needs `groups`, each of which is left out in turn, in the basis of all rows; without groups
         it is NaN. Arguments as for `compute`.
         """
         self._check_value(rank, debiased)
@@ -298,10 +308,10 @@ class CkaState:
         nothing = torch.full((), torch.nan, dtype=torch.float64, device=terms.device)
         error, units = nothing.expand(self.layers), torch.zeros_like(nothing)
         if self.groups is not None:
-            there = (self.gram[..., 0] > 0).any(-1)
-            without = [of_terms(grams.without(one).terms(debiased, bases)) for one in self.gram]
-            error, units = jackknife_error(torch.stack(without), there), there.sum().double()
-        value = of_terms(terms)
+            nonempty = (self.gram[..., 0] > 0).any(-1)
+            without = [cka_from_terms(grams.without(group).terms(debiased, bases)) for group in self.gram]
+            error, units = jackknife_error(torch.stack(without), nonempty), nonempty.sum().double()
+        value = cka_from_terms(terms)
         return CkaResult(
             value=value.float(),
             delta=(1 - value).float(),
@@ -323,19 +333,21 @@ class CkaState:
         mean_term: bool = True,
         start: CkaBasis | None = None,
     ) -> CkaBasis:
-        """The leading principal directions of the rows of both sides pooled, to be frozen for other states.
+        """The leading principal directions of the pooled rows of both sides, to be frozen for other states.
+
+        Give exactly one of `rank`, `variance` and `start`.
 
         Args:
-            rank: so many, 1 to `dim`; or
-            variance: as many as it takes to keep this share of the variance, above 0 to 1, in the layer that needs
-                most; reads the device.
-            mean_term: whether the distance of the two sides' means is part of the scatter.
-            start: a basis near the wanted one (of an earlier snapshot), whose rank is then taken: a block
-                method from there instead of `eigh`, faster for k well below `dim`, at most a third of it. The
-                `residual` says how far it came.
+            rank: number of directions, 1 to `dim`.
+            variance: share of the variance to keep, above 0 and at most 1: as many directions as the layer that needs
+                most. Synchronises with the device.
+            mean_term: whether the difference of the two sides' means is part of the scatter.
+            start: an approximate basis, for instance of an earlier snapshot; the result has its rank. Uses a block
+                method instead of `eigh`, which is faster for a rank of at most a third of `dim`. `residual` of the
+                result is its error.
         """
         if self.frozen is not None:
-            raise ValueError("basis: the rows of this state are projected already")
+            raise ValueError("basis: the rows of this state are already projected on a basis")
         if (rank is None) + (variance is None) + (start is None) != 2:
             raise ValueError("rank, variance, start: expected exactly one of them")
         if start is not None:
@@ -344,10 +356,10 @@ class CkaState:
             if 3 * rank > self.dim:
                 raise ValueError(f"start: expected a rank of at most a third of {self.dim}, got {rank}")
         if variance is not None and checks.positive(variance, "variance") > 1:
-            raise ValueError(f"variance: expected a share above 0 to 1, got {variance}")
+            raise ValueError(f"variance: expected a share above 0 and up to 1, got {variance}")
         check_rank(self.dim if rank is None else rank, self.dim, self.dim_y)
         checks.flag(mean_term, "mean_term")
-        return find(self._grams().pooled_scatters(mean_term), rank, variance, start)
+        return find_basis(self._grams().pooled_scatters(mean_term), rank, variance, start)
 
     # ---- sums ----
 
@@ -360,26 +372,26 @@ class CkaState:
             return
         check_rank(rank, self.dim, self.dim_y)
         if self.frozen is not None:
-            raise ValueError("rank: the rows of this state are in a frozen basis already")
+            raise ValueError("rank: the rows of this state are already projected on a basis")
         if debiased:
             raise ValueError(
-                "debiased: a streamed value in a basis chosen afterwards is biased: pass debiased=False, "
-                "leave out rank, freeze a basis (CkaState.basis), or call linear_cka with all rows"
+                "debiased: a streamed value in a basis chosen afterwards is biased; pass debiased=False, "
+                "omit rank, freeze a basis (CkaState.basis), or call linear_cka with all rows"
             )
 
     def _bases(self, grams: Grams, rank: int | None) -> Tensor | None:
-        """The basis of every layer that `rank` asks for."""
-        return None if rank is None else leading(grams.pooled_scatters(), rank)
+        """The basis of each layer for this rank."""
+        return None if rank is None else leading_eigenvectors(grams.pooled_scatters(), rank)
 
     def _kept(self, grams: Grams, bases: Tensor | None) -> Tensor:
-        """float64 ``[layers]``: the share of the variance of both sides pooled in these bases, or in the frozen one."""
+        """Share of the pooled variance of both sides in these bases, or in the frozen one, float64 ``[layers]``."""
         if self._projection is not None:
             traces = grams.pooled_scatters().diagonal(dim1=1, dim2=2).sum(1)
             return traces / self._projection.variance(self.shift, self.rows)
         return self.gram.new_ones(self.layers) if bases is None else variance_share(grams.pooled_scatters(), bases)
 
     def _moves(self, move: Tensor) -> Tensor:
-        """A move of the shift ``[layers, dim + dim_y]`` as the Gram matrix sees it, float64: itself, or projected."""
+        """A change of the shift ``[layers, dim + dim_y]`` in the space of the Gram matrix, float64."""
         if self.frozen is None:
             return move.double()
         vectors = self.frozen.vectors.double()
@@ -387,14 +399,14 @@ class CkaState:
         return torch.cat(sides, 1)
 
     def rebase(self, shift: Tensor) -> None:
-        """Give the sums another shift, as the attribute; exact, whatever it is. The value does not change."""
-        far = self.shift.double() - shift.double()
-        moves = self._moves(far)
+        """Change the shift. Exact for any shift; the value does not change."""
+        move = self.shift.double() - shift.double()
+        moves = self._moves(move)
         for gram in self.gram if self.groups is not None else (self.gram,):
             for layer in range(self.layers):
-                gram[layer] = moved(gram[layer], moves[layer], self._widths[0])
+                gram[layer] = shifted_triangle(gram[layer], moves[layer], self._widths[0])
         if self._projection is not None:
-            self._projection.rebase(far, self.rows)
+            self._projection.rebase(move, self.rows)
         self.shift = shift
 
     push, value, merge, agree = update, compute, merge_state, sync_shift  # earlier names
