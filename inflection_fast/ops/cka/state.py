@@ -27,9 +27,8 @@ __all__ = ["CkaState"]
 class CkaState:
     """CKA of `layers` pairs of features whose rows arrive in batches.
 
-    Methods are named as in torchmetrics: `update`, `compute`, `merge_state`, `reset`, and over ranks `sync`, or
-    `all_reduce`, which returns a new state. `push`, `value`, `merge` and `agree` are the earlier names of `update`,
-    `compute`, `merge_state` and `sync_shift`.
+    `update`, `compute`, `merge_state`, `reset` and `sync` are named as in torchmetrics. `push`, `value`, `merge` and
+    `agree` are the earlier names of `update`, `compute`, `merge_state` and `sync_shift`.
 
     The state holds, for each layer, the Gram matrix of ``(1, |u|^2, |v|^2, u, v)`` over all rows, where u and v are the
     features less a shift. Biased and debiased CKA of all rows follow from it. Any split of the rows into batches and
@@ -136,15 +135,14 @@ class CkaState:
         return counts if self.groups is None else counts.sum(0)
 
     def update(self, x: Tensor, y: Tensor, mask: Tensor | None = None, sequences: Tensor | None = None) -> None:
-        """Add rows x ``[layers, N, dim]`` and y ``[layers, N, dim_y]``. Never synchronises; no gradient flows.
+        """Add rows x ``[layers, N, dim]`` and y ``[layers, N, dim_y]``, any N. Never synchronises; no gradient flows.
 
         Args:
-            x, y: any N and strides, float32, bfloat16 or float16.
+            x, y: any strides, float32, bfloat16 or float16.
             mask: bool ``[N]`` or ``[layers, N]``, True counts; other rows are not read and may hold NaN.
             sequences: only with `groups`: int64 ``[N]``, at least 0, number of each row's sequence in the whole stream.
                 Rows of a sequence are contiguous. Sequence s belongs to group s modulo `groups`. None: all rows of an
-                update belong to one group, the groups taking turns, so no sequence may continue in another update. This
-                is faster: a batch with rows of several groups is multiplied in one piece for each of them.
+                update belong to one group, the groups taking turns; a sequence must not continue in another update.
 
         Raises:
             TypeError, ValueError: an argument does not fit the state.
@@ -245,10 +243,9 @@ class CkaState:
         self._turn, self._synced = 0, False
 
     def sync(self, group: distributed.ProcessGroup | None = None) -> None:
-        """Replace the sums by those of all ranks of a process group, as `sync` of a torchmetrics metric.
+        """Replace the sums by those of all ranks of a process group, as `sync` of a torchmetrics metric. Collective.
 
-        Collective: one all-reduce. A synced state takes no more rows, because they would count once for each rank.
-        `all_reduce` returns a new state instead.
+        A synced state takes no more rows, which would count once for each rank; `all_reduce` returns a new state.
         """
         self._check_not_synced("sync")
         self.sync_shift(group)
@@ -291,9 +288,7 @@ class CkaState:
         with ``debiased=False``: debiasing within a basis needs the rows again, or a frozen `basis`. NaN as for
         `linear_cka`, and for fewer than 4 rows (2 if biased), whose number is known only on the device.
         """
-        self._check_value(rank, debiased)
-        grams = self._grams()
-        return cka_from_terms(grams.terms(debiased, self._bases(grams, rank))).float()
+        return cka_from_terms(self._terms(rank, debiased)[2]).float()
 
     def result(self, rank: int | None = None, debiased: bool = True) -> CkaResult:
         """The value with its standard error, numbers of rows and sequences, rank, variance kept, and reasons for NaN.
@@ -301,10 +296,7 @@ class CkaState:
         The standard error needs `groups`, each of which is left out in turn, in the basis of all rows; without groups
         it is NaN. Arguments as for `compute`.
         """
-        self._check_value(rank, debiased)
-        grams = self._grams()
-        bases = self._bases(grams, rank)
-        terms = grams.terms(debiased, bases)
+        grams, bases, terms = self._terms(rank, debiased)
         nothing = torch.full((), torch.nan, dtype=torch.float64, device=terms.device)
         error, units = nothing.expand(self.layers), torch.zeros_like(nothing)
         if self.groups is not None:
@@ -342,9 +334,8 @@ class CkaState:
             variance: share of the variance to keep, above 0 and at most 1: as many directions as the layer that needs
                 most. Synchronises with the device.
             mean_term: whether the difference of the two sides' means is part of the scatter.
-            start: an approximate basis, for instance of an earlier snapshot; the result has its rank. Uses a block
-                method instead of `eigh`, which is faster for a rank of at most a third of `dim`. `residual` of the
-                result is its error.
+            start: an approximate basis, for instance of an earlier snapshot, whose rank is used, at most a third of
+                `dim`: a block method improves it, which is faster than `eigh`. `residual` of the result is its error.
         """
         if self.frozen is not None:
             raise ValueError("basis: the rows of this state are already projected on a basis")
@@ -366,22 +357,21 @@ class CkaState:
     def _grams(self) -> Grams:
         return Grams(self.gram if self.groups is None else self.gram.sum(0), self._widths, self._moves(self.shift))
 
-    def _check_value(self, rank: int | None, debiased: bool) -> None:
+    def _terms(self, rank: int | None, debiased: bool) -> tuple[Grams, Tensor | None, Tensor]:
+        """The sums, the basis of each layer for this rank, and the terms of CKA."""
         checks.flag(debiased, "debiased")
-        if rank is None:
-            return
-        check_rank(rank, self.dim, self.dim_y)
-        if self.frozen is not None:
-            raise ValueError("rank: the rows of this state are already projected on a basis")
-        if debiased:
-            raise ValueError(
-                "debiased: a streamed value in a basis chosen afterwards is biased; pass debiased=False, "
-                "omit rank, freeze a basis (CkaState.basis), or call linear_cka with all rows"
-            )
-
-    def _bases(self, grams: Grams, rank: int | None) -> Tensor | None:
-        """The basis of each layer for this rank."""
-        return None if rank is None else leading_eigenvectors(grams.pooled_scatters(), rank)
+        grams, bases = self._grams(), None
+        if rank is not None:
+            check_rank(rank, self.dim, self.dim_y)
+            if self.frozen is not None:
+                raise ValueError("rank: the rows of this state are already projected on a basis")
+            if debiased:
+                raise ValueError(
+                    "debiased: a streamed value in a basis chosen afterwards is biased; pass debiased=False, "
+                    "omit rank, freeze a basis (CkaState.basis), or call linear_cka with all rows"
+                )
+            bases = leading_eigenvectors(grams.pooled_scatters(), rank)
+        return grams, bases, grams.terms(debiased, bases)
 
     def _kept(self, grams: Grams, bases: Tensor | None) -> Tensor:
         """Share of the pooled variance of both sides in these bases, or in the frozen one, float64 ``[layers]``."""
