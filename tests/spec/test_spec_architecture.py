@@ -253,11 +253,14 @@ def test_no_file_is_longer_than_its_budget():
 HOST_READS = {
     ("ops/cka/result.py", "reasons"): "sentences for a reader",
     ("ops/cka/result.py", "__repr__"): "numbers for a reader",
-    ("ops/cka/jackknife.py", "padded"): "which rows are multiplied together follows from the lengths of the sequences",
+    (
+        "ops/cka/jackknife.py",
+        "padded_sequences",
+    ): "the lengths of the sequences decide which rows are multiplied together",
     ("ops/spectrum.py", "power_law"): "of numbers that are on the host already",
     ("ops/spectrum.py", "singular_values"): "of a checkpoint, or of a copy of the weights in a thread of its own",
     ("ops/cka/basis.py", "same_as"): "two bases are compared once, where states are merged",
-    ("ops/cka/basis.py", "find"): "the rank that keeps a share of the variance is a shape",
+    ("ops/cka/basis.py", "find_basis"): "the rank that keeps a share of the variance is a shape",
     ("ops/checks.py", "cu_seqlens"): "on the CPU only, and not while compiling",
     ("ops/spectrum.py", "spectrum_of"): "of singular values that are on the host",
     ("ops/spectrum.py", "outliers"): "of singular values that are on the host",

@@ -55,11 +55,10 @@ class CkaState:
         basis: a frozen shared basis, from `CkaState.basis`: rows are projected on it, and values are those in the
             basis. For one layer before and after a change; both sides have the same width.
         groups: number of groups of sequences for a delete-a-group jackknife (`result`), at least 2. Takes `groups` Gram
-            matrices instead of one, because the contribution of a group depends on all rows, also on later ones. If all
-            rows are in memory, `cka_jackknife` leaves out single sequences and needs one matrix. None: no standard
-            error.
+            matrices instead of one, because the contribution of a group depends on all rows, also on later ones.
+            `cka_jackknife`, for rows in memory, needs one. None: no standard error.
         gram: memory for the attribute of that name, without `groups` and `basis`: zeros, or the sums of another state,
-            together with its `shift`. Not copied. None: newly allocated.
+            with its `shift`. Not copied. None: newly allocated.
         device: device of the state and of all features, if neither `shift` nor `gram` is given.
 
     Raises:
@@ -352,8 +351,6 @@ class CkaState:
         checks.flag(mean_term, "mean_term")
         return find_basis(self._grams().pooled_scatters(mean_term), rank, variance, start)
 
-    # ---- sums ----
-
     def _grams(self) -> Grams:
         return Grams(self.gram if self.groups is None else self.gram.sum(0), self._widths, self._moves(self.shift))
 
@@ -389,7 +386,7 @@ class CkaState:
         return torch.cat(sides, 1)
 
     def rebase(self, shift: Tensor) -> None:
-        """Change the shift. Exact for any shift; the value does not change."""
+        """Change the shift of the sums, exactly. The value does not change."""
         move = self.shift.double() - shift.double()
         moves = self._moves(move)
         for gram in self.gram if self.groups is not None else (self.gram,):
