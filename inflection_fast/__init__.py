@@ -5,7 +5,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 # isort: off
-if TYPE_CHECKING:  # what editors and type checkers see; the same names as in the table below
+if TYPE_CHECKING:  # for editors and type checkers: the names of the table below
     from .act import (
         attention_entropy_loss as attention_entropy_loss,
         attention_temperature as attention_temperature,
@@ -65,70 +65,30 @@ if TYPE_CHECKING:  # what editors and type checkers see; the same names as in th
 
 __version__ = version("inflection_fast")
 
-# Every public name and the module that holds it. Resolved on first use, so that importing the package costs nothing and
-# loads neither transformers, peft, matplotlib nor pyarrow.
-_HOMES = {
-    "Monitor": "measure",
-    "MonitorConfig": "measure",
-    "measure_overhead": "measure",
-    "Accumulator": "quantities",
-    "AlertRule": "quantities",
-    "Column": "quantities",
-    "Quantity": "quantities",
-    "DiagnoseThenInject": "integrations",
-    "InflectionCallback": "integrations",
-    "track": "integrations",
-    "Timeline": "timeline",
-    "Alert": "alerts",
-    "AlertConfig": "alerts",
-    "find_alerts": "alerts",
-    "Plan": "decide",
-    "SelectConfig": "decide",
-    "select": "decide",
-    "ski": "decide",
-    "Comparison": "checkpoints",
-    "Scan": "checkpoints",
-    "compare": "checkpoints",
-    "scan": "checkpoints",
-    "attention_entropy_loss": "act",
-    "attention_temperature": "act",
-    "dead_adapters": "act",
-    "debias_source": "act",
-    "drop": "act",
-    "find_inflection_target_modules": "act",
-    "grow": "act",
-    "head_dropout": "act",
-    "inherit": "act",
-    "inject": "act",
-    "learning_rates": "act",
-    "lisa": "act",
-    "parameter_groups": "act",
-    "reinitialise_heads": "act",
-    "reset_feed_forward": "act",
-    "sigma_reparametrisation": "act",
-    "unfreeze": "act",
-    "find_blocks": "blocks",
-    "ActivationMoments": "ops",
-    "AttentionColumns": "ops",
-    "AttentionStats": "ops",
-    "CkaBasis": "ops",
-    "CkaResult": "ops",
-    "CkaState": "ops",
-    "RowSample": "ops",
-    "activation_moments": "ops",
-    "attention_column_mass": "ops",
-    "attention_entropy": "ops",
-    "attention_entropy_qk": "ops",
-    "attention_stats": "ops",
-    "attention_stats_qk": "ops",
-    "build_info": "ops",
-    "cka_jackknife": "ops",
-    "cka_matrix": "ops",
-    "delta_cka": "ops",
-    "feature_rows": "ops",
-    "linear_cka": "ops",
-    "sum_of_squares": "ops",
-}
+# The module of every public name. Names are resolved on first use, so that importing the package is cheap and loads
+# neither transformers, peft, matplotlib nor pyarrow.
+_NAMES = {
+    "measure": ("Monitor", "MonitorConfig", "measure_overhead"),
+    "quantities": ("Accumulator", "AlertRule", "Column", "Quantity"),
+    "integrations": ("DiagnoseThenInject", "InflectionCallback", "track"),
+    "timeline": ("Timeline",),
+    "alerts": ("Alert", "AlertConfig", "find_alerts"),
+    "decide": ("Plan", "SelectConfig", "select", "ski"),
+    "checkpoints": ("Comparison", "Scan", "compare", "scan"),
+    "act": (
+        "attention_entropy_loss", "attention_temperature", "dead_adapters", "debias_source", "drop",
+        "find_inflection_target_modules", "grow", "head_dropout", "inherit", "inject", "learning_rates", "lisa",
+        "parameter_groups", "reinitialise_heads", "reset_feed_forward", "sigma_reparametrisation", "unfreeze",
+    ),
+    "blocks": ("find_blocks",),
+    "ops": (
+        "ActivationMoments", "AttentionColumns", "AttentionStats", "CkaBasis", "CkaResult", "CkaState", "RowSample",
+        "activation_moments", "attention_column_mass", "attention_entropy", "attention_entropy_qk", "attention_stats",
+        "attention_stats_qk", "build_info", "cka_jackknife", "cka_matrix", "delta_cka", "feature_rows", "linear_cka",
+        "sum_of_squares",
+    ),
+}  # fmt: skip
+_HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [*_HOMES]
 

@@ -1,11 +1,10 @@
-"""What goes wrong in a training run, seen in its timeline: collapsed heads, huge logits, dead gradients, lost ranks.
+"""Alerts of a training run, found in its timeline: collapsed heads, huge logits, dead gradients, lost ranks.
 
-Which values are alarming is said by the rules of each column (`AlertRule`), which its quantity declares and which a
-timeline carries along; `AlertConfig.rules` puts others in their place. An alert is raised once, at the measured step
-that completes it, and again only after it has cleared. Gradient norms are held against the run's own history, because
-they scale with the loss, the batch and the model: a norm is odd when it leaves the median of its last measurements by a
-factor *and* by several of its own deviations, so neither a quiet layer that moves a little nor a noisy one that always
-moves raises an alert.
+The rules of a column (`AlertRule`) say which of its values raise an alert. Its quantity declares them, the timeline
+stores them, and `AlertConfig.rules` replaces them. An alert is raised once, at the measured step that completes it, and
+again only after it has cleared. Gradient norms are compared with their own history, because they scale with the loss,
+the batch and the model. A norm raises an alert if it differs from the median of its last measurements by a factor *and*
+by several deviations: small changes of a steady norm and usual changes of a noisy one raise none.
 """
 
 from __future__ import annotations
@@ -29,8 +28,6 @@ logger = logging.getLogger(__name__)
 ALERT_KINDS = ("entropy_collapse", "max_logit", "exploding_gradient", "dead_gradient", "not_finite", "rank_lost")
 _OF_HISTORY = ("exploding", "dead")
 _MAD_TO_DEVIATION = 1.4826  # of a normal distribution
-
-
 _LIMITS = ("entropy", "max_logit", "exploding", "dead")  # fields below that a rule may name
 
 
@@ -45,11 +42,11 @@ class AlertConfig:
     dead: float | None = 1e-3  # times the same; a norm of exactly 0 is dead whatever came before
     not_finite: bool = True  # inf, or NaN where there was a number before
     rank_lost: bool = True  # values that are those of one process alone, where several train
-    measurements: int = 3  # so many in a row complete an alert (of the last two kinds: one), so many without clear it
-    history: int = 50  # measurements that a gradient norm is held against
-    history_least: int = 10  # no judgement on gradients from fewer
+    measurements: int = 3  # in a row: so many raise an alert (of the last two kinds: one), so many without it clear it
+    history: int = 50  # measurements that a gradient norm is compared with
+    history_least: int = 10  # no alert on gradients with fewer
     deviations: float = 6.0  # of the log norm in that history, estimated from its median absolute deviation
-    # Rules by column, in place of those that its quantity has declared; () switches them off.
+    # Rules by column, which replace those that its quantity declares; () switches them off.
     rules: Mapping[str, tuple[AlertRule, ...]] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -81,27 +78,21 @@ class AlertConfig:
     def _check_rules(self) -> None:
         if not isinstance(self.rules, Mapping):
             raise TypeError(f"rules: expected a mapping from columns to rules, got {self.rules!r}")
+        as_tuples: dict[str, tuple[AlertRule, ...]] = {}
         for column, rules in self.rules.items():
             rules = (rules,) if isinstance(rules, AlertRule) else rules
             if not isinstance(rules, (tuple, list)) or not all(isinstance(rule, AlertRule) for rule in rules):
                 raise TypeError(f"rules: expected AlertRules for {column!r}, got {rules!r}")
             for rule in rules:
                 self.limit_of(rule)
-        fresh = {
-            column: (rules,) if isinstance(rules, AlertRule) else tuple(rules) for column, rules in self.rules.items()
-        }
-        object.__setattr__(self, "rules", fresh)
+            as_tuples[column] = tuple(rules)
+        object.__setattr__(self, "rules", as_tuples)
 
     def limit_of(self, rule: AlertRule) -> float | None:
-        """The limit of a rule, and NaN if it needs none; None where it is switched off.
-
-        `ValueError` if the rule names a field that there is not.
-        """
+        """The limit of a rule; NaN if it needs none, None if it is switched off. `ValueError` for an unknown limit."""
         if rule.test == "not_finite":
             return math.nan if self.not_finite else None
-        if (rule.kind or rule.test) == "rank_lost" and not self.rank_lost:
-            return None
-        if rule.limit is None:
+        if rule.limit is None or ((rule.kind or rule.test) == "rank_lost" and not self.rank_lost):
             return None
         if not isinstance(rule.limit, str):
             return float(rule.limit)
@@ -112,27 +103,27 @@ class AlertConfig:
 
 @dataclass(frozen=True)
 class Alert:
-    """One thing that went wrong, at one place, at the measured step that completed it."""
+    """One alert: what went wrong, at one place, at the measured step that completed it."""
 
     step: int  # optimizer step
-    kind: str  # one of ALERT_KINDS, or what a rule of another column is called
+    kind: str  # one of ALERT_KINDS, or the kind of a rule of another column
     signal: str  # column of the timeline
-    layer: int | None  # None: of the whole step
-    head: int | None  # or place on the second axis of the column; None: of the whole block
+    layer: int | None  # None: the whole step
+    head: int | None  # or the index on the second axis of the column; None: the whole block
     value: float
-    limit: float  # what the value went beyond; NaN for not_finite
+    limit: float  # that the value passed; NaN for not_finite
     message: str  # one sentence
 
 
 class AlertWatch:
     """Raises the alerts of a run measurement by measurement, in memory that does not grow.
 
-    ``find_alerts(timeline)`` is every `push` of its measurements in order.
+    ``find_alerts(timeline)`` calls `push` for each of its measurements in order.
 
     Args:
-        config: limits, and rules of its own.
-        columns: whose rules count; None: the standard ones.
-        axes: names of the places, or their number, on axes other than layers and heads, for the messages.
+        config: limits, and rules that replace those of columns.
+        columns: whose rules are applied; None: the standard ones.
+        axes: labels of the indices on axes other than layers and heads, or their number; for the messages.
     """
 
     def __init__(
@@ -154,32 +145,34 @@ class AlertWatch:
         self._rules = {name: rules for name, rules in self._rules.items() if rules}
         self._conditions: dict[tuple[str, str], _Condition] = {}
         of_history = [n for n, rules in self._rules.items() if any(rule.test in _OF_HISTORY for rule in rules)]
-        # Log values, oldest first.
+        # Logarithms of the values, oldest first.
         self._logs: dict[str, deque[np.ndarray]] = {name: deque(maxlen=config.history) for name in of_history}
         self._had_value: dict[str, np.ndarray] = {}
-        self._was_higher: dict[str, np.ndarray] = {}  # places that have been at or above the limit
+        self._was_higher: dict[str, np.ndarray] = {}  # where a value was at or above the limit before
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """Kinds of alerts that this watch may raise."""
-        own = (rule.kind or rule.test for rules in self._rules.values() for rule in rules)
-        return tuple(dict.fromkeys((*ALERT_KINDS, *own)))
+        of_rules = (rule.kind or rule.test for rules in self._rules.values() for rule in rules)
+        return tuple(dict.fromkeys((*ALERT_KINDS, *of_rules)))
 
     def push(self, step: int, signals: Mapping[str, np.ndarray | float]) -> list[Alert]:
-        """Look at one measurement: arrays or scalars by the names of columns, missing ones ignored.
+        """The alerts that one measurement raises.
 
-        A masked array says where nothing was measured. In a plain array NaN means that, until there was a number.
+        `signals` holds arrays or scalars by column; columns without rules are ignored. The mask of a masked array says
+        where nothing was measured. In a plain array NaN means the same until the first number there.
         """
-        skipped = float(np.ma.filled(signals.get("skipped", 0.0), 0.0)) == 1  # by a scaler that tries its scale out
+        # A gradient scaler that searches its scale skips steps, and their gradients overflow.
+        skipped = float(np.ma.filled(signals.get("skipped", 0.0), 0.0)) == 1
         found = []
         for name, rules in self._rules.items():
             value = signals.get(name)
             if value is None or np.ma.getmaskarray(value).all() or (skipped and name in self._logs):
                 continue
-            values, known = np.asarray(np.ma.getdata(value), np.float64), isinstance(value, np.ma.MaskedArray)
+            values, masked = np.asarray(np.ma.getdata(value), np.float64), isinstance(value, np.ma.MaskedArray)
             measured = ~np.ma.getmaskarray(value)
             with np.errstate(invalid="ignore"):
-                for rule, holds, limit in self._judged(name, rules, values, measured, known):
+                for rule, holds, limit in self._tested(name, rules, values, measured, masked):
                     found += self._raised(step, name, rule, values, holds & measured, limit)
         return found
 
@@ -196,19 +189,17 @@ class AlertWatch:
         ]
 
     def resume(self, timeline: Timeline) -> None:
-        """Take in the last measurements of a resumed run; alerts that were raised before it are not raised again."""
+        """Push the last measurements of a run that is resumed, so that its earlier alerts are not raised again."""
         for step, signals in _measurements_of(timeline, self._rules, last=self._config.history):
             self.push(step, signals)
 
-    def _judged(self, name: str, rules, values: np.ndarray, measured: np.ndarray, known: bool):
+    def _tested(self, name: str, rules, values: np.ndarray, measured: np.ndarray, masked: bool):
         """(rule, where it holds, limit) for every rule of a column that is not switched off."""
-        limits = [(rule, self._config.limit_of(rule)) for rule in rules]
+        limits = [(rule, limit) for rule in rules if (limit := self._config.limit_of(rule)) is not None]
         history = [(rule, limit) for rule, limit in limits if rule.test in _OF_HISTORY]
         if history:
-            yield from self._judged_by_history(name, values, measured, history)
+            yield from self._tested_by_history(name, values, measured, history)
         for rule, limit in limits:
-            if limit is None:
-                continue
             if rule.test == "above":
                 yield rule, values > limit, limit if (rule.kind or rule.test) != "rank_lost" else math.nan
             elif rule.test == "below":
@@ -216,7 +207,7 @@ class AlertWatch:
             elif rule.test == "falls_below":
                 yield rule, self._fallen(name, values, limit), limit
             elif rule.test == "not_finite":
-                yield rule, self._lost(name, values, measured, known), math.nan
+                yield rule, self._not_finite(name, values, measured, masked), math.nan
 
     def _fallen(self, name: str, values: np.ndarray, limit: float) -> np.ndarray:
         low = values < limit
@@ -226,7 +217,7 @@ class AlertWatch:
         self._was_higher[name] = (values >= limit) | before
         return low & self._was_higher[name]
 
-    def _judged_by_history(self, name: str, norms: np.ndarray, measured: np.ndarray, rules):
+    def _tested_by_history(self, name: str, norms: np.ndarray, measured: np.ndarray, rules):
         config, history = self._config, np.array(self._logs[name]).reshape(-1, *norms.shape)
         with np.errstate(divide="ignore", invalid="ignore"):
             logs = np.log(norms)  # NaN: no value; -inf: a norm of 0
@@ -235,23 +226,21 @@ class AlertWatch:
         apart, margins = logs - middle, None
         self._logs[name].append(np.where(np.isfinite(logs) & measured, logs, np.nan))
         for rule, limit in rules:
-            if limit is None:
-                continue
             up = rule.test == "exploding"
             distance = math.log(limit) if up else -math.log(limit)
             beyond = apart > distance if up else -apart > distance
-            if beyond.any() and margins is None:  # seldom, and deviations cost as much as all the rest
+            if beyond.any() and margins is None:  # rare, and deviations cost as much as all the rest
                 margins = config.deviations * _MAD_TO_DEVIATION * _median(np.abs(history - middle))
             needed = np.maximum(distance, 0.0 if margins is None else margins)
             if up:
                 yield rule, (apart > needed) & np.isfinite(logs), np.exp(middle + needed)
             else:
-                least = np.nan_to_num(np.exp(middle - needed), nan=0.0)  # without a history, 0 alone is dead
+                least = np.nan_to_num(np.exp(middle - needed), nan=0.0)  # without a history only 0 is dead
                 yield rule, (-apart > needed) | (norms == 0), least
 
-    def _lost(self, name: str, values: np.ndarray, measured: np.ndarray, known: bool) -> np.ndarray:
+    def _not_finite(self, name: str, values: np.ndarray, measured: np.ndarray, masked: bool) -> np.ndarray:
         finite = np.isfinite(values)
-        if known:
+        if masked:
             return measured & ~finite
         before = self._had_value.get(name, np.zeros_like(finite))
         self._had_value[name] = before | finite
@@ -259,24 +248,27 @@ class AlertWatch:
 
 
 class _Condition:
-    """Where a condition begins to hold for `to_begin` measurements in a row; forgotten after `to_clear` without it."""
+    """A condition by place, which begins after `to_begin` measurements with it, and ends after `to_clear` without it.
+
+    Both in a row. `push` returns the places where it begins.
+    """
 
     def __init__(self, shape: tuple[int, ...], to_begin: int, to_clear: int):
         self._to_begin, self._to_clear = to_begin, to_clear
-        self._held, self._calm = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        self._with, self._without = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
         self._active = np.zeros(shape, bool)
 
     def push(self, holds: np.ndarray) -> list[tuple[int, ...]]:
-        self._held = np.where(holds, self._held + 1, 0)
-        self._calm = np.where(holds, 0, self._calm + 1)
-        self._active &= self._calm < self._to_clear
-        begins = (self._held >= self._to_begin) & ~self._active
+        self._with = np.where(holds, self._with + 1, 0)
+        self._without = np.where(holds, 0, self._without + 1)
+        self._active &= self._without < self._to_clear
+        begins = (self._with >= self._to_begin) & ~self._active
         self._active |= begins
         return [tuple(map(int, place)) for place in np.argwhere(begins)]
 
 
 def _median(values: np.ndarray) -> np.ndarray:
-    """Median over axis 0 without the NaN; NaN where there is nothing else. `nanmedian` takes ten times as long."""
+    """Median over axis 0 without NaN; NaN where all are NaN. `np.nanmedian` takes ten times as long."""
     if not len(values):
         return np.full(values.shape[1:], np.nan)
     count = np.isfinite(values).sum(0)
@@ -295,7 +287,7 @@ def find_alerts(
     *,
     kinds: Iterable[str] | None = None,
 ) -> list[Alert]:
-    """All alerts of a timeline, in the order of their steps. `ValueError` for a kind that does not exist."""
+    """All alerts of a timeline, in the order of their steps. `ValueError` for an unknown kind."""
     watch = AlertWatch(config, timeline.columns if len(timeline.columns) else None, timeline.axes)
     kinds = watch.kinds if kinds is None else tuple(kinds)
     unknown = sorted(set(kinds) - set(watch.kinds))
@@ -308,14 +300,14 @@ def find_alerts(
 def _measurements_of(
     timeline: Timeline, names: Iterable[str], last: int | None = None
 ) -> Iterable[tuple[int, dict[str, np.ndarray]]]:
-    """(step, columns by name) of every measurement, or of the `last` ones only."""
+    """(step, values by column) of every measurement, or of the last `last` ones."""
     columns = {name: timeline.masked(name) for name in {"skipped", *names} & {"skipped", *timeline.columns}}
     first = 0 if last is None else max(0, len(timeline.steps) - last)
     for i in range(first, len(timeline.steps)):
         yield int(timeline.steps[i]), {name: values[i : i + 1][0] for name, values in columns.items()}
 
 
-# ---- words -----------------------------------------------------------------------------------------------------------
+# ---- messages --------------------------------------------------------------------------------------------------------
 
 _WORDS = {
     "above": "{signal} of {place} is {value:.3g}, above {limit:.3g}",
@@ -325,7 +317,7 @@ _WORDS = {
     "dead": "{signal} of {place} is {value:.3g}, below {limit:.3g}, which follows from its history",
     "not_finite": "{signal} of {place} is {value}",
 }
-_LOW = ("entropy_collapse", "dead_gradient", "below", "falls_below", "dead")  # the least value of these is the worst
+_LOW = ("entropy_collapse", "dead_gradient", "below", "falls_below", "dead")  # of these the smallest value is the worst
 
 
 def _alert(
@@ -349,7 +341,7 @@ def _alert(
 
 
 def alert_lines(alerts: Iterable[Alert]) -> list[str]:
-    """One line for each step, kind and signal: the worst place in words and how many others there are."""
+    """One line for each step, kind and signal: the message of the worst place, and the number of other places."""
     groups: dict[tuple, list[Alert]] = {}
     for alert in alerts:
         groups.setdefault((alert.step, alert.kind, alert.signal), []).append(alert)
@@ -357,17 +349,17 @@ def alert_lines(alerts: Iterable[Alert]) -> list[str]:
     for (_, kind, _), group in groups.items():
         worst = (min if kind in _LOW else max)(group, key=lambda alert: alert.value)
         others = len(group) - 1
-        likewise = f"; {others} other place{'s' * (others > 1)} likewise." if others else "."
-        lines.append(worst.message.removesuffix(".") + likewise)
+        more = f"; {others} other place{'s' * (others > 1)} likewise." if others else "."
+        lines.append(worst.message.removesuffix(".") + more)
     return lines
 
 
 def log_alerts(alerts: list[Alert], on_alert: Callable[[list[Alert]], None] | None = None) -> None:
-    """Log the alerts of one measurement as warnings and hand them to `on_alert`; what that raises is logged."""
+    """Log the alerts of one measurement as warnings and pass them to `on_alert`, whose exceptions are logged."""
     for line in alert_lines(alerts):
         logger.warning("%s", line)
     if on_alert is not None and alerts:
         try:
             on_alert(alerts)
         except Exception:
-            logger.exception("on_alert raised; training goes on")
+            logger.exception("on_alert raised an exception; training continues")

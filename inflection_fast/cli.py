@@ -1,7 +1,7 @@
 """The command line: `inflection-fast measure | plan | tune | report | scan | compare | run | study | overhead | ...`.
 
-Each command builds its own parser when it is asked for, because the settings of a run are defined beside the code that
-they steer, and `inflection-fast --help` should not have to load it.
+Each command builds its parser when it is called: the settings of a run are defined beside the code that uses them, and
+`inflection-fast --help` does not load that code.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
+from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,7 +26,7 @@ EXTRAS = (
     "transformers", "peft", "accelerate", "datasets", "filelock",
     "gguf", "jsonargparse", "matplotlib", "rich", "yaml",
 )  # fmt: skip
-PARALLEL = ("run", "measure", "tune", "exec", "doctor")  # commands that several processes may give together
+PARALLEL = ("run", "measure", "tune", "exec", "doctor")  # commands that torchrun may start in several processes
 STUDY_EXTRAS = ("scipy", "statsmodels", "datasketch")
 
 COMMANDS = {
@@ -45,7 +48,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0, 2 for an error of the user, 130 when interrupted."""
+    """Run one command and return its exit code: 0, 2 for an error of the user, 130 when interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _top_parser()
     if not argv or argv[0] not in COMMANDS:
@@ -57,31 +60,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         if processes.count() > 1 and argv[0] not in PARALLEL:
-            raise UserError(f"{argv[0]} is one process: start it without torchrun")
+            raise UserError(f"{argv[0]} runs in one process: start it without torchrun")
         return _DISPATCH[argv[0]](argv[1:])
     except KeyboardInterrupt:
         return _fail("interrupted; the same command continues from the last checkpoint", INTERRUPTED)
     except processes.FirstFailed:
         return USER_ERROR
     except UserError as error:
-        return _fail(str(error), USER_ERROR)
+        return _fail(str(error))
     except ModuleNotFoundError as error:
         extras = [name for name, packages in (("run", EXTRAS), ("study", STUDY_EXTRAS)) if error.name in packages]
         if not extras:
             raise
-        return _fail(
-            f"the package {error.name} is not installed: pip install 'inflection_fast[{extras[0]}]'", USER_ERROR
-        )
+        return _fail(f"the package {error.name} is not installed: pip install 'inflection_fast[{extras[0]}]'")
     except Exception as error:
         if disk_full(error):
-            return _fail(
-                f"the disk is full ({error}): free some space and give the same command again; it goes on from there",
-                USER_ERROR,
-            )
+            return _fail(f"the disk is full ({error}): free some space and give the same command again to continue")
         refused = refused_path(error)
-        if refused is not None:
-            return _fail(refused, USER_ERROR)
-        raise
+        if refused is None:
+            raise
+        return _fail(refused)
 
 
 def _top_parser() -> argparse.ArgumentParser:
@@ -101,7 +99,7 @@ def _top_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _fail(message: str, code: int) -> int:
+def _fail(message: str, code: int = USER_ERROR) -> int:
     from inflection_fast.run import processes
 
     which = "" if processes.first() else f" (process {os.environ['RANK']})"
@@ -132,7 +130,7 @@ def _settings_parser(command: str) -> Any:
 
 
 def _parse(parser: Any, argv: list[str], *, objects: bool = True) -> Any:
-    """What was asked for, as objects unless plain. UserError for an unknown setting, a wrong type or value."""
+    """The parsed arguments, with configuration objects if `objects`. UserError for an unknown or wrong setting."""
     from inflection_fast.run.errors import UserError
 
     try:
@@ -143,7 +141,7 @@ def _parse(parser: Any, argv: list[str], *, objects: bool = True) -> Any:
 
 
 def _reason(text: str) -> str:
-    """One line of what the parser says; of a setting that may be null, what is wrong with it when it is not."""
+    """The parser's message on one line, without its part about null where a setting may be null."""
     if "Union subtypes" in text:
         reasons = [line.strip(" -") for line in text.splitlines() if line.strip().startswith("- ")]
         lead = text.splitlines()[0] if text.startswith("Parser key") else ""
@@ -151,40 +149,29 @@ def _reason(text: str) -> str:
     return " ".join(text.split())
 
 
-def _config(parser: Any, parsed: Any) -> Any:
+def _config(parsed: Any) -> Any:
     from inflection_fast.run.config import RunConfig
     from inflection_fast.run.errors import user_errors
 
-    names = RunConfig.__dataclass_fields__
     with user_errors(about="settings"):
-        return RunConfig(**{name: getattr(parsed, name) for name in names})
+        return RunConfig(**{name: getattr(parsed, name) for name in RunConfig.__dataclass_fields__})
 
 
-def _stages(config: Any, console: Console) -> Any:
-    from inflection_fast.run.quiet import quiet_libraries
-    from inflection_fast.run.stages import Stages
-
-    quiet_libraries()
-    return Stages(config, say=lambda line: console.print(line, markup=False), quiet=not sys.stderr.isatty())
-
-
-def _wants_screen(argv: list[str], parser: Any, command: str) -> bool:
-    """Prints help where it is asked for: the usual options, or with `--help all` every one."""
+def _print_help(argv: list[str], parser: Any, command: str) -> bool:
+    """Print the help that `argv` asks for, if any: the usual options, or every option with `--help all`."""
     asked = next((i for i, argument in enumerate(argv) if argument in ("-h", "--help")), None)
     if asked is None:
         return False
     if argv[asked + 1 : asked + 2] == ["all"]:
         parser.print_help()
-        return True
-    from inflection_fast.run.usual_options import usual_options
+    else:
+        from inflection_fast.run.usual_options import usual_options
 
-    print(usual_options(parser, command, COMMANDS[command]))
+        print(usual_options(parser, command, COMMANDS[command]))
     return True
 
 
 def _init(argv: list[str]) -> int:
-    from pathlib import Path
-
     parser = argparse.ArgumentParser(prog="inflection-fast init", description=f"{COMMANDS['init'].capitalize()}.")
     parser.add_argument("--model", required=True, help="folder of a saved model, or its name on the hub")
     parser.add_argument(
@@ -209,59 +196,38 @@ def _init(argv: list[str]) -> int:
     return 0
 
 
-def _check_before_training(stages: Any, *, measure: bool = False, tune: bool = False, report: bool = False) -> None:
-    from inflection_fast.run.preflight import check_before_training
-
-    check_before_training(stages, measure=measure, tune=tune, report=report)
-
-
-def _measure(argv: list[str]) -> int:
-    parser = _settings_parser("measure")
-    if _wants_screen(argv, parser, "measure"):
-        return 0
-    stages = _stages(_config(parser, _parse(parser, argv)), _console())
-    _check_before_training(stages, measure=True)
-    stages.source()
-    stages.measure()
-    return 0
-
-
-def _tune(argv: list[str]) -> int:
-    from pathlib import Path
-
-    from inflection_fast.run import processes
-    from inflection_fast.run.plans import adopt_plan
-
-    parser = _settings_parser("tune")
-    parser.add_argument("--plan", type=str | None, default=None, help="a plan.json to use; null: the run's own")
-    if _wants_screen(argv, parser, "tune"):
+def _run_stages(command: str, argv: list[str]) -> int:
+    """The stages of `measure`, of `tune`, or of `run`: those of both, and the report."""
+    parser = _settings_parser(command)
+    if command == "tune":
+        parser.add_argument("--plan", type=str | None, default=None, help="a plan.json to use; null: the run's own")
+    if _print_help(argv, parser, command):
         return 0
     parsed = _parse(parser, argv)
-    stages = _stages(_config(parser, parsed), _console())
-    if (given := parsed.plan) is not None:
-        processes.alone(lambda: adopt_plan(stages.folder.path, Path(given).expanduser()))
-    stages.plan()  # says so where there is nothing to make one of
-    _check_before_training(stages, tune=True)
-    stages.tune()
-    for name in stages.config.baselines:
-        stages.baseline(name)
-    return 0
+    config, console = _config(parsed), _console()
+    from inflection_fast.run import processes
+    from inflection_fast.run.plans import adopt_plan
+    from inflection_fast.run.preflight import check_before_training
+    from inflection_fast.run.quiet import quiet_libraries
+    from inflection_fast.run.stages import Stages
 
-
-def _run(argv: list[str]) -> int:
-    parser = _settings_parser("run")
-    console = _console()
-    if _wants_screen(argv, parser, "run"):
-        return 0
-    stages = _stages(_config(parser, _parse(parser, argv)), console)
-    _check_before_training(stages, measure=True, tune=True, report=True)
-    stages.source()
-    stages.measure()
-    stages.plan()
-    stages.tune()
-    for name in stages.config.baselines:
-        stages.baseline(name)
-    return _show(stages.folder.path, stages.report(), console)
+    quiet_libraries()
+    stages = Stages(config, say=lambda line: console.print(line, markup=False), quiet=not sys.stderr.isatty())
+    if command == "tune":
+        if (plan := parsed.plan) is not None:
+            processes.alone(lambda: adopt_plan(stages.folder.path, Path(plan).expanduser()))
+        stages.plan()  # an error where there is no timeline to make one from
+    check_before_training(stages, measure=command != "tune", tune=command != "measure", report=command == "run")
+    if command != "tune":
+        stages.source()
+        stages.measure()
+    if command == "run":
+        stages.plan()
+    if command != "measure":
+        stages.tune()
+        for name in stages.config.baselines:
+            stages.baseline(name)
+    return _show(stages.folder.path, stages.report(), console) if command == "run" else 0
 
 
 def _report(argv: list[str]) -> int:
@@ -293,8 +259,6 @@ def _watch(argv: list[str]) -> int:
 
 
 def _show(folder: str | os.PathLike, page: str | os.PathLike, console: Console) -> int:
-    from pathlib import Path
-
     from inflection_fast import report
 
     report.summary(Path(folder), console)
@@ -303,8 +267,6 @@ def _show(folder: str | os.PathLike, page: str | os.PathLike, console: Console) 
 
 
 def _plan(argv: list[str]) -> int:
-    from pathlib import Path
-
     from jsonargparse import ArgumentParser
 
     from inflection_fast.decide import SelectConfig
@@ -312,16 +274,15 @@ def _plan(argv: list[str]) -> int:
 
     parser = ArgumentParser(
         prog="inflection-fast plan",
-        description="Choose layers from a timeline. In a run folder, the run's own settings are where --select begins.",
+        description="Choose layers from a timeline. In a run folder, --select changes the run's own settings.",
         exit_on_error=False,
     )
     parser.add_argument("folder", type=str, help="a run folder, or a folder with timeline.arrows, or that file")
     parser.add_argument("--out", type=str | None, default=None, help="the plan to write; null: plan.json in the folder")
     parser.add_class_arguments(SelectConfig, "select")
-    # Only the folder is wanted at first: flags need not make sense before the run's settings stand behind them.
+    # First the folder alone: the flags may be valid only together with the settings of its run.
     defaults = select_settings(Path(_parse(parser, argv, objects=False).folder))
-    if defaults:
-        parser.set_defaults({f"select.{name}": value for name, value in defaults.items()})
+    parser.set_defaults({f"select.{name}": value for name, value in defaults.items()})
     parsed = _parse(parser, argv)
     plan, path = make_plan(
         Path(parsed.folder).expanduser(), parsed.select, None if parsed.out is None else Path(parsed.out).expanduser()
@@ -334,12 +295,6 @@ def _plan(argv: list[str]) -> int:
     return 0
 
 
-def _inherit(argv: list[str]) -> int:
-    from inflection_fast.run.inheriting import command
-
-    return command(argv, _console())
-
-
 def _doctor(argv: list[str]) -> int:
     argparse.ArgumentParser(prog="inflection-fast doctor", description=f"{COMMANDS['doctor']}.").parse_args(argv)
     from inflection_fast.run.doctor import examine, show
@@ -347,49 +302,29 @@ def _doctor(argv: list[str]) -> int:
     return show(examine())
 
 
-def _scan(argv: list[str]) -> int:
-    from inflection_fast.checkpoints.commands import scan_command
+def _defined_in(module: str, function: str = "command", *, console: bool = False) -> Callable[[list[str]], int]:
+    """A command that another module defines, which is imported when the command runs."""
 
-    return scan_command(argv, _console())
+    def run(argv: list[str]) -> int:
+        command = getattr(import_module(f"inflection_fast.{module}"), function)
+        return command(argv, _console()) if console else command(argv)
 
-
-def _compare(argv: list[str]) -> int:
-    from inflection_fast.checkpoints.commands import compare_command
-
-    return compare_command(argv, _console())
-
-
-def _overhead(argv: list[str]) -> int:
-    from inflection_fast.run.overhead import command
-
-    return command(argv, _console())
-
-
-def _exec(argv: list[str]) -> int:
-    from inflection_fast.integrations.launch import command
-
-    return command(argv)
-
-
-def _study(argv: list[str]) -> int:
-    from inflection_fast.study.command import study
-
-    return study(argv)
+    return run
 
 
 _DISPATCH: dict[str, Callable[[list[str]], int]] = {
     "init": _init,
-    "measure": _measure,
+    "measure": partial(_run_stages, "measure"),
     "plan": _plan,
-    "tune": _tune,
+    "tune": partial(_run_stages, "tune"),
     "report": _report,
     "watch": _watch,
-    "scan": _scan,
-    "compare": _compare,
-    "run": _run,
-    "inherit": _inherit,
-    "study": _study,
-    "exec": _exec,
-    "overhead": _overhead,
+    "scan": _defined_in("checkpoints.commands", "scan_command", console=True),
+    "compare": _defined_in("checkpoints.commands", "compare_command", console=True),
+    "run": partial(_run_stages, "run"),
+    "inherit": _defined_in("run.inheriting", console=True),
+    "study": _defined_in("study.command", "study"),
+    "exec": _defined_in("integrations.launch"),
+    "overhead": _defined_in("run.overhead", console=True),
     "doctor": _doctor,
 }

@@ -1,4 +1,4 @@
-"""What a run folder holds, stage by stage: one schema for the stages that write it and the report that reads it."""
+"""The files of a run folder: one schema for the stages that write them and the report that reads them."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ Record = TypeVar("Record", bound="_Record")
 
 @dataclass(frozen=True)
 class Metrics:
-    """How good a model is on the test texts.
+    """The evaluation of a model on the test texts.
 
     Args:
         n: texts (of a language model: tokens) that it was evaluated on
         loss: mean cross-entropy in nats, per text (per token)
         accuracy: share of the texts with the right label; None for a language model
         correct: how many those are
-        right: a "1" for every text with the right label, else "0", so that two models are compared text by text
+        right: one character per text, "1" if its label was predicted and "0" if not, to compare models text by text
         perplexity: exponential of the loss, of a language model
         largest_probability: mean over the texts of the largest class probability; None for a language model
         share_above_099: share of the texts whose largest class probability is above 0.99
@@ -45,12 +45,12 @@ class Metrics:
 
     def __post_init__(self) -> None:
         if self.right is not None and not (set(self.right) <= set("01") and len(self.right) == self.n):
-            raise ValueError("right must be a text of one 0 or 1 per example")
+            raise ValueError("right must be a string with one 0 or 1 per text")
 
 
 @dataclass(frozen=True)
 class DataRecord:
-    """Sizes of a data set after splitting, the label names, and why how many rows were left out."""
+    """Sizes of a data set after splitting, the label names, and how many rows were left out for which reason."""
 
     train: int
     test: int
@@ -61,7 +61,7 @@ class DataRecord:
 
 @dataclass(frozen=True)
 class OverheadRecord:
-    """Medians of a step without and with measuring in ms; cost as a ratio of whole trainings, and its error."""
+    """Median time of a step without and with measuring in ms; the cost as a ratio of whole trainings, and its error."""
 
     off_ms: float
     on_ms: float
@@ -73,12 +73,12 @@ class _Record:
     """A dataclass that is a JSON file with a format number."""
 
     def save(self, path: Path) -> None:
-        """Writes the file, whole or not at all."""
+        """Write the file, whole or not at all."""
         write_json(path, {"format": FORMAT, **_plain(self)})
 
     @classmethod
     def load(cls: type[Record], path: Path) -> Record:
-        """Reads the file. ValueError where it is not one of this kind and format, naming the field."""
+        """Read the file. ValueError that names the field if it has another content or format."""
         content = load_json(path)
         found = content.pop("format", None)
         if found != FORMAT:
@@ -91,24 +91,24 @@ class _Record:
 
 @dataclass(frozen=True)
 class StageRecord(_Record):
-    """`stage.json`: what a stage did and how good its model is.
+    """`stage.json`: what a stage did, and the evaluation of its model.
 
     Args:
         stage: its name, which is that of its folder
-        label: what it is in words
+        label: a description for the reader
         task: what the model is trained for
         data: the data set of the stage
         majority: share of the test texts that have the most frequent label; None for a language model
-        metrics: of the model on the test texts; None where it was not evaluated
-        trainable_parameters: how many parameters were trained
-        total_parameters: how many there are
-        layers: blocks that carry LoRA; None where the stage injects nothing
+        metrics: of the model on the test texts; None if it was not evaluated
+        trainable_parameters: number of trained parameters
+        total_parameters: number of all parameters
+        layers: blocks with LoRA; None if the stage injects nothing
         steps: optimizer steps
-        train_seconds: duration of the training over all its interruptions
+        train_seconds: duration of the training, without interruptions
         evaluate_seconds: duration of the evaluation
-        overhead: what measuring cost, where it was timed
-        on_target: of a source stage, its model on the test texts of the target before any training there
-        draws: of random layers, how many draws it took until they were not those of the plan or of another baseline
+        overhead: the cost of measuring, if it was timed
+        on_target: of a source stage: its model on the test texts of the target, before any training on the target
+        draws: of random layers: number of draws until they differed from the plan and the other baselines
     """
 
     stage: str
@@ -129,17 +129,17 @@ class StageRecord(_Record):
 
     @property
     def name(self) -> str:
-        """The name of the stage."""
+        """The name of the stage (`stage`)."""
         return self.stage
 
     @property
     def trainable(self) -> int:
-        """The number of trained parameters."""
+        """The number of trained parameters (`trainable_parameters`)."""
         return self.trainable_parameters
 
     @property
     def total(self) -> int | None:
-        """The number of parameters."""
+        """The number of all parameters (`total_parameters`)."""
         return self.total_parameters
 
     @property
@@ -159,12 +159,12 @@ class StageRecord(_Record):
 
     @property
     def n(self) -> int | None:
-        """How many texts (tokens) the metrics are of."""
+        """Number of test texts (tokens)."""
         return self.metrics.n if self.metrics else None
 
     @property
     def right(self) -> str | None:
-        """Which test texts were right."""
+        """Which test texts were classified correctly, as in `Metrics`."""
         return self.metrics.right if self.metrics else None
 
     @property
@@ -177,7 +177,7 @@ class StageRecord(_Record):
 
 @dataclass(frozen=True)
 class RunRecord(_Record):
-    """`run.json`: which stages are finished, with which versions of which packages, and the seed."""
+    """`run.json`: the finished stages, the versions of packages, and the seed."""
 
     finished: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
@@ -185,7 +185,7 @@ class RunRecord(_Record):
 
 
 def load_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; ValueError where it holds none."""
+    """The object in a JSON file. ValueError if the file holds something else."""
     try:
         content = read_json(path)
     except ValueError as error:
@@ -196,7 +196,7 @@ def load_json(path: Path) -> dict[str, Any]:
 
 
 def _plain(record: Any) -> dict[str, Any]:
-    """The fields by name, without those that are None by default."""
+    """The fields by name, without those whose value and default are None."""
     plain = {}
     for item in dataclasses.fields(record):
         value = getattr(record, item.name)
@@ -209,7 +209,7 @@ def _plain(record: Any) -> dict[str, Any]:
 
 
 def _decoded(kind: Any, value: Any, name: str) -> Any:
-    """`value` as the annotation `kind` says; ValueError that names the field."""
+    """`value` converted to the annotation `kind`. ValueError that names the field."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in arguments:

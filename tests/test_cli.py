@@ -216,7 +216,7 @@ def test_measured_steps_that_the_disk_refused_are_measured_again(settings, tmp_p
 
     with monkeypatch.context() as patched:
         patched.setattr(TimelineWriter, "_write", full)
-        assert "the disk refused it" in failing(capsys, *run)
+        assert "because the disk was full" in failing(capsys, *run)
     assert Timeline.load(tmp_path / "run" / "measure").steps.tolist() == [0, 1]
     assert cli.main(run) == 0
     assert Timeline.load(tmp_path / "run" / "measure").steps.tolist() == [0, 1, 2, 3]
@@ -285,7 +285,7 @@ def test_every_setting_has_a_flag_with_help(capsys):
     said = capsys.readouterr().out
     for flag in ("--model.path", "--target.group", "--measure.monitor.every", "--select.method", "--tune.lora.r"):
         assert flag in said
-    assert "column whose values never stand on both sides" in " ".join(said.split())
+    assert "column whose values are never in both parts" in " ".join(said.split())
 
 
 def test_doctor_tells_versions_kernels_and_what_is_missing(capsys, monkeypatch):

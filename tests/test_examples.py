@@ -52,7 +52,7 @@ def test_the_demo_names_only_settings_that_exist():
 
     path = EXAMPLES / "demo.yaml"
     parser = _settings_parser("run")
-    tree = to_dict(_config(parser, _parse(parser, ["--config", str(path)])))
+    tree = to_dict(_config(_parse(parser, ["--config", str(path)])))
     asked = yaml.safe_load(path.read_text())
 
     def same(asked, tree):

@@ -72,7 +72,7 @@ def test_the_smaller_model_was_grown_and_is_saved_whole(inherited):
         (["--blocks", "9"], "--blocks is 9, and the model has"),
         (["--blocks", "1", "--grow", "2"], "--grow names 1 steps, and the smaller model has 1 blocks"),
         (["--steps", "0"], "steps must be at least 1"),
-        (["--grow", "200"], "grow must be rising steps between 0 and 100"),
+        (["--grow", "200"], "grow must be increasing steps between 0 and 100"),
     ],
 )
 def test_what_cannot_be_is_said_in_one_sentence(inherited, options, words, capsys, tmp_path):

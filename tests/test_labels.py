@@ -1,3 +1,5 @@
+from collections import Counter
+
 import pytest
 
 pytest.importorskip("datasets")
@@ -16,7 +18,7 @@ def rows_of(values, names=None):
 
 def read(values, names=None, **settings):
     """Names, integers and counts of what was dropped."""
-    config, dropped = DataConfig("a.csv", **settings), {}
+    config, dropped = DataConfig("a.csv", **settings), Counter()
     rows = clean_labels(rows_of(values, names), config, dropped)
     found = config.labels or label_names(rows, config)
     return found, numbered(rows, found), dropped

@@ -172,7 +172,7 @@ def test_attention_that_cannot_be_seen_is_said(files, own_attention, tmp_path, c
     path = settings(files, tmp_path, own_attention, model__trust_remote_code=True, tune__lora=lora)
     with pytest.raises(Began):
         cli.main(["run", "--config", path])
-    assert "no softmax attention is seen in its blocks" in capsys.readouterr().out
+    assert "its blocks have no softmax attention" in capsys.readouterr().out
 
 
 def test_modules_to_inject_are_known_before_anything_trains(files, tmp_path, capsys, untrained):

@@ -207,7 +207,7 @@ def test_what_the_first_process_has_said_is_not_said_again(monkeypatch, capsys):
 
 def test_models_divided_by_deepspeed_are_refused(folder, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(UserError, match=r"DeepSpeed divides .*: launch the run with DDP or FSDP"):
+    with pytest.raises(UserError, match=r"DeepSpeed shards .*: launch the run with DDP or FSDP"):
         Stages(config_of(folder, "divided"), say=print, quiet=True)
 
 
@@ -235,4 +235,4 @@ def test_commands_of_one_process_say_so(command, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli.main([command, "x"]) == cli.USER_ERROR
-    assert f"{command} is one process: start it without torchrun" in capsys.readouterr().err
+    assert f"{command} runs in one process: start it without torchrun" in capsys.readouterr().err

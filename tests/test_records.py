@@ -49,7 +49,7 @@ def test_a_record_is_read_as_it_was_written(tmp_path, record):
         (lambda tree: tree.pop("steps"), "steps is missing"),
         (lambda tree: tree.update(stepz=1), "stepz is not known"),
         (lambda tree: tree["metrics"].update(accuracy="high"), "metrics.accuracy must be a number; it is 'high'"),
-        (lambda tree: tree["metrics"].update(n=3), "right must be a text of one 0 or 1 per example"),
+        (lambda tree: tree["metrics"].update(n=3), "right must be a string with one 0 or 1 per text"),
         (lambda tree: tree["metrics"].update(n=True), "metrics.n must be a whole number; it is True"),
         (lambda tree: tree.update(steps=1.5), "steps must be a whole number; it is 1.5"),
         (lambda tree: tree.update(layers=[0, "1"]), r"layers\[1\] must be a whole number; it is '1'"),

@@ -1,1 +1,1 @@
-"""The stages behind the command line: configuration, data, and training with transformers.Trainer."""
+"""The stages of the command line: configuration, data, and training with transformers.Trainer."""

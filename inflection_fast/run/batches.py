@@ -1,4 +1,4 @@
-"""From rows of text to the batches a model takes."""
+"""Rows of text become batches of a model."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Batches"]
 
-IGNORED = -100  # the label that the losses of Transformers leave out
+IGNORED = -100  # the label that the losses of Transformers ignore
 
 
 @dataclass(frozen=True)
 class Batches:
-    """Makes items of rows, and padded batches of items, for one tokenizer and task.
+    """Makes items from rows, and padded batches from items, for one tokenizer and task.
 
-    Classification keeps the texts as they are until a batch is made: a fast tokenizer costs less than the memory of a
+    For classification, texts are tokenised when a batch is made: a fast tokenizer costs less than the memory of a
     tokenised data set.
     """
 
@@ -31,7 +31,7 @@ class Batches:
     max_length: int
 
     def items(self, rows: Dataset, *, by_length: bool = False) -> Sequence[Any]:
-        """What the Trainer draws its batches from; `by_length` puts similar lengths together, to pad less."""
+        """The items that the Trainer draws batches from; with `by_length` sorted by length, for less padding."""
         if self.task == "causal-lm":
             pieces = self._pieces(rows)
             return sorted(pieces, key=len) if by_length else pieces
@@ -65,10 +65,10 @@ class Batches:
         return dict(self.tokenizer(texts, *pairs, **options))
 
     def _pieces(self, rows: Dataset) -> list[np.ndarray]:
-        """Every text in pieces of at most `max_length` tokens; texts are not joined, so none attends to another."""
+        """Every text in pieces of at most `max_length` tokens. Texts are not joined, so none attends to another."""
         end = [self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else []
         pieces = []
-        chats = "rendered" in rows.column_names  # with the special tokens that the template puts in
+        chats = "rendered" in rows.column_names  # the template has added the special tokens
         options = {"truncation": False, "verbose": False, "add_special_tokens": not chats}
         for begin in range(0, len(rows), 1000):
             texts = list(rows[begin : begin + 1000]["rendered" if chats else "text"])

@@ -1,4 +1,4 @@
-"""Conversations: checked, told in words, and turned into text by the template of a tokenizer."""
+"""Conversations: checked, compared as plain text, and rendered by the chat template of a tokenizer."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 
     from inflection_fast.run.files import Rows
 
-__all__ = ["Render", "in_words", "rendered", "template_of"]
+__all__ = ["Render", "plain_text", "rendered", "template_of"]
 
 Message = dict[str, Any]
 Render = Callable[[list[Message]], str]
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase, model: str) -> Render:
-    """What turns a conversation into the text that the model was tuned on. UserError where there is no template."""
+    """The function that renders a conversation as the model was tuned on it. UserError if there is no template."""
     if not tokenizer.chat_template:
         raise UserError(
             f"model {model}: its tokenizer has no chat template, which data.messages needs: give a model that was tuned"
@@ -28,21 +28,21 @@ def template_of(tokenizer: PreTrainedTokenizerBase, model: str) -> Render:
     return lambda messages: str(tokenizer.apply_chat_template(messages, tokenize=False))
 
 
-def in_words(rows: Rows, column: str) -> list[str | None]:
-    """Who says what, conversation by conversation, to tell equal ones; None for one without a word."""
+def plain_text(rows: Rows, column: str) -> list[str | None]:
+    """Each conversation as lines "role: content", to find equal ones; None for one without content."""
     found: list[str | None] = []
     for row, messages in enumerate(rows.columns[column]):
         if messages is not None:
-            wrong = _wrong(messages)
-            if wrong:
-                raise UserError(f"{rows.source}, {rows.where([row])}: column {column!r}: {wrong}")
-        said = [f"{message['role']}: {message.get('content') or ''}" for message in messages or ()]
-        found.append("\n".join(said) if any(message.get("content") for message in messages or ()) else None)
+            error = _error_in(messages)
+            if error:
+                raise UserError(f"{rows.source}, {rows.where([row])}: column {column!r}: {error}")
+        lines = [f"{message['role']}: {message.get('content') or ''}" for message in messages or ()]
+        found.append("\n".join(lines) if any(message.get("content") for message in messages or ()) else None)
     return found
 
 
 def rendered(rows: Rows, conversations: list[list[Message]], render: Render) -> list[str]:
-    """The conversations of `rows` as text. UserError with the place of one that the template refuses."""
+    """The conversations of `rows` as text. UserError with the row of one that the template refuses."""
     from jinja2 import TemplateError
 
     found = []
@@ -56,7 +56,7 @@ def rendered(rows: Rows, conversations: list[list[Message]], render: Render) -> 
     return found
 
 
-def _wrong(messages: Any) -> str | None:
+def _error_in(messages: Any) -> str | None:
     if not isinstance(messages, list):
         return f"expected a list of messages, got {type(messages).__name__}"
     for message in messages:

@@ -1,4 +1,4 @@
-"""The bytes of a file, decompressed where its name says so."""
+"""The bytes of a file, decompressed according to its suffix."""
 
 from __future__ import annotations
 
@@ -25,14 +25,8 @@ _OPEN: dict[str, Callable[[Path, Any], Any]] = {
     ".zst": lambda path, mode: io.BufferedReader(import_module("pyarrow").input_stream(path, compression="zstd")),
 }
 COMPRESSED = (*_OPEN, ".zip")
-# What reading a damaged one raises.
-DAMAGED = (
-    EOFError,
-    zlib.error,
-    lzma.LZMAError,
-    zipfile.BadZipFile,
-    gzip.BadGzipFile,
-)
+# Errors of reading a damaged file.
+DAMAGED = (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, gzip.BadGzipFile)
 
 
 @contextmanager

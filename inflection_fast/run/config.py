@@ -1,4 +1,4 @@
-"""Every setting of a run as one tree of frozen dataclasses, each of which refuses nonsense when it is made."""
+"""The settings of a run: a tree of frozen dataclasses that check their values when they are made."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ class ModelConfig:
     Args:
         path: folder of a saved model, or its name on the hub
         revision: branch, tag or commit on the hub
-        gguf_file: name of a GGUF file in that folder or repository, to read the weights from; they are dequantised
+        gguf_file: name of a GGUF file in that folder or repository; its weights are read and dequantised
         attention: attention implementation of Transformers, such as sdpa or eager; null: the model's own
         dtype: number format of the weights
-        max_length: texts are cut to so many tokens
+        max_length: texts are cut to this number of tokens
         trust_remote_code: run Python code that comes with the model
     """
 
@@ -70,11 +70,11 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """A data set: where it is, which columns matter, and how it is split.
+    """A data set: where it is, which columns are used, and how it is split.
 
-    Texts that are equal after normalisation (case, punctuation, spacing) are kept once, so that none stands on both
-    sides of a split. The test part is, in this order: the file or hub split `test`, whole groups where `group` is
-    given, or a random share.
+    Texts that are equal after normalisation (case, punctuation, spacing) are kept once, so that none is in both parts
+    of a split. The test part is, in this order: the file or hub split `test`, whole groups if `group` is given, or a
+    random share.
 
     Args:
         path: a .csv, .tsv, .jsonl, .json, .parquet or .txt file (one text per line), also compressed (.gz, .bz2, .xz,
@@ -85,24 +85,24 @@ class DataConfig:
         delimiter: character between the fields of a .csv or .tsv file; null: a comma or a tab
         quoting: standard: a field in quotation marks may hold delimiters and line ends; none: quotation marks are text;
             null: standard, and a .tsv file in which quotation marks join lines is refused
-        field: key under which a .json file keeps its list of rows; null: the only key with such a list
+        field: key of the list of rows in a .json file; null: the only key with such a list
         text: column of the text
         text_pair: column of a second text, for pairs of sentences
-        messages: column of conversations, lists of {role, content}, in place of `text`; the chat template of the
-            model's tokenizer makes them text; causal-lm only
+        messages: column of conversations, lists of {role, content}, instead of `text`; the chat template of the
+            model's tokenizer renders them; causal-lm only
         label: column of the label (names or integers); not used by causal-lm
         labels: label names in the order of their integers; null: the sorted values of the column
         test: a file, or a split of the hub data set, to test on
-        test_share: share of the rows to test on where `test` is null
-        group: column whose values never stand on both sides of the split, such as the film of a review
+        test_share: share of the rows to test on if `test` is null
+        group: column whose values are never in both parts of the split, such as the film of a review
         drop_missing: leave out rows without a label, and count them; false: refuse them
-        probe: so many texts are kept out of training, for comparing representations over time; null: 64, or a tenth of
-            the texts where that is fewer
-        train_limit: train on at most so many texts, drawn at random
-        test_limit: test on at most so many texts, drawn at random
+        probe: number of texts kept out of training, to compare representations over time; null: 64, or a tenth of the
+            texts if that is fewer
+        train_limit: largest number of texts to train on, drawn at random
+        test_limit: largest number of texts to test on, drawn at random
         deduplicate: keep texts once (see above)
-        contradicting: what becomes of a text that occurs with different labels: drop all of its copies, or keep the
-            first; both are counted
+        contradicting: for a text that occurs with different labels: drop all of its copies, or keep the first; both
+            are counted
         split_seed: seed of the split and the draws; separate from the seed of training, so that seeds share a test set
     """
 
@@ -155,9 +155,9 @@ class TrainConfig:
     """One training, done by transformers.Trainer.
 
     Args:
-        steps: optimizer steps; null: as many as `epochs` takes
-        epochs: passes over the data where `steps` is null
-        batch_size: texts per forward pass, which the processes of torchrun divide among them
+        steps: optimizer steps; null: the steps of `epochs`
+        epochs: passes over the data if `steps` is null
+        batch_size: texts per forward pass, divided among the processes of torchrun
         accumulate: forward passes per optimizer step
         learning_rate: highest learning rate
         weight_decay: decoupled weight decay
@@ -165,7 +165,7 @@ class TrainConfig:
         schedule: how the learning rate falls afterwards
         max_grad_norm: gradients are clipped to this norm; 0: never
         eval_batch_size: texts per device and forward pass of an evaluation
-        precision: arithmetic of the forward pass; other than float32, the weights stay as they are (autocast)
+        precision: arithmetic of the forward pass; bfloat16 and float16 by autocast, which keeps the weights as they are
         checkpoint_every: optimizer steps between checkpoints, from which an interrupted training continues
         log_every: optimizer steps between the losses written to log.json
         activation_checkpointing: recompute activations in the backward pass to save memory
@@ -212,15 +212,14 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class MeasureConfig:
-    """The run that is measured: the top blocks and the head train on the target, the rest is frozen.
+    """The training that is measured: the top blocks and the head train on the target, the rest is frozen.
 
     Args:
-        unfreeze: so many blocks at the top are trained, with the head; null: the whole model
-        head: name prefixes of the modules that are trained as the head; null: whatever comes after the last block
+        unfreeze: number of blocks at the top that are trained, with the head; null: the whole model
+        head: name prefixes of the modules that are trained as the head; null: everything after the last block
         train: its training
         monitor: what is measured and how often
-        overhead_pairs: steps with and without measuring that are timed against each other afterwards; 0: none, as where
-            `parallel` is fsdp
+        overhead_pairs: number of steps with and without measuring that are timed afterwards; 0: none, as with fsdp
     """
 
     unfreeze: int | None = 2
@@ -243,7 +242,7 @@ class LoraConfig:
         r: rank
         alpha: scale of the update; null: twice the rank
         dropout: dropout before the adapter
-        target_modules: names of the linear modules inside a block; null: by inject's rules
+        target_modules: names of the linear modules inside a block; null: by the rules of `inject`
         modules_to_save: modules trained in full beside the adapters; null: the task's head
     """
 
@@ -266,8 +265,8 @@ class TuneConfig:
     Args:
         lora: the adapters
         train: their training
-        when_empty: with a plan that names no layer, stop injecting and say so, or take the layers with the top scores
-        top: so many layers are taken then
+        when_empty: if the plan names no layer: stop without injecting, or take the layers with the top scores
+        top: number of layers taken in that case
     """
 
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -286,14 +285,14 @@ class RunConfig:
     Args:
         model: the pretrained model
         target: the data set to adapt to
-        output: folder for everything the run writes
+        output: folder for all files of the run
         task: what the model is trained for
         source: an optional first training on another data set
         measure: the measured training
         select: how layers are chosen from what was measured
         tune: LoRA on the chosen layers
         baselines: other choices of equally many layers to compare with: last, first, random; or all layers
-        parallel: what several processes do with the model: ddp: each holds all of it; fsdp: they divide it (FSDP2)
+        parallel: how several processes hold the model: ddp: each has all of it; fsdp: it is sharded (FSDP2)
         seed: seed of initialisation, order of texts and dropout
     """
 
@@ -321,9 +320,15 @@ class RunConfig:
         """The output folder."""
         return Path(self.output).expanduser()
 
+    @property
+    def trainings(self) -> dict[str, TrainConfig]:
+        """Every training of the run by the name of its settings."""
+        source = {} if self.source is None else {"source.train": self.source.train}
+        return {**source, "measure.train": self.measure.train, "tune.train": self.tune.train}
+
 
 def to_dict(config: Any) -> Any:
-    """A configuration as plain dictionaries, lists and scalars, as YAML and JSON hold it."""
+    """A configuration as dictionaries, lists and scalars, for YAML and JSON."""
     if dataclasses.is_dataclass(config):
         return {item.name: to_dict(getattr(config, item.name)) for item in dataclasses.fields(config)}
     if isinstance(config, (tuple, list)):
@@ -334,7 +339,7 @@ def to_dict(config: Any) -> Any:
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """The settings in which two plain configurations differ, each as `name (old -> new)`."""
+    """The settings in which two configurations from `to_dict` differ, each as `name (old -> new)`."""
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return [] if old == new else [f"{prefix} ({_short(old)} -> {_short(new)})"]
     found = []

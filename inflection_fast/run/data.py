@@ -23,22 +23,22 @@ if TYPE_CHECKING:
 
 __all__ = ["TextData", "normalised", "read", "without"]
 
-PROBE = 64  # texts of the probe where the settings name no number
-PROBE_SHARE = 0.1  # of the texts, at most, then
+PROBE = 64  # texts of the probe if the settings give no number,
+PROBE_SHARE = 0.1  # and the largest share of all texts
 
 
 @dataclass(frozen=True)
 class TextData:
-    """A data set after splitting: rows with `text`, and where they apply `text_pair`, `label` (an integer), `group`.
+    """A data set after splitting: rows with `text`, and if given `text_pair`, `label` (an integer) and `group`.
 
-    Of conversations, `text` says who says what, and `rendered` is what the template of the tokenizer makes of them.
+    Of a conversation, `text` holds its messages as plain text, and `rendered` the output of the chat template.
     """
 
     train: Dataset
     test: Dataset
     probe: Dataset
     labels: tuple[str, ...]  # names in the order of their integers; empty for causal-lm
-    dropped: dict[str, int] = field(default_factory=dict)  # why -> how many rows
+    dropped: dict[str, int] = field(default_factory=dict)  # reason -> number of rows
 
     @property
     def majority(self) -> float | None:
@@ -53,17 +53,17 @@ class TextData:
 
 
 def normalised(text: str) -> str:
-    """The text without case, punctuation and spacing: two texts that differ only in those are one text to a model."""
+    """The text without case, punctuation and spacing: texts that differ only in these count as equal."""
     words = re.sub(r"[\W_]+", " ", unicodedata.normalize("NFKC", text).casefold()).strip()
     return words or text
 
 
 def read(config: DataConfig, task: str, render: chats.Render | None = None) -> TextData:
-    """Reads, checks and splits a data set. UserError for a missing file or column, or labels that make no sense.
+    """Read, check and split a data set. UserError for a missing file or column, or wrong labels.
 
-    `render` turns a conversation into text to train on; None: they are counted and split only.
+    `render` turns a conversation into text to train on; None: conversations are only counted and split.
     """
-    dropped: dict[str, int] = {}
+    dropped: Counter[str] = Counter()
     found = _rows(config, task, None, dropped, render)
     labels: tuple[str, ...] = ()
     if task == "sequence-classification":
@@ -72,7 +72,7 @@ def read(config: DataConfig, task: str, render: chats.Render | None = None) -> T
     if config.test is not None:
         test = _data_set(_rows(config, task, config.test, dropped, render), labels)
         if config.deduplicate:
-            rows = _drop(rows, set(_keys(test)), dropped, "also in the test file")
+            rows = _without(rows, set(_keys(test)), dropped, "also in the test file")
     else:
         rows, test = _split(rows, config)
     rng = np.random.default_rng(config.split_seed)
@@ -81,7 +81,7 @@ def read(config: DataConfig, task: str, render: chats.Render | None = None) -> T
     if len(test) and config.probe and size >= len(rows) > 0:
         raise UserError(
             f"{config.path}: data.probe is {size}, and {len(rows)} texts are left after splitting and dropping"
-            f"{_in_words(dropped)}: give a smaller probe, or more texts"
+            f"{_counts(dropped)}: give a smaller probe, or more texts"
         )
     probe, rows = rows.select(order[:size]), rows.select(order[size:][: config.train_limit])
     if config.test_limit is not None:
@@ -90,29 +90,27 @@ def read(config: DataConfig, task: str, render: chats.Render | None = None) -> T
         if not len(part):
             raise UserError(
                 f"{config.path}: of {len(found)} texts nothing is left to {name} on after splitting and dropping"
-                f"{_in_words(dropped)}"
+                f"{_counts(dropped)}"
             )
-    return TextData(rows, test, probe, labels, dropped)
+    return TextData(rows, test, probe, labels, dict(+dropped))
 
 
 def without(data: TextData, other: TextData, why: str) -> TextData:
-    """`data` less the training rows whose text stands anywhere in `other`."""
+    """`data` without the training rows whose text is in any part of `other`; `why` is the reason in `dropped`."""
     keys = {key for part in (other.train, other.test, other.probe) for key in _keys(part)}
-    dropped = dict(data.dropped)
-    train = _drop(data.train, keys, dropped, why)
+    dropped = Counter(data.dropped)
+    train = _without(data.train, keys, dropped, why)
     if not len(train):
         raise UserError(f"nothing is left to train on: every text is {why}")
-    return replace(data, train=train, dropped=dropped)
+    return replace(data, train=train, dropped=dict(+dropped))
 
 
-def _in_words(dropped: dict[str, int]) -> str:
-    return f" ({', '.join(f'{count} {why}' for why, count in dropped.items())})" if dropped else ""
+def _counts(dropped: Counter[str]) -> str:
+    return f" ({', '.join(f'{count} {why}' for why, count in (+dropped).items())})" if +dropped else ""
 
 
-def _rows(
-    config: DataConfig, task: str, test: str | None, dropped: dict[str, int], render: chats.Render | None
-) -> Rows:
-    """The named columns under our own names, without empty texts and duplicates, labels cleaned."""
+def _rows(config: DataConfig, task: str, test: str | None, dropped: Counter[str], render: chats.Render | None) -> Rows:
+    """The columns under the names of `TextData`, without empty texts and duplicates, labels cleaned."""
     texts = {"text": config.text, "text_pair": config.text_pair}
     columns_of = {**(texts if config.messages is None else {"messages": config.messages}), "group": config.group}
     if config.messages is not None and task != "causal-lm":
@@ -131,15 +129,15 @@ def _rows(
             columns[ours] = _as_text(columns[ours], f"{rows.source}: column {wanted[ours]!r}")
     names = {ours: rows.names[theirs] for ours, theirs in wanted.items() if theirs in rows.names}
     if "messages" in columns:
-        columns["text"] = chats.in_words(rows, wanted["messages"])
+        columns["text"] = chats.plain_text(rows, wanted["messages"])
     rows = Rows(rows.source, columns, rows.unit, rows.places, names)
     kept = [i for i, text in enumerate(columns["text"]) if text is not None and text.strip()]
-    _count(dropped, "empty", len(rows) - len(kept))
+    dropped["empty"] += len(rows) - len(kept)
     rows = rows.select(kept)
     if "label" in wanted:
         rows = clean_labels(rows, config, dropped)
         if config.labels is None and test is None:
-            label_names(rows, config)  # says what is wrong with the labels before any row is dropped for its own
+            label_names(rows, config)  # an error of all labels comes before rows are dropped for their own label
     rows = _once(rows, config, dropped) if config.deduplicate else rows
     if (conversations := rows.columns.pop("messages", None)) is not None and render is not None:
         rows.columns["rendered"] = chats.rendered(rows, conversations, render)
@@ -147,43 +145,34 @@ def _rows(
 
 
 def _as_text(values: list[Any], column: str) -> list[str | None]:
-    """Numbers are text too, as Python writes them; anything else that is no text is refused."""
-    strange = {type(value).__name__ for value in values if not isinstance(value, (str, int, float, type(None)))}
-    strange |= {"bool" for value in values if isinstance(value, bool)}
-    if strange:
-        raise UserError(f"{column} holds {', '.join(sorted(strange))}, not text")
-    return [
-        value
-        if isinstance(value, str)
-        else (None if value is None or (isinstance(value, float) and math.isnan(value)) else str(value))
-        for value in values
-    ]
+    """The values as text: numbers as Python writes them, NaN as None. UserError for other types."""
+    accepted = (str, int, float, type(None))
+    others = {type(v).__name__ for v in values if isinstance(v, bool) or not isinstance(v, accepted)}
+    if others:
+        raise UserError(f"{column} holds {', '.join(sorted(others))}, not text")
+    return [None if value is None or value != value else str(value) for value in values]
 
 
-def _once(rows: Rows, config: DataConfig, dropped: dict[str, int]) -> Rows:
-    """Every text once. Copies that contradict each other in their label are no duplicates, and counted apart."""
+def _once(rows: Rows, config: DataConfig, dropped: Counter[str]) -> Rows:
+    """Every text once. Copies with different labels are counted apart from duplicates."""
     copies: dict[str, list[int]] = {}
     for i, key in enumerate(_keys(rows.columns)):
         copies.setdefault(key, []).append(i)
     labels = rows.columns.get("label")
-    kept, duplicates, contradicting = [], 0, 0
-    for alike in copies.values():
-        if labels is None or len({str(labels[i]) for i in alike}) == 1:
-            kept.append(alike[0])
-            duplicates += len(alike) - 1
-        elif config.contradicting == "first":
-            kept.append(alike[0])
-            contradicting += len(alike) - 1
-        else:
-            contradicting += len(alike)
-    _count(dropped, "duplicates", duplicates)
-    first = " after the first" if config.contradicting == "first" else ""
-    _count(dropped, f"copies with contradicting labels{first}", contradicting)
+    first = config.contradicting == "first"
+    contradicting = f"copies with contradicting labels{' after the first' if first else ''}"
+    dropped["duplicates"] += 0  # messages name these first
+    kept = []
+    for equal in copies.values():
+        agree = labels is None or len({str(labels[i]) for i in equal}) == 1
+        if agree or first:
+            kept.append(equal[0])
+        dropped["duplicates" if agree else contradicting] += len(equal) - (agree or first)
     return rows.select(kept)
 
 
 def _data_set(rows: Rows, labels: tuple[str, ...]) -> Dataset:
-    """The rows as they are split and trained on, every label as its integer."""
+    """The rows as a data set, every label as its integer."""
     from datasets import Dataset
 
     columns = dict(rows.columns)
@@ -193,26 +182,21 @@ def _data_set(rows: Rows, labels: tuple[str, ...]) -> Dataset:
 
 
 def _keys(rows: Dataset | dict[str, list[Any]]) -> list[str]:
-    """What tells one text from another, row by row."""
+    """The normalised text of every row, which decides whether two texts are equal."""
     texts = [normalised(text) for text in rows["text"]]
     if "text_pair" not in (rows if isinstance(rows, dict) else rows.column_names):
         return texts
     return [f"{text}\n{normalised(pair or '')}" for text, pair in zip(texts, rows["text_pair"], strict=True)]
 
 
-def _drop(rows: Dataset, keys: set[str], dropped: dict[str, int], why: str) -> Dataset:
+def _without(rows: Dataset, keys: set[str], dropped: Counter[str], why: str) -> Dataset:
     kept = [i for i, key in enumerate(_keys(rows)) if key not in keys]
-    _count(dropped, why, len(rows) - len(kept))
+    dropped[why] += len(rows) - len(kept)
     return rows.select(kept)
 
 
-def _count(dropped: dict[str, int], why: str, number: int) -> None:
-    if number:
-        dropped[why] = dropped.get(why, 0) + number
-
-
 def _split(rows: Dataset, config: DataConfig) -> tuple[Dataset, Dataset]:
-    """Training and test rows: whole groups where a group column is named, single rows otherwise."""
+    """Training and test rows: whole groups if there is a group column, else single rows."""
     rng = np.random.default_rng(config.split_seed)
     if config.group is None:
         order = rng.permutation(len(rows))
@@ -221,7 +205,7 @@ def _split(rows: Dataset, config: DataConfig) -> tuple[Dataset, Dataset]:
     groups = rows["group"]
     sizes = Counter(groups)
     if len(sizes) < 2:
-        raise UserError(f"{config.path}: column {config.group!r} has one value only, which cannot be split")
+        raise UserError(f"{config.path}: column {config.group!r} has only one value, which cannot be split")
     names = sorted(sizes, key=str)
     chosen: set[Any] = set()
     count = 0

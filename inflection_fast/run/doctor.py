@@ -1,4 +1,4 @@
-"""What is installed, what is loaded, what is missing, and the command that mends it."""
+"""What is installed, loaded and missing on this machine, with the command that installs it."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "amx_bf
 
 @dataclass(frozen=True)
 class Finding:
-    """One fact; `mend` is the command that helps where something is missing, `broken` if nothing works without it."""
+    """One fact about the machine."""
 
     topic: str
     text: str
-    mend: str | None = None
-    broken: bool = False
+    fix: str | None = None  # the command that installs what is missing
+    broken: bool = False  # nothing works without it
 
 
 def examine() -> list[Finding]:
-    """Everything worth knowing about this machine, in order."""
+    """All findings about this machine, in the order in which they are printed."""
     findings = [
         Finding("inflection_fast", version("inflection_fast")),
         Finding("Python", f"{platform.python_version()} ({sys.executable})"),
@@ -46,14 +46,14 @@ def examine() -> list[Finding]:
 
 
 def show(findings: list[Finding], say: Callable[[str], None] = print) -> int:
-    """Says the findings line by line and returns the exit code: 1 where something is broken."""
+    """Print the findings with `say`, and return the exit code: 1 if something is broken."""
     width = max(len(finding.topic) for finding in findings)
     for finding in findings:
         say(f"{finding.topic:{width}}  {finding.text}")
-        if finding.mend:
-            say(f"{'':{width}}  -> {finding.mend}")
+        if finding.fix:
+            say(f"{'':{width}}  -> {finding.fix}")
     broken = [finding.topic for finding in findings if finding.broken]
-    say(f"not usable: {', '.join(broken)}" if broken else "everything that is needed is there")
+    say(f"not usable: {', '.join(broken)}" if broken else "everything that is needed is installed")
     return 1 if broken else 0
 
 
@@ -65,7 +65,7 @@ def _package(name: str, requirement: str, *, broken: bool) -> Finding:
 
 
 def _cpu_features() -> list[str]:
-    """Those flags of the processor that decide about kernels, where the system tells them."""
+    """The flags of the processor that decide which kernels run; none if the system does not list them."""
     path = Path("/proc/cpuinfo")
     if not path.is_file():
         return []
@@ -86,7 +86,7 @@ def _kernels() -> list[Finding]:
     except ImportError as error:
         text = " ".join(str(error).split())
         return [Finding("CPU kernels", text, "pip install --no-build-isolation inflection_fast", broken=True)]
-    # A package's version does not always name the CUDA that torch was built with; torch itself does.
+    # Unlike the version of the package, `torch.__version__` always names the CUDA that torch was built with.
     where = f"from {info['cpu']['path']}, in torch {torch.__version__}"
     findings = [Finding("CPU kernels", f"{info['cpu']['isa']}, {where}")]
     if info["cuda"]:
@@ -104,7 +104,7 @@ def _why_no_cuda() -> Finding:
             return Finding(
                 "CUDA kernels", "not loaded: this torch is a CPU build, and the machine has a GPU", "pip install torch"
             )
-        return Finding("CUDA kernels", "not loaded: this torch is a CPU build (nothing to mend without a GPU)")
+        return Finding("CUDA kernels", "not loaded: this torch is a CPU build, which is right without a GPU")
     return Finding(
         "CUDA kernels",
         f"not built; tensors on the GPU are refused (torch has CUDA {torch.version.cuda})",

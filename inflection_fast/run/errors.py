@@ -1,4 +1,4 @@
-"""What the person at the keyboard can mend, apart from what only a programmer can."""
+"""Errors that the user can fix, apart from those of the program."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ class UserError(Exception):
 
 @contextmanager
 def user_errors(kind: type[Exception] = ValueError, *more: type[Exception], about: str = "") -> Iterator[None]:
-    """Turns exceptions of these kinds into a UserError, said of `about`.
+    """Turn exceptions of these classes into a UserError that begins with `about`.
 
-    Only around calls whose errors of that kind are known to speak of the user's input; anywhere else they keep their
-    traceback.
+    Only for calls whose errors of these classes are about the user's input. Other errors keep their traceback.
     """
     try:
         yield
@@ -32,9 +31,9 @@ def user_errors(kind: type[Exception] = ValueError, *more: type[Exception], abou
 
 
 def disk_full(error: BaseException | None) -> bool:
-    """Whether this error, or one that it was raised from, says that the disk took no more.
+    """Whether this error, or one that caused it, is that of a full disk.
 
-    torch and safetensors write files in C++ and Rust, and report a full disk in words instead of an errno.
+    torch and safetensors write files in C++ and Rust, and report a full disk in a message without an errno.
     """
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -49,12 +48,12 @@ def disk_full(error: BaseException | None) -> bool:
 
 
 def takes_nothing(error: Exception) -> bool:
-    """Whether the disk is full, or cannot be written at all: then nothing could be recorded either."""
+    """Whether the disk is full or read-only, so that nothing can be recorded either."""
     return disk_full(error) or (isinstance(error, OSError) and error.errno == errno.EROFS)
 
 
 def refused_path(error: BaseException | None) -> str | None:
-    """The file or folder that this error, or one that it was raised from, says the system refused, and why."""
+    """The path that the system refused, and why, by this error or one that caused it; None for other errors."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in _REFUSALS and error.filename is not None:
             return f"{error.filename}: {(error.strerror or type(error).__name__).lower()}"

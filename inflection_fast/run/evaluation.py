@@ -1,4 +1,4 @@
-"""How good a model is on the test texts: right answers for classification, loss per token for language."""
+"""The evaluation of a model on the test texts: accuracy of classifiers, loss per token of language models."""
 
 from __future__ import annotations
 
@@ -15,39 +15,34 @@ from inflection_fast.run.batches import IGNORED
 __all__ = [
     "class_logits",
     "classification_metrics",
-    "in_words",
+    "described",
     "language_metrics",
     "log_probabilities",
     "saturation",
     "token_losses",
 ]
 
-SATURATED = 0.99  # a largest class probability above this
+SATURATED = 0.99  # largest class probability
 
 
 def class_logits(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
-    """The logits alone, in float32; some models return hidden states beside them."""
+    """The logits in float32, without the hidden states that some models also return."""
     return (outputs[0] if isinstance(outputs, tuple) else outputs).float()
 
 
 def log_probabilities(logits: np.ndarray) -> np.ndarray:
     """Log-softmax over classes, float64 [N, C]."""
-    logits = np.asarray(logits, dtype=np.float64)
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return torch.from_numpy(np.asarray(logits, dtype=np.float64)).log_softmax(-1).numpy()
 
 
 def saturation(log_p: np.ndarray) -> tuple[float, float]:
-    """How sure a classifier is: mean largest probability, and share of texts above 0.99."""
+    """Mean of the largest class probability, and the share of texts where it is above 0.99."""
     largest = np.exp(log_p.max(axis=-1))
     return float(largest.mean()), float((largest > SATURATED).mean())
 
 
 def classification_metrics(logits: np.ndarray, labels: np.ndarray) -> Metrics:
-    """Accuracy, mean cross-entropy and saturation, and a "1" for every text that was right.
-
-    With the last, two models on the same texts can be compared text by text.
-    """
+    """Accuracy, mean cross-entropy and saturation, and which texts were classified correctly."""
     log_p = log_probabilities(logits)
     losses = -log_p[np.arange(len(labels)), labels]
     right = log_p.argmax(axis=-1) == labels
@@ -65,9 +60,9 @@ def classification_metrics(logits: np.ndarray, labels: np.ndarray) -> Metrics:
 
 
 def token_losses(logits: Any, labels: torch.Tensor) -> torch.Tensor:
-    """Per sequence, the summed cross-entropy of the next token and the number of tokens [batch, 2].
+    """Sum of the cross-entropy of the next token, and number of tokens, of every sequence: [batch, 2].
 
-    Reduced before the Trainer gathers it: the logits of a test set would not fit in memory.
+    Reduced before the Trainer gathers them: the logits of a test set would not fit into memory.
     """
     logits = logits[0] if isinstance(logits, tuple) else logits
     targets = labels[:, 1:]
@@ -82,8 +77,8 @@ def language_metrics(sums: np.ndarray, labels: np.ndarray) -> Metrics:
     return Metrics(n=int(tokens), loss=loss, perplexity=math.exp(min(loss, 700.0)))
 
 
-def in_words(metrics: Metrics | None) -> str:
-    """The metrics as a person reads them, with the binomial standard error of an accuracy."""
+def described(metrics: Metrics | None) -> str:
+    """The metrics for a reader, with the binomial standard error of an accuracy."""
     if metrics is None:
         return "not evaluated"
     if metrics.accuracy is not None:

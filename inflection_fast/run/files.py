@@ -1,6 +1,6 @@
-"""The rows of a data set, from a local file or the hub, exactly as they are written there.
+"""The rows of a data set, from a local file or the hub, without changes.
 
-A file that can be read in two ways is refused with the line number and the setting that decides.
+A file that can be read in two ways is an error that names the line and the setting that decides.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +23,11 @@ __all__ = ["FORMATS", "Rows", "column_names", "load_rows"]
 
 FORMATS = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".txt")
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
-_NO_COLUMN = "\0"  # which no column is called
+_NO_COLUMN = "\0"  # a name that no column has
 
 
 class MissingColumn(UserError):
-    """A column is not there; `present` are those that are."""
+    """Columns are missing; `present` are the columns that the data set has."""
 
     def __init__(self, source: str, missing: list[str], present: list[str]):
         super().__init__(f"{source}: there is no column {', '.join(map(repr, missing))}; it has {', '.join(present)}")
@@ -43,20 +43,20 @@ class Rows:
         columns: name of the column -> its values
         unit: what `places` counts, "line" or "row", from 1
         places: one number per row
-        names: label names that the source itself declares (ClassLabel), by column
+        names: label names that the source declares (ClassLabel), by column
     """
 
     source: str
     columns: dict[str, list[Any]]
     unit: str
-    places: list[int]
+    places: Sequence[int]
     names: dict[str, tuple[str, ...]]
 
     def __len__(self) -> int:
         return len(self.places)
 
     def where(self, rows: list[int]) -> str:
-        """The places of some rows in words, the first five of them by number."""
+        """The places of these rows for a message, at most five of them by number."""
         numbers = ", ".join(str(self.places[row]) for row in rows[:5])
         more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
         return f"{self.unit}{'s' if len(rows) > 1 else ''} {numbers}{more}"
@@ -70,7 +70,7 @@ class Rows:
 def load_rows(config: DataConfig, wanted: list[str], test: str | None = None) -> Rows:
     """The wanted columns of the data set, or of the file or hub split `test`.
 
-    UserError for a file that is not there, cannot be read, or lacks a column.
+    UserError for a file that does not exist, cannot be read, or lacks a column.
     """
     source = config.path if test is None else test
     path = Path(source).expanduser()
@@ -82,8 +82,10 @@ def load_rows(config: DataConfig, wanted: list[str], test: str | None = None) ->
     read = {".csv": _delimited, ".tsv": _delimited, ".parquet": _parquet, ".txt": _plain_text}.get(kind, _json)
     try:
         try:
+            if kind != ".parquet":
+                _refuse_utf16(source, path, config)
             rows = read(source, path, kind, config, wanted)
-        except UnicodeError as error:  # the advice reads the file too, which may be damaged further on
+        except UnicodeError as error:  # the advice reads the file again, and may find damage further on
             raise UserError(_encoding_advice(source, path, config.encoding)) from error
     except DAMAGED as error:
         raise UserError(f"{source}: the compressed file is damaged ({error})") from error
@@ -99,7 +101,7 @@ def load_rows(config: DataConfig, wanted: list[str], test: str | None = None) ->
 
 
 def column_names(config: DataConfig) -> list[str]:
-    """The columns that the data set has, in order. UserError as `load_rows` raises it."""
+    """The columns of the data set, in order. UserError as in `load_rows`."""
     try:
         load_rows(config, [_NO_COLUMN])
     except MissingColumn as error:
@@ -108,7 +110,7 @@ def column_names(config: DataConfig) -> list[str]:
 
 
 def _kind(source: str, path: Path) -> str | None:
-    """The ending that says how a local file is read; None for a data set of the hub, or a folder of one."""
+    """The suffix that decides how a local file is read; None for a data set of the hub, or its folder."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSED:
         suffixes.pop()
@@ -126,13 +128,13 @@ def _kind(source: str, path: Path) -> str | None:
 
 @contextmanager
 def _text(path: Path, encoding: str | None) -> Iterator[IO[str]]:
-    """The characters of a file, line ends as they are."""
+    """The characters of a file, with its line ends."""
     with binary(path) as file, io.TextIOWrapper(file, encoding=encoding or "utf-8-sig", newline="") as text:
         yield text
 
 
 def _encoding_advice(source: str, path: Path, encoding: str | None) -> str:
-    """Which line cannot be decoded, and what the file looks like."""
+    """A message with the line that cannot be decoded, and the encoding that fits."""
     with binary(path) as file:
         head = file.read(4096)
     if guess := _utf16(head):
@@ -157,7 +159,7 @@ def _first_not_utf8(path: Path) -> tuple[int, bytes]:
 
 
 def _utf16(head: bytes) -> str | None:
-    """The name of UTF-16 where these bytes look like it, with or without a byte order mark."""
+    """The name of the UTF-16 encoding that these bytes look like, with or without a byte order mark; else None."""
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "utf-16"
     even, odd = head[0::2].count(0), head[1::2].count(0)
@@ -167,7 +169,7 @@ def _utf16(head: bytes) -> str | None:
 
 
 def _refuse_utf16(source: str, path: Path, config: DataConfig) -> None:
-    """UTF-16 without a byte order mark decodes as UTF-8, into text full of zero characters."""
+    """UserError for UTF-16 without a byte order mark, which decodes as UTF-8 into text with zero characters."""
     if config.encoding is None:
         with binary(path) as file:
             if b"\0" in (head := file.read(4096)) and not head.startswith((b"\xff\xfe", b"\xfe\xff")):
@@ -182,7 +184,7 @@ def _refuse_utf16(source: str, path: Path, config: DataConfig) -> None:
 
 @contextmanager
 def _fields_of_any_length() -> Iterator[None]:
-    """Python's csv refuses fields of more than 131072 characters unless it is told otherwise."""
+    """Lift the limit of Python's csv module, which is 131072 characters in a field."""
     before = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     try:
         yield
@@ -192,7 +194,6 @@ def _fields_of_any_length() -> Iterator[None]:
 
 def _delimited(source: str, path: Path, kind: str, config: DataConfig, wanted: list[str]) -> Rows:
     delimiter = config.delimiter or ("\t" if kind == ".tsv" else ",")
-    _refuse_utf16(source, path, config)
     columns: dict[str, list[Any]] = {name: [] for name in wanted}
     places: list[int] = []
     uneven: list[tuple[int, int]] = []  # line, number of fields
@@ -234,7 +235,7 @@ def _delimited(source: str, path: Path, kind: str, config: DataConfig, wanted: l
 
 
 def _indices(source: str, header: list[str], wanted: list[str], delimiter: str) -> dict[str, int]:
-    """Where the wanted columns stand."""
+    """The position of each wanted column."""
     missing = [name for name in wanted if name not in header]
     if missing:
         for other, words in DELIMITERS.items():
@@ -253,8 +254,8 @@ def _refuse_uneven(source: str, header: list[str], delimiter: str, uneven: list[
     names = f"{len(header)} ({', '.join(header)})" if len(header) <= 8 else str(len(header))
     found = f"{source}, line {line}: {count} field{'s' * (count != 1)}, and the header has {names}"
     if not even and all(one == count for _, one in uneven) and count == len(header) + 1:
-        raise UserError(f"{found}; so have all rows: name the column that the header leaves out")
-    others = f" ({len(uneven) - 1} more rows are like it)" if len(uneven) > 1 else ""
+        raise UserError(f"{found}; so have all rows: name the column that is missing in the header")
+    others = f" ({len(uneven) - 1} more rows differ from the header)" if len(uneven) > 1 else ""
     raise UserError(f"{found}{others}: put quotation marks around a text that holds {delimiter!r}")
 
 
@@ -262,16 +263,16 @@ def _refuse_uneven(source: str, header: list[str], delimiter: str, uneven: list[
 
 
 def _json(source: str, path: Path, kind: str, config: DataConfig, wanted: list[str]) -> Rows:
-    _refuse_utf16(source, path, config)
     if kind == ".json":
         with _text(path, config.encoding) as file:
             try:
                 content = json.load(file)
             except json.JSONDecodeError as error:
-                if not error.msg.startswith("Extra data"):  # else it holds one value after the other
+                if not error.msg.startswith("Extra data"):  # "Extra data": it may hold one object per line
                     raise UserError(f"{source}, line {error.lineno}: not JSON ({error.msg})") from error
             else:
-                return _from_objects(source, _list_in(source, content, config, wanted), "row", None, wanted)
+                rows = _list_in(source, content, config, wanted)
+                return _from_objects(source, rows, "row", range(1, len(rows) + 1), wanted)
     if config.field is not None:
         raise UserError(f"{source}: `field` is for a file that is one JSON object; this one has an object per line")
     objects, places = [], []
@@ -287,15 +288,15 @@ def _json(source: str, path: Path, kind: str, config: DataConfig, wanted: list[s
 
 
 def _list_in(source: str, content: Any, config: DataConfig, wanted: list[str]) -> list[Any]:
-    """The list of rows in a JSON file: the file itself, what `field` names, or the only such list in its object."""
+    """The list of rows in a JSON file: the whole file, the list under `field`, or the only such list."""
     if config.field is None and isinstance(content, list):
         return content
     if not isinstance(content, dict):
         raise UserError(f"{source}: it must hold a list of objects, or one object per line")
-    lists = [key for key, value in content.items() if isinstance(value, list) and _objects(value)]
+    lists = [key for key, value in content.items() if _are_objects(value)]
     if config.field is not None:
         if config.field not in lists:
-            raise UserError(f"{source}: {config.field!r} is no list of objects in it; it has {lists or 'none'}")
+            raise UserError(f"{source}: {config.field!r} is not a list of objects; lists of objects: {lists or 'none'}")
         return content[config.field]
     if len(lists) == 1:
         return content[lists[0]]
@@ -306,12 +307,11 @@ def _list_in(source: str, content: Any, config: DataConfig, wanted: list[str]) -
     raise UserError(f"{source}: it must hold a list of objects; it holds one object with {', '.join(content)}")
 
 
-def _objects(values: list[Any]) -> bool:
-    return bool(values) and all(isinstance(value, dict) for value in values)
+def _are_objects(values: Any) -> bool:
+    return isinstance(values, list) and bool(values) and all(isinstance(value, dict) for value in values)
 
 
-def _from_objects(source: str, objects: list[Any], unit: str, places: list[int] | None, wanted: list[str]) -> Rows:
-    places = list(range(1, len(objects) + 1)) if places is None else places
+def _from_objects(source: str, objects: list[Any], unit: str, places: Sequence[int], wanted: list[str]) -> Rows:
     for place, row in zip(places, objects, strict=True):
         if not isinstance(row, dict):
             raise UserError(f"{source}, {unit} {place}: expected an object with the columns, got {type(row).__name__}")
@@ -335,10 +335,10 @@ def _parquet(source: str, path: Path, kind: str, config: DataConfig, wanted: lis
                 raise MissingColumn(source, missing, file.schema_arrow.names)
             table = file.read(columns=wanted)
     except pyarrow.ArrowException as error:
-        raise UserError(f"{source}: it is no Parquet file, or is damaged") from error
+        raise UserError(f"{source}: the file is not Parquet, or is damaged") from error
     columns = {name: table.column(name).to_pylist() for name in wanted}
     names = _declared(Features.from_arrow_schema(table.schema))
-    return Rows(source, columns, "row", [*range(1, table.num_rows + 1)], names)
+    return Rows(source, columns, "row", range(1, table.num_rows + 1), names)
 
 
 def _plain_text(source: str, path: Path, kind: str, config: DataConfig, wanted: list[str]) -> Rows:
@@ -347,10 +347,9 @@ def _plain_text(source: str, path: Path, kind: str, config: DataConfig, wanted: 
         raise MissingColumn(source, others, [config.text])
     if others:
         raise UserError(f"{source}: a .txt file holds texts only, one per line; it has no column {others[0]!r}")
-    _refuse_utf16(source, path, config)
     with _text(path, config.encoding) as file:
         lines = [line.rstrip("\r\n") for line in file]
-    return Rows(source, {config.text: lines}, "line", [*range(1, len(lines) + 1)], {})
+    return Rows(source, {config.text: lines}, "line", range(1, len(lines) + 1), {})
 
 
 def _from_hub(config: DataConfig, wanted: list[str], test: str | None) -> Rows:
@@ -367,7 +366,7 @@ def _from_hub(config: DataConfig, wanted: list[str], test: str | None) -> Rows:
     if missing := [name for name in wanted if name not in rows.column_names]:
         raise MissingColumn(config.path, missing, rows.column_names)
     columns = {name: rows[name][:] for name in wanted}
-    return Rows(test or config.path, columns, "row", [*range(1, len(rows) + 1)], _declared(rows.features))
+    return Rows(test or config.path, columns, "row", range(1, len(rows) + 1), _declared(rows.features))
 
 
 def _declared(features: Any) -> dict[str, tuple[str, ...]]:

@@ -1,4 +1,4 @@
-"""The output folder of a run: whose it is, which stages are begun or finished, and with which settings."""
+"""The output folder of a run: its settings, and which stages have begun or finished."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from inflection_fast.run.errors import UserError, user_errors
 
 __all__ = ["RunFolder", "load_settings", "package_versions", "write_json", "write_text"]
 
-OWN_FILES = ("config.yaml", RUN)  # what the folder of a run holds before its first stage
+OWN_FILES = ("config.yaml", RUN)  # written before the first stage
 PACKAGES = ("inflection_fast", "torch", "transformers", "peft", "datasets", "accelerate", "pyarrow", "numpy")
-ORDER = ("source", "measure", "plan", "tune", "baseline-")  # every stage rests on those before it
-STEERS = {
+ORDER = ("source", "measure", "plan", "tune", "baseline-")  # every stage depends on those before it
+FIRST_STAGE = {
     "measure": "measure",
     "select": "plan",
     "tune": "tune",
-}  # setting -> first stage that it steers; else the first
-FREE = ("output", "baselines")  # settings that no stage rests on
+}  # that depends on a setting; others: on the first
+FREE = ("output", "baselines")  # settings that no stage depends on
 
 
 def package_versions() -> dict[str, str]:
@@ -42,7 +42,7 @@ def package_versions() -> dict[str, str]:
 class RunFolder:
     """A run's output folder.
 
-    Opening it refuses the folder of another run. A setting may change as long as no stage has begun that rests on it.
+    UserError for the folder of another run. A setting may change until a stage that depends on it has begun.
     """
 
     def __init__(self, config: RunConfig):
@@ -56,12 +56,12 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"output {self.path} is a file, not a folder")
         saved = self.path / "config.yaml"
-        used = self.path.is_dir() and any(_matters(item.name) for item in self.path.iterdir())
+        used = self.path.is_dir() and any(_is_result(item.name) for item in self.path.iterdir())
         if used and not saved.is_file():
             raise UserError(f"output {self.path} is not empty and holds no run: choose another folder")
         self._lock = self._locked()
         if used:
-            self._change(load_settings(saved))
+            self._check_changes(load_settings(saved))
         if not used or not (self.path / RUN).is_file():
             RunRecord((), package_versions(), self._seed).save(self.path / RUN)
         elif (record := self._record()).seed != self._seed:
@@ -72,7 +72,7 @@ class RunFolder:
             write_text(saved, yaml.safe_dump(self._settings, sort_keys=False, allow_unicode=True))
 
     def _locked(self) -> FileLock:
-        """Keeps other processes out for as long as this folder is open; this process may open it again."""
+        """The lock against other processes while this folder is open; this process may open the folder again."""
         self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path / ".lock", is_singleton=True)
         try:
@@ -83,30 +83,30 @@ class RunFolder:
             ) from error
         return lock
 
-    def _change(self, old: dict[str, Any]) -> None:
-        """Goes on with the settings as they are now, or says which stage was begun with other ones."""
+    def _check_changes(self, old: dict[str, Any]) -> None:
+        """UserError if a stage has begun that depends on a setting that differs from `old`."""
         changed: dict[str, list[str]] = {}
         for key in dict.fromkeys([*old, *self._settings]):
             found = differences({key: old.get(key)}, {key: self._settings.get(key)})
             if found and key not in FREE:
                 changed[key] = found
-        stages = {stage for key in changed for stage in ORDER[ORDER.index(STEERS.get(key, ORDER[0])) :]}
+        stages = {stage for key in changed for stage in ORDER[ORDER.index(FIRST_STAGE.get(key, ORDER[0])) :]}
         begun = [path for path in self._stages(tuple(stages)) if _begun(path)]
         if begun:
             names = "; ".join(name for found in changed.values() for name in found)
             folders = ", ".join(str(path) for path in begun)
             raise UserError(
                 f"output {self.path} holds stages with other settings: {names}. Choose another output folder, give the"
-                f" same settings to continue, or delete what rests on them ({folders})"
+                f" same settings to continue, or delete what depends on them ({folders})"
             )
         if "select" in changed:
-            self._forget_plan(old.get("select") or {})
+            self._delete_plan(old.get("select") or {})
 
     def _stages(self, stages: tuple[str, ...]) -> list[Path]:
         return [path for path in sorted(self.path.iterdir()) if path.is_dir() and path.name.startswith(stages)]
 
-    def _forget_plan(self, old: dict[str, Any]) -> None:
-        """Removes the plan that was made with the old settings; one that came from elsewhere stays."""
+    def _delete_plan(self, old: dict[str, Any]) -> None:
+        """Delete the plan that was made with the old settings; a plan from elsewhere stays."""
         path = self.path / "plan.json"
         if path.is_file() and self.finished("plan"):
             with user_errors():
@@ -119,21 +119,21 @@ class RunFolder:
         return processes.alone(lambda: stage in self._record().finished)
 
     def finish(self, stage: str) -> None:
-        """Notes a stage as finished; last of all, when its files are written."""
+        """Record a stage as finished, after its files are written."""
 
-        def note() -> None:
+        def record_finished() -> None:
             record = self._record()
             if stage not in record.finished:
                 RunRecord((*record.finished, stage), package_versions(), record.seed).save(self.path / RUN)
 
-        processes.alone(note)
+        processes.alone(record_finished)
 
     def stage(self, name: str) -> Path:
         """The folder of a stage."""
         return self.path / name
 
     def record(self, stage: str) -> StageRecord:
-        """What a finished stage left behind."""
+        """The record of a finished stage."""
         with user_errors():
             return processes.alone(lambda: StageRecord.load(self.stage(stage) / STAGE))
 
@@ -143,13 +143,13 @@ class RunFolder:
 
 
 def _begun(path: Path) -> bool:
-    """Whether a stage has results, or a checkpoint that it would go on from."""
+    """Whether a stage has results, or a checkpoint to continue from."""
     results = [path / STAGE, path / "training.json"]
     return any(file.is_file() for file in results) or any(path.glob("checkpoints/checkpoint-*/clock.json"))
 
 
-def _matters(name: str) -> bool:
-    return name not in OWN_FILES and not name.startswith(".")  # hidden files come from desktops and killed writes
+def _is_result(name: str) -> bool:
+    return name not in OWN_FILES and not name.startswith(".")  # hidden files are of desktops and interrupted writes
 
 
 def load_settings(path: Path) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""A smaller model of a model's potent early blocks: look at it, build, train on, compare with others of that size.
+"""A smaller model of the early blocks of a model: measured, built, trained, and compared with others of that size.
 
-Inheritune (Sanyal et al. 2024, arXiv 2404.08634) takes the early blocks of a model, whose attention still does
-something, and trains them on. What that is worth shows beside models of the same size and training: as many blocks
-drawn at random, the last ones, and fresh weights.
+Inheritune (Sanyal et al. 2024, arXiv 2404.08634) takes the early blocks of a model, whose attention is not lazy, and
+trains them further. The baselines have the same size and training: as many random blocks, the last blocks, and new
+weights.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from inflection_fast.run.chats import template_of
 from inflection_fast.run.config import DataConfig, ModelConfig
 from inflection_fast.run.data import read
 from inflection_fast.run.errors import UserError, user_errors
-from inflection_fast.run.evaluation import classification_metrics, in_words, language_metrics, token_losses
+from inflection_fast.run.evaluation import classification_metrics, described, language_metrics, token_losses
 from inflection_fast.run.models import load_model, load_tokenizer
 from inflection_fast.run.quiet import quiet_libraries
 
@@ -49,19 +49,19 @@ ARMS = ("inherited", "random", "last", "fresh")
 
 @dataclass(frozen=True)
 class InheritConfig:
-    """What is built, and how it is compared.
+    """Which models are built, and how they are trained and compared.
 
     Args:
         model: the large model
-        data: what all models train on and are tested on
+        data: the data set of all models
         output: folder for the timeline, the plan, the page and the trained smaller model
         task: what the models are trained for
-        blocks: of the smaller models; null: half of them
-        grow: the inherited model begins with one block less for each of these steps, and gains one at it
+        blocks: number of blocks of the smaller models; null: half
+        grow: steps at which the inherited model gains a block; it begins with one block less for each of them
         steps: optimizer steps of every model
         batch_size: texts per step
         learning_rate: of AdamW, after a tenth of warm-up, falling to zero
-        look: batches that the large model is measured on
+        look: number of batches that the large model is measured on
         arms: models to compare
         seed: of weights, batches and random blocks
     """
@@ -88,24 +88,24 @@ class InheritConfig:
         if self.blocks is not None and self.blocks < 1:
             raise ValueError(f"blocks must be at least 1, got {self.blocks}")
         if any(not 0 < step < self.steps for step in self.grow) or list(self.grow) != sorted(set(self.grow)):
-            raise ValueError(f"grow must be rising steps between 0 and {self.steps}, got {list(self.grow)}")
+            raise ValueError(f"grow must be increasing steps between 0 and {self.steps}, got {list(self.grow)}")
         unknown = set(self.arms) - set(ARMS)
         if unknown or "inherited" not in self.arms:
-            raise ValueError(f"arms must be of {', '.join(ARMS)} and hold inherited, got {', '.join(self.arms)}")
+            raise ValueError(f"arms must be some of {', '.join(ARMS)}, with inherited, got {', '.join(self.arms)}")
 
 
 @dataclass
 class _Arm:
-    blocks: list[int]  # of the large model; empty: none
+    blocks: list[int]  # of the large model; empty: new weights
     parameters: int = 0
     begins_at: float = float("nan")  # loss on the test texts before training
-    metrics: Metrics = field(default_factory=lambda: Metrics(0, float("nan")))  # after it
+    metrics: Metrics = field(default_factory=lambda: Metrics(0, float("nan")))  # after training
     train_seconds: float = 0.0
     losses: list[float] = field(default_factory=list)  # of training, by step
 
 
 def run_inherit(config: InheritConfig, say: Callable[[str], None]) -> Path:
-    """Do all of it and return the page. `UserError` for what cannot be loaded or built."""
+    """Measure, build, train and compare; return the path of the page. `UserError` if a model cannot be built."""
     folder = Path(config.output).expanduser()
     if (folder / "inherit.json").exists():
         raise UserError(f"{folder} holds a comparison already: name another folder with --out")
@@ -119,14 +119,13 @@ def run_inherit(config: InheritConfig, say: Callable[[str], None]) -> Path:
     items, held_out = texts.items(data.train), texts.items(data.test, by_length=True)
     rng = np.random.default_rng([config.seed, 1])
     order = [rng.choice(len(items), min(config.batch_size, len(items)), replace=False) for _ in range(config.steps)]
-    looked_at = [texts.collate([items[i] for i in rows]) for rows in order[: config.look]]
+    first = [texts.collate([items[i] for i in rows]) for rows in order[: config.look]]
 
-    say(f"look: attention of {len(find_blocks(model))} blocks on {len(looked_at)} batches")
-    plan = _plan(model, looked_at, config, folder)
+    say(f"measure: attention of {len(find_blocks(model))} blocks on {len(first)} batches")
+    plan = _plan(model, first, config, folder)
     plan.save(folder / "plan.json")
     say(f"plan: {plan.summary}")
     arms = {name: _Arm(blocks) for name, blocks in _blocks_of(plan, config).items()}
-    trained: nn.Module | None = None
     for name, arm in arms.items():
         with user_errors(about=name):
             small = _built(model, name, arm, config)
@@ -135,12 +134,9 @@ def run_inherit(config: InheritConfig, say: Callable[[str], None]) -> Path:
         small = _train(small, model, batches, config, arm, grows=name == "inherited")
         arm.parameters = sum(p.numel() for p in small.parameters())
         arm.metrics = _evaluated(small, texts, held_out, config)
-        say(f"{name}: loss {arm.begins_at:.4f} -> {arm.metrics.loss:.4f}, {in_words(arm.metrics)}")
+        say(f"{name}: loss {arm.begins_at:.4f} -> {arm.metrics.loss:.4f}, {described(arm.metrics)}")
         if name == "inherited":
-            trained = small
-    if not isinstance(trained, PreTrainedModel):
-        raise TypeError(f"model: expected a model of Transformers, got {type(trained).__name__}")
-    trained.save_pretrained(folder / "model")
+            cast("PreTrainedModel", small).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     record = {"config": asdict(config), "plan": plan.summary, "verdict": _verdict(arms)}
     record["arms"] = {name: asdict(arm) for name, arm in arms.items()}
@@ -152,7 +148,7 @@ def run_inherit(config: InheritConfig, say: Callable[[str], None]) -> Path:
 
 
 def _plan(model: nn.Module, batches: list[dict], config: InheritConfig, folder: Path) -> Plan:
-    """The first blocks that are not lazy, as many as the smaller model has."""
+    """The plan of the smaller model: the first blocks that are not lazy."""
     blocks = find_blocks(model)
     count = config.blocks or -(-len(blocks) // 2)
     if count >= len(blocks):
@@ -174,7 +170,7 @@ def _plan(model: nn.Module, batches: list[dict], config: InheritConfig, folder: 
     reasons = {
         layer: f"Block {layer} is number {place + 1} of the first {count} blocks that are not lazy."
         if layer in potent
-        else f"{found.reasons[layer]} It is taken because only {len(potent)} are not."
+        else f"{found.reasons[layer]} It is taken because only {len(potent)} blocks are not lazy."
         for place, layer in enumerate(chosen)
     }
     summary = f"{count} of {len(blocks)} blocks: {', '.join(map(str, chosen))}. {found.summary}"
@@ -185,7 +181,7 @@ def _blocks_of(plan: Plan, config: InheritConfig) -> dict[str, list[int]]:
     count, every = len(plan.layers), len(plan.scores)
     rng = np.random.default_rng([config.seed, 2])
     drawn = list(plan.layers)
-    while drawn == list(plan.layers):  # fewer than all, so that there are others
+    while drawn == list(plan.layers):  # ends, because the plan has fewer than all blocks
         drawn = sorted(rng.choice(every, count, replace=False).tolist())
     chosen = {"inherited": list(plan.layers), "random": drawn, "last": list(range(every - count, every)), "fresh": []}
     return {name: chosen[name] for name in ARMS if name in config.arms}
@@ -196,10 +192,8 @@ def _built(model: nn.Module, name: str, arm: _Arm, config: InheritConfig) -> nn.
         blocks = arm.blocks[: len(arm.blocks) - len(config.grow)] if name == "inherited" else arm.blocks
         return inherit(model, blocks)
     count = config.blocks or -(-len(find_blocks(model)) // 2)
-    like = inherit(model, list(range(count)))
+    like = cast("PreTrainedModel", inherit(model, list(range(count))))
     torch.manual_seed(config.seed)
-    if not isinstance(like, PreTrainedModel):
-        raise TypeError(f"model: expected a model of Transformers, got {type(like).__name__}")
     fresh = like._from_config(copy.deepcopy(like.config))
     return fresh.to(next(model.parameters()).device, next(model.parameters()).dtype)
 
@@ -250,19 +244,19 @@ def _evaluated(small: nn.Module, texts: Batches, items: Any, config: InheritConf
 
 def _verdict(arms: dict[str, _Arm]) -> str:
     losses = {name: arm.metrics.loss for name, arm in arms.items()}
-    words = ", ".join(f"{name} {loss:.4f}" for name, loss in sorted(losses.items(), key=lambda one: one[1]))
-    lead = {name: loss - losses["inherited"] for name, loss in losses.items() if name != "inherited"}
-    better = [name for name, ahead in lead.items() if ahead >= SAME_LOSS]
-    says = f"lower than {' and '.join(better)}" if better else "not lower than any"
-    others = [name for name in lead if name not in better]
-    says += f", not lower than {' and '.join(others)}" if better and others else ""
-    return f"Loss on the test texts: {words}. That of the inherited model is {says} by {SAME_LOSS:g} or more."
+    listed = ", ".join(f"{name} {loss:.4f}" for name, loss in sorted(losses.items(), key=lambda item: item[1]))
+    differences = {name: loss - losses["inherited"] for name, loss in losses.items() if name != "inherited"}
+    worse = [name for name, difference in differences.items() if difference >= SAME_LOSS]
+    verdict = f"lower than {' and '.join(worse)}" if worse else "not lower than any"
+    others = [name for name in differences if name not in worse]
+    verdict += f", not lower than {' and '.join(others)}" if worse and others else ""
+    return f"Loss on the test texts: {listed}. That of the inherited model is {verdict} by {SAME_LOSS:g} or more."
 
 
 def _page(plan: Plan, arms: dict[str, _Arm], config: InheritConfig) -> str:
     rows = [
         f"| {name} | {', '.join(map(str, arm.blocks)) or 'none'} | {arm.parameters:,} | {arm.begins_at:.4f} | "
-        f"{arm.metrics.loss:.4f} | {in_words(arm.metrics)} | {arm.train_seconds:.0f} |"
+        f"{arm.metrics.loss:.4f} | {described(arm.metrics)} | {arm.train_seconds:.0f} |"
         for name, arm in arms.items()
     ]
     grown = f" The inherited model gained a block at each of the steps {list(config.grow)}." if config.grow else ""
@@ -284,7 +278,7 @@ def _page(plan: Plan, arms: dict[str, _Arm], config: InheritConfig) -> str:
 
 
 def command(argv: list[str], console: Console) -> int:
-    """The command line."""
+    """Run `inflection-fast inherit` and return its exit code."""
     parser = argparse.ArgumentParser(prog="inflection-fast inherit", description=DESCRIPTION)
     parser.add_argument("model", help="folder of a saved model, or its name on the hub")
     parser.add_argument(
@@ -295,10 +289,10 @@ def command(argv: list[str], console: Console) -> int:
     parser.add_argument("--task", choices=tasks, default=tasks[0], help=f"what the models are trained for ({tasks[0]})")
     parser.add_argument("--text", default="text", help="column of the text (text)")
     parser.add_argument("--label", default="label", help="column of the label (label)")
-    parser.add_argument("--test-limit", type=int, default=1000, help="at most so many test texts (1000)")
+    parser.add_argument("--test-limit", type=int, default=1000, help="largest number of test texts (1000)")
     parser.add_argument("--gguf-file", help="name of a GGUF file in the model's folder")
-    parser.add_argument("--max-length", type=int, default=128, help="texts are cut to so many tokens (128)")
-    parser.add_argument("--blocks", type=int, help="of the smaller model (half of them)")
+    parser.add_argument("--max-length", type=int, default=128, help="texts are cut to this number of tokens (128)")
+    parser.add_argument("--blocks", type=int, help="number of blocks of the smaller model (half)")
     parser.add_argument(
         "--grow", type=int, nargs="+", default=[], help="steps at which the inherited model gains a block"
     )

@@ -1,4 +1,4 @@
-"""A first settings file: fifteen commented lines that fit the data."""
+"""A first settings file: fifteen lines with comments that fit the data."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from inflection_fast.run.files import column_names, load_rows
 __all__ = ["write_init_config"]
 
 LENGTH = 128  # tokens
-SAMPLE = 1000  # rows that are looked at to tell the text from the labels
+SAMPLE = 1000  # rows read to find the columns of text and label
 
 
 def write_init_config(
     path: Path, *, model: str, data: str, task: str, text: str | None = None, label: str | None = None
 ) -> TextData:
-    """Writes the settings of a first run to `path` and returns the data set as the run will read it.
+    """Write the settings of a first run to `path`, and return the data set as the run will read it.
 
-    Columns that are not named are found: the text is the one with the longest values, the label the one with the fewest
-    different values. UserError if `path` is there already, or the data cannot be read.
+    Without names, the column "text" or the one with the longest values is the text, and the column "label" or the one
+    with the fewest different values is the label. UserError if `path` exists, or the data cannot be read.
     """
     if path.exists():
         raise UserError(f"{path} exists already: name another file with --out")
@@ -63,10 +63,10 @@ def _columns(
 
 
 def _length(model: str) -> int:
-    """What texts are cut to: 128 tokens, or what a model in a folder takes at most."""
+    """The length of texts: 128 tokens, or the limit of a model in a local folder if that is less."""
     try:
         longest = json.loads((Path(model) / "config.json").read_text()).get("max_position_embeddings")
-    except (OSError, ValueError, AttributeError):  # a name on the hub, or nothing that says it: the run will tell
+    except (OSError, ValueError, AttributeError):  # a model of the hub, or no limit known: the run checks it
         return LENGTH
     return min(LENGTH, longest) if isinstance(longest, int) and longest > 0 else LENGTH
 
@@ -79,11 +79,11 @@ def _written(model: str, config: DataConfig, task: str, names: list[str], found:
 
     columns = f"column of the text; the data has: {', '.join(names)}"
     lines = [
-        ("output: runs/first", "everything that the run writes; the same command continues a run that was stopped"),
+        ("output: runs/first", "all files of the run; the same command continues an interrupted run"),
         (f"task: {task}", "sequence-classification or causal-lm"),
         ("model:", ""),
         (f"  path: {value(model)}", "folder of a saved model, or its name on the hub"),
-        (f"  max_length: {_length(model)}", "texts are cut to so many tokens"),
+        (f"  max_length: {_length(model)}", "texts are cut to this number of tokens"),
         (
             "target:",
             f"{len(found.train)} texts to train on, {len(found.test)} to test on, {len(found.probe)} to compare",
@@ -98,9 +98,9 @@ def _written(model: str, config: DataConfig, task: str, names: list[str], found:
         lines.append((f"  label: {value(config.label)}", f"column of the label: {shown}"))
     lines += [
         ("measure:", "a short training that is measured: the top blocks and the head learn, the rest is frozen"),
-        ("  unfreeze: 2", "so many blocks at the top"),
+        ("  unfreeze: 2", "number of blocks at the top"),
         ("  train: {steps: 100}", "optimizer steps"),
-        ("tune:", "LoRA in the layers that the measurement points to"),
+        ("tune:", "LoRA in the layers chosen from the measurement"),
         ("  lora: {r: 4}", "rank"),
         ("  train: {steps: 100, learning_rate: 5.0e-4}", "the baselines train in the same way"),
         ("baselines: [last, random]", "equally many other layers to compare with; also first, all"),

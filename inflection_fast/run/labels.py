@@ -1,4 +1,4 @@
-"""Labels as they are written become integers: nothing is guessed, and what is unclear is refused by name."""
+"""Labels become integers. Nothing is guessed: a label that is not clear is an error that names it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ __all__ = ["clean_labels", "label_names", "numbered"]
 
 _INTEGER = re.compile(r"-?(0|[1-9]\d*)")
 _REAL = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
-UNLABELLED = -1  # what a ClassLabel column holds where there is no label
+UNLABELLED = -1  # in a ClassLabel column: no label
 
 
-def clean_labels(rows: Rows, config: DataConfig, dropped: dict[str, int]) -> Rows:
-    """The rows with labels stripped of spaces. Rows without one are refused, or dropped and counted where asked."""
+def clean_labels(rows: Rows, config: DataConfig, dropped: Counter[str]) -> Rows:
+    """The rows with labels without spaces around them. Rows without a label: UserError, or dropped and counted."""
     declared = rows.names.get("label")
     values = [value.strip() if isinstance(value, str) else value for value in rows.columns["label"]]
     missing = [i for i, value in enumerate(values) if _is_missing(value, declared)]
@@ -32,20 +32,20 @@ def clean_labels(rows: Rows, config: DataConfig, dropped: dict[str, int]) -> Row
             f"{rows.source}: {len(missing)} of {len(rows)} rows have no label in column {config.label!r}"
             f" ({rows.where(missing)}): label them, or write `drop_missing: true` to leave them out"
         )
-    dropped["without a label"] = dropped.get("without a label", 0) + len(missing)
+    dropped["without a label"] += len(missing)
     skipped = set(missing)
     return rows.select([i for i in range(len(rows)) if i not in skipped])
 
 
 def label_names(rows: Rows, config: DataConfig) -> tuple[str, ...]:
-    """The label names: those of the source where it declares any, else the sorted values of the column."""
+    """The label names that the source declares, or else the sorted values of the column."""
     declared = rows.names.get("label")
     if declared:
         return declared
     column, values = f"{rows.source}: column {config.label!r}", rows.columns["label"]
-    strange = {type(value).__name__ for value in values if not isinstance(value, (str, int, float))}
-    if strange:
-        raise UserError(f"{column} holds {', '.join(sorted(strange))}; labels are names or integers")
+    others = {type(value).__name__ for value in values if not isinstance(value, (str, int, float))}
+    if others:
+        raise UserError(f"{column} holds {', '.join(sorted(others))}; labels are names or integers")
     names = sorted({str(value) for value in values})
     if all(_INTEGER.fullmatch(name) for name in names):
         names.sort(key=int)
@@ -61,23 +61,23 @@ def label_names(rows: Rows, config: DataConfig) -> tuple[str, ...]:
 
 
 def numbered(rows: Rows, names: tuple[str, ...]) -> list[int]:
-    """Every label of the rows as its integer."""
-    spelt = [str(value) for value in rows.columns["label"]]
+    """The labels of the rows as integers: positions in `names`."""
+    labels = [str(value) for value in rows.columns["label"]]
     declared = {str(i): name for i, name in enumerate(rows.names.get("label", ()))}
     if set(declared.values()) & set(names):
-        spelt = [declared.get(value, value) for value in spelt]  # the settings may order the names anew
+        labels = [declared.get(value, value) for value in labels]  # the settings may change the order of the names
     numbers = {name: i for i, name in enumerate(names)}
-    if not numbers.keys() >= set(spelt) and all(map(_INTEGER.fullmatch, spelt)):
-        # Integers that are not names themselves are positions in the list of names.
+    if not numbers.keys() >= set(labels) and all(map(_INTEGER.fullmatch, labels)):
+        # Integers that are no names are positions in the list of names.
         numbers = {str(i): i for i in range(len(names))}
-    outside = [i for i, value in enumerate(spelt) if value not in numbers]
+    outside = [i for i, value in enumerate(labels) if value not in numbers]
     if outside:
-        some = ", ".join(repr(value) for value, _ in Counter(spelt[i] for i in outside).most_common(5))
+        some = ", ".join(repr(value) for value, _ in Counter(labels[i] for i in outside).most_common(5))
         raise UserError(
             f"{rows.source}: {len(outside)} rows have labels outside {list(names)}: {some} ({rows.where(outside)};"
             " leave such rows out, or name them in data.labels)"
         )
-    return [numbers[value] for value in spelt]
+    return [numbers[value] for value in labels]
 
 
 def _is_missing(value: Any, declared: tuple[str, ...] | None) -> bool:
@@ -87,7 +87,7 @@ def _is_missing(value: Any, declared: tuple[str, ...] | None) -> bool:
 
 
 def _as_names(names: list[str]) -> str:
-    """The line of settings that takes these values as names."""
+    """Advice to write these values as names into the settings."""
     if len(names) > 10:
         return ""
     listed = ", ".join(f'"{name}"' for name in sorted(names, key=float))
@@ -95,13 +95,13 @@ def _as_names(names: list[str]) -> str:
 
 
 def _refuse_case(column: str, names: list[str]) -> None:
-    """Names that are one but for case or the form of their accents are a slip of whoever typed them."""
-    alike: dict[str, list[str]] = {}
+    """UserError for names that differ only in case or Unicode form, which are spelling mistakes."""
+    equal: dict[str, list[str]] = {}
     for name in names:
-        alike.setdefault(unicodedata.normalize("NFKC", name).casefold(), []).append(name)
-    groups = [" and ".join(map(repr, group)) for group in alike.values() if len(group) > 1]
+        equal.setdefault(unicodedata.normalize("NFKC", name).casefold(), []).append(name)
+    groups = [" and ".join(map(repr, group)) for group in equal.values() if len(group) > 1]
     if groups:
         raise UserError(
-            f"{column} has labels that differ by case only: {'; '.join(groups)}: write them alike, or name all labels"
-            " in data.labels to keep them apart"
+            f"{column} has labels that differ by case only: {'; '.join(groups)}: write them the same way, or name all"
+            " labels in data.labels to keep them apart"
         )

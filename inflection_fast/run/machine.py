@@ -1,4 +1,4 @@
-"""What a result says of the machine that it was measured on."""
+"""The description of the machine in results."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["processor_name"]
 
 
 def processor_name() -> str:
-    """The processor by its name; by its architecture where the system gives none."""
+    """The name of the processor, or its architecture if the system gives no name."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

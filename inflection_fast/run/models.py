@@ -1,4 +1,4 @@
-"""Loading a model and its tokenizer for a task, and deciding which of its parameters train."""
+"""A model and its tokenizer: loaded for a task, and the choice of the parameters that train."""
 
 from __future__ import annotations
 
@@ -7,20 +7,23 @@ from contextlib import contextmanager
 from importlib import import_module
 from os.path import expanduser
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from inflection_fast.blocks import find_blocks
 from inflection_fast.run.config import ModelConfig
 from inflection_fast.run.errors import UserError, user_errors
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["check_model", "load_model", "load_tokenizer", "most_tokens", "parameter_counts", "unfreeze"]
 
 
 @contextmanager
 def _loading(config: ModelConfig) -> Iterator[None]:
-    """Says which model could not be loaded and why, in one sentence."""
+    """UserError that names the model that could not be loaded, and why."""
     with user_errors(OSError, ValueError, ImportError, KeyError, about=f"model {config.path} could not be loaded"):
         yield
 
@@ -35,11 +38,9 @@ def _options(config: ModelConfig) -> dict[str, Any]:
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, able to pad on the right."""
-    from transformers import AutoTokenizer
-
+    """The tokenizer of the model, which pads on the right."""
     with _loading(config):
-        tokenizer = AutoTokenizer.from_pretrained(expanduser(config.path), **_options(config))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(expanduser(config.path), **_options(config))
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise UserError(f"model {config.path}: its tokenizer has neither a padding nor an end token")
@@ -49,12 +50,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def check_model(config: ModelConfig, task: str, names: tuple[str, ...] | None) -> int:
-    """The number of the model's blocks; UserError where it cannot be used. Its weights are not loaded."""
-    import torch
-    from transformers import AutoConfig
-
-    from inflection_fast.blocks import find_blocks
-
+    """The number of blocks of the model, found without its weights. UserError if the model cannot be used."""
     path = Path(config.path).expanduser()
     if config.gguf_file is not None:
         _check_gguf(config.gguf_file, config.path, path)
@@ -63,7 +59,7 @@ def check_model(config: ModelConfig, task: str, names: tuple[str, ...] | None) -
     if path.is_dir() and config.gguf_file is None and not (path / "config.json").is_file():
         raise UserError(f"model.path: {config.path} holds no model (it has no config.json)")
     with _loading(config):
-        settings = AutoConfig.from_pretrained(expanduser(config.path), **_options(config))
+        settings = transformers.AutoConfig.from_pretrained(expanduser(config.path), **_options(config))
     with _loading(config), torch.device("meta"):
         model = _class_of(task).from_config(settings, trust_remote_code=config.trust_remote_code)
     longest = most_tokens(model)
@@ -74,19 +70,17 @@ def check_model(config: ModelConfig, task: str, names: tuple[str, ...] | None) -
 
 
 def _check_gguf(name: str, model: str, path: Path) -> None:
-    import_module("gguf")  # named by the command line where it is not installed
+    import_module("gguf")  # the command line says how to install it
     if path.is_dir() and not (path / name).is_file():
         found = sorted(file.name for file in path.glob("*.gguf"))
         raise UserError(f"model.gguf_file: there is no {name} in {model}; it has {found or 'none'}")
 
 
 def most_tokens(model: PreTrainedModel) -> int | None:
-    """The longest text that the model takes, where its configuration says.
+    """The largest number of tokens that the model accepts; None if its configuration gives no limit.
 
-    A table of positions with a padding index (RoBERTa's kind) counts from the position after that.
+    A table of positions with a padding index, as of RoBERTa, begins after that index.
     """
-    from torch import nn
-
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is None:
         return None
@@ -107,17 +101,14 @@ def load_model(
     labels: tuple[str, ...] = (),
     folder: Path | None = None,
 ) -> PreTrainedModel:
-    """The model for a task: from `folder` where a stage has saved one, else from where the configuration says.
+    """The model for a task, from the `folder` of an earlier stage, or from the path in the configuration.
 
-    A head that the weights do not hold, or hold for another number of labels, is made anew from the caller's seed.
+    A head that the weights lack, or have for another number of labels, is drawn from torch's generator.
     """
-    import torch
-    import transformers
-
     options: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
     options.update(_options(config) if folder is None else {"trust_remote_code": config.trust_remote_code})
     if config.gguf_file is None or folder is not None:
-        options["use_safetensors"] = True  # other formats are pickles, which run code when they are read
+        options["use_safetensors"] = True  # other formats are pickles, which can run code when they are loaded
     if config.attention is not None:
         options["attn_implementation"] = config.attention
     if task == "sequence-classification":
@@ -132,46 +123,33 @@ def load_model(
     with _loading(config):
         model = _class_of(task).from_pretrained(str(folder or expanduser(config.path)), **options)
     if getattr(model, "hf_quantizer", None) is not None and config.gguf_file is not None:
-        model.hf_quantizer.remove_quantization_config(model)  # the weights are plain numbers now, to be trained
+        model.hf_quantizer.remove_quantization_config(model)  # the weights are dequantised and will be trained
     model.config.pad_token_id = tokenizer.pad_token_id
     if task == "sequence-classification":
-        # Many heads take the number of items in a whole accumulated batch and do not divide by it, and the Trainer
-        # then adds up the losses of the parts instead of averaging them.
+        # Many heads accept the number of items of the accumulated batch without dividing by it. The Trainer would
+        # then add up the losses of the micro-batches instead of averaging them.
         model.accepts_loss_kwargs = False
     return model
 
 
 def unfreeze(model: PreTrainedModel, blocks: list[Any], top: int | None, head: tuple[str, ...] | None) -> list[str]:
-    """Leaves the last `top` blocks and the head trainable (None: everything) and returns the trainable names.
-
-    Without names, the head is every parameter that the model registers after its last block. A weight shared with the
-    embeddings counts as theirs, and stays frozen.
-    """
-    named = dict(model.named_parameters())
+    """`unfreeze_top` with UserErrors that name the setting; `top` None: all parameters train."""
     if top is None:
-        return list(named)
-    if top > len(blocks):
-        raise UserError(f"measure.unfreeze is {top}, and the model has {len(blocks)} blocks")
-    for prefix in head or ():
-        if not any(f"{name}.".startswith(f"{prefix}.") for name in named):
-            raise UserError(f"measure.head: the model has no parameters under {prefix!r}")
+        return [name for name, _ in model.named_parameters()]
     from inflection_fast.act.shallow import unfreeze_top
 
     try:
         return unfreeze_top(model, blocks, top, head)
     except ValueError as error:
-        raise UserError(
-            "measure.unfreeze is 0 and the model has no head of its own: nothing would be trained"
-        ) from error
+        raise UserError(f"measure.{error}".replace("measure.top:", "measure.unfreeze:")) from error
 
 
-def parameter_counts(model: Any) -> tuple[int, int]:
-    """How many parameters train, and how many there are."""
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """The number of parameters that train, and of all parameters."""
     counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return sum(n for n, trains in counts if trains), sum(n for n, _ in counts)
 
 
 def _class_of(task: str) -> Any:
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
-    return AutoModelForCausalLM if task == "causal-lm" else AutoModelForSequenceClassification
+    causal = task == "causal-lm"
+    return transformers.AutoModelForCausalLM if causal else transformers.AutoModelForSequenceClassification

@@ -1,65 +1,53 @@
-"""`inflection-fast overhead MODEL`: what measuring costs on the user's own model and machine."""
+"""`inflection-fast overhead MODEL`: the cost of measuring on the user's model and machine."""
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from inflection_fast.atomic import replacing
+import torch
+from torch import nn
+
+from inflection_fast.atomic import write_json
+from inflection_fast.blocks import find_blocks
+from inflection_fast.measure import MonitorConfig
+from inflection_fast.measure.cost import AGAIN, UNMONITORED, Cost, Steps, costs, extra_bytes, race
 from inflection_fast.run.config import ModelConfig
 from inflection_fast.run.errors import UserError, user_errors
 from inflection_fast.run.machine import processor_name
 
 if TYPE_CHECKING:
-    import torch
     from rich.console import Console
-    from torch import nn
-
-    from inflection_fast.measure import MonitorConfig
-    from inflection_fast.measure.cost import Cost, Steps
 
 __all__ = ["PRESETS", "Race", "command", "run"]
 
 TASKS = ("causal-lm", "sequence-classification")
-DEFAULT = ("attention", "activation_grad", "parameter_grad")  # of the default set, what needs no probe
+DEFAULT = ("attention", "activation_grad", "parameter_grad")  # the default quantities that need no probe
 MEASURED, IDLE = "every step", "attached, never measured"
 
 
-def _minilm() -> tuple[Any, Any]:
-    import transformers
-
-    return transformers.BertForSequenceClassification, transformers.BertConfig(
-        hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
-    )
-
-
-def _gpt2() -> tuple[Any, Any]:
-    import transformers
-
-    return transformers.GPT2LMHeadModel, transformers.GPT2Config(use_cache=False)
-
-
-def _llama() -> tuple[Any, Any]:
-    import transformers
-
-    return transformers.LlamaForCausalLM, transformers.LlamaConfig(
-        hidden_size=2048,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        intermediate_size=8192,
-        vocab_size=32000,
-        use_cache=False,
-    )
-
-
-PRESETS: dict[str, Callable[[], tuple[Any, Any]]] = {"minilm": _minilm, "gpt2-small": _gpt2, "llama-1b": _llama}
+# Model class, configuration class and its settings, by name.
+PRESETS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "minilm": (
+        "BertForSequenceClassification",
+        "BertConfig",
+        {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
+    ),
+    "gpt2-small": ("GPT2LMHeadModel", "GPT2Config", {"use_cache": False}),
+    "llama-1b": (
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        {
+            "hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
+            "intermediate_size": 8192, "vocab_size": 32000, "use_cache": False,
+        },
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -68,30 +56,24 @@ class Race:
 
     title: str
     costs: tuple[Cost, ...]
-    extra_kib: float | None  # peak memory of a measured step on top of an unmonitored one; None: nobody counts it
+    extra_kib: float | None  # peak memory of a measured step minus that of an unmonitored one; None: not on a GPU
 
     def rows(self) -> list[tuple[str, str, str, str]]:
-        """Arm, time, percent added to a step, percent added where one step in ten is measured."""
-        of = {cost.label: cost for cost in self.costs}
-        idle = of[IDLE].added if IDLE in of and "compiled" in self.title else 0.0  # else nothing is attached between
+        """Arm, time, percent added to a step, percent added if one step in ten is measured."""
+        added = {cost.label: cost.added for cost in self.costs}
+        # Only what is compiled into a model stays attached between measured steps.
+        idle = added.get(IDLE, 0.0) if "compiled" in self.title else 0.0
         found = []
         for cost in self.costs:
-            percent = f"{100 * cost.added:+.2f} +- {100 * cost.error:.2f} %"
-            spread = f"{100 * (cost.added + 9 * idle) / 10:+.2f} %"
-            plain = cost.label.startswith("unmonitored")
-            found.append(
-                (
-                    cost.label,
-                    f"{cost.ms:.1f} ms",
-                    "" if cost.label == "unmonitored" else percent,
-                    "" if plain or cost.label == IDLE else spread,
-                )
-            )
+            percent = "" if cost.label == UNMONITORED else f"{100 * cost.added:+.2f} +- {100 * cost.error:.2f} %"
+            one_in_ten = f"{100 * (cost.added + 9 * idle) / 10:+.2f} %"
+            plain = cost.label in (UNMONITORED, AGAIN, IDLE)
+            found.append((cost.label, f"{cost.ms:.1f} ms", percent, "" if plain else one_in_ten))
         return found
 
 
 def command(argv: list[str], console: Console) -> int:
-    """Runs the command and returns its exit code."""
+    """Run the command and return its exit code."""
     given = _parser().parse_args(argv)
     for name, least in (("batch_size", 1), ("length", 2), ("rows", 2), ("train_top", 1)):
         value = getattr(given, name)
@@ -103,7 +85,6 @@ def command(argv: list[str], console: Console) -> int:
     if out.is_dir() or not out.parent.is_dir():
         raise UserError(f"--out: expected a file in a folder that exists, got {given.out}")
     config = _config(given)
-    from inflection_fast.blocks import find_blocks
     from inflection_fast.run.quiet import quiet_libraries
 
     quiet_libraries()
@@ -114,17 +95,12 @@ def command(argv: list[str], console: Console) -> int:
     if given.train_top is not None and given.train_top > blocks:
         raise UserError(f"--train-top: expected at most {blocks}, the number of blocks, got {given.train_top}")
     races = []
-    for race in run(model, batch, config, given):
-        races.append(race)
-        _show(race, console)
-    said = {name: value for name, value in vars(given).items() if name != "out"}
-    document = {
-        "settings": said | {"quantities": list(config.names)},
-        "machine": _machine(device),
-        "races": [asdict(race) for race in races],
-    }
-    with replacing(out) as fresh:
-        fresh.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    for result in run(model, batch, config, given):
+        races.append(asdict(result))
+        _show(result, console)
+    settings = {name: value for name, value in vars(given).items() if name != "out"}
+    settings["quantities"] = list(config.names)
+    write_json(out, {"settings": settings, "machine": _machine(device), "races": races})
     console.print(f"figures: {out}", markup=False)
     return 0
 
@@ -150,16 +126,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _config(given: argparse.Namespace) -> MonitorConfig:
-    from inflection_fast.measure import MonitorConfig
-
     names = tuple(name.strip() for name in given.quantities.split(",") if name.strip())
     with user_errors(ValueError, TypeError, about="--quantities"):
         return MonitorConfig(quantities=names, rows=given.rows, probe_share=None)
 
 
 def _device(name: str | None) -> torch.device:
-    import torch
-
     with user_errors(RuntimeError, about="--device"):
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
@@ -170,14 +142,14 @@ def _device(name: str | None) -> torch.device:
 
 
 def _model_and_batch(given: argparse.Namespace, device: torch.device) -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    import torch
+    import transformers
 
     from inflection_fast.run.models import check_model, load_model, load_tokenizer, most_tokens
 
     torch.manual_seed(0)
     if given.model in PRESETS:
-        kind, settings = PRESETS[given.model]()
-        model = kind(settings)
+        cls, config_cls, settings = PRESETS[given.model]
+        model = getattr(transformers, cls)(getattr(transformers, config_cls)(**settings))
     else:
         config = ModelConfig(given.model, max_length=2)
         check_model(config, given.task, None)
@@ -185,7 +157,7 @@ def _model_and_batch(given: argparse.Namespace, device: torch.device) -> tuple[n
     longest = most_tokens(model)
     if longest is not None and given.length > longest:
         raise UserError(f"--length: {given.model} takes at most {longest} tokens, got {given.length}")
-    model.config.problem_type = "single_label_classification"  # or the first forward sets it, and is compiled anew
+    model.config.problem_type = "single_label_classification"  # else the first forward sets it, and recompiles
     classifies = "Classification" in type(model).__name__
     generator = torch.Generator().manual_seed(0)
     shape = (given.batch_size, given.length)
@@ -205,9 +177,7 @@ def _model_and_batch(given: argparse.Namespace, device: torch.device) -> tuple[n
 def run(
     model: nn.Module, batch: dict[str, torch.Tensor], config: MonitorConfig, given: argparse.Namespace
 ) -> Iterator[Race]:
-    """The races that were asked for, each when it is done."""
-    from inflection_fast.measure.cost import Steps
-
+    """The results of the races that `given` asks for, one by one."""
     asked = [_as_written]
     asked += [_by_quantity] if given.per_quantity else []
     asked += [_shallow] if given.train_top else []
@@ -216,13 +186,11 @@ def run(
     for arms_of in asked:
         fresh = copy.deepcopy(model) if arms_of in (_shallow, _compiled) else model
         with user_errors(ValueError, RuntimeError, about=f"model {given.model}"), ExitStack() as stack:
-            title, arms = stack.enter_context(arms_of(Steps(fresh, batch), config, given))
+            title, arms = arms_of(Steps(fresh, batch), config, given, stack)
             yield _raced(title, arms, batch["input_ids"].device, seconds)
 
 
 def _raced(title: str, arms: dict[str, Callable[[], None]], device: torch.device, seconds: float) -> Race:
-    from inflection_fast.measure.cost import AGAIN, UNMONITORED, costs, extra_bytes, race
-
     plain = arms[UNMONITORED]
     times = race({UNMONITORED: plain, AGAIN: plain} | arms, seconds=seconds)
     alone = extra_bytes(plain, device)
@@ -234,68 +202,43 @@ def _raced(title: str, arms: dict[str, Callable[[], None]], device: torch.device
 Arms = tuple[str, dict[str, Callable[[], None]]]
 
 
-@contextmanager
-def _as_written(steps: Steps, config: MonitorConfig, given: argparse.Namespace) -> Iterator[Arms]:
-    from inflection_fast.measure.cost import UNMONITORED
-
-    with steps.watched(config) as (measured, idle):
-        yield "the model as it is written", {UNMONITORED: steps, MEASURED: measured, IDLE: idle}
+def _as_written(steps: Steps, config: MonitorConfig, given: argparse.Namespace, stack: ExitStack) -> Arms:
+    measured, idle = stack.enter_context(steps.watched(config))
+    return "the model as it is written", {UNMONITORED: steps, MEASURED: measured, IDLE: idle}
 
 
-@contextmanager
-def _by_quantity(steps: Steps, config: MonitorConfig, given: argparse.Namespace) -> Iterator[Arms]:
-    from dataclasses import replace
-
-    from inflection_fast.measure.cost import UNMONITORED
-
-    with ExitStack() as stack:
-        arms: dict[str, Callable[[], None]] = {UNMONITORED: steps}
-        for name in config.names:
-            alone = replace(config, quantities=(name,), every=1)
-            arms[f"{name} alone"], _ = stack.enter_context(steps.watched(alone))
-        yield "each quantity by itself, every step", arms
+def _by_quantity(steps: Steps, config: MonitorConfig, given: argparse.Namespace, stack: ExitStack) -> Arms:
+    arms: dict[str, Callable[[], None]] = {UNMONITORED: steps}
+    for name in config.names:
+        alone = replace(config, quantities=(name,), every=1)
+        arms[f"{name} alone"], _ = stack.enter_context(steps.watched(alone))
+    return "each quantity by itself, every step", arms
 
 
-@contextmanager
-def _shallow(steps: Steps, config: MonitorConfig, given: argparse.Namespace) -> Iterator[Arms]:
-    from dataclasses import replace
-
+def _shallow(steps: Steps, config: MonitorConfig, given: argparse.Namespace, stack: ExitStack) -> Arms:
     from inflection_fast.act.shallow import unfreeze_top
-    from inflection_fast.blocks import find_blocks
-    from inflection_fast.measure.cost import UNMONITORED
 
-    trains = set(unfreeze_top(steps.model, find_blocks(steps.model), given.train_top))
-    for name, parameter in steps.model.named_parameters():
-        parameter.requires_grad_(name in trains)
-    with ExitStack() as stack:
-        arms: dict[str, Callable[[], None]] = {UNMONITORED: steps}
-        arms[MEASURED], _ = stack.enter_context(steps.watched(config))
-        exact = f"{MEASURED}, frozen_share=1.0"
-        arms[exact], _ = stack.enter_context(steps.watched(replace(config, frozen_share=1.0)))
-        yield f"the last {given.train_top} blocks train, frozen_share={config.frozen_share:g}", arms
+    unfreeze_top(steps.model, find_blocks(steps.model), given.train_top)
+    measured, _ = stack.enter_context(steps.watched(config))
+    exact, _ = stack.enter_context(steps.watched(replace(config, frozen_share=1.0)))
+    title = f"the last {given.train_top} blocks train, frozen_share={config.frozen_share:g}"
+    return title, {UNMONITORED: steps, MEASURED: measured, f"{MEASURED}, frozen_share=1.0": exact}
 
 
-@contextmanager
-def _compiled(steps: Steps, config: MonitorConfig, given: argparse.Namespace) -> Iterator[Arms]:
-    from inflection_fast.measure.cost import UNMONITORED
-
+def _compiled(steps: Steps, config: MonitorConfig, given: argparse.Namespace, stack: ExitStack) -> Arms:
     tapped = _compiled_steps(copy.deepcopy(steps.model), steps.batch)
-    with tapped.watched(config) as (measured, idle):
-        plain = _compiled_steps(steps.model, steps.batch)
-        yield "compiled, measured in the graph", {UNMONITORED: plain, MEASURED: measured, IDLE: idle}
+    measured, idle = stack.enter_context(tapped.watched(config))
+    plain = _compiled_steps(steps.model, steps.batch)
+    return "compiled, measured in the graph", {UNMONITORED: plain, MEASURED: measured, IDLE: idle}
 
 
 def _compiled_steps(model: nn.Module, batch: dict[str, object]) -> Steps:
-    import torch
-
-    from inflection_fast.measure.cost import Steps
-
     compiled = torch.compile(model, dynamic=False)
-    assert isinstance(compiled, torch.nn.Module), "what torch.compile makes of a module is one"
+    assert isinstance(compiled, nn.Module), "torch.compile returns a module for a module"
     return Steps(compiled, batch)
 
 
-# ---- what is said ----------------------------------------------------------------------------------------------------
+# ---- output -------------------------------------------------------------------------------------------------
 
 
 def _show(race: Race, console: Console) -> None:
@@ -315,8 +258,6 @@ def _show(race: Race, console: Console) -> None:
 
 
 def _machine(device: torch.device) -> dict[str, Any]:
-    import torch
-
     from inflection_fast import build_info
 
     return {

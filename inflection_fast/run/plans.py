@@ -1,4 +1,4 @@
-"""Making a plan alone, from any timeline, bringing one into a run, and the layers that a plan is compared with."""
+"""Plans from any timeline, plans brought into a run, and the baselines of a plan."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ __all__ = ["adopt_plan", "baseline_plan", "compared_plan", "make_plan", "select_
 
 
 def select_settings(folder: Path) -> dict[str, Any]:
-    """The settings of the selection that a run folder was made with; none where the folder holds no run."""
+    """The settings of the selection in a run folder; empty if the folder holds no run."""
     path = folder / "config.yaml"
     settings = load_settings(path).get("select") if path.is_file() else None
     return settings or {}
 
 
 def make_plan(source: Path, config: SelectConfig, out: Path | None) -> tuple[Plan, Path]:
-    """Chooses layers from the timeline of a run folder, another folder or a file, and writes the plan."""
+    """Choose layers from the timeline of a run folder, another folder or a file, and write the plan."""
     is_run = (source / "run.json").is_file()
     with user_errors(ValueError, FileNotFoundError):
         timeline = Timeline.load(source / "measure" if is_run else source)
@@ -38,7 +38,7 @@ def make_plan(source: Path, config: SelectConfig, out: Path | None) -> tuple[Pla
 
 
 def adopt_plan(run: Path, path: Path) -> None:
-    """Makes a plan from elsewhere the plan of a run."""
+    """Copy a plan into a run folder as the plan of that run."""
     with user_errors(ValueError, FileNotFoundError):
         plan = Plan.load(path)
     stored = run / "plan.json"
@@ -49,17 +49,17 @@ def adopt_plan(run: Path, path: Path) -> None:
 
 
 def _not_in_use(run: Path, layers: tuple[int, ...], instead: str) -> None:
-    """Refuses to change a plan that models were trained on: the report would then show one plan and other models."""
+    """UserError if models were trained on another plan: the report would show one plan and the models of another."""
     stored = run / "plan.json"
     if (run / "tune").is_dir() and stored.is_file() and Plan.load(stored).layers != layers:
         raise UserError(f"{run} holds a model trained on layers {list(Plan.load(stored).layers)}: {instead}")
 
 
 def baseline_plan(plan: Plan, name: str, count: int, others: set[tuple[int, ...]], seed: int) -> tuple[Plan, int]:
-    """A plan of `count` layers (or all of them) for the model of `plan`, and how many draws it took.
+    """A plan of `count` layers (or all) for the model of `plan`, chosen without the measurement; the number of draws.
 
-    It does not look at what was measured. Random layers are drawn again where they are those of `others`, with which
-    they are to be compared, unless there are no more choices than that.
+    Random layers are drawn again while they are among `others`, with which they are compared, unless `others` holds
+    every choice.
     """
     layers = plan.candidates
     draws, avoid = 1, others if name == "random" and math.comb(len(layers), count) > len(others) else set()
@@ -78,9 +78,9 @@ def baseline_plan(plan: Plan, name: str, count: int, others: set[tuple[int, ...]
 def compared_plan(
     plan: Plan, chosen: tuple[int, ...], name: str, names: tuple[str, ...], seed: int
 ) -> tuple[Plan, int, str]:
-    """The layers that the `chosen` are compared with under `name`, how many draws they took, and what to call them.
+    """The baseline `name` for the `chosen` layers: its plan, the number of draws, and its label.
 
-    Random layers differ from the chosen ones, and from the first and last where `names` has those, too.
+    Random layers differ from the chosen ones, and from the first and last layers if `names` has those baselines.
     """
     others = {chosen}
     for other in {"first", "last"} & set(names):
@@ -88,5 +88,5 @@ def compared_plan(
     found, draws = baseline_plan(plan, name, len(chosen), others, seed)
     count = len(found.layers)
     which = {"all": "all", "random": f"{count} random"}.get(name, f"the {name} {count}")
-    again = f" (draw {draws}: the ones before it were layers of the plan or of another baseline)"
-    return found, draws, f"LoRA on {which} layers{again if draws > 1 else ''}"
+    again = f" (draw {draws}: earlier draws were the layers of the plan or of another baseline)" if draws > 1 else ""
+    return found, draws, f"LoRA on {which} layers{again}"

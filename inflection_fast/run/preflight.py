@@ -1,4 +1,4 @@
-"""Everything that can be known about a run before its first training step, found out by doing it once on two texts."""
+"""Checks of a whole run before its first training step: every part of it is tried once, on two texts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TEXTS = 2
 
 
 def check_before_training(stages: Stages, *, measure: bool, tune: bool, report: bool = False) -> None:
-    """Reads the data, builds the model, measures one step of it and injects, for the stages that are still to be done.
+    """Read the data, build the model, measure one step of it and inject, for the stages that are not finished.
 
     UserError for what would fail later: packages, data, training arguments, modules to train, attention that cannot be
     measured, modules to inject. Nothing is written.
@@ -28,15 +28,15 @@ def check_before_training(stages: Stages, *, measure: bool, tune: bool, report: 
     config = stages.config
     source = measure and config.source is not None and not stages.done("source")
     measure = measure and not stages.done("measure")
-    tune = tune and not stages.done("tune")  # the baselines train as it does
+    tune = tune and not stages.done("tune")  # the baselines train in the same way
     if not (source or measure or tune):
         return
-    _check_arguments(stages, source=source, measure=measure, tune=tune)
+    _check_arguments(stages, {"source.train": source, "measure.train": measure, "tune.train": tune})
     if measure and stages.sharded and config.measure.overhead_pairs:
-        stages.say("measure: steps will not be timed, because the processes divide the model")
+        stages.say("measure: steps will not be timed, because the model is sharded")
     labels = stages.target.labels
     if source:
-        _ = stages.source_data  # read now, so that it is refused now
+        _ = stages.source_data  # read it now, for its errors
     model = stages.load(None, labels) if source else stages.start()
     try:
         if source or measure:
@@ -48,17 +48,11 @@ def check_before_training(stages: Stages, *, measure: bool, tune: bool, report: 
         gc.collect()
 
 
-def _check_arguments(stages: Stages, *, source: bool, measure: bool, tune: bool) -> None:
+def _check_arguments(stages: Stages, wanted: dict[str, bool]) -> None:
     from inflection_fast.run.training import check_arguments
 
-    config = stages.config
-    trainings = {
-        "source.train": config.source.train if source and config.source is not None else None,
-        "measure.train": config.measure.train if measure else None,
-        "tune.train": config.tune.train if tune else None,
-    }
-    for name, training in trainings.items():
-        if training is not None:
+    for name, training in stages.config.trainings.items():
+        if wanted[name]:
             with user_errors(ValueError, RuntimeError, ImportError, about=name):
                 check_arguments(training)
 
@@ -79,14 +73,14 @@ def _measure_one_step(stages: Stages, model: Any) -> None:
             monitor.step()
     if "attention" in stages.config.measure.monitor.names and np.isnan(monitor.timeline.entropy).all():
         stages.say(
-            f"model {stages.config.model.path}: no softmax attention is seen in its blocks, so there is no entropy and"
-            " layers are chosen by gradients alone"
+            f"model {stages.config.model.path}: its blocks have no softmax attention that can be measured, so there is"
+            " no entropy, and layers are chosen by gradients alone"
         )
     model.zero_grad(set_to_none=True)
 
 
 def _inject(stages: Stages, model: Any) -> None:
-    """Puts LoRA on the blocks. A model whose blocks differ need not have the modules in all of them."""
+    """Put LoRA on all blocks, or, where blocks differ and some lack the modules, on any one of them."""
     from inflection_fast.blocks import find_blocks
 
     names = stages.config.measure.monitor.blocks

@@ -1,7 +1,7 @@
-"""Several processes that make one run together, as torchrun and `accelerate launch` start them.
+"""The processes of one run, as torchrun and `accelerate launch` start them.
 
-All of them take the same path through the stages and train together (DDP, or FSDP2). The first reads before the others,
-writes, and speaks. Its errors end them all.
+All processes go through the same stages and train together (DDP or FSDP2). The first process reads before the others,
+writes the files and prints. An error of the first process ends all of them.
 """
 
 from __future__ import annotations
@@ -23,47 +23,44 @@ if TYPE_CHECKING:
 __all__ = ["FSDP", "FirstFailed", "alone", "count", "first", "in_turn", "join", "wait"]
 
 Result = TypeVar("Result")
-PATIENCE = timedelta(days=1)  # a large data set is read, and a report drawn, by one process
-FSDP, DEEPSPEED = "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"  # how `accelerate launch` says it
+TIMEOUT = timedelta(days=1)  # others wait while the first process reads a large data set or draws a report
+FSDP, DEEPSPEED = "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"  # variables of `accelerate launch`
 
-_apart = False  # this process works while the others do not
+_working_alone = False  # this process runs the work of `alone` or `in_turn`
 
 
 class FirstFailed(UserError):
-    """What the first process has said already."""
+    """The first process has failed, and has printed its error."""
 
 
 def count() -> int:
-    """How many processes make the run."""
+    """The number of processes of the run."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
 def first() -> bool:
-    """Whether this is the process that writes and speaks."""
+    """Whether this is the process that writes files and prints."""
     return count() == 1 or int(os.environ["RANK"]) == 0
 
 
 def join(config: RunConfig) -> RunConfig:
-    """Meets the other processes of a run, if there are any, and returns the settings as this launch means them.
+    """Connect to the other processes of a run, if there are any, and return the settings with those of the launch.
 
-    UserError where the models cannot be divided as asked, or a batch cannot be divided evenly.
+    UserError if the models cannot be sharded as asked, or a batch cannot be divided evenly.
     """
     if _launched_with(DEEPSPEED):
-        raise UserError("DeepSpeed divides the gradients that are measured: launch the run with DDP or FSDP")
+        raise UserError("DeepSpeed shards the gradients that are measured: launch the run with DDP or FSDP")
     if _launched_with(FSDP):
         config = dataclasses.replace(config, parallel="fsdp")
-        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # else the first process alone reads the weights
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # true: only the first process reads the weights
     if count() == 1:
         if config.parallel == "fsdp":
             raise UserError(
-                "parallel is fsdp, which divides the model among processes, and there is one: start several with"
-                " torchrun --nproc-per-node N -m inflection_fast"
+                "parallel is fsdp, which shards the model over several processes, and there is one: start several"
+                " with torchrun --nproc-per-node N -m inflection_fast"
             )
         return config
-    trainings = {"measure.train": config.measure.train, "tune.train": config.tune.train}
-    if config.source is not None:
-        trainings["source.train"] = config.source.train
-    for name, train in trainings.items():
+    for name, train in config.trainings.items():
         if train.batch_size % count():
             raise UserError(
                 f"{name}.batch_size is {train.batch_size}, which {count()} processes cannot divide evenly: give a"
@@ -82,63 +79,61 @@ def _launched_with(name: str) -> bool:
 
 
 def alone(work: Callable[[], Result]) -> Result:
-    """What `work` returns in the first process, for all of them; it is not called in the others.
+    """Call `work` in the first process only, and return its result in all processes.
 
-    The result is pickled. What `work` raises is raised in the first process, and `FirstFailed` in the others.
+    The result is pickled. An exception of `work` is raised in the first process, and `FirstFailed` in the others.
     """
-    if count() == 1 or _apart:
+    if count() == 1 or _working_alone:
         return work()
-    told: list[tuple[bool, Result | None]] = [(False, None)]
-    if not first():
-        _broadcast(told)
-    else:
-        try:
-            told = [(True, _alone(work))]
-        except Exception:
-            _broadcast(told)
-            raise
-        _broadcast(told)
-    succeeded, result = told[0]
+    outcome: list[tuple[bool, Result | None]] = [(False, None)]
+    try:
+        if first():
+            outcome = [(True, _alone(work))]
+    except Exception:
+        _broadcast(outcome)
+        raise
+    _broadcast(outcome)
+    succeeded, result = outcome[0]
     if not succeeded:
         raise FirstFailed("the first process has failed")
     return result  # type: ignore[return-value]  # that of `work`, which has succeeded
 
 
 def in_turn(work: Callable[[], Result]) -> Result:
-    """What `work` returns in each process; the first one calls it before the others, for caches and downloads."""
-    if count() == 1 or _apart:
+    """Call `work` in every process, in the first one before the others: for caches and downloads."""
+    if count() == 1 or _working_alone:
         return work()
-    mine: list[Result] = []
-    alone(lambda: mine.append(work()))
-    return mine[0] if mine else _alone(work)
+    result: list[Result] = []
+    alone(lambda: result.append(work()))
+    return result[0] if result else _alone(work)
 
 
 def _alone(work: Callable[[], Result]) -> Result:
-    global _apart
-    _apart = True
+    global _working_alone
+    _working_alone = True
     try:
         return work()
     finally:
-        _apart = False
+        _working_alone = False
 
 
 def wait() -> None:
-    """Until all processes are here."""
+    """Wait for all processes."""
     if count() > 1:
         from torch import distributed
 
         distributed.barrier(_group())
 
 
-def _broadcast(told: list) -> None:
+def _broadcast(objects: list) -> None:
     from torch import distributed
 
-    distributed.broadcast_object_list(told, src=0, group=_group())
+    distributed.broadcast_object_list(objects, src=0, group=_group())
 
 
 @functools.cache
 def _group() -> ProcessGroup:
-    """A group on the host, apart from that of the training, which gives up waiting sooner."""
+    """A process group on the host with a long timeout; that of the training has a shorter one."""
     from torch import distributed
 
-    return distributed.new_group(backend="gloo", timeout=PATIENCE)
+    return distributed.new_group(backend="gloo", timeout=TIMEOUT)

@@ -1,4 +1,4 @@
-"""What other libraries print while a run goes on."""
+"""Less output of other libraries during a run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["quiet_libraries"]
 
 
 def quiet_libraries() -> None:
-    """Warnings of libraries stay; their chatter goes, and their progress bars where nobody watches."""
+    """Silence messages of other libraries below warnings, and progress bars if stderr is not a terminal."""
     import datasets
     import transformers
 

@@ -1,4 +1,4 @@
-"""The stages of a run. Each writes its folder, and its stage.json last, so that what is there is finished."""
+"""The stages of a run. Each writes a folder, and its stage.json last: a stage with this file is finished."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transformers import set_seed
+
 from inflection_fast.decide import Plan, select
 from inflection_fast.records import STAGE, Metrics, OverheadRecord, StageRecord
 from inflection_fast.run import processes
@@ -19,9 +21,9 @@ from inflection_fast.run.chats import template_of
 from inflection_fast.run.config import DataConfig, RunConfig, TrainConfig
 from inflection_fast.run.data import TextData, read, without
 from inflection_fast.run.errors import UserError, user_errors
-from inflection_fast.run.evaluation import in_words
+from inflection_fast.run.evaluation import described
 from inflection_fast.run.folder import RunFolder
-from inflection_fast.run.models import check_model, load_model, load_tokenizer, unfreeze
+from inflection_fast.run.models import check_model, load_model, load_tokenizer, parameter_counts, unfreeze
 from inflection_fast.run.plans import compared_plan
 from inflection_fast.timeline import Timeline
 
@@ -39,7 +41,7 @@ class Stages:
 
     Args:
         config: the settings
-        say: takes one line about what is happening
+        say: prints one line about the progress
         quiet: no progress bars
     """
 
@@ -51,7 +53,7 @@ class Stages:
         if not processes.first():
             self.say, self.quiet = lambda line: None, True
         self.config = config = processes.join(self.config)
-        self.sharded = config.parallel == "fsdp"  # the processes divide the models that they train and evaluate
+        self.sharded = config.parallel == "fsdp"  # the models that are trained and evaluated
         blocks = processes.in_turn(lambda: check_model(config.model, config.task, config.measure.monitor.blocks))
         top = config.tune.top if config.tune.when_empty == "top" else None
         counts = {"measure.unfreeze": config.measure.unfreeze, "tune.top": top, "select.k": config.select.k}
@@ -62,14 +64,14 @@ class Stages:
 
     @cached_property
     def batches(self) -> Batches:
-        """The model's tokenizer, set to the task."""
+        """Makes the batches of all stages."""
         tokenizer = processes.in_turn(lambda: load_tokenizer(self.config.model))
         return Batches(tokenizer, self.config.task, self.config.model.max_length)
 
     @cached_property
     def target(self) -> TextData:
         """The data set to adapt to."""
-        return self._told("target", self._read(self.config.target))
+        return self._announced("target", self._read(self.config.target))
 
     @cached_property
     def source_data(self) -> TextData:
@@ -79,13 +81,13 @@ class Stages:
         data = self._read(self.config.source.data)
         if self.config.source.data.deduplicate:
             data = without(data, self.target, "also in the target")
-        return self._told("source", data)
+        return self._announced("source", data)
 
     def _read(self, config: DataConfig) -> TextData:
         render = template_of(self.batches.tokenizer, self.config.model.path) if config.messages is not None else None
         return processes.in_turn(lambda: read(config, self.config.task, render))
 
-    def _told(self, name: str, data: TextData) -> TextData:
+    def _announced(self, name: str, data: TextData) -> TextData:
         dropped = ", ".join(f"{count} {why}" for why, count in data.dropped.items())
         self.say(
             f"{name} data: {len(data.train)} texts to train on, {len(data.test)} to test on, {len(data.probe)} to probe"
@@ -94,7 +96,7 @@ class Stages:
         return data
 
     def source(self) -> None:
-        """Full fine-tuning on the source data set, where there is one."""
+        """Full fine-tuning on the source data set, if there is one."""
         if self.config.source is None or self._done("source"):
             return
         from inflection_fast.run.training import Job
@@ -110,7 +112,7 @@ class Stages:
         trained = self._train(folder, train, data, job)
         record = self._record("source", "source, full fine-tuning", data, trained, train)
         if len(data.labels) == len(self.target.labels):
-            # How far the source alone carries: what any training on the target has to improve upon.
+            # The accuracy without training on the target, which any training on it has to exceed.
             on_target, _ = self._evaluate(trained.model, train, self.target, folder)
             record = dataclasses.replace(record, on_target=on_target)
         self._finish(record)
@@ -127,21 +129,21 @@ class Stages:
             from inflection_fast.integrations import InflectionCallback
 
             probe = self.batches.probe(data.probe, PROBE_BATCH) if len(data.probe) else None
-            if step == 0 and processes.first():  # killed before a checkpoint: what was measured is measured again
+            if step == 0 and processes.first():  # no checkpoint: measure all steps again
                 (folder / "timeline.arrows").unlink(missing_ok=True)
             callback = closing.enter_context(InflectionCallback(settings.monitor, folder, probe=probe))
-            if not self.sharded:  # a model is divided when its training begins, and attached to after that
+            if not self.sharded:  # a model is sharded when its training begins; the callback attaches later
                 with user_errors(about="measure.monitor"):
                     callback.attach(model, step)
             attached.append(callback)
             return [callback]
 
         def save(model: Any, path: Path, weights: dict[str, Any] | None) -> None:
-            # The monitor goes on in memory when the disk refuses a row; a plan must not rest on what is left of it.
+            # If the disk is full the monitor continues in memory. A plan must not depend on an incomplete timeline.
             if len(Timeline.load(folder).steps) < len(attached[-1].timeline.steps):
                 raise UserError(
-                    f"{folder} does not hold all that was measured, because the disk refused it: make room and give the"
-                    " same command again; it goes on from the last checkpoint"
+                    f"{folder} does not hold all that was measured, because the disk was full: free some space and give"
+                    " the same command again; it continues from the last checkpoint"
                 )
             self._save(model, path, weights)
 
@@ -153,7 +155,7 @@ class Stages:
             restore=lambda path: self.load(path, data.labels),
             callbacks=callbacks,
         )
-        with ExitStack() as closing:  # training that raises detaches nothing, and nothing compiled runs until then
+        with ExitStack() as closing:  # detaches also if training raises
             trained = self._train(folder, settings.train, data, job)
         top = settings.unfreeze
         label = "full fine-tuning, measured" if top is None else f"shallow unfreezing (top {top} blocks and head)"
@@ -161,7 +163,7 @@ class Stages:
         self._finish(dataclasses.replace(record, overhead=self._overhead()))
 
     def plan(self) -> Plan:
-        """Chooses layers from the timeline, unless plan.json is there."""
+        """Choose layers from the timeline, or use plan.json if it exists."""
         return processes.alone(self._plan)
 
     def _plan(self) -> Plan:
@@ -170,7 +172,7 @@ class Stages:
             with user_errors(about=str(path)):
                 plan = Plan.load(path)
             if not self.folder.finished("plan"):
-                self.say("plan: using the plan.json that is there")
+                self.say("plan: using the existing plan.json")
                 self.folder.finish("plan")
             return plan
         with user_errors(ValueError, FileNotFoundError, about="plan"):
@@ -184,6 +186,8 @@ class Stages:
         """LoRA on the planned layers."""
         if self._done("tune"):
             return
+        from inflection_fast.run.training import Trained
+
         plan, settings = self.plan(), self.config.tune
         label = "LoRA on the planned layers"
         if not plan.layers and settings.when_empty == "top":
@@ -193,38 +197,23 @@ class Stages:
         if plan.layers:
             self._adapt("tune", label, plan)
             return
-        self.say("tune: the plan is empty, so nothing is injected and the starting model is evaluated as it is")
-        metrics = seconds = total = None
-        # Without a source the head of a classifier is random, and its accuracy would mean nothing.
-        if self.config.source is not None or self.config.task == "causal-lm":
-            model = self.start()
-            total = sum(p.numel() for p in model.parameters())
-            metrics, seconds = self._evaluate(model, settings.train, self.target, self.folder.stage("tune"))
-        self._finish(
-            StageRecord(
-                stage="tune",
-                label="nothing injected: the plan is empty",
-                task=self.config.task,
-                data=self.target.record(),
-                majority=self.target.majority,
-                metrics=metrics,
-                trainable_parameters=0,
-                total_parameters=total,
-                layers=(),
-                steps=0,
-                train_seconds=0.0,
-                evaluate_seconds=seconds,
-            )
-        )
+        self.say("tune: the plan is empty, so nothing is injected and the starting model is evaluated")
+        # Without a source the head of a classifier is random, and its accuracy means nothing.
+        model = self.start() if self.config.source is not None or self.config.task == "causal-lm" else None
+        total = None if model is None else parameter_counts(model)[1]
+        untrained = Trained(model=model, steps=0, seconds=0.0, trainable=0, total=total)
+        label = "nothing injected: the plan is empty"
+        record = self._record("tune", label, self.target, untrained, settings.train)
+        self._finish(dataclasses.replace(record, layers=()))
 
     def baseline(self, name: str) -> None:
-        """LoRA on other layers than the planned ones, trained in the same way."""
+        """LoRA on other layers than the plan's, trained in the same way."""
         stage = f"baseline-{name}"
         if self._done(stage):
             return
         chosen = self.folder.record("tune").layers or ()
         if not chosen and name != "all":
-            self.say(f"{stage}: left out, because no layer was injected that it could be compared with")
+            self.say(f"{stage}: left out, because no layer was injected to compare it with")
             return
         plan, draws, label = compared_plan(self.plan(), chosen, name, self.config.baselines, self.config.seed)
         if plan.layers == chosen:
@@ -233,17 +222,27 @@ class Stages:
         self._adapt(stage, label, plan, draws=draws if name == "random" else None)
 
     def report(self) -> Path:
-        """The Markdown page and its pictures."""
+        """The report of the run, also in the card of the adapter; returns the path of the page."""
         from inflection_fast import report
-        from inflection_fast.run.cards import tell_comparisons
 
-        processes.alone(lambda: tell_comparisons(self.folder.path, self.folder.stage("tune") / "adapter"))
+        processes.alone(self._write_card)
         path = processes.alone(lambda: report.write(self.folder.path))
         self.folder.finish("report")
         return path
 
+    def _write_card(self) -> None:
+        from inflection_fast.act.card import write_section
+        from inflection_fast.report import folder, verdict
+
+        run, adapter = folder.read(self.folder.path, timeline=False), self.folder.stage("tune") / "adapter"
+        if run.tune is not None and (adapter / Plan.FILE).is_file():
+            unit = "nats" if run.tune.accuracy is None else "points of accuracy, one standard error"
+            compared = [verdict.compare(run.tune, baseline) for baseline in run.baselines]
+            lines = [f"{each.stage.label}: {each.words} ({unit})" for each in compared]
+            write_section(adapter, Plan.from_pretrained(adapter), lines)
+
     def done(self, stage: str) -> bool:
-        """Whether a stage is finished and its results are there."""
+        """Whether a stage is finished and its results exist."""
         return processes.alone(lambda: self.folder.finished(stage) and (self.folder.stage(stage) / STAGE).is_file())
 
     def _done(self, stage: str) -> bool:
@@ -252,17 +251,16 @@ class Stages:
         return done
 
     def load(self, folder: Path | None, labels: tuple[str, ...]) -> Any:
-        """The model for the task: from a folder of an earlier stage, or as it was pretrained."""
-        import transformers
+        """The model for the task, from the folder of an earlier stage or as it was pretrained."""
 
         def load() -> Any:
-            transformers.set_seed(self.config.seed)  # a new head is the same in every stage
+            set_seed(self.config.seed)  # a new head is the same in every stage
             return load_model(self.config.model, self.config.task, self.batches.tokenizer, labels=labels, folder=folder)
 
         return processes.in_turn(load)
 
     def start(self) -> Any:
-        """The model before it has seen the target: the source stage's, or the pretrained one."""
+        """The model before training on the target: that of the source stage, or the pretrained one."""
         if self.config.source is None:
             return self.load(None, self.target.labels)
         if not self.folder.finished("source"):
@@ -270,14 +268,12 @@ class Stages:
         data = self.folder.record("source").data
         known = data.labels if data is not None else ()
         if len(known) != len(self.target.labels):
-            self.say(
-                f"the source has {len(known)} labels and the target {len(self.target.labels)}:"
-                " the head of the model begins anew"
-            )
+            counts = f"the source has {len(known)} labels and the target {len(self.target.labels)}"
+            self.say(f"{counts}: the model gets a new head")
         return self.load(self.folder.stage("source") / "model", self.target.labels)
 
     def shallow(self, model: Any) -> Any:
-        """The model with its top blocks and head trainable, as the measured stage trains it."""
+        """The model with its top blocks and head trainable, for the measured training."""
         from inflection_fast.blocks import find_blocks
 
         settings = self.config.measure
@@ -288,12 +284,10 @@ class Stages:
 
     def injected(self, model: Any, plan: Plan) -> Any:
         """The model with LoRA on the layers of a plan."""
-        import transformers
-
         from inflection_fast.act import inject
 
         lora = self.config.tune.lora
-        transformers.set_seed(self.config.seed)
+        set_seed(self.config.seed)
         return inject(
             model,
             plan,
@@ -324,7 +318,7 @@ class Stages:
         return evaluate(model, config, self.batches, items, folder, quiet=self.quiet, sharded=self.sharded)
 
     def _adapt(self, stage: str, label: str, plan: Plan, *, draws: int | None = None) -> None:
-        """Injects, trains and evaluates."""
+        """Inject, train and evaluate."""
         from inflection_fast.act import restore_adapter
         from inflection_fast.run.training import Job
 
@@ -347,7 +341,7 @@ class Stages:
     def _top_plan(self) -> Plan:
         timeline = Timeline.load(self.folder.stage("measure"))
         with user_errors(about="tune.top"):
-            # Without a test of significance: it is what left the plan empty.
+            # Without the test of significance, which can leave a plan empty.
             settings = dataclasses.replace(self.config.select, method="top", k=self.config.tune.top, significance=None)
             return select(timeline, settings)
 
@@ -368,12 +362,14 @@ class Stages:
         return OverheadRecord(float(found.off_ms), float(found.on_ms), float(found.noise), float(found.ratio))
 
     def few(self, count: int) -> dict[str, Any]:
-        """A batch of the first training texts of the target."""
+        """A batch of the first `count` training texts of the target."""
         rows = self.target.train.select(range(min(count, len(self.target.train))))
         return self.batches.collate(self.batches.items(rows)[:count])
 
     def _record(self, stage: str, label: str, data: TextData, trained: Trained, config: TrainConfig) -> StageRecord:
-        metrics, seconds = self._evaluate(trained.model, config, data, self.folder.stage(stage))
+        metrics = seconds = None
+        if trained.model is not None:
+            metrics, seconds = self._evaluate(trained.model, config, data, self.folder.stage(stage))
         return StageRecord(
             stage=stage,
             label=label,
@@ -397,4 +393,4 @@ class Stages:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
         processes.alone(keep)
-        self.say(f"{record.stage}: {in_words(record.metrics)}")
+        self.say(f"{record.stage}: {described(record.metrics)}")

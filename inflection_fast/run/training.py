@@ -1,4 +1,4 @@
-"""One stage of training by transformers.Trainer that survives being killed at any moment."""
+"""One training by transformers.Trainer, which continues after it was killed at any moment."""
 
 from __future__ import annotations
 
@@ -21,13 +21,8 @@ from inflection_fast.run import processes
 from inflection_fast.run.batches import Batches
 from inflection_fast.run.config import TrainConfig
 from inflection_fast.run.evaluation import class_logits, classification_metrics, language_metrics, token_losses
-from inflection_fast.run.sharding import (
-    ShardedTrainer,
-    accelerate_shards,
-    divide,
-    sharding_arguments,
-    whole_weights,
-)
+from inflection_fast.run.models import parameter_counts
+from inflection_fast.run.sharding import ShardedTrainer, accelerate_shards, shard, sharding_arguments, whole_weights
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
@@ -47,13 +42,13 @@ ACTIVATION_CHECKPOINTING = next(
 
 @dataclass(frozen=True)
 class Trained:
-    """What a finished training leaves behind."""
+    """The result of a finished training."""
 
     model: Any
     steps: int
     seconds: float
     trainable: int
-    total: int
+    total: int | None
 
 
 @dataclass(frozen=True)
@@ -61,11 +56,11 @@ class Job:
     """The model of one training: where it comes from and where it goes.
 
     Args:
-        build: gives the model as it is before training
-        save: writes the trained model to a folder; its weights are given where the processes have divided them
-        result: what that folder is called in the end
-        restore: reads the model back from `result`, where training had finished
-        callbacks: asked with the model and the step at which training begins, 0 or that of a checkpoint
+        build: returns the model before training
+        save: writes the trained model to a folder; takes its whole weights if it is sharded, else None
+        result: final path of that folder
+        restore: reads the model from `result`, if training had finished
+        callbacks: returns callbacks for the model and the step at which training begins, 0 or that of a checkpoint
     """
 
     build: Callable[[], Any]
@@ -76,7 +71,7 @@ class Job:
 
 
 class _OneDevice(TrainingArguments):
-    """Arguments that keep to one GPU where there are several: copies of a model (DataParallel) cannot be measured."""
+    """Arguments that use one GPU if there are several: the replicas of DataParallel cannot be measured."""
 
     @property
     def n_gpu(self) -> int:
@@ -85,7 +80,7 @@ class _OneDevice(TrainingArguments):
 
 @dataclass
 class _Clock(TrainerCallback):
-    """Counts the seconds of a training over all its interruptions, in a file beside each checkpoint."""
+    """Counts the seconds of a training without its interruptions, in a file in each checkpoint."""
 
     before: float = 0.0
     began: float = field(default_factory=time.perf_counter)
@@ -99,17 +94,17 @@ class _Clock(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step >= state.max_steps:
-            # The model is saved right after this, and a Trainer resumed at its last step takes one more.
+            # The model is saved right after this, and a Trainer that resumes at its last step takes one more step.
             control.should_save = False
 
     def on_save(self, args, state, control, **kwargs):
-        processes.wait()  # each of them has a file of its own in the checkpoint
+        processes.wait()  # each process writes a file of its own into the checkpoint
         if processes.first():
             write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / CLOCK, {"seconds": self.seconds})
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint; the clock is written last, so one that lacks it was torn."""
+    """The newest complete checkpoint. The clock is written last, so a checkpoint without it is incomplete."""
     found = {int(path.parent.name.rsplit("-", 1)[1]): path.parent for path in folder.glob(f"checkpoint-*/{CLOCK}")}
     return found[max(found)] if found else None
 
@@ -125,13 +120,13 @@ def train(
     quiet: bool,
     sharded: bool = False,
 ) -> Trained:
-    """Trains a model in `folder`, or continues where an earlier call was stopped; `sharded`: by FSDP2."""
+    """Train a model in `folder`, or continue a call that was stopped; `sharded`: with FSDP2."""
     record = folder / TRAINING
     result = job.result
     checkpoints = folder / CHECKPOINTS
 
     def found() -> tuple[dict[str, Any] | None, Path | None]:
-        """What an earlier call has finished, or else the checkpoint that it left."""
+        """The facts of an earlier call that has finished, or else its last checkpoint."""
         if result.is_dir() and record.is_file():
             return json.loads(record.read_text(encoding="utf-8")), None
         return None, last_checkpoint(checkpoints)
@@ -140,8 +135,7 @@ def train(
     if facts is not None:
         return Trained(model=job.restore(result), **facts)
     model = job.build()
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
+    trainable, total = parameter_counts(model)
     clock = _Clock()
     if checkpoint is not None:
         clock.before = json.loads((checkpoint / CLOCK).read_text(encoding="utf-8"))["seconds"]
@@ -153,12 +147,8 @@ def train(
     with accelerate_shards(sharded):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     weights = whole_weights(model) if sharded else None
-    facts = {
-        "steps": trainer.state.global_step,
-        "seconds": round(clock.seconds, 3),
-        "trainable": trainable,
-        "total": total,
-    }
+    facts = {"steps": trainer.state.global_step, "seconds": round(clock.seconds, 3)}
+    facts |= {"trainable": trainable, "total": total}
 
     def keep() -> None:
         write_json(folder / "log.json", trainer.state.log_history)
@@ -184,10 +174,10 @@ def evaluate(
     quiet: bool,
     sharded: bool = False,
 ) -> tuple[Metrics, float]:
-    """Metrics on the test items, and the seconds it took."""
+    """Metrics on the test items, and the duration in seconds."""
     if sharded:
-        divide(model)
-    with accelerate_shards(False):  # it divides a model together with its optimizer only
+        shard(model)
+    with accelerate_shards(False):  # Accelerate shards a model only together with its optimizer
         trainer = _trainer(model, config, batches, folder / CHECKPOINTS, seed=0, quiet=quiet)
         begin = time.perf_counter()
         output = trainer.predict(cast("Dataset[Any]", items))
@@ -197,7 +187,7 @@ def evaluate(
 
 
 def check_arguments(config: TrainConfig) -> None:
-    """ValueError where this machine cannot train like that, as in 16-bit floats on a CPU that has none."""
+    """ValueError if this machine cannot train with these settings, as in a precision that it lacks."""
     _arguments(config, Path("unused"), seed=0, quiet=True)
 
 
@@ -223,15 +213,15 @@ def _arguments(
         fp16=config.precision == "float16",
         save_strategy="steps",
         save_steps=config.checkpoint_every,
-        save_total_limit=2,  # the last but one is there while the last is being written
+        save_total_limit=2,  # the older one is complete while the newest is being written
         logging_strategy="steps",
         logging_steps=config.log_every,
-        use_cpu=processes.count() > 1 and not torch.accelerator.is_available(),  # which Accelerate does not see itself
+        use_cpu=processes.count() > 1 and not torch.accelerator.is_available(),  # Accelerate does not detect this
         report_to="none",
         disable_tqdm=quiet,
         seed=seed,
         dataloader_pin_memory=torch.cuda.is_available(),
-        remove_unused_columns=False,  # batches are made of text, which is no argument of the model
+        remove_unused_columns=False,  # batches are made from text, which is not an argument of the model
         label_names=["labels"],
         **more,
     )

@@ -1,4 +1,4 @@
-"""The options that most runs set, on one screen; `--help all` lists every one."""
+"""The options that most runs set, for a short `--help`; `--help all` lists every option."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ USUAL = (
     "baselines",
     "seed",
 )
-SENTENCES = {  # of options whose own class documents them beside the field
-    "measure.monitor.every": "measure every so many optimizer steps",
+SENTENCES = {  # of options that their class documents in comments
+    "measure.monitor.every": "optimizer steps between measured steps",
     "select.method": "how layers are chosen from what was measured",
-    "select.k": "so many layers are chosen, where the method needs a number",
+    "select.k": "number of layers, for methods that need it",
 }
 WIDTH = 100
 NAMES = 31
 
 
 def usual_options(parser: Any, command: str, what: str) -> str:
-    """Usage, the usual options with their choices, a sentence and the default, and where the others are."""
+    """The help text: usage, the usual options with choices and defaults, and how to list all options."""
     actions = {action.dest: action for action in parser._actions}
     lines = [f"usage: inflection-fast {command} --config FILE [--SETTING VALUE ...]", "", f"{what.capitalize()}.", ""]
     for name in USUAL:
@@ -58,13 +58,13 @@ def usual_options(parser: Any, command: str, what: str) -> str:
         lines += [f"  --{name:{NAMES - 4}}{wrapped[0]}", *(f"{'':{NAMES}}{line}" for line in wrapped[1:])]
     lines += [
         "",
-        f"inflection-fast {command} --help all lists every setting, inflection-fast init writes a first FILE.",
+        f"inflection-fast {command} --help all lists every setting; inflection-fast init writes a first FILE.",
     ]
     return "\n".join(lines)
 
 
 def _choices(kind: Any) -> str:
-    """The values of a Literal, also of one that may be null."""
+    """The values of a Literal, or of a Literal that may be null."""
     for one in (kind, *typing.get_args(kind)):
         if typing.get_origin(one) is typing.Literal:
             return " | ".join(map(str, typing.get_args(one)))
