@@ -279,7 +279,7 @@ def test_the_scale_of_a_gradient_scaler_is_taken_out(model, items):
 
 def test_misuse_is_named(model, items, tmp_path):
     callback = InflectionCallback(CONFIG)
-    with pytest.raises(RuntimeError, match="before training began"):
+    with pytest.raises(RuntimeError, match="nothing was measured yet"):
         _ = callback.timeline
     callback.attach(model, 3)
     with pytest.raises(ValueError, match="attached to a model already"):

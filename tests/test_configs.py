@@ -96,8 +96,8 @@ def test_methods_and_settings_that_no_plan_applies_to_are_refused(config, words)
 def test_numbers_and_places_are_not_given_twice():
     plan, model = plan_and_model()
     for options, words in (
-        ({"r": 3}, "r: belongs into config"),
-        ({"lora_dropout": 0.1}, "lora_dropout: belongs into config"),
+        ({"r": 3}, "r: set it in config"),
+        ({"lora_dropout": 0.1}, "lora_dropout: set it in config"),
         ({"target_modules": ["q_proj"]}, "target_modules: it is given twice"),
         ({"target_parameters": "experts"}, "target_parameters: IA3 has none"),
         ({"ranks": {0: 2}}, "ranks: IA3 has no rank_pattern"),

@@ -90,8 +90,8 @@ def test_what_means_nothing_is_refused_before_anything_moves(options, words):
         debias_source(model, [batch], **options)
     for batches, error, said in (
         ([{"input_ids": batch["input_ids"]}], ValueError, "expected `labels`"),
-        ([], ValueError, "there are none"),
-        (iter([batch]), TypeError, "gone through again"),
+        ([], ValueError, "expected at least one, got none"),
+        (iter([batch]), TypeError, "iterated repeatedly"),
     ):
         with pytest.raises(error, match=said):
             debias_source(model, batches)

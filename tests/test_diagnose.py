@@ -176,7 +176,7 @@ def test_misuse_is_named(tmp_path):
         DiagnoseThenInject(adapted, steps=3)
     with InflectionCallback(CONFIG) as callback:
         _, run = made(tmp_path / "both", callback)
-        with pytest.raises(ValueError, match="give the Trainer one of them only"):
+        with pytest.raises(ValueError, match="give the Trainer only one of them"):
             run.train()
 
 

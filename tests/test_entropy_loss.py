@@ -200,7 +200,7 @@ def test_it_is_added_to_the_loss_of_the_model_and_amp_scales_both():
             assert handle.loss().isfinite() and model(**batch).loss.isfinite()
         with torch.no_grad():
             torch.testing.assert_close(model(**batch).loss, plain)
-        with pytest.raises(RuntimeError, match="the model returned no loss to add to"):
+        with pytest.raises(RuntimeError, match="the model returned no loss; give it labels"):
             model(input_ids=batch["input_ids"])
 
 
@@ -256,7 +256,7 @@ def test_a_resumed_run_draws_the_same_rows_and_a_plan_names_its_heads():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"target": 0}, "target: expected a number of nats > 0, got 0"),
+        ({"target": 0}, "target: expected a number > 0, got 0"),
         ({"weight": -1.0}, "weight: expected a number >= 0"),
         ({"rows": 0}, "rows: expected an integer >= 1"),
         ({"mode": "above"}, r"mode: expected one of \['floor', 'near'\]"),

@@ -173,7 +173,7 @@ def test_a_closure_ends_the_step_after_it_ran(truth):
 
 def test_what_fails_is_told_and_the_training_goes_on(tmp_path):
     told = []
-    loops = LoopMonitor(MonitorConfig(every=1), tmp_path / "file" / "x", said=told.append)
+    loops = LoopMonitor(MonitorConfig(every=1), tmp_path / "file" / "x", report=told.append)
     (tmp_path / "file").write_text("no folder")
     loops.start()
     model = Net()
@@ -187,7 +187,7 @@ def test_what_fails_is_told_and_the_training_goes_on(tmp_path):
 
 def test_other_modules_and_optimizers_are_not_taken_for_the_model():
     told = []
-    loops = LoopMonitor(MonitorConfig(every=1), said=told.append)
+    loops = LoopMonitor(MonitorConfig(every=1), report=told.append)
     loops.start()
     teacher, model, plain = Net(), Net(), nn.Linear(WIDTH := 16, WIDTH)
     other = torch.optim.SGD(plain.parameters(), lr=0.1)

@@ -47,9 +47,9 @@ def test_what_cannot_be_measured_is_refused():
         find_inflection_target_modules(model, batches(3), steps=1)
     with pytest.raises(ValueError, match="expected at least 2 batches, got 1"):
         find_inflection_target_modules(model, batches(1))
-    with pytest.raises(ValueError, match="a batch gave no loss; put labels into the batches"):
+    with pytest.raises(ValueError, match="the model returned no loss for a batch; add labels to the batches"):
         find_inflection_target_modules(model, [{"input_ids": torch.ones(2, 4, dtype=torch.long)}] * 3)
     with pytest.raises(TypeError, match="expected mappings of tensors, got Tensor"):
         find_inflection_target_modules(model, [torch.ones(2, 4, dtype=torch.long)] * 3)
-    with pytest.raises(ValueError, match=r"no layer stands out.*SelectConfig"):
+    with pytest.raises(ValueError, match=r"no layer was chosen.*SelectConfig"):
         find_inflection_target_modules(model, batches(2), steps=2)

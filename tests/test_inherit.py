@@ -92,7 +92,7 @@ def test_a_configuration_that_counts_by_index_is_refused():
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "mlp_only_layers": [1]}
     config = hf.Qwen3MoeConfig(**sizes, **experts, vocab_size=tiny.VOCAB)
     model = hf.Qwen3MoeForCausalLM(config)
-    with pytest.raises(ValueError, match=r"says by index which block has what"):
+    with pytest.raises(ValueError, match=r"defines the parts of blocks by index"):
         inherit(model, [0, 2])
     assert model.config.num_hidden_layers == 3 and len(find_blocks(inherit(model, [0, 1]))) == 2
 
@@ -118,7 +118,7 @@ def test_a_smaller_model_grows_and_keeps_what_it_has_learnt(name, tmp_path):
     assert torch.isfinite(outputs(larger, batch)).all()
     for arguments, words in (
         ((small, model, 3), "3 more blocks were asked for, after block 0 there are 2"),
-        ((model, model, 1), "does not say which blocks it inherited"),
+        ((model, model, 1), "its configuration has no inherited blocks"),
         ((small, model, 0), "by: expected an integer >= 1"),
         ((larger, tiny.distilbert()), "which the smaller model inherited|are not the same there|more blocks"),
     ):

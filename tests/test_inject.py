@@ -227,13 +227,13 @@ def test_a_plan_for_another_model_is_refused():
         ({"lora_alpha": "8"}, "lora_alpha: expected a number > 0, got '8'"),
         ({"lora_dropout": 1.0}, "lora_dropout"),
         ({"lora_dropout": "0"}, "lora_dropout"),
-        ({"target_modules": "*.query"}, r"'\*.query' is no regular expression: nothing to repeat"),
+        ({"target_modules": "*.query"}, r"'\*.query' is not a regular expression: nothing to repeat"),
         ({"target_modules": 3}, "target_modules: expected a string or a sequence of names, got 3"),
         ({"adapter_name": "a.b"}, "adapter_name: expected a name without dots, got 'a.b'"),
         ({"adapter_name": ""}, "adapter_name"),
         ({"target_modules": ["attention.self"]}, "not supported"),
         ({"target_modules": ["query", "LayerNorm"]}, "not supported"),
-        ({"modules_to_save": ["query"]}, "peft would not match the planned modules.*missed"),
+        ({"modules_to_save": ["query"]}, "peft would match other modules than the planned ones: without"),
     ],
 )
 def test_what_cannot_be_injected_is_refused_and_leaves_the_model_as_it_was(options, words):
@@ -282,7 +282,7 @@ def compiled(model):
     [
         (nn.DataParallel, "wrapped by DataParallel; pass the model inside .model.module."),
         (compiled, "it is compiled; pass the model that was compiled"),
-        (lambda model: peft.get_peft_model(model, peft.LoraConfig()).base_model, "carries adapters already"),
+        (lambda model: peft.get_peft_model(model, peft.LoraConfig()).base_model, "has adapters already"),
         (
             lambda model: peft.get_peft_model(model, peft.LoraConfig()),
             "adapters already, one of them 'default'",

@@ -140,5 +140,5 @@ def test_the_entry_points_name_the_factory():
 
 
 def test_validation_alone_measures_nothing_and_says_what_does(net, tmp_path):
-    with pytest.raises(RuntimeError, match=r"Steps of trainer\.fit\(\) are"):
+    with pytest.raises(RuntimeError, match=r"trainer\.fit\(\) is measured"):
         _ = LightningCallback(CONFIG).timeline

@@ -115,7 +115,7 @@ def test_axolotl_puts_lora_on_the_modules_of_a_plan(axolotl, tmp_path):
     plugin.pre_lora_load(settings, model)
     assert settings.lora_target_modules and settings.lora_target_linear is None
     assert all(name.startswith("bert.encoder.layer.1.") for name in settings.lora_target_modules)
-    with pytest.raises(ValueError, match="leave one out"):
+    with pytest.raises(ValueError, match="remove one"):
         plugin.register({**raw, "lora_target_modules": ["q_proj"]})
 
 

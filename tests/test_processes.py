@@ -224,7 +224,7 @@ def test_one_process_divides_nothing(folder, monkeypatch, launched):
 def test_batches_that_cannot_be_divided_are_refused(folder, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(UserError, match=r"measure.train.batch_size is 8, which 3 processes .* give a multiple of 3"):
+    with pytest.raises(UserError, match=r"source.train.batch_size is 8, which 3 processes .* give a multiple of 3"):
         Stages(config_of(folder, "odd"), say=print, quiet=True)
 
 

@@ -45,7 +45,7 @@ def test_the_attention_of_the_chosen_heads_changes_and_that_of_no_other(name):
     assert sum(int(mask.sum()) for mask in masks.values()) <= handle.numbers
     handle.undo()
     assert all(torch.equal(p, before[key]) for key, p in model.named_parameters())
-    assert handle.describe()["permanent"] and "drawn anew" in handle.describe()["words"]
+    assert handle.describe()["permanent"] and "got new weights" in handle.describe()["words"]
     with pytest.raises(RuntimeError, match="permanent"):
         handle.remove()
 

@@ -45,7 +45,7 @@ def test_the_planned_blocks_and_what_is_named_train_and_nothing_else():
     ("where", "also", "words"),
     [
         ([3], (), r"layers: expected distinct indices from 0 to 2, got \[3\]"),
-        ([], (), "layers: none is named"),
+        ([], (), "layers: expected at least one index"),
         ([0, 0], (), "distinct"),
         ([0], ("clasifier",), "also: BertForSequenceClassification has no parameters under 'clasifier'"),
     ],
@@ -107,7 +107,7 @@ def test_lisa_goes_on_where_it_was():
     second.load_state_dict(first.state_dict())
     assert [second.training, blocks_in(training(second.model))] == [first.training] * 2
     for options, words in (
-        ({"active": 4}, "active: 4 blocks were asked for, there are 3"),
+        ({"active": 4}, "active: expected at most 3, the number of blocks, got 4"),
         ({"active": 0}, "active"),
         ({"interval": 0}, "interval"),
     ):

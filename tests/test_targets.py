@@ -162,7 +162,7 @@ class Shared(nn.Module):
 def test_what_a_block_outside_of_the_plan_runs_too_is_left_out():
     model = Shared()
     assert adapted_names(inject(model, plan_for(model, 0))) == ["blocks.0.mlp.0", "blocks.0.mlp.2"]
-    with pytest.raises(ValueError, match="belong to blocks outside of the plan, too; plan those blocks with them"):
+    with pytest.raises(ValueError, match="belong to blocks outside the plan, too; add those blocks to the plan"):
         inject(Shared(), plan_for(Shared(), 0), target_modules=["mixer.out"])
     model = Shared()
     adapted = inject(model, plan_for(model, 0, 1))

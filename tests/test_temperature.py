@@ -147,8 +147,8 @@ class ByHand(nn.Module):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"start": 0}, "start: expected a temperature > 0, got 0"),
-        ({"end": -1.0}, "end: expected a temperature > 0"),
+        ({"start": 0}, "start: expected a number > 0, got 0"),
+        ({"end": -1.0}, "end: expected a number > 0"),
         ({"steps": -1}, "steps: expected an integer >= 0"),
         ({"schedule": "sine"}, r"schedule: expected one of \['cosine', 'linear'\]"),
         ({"layers": [3]}, "layers: expected distinct indices from 0 to 2"),
@@ -164,7 +164,7 @@ def test_bad_input_is_refused_and_nothing_is_attached(options, words):
 
 
 def test_attention_that_cannot_be_scaled_is_refused_and_so_is_a_second_temperature():
-    with pytest.raises(ValueError, match=r"the attention of 0 goes neither through .* so it cannot be scaled"):
+    with pytest.raises(ValueError, match=r"the attention of 0 uses neither .* so it cannot be scaled"):
         attention_temperature(nn.Sequential(ByHand(), ByHand()))
     model = tiny.llama()
     with attention_temperature(model), pytest.raises(ValueError, match=r"applied already to blocks \[2\]; remove"):

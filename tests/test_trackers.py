@@ -172,7 +172,7 @@ def test_report_to_inflection_is_the_callback(tmp_path):
 
 def test_two_callbacks_are_refused_in_a_sentence_that_says_what_to_do(tmp_path):
     made = trainers.trainer(tmp_path, InflectionCallback(CONFIG), report_to="inflection")
-    with pytest.raises(ValueError, match="give the Trainer one of them only"):
+    with pytest.raises(ValueError, match="give the Trainer only one of them"):
         made.train()
     again = InflectionCallback(CONFIG)  # the first of the two is still attached, as after any training that raises
     trainers.trainer(tmp_path, again, model=made.model).train()
@@ -184,7 +184,9 @@ def test_evaluation_alone_measures_nothing_and_says_what_does(tmp_path):
     callback = InflectionCallback(CONFIG)
     made = trainers.trainer(tmp_path, callback, options={"eval_dataset": trainers.items(4)})
     assert "eval_loss" in made.evaluate()
-    with pytest.raises(RuntimeError, match=r"Steps of trainer\.train\(\) are, evaluate\(\) and predict\(\) are not"):
+    with pytest.raises(
+        RuntimeError, match=r"Call trainer\.train\(\), which is measured; evaluate\(\) and predict\(\) are not"
+    ):
         _ = callback.timeline
 
 
@@ -304,7 +306,7 @@ def test_misuse_is_named(caplog):
     with pytest.raises(TypeError, match="keys: expected a sequence of patterns"):
         InflectionCallback(CONFIG, keys="entropy/*")
     run_plain_loop(on_row=track(lambda scalars, step: None, keys=("inflection/entrpy/layer_01",)))
-    assert "'entrpy/layer_01' matches nothing that is measured; there are 'entropy/layer_01'" in caplog.text
+    assert "'entrpy/layer_01' matches nothing that is measured; try 'entropy/layer_01'" in caplog.text
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Acting: adapters and other interventions on exactly the planned blocks. The only part that imports peft."""
+"""Acting: adapters and other interventions on the planned blocks. The only part that imports peft."""
 
 from .debias import debias_source
 from .entropy_loss import attention_entropy_loss

@@ -1,4 +1,4 @@
-"""Adapters of every kind on named modules, with a rank for each, and training parts of a model without adapters."""
+"""Adapters of every kind on named modules, with a rank for each, and parts of a model that train without adapters."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ KINDS = ("lora", "dora", "adalora", "ia3", "vera", "prefix")
 def default_modules(model: nn.Module, layers: Sequence[int] | None = None) -> dict[int, list[str]]:
     """The full names of the modules that LoRA adapts by default, for each of `layers` (None: all blocks).
 
-    ValueError where a block has no module that a default would take.
+    ValueError if a block has no module that can be adapted by default.
     """
     blocks = find_blocks(model)
     wanted = range(len(blocks)) if layers is None else layers
@@ -40,40 +40,37 @@ def adapt(
     scale: float = 2.0,
     steps: int | None = None,
 ) -> nn.Module:
-    """`model` with adapters of `kind` on the modules named in `ranks`, the rest frozen but the head.
+    """`model` with adapters of `kind` on the modules named in `ranks`; all else is frozen except the head.
 
     Args:
         model: without adapters.
         kind: one of `KINDS`.
-        ranks: full module name -> rank, at least 1. IA3 has no rank and takes the names only; VeRA has one rank for
-            all, the largest; prefix tuning takes no modules, and its number of virtual tokens is the largest.
-        scale: of the update of LoRA and its kin: `lora_alpha / r`, the same for every rank.
-        steps: of the training; AdaLoRA plans its ranks by it.
+        ranks: full module name -> rank, at least 1. IA3 uses only the names; VeRA uses the largest rank for all
+            modules; prefix tuning uses the largest rank as its number of virtual tokens.
+        scale: of the update of LoRA and its variants: `lora_alpha / r`, the same for every rank.
+        steps: of the training, for the rank schedule of AdaLoRA.
 
     Raises:
-        ValueError: an unknown kind, no modules, a rank below 1, or peft cannot adapt a module. The model is then as it
-            was.
+        ValueError: an unknown kind, no modules, a rank below 1, or peft cannot adapt a module. The model is then
+            unchanged.
     """
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {list(KINDS)}, got {kind!r}")
     if not ranks:
         raise ValueError("ranks: expected at least one module, got none")
-    small = {name: rank for name, rank in ranks.items() if rank < 1}
-    if small:
-        raise ValueError(f"ranks: expected at least 1, got {small}")
+    too_small = {name: rank for name, rank in ranks.items() if rank < 1}
+    if too_small:
+        raise ValueError(f"ranks: expected at least 1, got {too_small}")
     modules = dict(model.named_modules())
     missing = sorted(set(ranks) - set(modules))
     if missing and kind != "prefix":
         raise ValueError(f"ranks: {type(model).__name__} has no modules {missing}")
+    names, first = list(ranks), max(ranks.values())
     common: dict[str, Any] = {
         "task_type": _task(model),
         "modules_to_save": _saved(model, find_blocks(model), None) or None,
-    }
-    names = list(ranks)
-    first = max(ranks.values())
-    kin: dict[str, Any] = {
         "target_modules": names,
-        "fan_in_fan_out": any(isinstance(modules.get(n), Conv1D) for n in names),
+        "fan_in_fan_out": any(isinstance(modules.get(name), Conv1D) for name in names),
     }
     patterns: dict[str, Any] = {
         "r": first,
@@ -83,13 +80,13 @@ def adapt(
     }
     config: peft.PeftConfig
     if kind in ("lora", "dora"):
-        config = peft.LoraConfig(**common, **kin, **patterns, use_dora=kind == "dora")
+        config = peft.LoraConfig(**common, **patterns, use_dora=kind == "dora")
     elif kind == "adalora":
-        config = _adalora(names, ranks, scale, steps, {**common, **kin})
+        config = _adalora(ranks, scale, steps, common)
     elif kind == "ia3":
-        config = peft.IA3Config(**common, **kin, feedforward_modules=[])
+        config = peft.IA3Config(**common, feedforward_modules=[])
     elif kind == "vera":
-        config = peft.VeraConfig(**common, **kin, r=first)
+        config = peft.VeraConfig(**common, r=first)
     else:
         config = peft.PrefixTuningConfig(task_type=common["task_type"], num_virtual_tokens=first)
     with _restored_on_error(model, "default"):
@@ -99,13 +96,11 @@ def adapt(
     return adapted
 
 
-def _adalora(
-    names: list[str], ranks: Mapping[str, int], scale: float, steps: int | None, common: dict[str, Any]
-) -> peft.AdaLoraConfig:
-    """AdaLoRA begins with half as much again as it may keep, and has pruned to that at three quarters of the steps."""
+def _adalora(ranks: Mapping[str, int], scale: float, steps: int | None, common: dict[str, Any]) -> peft.AdaLoraConfig:
+    """AdaLoRA begins with 1.5 times its final ranks, and has pruned to these at three quarters of the steps."""
     if steps is None or steps < 4:
-        raise ValueError(f"steps: AdaLoRA plans its ranks over a training of at least 4 steps, got {steps}")
-    target = max(1, round(sum(ranks.values()) / len(names)))
+        raise ValueError(f"steps: AdaLoRA needs a training of at least 4 steps, got {steps}")
+    target = max(1, round(sum(ranks.values()) / len(ranks)))
     first = max(target + 1, math.ceil(1.5 * target))
     return peft.AdaLoraConfig(
         **common | {"lora_alpha": scale * first},
@@ -119,23 +114,23 @@ def _adalora(
 
 
 def adapter_parameters(model: nn.Module) -> int:
-    """How many trainable parameters a model adapted by peft has outside of its head."""
+    """The number of trainable parameters outside the head, of a model adapted by peft."""
     return sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and "modules_to_save" not in name)
 
 
 def head_parameters(model: nn.Module) -> list[str]:
-    """Names of the parameters that lie outside of the backbone; none where the model does not name its backbone."""
+    """Names of the parameters outside the backbone; none if the model does not name its backbone."""
     backbone = getattr(model, "base_model_prefix", "")
     return [name for name, _ in model.named_parameters() if not name.startswith(f"{backbone}.")] if backbone else []
 
 
 def train_only(model: nn.Module, part: str, top: int = 0) -> None:
-    """Leaves a part of a model without adapters trainable.
+    """Make a part of a model trainable, and freeze the rest.
 
     Args:
         model: without adapters.
-        part: "head": what lies outside of the backbone; "top": that, and the last `top` blocks with what the model
-            registers after them; "bias": the head and every bias; "all": everything.
+        part: "head": parameters outside the backbone; "top": these, the last `top` blocks and what the model registers
+            after them; "bias": the head and every bias; "all": all parameters.
         top: number of blocks.
     """
     if part not in ("head", "top", "bias", "all"):
@@ -148,7 +143,7 @@ def train_only(model: nn.Module, part: str, top: int = 0) -> None:
     inside = tuple(f"{block.path}." for block in blocks[len(blocks) - top :])
     head = head_parameters(model)
     if part == "head" and not head:
-        raise ValueError(f"part: {type(model).__name__} has no head outside of its backbone")
+        raise ValueError(f"part: {type(model).__name__} has no head outside its backbone")
     for i, (name, parameter) in enumerate(named):
         if part == "all":
             train = True

@@ -1,4 +1,4 @@
-"""Bottleneck adapters (Houlsby et al. 2019): a small residual network behind the output of a block."""
+"""Bottleneck adapters (Houlsby et al. 2019): a small residual network after the output of a block."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["bottleneck"]
 
 
 class _Bottleneck(nn.Module):
-    """x + up(gelu(down(x))), zero at the beginning: the model is then as it was."""
+    """x + up(gelu(down(x))), initialised so that the model is unchanged."""
 
     def __init__(self, width: int, inner: int):
         super().__init__()
@@ -29,10 +29,10 @@ class _Bottleneck(nn.Module):
 
 
 def bottleneck(model: nn.Module, layers: Sequence[int], width: int) -> nn.Module:
-    """`model` with a bottleneck adapter of `width` behind each of `layers`, the rest frozen but the head.
+    """`model` with a bottleneck adapter of `width` after each of `layers`; all else is frozen except the head.
 
-    peft has none. The adapters are children of their blocks, so that they are saved with the model. `ValueError` where
-    a block does not exist, or its output is not a tensor of hidden states.
+    peft has no such adapters. They are children of their blocks, so they are saved with the model. `ValueError` if a
+    block does not exist, or its output is not a tensor of hidden states.
     """
     if width < 1:
         raise ValueError(f"width: expected at least 1, got {width}")
@@ -41,18 +41,17 @@ def bottleneck(model: nn.Module, layers: Sequence[int], width: int) -> nn.Module
         raise ValueError(f"layers: expected some of 0 to {len(blocks) - 1}, got {list(layers)}")
     hidden = getattr(model.config, "hidden_size", None)
     if hidden is None:
-        raise ValueError("model: its configuration names no hidden_size")
+        raise ValueError("model: its configuration has no hidden_size")
     backbone = getattr(model, "base_model_prefix", "")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.startswith(f"{backbone}."))
     for layer in layers:
-        adapter = _Bottleneck(hidden, width)
-        blocks[layer].module.add_module("bottleneck", adapter)
-        blocks[layer].module.register_forward_hook(_behind)
+        blocks[layer].module.add_module("bottleneck", _Bottleneck(hidden, width))
+        blocks[layer].module.register_forward_hook(_adapt_output)
     return model
 
 
-def _behind(block: Any, _inputs: Any, output: Any) -> Any:
+def _adapt_output(block: Any, _inputs: Any, output: Any) -> Any:
     if isinstance(output, torch.Tensor):
         return block.bottleneck(output)
     if isinstance(output, tuple) and isinstance(output[0], torch.Tensor):

@@ -1,4 +1,4 @@
-"""What the README of an adapter says of its plan: which layers, why, how it was measured, and against what compared."""
+"""The section about the plan in the README of an adapter: layers, reasons, measurement and comparisons."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _SETTINGS = ("method", "window", "alpha", "k", "normalisation", "cliff", "stack"
 
 
 def write_section(folder: str | os.PathLike, plan: Plan, comparisons: Sequence[str] = ()) -> None:
-    """Put the section about a plan into the card in `folder`, or in the place of the one that is there.
+    """Write the section about a plan into the card in `folder`, in place of an earlier section.
 
-    Of several adapters in one folder each writes over the section of the one before. No card: one is made.
+    Several adapters in one folder share one section, that of the last. Without a card, one is made.
     """
     path = Path(folder) / CARD
     text = path.read_text("utf-8") if path.exists() else ""
@@ -35,9 +35,9 @@ def section_of(plan: Plan, comparisons: Sequence[str] = ()) -> str:
     lines = ["## Where the adapters are, and why", "", plan.summary, ""]
     lines += ["| layer | module | reason |", "|---|---|---|"]
     lines += [f"| {layer} | `{names[layer]}` | {_cell(plan.reasons[layer])} |" for layer in plan.layers]
-    lines += ["", f"Layers are counted from 0, of {len(plan.candidates)} that there were to choose from."]
+    lines += ["", f"Layers are counted from 0. They were chosen from {len(plan.candidates)} layers."]
     done = [str(action["words"]) for action in plan.actions if action.get("words")]
-    lines += [f"What was put there: {' '.join(done)}", ""] if done else [""]
+    lines += [f"What was done there: {' '.join(done)}", ""] if done else [""]
     settings = [f"{name} {plan.config[name]}" for name in _SETTINGS if plan.config.get(name) is not None]
     measured = ", ".join(name.replace("_", " ") for name in plan.profile) or "nothing"
     lines += [
@@ -51,8 +51,8 @@ def section_of(plan: Plan, comparisons: Sequence[str] = ()) -> str:
         "",
     ]
     lines += [f"- {line}" for line in comparisons] or [
-        "None were recorded: nobody has compared these layers with equally many others, so expect no gain from where"
-        " they are."
+        "None were recorded: these layers were not compared with equally many others, so a gain from their choice is"
+        " not known."
     ]
     return "\n".join(lines) + "\n"
 

@@ -1,4 +1,4 @@
-"""What the code of a module's class does with the weights of its children."""
+"""How the code of a module's class uses the weights of its children."""
 
 from __future__ import annotations
 
@@ -7,24 +7,20 @@ import inspect
 
 __all__ = ["read_directly"]
 
-_HARMLESS = {"dtype", "device", "shape", "ndim", "is_cuda"}  # what may be asked of a weight without using it
-_READ: dict[type, frozenset[str]] = {}  # by class, because reading code takes a while
+_HARMLESS = {"dtype", "device", "shape", "ndim", "is_cuda"}  # attributes of a weight that do not use its values
+_READ: dict[type, frozenset[str]] = {}  # results by class, because reading code takes time
 
 
 def read_directly(cls: type) -> frozenset[str]:
-    """Attributes of a class whose `weight` or `bias` some method of it uses, as in `self.out_proj.weight`."""
-    if cls not in _READ:
-        _READ[cls] = _read_in_code(cls)
-    return _READ[cls]
-
-
-def _read_in_code(cls: type) -> frozenset[str]:
+    """Attributes of a class whose `weight` or `bias` one of its methods uses, as in `self.out_proj.weight`."""
+    if cls in _READ:
+        return _READ[cls]
     found: set[str] = set()
     for owner in cls.__mro__:
         if owner.__module__.startswith("torch.nn.modules.module"):
             continue
         for name, function in vars(owner).items():
-            # A decorator's code says nothing of the weights: what it wraps does.
+            # The code inside a decorator uses the weights, not the decorator.
             code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
             if code is None or name.startswith(("_init", "init", "reset", "tie", "_tie", "extra_repr", "__init__")):
                 continue
@@ -36,4 +32,4 @@ def _read_in_code(cls: type) -> frozenset[str]:
                 if reads and not asks and before[1] is not None and before[1].opname == "LOAD_ATTR":
                     found.add(before[1].argval)
                 before = [before[1], op]
-    return frozenset(found)
+    return _READ.setdefault(cls, frozenset(found))

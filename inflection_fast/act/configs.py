@@ -1,4 +1,4 @@
-"""From a plan to a peft configuration: the modules by full name, and what follows from the model."""
+"""A plan becomes a peft configuration: modules by full name, and settings that follow from the model."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import peft
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -15,6 +16,7 @@ from transformers.models.auto import modeling_auto as auto
 
 from ..blocks import Block
 from ..decide import Plan
+from .handle import check_integer
 from .planned import every_block, planned_blocks, unwrapped
 from .targets import Targets, is_conv1d, targets_of
 
@@ -48,16 +50,13 @@ def target_modules(model: nn.Module, plan: Plan, wanted: str | Sequence[str] | N
 def lora_config(model: nn.Module, plan: Plan, r: int | None = None, **options) -> peft.LoraConfig:
     """See `Plan.lora_config`."""
     r = DEFAULT_RANK if r is None else r
-    check_rank("r", r)
+    check_integer("r", r)
     options = {"lora_alpha": 2 * r} | {name: value for name, value in options.items() if value is not None}
-    config, _ = complete(model, plan, peft.LoraConfig(r=r, **options))
-    if not isinstance(config, peft.LoraConfig):
-        raise TypeError(f"config: expected a LoraConfig, got {type(config).__name__}")
-    return config
+    return cast(peft.LoraConfig, complete(model, plan, peft.LoraConfig(r=r, **options))[0])
 
 
 def method_of(config: peft.PeftConfig) -> str:
-    """The name of a configuration's method, as peft writes it ("LORA")."""
+    """The name of a configuration's method in peft, such as "LORA"."""
     return str(getattr(config.peft_type, "value", config.peft_type))
 
 
@@ -73,7 +72,7 @@ def peft_config(model: nn.Module, plan: Plan, config: peft.PeftConfig | str, **o
         _refuse_foreign(known[name])
         config, options = known[name](**options), {}
     if options:
-        raise ValueError(f"{next(iter(options))}: belongs into the configuration that was passed")
+        raise ValueError(f"{next(iter(options))}: set it in the configuration that was passed")
     return complete(model, plan, config)[0]
 
 
@@ -85,10 +84,10 @@ def complete(
     parameters: str | Sequence[str] | None = None,
     ranks: Mapping[int, int] | None = None,
 ) -> tuple[peft.PeftConfig, Targets]:
-    """A copy of `config` with the planned modules, ranks, head and task filled in where it leaves them open.
+    """A copy of `config` with the planned modules, ranks, head and task where it does not set them, and the targets.
 
-    `ValueError` for a method that is not of layers, for settings that choose layers by themselves, and where peft
-    would match other modules than the planned ones.
+    `ValueError` for a method that does not adapt modules of layers, for settings that choose layers themselves, and if
+    peft would match other modules than the planned ones.
     """
     if not isinstance(config, peft.PeftConfig):
         raise TypeError(f"config: expected a PeftConfig or the name of a method, got {type(config).__name__}")
@@ -126,32 +125,25 @@ def refuse_mismatch(planned: Sequence[str], matched: Sequence[str]) -> None:
     missed, beyond = sorted(set(planned) - set(matched)), sorted(set(matched) - set(planned))
     if missed or beyond:
         raise ValueError(
-            f"target_modules: peft would not match the planned modules: missed {missed[:5]}, beyond them {beyond[:5]}"
+            f"target_modules: peft would match other modules than the planned ones: without {missed[:5]}, and also"
+            f" {beyond[:5]}"
         )
 
 
 def _set(config: peft.PeftConfig, field: str, value: object) -> None:
-    """A field that the configurations of methods of layers have, and their common class has not."""
+    """Set a field that `peft.PeftConfig` does not declare, but its subclasses for methods of layers do."""
     setattr(config, field, value)
-
-
-def check_rank(name: str, r: int) -> None:
-    """`ValueError` unless `r` is a rank."""
-    if not isinstance(r, int) or isinstance(r, bool) or r < 1:
-        raise ValueError(f"{name}: expected an integer >= 1, got {r!r}")
 
 
 def _refuse_foreign(cls: type) -> None:
     fields = {field.name for field in dataclasses.fields(cls)}
     method = cls.__name__.removesuffix("Config")
-    why = _WHY_NOT.get(_type_of(cls) or "")
+    why = next(
+        (_WHY_NOT.get(str(kind.value)) for kind, known in PEFT_TYPE_TO_CONFIG_MAPPING.items() if known is cls), None
+    )
     if "target_modules" not in fields or why:
         why = why or "it puts learned vectors in front of the whole sequence"
         raise ValueError("config: " + _NOT_OF_LAYERS.format(method=method, why=why))
-
-
-def _type_of(cls: type) -> str | None:
-    return next((str(kind.value) for kind, known in PEFT_TYPE_TO_CONFIG_MAPPING.items() if known is cls), None)
 
 
 def _targets(
@@ -168,7 +160,7 @@ def check_wanted(targets: str | Sequence[str] | None) -> None:
         try:
             re.compile(targets)
         except re.error as error:
-            raise ValueError(f"target_modules: {targets!r} is no regular expression: {error}") from error
+            raise ValueError(f"target_modules: {targets!r} is not a regular expression: {error}") from error
     elif targets is not None and not isinstance(targets, Sequence):
         raise ValueError(f"target_modules: expected a string or a sequence of names, got {targets!r}")
 
@@ -183,14 +175,14 @@ def _fill_ranks(
     if not set(ranks) <= set(plan.layers):
         raise ValueError(f"ranks: expected ranks of the planned layers {list(plan.layers)}, got {sorted(ranks)}")
     for layer, rank in ranks.items():
-        check_rank(f"ranks[{layer}]", rank)
+        check_integer(f"ranks[{layer}]", rank)
     scale = config.lora_alpha / getattr(config, "r", 1) if hasattr(config, "lora_alpha") else None
     every = every_block(base, plan)
     ranked, alphas = dict(config.rank_pattern or {}), dict(getattr(config, "alpha_pattern", None) or {})
     for layer, rank in ranks.items():
         pattern = re.escape(f"{every[layer].path}.") + ".*"
         ranked[pattern] = rank
-        if scale is not None:  # the scale of an update is alpha / r: it stays that of the configuration
+        if scale is not None:  # keeps the scale of an update, alpha / r, of the configuration
             alphas[pattern] = scale * rank
     config.rank_pattern = ranked
     if scale is not None and hasattr(config, "alpha_pattern"):
@@ -198,7 +190,7 @@ def _fill_ranks(
 
 
 def _make_exact(base: nn.Module, config: peft.PeftConfig, targets: Targets) -> None:
-    """Names as a list where peft matches just these by it; where others end alike, one expression over full names."""
+    """Keep the list of names if peft matches only these; else one regular expression over full names."""
     names = [name for name, _ in base.named_modules()]
     matched = [name for name in names if check_target_module_exists(config, name)]
     inner = {name for name in matched if any(name.startswith(f"{target}.") for target in targets.modules)}
@@ -209,7 +201,7 @@ def _make_exact(base: nn.Module, config: peft.PeftConfig, targets: Targets) -> N
     refuse_mismatch(targets.modules, [name for name in matched if name not in inner])
 
 
-# ---- what follows from the class of the model ------------------------------------------------------------------------
+# ---- settings that follow from the class of the model ----------------------------------------------------------------
 
 
 def _task(model: nn.Module) -> str | None:

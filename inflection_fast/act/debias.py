@@ -1,10 +1,9 @@
-"""Source debiasing: a model that is sure of its source classes is made less sure before it is adapted.
+"""Source debiasing: a classifier that is confident on its source classes becomes less confident before adaptation.
 
-For a bounded number of steps the mean entropy of the model's class probabilities on source texts is raised and, as an
-option, the loss on them is raised as well (gradient ascent). A guard stops the phase before accuracy or loss on the
-source leave the bounds that were given. The expectation (arXiv 2511.00797, future work) is that the loss of the
-adaptation rises at first and then falls, and that activation gradients of the blocks below recover; `held` says of two
-timelines whether they did.
+For a limited number of steps, training raises the mean entropy of the class probabilities on source texts, and
+optionally the loss on them (gradient ascent). A guard stops the phase if accuracy or loss on the source pass a limit.
+The expectation (arXiv 2511.00797, future work) is that the loss of the adaptation first rises and then falls, and that
+activation gradients of the lower blocks recover. `held` tests this on two timelines.
 """
 
 from __future__ import annotations
@@ -21,24 +20,24 @@ from torch import Tensor, nn
 
 from ..decide import Plan
 from ..timeline import Timeline
-from .handle import Handle, check_steps
+from .handle import Handle, check_integer, check_number, gradients_set_aside
 
 __all__ = ["Debiased", "Expectation", "debias_source", "held"]
 
 
 @dataclass(frozen=True)
 class Expectation:
-    """What was expected of the adaptation after a debiasing phase, and whether it came."""
+    """Whether the adaptation after a debiasing phase went as expected. None: the timelines do not show it."""
 
-    held: bool | None  # None: the timelines do not say
-    loss: bool | None  # it rose in the phase, and fell from there in the adaptation
+    held: bool | None  # both of the following
+    loss: bool | None  # it rose in the phase, and fell in the adaptation
     gradients: bool | None  # those of the lower half of the blocks are larger than without the phase
     words: str
 
 
 @dataclass
 class _History:
-    """Of every step of the phase, before its update."""
+    """Values of every step of the phase, before its update."""
 
     loss: list[float] = field(default_factory=list)  # nats
     accuracy: list[float] = field(default_factory=list)
@@ -49,7 +48,7 @@ class _History:
 
 
 class Debiased(Handle):
-    """A debiasing phase that has run; what it did is permanent."""
+    """A debiasing phase that has run. Its changes are permanent."""
 
     name = "source debiasing"
     permanent = True
@@ -65,37 +64,27 @@ class Debiased(Handle):
         least_accuracy: float | None,
         largest_loss: float | None,
     ):
-        check_steps("steps", steps)
-        for name, value, least in (("lr", lr, 0.0), ("ascent", ascent, -math.inf)):
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not least < value < math.inf:
-                raise ValueError(f"{name}: expected a number > {least:g}, got {value!r}")
-        if ascent < 0:
-            raise ValueError(f"ascent: expected a number >= 0, got {ascent!r}")
+        check_integer("steps", steps)
+        check_number("lr", lr, "> 0")
+        check_number("ascent", ascent, ">= 0")
         if least_accuracy is None and largest_loss is None:
-            raise ValueError("least_accuracy: give it or largest_loss, so that something stops the phase")
-        if least_accuracy is not None and not 0 <= least_accuracy <= 1:
-            raise ValueError(f"least_accuracy: expected a number in [0, 1], got {least_accuracy!r}")
+            raise ValueError("least_accuracy: give it or largest_loss, as a limit that stops the phase")
+        if least_accuracy is not None:
+            check_number("least_accuracy", least_accuracy, "in [0, 1]")
         super().__init__(model, where)
         self.steps, self.lr, self.ascent = steps, lr, ascent
         self.least_accuracy, self.largest_loss = least_accuracy, largest_loss
         self.history = _History()
-        self.stopped: str | None = None  # why, where the guard stopped the phase
+        self.stopped: str | None = None  # the reason, if the guard stopped the phase
         inside = {id(p) for block in self.blocks for p in block.module.parameters()}
         parameters = [p for p in model.parameters() if p.requires_grad and (where is None or id(p) in inside)]
         if not parameters:
             raise ValueError("model: none of the chosen parameters trains; unfreeze some first")
-        before = [(p, p.grad) for p in model.parameters()]
-        trained = [(p, p.requires_grad) for p in model.parameters()]
         chosen = {id(p) for p in parameters}
-        try:
-            for p, was in trained:
-                p.requires_grad_(was and id(p) in chosen)
-                p.grad = None
-            self._run(parameters, _endless(batches), next(model.parameters()).device)
-        finally:
-            for (p, was), (_, gradient) in zip(trained, before, strict=True):
-                p.requires_grad_(was)
-                p.grad = gradient
+        with gradients_set_aside(model):
+            for p in model.parameters():
+                p.requires_grad_(id(p) in chosen)
+            self._run(parameters, _repeated(batches), next(model.parameters()).device)
         self._live = False
 
     def _run(self, parameters: list[nn.Parameter], batches: Iterator[Mapping[str, Tensor]], device) -> None:
@@ -121,8 +110,8 @@ class Debiased(Handle):
             optimizer.step()
 
     def _guard(self) -> str | None:
-        """Why the phase has to stop, judged by the last `_JUDGED` steps."""
-        accuracy, loss = (float(np.mean(one[-_JUDGED:])) for one in (self.history.accuracy, self.history.loss))
+        """The reason to stop the phase, from means over the last `_GUARD_STEPS` steps; None: no reason."""
+        accuracy, loss = (float(np.mean(one[-_GUARD_STEPS:])) for one in (self.history.accuracy, self.history.loss))
         if self.least_accuracy is not None and accuracy < self.least_accuracy:
             return f"accuracy on the source fell to {accuracy:.3f}, below {self.least_accuracy:g}"
         if self.largest_loss is not None and loss > self.largest_loss:
@@ -130,7 +119,7 @@ class Debiased(Handle):
         return None
 
     def held(self, before: Timeline, after: Timeline) -> Expectation:
-        """Whether the adaptation `after` the phase went as expected, against one `before` (without) it."""
+        """Whether the adaptation `after` the phase went as expected, compared with one without it (`before`)."""
         return held(before, after, self.history.loss)
 
     def _settings(self) -> dict:
@@ -141,18 +130,15 @@ class Debiased(Handle):
         }  # fmt: skip
 
     def _words(self) -> str:
-        ends = f"stopped: {self.stopped}" if self.stopped else "all of them taken"
+        ends = f"stopped: {self.stopped}" if self.stopped else "all done"
         first, last = (self.history.entropy[at] for at in (0, -1))
         return (
             f"Source debiasing for at most {self.steps} steps ({ends}); the entropy of class probabilities went from "
             f"{first:.3f} to {last:.3f} nats."
         )
 
-    def _remove(self) -> None:
-        raise RuntimeError(f"{self.name} is permanent")
 
-
-_JUDGED = 4  # steps whose mean the guard judges: one batch says little
+_GUARD_STEPS = 4  # the guard uses means over steps, because single batches are noisy
 
 
 def debias_source(
@@ -169,34 +155,33 @@ def debias_source(
     """Raise the entropy of a classifier's source-class probabilities for at most `steps` steps, before adaptation.
 
     Minimises -(mean entropy) - ascent * (cross entropy with the source labels) with AdamW. Permanent: keep a copy of
-    the weights to go back to. The model is run in the mode it is in, and gradients and `requires_grad` are afterwards
-    as they were.
+    the weights to restore them. The model runs in its current mode. Gradients and `requires_grad` are restored.
 
     Args:
         model: a classifier with the head of its source task; returns `logits` [B, C].
-        batches: of source texts with `labels` [B]; gone through again and again.
-        layers: whose parameters move, of those that train; None: all that train.
+        batches: source texts with `labels` [B]; iterated repeatedly.
+        layers: blocks whose trainable parameters change; None: all trainable parameters change.
         lr: learning rate.
         ascent: weight of gradient ascent on the source; 0: none.
-        least_accuracy: the phase stops, without a further update, where the accuracy on the last 4 batches is below.
-        largest_loss: the same for a loss above, in nats.
+        least_accuracy: the phase stops, without a further update, if the accuracy on the last 4 batches is below.
+        largest_loss: the phase stops if the loss on the last 4 batches is above, in nats.
 
     Raises:
-        ValueError: numbers out of range, no guard at all, batches without labels, or nothing that trains.
+        ValueError: numbers out of range, no limit of the guard, batches without labels, or nothing that trains.
     """
     return Debiased(model, layers, batches, steps, lr, ascent, least_accuracy, largest_loss)
 
 
 def held(before: Timeline, after: Timeline, phase_loss: Sequence[float] = ()) -> Expectation:
-    """Whether "the loss rises, then falls; gradients below recover" holds of two adaptations of one model.
+    """Whether the loss rose and then fell, and lower gradients recovered, in two adaptations of one model.
 
-    The loss: that of the phase (`phase_loss`) rose, by its first and last third, and that of `after` fell, in the same
-    way. The gradients: the geometric mean of the activation gradient norms of the lower half of the blocks, over the
-    first third of the steps, is larger in `after` than in `before`. `ValueError` where the timelines are of other
-    blocks; what has no values is None.
+    Loss: from its first to its last third, that of the phase (`phase_loss`) rose and that of `after` fell. Gradients:
+    the geometric mean of the activation gradient norms of the lower half of the blocks, over the first third of the
+    steps, is larger in `after` than in `before`. Without values a result is None. `ValueError` if the timelines have
+    other blocks.
     """
     if before.layers != after.layers:
-        raise ValueError("after: it was measured on other blocks than before; compare adaptations of one model")
+        raise ValueError("after: it was measured on other blocks than `before`; compare adaptations of one model")
     rose, fell = _change(phase_loss), _change(after.loss)
     loss = None if math.isnan(rose + fell) else rose > 0 > fell
     share = _lower_gradient(after) / _lower_gradient(before)
@@ -212,7 +197,7 @@ def held(before: Timeline, after: Timeline, phase_loss: Sequence[float] = ()) ->
         if gradients is None
         else f"The activation gradient of the lower blocks is {share:.2f} times that without the phase: "
         + ("as expected." if gradients else "not as expected."),
-        {True: "The expectation held.", False: "The expectation did not hold.", None: "Nothing can be said of it."}[
+        {True: "The expectation held.", False: "The expectation did not hold.", None: "No verdict is possible."}[
             verdict
         ],
     ]
@@ -233,13 +218,13 @@ def _lower_gradient(timeline: Timeline) -> float:
     return float(np.exp(np.log(values).mean())) if values.size else math.nan
 
 
-def _endless(batches: Iterable[Mapping[str, Tensor]]) -> Iterator[Mapping[str, Tensor]]:
+def _repeated(batches: Iterable[Mapping[str, Tensor]]) -> Iterator[Mapping[str, Tensor]]:
     if isinstance(batches, Iterator):
-        raise TypeError("batches: expected a list or a loader, which can be gone through again, got an iterator")
+        raise TypeError("batches: expected a list or a loader, which can be iterated repeatedly, got an iterator")
     while True:
         empty = True
         for batch in batches:
             empty = False
             yield batch
         if empty:
-            raise ValueError("batches: there are none")
+            raise ValueError("batches: expected at least one, got none")

@@ -1,9 +1,9 @@
-"""A penalty on attention entropy: heads are kept above a floor, or near a target, while a model trains.
+"""A penalty on attention entropy, which keeps heads above a floor or near a target while a model trains.
 
-For every chosen head, h is the mean entropy of a sample of its query rows, padding left out. The penalty is the mean
+For every chosen head, h is the mean entropy of a sample of its query rows, without padding. The penalty is the mean
 over heads of max(0, target - h)^2 ("floor") or of (h - target)^2 ("near"), times a weight. Gradients go to queries and
-keys through the package's own operator, which stores no matrix of scores: beyond them it needs memory in proportion to
-the length of the sequence.
+keys through the package's own operator, which stores no matrix of scores: it needs memory in proportion to the length
+of the sequence.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from ..measure.attention_observer import FunctionMode, call_of, interfaces_of
 from ..measure.attention_places import AttentionPlaces
 from ..measure.micro_batch import ValidRows, decoder_layers, named_inputs
 from ..measure.schedule import RowSampler, Strata
-from .handle import Scheduled, check_steps
-from .heads import heads_by_layer
+from .handle import Scheduled, check_integer, check_number
+from .heads import as_setting, heads_by_layer
 from .interface import InterfaceCall, change_queries
 
 __all__ = ["AttentionEntropyLoss", "attention_entropy_loss"]
@@ -40,17 +40,17 @@ class _Seen:
     weights: Tensor  # [R]
 
     def by_head(self) -> Tensor:
-        """[H]: means over the rows that count; 0 where there are none."""
+        """[H]: means over the rows that count; 0 without such rows."""
         weights = self.weights.to(self.entropy)
         if self.counted is not None:
             weights = weights * self.counted
         weights = weights.expand(len(self.entropy), -1)[:, None]
-        # A row weighs at least 1, so this divides by something else than the sum only where no row counts.
+        # A row that counts weighs at least 1, so the minimum only matters if no row counts.
         return (self.entropy * weights).sum((0, 2)) / weights.sum().clamp(min=1.0)
 
 
 class AttentionEntropyLoss(Scheduled):
-    """The penalty of the chosen blocks, forward pass by forward pass."""
+    """The penalty of the chosen blocks in each forward pass."""
 
     name = "attention entropy loss"
 
@@ -66,15 +66,13 @@ class AttentionEntropyLoss(Scheduled):
         add_to_loss: bool,
         seed: int,
     ):
-        if not _is_number(target) or not 0 < target < float("inf"):
-            raise ValueError(f"target: expected a number of nats > 0, got {target!r}")
-        if not _is_number(weight) or not 0 <= weight < float("inf"):
-            raise ValueError(f"weight: expected a number >= 0, got {weight!r}")
+        check_number("target", target, "> 0")
+        check_number("weight", weight, ">= 0")
         if mode not in _MODES:
             raise ValueError(f"mode: expected one of {list(_MODES)}, got {mode!r}")
         if rows is not None:
-            check_steps("rows", rows)
-        check_steps("seed", seed, 0)
+            check_integer("rows", rows)
+        check_integer("seed", seed, 0)
         super().__init__(model, where)
         self.target, self.mode, self.weight, self.rows, self.seed = float(target), mode, float(weight), rows, seed
         self.heads = heads_by_layer(self.blocks, where, heads)
@@ -91,24 +89,21 @@ class AttentionEntropyLoss(Scheduled):
             self._owners |= dict.fromkeys(block.module.modules(), block.index)
         self._places = AttentionPlaces(self.blocks)
         self._modes: list[FunctionMode] = []
-        self._attached = ExitStack()
-        try:
-            self._attach()
+        with ExitStack() as attached:
+            self._attach(attached)
             self._update()
-        except BaseException:
-            self._attached.close()
-            raise
+            self._attached = attached.pop_all()
         self._hold()
 
-    # ---- seeing ------------------------------------------------------------------------------------------------------
+    # ---- reading attention -------------------------------------------------------------------------------------------
 
-    def _attach(self) -> None:
-        add, inside = self._attached.callback, {id(module) for module in self._owners}
+    def _attach(self, attached: ExitStack) -> None:
+        add, inside = attached.callback, {id(module) for module in self._owners}
         for interface in {id(one): one for block in self.blocks for one in interfaces_of(block.module)}.values():
-            # After a temperature, if there is one: the entropy is that of the attention that runs.
+            # After an attention temperature, if any, for the entropy of the attention that runs.
             add(change_queries(interface, inside, self._of_interface, last=True))
         if self._places.unnamed or not all(map(interfaces_of, self._places.innermost)):
-            self._attached.enter_context(self._places.followed())
+            attached.enter_context(self._places.followed())
             for block in self.blocks:
                 add(block.module.register_forward_pre_hook(self._block_begins, prepend=True).remove)
                 add(block.module.register_forward_hook(self._block_ends, always_call=True).remove)
@@ -118,17 +113,8 @@ class AttentionEntropyLoss(Scheduled):
     @torch.compiler.disable
     def _of_interface(self, call: InterfaceCall) -> Tensor:
         if torch.is_grad_enabled() and (self._places.of(call.module).kind or "self") == "self":
-            read = call_of(
-                call.name,
-                call.attend,
-                call.module,
-                call.query,
-                call.key,
-                call.mask,
-                call.args,
-                call.kwargs,
-                self._starts,
-            )
+            where = call.name, call.attend, call.module
+            read = call_of(*where, call.query, call.key, call.mask, call.args, call.kwargs, self._starts)
             self._take(self._owners[call.module], read)
         return call.query
 
@@ -142,9 +128,9 @@ class AttentionEntropyLoss(Scheduled):
 
     @torch.compiler.disable
     def _block_begins(self, module: nn.Module, args: tuple) -> None:
-        if module not in self._owners:  # of a copy of the model, which has the hooks too
+        if module not in self._owners:  # a copy of the model has the hooks, too
             return
-        # Around the block, not around the model: so that checkpointing, which runs blocks again, meets the same.
+        # Around the block, not the model, because activation checkpointing runs blocks again.
         self._modes.append(FunctionMode(self._places, self._of_function).__enter__())
 
     @torch.compiler.disable
@@ -157,7 +143,7 @@ class AttentionEntropyLoss(Scheduled):
         if model is not self.model:
             return
         self._seen.clear()
-        self._starts = SequenceStarts()  # those of the forward before may have been written over
+        self._starts = SequenceStarts()  # those of the last forward pass may have been overwritten
         if torch.is_grad_enabled():
             self._valid = ValidRows(named_inputs(model, args, kwargs))
 
@@ -171,8 +157,8 @@ class AttentionEntropyLoss(Scheduled):
         loss = output.get("loss") if isinstance(output, dict) else None
         if loss is None:
             raise RuntimeError(
-                "attention_entropy_loss: the model returned no loss to add to; give it labels, or use "
-                "add_to_loss=False and add loss() of the handle to your own loss"
+                "attention_entropy_loss: the model returned no loss; give it labels, or use add_to_loss=False and add "
+                "loss() of the handle to your own loss"
             )
         output["loss"] = loss + self.loss().to(loss.dtype)
         return output
@@ -186,22 +172,22 @@ class AttentionEntropyLoss(Scheduled):
         if heads is not None and max(heads) >= call.query.shape[1]:
             raise ValueError(f"heads: block {layer} attends with {call.query.shape[1]} heads, got {heads}")
         entropy = _entropy_of(call, rows, heads)
-        if self._valid is not None:  # else a block that checkpointing runs again, for what the operator has to keep
+        if self._valid is not None:  # None: checkpointing runs the block again, for the backward pass
             valid = self._valid.of(call, rows, layer in self._decoders)
             self._seen.append(_Seen(layer, entropy, valid, strata.weights.to(entropy.device)))
 
     # ---- the loss ----------------------------------------------------------------------------------------------------
 
     def loss(self) -> Tensor:
-        """The weighted penalty [] float32 of the last forward pass, to be added to the loss of that pass.
+        """The weighted penalty of the last forward pass, float32 [], to be added to the loss of that pass.
 
-        `RuntimeError` where no attention was seen, or none that depends on a parameter that trains.
+        `RuntimeError` if no attention was seen, or none that depends on a trainable parameter.
         """
         if not any(seen.entropy.requires_grad for seen in self._seen):
             raise RuntimeError(
-                "attention_entropy_loss: no attention with gradients was seen; call loss() after a training forward of "
-                "the very model that was given, train something before its queries and keys, and checkpoint with "
-                "use_reentrant=False"
+                "attention_entropy_loss: no attention with gradients was seen; call loss() after a forward pass in "
+                "training of the model that was given, train parameters that its queries and keys depend on, and use "
+                "checkpointing with use_reentrant=False"
             )
         by_head = [seen.by_head() for seen in self._seen]
         self.entropies = {seen.layer: means.detach() for seen, means in zip(self._seen, by_head, strict=True)}
@@ -211,26 +197,23 @@ class AttentionEntropyLoss(Scheduled):
         return self.weight * differences.square().mean()
 
     def _update(self) -> None:
-        # Rows are those of the optimizer step: recomputed activations meet the same ones, and so does a resumed run.
+        # The rows depend on the optimizer step, so that recomputed activations and resumed runs use the same rows.
         self._sampler.begin(self.steps_done)
         self._strata.clear()
 
     def _settings(self) -> dict:
-        heads = {str(layer): some for layer, some in self.heads.items() if some is not None}
-        return {
-            "target": self.target, "mode": self.mode, "heads": heads, "weight": self.weight, "rows": self.rows,
-            "seed": self.seed,
-        }  # fmt: skip
+        settings = {"target": self.target, "mode": self.mode, "heads": as_setting(self.heads)}
+        return settings | {"weight": self.weight, "rows": self.rows, "seed": self.seed}
 
     def _words(self) -> str:
-        aim = "above" if self.mode == "floor" else "near"
+        relation = "above" if self.mode == "floor" else "near"
         return (
-            f"Heads of blocks {', '.join(map(str, self.layers))} are kept {aim} {self.target:g} nats of attention "
+            f"Heads of blocks {', '.join(map(str, self.layers))} are kept {relation} {self.target:g} nats of attention "
             f"entropy (weight {self.weight:g})."
         )
 
     def _remove(self) -> None:
-        self._attached.close()
+        super()._remove()
         self._seen.clear()
 
 
@@ -258,20 +241,21 @@ def attention_entropy_loss(
                 optimizer.zero_grad()
                 entropy.step()
 
-    `loss()` is that of the last forward pass, so with accumulation it is asked for after each of them and divided as
-    the loss is. With the Trainer use `add_to_loss=True`, which adds it to the `loss` that the model returns, and pass
-    `callback()`; where the Trainer hands the number of tokens to the model, the penalty counts once for each
+    `loss()` is the penalty of the last forward pass. With gradient accumulation, call it after each forward pass and
+    divide it as the loss. With the Trainer use `add_to_loss=True`, which adds it to the `loss` that the model returns,
+    and pass `callback()`; if the Trainer passes the number of tokens to the model, the penalty counts once for each
     micro-batch. `step()` draws other query rows. Compiled models break the graph at every attention; checkpointing
     needs `use_reentrant=False`. Biases and masks that are added to the scores get no gradient.
 
     Args:
-        model: the object that the loop calls; under DDP the wrapped one.
-        target: nats per query row; log(T) is the most that a row with T keys can have.
-        layers: a plan or indices of blocks; None: all. The heads of a plan ("collapsed") are taken over.
-        mode: "floor" penalises what is below, "near" also what is above.
+        model: the object that the loop calls; with DDP the wrapped one.
+        target: nats per query row. The maximum of a row with T keys is log(T).
+        layers: a plan or indices of blocks; None: all. With a plan of heads ("collapsed"), only its heads.
+        mode: "floor" penalises entropy below the target, "near" also entropy above.
         heads: indices for all of these blocks, or by block; None: all.
         weight: of the penalty in the loss.
-        rows: query rows per sequence that are looked at, spread over the positions; None: all.
+        rows: number of query rows per sequence, spread over the positions; None: all.
+        add_to_loss: add the penalty to the loss that the model returns.
         seed: of the draw of rows.
 
     Raises:
@@ -284,7 +268,7 @@ def attention_entropy_loss(
 
 
 def _entropy_of(call: AttentionCall, rows: Tensor | None, heads: list[int] | None) -> Tensor:
-    """[B, H, R] float32: stats_of measures the same without gradients."""
+    """[B, H, R] float32, with gradients; `stats_of` of a monitor measures the same without gradients."""
     if call.query.dtype == torch.float64:
         raise TypeError("attention_entropy_loss: attention is in float64; train in float32 or 16 bits")
     query, key, sinks = call.query, call.key, call.sinks
@@ -301,16 +285,18 @@ def _entropy_of(call: AttentionCall, rows: Tensor | None, heads: list[int] | Non
         return ops.attention_entropy(_rows(logits, rows).contiguous())
     if call.mask_mod is not None or call.score_mod is not None:
         raise TypeError(
-            "attention_entropy_loss: FlexAttention with functions for masks or scores cannot be differentiated here; "
-            "use model.set_attn_implementation('sdpa')"
+            "attention_entropy_loss: FlexAttention with functions for masks or scores is not supported; use "
+            "model.set_attn_implementation('sdpa')"
         )
     if sinks is not None and sinks.dim() > 1:
-        raise TypeError("attention_entropy_loss: attention with a sink for every query is not supported; leave it out")
+        raise TypeError(
+            "attention_entropy_loss: attention with a sink for every query is not supported; omit these blocks"
+        )
     if bias is not None:
         bias = _rows(bias, rows)
         if call.is_causal or call.window is not None:
             raise TypeError(
-                "attention_entropy_loss: a bias beside a causal mask or a window is not supported; use "
+                "attention_entropy_loss: a bias with a causal mask or a window is not supported; use "
                 "model.set_attn_implementation('eager')"
             )
         if mask is not None:
@@ -331,7 +317,3 @@ def _heads(tensor: Tensor | None, index: Tensor) -> Tensor | None:
 
 def _rows(tensor: Tensor, rows: Tensor | None) -> Tensor:
     return tensor if rows is None or tensor.shape[-2] == 1 else tensor.index_select(-2, rows)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,16 +1,18 @@
-"""The protocol of interventions: apply one, look at what it did, take it back.
+"""The protocol of interventions: apply one, describe what it did, remove it.
 
-An intervention is an object with its settings; `apply(model, where)` acts on the blocks that a plan or indices name and
-returns a handle. The handle is a context manager; `remove()` leaves the model as it was to the bit, or raises where the
-intervention is permanent; `describe()` is what a plan file and a report say about it. Handles with a schedule advance
-by `step()`, once for each optimizer step, or by the Trainer callback that `callback()` makes.
+The function of an intervention acts on the blocks of a plan or of indices, and returns a handle. The handle is a
+context manager. `remove()` restores the model to the bit, or raises if the intervention is permanent. `describe()`
+returns what plan files and reports say about it. Handles with a schedule advance by `step()`, once for each optimizer
+step, or by the Trainer callback that `callback()` returns.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -23,21 +25,23 @@ from .planned import blocks_of
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Handle", "Scheduled", "Slot", "check_fraction", "check_steps", "parameters_in", "slots"]
+__all__ = [
+    "Handle", "Scheduled", "Slot", "check_integer", "check_number", "gradients_set_aside", "parameters_in", "slots",
+]  # fmt: skip
 
 _applied: weakref.WeakKeyDictionary[nn.Module, dict[str, set[int]]] = weakref.WeakKeyDictionary()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Slot:
-    """Where a parameter of a model is. FSDP2 puts another one there when it shards: what was held before is dead."""
+    """The place of a parameter in a model. When FSDP2 shards, it replaces the parameters that were there before."""
 
     owner: nn.Module
     name: str
 
     @property
     def parameter(self) -> nn.Parameter | None:
-        """What is there now; None once it was parametrised or taken away."""
+        """The current parameter; None if it was parametrised or removed."""
         return self.owner._parameters.get(self.name)
 
     @property
@@ -47,7 +51,7 @@ class Slot:
 
 
 def parameters_in(held: Sequence[Slot]) -> list[nn.Parameter]:
-    """What is in these places now."""
+    """The current parameters of these places."""
     return [parameter for parameter in (slot.parameter for slot in held) if parameter is not None]
 
 
@@ -56,8 +60,22 @@ def slots(module: nn.Module) -> list[Slot]:
     return [Slot(owner, name) for owner in module.modules() for name, p in owner._parameters.items() if p is not None]
 
 
+@contextmanager
+def gradients_set_aside(model: nn.Module) -> Iterator[None]:
+    """Remove the gradients of a model; restore them and every `requires_grad` at the end."""
+    before = [(parameter, parameter.grad, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for parameter, _, _ in before:
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, gradient, trains in before:
+            parameter.requires_grad_(trains)
+            parameter.grad = gradient
+
+
 class Handle:
-    """What an intervention that was applied leaves in the caller's hands."""
+    """An intervention that was applied to a model."""
 
     name = ""  # of the intervention
     permanent = False  # remove() cannot take it back
@@ -67,17 +85,18 @@ class Handle:
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         if isinstance(model, nn.DataParallel):
             raise ValueError(
-                "model: DataParallel runs replicas, which interventions do not reach; use DistributedDataParallel"
+                "model: DataParallel runs replicas, where interventions have no effect; use DistributedDataParallel"
             )
         if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
             raise ValueError("model: it is compiled; apply interventions before compiling")
         self.model = model
         self.blocks: list[Block] = blocks_of(model, where)
+        self._attached = ExitStack()  # removes hooks and patches
         held = _applied.setdefault(model, {}).setdefault(self.name, set())
         twice = held & set(self.layers)
         if twice and not self.permanent:
             raise ValueError(
-                f"layers: {self.name} is applied already to blocks {sorted(twice)}; remove() the handle of that first"
+                f"layers: {self.name} is applied already to blocks {sorted(twice)}; call remove() of its handle first"
             )
         self._live = True
 
@@ -93,7 +112,7 @@ class Handle:
         return f"{self.name} on blocks {', '.join(map(str, self.layers))}."
 
     def describe(self) -> dict[str, Any]:
-        """ "intervention", "words", "layers", "permanent" and the settings: plain values, for `Plan.actions`."""
+        """ "intervention", "words", "layers", "permanent" and the settings as JSON values, for `Plan.actions`."""
         return {
             "intervention": self.name,
             "words": self._words(),
@@ -107,23 +126,23 @@ class Handle:
         return dataclasses.replace(plan, actions=(*plan.actions, self.describe()))
 
     def _hold(self) -> None:
-        """Nothing else of this kind is applied to these blocks until `remove()`. Called last, when all is in place."""
+        """Register these blocks, which refuse a second intervention of this kind until `remove()`. Called last."""
         _applied[self.model][self.name] |= set(self.layers)
 
     def remove(self) -> None:
-        """Leave the model as it was before. Safe to repeat. `RuntimeError` where the intervention is permanent."""
+        """Restore the model. Safe to repeat. `RuntimeError` if the intervention is permanent."""
         if self.permanent:
-            raise RuntimeError(f"{self.name} is permanent: keep a copy of the weights to go back to")
+            raise RuntimeError(f"{self.name} is permanent: keep a copy of the weights before it to restore them")
         if self._live:
             self._live = False
             _applied.get(self.model, {}).get(self.name, set()).difference_update(self.layers)
             self._remove()
 
     def _remove(self) -> None:
-        raise NotImplementedError
+        self._attached.close()
 
     def __deepcopy__(self, memo: dict) -> Handle:
-        """Itself: a copy of a model (an average of its weights) carries the hooks along, which do nothing there."""
+        """Returns itself: the hooks of a copied model (an average of weights) refer to it, and do nothing there."""
         return self
 
     def __enter__(self) -> Self:
@@ -142,13 +161,12 @@ class Scheduled(Handle):
         self.steps_done = 0
 
     def step(self) -> None:
-        """One optimizer step is done."""
+        """Advance by one optimizer step."""
         self.set_step(self.steps_done + 1)
 
     def set_step(self, step: int) -> None:
-        """Be as after so many optimizer steps: for a training that is resumed."""
-        if not isinstance(step, int) or isinstance(step, bool) or step < 0:
-            raise ValueError(f"step: expected an integer >= 0, got {step!r}")
+        """Set the number of optimizer steps that are done, for a training that is resumed."""
+        check_integer("step", step, 0)
         self.steps_done = step
         if self._live:
             self._update()
@@ -157,15 +175,15 @@ class Scheduled(Handle):
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint has to hold."""
+        """The state for a checkpoint."""
         return {"steps_done": self.steps_done}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict()` was taken."""
+        """Continue from the state of `state_dict()`."""
         self.set_step(state["steps_done"])
 
     def callback(self) -> TrainerCallback:
-        """A `transformers.TrainerCallback` that advances with the Trainer's optimizer steps, also when it resumes."""
+        """A `transformers.TrainerCallback` that follows the Trainer's optimizer steps, also after a resume."""
         return _Stepping(self)
 
 
@@ -180,13 +198,21 @@ class _Stepping(TrainerCallback):
         self._handle.set_step(state.global_step)
 
 
-def check_steps(name: str, value: int, least: int = 1) -> None:
+def check_integer(name: str, value: int, least: int = 1) -> None:
     """`ValueError` unless `value` is an integer of at least `least`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
 
 
-def check_fraction(name: str, value: float) -> None:
-    """`ValueError` unless `value` is a number in [0, 1]."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 1:
-        raise ValueError(f"{name}: expected a number in [0, 1], got {value!r}")
+_RANGES: dict[str, Callable[[float], bool]] = {
+    "> 0": lambda value: 0 < value < math.inf,
+    ">= 0": lambda value: 0 <= value < math.inf,
+    "in [0, 1]": lambda value: 0 <= value <= 1,
+    "in [0, 1)": lambda value: 0 <= value < 1,
+}
+
+
+def check_number(name: str, value: float, accepted: str) -> None:
+    """`ValueError` unless `value` is a finite number in the range `accepted`, one of `_RANGES`."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not _RANGES[accepted](value):
+        raise ValueError(f"{name}: expected a number {accepted}, got {value!r}")

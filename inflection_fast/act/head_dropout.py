@@ -1,27 +1,26 @@
-"""Head dropout: whole attention heads are left out at random while a model trains (DropHead, arXiv 2004.13342).
+"""Head dropout: whole attention heads are dropped at random while a model trains (DropHead, arXiv 2004.13342).
 
-The output of a chosen head is zero with probability p and divided by 1 - p otherwise, anew for every sequence, before
-the heads are joined by the output projection. So neighbours of a collapsed head cannot rely on it, and it has to carry
-something of its own. In evaluation nothing is left out.
+The output of a chosen head is zero with probability p and divided by 1 - p otherwise, drawn for every sequence, before
+the output projection. Other heads then cannot rely on this head, and it has to contribute itself. In evaluation no head
+is dropped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
 
 from ..decide import Plan
-from .handle import Handle
-from .heads import heads_by_layer, output_projection
+from .handle import Handle, check_number
+from .heads import as_setting, heads_by_layer, output_projection
 
 __all__ = ["HeadDropout", "head_dropout"]
 
 
 class HeadDropout(Handle):
-    """Heads that are left out at random."""
+    """Heads that are dropped at random."""
 
     name = "head dropout"
 
@@ -32,12 +31,10 @@ class HeadDropout(Handle):
         p: float,
         heads: Sequence[int] | Mapping[int, Sequence[int]] | None,
     ):
-        if not isinstance(p, (int, float)) or isinstance(p, bool) or not 0 <= p < 1:
-            raise ValueError(f"p: expected a number in [0, 1), got {p!r}")
+        check_number("p", p, "in [0, 1)")
         super().__init__(model, where)
         self.p, self.heads = float(p), heads_by_layer(self.blocks, where, heads)
         found = [(block, *output_projection(block)) for block in self.blocks]
-        self._attached = ExitStack()
         for block, output, count in found:
             chosen = self.heads[block.index]
             drops = torch.zeros(count)
@@ -47,13 +44,10 @@ class HeadDropout(Handle):
         self._hold()
 
     def _settings(self) -> dict:
-        return {"p": self.p, "heads": {str(layer): some for layer, some in self.heads.items() if some is not None}}
+        return {"p": self.p, "heads": as_setting(self.heads)}
 
     def _words(self) -> str:
-        return f"Heads of blocks {', '.join(map(str, self.layers))} are left out with probability {self.p:g}."
-
-    def _remove(self) -> None:
-        self._attached.close()
+        return f"Heads of blocks {', '.join(map(str, self.layers))} are dropped with probability {self.p:g}."
 
 
 class _Dropping:
@@ -77,16 +71,16 @@ def head_dropout(
     p: float = 0.1,
     heads: Sequence[int] | Mapping[int, Sequence[int]] | None = None,
 ) -> HeadDropout:
-    """Leave attention heads of blocks out with probability `p` while the model trains, until `remove()`.
+    """Drop attention heads of blocks with probability `p` while the model trains, until `remove()`.
 
-    Draws come from torch's generator, as those of `nn.Dropout` do. Apply before compiling.
+    Draws come from torch's generator, as those of `nn.Dropout`. Apply before compiling.
 
     Args:
-        layers: a plan or indices of blocks; None: all. The heads of a plan ("collapsed") are taken over.
+        layers: a plan or indices of blocks; None: all. With a plan of heads ("collapsed"), only its heads.
         heads: indices for all of these blocks, or by block; None: all.
 
     Raises:
-        ValueError: p outside [0, 1), a head or block that does not exist, an output projection that cannot be told or
-            is not called as a module, or a second dropout on the same blocks.
+        ValueError: p outside [0, 1), a head or block that does not exist, an output projection that is not found or not
+            called as a module, or a second dropout on the same blocks.
     """
     return HeadDropout(model, layers, p, heads)

@@ -1,4 +1,4 @@
-"""Attention heads of a block: which ones are meant, and where their weights are."""
+"""Attention heads of a block: which ones are chosen, and where their weights are."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..decide import Plan
 from ..measure.attention_places import AttentionPlaces, heads_of
 from .targets import is_conv1d, is_linear
 
-__all__ = ["HeadWeights", "Rows", "head_weights", "heads_by_layer", "output_projection"]
+__all__ = ["HeadWeights", "Rows", "as_setting", "head_weights", "heads_by_layer", "output_projection"]
 
 _QUERY = ("q_proj", "query", "q", "q_lin", "wq", "to_q", "query_proj", "q_linear")
 _KEY = ("k_proj", "key", "k", "k_lin", "wk", "to_k", "key_proj", "k_linear")
@@ -33,7 +33,7 @@ class Rows:
 
     @property
     def index(self) -> tuple[slice, ...]:
-        """Of the weight, which is [out, in], or [in, out] where the layer is a `Conv1D`."""
+        """The index into the weight, which is [out, in], or [in, out] of a `Conv1D`."""
         rows = slice(self.begin, self.end)
         first = self.of_inputs == is_conv1d(self.module)
         return (rows,) if first else (slice(None), rows)
@@ -45,7 +45,7 @@ class HeadWeights:
 
     heads: int
     groups: int
-    query: tuple[nn.Module, int]  # the layer, and where in its outputs they begin
+    query: tuple[nn.Module, int]  # the layer, and the first of its outputs
     key: tuple[nn.Module, int]
     value: tuple[nn.Module, int]
     output: nn.Module
@@ -53,7 +53,7 @@ class HeadWeights:
     value_width: int
 
     def of(self, head: int) -> list[Rows]:
-        """Where the queries of a head are made and its output is read."""
+        """The weights that make the queries of a head and read its output."""
         module, begin = self.query
         return [
             Rows(module, begin + head * self.width, begin + (head + 1) * self.width),
@@ -61,7 +61,7 @@ class HeadWeights:
         ]
 
     def of_group(self, group: int) -> list[Rows]:
-        """Where the keys and values of a group are made."""
+        """The weights that make the keys and values of a group."""
         found = []
         for (module, begin), width in ((self.key, self.width), (self.value, self.value_width)):
             found.append(Rows(module, begin + group * width, begin + (group + 1) * width))
@@ -71,9 +71,9 @@ class HeadWeights:
 def heads_by_layer(
     blocks: Sequence[Block], where: object, heads: Sequence[int] | Mapping[int, Sequence[int]] | None
 ) -> dict[int, list[int] | None]:
-    """The chosen heads of each block, None for all. Those of a plan count where `heads` is None.
+    """The chosen heads of each block, None for all. Without `heads`, those of a plan.
 
-    `ValueError` for a head that a block does not have, or a block that is not among `blocks`.
+    `ValueError` for a head that a block does not have, or a block that is not in `blocks`.
     """
     if heads is None and isinstance(where, Plan) and where.heads:
         heads = where.heads
@@ -101,16 +101,21 @@ def heads_by_layer(
     return chosen
 
 
-def output_projection(block: Block) -> tuple[nn.Module, int]:
-    """The linear layer that reads the outputs of a block's self-attention heads side by side, and how many there are.
+def as_setting(heads: Mapping[int, list[int] | None]) -> dict[str, list[int]]:
+    """The result of `heads_by_layer` for JSON: chosen heads by layer, without blocks of which all are chosen."""
+    return {str(layer): chosen for layer, chosen in heads.items() if chosen is not None}
 
-    `ValueError` where it cannot be told, or is not called as a module (`nn.MultiheadAttention`).
+
+def output_projection(block: Block) -> tuple[nn.Module, int]:
+    """The output projection of a block's self-attention, and the number of heads.
+
+    `ValueError` if it is not found, or not called as a module (`nn.MultiheadAttention`).
     """
     attention, outer = _attention_of(block)
     if isinstance(attention, nn.MultiheadAttention):
         raise ValueError(
             f"model: the attention of {block.name} is nn.MultiheadAttention, which does not call its output projection "
-            "as a module, so that single heads cannot be reached"
+            "as a module, so single heads cannot be dropped"
         )
     heads = heads_of([block])
     output = _linear_in(outer, _OUTPUT)
@@ -120,7 +125,7 @@ def output_projection(block: Block) -> tuple[nn.Module, int]:
 
 
 def head_weights(block: Block) -> HeadWeights:
-    """The weights of a block's self-attention by head. `ValueError` where their layout is not known."""
+    """The weights of a block's self-attention by head. `ValueError` if their layout is not known."""
     attention, outer = _attention_of(block)
     heads = heads_of([block])
     if heads is None:
@@ -148,8 +153,8 @@ def head_weights(block: Block) -> HeadWeights:
         fits = groups > 0 and heads % groups == 0 and (heads + 2 * groups) * width == _sizes(joint)[1]
     if not fits or output is None:
         raise ValueError(
-            f"model: which weights of the attention of {block.name} belong to which head is not known; it has neither "
-            "layers for queries, keys, values and output nor a joint one of a known layout"
+            f"model: the layout of heads in the attention of {block.name} is not known; it has neither layers for "
+            "queries, keys, values and output nor a joint layer of a known layout"
         )
     return HeadWeights(
         heads, groups, (query, begins[0]), (key, begins[1]), (value, begins[2]), output, width, value_width
@@ -157,18 +162,17 @@ def head_weights(block: Block) -> HeadWeights:
 
 
 def _attention_of(block: Block) -> tuple[nn.Module, nn.Module]:
-    """The module that attends to the block's own sequence, and the outermost one around it that is called attention."""
+    """The module of a block's self-attention, and the outermost module around it with a name of attention."""
     places = AttentionPlaces([block])
-    own = [module for module in places.innermost if places.of(module).kind == "self"]
-    if len(own) != 1:
-        raise ValueError(f"model: {block.name} has {len(own)} modules of self-attention; expected one")
-    around = own[0]
+    found = [module for module in places.innermost if places.of(module).kind == "self"]
+    if len(found) != 1:
+        raise ValueError(f"model: {block.name} has {len(found)} modules of self-attention; expected one")
+    (attention,) = found
     for path, module in block.module.named_modules():
-        inside = any(child is own[0] for child in module.modules())
+        inside = any(child is attention for child in module.modules())
         if path and inside and is_named_attention(module, path.rpartition(".")[2]):
-            around = module
-            break
-    return own[0], around
+            return attention, module
+    return attention, attention
 
 
 def _linear_in(module: nn.Module, names: Sequence[str]) -> nn.Module | None:

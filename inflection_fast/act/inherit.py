@@ -1,4 +1,4 @@
-"""Fewer blocks: a smaller model of the planned ones (Inheritune, arXiv 2404.08634), or a model without them."""
+"""Fewer blocks: a smaller model of the planned blocks (Inheritune, arXiv 2404.08634), or a model without them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..blocks import Block, find_blocks
 from ..decide import Plan
-from .handle import Handle, check_steps
+from .handle import Handle, check_integer
 from .planned import every_block, planned_blocks, unwrapped
 
 __all__ = ["Dropped", "drop", "grow", "inherit", "inherited_blocks"]
@@ -26,69 +26,69 @@ _INDEX = ("layer_idx", "layer_id", "layer_index", "layer_number")
 
 
 def inherit(model: nn.Module, plan: Plan | Sequence[int], *, share: bool = False) -> nn.Module:
-    """A model of the planned blocks only, in their order, with everything else of `model` around them.
+    """A model of the planned blocks only, in their order, with all other parts of `model`.
 
-    Its configuration says how many blocks there are, so `save_pretrained` and `from_pretrained` work. `model` is not
-    changed; the blocks that are left out are not copied. With `share` the parameters and buffers are those of `model`
-    itself, else copies.
+    Its configuration has the new number of blocks, so `save_pretrained` and `from_pretrained` work. `model` is not
+    changed; the other blocks are not copied. With `share` the parameters and buffers are those of `model` itself, else
+    copies.
 
-    `ValueError` where the blocks are not one list (encoder and decoder), where the first block holds something that
-    the others lack (the position bias of T5) and is left out, or where a model of the smaller configuration would not
-    have these blocks (a configuration that says by index which block has experts).
+    `ValueError` if the blocks are not one list (encoder and decoder), if block 0 is left out and has something that the
+    others lack (the position bias of T5), or if a model of the smaller configuration would have other blocks (as when
+    the configuration defines by index which blocks have experts).
     """
     base, every, kept = _chosen(model, plan)
     _refuse_first(every, kept)
     container = _container(every)
-    # Blocks that are left out become placeholders, so that copying passes them by.
+    # Placeholders for the other blocks, so that these are not copied.
     memo: dict[int, object] = {id(b.module): nn.Identity() for b in every if b not in kept}
     if share:
         memo |= {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
     small = copy.deepcopy(base, memo)
     _shorten(small, small.get_submodule(container), [block.index for block in kept], len(every))
     _refuse_other_shape(small)
-    _note(small, [block.index for block in kept])
+    setattr(getattr(small, "config", small), _KEPT, [block.index for block in kept])
     return small
 
 
 def inherited_blocks(model: nn.Module) -> list[int]:
-    """Which blocks of its source a model of `inherit` has, also after `from_pretrained`. `ValueError` for others."""
+    """The source blocks of a model from `inherit`, also after `from_pretrained`. `ValueError` for other models."""
     held = getattr(getattr(model, "config", model), _KEPT, None)
     if held is None:
-        raise ValueError("model: it does not say which blocks it inherited; pass what inherit() returned")
+        raise ValueError("model: its configuration has no inherited blocks; pass the result of inherit()")
     return list(held)
 
 
 @torch.no_grad()
 def grow(small: nn.Module, model: nn.Module, by: int = 1, *, blocks: Sequence[int] | None = None) -> nn.Module:
-    """`small`, which `inherit` made of `model`, with the next `by` blocks of `model`, or just `blocks`, after its last.
+    """`small`, which `inherit` made from `model`, with the next `by` blocks of `model`, or `blocks`, after its last.
 
-    What `small` has learnt since stays: blocks, embeddings and head are copied from it, the new blocks from `model`. A
-    new model is returned, on the device of `small`; make a new optimizer for it. `ValueError` where `model` has not so
-    many blocks left, or is not what `small` came from.
+    Blocks, embeddings and head are copied from `small` as they are trained, the new blocks from `model`. A new model is
+    returned, on the device of `small`; make a new optimizer for it. `ValueError` if `model` does not have enough
+    blocks, or is not the source of `small`.
     """
-    check_steps("by", by)
+    check_integer("by", by)
     kept, every = inherited_blocks(small), find_blocks(model)
     ours = find_blocks(small, None if len(kept) > 1 else [_only(small, every)])
     if len(ours) != len(kept) or max(kept) >= len(every):
         raise ValueError(
-            f"model: it has no blocks {kept}, which the smaller model inherited; pass the one it came from"
+            f"model: it has no blocks {kept}, which the smaller model inherited; pass the source of the smaller model"
         )
     after = list(range(kept[-1] + 1, len(every)))
     more = after[:by] if blocks is None else list(blocks)
     if blocks is None and len(more) < by:
-        raise ValueError(f"by: {by} more blocks were asked for, after block {kept[-1]} there are {len(more)}")
+        raise ValueError(f"by: expected at most {len(more)}, the number of blocks after block {kept[-1]}, got {by}")
     if not more or not set(more) <= set(after) or more != sorted(set(more)):
-        raise ValueError(f"blocks: expected rising indices of blocks after block {kept[-1]}, got {more}")
+        raise ValueError(f"blocks: expected increasing indices of blocks after block {kept[-1]}, got {more}")
     larger = inherit(model, [*kept, *more])
     container = _container(every)
     places = {f"{container}.{name}." for name in small.get_submodule(container)._modules}
     if len(places) != len(kept):
         raise ValueError("small: its list of blocks was changed since it was inherited")
-    # The kept blocks are the first ones of the larger model, so everything of the smaller one has its old name.
+    # The blocks of the smaller model are the first ones of the larger model, so all names are the same in both.
     target, source = larger.state_dict(), small.state_dict()
     differing = [name for name, value in source.items() if name not in target or target[name].shape != value.shape]
     if differing:
-        raise ValueError(f"model: {differing[0]} is not the same there; pass the model that the smaller one came from")
+        raise ValueError(f"model: {differing[0]} is not the same there; pass the source of the smaller model")
     for name, value in source.items():
         target[name].copy_(value)
     for parameter, trains in ((larger.get_parameter(n), p.requires_grad) for n, p in small.named_parameters()):
@@ -97,13 +97,9 @@ def grow(small: nn.Module, model: nn.Module, by: int = 1, *, blocks: Sequence[in
 
 
 def _only(small: nn.Module, every: Sequence[Block]) -> str:
-    """The path of the only block of a smaller model: a list of one is not told by structure."""
+    """The path of the only block of a smaller model, because `find_blocks` does not find a list of one block."""
     container = _container(every)
     return f"{container}.{next(iter(small.get_submodule(container)._modules))}"
-
-
-def _note(small: nn.Module, kept: list[int]) -> None:
-    setattr(getattr(small, "config", small), _KEPT, kept)
 
 
 class Dropped(Handle):
@@ -119,22 +115,19 @@ class Dropped(Handle):
         _refuse_first(every, kept)
         container = base.get_submodule(_container(every))
         super().__init__(base, [block.index for block in gone])
-        self._undo = _shorten(base, container, [block.index for block in kept], len(every))
+        for undo in _shorten(base, container, [block.index for block in kept], len(every)):
+            self._attached.callback(undo)
         self._hold()
 
     def _words(self) -> str:
         return f"Blocks {', '.join(map(str, self.layers))} are not run."
 
-    def _remove(self) -> None:
-        for undo in reversed(self._undo):
-            undo()
-
 
 def drop(model: nn.Module, plan: Plan | Sequence[int]) -> Dropped:
-    """Run `model` without the planned blocks (lazy ones, say): for inference, in place.
+    """Run `model` without the planned blocks, such as lazy ones: for inference, in place.
 
-    The configuration follows, so that caches have as many layers as blocks run. `remove()` of the handle puts the
-    blocks back to the bit. `ValueError` as `inherit`, and where no block would be left.
+    The configuration is changed, too, so that caches have as many layers as blocks run. `remove()` of the handle
+    restores the model to the bit. `ValueError` as in `inherit`, and if no block would remain.
     """
     return Dropped(model, plan)
 
@@ -142,7 +135,7 @@ def drop(model: nn.Module, plan: Plan | Sequence[int]) -> Dropped:
 def _chosen(model: nn.Module, where: Plan | Sequence[int]) -> tuple[nn.Module, list[Block], list[Block]]:
     base = unwrapped(model)
     if base is not model:
-        raise ValueError("model: it carries adapters; merge them (merge_and_unload) or unload them first")
+        raise ValueError("model: it has adapters; merge them (merge_and_unload) or unload them first")
     if isinstance(where, Plan):
         return base, every_block(base, where), planned_blocks(base, where)
     every = find_blocks(base)
@@ -157,11 +150,11 @@ def _container(blocks: Sequence[Block]) -> str:
     parents = {block.path.rpartition(".")[0] for block in blocks}
     if len(parents) > 1:
         raise ValueError(
-            f"model: its blocks are in {len(parents)} lists ({', '.join(sorted(parents)[:4])}); blocks can be left out "
-            "where they are in one"
+            f"model: its blocks are in {len(parents)} lists ({', '.join(sorted(parents)[:4])}); only blocks of "
+            "one list can be left out"
         )
     if len({id(block.module) for block in blocks}) < len(blocks):
-        raise ValueError("model: its blocks share their weights, so that leaving one out would leave out all")
+        raise ValueError("model: its blocks share their weights, so single blocks cannot be left out")
     return parents.pop()
 
 
@@ -174,19 +167,21 @@ def _refuse_first(every: Sequence[Block], kept: Sequence[Block]) -> None:
 
 
 def _shorten(model: nn.Module, container: nn.Module, kept: list[int], depth: int) -> list[Callable[[], None]]:
-    """Leave only the children `kept` of `depth` in `container`, with everything that counts them. How to undo it."""
+    """Keep only the children `kept` of `depth` in `container`, and adapt indices and configurations.
+
+    Returns functions that undo it, to be called in reverse order.
+    """
     names = list(container._modules)
     if len(names) != depth:
-        raise ValueError(
-            f"model: the list of its {depth} blocks holds {len(names)} modules, so that it cannot be shortened"
-        )
+        raise ValueError(f"model: the list of its {depth} blocks holds {len(names)} modules, so it cannot be shortened")
     before = dict(container._modules)
-    undo: list[Callable[[], None]] = [lambda: _put_back(container._modules, before)]
+    undo: list[Callable[[], None]] = [partial(container._modules.update, before), container._modules.clear]
     numbered = all(name.isdigit() for name in names)
     container._modules.clear()
     for place, index in enumerate(kept):
-        container._modules[str(place) if numbered else names[index]] = before[names[index]]
-        for module in container.get_submodule(str(place) if numbered else names[index]).modules():
+        name = str(place) if numbered else names[index]
+        container._modules[name] = before[names[index]]
+        for module in container.get_submodule(name).modules():
             for attribute in _INDEX:
                 if getattr(module, attribute, None) == index and attribute in vars(module):
                     setattr(module, attribute, place)
@@ -200,11 +195,6 @@ def _shorten(model: nn.Module, container: nn.Module, kept: list[int], depth: int
     return undo
 
 
-def _put_back(held: dict[str, nn.Module | None], before: dict[str, nn.Module | None]) -> None:
-    held.clear()
-    held.update(before)
-
-
 def _shorten_config(config, kept: list[int], depth: int) -> list[Callable[[], None]]:
     changes: dict[str, Any] = {}
     for name, value in vars(config).items():
@@ -215,7 +205,7 @@ def _shorten_config(config, kept: list[int], depth: int) -> list[Callable[[], No
             changes[name] = type(value)(value[i] for i in kept)
     before = {name: vars(config)[name] for name in changes}
     vars(config).update(changes)
-    return [lambda: vars(config).update(before)]
+    return [partial(vars(config).update, before)]
 
 
 def _refuse_other_shape(small: nn.Module) -> None:
@@ -229,6 +219,6 @@ def _refuse_other_shape(small: nn.Module) -> None:
     if ours != theirs:
         differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
         raise ValueError(
-            f"plan: a {type(small).__name__} of so many blocks would have other parameters ({differing[0]}), as its "
-            "configuration says by index which block has what; keep another set of blocks"
+            f"plan: a {type(small).__name__} with these blocks would have other parameters ({differing[0]}), because "
+            "its configuration defines the parts of blocks by index; keep other blocks"
         )

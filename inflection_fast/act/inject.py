@@ -1,9 +1,8 @@
 """Adapters of any peft method on exactly the blocks of a plan, by the full names of their modules.
 
-peft can restrict adapters to layers by index (`layers_to_transform`), but it reads the index out of the module name:
-one list hits the encoder and the decoder alike, a bare backbone does not match at all, and "dense" in BERT means the
-attention output and the feed-forward both. Full names have none of that, and the set they match can be checked
-beforehand.
+peft can restrict adapters to layers by index (`layers_to_transform`), but it reads the index from the module name: one
+list selects blocks of the encoder and of the decoder, a backbone without a head does not match, and "dense" in BERT is
+both the attention output and the feed-forward layer. Full names avoid this, and what they match is checked before.
 """
 
 from __future__ import annotations
@@ -22,7 +21,8 @@ from torch import nn
 
 from ..decide import Plan
 from .card import write_section
-from .configs import DEFAULT_RANK, check_rank, check_wanted, complete, method_of, refuse_mismatch
+from .configs import DEFAULT_RANK, check_wanted, complete, method_of, refuse_mismatch
+from .handle import check_integer, check_number
 from .planned import planned_blocks, unwrapped
 from .targets import Targets
 
@@ -51,37 +51,36 @@ def inject(
     """Put adapters on the planned blocks of `model`, freeze the rest, and return the model wrapped by peft.
 
     LoRA of rank `r`, or the method of `config`. `save_pretrained` of the returned model writes `inflection_plan.json`
-    beside the adapter, with what was injected and by which rule (`Plan.from_pretrained` reads it), and tells both in
-    the adapter's card (README.md).
+    beside the adapter, with what was injected and by which rule (`Plan.from_pretrained` reads it), and a section about
+    both into the adapter's card (README.md).
 
     Args:
-        model: any model peft can wrap, not wrapped otherwise (DDP, `torch.compile`). A PeftModel gets one more adapter
-            under another name; the ones it has stay, and the new one becomes the active one.
-        plan: made for this model: of the same `model_type`, with as many blocks, named alike. A head may have been
-            added or taken away in between: `encoder.layer.3` is `bert.encoder.layer.3`.
+        model: any model that peft can wrap, without other wrappers (DDP, `torch.compile`). A PeftModel gets another
+            adapter with a new name, which becomes the active one; its other adapters stay.
+        plan: made for this model: the same `model_type`, number of blocks and names of blocks. A head may have been
+            added or removed since: `encoder.layer.3` is `bert.encoder.layer.3`.
         r: rank, at least 1; None: 4.
-        config: any peft configuration with `target_modules` (DoRA, IA3, AdaLoRA, VeRA, LoHa, OFT, ...): modules, head
-            and task are filled in where it leaves them open. It then holds the numbers, and `r`, `lora_alpha` and
-            `lora_dropout` are left out.
+        config: any peft configuration with `target_modules` (DoRA, IA3, AdaLoRA, VeRA, LoHa, OFT, ...). Modules, head
+            and task are added where it does not set them. `r`, `lora_alpha` and `lora_dropout` must then be None.
         lora_alpha: scale of the update; None: `2 * r`.
         lora_dropout: in [0, 1); None: 0.
         target_modules: names of modules within the blocks, as peft takes them: ends of names, one regular expression
-            over full names, or "all-linear". None: by the first of these rules that finds something in a block: the
-            modules that peft chooses for the architecture, all linear layers of its attention, all its linear layers
-            (never embeddings, norms, routers or output layers). The rule is logged and stored in the plan.
-        target_parameters: "experts": also the three-dimensional parameters of experts, which no module name reaches;
-            or ends of names of parameters. LoRA without dropout only.
-        modules_to_save: modules that are trained and saved whole. The head of a model for classification, question
-            answering or multiple choice is always among them.
-        task_type: peft's; None: that of the model's class.
-        adapter_name: peft's.
-        ranks: {layer: rank} for planned layers with a rank of their own; None: those of the plan, if it has any.
+            over full names, or "all-linear". None: by the first of these rules that matches in a block: the modules
+            that peft chooses for the architecture, all linear layers of its attention, all its linear layers (never
+            embeddings, norms, routers or output layers). The rule is logged and stored in the plan.
+        target_parameters: "experts": also the three-dimensional parameters of experts, which are not modules; or ends
+            of names of parameters. LoRA without dropout only.
+        modules_to_save: modules that are trained and saved in full. The head of a model for classification, question
+            answering or multiple choice is always added.
+        task_type: of peft; None: that of the model's class.
+        adapter_name: of peft.
+        ranks: {layer: rank} for planned layers with another rank; None: those of the plan, if it has any.
 
     Raises:
-        TypeError: `plan` is no plan, `config` no peft configuration.
-        ValueError: the plan is empty or made for another model; the method is not one of layers; the targets are
-            unknown, missing from a planned block, or shared with blocks outside of the plan; a number or a name is out
-            of range. The model is then as it was.
+        TypeError: `plan` is not a Plan, or `config` not a peft configuration.
+        ValueError: the plan is empty or made for another model; the method does not adapt modules of layers; the
+            targets are unknown, missing in a planned block, or shared with blocks outside the plan; a number or a name
+            is not accepted. The model is then unchanged.
     """
     if not isinstance(plan, Plan):
         raise TypeError(f"plan: expected a Plan, got {type(plan).__name__}")
@@ -98,11 +97,11 @@ def inject(
     config = _lora(**settings) if config is None else _filled(config, **settings)
     if isinstance(model, peft.PeftModel) and adapter_name in model.peft_config:
         raise ValueError(
-            f"adapter_name: the model carries adapters already, one of them {adapter_name!r}; give the new one another "
-            "name, or merge or unload that one first"
+            f"adapter_name: the model has an adapter {adapter_name!r} already; give the new one another name, or merge "
+            "or unload the old one first"
         )
     config, targets = complete(model, plan, config, parameters=target_parameters, ranks=ranks)
-    with _restored_on_error(model, adapter_name), _embeddings_answered(unwrapped(model)):
+    with _restored_on_error(model, adapter_name), _with_input_embeddings(unwrapped(model)):
         if isinstance(model, peft.PeftModel):
             adapted = model
             adapted.add_adapter(adapter_name, config)
@@ -116,16 +115,16 @@ def inject(
 
 
 def dead_adapters(model: nn.Module) -> list[str]:
-    """Adapted modules of which, after a backward pass, no trainable parameter has a gradient other than zero.
+    """Names of adapted modules whose trainable parameters all have zero or no gradient after a backward pass.
 
-    Such an adapter does not take part in the forward pass (its module's weight is read without calling it, or the
-    batch does not reach it, as an expert that no token chose). Reads every gradient: for checks, not for each step.
+    Such an adapter is not used in the forward pass: the model reads the weight of its module without calling it, or no
+    token of the batch reaches it, as with experts. Reads every gradient: for checks, not for each step.
     """
     dead = []
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer) and isinstance(module, nn.Module):
-            own = [p for n, p in module.named_parameters() if p.requires_grad and not n.startswith("base_layer.")]
-            if own and not any(p.grad is not None and bool(p.grad.any()) for p in own):
+            added = [p for n, p in module.named_parameters() if p.requires_grad and not n.startswith("base_layer.")]
+            if added and not any(p.grad is not None and bool(p.grad.any()) for p in added):
                 dead.append(name)
     return dead
 
@@ -134,16 +133,16 @@ def dead_adapters(model: nn.Module) -> list[str]:
 
 
 def attach_plan(adapted: peft.PeftModel, plan: Plan, adapter_name: str) -> None:
-    """Keep a plan on an adapted model, so that `save_pretrained` writes it beside that adapter."""
+    """Attach a plan to an adapted model, so that `save_pretrained` writes it beside that adapter."""
     setattr(adapted, PLANS, {**getattr(adapted, PLANS, {}), adapter_name: plan})
     vars(adapted)["save_pretrained"] = functools.partial(_save_with_plans, adapted)
     for block in planned_blocks(unwrapped(adapted), plan):
-        # Its fast path for evaluation computes from the weights alone, past every adapter, unless it has a hook.
+        # Without a hook its fast path for evaluation uses the weights directly, without adapters.
         if isinstance(block.module, nn.TransformerEncoderLayer) and not block.module._forward_hooks:
-            block.module.register_forward_hook(_keep_off_the_fast_path)
+            block.module.register_forward_hook(_disable_fast_path)
 
 
-def _keep_off_the_fast_path(module: nn.Module, args: tuple, output: object) -> None:
+def _disable_fast_path(module: nn.Module, args: tuple, output: object) -> None:
     pass
 
 
@@ -179,42 +178,35 @@ def _with_record(plan: Plan, config: peft.PeftConfig, targets: Targets, adapter_
 
 def _lora(r, lora_alpha, lora_dropout, target_modules, modules_to_save, task_type) -> peft.LoraConfig:
     r = DEFAULT_RANK if r is None else r
-    check_rank("r", r)
-    if lora_alpha is not None and not (isinstance(lora_alpha, (int, float)) and lora_alpha > 0):
-        raise ValueError(f"lora_alpha: expected a number > 0, got {lora_alpha!r}")
+    check_integer("r", r)
+    lora_alpha = 2 * r if lora_alpha is None else lora_alpha
+    check_number("lora_alpha", lora_alpha, "> 0")
     lora_dropout = 0.0 if lora_dropout is None else lora_dropout
-    if not (isinstance(lora_dropout, (int, float)) and 0 <= lora_dropout < 1):
-        raise ValueError(f"lora_dropout: expected a number in [0, 1), got {lora_dropout!r}")
+    check_number("lora_dropout", lora_dropout, "in [0, 1)")
     check_wanted(target_modules)
     if isinstance(modules_to_save, str):
         raise ValueError(f"modules_to_save: expected a sequence of module names, got the string {modules_to_save!r}")
-    numbers: dict[str, Any] = {"lora_alpha": 2 * r if lora_alpha is None else lora_alpha}  # peft's type says int
-    return peft.LoraConfig(
-        r=r,
-        lora_dropout=lora_dropout,
-        target_modules=target_modules,
-        modules_to_save=modules_to_save,
-        task_type=task_type,
-        **numbers,
-    )
+    options: dict[str, Any] = {"lora_alpha": lora_alpha, "lora_dropout": lora_dropout}  # peft's types say int and float
+    options |= {"target_modules": target_modules, "modules_to_save": modules_to_save, "task_type": task_type}
+    return peft.LoraConfig(r=r, **options)
 
 
 def _filled(config, *, r, lora_alpha, lora_dropout, **places) -> peft.PeftConfig:
     for name, value in {"r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}.items():
         if value is not None:
-            raise ValueError(f"{name}: belongs into config, which holds the numbers of its method")
+            raise ValueError(f"{name}: set it in config, which has the numbers of its method")
     if not isinstance(config, peft.PeftConfig):
         raise TypeError(f"config: expected a PeftConfig, got {type(config).__name__}")
     given = {name: value for name, value in places.items() if value is not None}
     for name in given:
         if getattr(config, name, None) is not None:
-            raise ValueError(f"{name}: it is given twice, here and in config")
+            raise ValueError(f"{name}: it is given twice, as an argument and in config")
     check_wanted(places["target_modules"])
     return dataclasses.replace(config, **given) if given else config
 
 
 def _carrying(adapted: peft.PeftModel, adapter_name: str, targets: Targets) -> list[str]:
-    """Names of the modules that carry the adapter, less the holders of adapted parameters."""
+    """Names of the modules with the adapter, without those that hold adapted parameters."""
     holders = {name.rpartition(".")[0] for name in targets.parameters}
     found = []
     for name, module in adapted.get_base_model().named_modules():
@@ -236,7 +228,7 @@ def _adapters_of(module: BaseTunerLayer) -> set[str]:
 
 @contextmanager
 def _restored_on_error(model: nn.Module, adapter_name: str):
-    """Put every module and `requires_grad` back if peft stops half-way (a module type it cannot adapt)."""
+    """Restore every module and `requires_grad` if peft raises half-way, as for a module type that it cannot adapt."""
     children = [(module, dict(module._modules)) for module in model.modules()]
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     attributes = set(vars(model))
@@ -260,12 +252,12 @@ def _restored_on_error(model: nn.Module, adapter_name: str):
 
 
 @contextmanager
-def _embeddings_answered(base: nn.Module):
-    """peft asks a model for its input embeddings, and Transformers' models without any raise: an empty module then."""
-    asked = getattr(base, "get_input_embeddings", None)
+def _with_input_embeddings(base: nn.Module):
+    """Let models of Transformers without input embeddings return an empty module for them, where peft reads them."""
+    get_embeddings = getattr(base, "get_input_embeddings", None)
     try:
-        if callable(asked):
-            asked()
+        if callable(get_embeddings):
+            get_embeddings()
     except NotImplementedError:
         vars(base)["get_input_embeddings"] = nn.Module
         try:

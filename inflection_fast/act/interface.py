@@ -1,8 +1,8 @@
-"""What interventions put before the attention functions of Transformers' models, whatever else is put there meanwhile.
+"""Interventions that change queries before the attention functions of Transformers' models.
 
-Models fetch their attention function from an `AttentionInterface` by `get_interface`. A monitor that measures shadows
-that method on the object, step by step. A property of the class stands before it, so that interventions act first and
-the monitor sees what they made, in whatever order the two come and go.
+Models get their attention function from an `AttentionInterface` by `get_interface`. In measured steps a monitor
+replaces that method on the object. Here a property of the class takes precedence, so interventions act first and the
+monitor sees their queries, in whatever order both are attached and removed.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ class InterfaceCall:
     query: Tensor  # [B, H, Tq, D]
     key: Tensor  # [B, Hkv, Tk, D]
     mask: Tensor | None
-    args: tuple  # what follows after the mask
+    args: tuple  # positional arguments after the mask
     kwargs: dict[str, Any]
 
 
 def change_queries(
     interface: Any, inside: set[int], change: Callable[[InterfaceCall], Tensor], *, last: bool = False
 ) -> Callable[[], None]:
-    """Let `change` make the queries of the modules `inside` (by id), before the attention runs. Returns how to undo it.
+    """Let `change` return the queries of the modules `inside` (by id), before the attention runs.
 
-    `last`: after those that are not, which may be put there later.
+    `last`: after all changes without `last`, also later ones. Returns a function that removes the change.
     """
     if not hasattr(type(interface), _CHANGES):
         interface.__class__ = _changing_class(type(interface))
@@ -53,42 +53,43 @@ def change_queries(
     return undo
 
 
-_CHANGES = "_inflection_changes"  # on the class that an interface has meanwhile
+_CHANGES = "_inflection_changes"  # attribute of the class that an interface gets
 
 
 def _changing_class(cls: type) -> type:
     changes: list[tuple[set[int], Callable[[InterfaceCall], Tensor], bool]] = []
-    looking = [False]
+    running = False
 
-    def shadowing(self):
+    def get(self):
         inner = vars(self).get("get_interface")
         inner = cls.get_interface.__get__(self) if inner is None else inner
 
         def get_interface(name, default):
-            if looking[0]:  # what stands on the object has kept this very function, and asks it in turn: act once
+            nonlocal running
+            if running:  # the replacement on the object calls this function again: change the queries only once
                 return inner(name, default)
-            looking[0] = True
+            running = True
             try:
                 attend = inner(name, default)
             finally:
-                looking[0] = False
+                running = False
 
-            own = cls.get_interface(self, name, default)
+            original = cls.get_interface(self, name, default)
 
             def changed(module, query, key, value, attention_mask, *args, **kwargs):
                 for inside, change, _ in changes:
                     if id(module) in inside:
-                        query = change(InterfaceCall(name, own, module, query, key, attention_mask, args, kwargs))
+                        query = change(InterfaceCall(name, original, module, query, key, attention_mask, args, kwargs))
                 return attend(module, query, key, value, attention_mask, *args, **kwargs)
 
             return changed
 
         return get_interface
 
-    def put(self, value):
+    def set(self, value):
         vars(self)["get_interface"] = value
 
-    def take(self):
+    def delete(self):
         del vars(self)["get_interface"]
 
-    return type(cls.__name__, (cls,), {"get_interface": property(shadowing, put, take), _CHANGES: changes})
+    return type(cls.__name__, (cls,), {"get_interface": property(get, set, delete), _CHANGES: changes})

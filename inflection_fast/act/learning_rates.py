@@ -2,8 +2,8 @@
 
     RGN_l = ||g_l|| / ||theta_l||,    lr_l = lr * RGN_l / max RGN
 
-Blocks whose gradient is large for the size of their weights learn fast, the others slowly. The norms come from a
-timeline (`parameter_grad`, the mean over its steps), so that the rates are known before the training starts.
+Blocks with a large gradient relative to their weights get a high learning rate. The norms come from a timeline
+(`parameter_grad`, the mean over its steps), so that the rates are known before the training starts.
 """
 
 from __future__ import annotations
@@ -17,21 +17,20 @@ from torch import nn
 
 from ..blocks import find_blocks
 from ..timeline import Timeline
+from .handle import check_number
 
 __all__ = ["groups_of", "learning_rates", "parameter_groups"]
 
 
 def learning_rates(model: nn.Module, timeline: Timeline, lr: float, *, least: float = 0.0) -> np.ndarray:
-    """[L] learning rates of the blocks by Auto-RGN; the block of largest relative gradient norm has `lr`.
+    """[L] learning rates of the blocks by Auto-RGN; the block with the largest relative gradient norm has `lr`.
 
-    `least` in [0, 1] is the smallest share of `lr` that a block gets. A block without a measured gradient has `lr`
-    times the median share of the others, and NaN stands nowhere. `ValueError` where no block has one, or the timeline
-    is of another model.
+    `least` in [0, 1] is the smallest share of `lr` that a block gets. A block without a measured gradient gets the
+    median share of the others; no rate is NaN. `ValueError` if no block has a gradient, or the timeline is of another
+    model.
     """
-    if not isinstance(lr, (int, float)) or isinstance(lr, bool) or not lr > 0:
-        raise ValueError(f"lr: expected a number > 0, got {lr!r}")
-    if not isinstance(least, (int, float)) or not 0 <= least <= 1:
-        raise ValueError(f"least: expected a number in [0, 1], got {least!r}")
+    check_number("lr", lr, "> 0")
+    check_number("least", least, "in [0, 1]")
     if not isinstance(timeline, Timeline):
         raise TypeError(f"timeline: expected a Timeline (Timeline.load reads a file), got {type(timeline).__name__}")
     blocks = find_blocks(model)
@@ -53,11 +52,11 @@ def learning_rates(model: nn.Module, timeline: Timeline, lr: float, *, least: fl
 def parameter_groups(
     model: nn.Module, timeline: Timeline, lr: float, *, least: float = 0.0, weight_decay: float | None = None
 ) -> list[dict]:
-    """Parameter groups for any optimizer: one for each block with its rate, and one with `lr` for everything else.
+    """Parameter groups for any optimizer: one for each block with its rate, and one with `lr` for all other parameters.
 
-    Only parameters that train are in them. Each group holds "name" (the block's, or "other"). A parameter that blocks
-    share is in the group of the first. With `weight_decay`, biases and other vectors are in groups of their own
-    without it, as the Trainer has them. `ValueError` as `learning_rates`.
+    The groups hold only parameters that train, and "name" (of the block, or "other"). A parameter that blocks share is
+    in the group of the first. With `weight_decay`, biases and other vectors are in separate groups without it, as in
+    the Trainer. `ValueError` as in `learning_rates`.
     """
     return groups_of(model, learning_rates(model, timeline, lr, least=least), lr, weight_decay=weight_decay)
 
@@ -70,14 +69,14 @@ def groups_of(
     groups = []
     parts = [(b.name, b.module, rate) for b, rate in zip(find_blocks(model), rates, strict=True)]
     for name, module, rate in [*parts, ("other", model, lr)]:
-        own = [p for p in module.parameters() if p.requires_grad and id(p) not in seen]
-        seen |= {id(p) for p in own}
+        trained = [p for p in module.parameters() if p.requires_grad and id(p) not in seen]
+        seen |= {id(p) for p in trained}
         if weight_decay is None:
-            split: list[tuple[str, list[nn.Parameter], dict[str, float]]] = [(name, own, {})]
+            split: list[tuple[str, list[nn.Parameter], dict[str, float]]] = [(name, trained, {})]
         else:
             split = [
-                (name, [p for p in own if p.dim() > 1], {"weight_decay": weight_decay}),
-                (f"{name} without decay", [p for p in own if p.dim() <= 1], {"weight_decay": 0.0}),
+                (name, [p for p in trained if p.dim() > 1], {"weight_decay": weight_decay}),
+                (f"{name} without decay", [p for p in trained if p.dim() <= 1], {"weight_decay": 0.0}),
             ]
         groups += [{"name": n, "params": ps, "lr": float(rate), **extra} for n, ps, extra in split if ps]
     if not groups:

@@ -1,4 +1,4 @@
-"""The blocks of a plan in a model: the same ones that were measured, or a refusal that says what differs."""
+"""The blocks of a plan in a model: those that were measured, or an error that says what differs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["blocks_of", "every_block", "model_type_of", "planned_blocks", "unwra
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model under peft's wrapper, if there is one. `ValueError` for other wrappers, which come after an adapter."""
+    """The model inside peft's wrapper, if there is one. `ValueError` for other wrappers, which come after adapters."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, peft.PeftModel):
@@ -31,24 +31,24 @@ def unwrapped(model: nn.Module) -> nn.Module:
         )
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError(
-            "model: it carries adapters already, in a place that peft's wrapper does not show; pass the PeftModel "
-            "itself, or merge or unload the adapters first"
+            "model: it has adapters already, but is not a PeftModel; pass the PeftModel itself, or merge or unload the "
+            "adapters first"
         )
     return model
 
 
 def planned_blocks(model: nn.Module, plan: Plan) -> list[Block]:
-    """The blocks `plan.layers` of `model` (unwrapped). `ValueError` where the plan was made for another model."""
+    """The blocks `plan.layers` of `model` (unwrapped). `ValueError` if the plan was made for another model."""
     if not isinstance(plan, Plan):
         raise TypeError(f"plan: expected a Plan, got {type(plan).__name__}")
     if not plan.layers:
-        raise ValueError(f"plan: it is empty, there is nothing to act on. {plan.summary}")
+        raise ValueError(f"plan: it is empty, so there are no blocks to act on. {plan.summary}")
     blocks = every_block(model, plan)
     return [blocks[layer] for layer in plan.layers]
 
 
 def every_block(model: nn.Module, plan: Plan) -> list[Block]:
-    """All blocks of `model` (unwrapped) that `plan` was made from. `ValueError` where that was another model."""
+    """All blocks of `model` (unwrapped), chosen or not. `ValueError` if `plan` was made for another model."""
     made_for, given = plan.model.get("model_type"), model_type_of(model)
     if made_for is not None and made_for != given:
         raise ValueError(f"plan: it was made for a model of type {made_for}, this one is {given}")
@@ -57,20 +57,20 @@ def every_block(model: nn.Module, plan: Plan) -> list[Block]:
     if len(blocks) != len(names):
         raise ValueError(f"plan: it was made for a model of {len(names)} blocks, this one has {len(blocks)}")
     for block, name in zip(blocks, names, strict=True):
-        here, there = f".{_module(block.name)}", f".{_module(name)}"
-        if not (here.endswith(there) or there.endswith(here)):
+        ours, planned = f".{_module(block.name)}", f".{_module(name)}"
+        if not (ours.endswith(planned) or planned.endswith(ours)):
             raise ValueError(
-                f"plan: it was made for a model whose block {block.index} is {name}, here it is {block.name}"
+                f"plan: it was made for a model with {name} as block {block.index}, this one has {block.name}"
             )
         if block.path != _module(block.name):
             raise ValueError(
-                f"model: a part of it is wrapped ({block.path}); act on it before wrapping, compiling or sharding"
+                f"model: a part of it is wrapped ({block.path}); apply this before wrapping, compiling or sharding"
             )
     return blocks
 
 
 def blocks_of(model: nn.Module, layers: Plan | Sequence[int] | int | None) -> list[Block]:
-    """The blocks that a plan or indices name; None: all. `ValueError` for an index outside, or one that repeats."""
+    """The blocks of a plan or of indices; None: all. `ValueError` for an index out of range, or one that repeats."""
     if isinstance(layers, Plan):
         return planned_blocks(model, layers)
     blocks = find_blocks(model)
@@ -81,7 +81,7 @@ def blocks_of(model: nn.Module, layers: Plan | Sequence[int] | int | None) -> li
     if len(wanted) < len(named):
         raise TypeError(f"layers: expected a Plan or indices of blocks, got {layers!r}")
     if not wanted:
-        raise ValueError("layers: none is named; leave the argument out for all blocks")
+        raise ValueError("layers: expected at least one index, got none; omit the argument for all blocks")
     wrong = [layer for layer in wanted if not 0 <= layer < len(blocks)]
     if wrong or len(set(wanted)) != len(wanted):
         raise ValueError(f"layers: expected distinct indices from 0 to {len(blocks) - 1}, got {wanted}")
@@ -89,10 +89,10 @@ def blocks_of(model: nn.Module, layers: Plan | Sequence[int] | int | None) -> li
 
 
 def model_type_of(model: nn.Module) -> str | None:
-    """`config.model_type`, None where there is none."""
+    """`config.model_type`; None if there is none."""
     return getattr(getattr(model, "config", None), "model_type", None)
 
 
 def _module(name: str) -> str:
-    """The module's name of a block that runs several times in one forward pass (`layers.0@1`)."""
+    """The name of the module in the name of a block, also of one that runs several times (`layers.0@1`)."""
     return name.partition("@")[0]

@@ -1,4 +1,4 @@
-"""Rankings of modules that peft computes itself: KappaTune from weights, EVA from activations."""
+"""Rankings of modules that peft computes: KappaTune from weights, EVA from activations."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def kappa_order(model: nn.Module) -> list[str]:
 
 
 def eva_ranks(model: nn.Module, modules: Sequence[str], rank: int, batches: Sequence[dict[str, Any]]) -> dict[str, int]:
-    """Ranks that EVA gives to `modules` where each would have `rank`: full name -> rank, 0 where it gives none.
+    """Ranks of `modules` by EVA, with a mean of `rank`: full name -> rank, possibly 0.
 
-    EVA (arXiv 2410.07170) spreads the sum of the ranks by the variance of the modules' inputs that each direction
-    explains. Padding does not count. At most twice `rank` goes to one module, as is peft's default.
+    EVA (arXiv 2410.07170) distributes the sum of the ranks by the explained variance of the modules' inputs, without
+    padding. A module gets at most twice `rank`, the default of peft.
     """
     config = peft.LoraConfig(r=rank, target_modules=list(modules), init_lora_weights="eva", eva_config=EvaConfig())
 

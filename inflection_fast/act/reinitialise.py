@@ -1,7 +1,7 @@
-"""New weights for what does nothing any more: collapsed heads, and feed-forward layers.
+"""New weights for collapsed heads and for feed-forward layers.
 
-Weights are drawn by the architecture's own initialiser (`_init_weights` of Transformers' models, `reset_parameters` of
-others). Training goes on from them, so both are permanent; `undo()` puts the weights back that were there before.
+Weights are drawn by the initialiser of the architecture (`_init_weights` of Transformers' models, `reset_parameters` of
+others). Training continues from them, so both interventions are permanent; `undo()` restores the earlier weights.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from transformers import PreTrainedModel
 
 from ..blocks import Block, is_named_attention
 from ..decide import Plan
-from .handle import Handle, check_steps
-from .heads import HeadWeights, Rows, head_weights, heads_by_layer
+from .handle import Handle, check_integer
+from .heads import HeadWeights, Rows, as_setting, head_weights, heads_by_layer
 from .targets import is_linear, modules_of
 
 __all__ = ["Reinitialised", "reinitialise_heads", "reset_feed_forward"]
 
-# A parameter and the part of it that is new.
+# A parameter and the index of its new part.
 _Part = tuple[nn.Parameter, tuple[slice, ...]]
 
 
 class Reinitialised(Handle):
-    """Parts of parameters that were drawn anew."""
+    """Parts of parameters that were drawn again."""
 
     permanent = True
 
     def __init__(self, model: nn.Module, where: Plan | Sequence[int] | int | None, seed: int):
-        check_steps("seed", seed, 0)
+        check_integer("seed", seed, 0)
         super().__init__(model, where)
         self.seed = seed
         self._parts: list[_Part] = []
@@ -39,18 +39,18 @@ class Reinitialised(Handle):
 
     @property
     def numbers(self) -> int:
-        """How many numbers are new."""
+        """The number of new parameters."""
         return sum(parameter[index].numel() for parameter, index in self._parts)
 
     @torch.no_grad()
     def _write(self, parts: list[tuple[nn.Parameter, tuple[slice, ...], Tensor]]) -> None:
         for parameter, index, fresh in parts:
             if not parameter.is_floating_point():
-                raise ValueError("model: weights of quantised integers cannot be drawn anew; load it unquantised")
+                raise ValueError("model: quantised integer weights cannot be drawn again; load it unquantised")
             if fresh[index].isnan().any():
                 raise ValueError(
-                    f"model: the initialiser of {type(self.model).__name__} leaves weights of these layers alone, so "
-                    "that there is nothing to draw them from"
+                    f"model: the initialiser of {type(self.model).__name__} does not initialise weights of these "
+                    "layers, so they cannot be drawn again"
                 )
         for parameter, index, fresh in parts:
             self._parts.append((parameter, index))
@@ -59,34 +59,31 @@ class Reinitialised(Handle):
 
     @torch.no_grad()
     def undo(self) -> None:
-        """Put the earlier weights back: the model as it was, to the bit, as far as nothing else was trained since."""
-        self._check_there()
+        """Restore the earlier weights, to the bit. Other weights keep what was trained since."""
+        self._check_parameters()
         for (parameter, index), before in zip(self._parts, self._before, strict=True):
             parameter[index] = before
 
     @torch.no_grad()
     def forget(self, optimizer: torch.optim.Optimizer) -> None:
-        """Set to zero what an optimizer remembers of the earlier weights (moments, momentum)."""
-        self._check_there()
+        """Set the optimizer state of the new weights (moments, momentum) to zero."""
+        self._check_parameters()
         for parameter, index in self._parts:
             for value in optimizer.state.get(parameter, {}).values():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
                     value[index] = 0
 
-    def _check_there(self) -> None:
-        there = {id(parameter) for parameter in self.model.parameters()}
-        if any(id(parameter) not in there for parameter, _ in self._parts):
+    def _check_parameters(self) -> None:
+        current = {id(parameter) for parameter in self.model.parameters()}
+        if any(id(parameter) not in current for parameter, _ in self._parts):
             raise RuntimeError(
-                f"{self.name}: the model has other parameters now (it was sharded or parametrised since), which this "
-                "handle does not know; call it before that"
+                f"{self.name}: the model has other parameters now, because it was sharded or parametrised since; call "
+                "this before"
             )
-
-    def _remove(self) -> None:
-        raise RuntimeError(f"{self.name} is permanent")
 
 
 class ReinitialisedHeads(Reinitialised):
-    """Queries and output of the chosen heads, and keys and values that no other head uses."""
+    """New queries and outputs of the chosen heads, and new keys and values that no other head uses."""
 
     name = "re-initialised heads"
 
@@ -99,7 +96,7 @@ class ReinitialisedHeads(Reinitialised):
     ):
         super().__init__(model, where, seed)
         self.heads = heads_by_layer(self.blocks, where, heads)
-        self.kept_groups: dict[int, list[int]] = {}  # layer -> groups of keys and values that other heads use, too
+        self.kept_groups: dict[int, list[int]] = {}  # layer -> groups whose keys and values other heads use, too
         found = []
         for block in self.blocks:
             weights = head_weights(block)
@@ -121,18 +118,18 @@ class ReinitialisedHeads(Reinitialised):
         return rows + [one for group in whole for one in weights.of_group(group)]
 
     def _settings(self) -> dict:
-        heads = {str(layer): some for layer, some in self.heads.items() if some is not None}
-        return {"heads": heads, "seed": self.seed, "numbers": self.numbers}
+        return {"heads": as_setting(self.heads), "seed": self.seed, "numbers": self.numbers}
 
     def _words(self) -> str:
-        words = f"Heads of blocks {', '.join(map(str, self.layers))} were drawn anew."
+        words = f"Heads of blocks {', '.join(map(str, self.layers))} got new weights."
         if self.kept_groups:
-            words += f" Keys and values that other heads use stayed, in blocks {', '.join(map(str, self.kept_groups))}."
+            blocks = ", ".join(map(str, self.kept_groups))
+            words += f" Keys and values that other heads use were kept in blocks {blocks}."
         return words
 
 
 class ResetFeedForward(Reinitialised):
-    """All linear layers of the chosen blocks that are outside their attention."""
+    """New linear layers of the chosen blocks, outside their attention."""
 
     name = "reset feed-forward layers"
 
@@ -154,7 +151,7 @@ class ResetFeedForward(Reinitialised):
         return {"modules": self.modules, "seed": self.seed, "numbers": self.numbers}
 
     def _words(self) -> str:
-        return f"The feed-forward layers of blocks {', '.join(map(str, self.layers))} were drawn anew."
+        return f"The feed-forward layers of blocks {', '.join(map(str, self.layers))} got new weights."
 
 
 def reinitialise_heads(
@@ -164,36 +161,36 @@ def reinitialise_heads(
     heads: Sequence[int] | Mapping[int, Sequence[int]] | None = None,
     seed: int = 0,
 ) -> ReinitialisedHeads:
-    """Draw the weights of attention heads anew: queries, keys, values and the columns of the output projection.
+    """Give attention heads new weights: queries, keys, values and the columns of the output projection.
 
-    With grouped queries, keys and values of a group are drawn anew where all heads of the group are; the description
-    says where they stayed. The draw depends on `seed` alone, so ranks agree, and torch's generators are left as they
-    are. `forget(optimizer)` clears what an optimizer has of the old weights.
+    With grouped queries, keys and values of a group get new weights only if all heads of the group do; the description
+    says where they were kept. The draw depends only on `seed`, so ranks agree, and the state of torch's generators does
+    not change. `forget(optimizer)` clears the optimizer state of the old weights.
 
     Args:
-        layers: a plan (`SelectConfig("collapsed")` names the heads) or indices of blocks.
+        layers: a plan (`SelectConfig("collapsed")` chooses heads) or indices of blocks.
         heads: indices for all of these blocks, or by block; None: those of the plan, or all.
 
     Raises:
-        ValueError: a head or block that does not exist, or attention whose weights by head are not known.
+        ValueError: a head or block that does not exist, or attention with an unknown layout of heads.
     """
     return ReinitialisedHeads(model, layers, heads, seed)
 
 
 def reset_feed_forward(model: nn.Module, layers: Plan | Sequence[int] | int, *, seed: int = 0) -> ResetFeedForward:
-    """Draw the feed-forward layers of blocks anew: all linear layers outside their attention. See above.
+    """Give the feed-forward layers of blocks new weights: all linear layers outside attention.
 
-    `ValueError` for a block that does not exist or has no such layers.
+    Draws as `reinitialise_heads`. `ValueError` for a block that does not exist or has no such layers.
     """
     return ResetFeedForward(model, layers, seed)
 
 
 def _feed_forward(block: Block) -> dict[str, nn.Module]:
-    """Linear layers by name that are in no attention. `ValueError` where there are experts, whose router would stay."""
+    """Linear layers outside attention by name. `ValueError` for experts, because their router would not be reset."""
     modules = dict(modules_of(block))
     attentions = [name for name, module in modules.items() if is_named_attention(module, name.rpartition(".")[2])]
     if any("expert" in name[len(block.path) :].lower() for name in modules):
-        raise ValueError(f"model: {block.name} has experts; resetting them one by one is not supported")
+        raise ValueError(f"model: {block.name} has experts, which cannot be reset without their router")
     outside = {name: m for name, m in modules.items() if not any(f"{name}.".startswith(f"{a}.") for a in attentions)}
     return {name: module for name, module in outside.items() if is_linear(module)}
 
@@ -209,11 +206,11 @@ def _parts_of(rows: Rows, fresh: Mapping[nn.Module, nn.Module]) -> list[tuple[nn
 
 @torch.no_grad()
 def _fresh(model: nn.Module, block: Block, seed: int) -> dict[nn.Module, nn.Module]:
-    """The modules of a block with twins of newly drawn weights; NaN where the initialiser draws nothing."""
+    """The modules of a block with twins that have new weights; NaN if the initialiser does not set them."""
     twins: dict[nn.Module, nn.Module] = {}
 
     def twin_of(module: nn.Module) -> nn.Module:
-        twin = copy.copy(module)  # shares buffers and settings, and is never run
+        twin = copy.copy(module)  # with the same settings; it is never called
         twin.__dict__["_is_hf_initialized"] = False
         twin._parameters = {
             name: None
@@ -249,7 +246,7 @@ def _initialise(module: nn.Module, owner: PreTrainedModel | None) -> None:
 
 
 def _owner(model: nn.Module, block: Block) -> PreTrainedModel | None:
-    """The model of Transformers that is nearest around a block."""
+    """The innermost model of Transformers that contains a block."""
     parts = block.path.split(".")
     for end in range(len(parts) - 1, -1, -1):
         around = model.get_submodule(".".join(parts[:end]))

@@ -1,4 +1,4 @@
-"""An adapter that was saved, back on the model it was made for."""
+"""A saved adapter, loaded into the model that it was made for."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ __all__ = ["restore_adapter"]
 
 
 def restore_adapter(model: nn.Module, folder: str | os.PathLike) -> peft.PeftModel:
-    """`model` with the adapter that `PeftModel.save_pretrained` wrote to `folder`, frozen: for evaluation.
+    """`model` with the frozen adapter that `PeftModel.save_pretrained` wrote to `folder`, for evaluation.
 
-    A plan that was saved beside it is kept on the model. `ValueError` where peft finds no adapter there.
+    A plan beside the adapter is attached to the model. `ValueError` if peft finds no adapter in `folder`.
     """
     adapted = peft.PeftModel.from_pretrained(model, os.fspath(folder))
     if (Path(folder) / Plan.FILE).is_file():

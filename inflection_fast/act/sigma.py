@@ -1,9 +1,8 @@
 """Sigma reparametrisation (Zhai et al. 2023, arXiv 2303.06296): weights W become gamma * W / sigma(W).
 
-sigma(W) is the spectral norm, gamma a learnt number for each weight. The growth of the norms of queries and keys, which
-bounds attention entropy from below, is then up to one parameter instead of to all of them. sigma is u^T W v with
-singular vectors u and v from power iteration, which runs between optimizer steps and not inside the forward pass, so
-that recomputed activations meet the same numbers.
+sigma(W) is the spectral norm, gamma a trained scalar for each weight. One parameter then controls the norms of queries
+and keys, which bound attention entropy from below. sigma is u^T W v with singular vectors u and v from power iteration.
+It runs between optimizer steps, not in the forward pass, so that recomputed activations use the same numbers.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..decide import Plan
-from .handle import Scheduled, check_steps
+from .handle import Scheduled, check_integer
 from .targets import modules_of
 
 __all__ = ["SigmaReparametrisation", "sigma_reparametrisation"]
@@ -57,16 +56,16 @@ class SigmaReparametrisation(Scheduled):
     name = "sigma reparametrisation"
 
     def __init__(self, model: nn.Module, where: Plan | Sequence[int] | int | None, keep: bool, iterations: int):
-        check_steps("iterations", iterations)
+        check_integer("iterations", iterations)
         super().__init__(model, where)
         self.keep, self.iterations = keep, iterations
         every = {n: m for b in self.blocks for n, m in modules_of(b) if isinstance(m, nn.Linear)}
         taken = [name for name, module in every.items() if parametrize.is_parametrized(module)]
         if taken:
-            raise ValueError(f"model: {taken[0]} is parametrised already; remove that first")
+            raise ValueError(f"model: {taken[0]} is parametrised already; remove the parametrisation first")
         self._linear = {name: module for name, module in every.items() if type(module) is nn.Linear}
         if not self._linear:
-            raise ValueError("layers: the blocks have no nn.Linear whose weight could be reparametrised")
+            raise ValueError("layers: the blocks have no nn.Linear to reparametrise")
         for module in self._linear.values():
             sigma = _Sigma(module.weight.detach(), keep)
             parametrize.register_parametrization(module, "weight", sigma, unsafe=True)
@@ -74,11 +73,11 @@ class SigmaReparametrisation(Scheduled):
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """The gammas, for an optimizer that was made before."""
+        """The gammas, for an optimizer that exists already."""
         return [sigma.gamma for sigma, _ in self._sigmas()]
 
     def _sigmas(self) -> list[tuple[_Sigma, Tensor]]:
-        """The parametrisations, each with the weight that it is put on."""
+        """The parametrisations, each with its original weight."""
         found: list[tuple[_Sigma, Tensor]] = []
         for module in self._linear.values():
             held = module.get_submodule("parametrizations.weight")
@@ -89,27 +88,24 @@ class SigmaReparametrisation(Scheduled):
 
     def _update(self) -> None:
         for sigma, original in self._sigmas():
-            gather = getattr(original, "full_tensor", None)  # of a weight that ranks share (FSDP2, tensor parallelism)
+            gather = getattr(original, "full_tensor", None)  # of a sharded weight (FSDP2, tensor parallelism)
             sigma.iterate(original if gather is None else gather(), self.iterations)
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on where `state_dict()` was taken; the singular vectors are in the checkpoint of the model."""
+        """Continue from the state of `state_dict()`. The singular vectors are in the checkpoint of the model."""
         self.steps_done = state["steps_done"]
 
     def merge(self) -> None:
-        """Make gamma W / sigma(W) the plain weights: outputs stay, and the reparametrisation is gone for good."""
-        self._take_off(leave_parametrized=True)
+        """Replace the weights by gamma W / sigma(W) without reparametrisation, for good. Outputs do not change."""
+        if self._live:
+            for module in self._linear.values():
+                parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+            self.remove()
 
     def _remove(self) -> None:
         for module in self._linear.values():
             if parametrize.is_parametrized(module, "weight"):
                 parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
-
-    def _take_off(self, *, leave_parametrized: bool) -> None:
-        if self._live:
-            for module in self._linear.values():
-                parametrize.remove_parametrizations(module, "weight", leave_parametrized=leave_parametrized)
-            self.remove()
 
     def _settings(self) -> dict:
         return {"keep": self.keep, "iterations": self.iterations, "weights": len(self._linear)}
@@ -122,15 +118,14 @@ def sigma_reparametrisation(
     keep: bool = False,
     iterations: int = 1,
 ) -> SigmaReparametrisation:
-    """Replace the weights W of all `nn.Linear` of blocks by gamma * W / sigma(W), with one learnt gamma each.
+    """Replace the weights W of all `nn.Linear` of blocks by gamma * W / sigma(W), each with one trained gamma.
 
     For training from scratch gamma starts at 1, as in the paper; with `keep` it starts at sigma(W), so that outputs
-    stay as they are up to rounding. Call `step()` of the handle after each optimizer step (or use its callback): it
-    follows the singular vectors by `iterations` power iterations. Make the optimizer afterwards, or add its
-    `parameters`. Checkpoints hold `original`, `gamma` and the vectors while it is applied: save a model for others
-    after `merge()`, which makes the product the plain weight. `remove()` puts back W, without gamma: after training
-    that is another function.
+    change only by rounding. Call `step()` of the handle after each optimizer step (or use its callback): it updates the
+    singular vectors by `iterations` power iterations. Make the optimizer afterwards, or add the handle's `parameters`
+    to it. Checkpoints hold `original`, `gamma` and the vectors. Call `merge()` before saving a model for others: it
+    stores the product as the weight. `remove()` restores W without gamma, which after training is another function.
 
-    `ValueError` where blocks have no `nn.Linear`, or weights that are parametrised already.
+    `ValueError` if blocks have no `nn.Linear`, or weights that are parametrised already.
     """
     return SigmaReparametrisation(model, layers, keep, iterations)

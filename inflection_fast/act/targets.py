@@ -1,18 +1,18 @@
-"""Which modules of the planned blocks carry adapters.
+"""The modules of the planned blocks that get adapters.
 
-Block by block, the first of these rules that finds something:
+In each block, the first of these rules that matches:
 
-1. "peft": the modules that peft chooses for the architecture of the stack (of the nearest model around the block whose
-   type peft knows, so that the language model inside a multimodal one has its own);
+1. "peft": the modules that peft chooses for the architecture, which is that of the innermost model around the block
+   with a type known to peft (in a multimodal model, the language model);
 2. "attention": all linear layers of the block's attention;
-3. "linear": all linear layers of the block, as QLoRA does it;
-4. "experts": the linear layers inside experts, where a block has no others.
+3. "linear": all linear layers of the block, as in QLoRA;
+4. "experts": the linear layers inside experts, if a block has no others.
 
-Left out by structure: what is no linear layer (embeddings, norms), output layers and what shares its weight with an
-embedding, routers (a layer beside the experts with one output for each, or one in all; a subclass of `nn.Linear` that
-returns something else), indexers of sparse attention, layers whose weight is read without calling them (an adapter
-there would never run), layers that a block outside of the plan runs, too, and names that peft rewrites into the fused
-experts of every block.
+These modules are left out: other layers than linear ones (embeddings, norms); output layers and layers that share their
+weight with an embedding; routers (a layer beside experts with one output per expert, or one output; a subclass of
+`nn.Linear` that returns something else); indexers of sparse attention; layers whose weight is read without calling
+them, so that an adapter there would not run; layers that blocks outside the plan use, too; and names that peft rewrites
+into the fused experts of every block.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ __all__ = ["Targets", "is_conv1d", "is_linear", "modules_of", "targets_of"]
 logger = logging.getLogger(__name__)
 
 _SHOWN = 12  # names in a message
-# What peft refuses, where, and for which methods; and what Mamba reads the weight of without calling the layer.
+# Modules that peft refuses in these models for these methods. Mamba reads their weights without calling them.
 _MAMBA_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 _MAMBA_LEAVES = ("out_proj", "conv1d", "dt_proj")
 _MAMBA_METHODS = ("LORA", "ADALORA", "XLORA", "RANDLORA")
@@ -52,13 +52,13 @@ _ROUTER = re.compile(r"router", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Targets:
-    """What is adapted, by full names, and the rule that chose it."""
+    """The full names of what is adapted, and the rules that chose it."""
 
     modules: tuple[str, ...]
     parameters: tuple[str, ...]  # three-dimensional parameters of experts
     rules: dict[str, str]  # block -> "peft" | "attention" | "linear" | "experts" | "given"
     words: str
-    feedforward: tuple[str, ...] = ()  # those of `modules` that are outside attention
+    feedforward: tuple[str, ...] = ()  # those of `modules` outside attention
 
 
 def targets_of(
@@ -70,11 +70,11 @@ def targets_of(
     parameters: str | Sequence[str] | None = None,
     method: str = "LORA",
 ) -> Targets:
-    """The modules of `blocks`, which are those of `every` that a plan names, for the peft method `method`.
+    """The targets in `blocks`, the planned ones of `every`, for the peft method `method`.
 
-    `wanted` names modules as peft does (ends of names, one regular expression over full names, "all-linear"); None: by
-    the rules of this file. `parameters`: "experts", or ends of names of parameters. `ValueError` where a block has
-    nothing that fits.
+    `wanted` is as `target_modules` of peft (ends of names, one regular expression over full names, "all-linear"); None:
+    by the rules of this file. `parameters`: "experts", or ends of names of parameters. `ValueError` if a block has no
+    match.
     """
     if method == "LN_TUNING" and wanted is None:
         return _norms(blocks)
@@ -104,9 +104,9 @@ def targets_of(
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module, or what an adapter wraps, is a linear layer: `nn.Linear`, Transformers' `Conv1D`, or quantised.
+    """Whether a module, or the module in an adapter, is a linear layer: `nn.Linear`, `Conv1D`, or a quantised one.
 
-    Linear classes of quantisation libraries that do not derive from `nn.Linear` are known by their two sizes.
+    Classes of quantisation libraries that are no subclasses of `nn.Linear` are recognised by their two sizes.
     """
     module = _base(module)
     if isinstance(module, (nn.Linear, Conv1D)):
@@ -119,12 +119,12 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether a module, or what an adapter wraps, is Transformers' `Conv1D`, whose weight is [in, out]."""
+    """Whether a module, or the module in an adapter, is Transformers' `Conv1D`, whose weight is [in, out]."""
     return isinstance(_base(module), Conv1D)
 
 
 def modules_of(block: Block) -> Iterator[tuple[str, nn.Module]]:
-    """(full name, module) of everything in a block, with adapters seen as the modules they wrap."""
+    """(full name, module) of all modules in a block, without those inside adapters."""
 
     def walk(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         for name, child in module.named_children():
@@ -140,14 +140,14 @@ class _Search:
     def __init__(self, model: nn.Module, blocks: Sequence[Block], every: Sequence[Block], method: str):
         self._model, self._method = model, method
         self._named = dict(model.named_modules(remove_duplicate=False))
-        self._first = {id(module): name for name, module in model.named_modules()}  # of shared ones peft sees this name
+        self._first = {id(module): name for name, module in model.named_modules()}  # the name that peft uses
         planned = {block.module for block in blocks}
         self._foreign = {id(m) for b in every if b.module not in planned for _, m in modules_of(b)}
         self._tied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         output = getattr(model, "get_output_embeddings", None)
         try:
             self._output = output() if callable(output) else None
-        except (AttributeError, NotImplementedError):  # of a backbone that has none
+        except (AttributeError, NotImplementedError):  # a backbone without output embeddings
             self._output = None
         self._rewritten: dict[str, bool] = {}
         self.left_out: dict[str, list[str]] = {}
@@ -156,7 +156,7 @@ class _Search:
     # ---- by rule -----------------------------------------------------------------------------------------------------
 
     def default(self, block: Block) -> tuple[list[str], str]:
-        """The names in a block, and the rule that found them."""
+        """The targets in a block by the default rules, and the rule that matched."""
         kept, left = self._adaptable(block)
         usual = self._usual(block)
         rules = {
@@ -173,7 +173,7 @@ class _Search:
         return [self._first[id(self._named[name])] for name in rules[rule]], rule
 
     def nothing_in(self, block: Block) -> str:
-        """Why a block has nothing to adapt."""
+        """The message for a block without targets."""
         left = self._adaptable(block)[1]
         if left:
             listed = "; ".join(f"{name}: {why}" for name, why in list(left.items())[:_SHOWN])
@@ -183,7 +183,7 @@ class _Search:
         return f"plan: {block.name} has no linear layer, so there is nothing to adapt in it"
 
     def attends(self, block: Block, name: str) -> bool:
-        """Whether a module of a block is (in) its attention."""
+        """Whether a module of a block is attention, or inside it."""
         path = block.path
         for part in name[len(block.path) + 1 :].split("."):
             path = f"{path}.{part}"
@@ -208,7 +208,7 @@ class _Search:
             if whole is not None and name.startswith(whole):
                 continue
             if isinstance(_base(module), nn.MultiheadAttention) and self._method == "LORA":
-                whole = f"{name}."  # its projections are read without being called: peft adapts it as one
+                whole = f"{name}."  # peft adapts it as a whole, because its projections are not called
             elif not is_linear(module):
                 continue
             why = self._why_not(block, name, module)
@@ -223,21 +223,21 @@ class _Search:
         holder = self._named[parent]
         weight = getattr(base, "weight", None)
         if isinstance(base, nn.MultiheadAttention):
-            return None if base._qkv_same_embed_dim else "keys or values of another width, which peft does not adapt"
+            return None if base._qkv_same_embed_dim else "it has keys or values of another width, which peft refuses"
         if base is self._output or id(weight) in self._tied:
-            return "an output layer or tied to an embedding"
+            return "an output layer, or tied to an embedding"
         if _is_router(holder, leaf, base) or _ROUTER.search(name[len(block.path) :]):
             return "a router"
         if _is_foreign_linear(base, block):
-            return f"{type(base).__name__} does not apply its weight as a linear layer does"
+            return f"{type(base).__name__} does not use its weight as a linear layer"
         if _INDEXER.search(name[len(block.path) :]):
-            return "an indexer, which chooses keys and gets no gradient from the choice"
+            return "an indexer, which chooses keys and gets no gradient"
         if leaf in _MAMBA_LEAVES and model_type_of(self._model) in _MAMBA_TYPES and self._method in _MAMBA_METHODS:
             return "peft refuses it in Mamba, whose kernels read its weight"
         if leaf in read_directly(type(holder)):
             return f"{type(holder).__name__} reads its weight without calling it"
         if id(module) in self._foreign:
-            return "shared with a block outside of the plan"
+            return "shared with a block outside the plan"
         if self._method == "LORA" and self._is_rewritten(leaf):
             return "peft would put it on the fused experts of every block"
         return None
@@ -248,14 +248,14 @@ class _Search:
             try:
                 convert_peft_config_for_transformers(probe, self._model, None)
                 self._rewritten[leaf] = not probe.target_modules
-            except ValueError:  # it asks for the other half of a fused pair
+            except ValueError:  # peft needs the other half of a fused pair
                 self._rewritten[leaf] = True
         return self._rewritten[leaf]
 
-    # ---- by wish -----------------------------------------------------------------------------------------------------
+    # ---- as given --------------------------------------------------------------------------------------------------
 
     def given(self, wanted: str | Sequence[str]) -> list[str]:
-        """The modules that `wanted` matches. `ValueError` where a block has none, or a pattern is idle."""
+        """The modules that `wanted` matches. `ValueError` if a block has none, or a pattern matches nothing."""
         found = []
         for block in self._blocks:
             names = [name for name, module in modules_of(block) if self._wanted(wanted, name, module)]
@@ -266,22 +266,22 @@ class _Search:
                 )
             found += names
         if not isinstance(wanted, str):
-            idle = [pattern for pattern in wanted if not any(_matches([pattern], name) for name in found)]
-            if idle:
+            unused = [pattern for pattern in wanted if not any(_matches([pattern], name) for name in found)]
+            if unused:
                 have = f"which have {_linears(self._blocks[0])}"
-                raise ValueError(f"target_modules: {idle} match nothing in the planned blocks, {have}")
+                raise ValueError(f"target_modules: {unused} match nothing in the planned blocks, {have}")
         found = list(dict.fromkeys(self._first[id(self._named[name])] for name in found))
         shared = [name for name in found if id(self._named[name]) in self._foreign]
         if shared:
             raise ValueError(
-                f"target_modules: {_shown(shared)} belong to blocks outside of the plan, too; plan those blocks with "
-                "them, or name other modules"
+                f"target_modules: {_shown(shared)} belong to blocks outside the plan, too; add those blocks to the "
+                "plan, or name other modules"
             )
         rewritten = [name for name in found if self._method == "LORA" and self._is_rewritten(name.rpartition(".")[2])]
         if rewritten:
             raise ValueError(
-                f"target_modules: peft takes {_shown(rewritten)} of a model of type {model_type_of(self._model)} for "
-                "the fused experts of every block; leave them out, and name the experts by target_parameters='experts'"
+                f"target_modules: peft replaces {_shown(rewritten)} of a model of type {model_type_of(self._model)} "
+                "by the fused experts of every block; omit them, and name experts by target_parameters='experts'"
             )
         return found
 
@@ -316,7 +316,7 @@ def _parameters(blocks: Sequence[Block], wanted: str | Sequence[str] | None) -> 
 
 
 def _fused_experts(block: Block) -> list[str]:
-    """The three-dimensional parameters in which a block has its experts."""
+    """The three-dimensional parameters of a block that hold its experts."""
     return [
         _full_name(block, name)
         for name, parameter in block.module.named_parameters()
@@ -331,12 +331,12 @@ def _full_name(block: Block, parameter: str) -> str:
 def _norms(blocks: Sequence[Block]) -> Targets:
     names = [n for b in blocks for n, m in modules_of(b) if "norm" in type(_base(m)).__name__.lower()]
     if not names:
-        raise ValueError(f"plan: {blocks[0].name} has no normalisation, which is what LNTuning trains")
+        raise ValueError(f"plan: {blocks[0].name} has no normalisation, which LNTuning would train")
     return Targets(tuple(names), (), {b.name: "norms" for b in blocks}, f"{len(names)} normalisations")
 
 
 def _is_router(holder: nn.Module, leaf: str, module: nn.Module) -> bool:
-    """A linear layer that stands beside experts and has an output for each of them, or a single one."""
+    """Whether a module is a linear layer beside experts, with one output for each expert or one output."""
     counts = set()
     for name, child in holder.named_children():
         if name != leaf and _EXPERT.search(name):
@@ -349,17 +349,16 @@ def _is_router(holder: nn.Module, leaf: str, module: nn.Module) -> bool:
 
 
 def _is_foreign_linear(module: nn.Module, block: Block) -> bool:
-    """Whether a subclass of `nn.Linear` from the model's own code returns something else than one row of outputs."""
+    """Whether a module is a subclass of `nn.Linear` from the model's code with another output than a linear layer."""
     cls = type(module)
     if not isinstance(module, nn.Linear) or cls.forward is nn.Linear.forward:
         return False
-    own = cls.__module__.split(".")[:2], type(block.module).__module__.split(".")[:2]
-    if own[0] != own[1]:  # of a quantisation library, or Transformers' integration of one
+    if cls.__module__.split(".")[:2] != type(block.module).__module__.split(".")[:2]:  # a quantised linear layer
         return False
     try:
         with torch.no_grad():
             output = module(torch.zeros(1, module.in_features).to(module.weight))
-    except Exception:  # whatever it needs, it is not called as a linear layer is
+    except Exception:  # it needs other arguments than a linear layer
         return True
     return not isinstance(output, torch.Tensor) or output.shape != (1, module.out_features)
 

@@ -1,8 +1,8 @@
-"""Attention temperature: softer attention at the start of a training, the model's own at its end.
+"""Attention temperature: softer attention at the start of a training, the model's usual attention at its end.
 
-Scores s = q k^T * scale become s / T, by dividing the queries by T before the model's own attention runs. Every
-implementation (sdpa, eager, flash) therefore does what it always does, and a monitor sees the softened attention.
-Biases and masks that are added to the scores are not divided, and a softcap is applied to what is divided.
+Scores s = q k^T * scale become s / T: queries are divided by T before the model's attention runs, which does not
+change. So it works with every implementation (sdpa, eager, flash), and a monitor sees the softer attention. Biases and
+masks that are added to the scores are not divided; a softcap is applied after the division.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..decide import Plan
 from ..measure.attention_observer import interfaces_of
-from .handle import Scheduled, check_steps
+from .handle import Scheduled, check_integer, check_number
 from .interface import InterfaceCall, change_queries
 
 __all__ = ["AttentionTemperature", "attention_temperature"]
@@ -31,7 +31,7 @@ _SCHEDULES = {
 
 
 class AttentionTemperature(Scheduled):
-    """The temperature of the chosen blocks, by optimizer step."""
+    """The temperature of the chosen blocks at an optimizer step."""
 
     name = "attention temperature"
 
@@ -44,61 +44,54 @@ class AttentionTemperature(Scheduled):
         steps: int,
         schedule: str,
     ):
-        for name, value in (("start", start), ("end", end)):
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
-                raise ValueError(f"{name}: expected a temperature > 0, got {value!r}")
-        check_steps("steps", steps, 0)
+        check_number("start", start, "> 0")
+        check_number("end", end, "> 0")
+        check_integer("steps", steps, 0)
         if schedule not in _SCHEDULES:
             raise ValueError(f"schedule: expected one of {sorted(_SCHEDULES)}, got {schedule!r}")
         super().__init__(model, where)
         for block in self.blocks:
-            if not _can_be_scaled(block.module):
+            if not interfaces_of(block.module) and not _calls_torch(block.module):
                 raise ValueError(
-                    f"model: the attention of {block.name} goes neither through Transformers' attention interface nor "
-                    "through torch's scaled_dot_product_attention or MultiheadAttention, so it cannot be scaled"
+                    f"model: the attention of {block.name} uses neither Transformers' attention interface nor torch's "
+                    "scaled_dot_product_attention or MultiheadAttention, so it cannot be scaled"
                 )
         self.start, self.end, self.steps, self.schedule = start, end, steps, schedule
         device = next(model.parameters()).device
-        self._factor = torch.ones((), device=device)  # 1 / T, in a tensor: a new value compiles nothing anew
+        self._factor = torch.ones((), device=device)  # 1 / T; a tensor, so that a new value does not recompile
         self._modes: list[_ScalingMode] = []
-        self._attached = ExitStack()
-        try:
-            self._attach()
+        with ExitStack() as attached:
+            self._attach(attached)
             self._update()
-        except BaseException:
-            self._attached.close()
-            raise
+            self._attached = attached.pop_all()
         self._hold()
 
     @property
     def temperature(self) -> float:
-        """The temperature of the step that is running."""
+        """The temperature of the current step."""
         share = min(self.steps_done / self.steps, 1.0) if self.steps else 1.0
         return self.start + (self.end - self.start) * _SCHEDULES[self.schedule](share)
 
     def _update(self) -> None:
         self._factor.fill_(1 / self.temperature)
 
-    def _attach(self) -> None:
+    def _attach(self, attached: ExitStack) -> None:
         inside = {id(module) for block in self.blocks for module in block.module.modules()}
         for interface in interfaces_of(self.model):
-            self._attached.callback(change_queries(interface, inside, self._scaled))
+            attached.callback(change_queries(interface, inside, self._scaled))
         for block in self.blocks:
             if _calls_torch(block.module):
-                for handle in (
-                    block.module.register_forward_pre_hook(self._block_begins),
-                    block.module.register_forward_hook(self._block_ends, always_call=True),
-                ):
-                    self._attached.callback(handle.remove)
+                attached.callback(block.module.register_forward_pre_hook(self._block_begins).remove)
+                attached.callback(block.module.register_forward_hook(self._block_ends, always_call=True).remove)
 
     def _scaled(self, call: InterfaceCall) -> Tensor:
         return call.query * self._factor
 
-    # The function mode is entered around each block, later than one that a monitor enters around the model: the mode
-    # that was entered last sees a call first, so that the monitor sees what has been scaled.
+    # The function mode is entered around each block, after that of a monitor around the model. The mode that is entered
+    # last gets a call first, so the monitor sees scaled queries.
 
     def _block_begins(self, module: nn.Module, args: tuple) -> None:
-        if not any(module is block.module for block in self.blocks):  # of a copy of the model, which has the hooks too
+        if not any(module is block.module for block in self.blocks):  # a copy of the model has the hooks, too
             return
         mode = _ScalingMode(self._factor, self.temperature == 1)
         mode.__enter__()
@@ -118,9 +111,6 @@ class AttentionTemperature(Scheduled):
             f"({self.schedule})."
         )
 
-    def _remove(self) -> None:
-        self._attached.close()
-
 
 def attention_temperature(
     model: nn.Module,
@@ -131,7 +121,7 @@ def attention_temperature(
     steps: int = 500,
     schedule: str = "linear",
 ) -> AttentionTemperature:
-    """Divide the attention scores of blocks by a temperature that goes from `start` to `end` in `steps` steps.
+    """Divide the attention scores of blocks by a temperature that changes from `start` to `end` in `steps` steps.
 
     ::
 
@@ -142,19 +132,19 @@ def attention_temperature(
                 optimizer.zero_grad()
                 temperature.step()
 
-    With the Trainer pass `temperature.callback()` instead of calling `step`. `steps=0` holds `end` throughout. At
-    temperature 1 outputs are those of the model to the bit; after `remove()` nothing is left on it. Self and cross
-    attention of a block are scaled alike. Queries are scaled in their own dtype.
+    With the Trainer pass `temperature.callback()` instead of calling `step`. With `steps=0` the temperature is always
+    `end`. At temperature 1 outputs are equal to the bit; `remove()` removes all hooks. Self-attention and
+    cross-attention of a block are scaled alike. Queries are scaled in their own dtype.
 
     Args:
-        model: any model whose blocks attend through Transformers' attention interface,
-            `F.scaled_dot_product_attention` or `nn.MultiheadAttention`; apply before compiling. Models that call torch
-            themselves break the graph at every block when compiled, models of Transformers do not.
+        model: any model whose blocks use Transformers' attention interface, `F.scaled_dot_product_attention` or
+            `nn.MultiheadAttention`; apply before compiling. Compiled models that call the torch functions break the
+            graph at every block; models of Transformers do not.
         layers: a plan or indices of blocks; None: all.
         schedule: "linear" or "cosine".
 
     Raises:
-        ValueError: a temperature that is not above 0, attention that cannot be scaled, an index outside, or blocks
+        ValueError: a temperature that is not above 0, attention that cannot be scaled, an index out of range, or blocks
             whose temperature is set already.
     """
     return AttentionTemperature(model, layers, start, end, steps, schedule)
@@ -175,12 +165,12 @@ class _ScalingMode(TorchFunctionMode):
                 args = (args[0] * self._factor, *args[1:])
             else:
                 kwargs["query"] = kwargs["query"] * self._factor
-        elif func is F.multi_head_attention_forward and not self._is_one:  # a copied weight may round otherwise
+        elif func is F.multi_head_attention_forward and not self._is_one:  # a copied weight may be rounded differently
             args, kwargs = self._scaled_projection(list(args), kwargs)
         return func(*args, **kwargs)
 
     def _scaled_projection(self, args: list, kwargs: dict) -> tuple[list, dict]:
-        """The first third of the joint projection makes the queries, or a matrix of its own does."""
+        """Scale the query weights: the first third of the joint projection, or a separate matrix."""
         width = args[0].shape[-1]
         places = {name: place for place, name in enumerate(_MULTI_HEAD_NAMES)}
         separate = kwargs.get("use_separate_proj_weight", False)
@@ -189,10 +179,8 @@ class _ScalingMode(TorchFunctionMode):
             given = args[place] if place < len(args) else kwargs[name]
             if given is None:
                 continue
-            if name == "q_proj_weight":
-                scaled = given * self._factor
-            else:
-                scaled = torch.cat([given[:width] * self._factor, given[width:]])
+            whole = name == "q_proj_weight"
+            scaled = given * self._factor if whole else torch.cat([given[:width] * self._factor, given[width:]])
             if place < len(args):
                 args[place] = scaled
             else:
@@ -201,10 +189,6 @@ class _ScalingMode(TorchFunctionMode):
 
 
 _MULTI_HEAD_NAMES = tuple(inspect.signature(F.multi_head_attention_forward).parameters)
-
-
-def _can_be_scaled(block: nn.Module) -> bool:
-    return bool(interfaces_of(block)) or _calls_torch(block)
 
 
 def _calls_torch(block: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""Train the planned blocks whole, and nothing else but the head: freezing by plan, the habit of Spectrum."""
+"""Train all parameters of the planned blocks, and freeze the others, as Spectrum does."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Unfrozen", "unfreeze"]
 
 
 class Unfrozen(Handle):
-    """The parameters of the chosen blocks (and of `also`) train, all others are frozen."""
+    """The parameters of the chosen blocks and of `also` train; all others are frozen."""
 
     name = "unfreezing"
 
@@ -46,13 +46,13 @@ class Unfrozen(Handle):
 
 
 def unfreeze(model: nn.Module, plan: Plan | Sequence[int] | int, *, also: Sequence[str] = ()) -> Unfrozen:
-    """Train the parameters of the planned blocks and of the modules `also`, freeze all others.
+    """Train the parameters of the planned blocks and of `also`, and freeze all others.
 
-    `also` names modules or parameters by their full names from the front, such as a new head ("classifier"). Make the
-    optimizer afterwards: one that exists keeps the parameters it has. Weights of quantised integers stay frozen.
-    `remove()` of the returned handle puts every `requires_grad` back; leaving the handle alone keeps it.
+    `also` are full names of modules or parameters, such as a new head ("classifier"). Make the optimizer afterwards: an
+    existing one keeps its parameters. Quantised integer weights stay frozen. `remove()` of the returned handle restores
+    every `requires_grad`; it may be omitted.
 
-    `ValueError` for a plan of another model, an index outside, a name without parameters, or blocks that are unfrozen
-    already.
+    `ValueError` for a plan of another model, an index out of range, a name without parameters, or blocks that are
+    unfrozen already.
     """
     return Unfrozen(model, plan, also)

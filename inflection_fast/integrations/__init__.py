@@ -1,4 +1,4 @@
-"""Where the monitor meets training frameworks, each in a file of its own, loaded when it is asked for."""
+"""The monitor in training frameworks: one file for each framework, loaded on first use."""
 
 from importlib import import_module
 from types import ModuleType
@@ -17,7 +17,7 @@ __all__ = [*_HOMES]
 
 
 def _register(reporting: ModuleType) -> None:
-    """Makes `TrainingArguments(report_to="inflection")` mean InflectionCallback."""
+    """Let `TrainingArguments(report_to="inflection")` add an InflectionCallback."""
     from inflection_fast.integrations.callback import ReportedTo
 
     reporting.INTEGRATION_TO_CALLBACK["inflection"] = ReportedTo

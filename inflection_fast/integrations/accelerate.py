@@ -1,8 +1,7 @@
-"""The monitor as a tracker of Accelerate: one argument of the Accelerator, and no line in the loop."""
+"""The monitor as a tracker of Accelerate: an argument of the Accelerator, without changes in the loop."""
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -11,12 +10,11 @@ from accelerate.tracking import GeneralTracker
 
 from inflection_fast.integrations.loops import LoopMonitor
 from inflection_fast.integrations.scalars import Scalars
+from inflection_fast.integrations.trackers import FailSafe
 from inflection_fast.measure import Monitor, MonitorConfig, Row
 from inflection_fast.timeline import Timeline
 
 __all__ = ["InflectionTracker"]
-
-logger = logging.getLogger(__name__)
 
 
 class InflectionTracker(GeneralTracker):
@@ -29,15 +27,15 @@ class InflectionTracker(GeneralTracker):
     accelerator.end_training()
     ```
 
-    The model is found when it is first called for training, and a step ends where the optimizer steps, so that
-    `accumulate`, clipping and mixed precision count as they should (`inflection_fast.integrations.loops`). Make the
-    optimizer and call `init_trackers` before the first forward pass, in either order. Scalars go to the other trackers
-    of the Accelerator; it comes first in `log_with`, so that the last ones are logged before those are closed.
+    The model is found at its first call in training. A step ends when the optimizer steps, which is right with
+    `accumulate`, clipping and mixed precision (`inflection_fast.integrations.loops`). Make the optimizer and call
+    `init_trackers` before the first forward pass, in either order. Scalars go to the other trackers of the Accelerator.
+    Put this tracker first in `log_with`: then the last scalars are logged before the others are closed.
 
     Args:
-        config: what and when.
-        out: folder of the timeline; a timeline that is there is kept, and a new folder beside it is taken.
-        keys: patterns of scalars beside the dozen; see `inflection_fast.integrations.scalars`.
+        config: what is measured, and when.
+        out: folder of the timeline; if it holds one, a new folder beside it is used.
+        keys: patterns of further scalars; see `inflection_fast.integrations.scalars`.
     """
 
     name = "inflection"
@@ -52,7 +50,7 @@ class InflectionTracker(GeneralTracker):
         keys: Iterable[str] = (),
     ):
         super().__init__()
-        self._scalars, self._told = Scalars(keys), set[str]()
+        self._scalars, self._safely = Scalars(keys), FailSafe()
         self._loops = LoopMonitor(config, out, on_row=self._log)
 
     @property
@@ -62,32 +60,26 @@ class InflectionTracker(GeneralTracker):
 
     @property
     def timeline(self) -> Timeline:
-        """What was measured so far. `RuntimeError` before anything was."""
+        """What was measured so far. `RuntimeError` before the first forward pass."""
         if self._loops.monitor is None:
             raise RuntimeError(
-                "InflectionTracker.timeline before a model was trained: nothing was measured; call init_trackers before"
-                " the first forward pass"
+                "InflectionTracker.timeline: nothing was measured yet; call init_trackers before the first forward pass"
             )
         return self._loops.monitor.timeline
 
     def start(self) -> None:
-        """Accelerate calls it in `init_trackers`."""
+        """Begin to watch the loop. Accelerate calls this in `init_trackers`."""
         self._loops.start()
 
     def log(self, values: dict, step: int | None = None, **kwargs: Any) -> None:
-        """What the loop logs is nothing to measure."""
+        """Ignore what the loop logs."""
 
     def finish(self) -> None:
-        """Accelerate calls it in `end_training`."""
+        """Detach. Accelerate calls this in `end_training`."""
         self._loops.close()
 
     def _log(self, row: Row) -> None:
         scalars = self._scalars.of(row)
-        for one in getattr(self._loops.accelerator, "trackers", ()):
-            if one is not self:
-                try:
-                    one.log(scalars, step=row.step)
-                except Exception as error:
-                    if one.name not in self._told:
-                        self._told.add(one.name)
-                        logger.warning("%s did not take what was measured: %r; the training goes on", one.name, error)
+        for tracker in getattr(self._loops.accelerator, "trackers", ()):
+            if tracker is not self:
+                self._safely(tracker.name, tracker.log, scalars, step=row.step)

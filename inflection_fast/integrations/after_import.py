@@ -1,4 +1,4 @@
-"""Do something with a module right after somebody imports it, without importing it."""
+"""Call a function right after a module is imported, without importing it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _waiting: dict[str, list[Action]] = {}
 
 
 def when_imported(name: str, action: Action) -> None:
-    """Calls `action(module)` after the module `name` was executed; now, if that has happened already."""
+    """Call `action(module)` after the module `name` is executed, or now if it has been."""
     module = sys.modules.get(name)
     if module is not None and not getattr(module.__spec__, "_initializing", False):
         action(module)
@@ -27,33 +27,33 @@ def when_imported(name: str, action: Action) -> None:
 
 
 class _Finder:
-    """Finds nothing itself: lets the others find a module that is waited for, and listens to its loader."""
+    """A finder that gets the spec of an awaited module from the other finders, and wraps its loader."""
 
     def __init__(self) -> None:
-        self._asking = False
+        self._finding = False
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name not in _waiting or self._asking:
+        if name not in _waiting or self._finding:
             return None
-        self._asking = True
+        self._finding = True
         try:
             spec = find_spec(name)
         finally:
-            self._asking = False
+            self._finding = False
         if spec is not None and spec.loader is not None and hasattr(spec.loader, "exec_module"):
-            _listen(spec.loader, name)
+            _act_after_loading(spec.loader, name)
         return spec
 
 
-def _listen(loader: Any, name: str) -> None:
+def _act_after_loading(loader: Any, name: str) -> None:
     execute = loader.exec_module
 
-    def listened(module: ModuleType) -> None:
-        del loader.exec_module  # the attribute of this instance; the method of its class is found again
+    def exec_module(module: ModuleType) -> None:
+        del loader.exec_module  # of the instance, so that the method of its class is used again
         execute(module)
         for action in _waiting.pop(name, []):
             action(module)
 
-    loader.exec_module = listened
+    loader.exec_module = exec_module

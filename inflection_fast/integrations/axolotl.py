@@ -1,4 +1,4 @@
-"""A plugin of axolotl: three lines of its YAML measure a training, a fourth puts the adapters where a plan says.
+"""A plugin of axolotl: three lines of YAML measure a training, a fourth puts adapters on the layers of a plan.
 
 ```yaml
 plugins: [inflection_fast.integrations.axolotl.InflectionPlugin]
@@ -25,28 +25,28 @@ __all__ = ["InflectionArgs", "InflectionPlugin"]
 
 
 class InflectionArgs(BaseModel):
-    """What the YAML may say."""
+    """Settings of the plugin in the YAML file."""
 
-    inflection_every: int = 10  # measure every so many optimizer steps
+    inflection_every: int = 10  # optimizer steps between measured steps
     inflection_out: str | None = None  # folder of the timeline; none: `output_dir`/inflection
-    inflection_keys: list[str] = []  # patterns of scalars beside the dozen
-    inflection_plan: str | None = None  # a plan.json, or the folder of an adapter: adapters go on its layers
+    inflection_keys: list[str] = []  # patterns of further scalars
+    inflection_plan: str | None = None  # a plan.json, or the folder of an adapter with a plan
 
 
 class InflectionPlugin(BasePlugin):
-    """Adds InflectionCallback, and fills in the targets of LoRA from a plan."""
+    """Adds an InflectionCallback, and takes the targets of LoRA from a plan."""
 
     def register(self, cfg: dict) -> None:
-        """Puts the plan's targets into the settings. ValueError where they name targets of their own."""
+        """Check the settings. ValueError if they have a plan and also targets of LoRA."""
         if not cfg.get("inflection_plan"):
             return
         given = [name for name in ("lora_target_modules", "lora_target_linear") if cfg.get(name)]
         if given:
-            raise ValueError(f"inflection_plan: it names the targets of LoRA, and so does {given[0]}; leave one out")
-        cfg["lora_target_linear"] = True  # settings without any target are refused; `pre_lora_load` takes it back
+            raise ValueError(f"inflection_plan: it gives the targets of LoRA, and so does {given[0]}; remove one")
+        cfg["lora_target_linear"] = True  # axolotl requires a target; `pre_lora_load` replaces this one
 
     def pre_lora_load(self, cfg: Any, model: Any) -> None:
-        """Names the modules of the plan's layers, which only the model tells."""
+        """Set the target modules, whose names follow from the plan and the model."""
         path = cfg.inflection_plan
         if path:
             plan = Plan.load(path) if str(path).endswith(".json") else Plan.from_pretrained(path)
@@ -55,11 +55,11 @@ class InflectionPlugin(BasePlugin):
             cfg.lora_target_linear = None
 
     def get_input_args(self) -> str:
-        """Where the settings are declared."""
+        """The import path of the settings class."""
         return f"{__name__}.{InflectionArgs.__name__}"
 
     def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[Any]:
-        """The callback."""
+        """The callback that measures."""
         config = MonitorConfig(every=cfg.inflection_every or 10)
         out = cfg.inflection_out or f"{cfg.output_dir}/inflection"
         return [InflectionCallback(config, out, if_exists="overwrite", keys=tuple(cfg.inflection_keys or ()))]

@@ -1,6 +1,6 @@
 """The monitor as a callback of MosaicML Composer, and of llm-foundry by the name "inflection" in its YAML.
 
-Written against Composer 0.32 and llm-foundry 0.22, which ask for a torch below 2.7.1: the tests stand on a stand-in.
+Written against Composer 0.32 and llm-foundry 0.22. These need a torch below 2.7.1, so the tests use a stand-in.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ __all__ = ["ComposerCallback"]
 class ComposerCallback(Callback):
     """`Trainer(callbacks=[ComposerCallback(MonitorConfig(every=10), out="runs/a")])`.
 
-    A step ends after the micro-batches of a batch have gone back, before the optimizer steps. Scalars go to Composer's
-    loggers under the number of the batch.
+    A step ends after the backward passes of all micro-batches of a batch, before the optimizer steps. Scalars go to
+    Composer's loggers with the number of the batch.
 
     Args:
-        config: what and when; a mapping of its fields, as a YAML file holds it, will do.
-        out: folder of the timeline; a timeline that is there is kept, and a new folder beside it is taken.
-        keys: patterns of scalars beside the dozen; see `inflection_fast.integrations.scalars`.
+        config: what is measured, and when; or a mapping of its fields, as from a YAML file.
+        out: folder of the timeline; if it holds one, a new folder beside it is used.
+        keys: patterns of further scalars; see `inflection_fast.integrations.scalars`.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class ComposerCallback(Callback):
         self.monitor: Monitor | None = None
 
     def fit_start(self, state: Any, logger: Any) -> None:
-        """Attaches."""
+        """Attach."""
         self.close(state, logger)
         model: nn.Module = state.model
         on_row = lambda row: logger.log_metrics(self._scalars.of(row), step=row.step)  # noqa: E731
@@ -51,16 +51,16 @@ class ComposerCallback(Callback):
         self.monitor.__enter__()
 
     def after_train_batch(self, state: Any, logger: Any) -> None:
-        """Ends a step; Composer has unscaled the gradients by then, and steps the optimizer next."""
+        """End a step. Composer has unscaled the gradients, and steps the optimizer next."""
         if self.monitor is not None:
-            # There is a scaler always, which multiplies losses in this precision only.
+            # `state.scaler` always exists, but scales losses only in this precision.
             self.monitor.step(scaler=state.scaler if state.precision == "amp_fp16" else None)
 
     def fit_end(self, state: Any, logger: Any) -> None:
-        """Detaches."""
+        """Detach."""
         self.close(state, logger)
 
     def close(self, state: Any, logger: Any) -> None:
-        """Composer calls it also when training has raised."""
+        """Detach. Composer calls this also after an exception in training."""
         if self.monitor is not None:
             self.monitor.close()

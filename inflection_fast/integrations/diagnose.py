@@ -1,4 +1,4 @@
-"""Diagnose, then inject, in one training: measure a shallow unfreezing, plan, put adapters in, train the rest."""
+"""Diagnose, then inject, in one training: measure a shallow unfreezing, plan, inject adapters, train these."""
 
 from __future__ import annotations
 
@@ -44,24 +44,25 @@ class DiagnoseThenInject:
     trainer.save_model("adapter")
     ```
 
-    The first `steps` optimizer steps train the last `top` blocks and the head, and are measured. Then the plan is made,
-    the weights go back to what they were, so that the adapter fits the model that everybody has, and adapters are put
-    on the planned blocks. The remaining steps train these, on the data that come next. Both phases have an optimizer of
-    their own, and a schedule with its warm-up over their own steps. `global_step`, `epoch` and `log_history` go on.
+    In the first phase, `steps` optimizer steps train the last `top` blocks and the head, and are measured. Then layers
+    are chosen, the weights are restored, so that the adapter fits the published model, and adapters are injected into
+    the planned blocks. In the second phase the remaining steps train the adapters, on the following data. Each phase
+    has its own optimizer, and its own learning rate schedule with warm-up. `global_step`, `epoch` and `log_history`
+    continue.
 
-    `train(resume_from_checkpoint=...)` resumes in either phase, from a new Trainer of the same model: a checkpoint of
-    the second phase holds the adapter and its plan. Where the phases meet a checkpoint is written; it is deleted in the
+    `train(resume_from_checkpoint=...)` resumes in either phase, with a new Trainer of the same model: a checkpoint of
+    the second phase holds the adapter and its plan. Between the phases a checkpoint is written; it is deleted at the
     end if the Trainer saves none.
 
     Args:
         trainer: not trained yet, with a model that is not wrapped by peft.
-        steps: of the first phase.
-        top: so many last blocks are trained in it.
-        head: names of modules trained beside them; None: what the model registers after its last block.
+        steps: optimizer steps of the first phase.
+        top: number of last blocks that are trained in the first phase.
+        head: names of modules trained with them; None: what the model registers after its last block.
         config: what is measured, and when.
         select: how layers are chosen.
-        out: folder of the timeline, and of plan.json; None: in memory only, and a first phase that is resumed knows
-            nothing of what was measured before.
+        out: folder of the timeline and of plan.json; None: in memory only. Then a first phase that is resumed does not
+            have the earlier measurements.
         probe: as for `Monitor`.
         r: rank of the adapters; None: 4.
         options: other keyword arguments of `inject`, such as `{"config": peft.LoraConfig(use_dora=True)}`.
@@ -88,12 +89,12 @@ class DiagnoseThenInject:
             raise ValueError(f"steps: expected the number of measured steps, at least 1, got {steps!r}")
         if getattr(trainer, "optimizer", None) is not None:
             raise ValueError(
-                "trainer: it was given an optimizer, which holds the parameters of one phase only; give it"
-                " optimizer_cls_and_kwargs instead"
+                "trainer: it has an optimizer, with the parameters of one phase only; give it optimizer_cls_and_kwargs"
+                " instead"
             )
         if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
             raise ValueError(
-                "trainer: its model is sharded (FSDP, DeepSpeed), and adapters are put in before sharding; measure in"
+                "trainer: its model is sharded (FSDP, DeepSpeed), and adapters are injected before sharding; measure in"
                 " one training, and inject in a second one"
             )
         if hasattr(trainer.model, "peft_config"):
@@ -108,7 +109,7 @@ class DiagnoseThenInject:
         self.callback: InflectionCallback | None = None  # of the first phase, if this process has run it
 
     def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainOutput:
-        """Both phases, or what is left of them. ValueError if no layer was chosen; the model is then as it was."""
+        """Run both phases, or what remains of them. ValueError if no layer was chosen; the model is then unchanged."""
         checkpoint = self._checkpoint(resume_from_checkpoint)
         if checkpoint is not None and (checkpoint / Plan.FILE).is_file():
             self.plan = Plan.from_pretrained(checkpoint)
@@ -133,9 +134,7 @@ class DiagnoseThenInject:
 
     def _diagnose(self, checkpoint: Path | None) -> Plan:
         trainer, model = self.trainer, self.trainer.model
-        trained_before: dict[str, bool] = {
-            name: parameter.requires_grad for name, parameter in model.named_parameters()
-        }
+        trained_before = {name: bool(parameter.requires_grad) for name, parameter in model.named_parameters()}
         names = unfreeze_top(model, find_blocks(model, self.config.blocks), self.top, self.head)
         parameters = dict(model.named_parameters())
         weights = {name: parameters[name].detach().to("cpu", copy=True) for name in names}
@@ -149,8 +148,8 @@ class DiagnoseThenInject:
             plan = self._shared(lambda: select(callback.timeline, self.select))
             if not plan.layers:
                 raise ValueError(
-                    f"no layer was chosen after {self.steps} steps. {plan.summary} More steps show more;"
-                    " select=SelectConfig(method='top', k=4, significance=None) takes the highest scores anyhow"
+                    f"no layer was chosen after {self.steps} steps. {plan.summary} Measure more steps, or take the"
+                    " highest scores with select=SelectConfig(method='top', k=4, significance=None)"
                 )
         finally:
             trainer.remove_callback(callback)
@@ -168,29 +167,29 @@ class DiagnoseThenInject:
 
     @staticmethod
     def _shared(make: Callable[[], Plan]) -> Plan:
-        """The plan of the process that keeps the timeline, in all processes."""
+        """The plan of rank 0, which keeps the timeline, on all ranks."""
         if not dist.is_initialized():
             return make()
-        told: list[Any] = [None]
+        result: list[Any] = [None]
         if dist.get_rank() == 0:
             try:
-                told = [make()]
+                result = [make()]
             except ValueError as error:
-                told = [error]
-        dist.broadcast_object_list(told)
-        if isinstance(told[0], ValueError):
-            raise told[0]
-        return told[0]
+                result = [error]
+        dist.broadcast_object_list(result)
+        if isinstance(result[0], ValueError):
+            raise result[0]
+        return result[0]
 
     def _adapt(self, plan: Plan) -> None:
-        """Put the adapters in, and forget what was made for the parameters of before."""
+        """Inject the adapters, and drop the optimizer of the first phase."""
         trainer = self.trainer
         adapted: nn.Module = inject(trainer.model, plan, **self.options)
         trainer.model = trainer.model_wrapped = trainer.callback_handler.model = adapted
         trainer.optimizer = trainer.lr_scheduler = None
 
     def _hand_over(self) -> Path:
-        """A checkpoint from which the second phase begins, as one that is resumed would."""
+        """Write the checkpoint from which the second phase begins."""
         trainer = self.trainer
         state, folder = trainer.state, Path(trainer.args.output_dir) / f"checkpoint-{self.steps}"
         # The best model of the first phase cannot be loaded into the second.
@@ -209,7 +208,7 @@ class DiagnoseThenInject:
 
     @contextmanager
     def _schedule_of(self, steps_of: Callable[[int], int]) -> Iterator[None]:
-        """Make the Trainer's schedule one over as many steps as `steps_of` gives for those of the whole training."""
+        """Let the Trainer's schedule cover `steps_of(steps of the whole training)` steps."""
         trainer = self.trainer
         original = trainer.create_scheduler
 
@@ -224,21 +223,21 @@ class DiagnoseThenInject:
 
 
 class _StopAt(TrainerCallback):
-    """Ends a training before its end."""
+    """Stops a training after a number of steps."""
 
     def __init__(self, step: int):
         self._step = step
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """ValueError where nothing would be left for the second phase."""
+        """ValueError if no steps would remain for the second phase."""
         if state.max_steps <= self._step:
             raise ValueError(
-                f"steps: expected fewer than the {state.max_steps} steps of the training, to leave some for the"
+                f"steps: expected fewer than the {state.max_steps} steps of the training, so that some remain for the"
                 f" adapters, got {self._step}"
             )
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Stops after the last step, without an evaluation or a checkpoint of its own."""
+        """Stop after the last step, without an evaluation or a checkpoint."""
         if state.global_step >= self._step:
             control.should_training_stop = True
             control.should_evaluate = control.should_save = False

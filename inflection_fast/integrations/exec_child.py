@@ -1,4 +1,4 @@
-"""What runs in every Python process under `inflection-fast exec`: it waits for a training, and measures it."""
+"""Runs in every Python process under `inflection-fast exec`: waits for a training, and measures it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _NAMESPACES = ("lightning.pytorch", "pytorch_lightning")
 
 
 def start() -> None:
-    """Nothing is imported here: what trains is changed when the process imports it."""
+    """Patch what trains when the process imports it. Nothing is imported here."""
     try:
         settings = json.loads(os.environ[VARIABLE])
     except (KeyError, ValueError):
@@ -44,8 +44,8 @@ class _Child:
 
     Args:
         every: as in `MonitorConfig`.
-        out: folder of the first timeline; the next ones go beside it.
-        notes: folder in which a file tells why something was not measured.
+        out: folder of the first timeline; later ones are beside it.
+        notes: folder for messages to the process that prints the verdict.
     """
 
     def __init__(self, every: int, out: str, notes: str):
@@ -58,71 +58,60 @@ class _Child:
         return MonitorConfig(every=self._every)
 
     def say(self, why: str) -> None:
-        """Leave a sentence for the process that prints the verdict."""
+        """Write a message for the process that prints the verdict: why something was not measured."""
         with open(self._notes / f"{os.getpid()}.txt", "a", encoding="utf-8") as file:
             file.write(" ".join(why.split()) + "\n")
 
     def watch_loops(self, torch: ModuleType) -> None:
-        """Any loop with an optimizer of torch."""
+        """Measure any loop with an optimizer of torch."""
         from inflection_fast.integrations.loops import LoopMonitor
 
-        self._loops = LoopMonitor(self._config(), self._out, said=self.say)
+        self._loops = LoopMonitor(self._config(), self._out, report=self.say)
         self._loops.start()
         atexit.register(self._loops.close)
 
     @contextmanager
-    def _instead_of_loops(self) -> Iterator[None]:
+    def _measured_by(self, kind: type, callbacks: list[Any], known: type) -> Iterator[None]:
+        """Train with a callback of class `kind`, unless one of class `known` measures; the loop monitor pauses."""
         with ExitStack() as stack:
             if self._loops is not None:
                 stack.enter_context(self._loops.suspended())
+            if not any(isinstance(callback, known) for callback in callbacks):
+                ours = fail_safe(kind, self.say)(self._config(), self._out, if_exists="new")
+                callbacks.append(ours)
+                stack.callback(callbacks.remove, ours)
+                stack.callback(ours.close)
             yield
 
     def watch_trainer(self, module: ModuleType) -> None:
-        """`Trainer.train` of Transformers, and so the trainers of TRL."""
-        child, train = self, module.Trainer.train
+        """Measure `Trainer.train` of Transformers, which the trainers of TRL use too."""
+        train = module.Trainer.train
 
         @functools.wraps(train)
         def measured(trainer: Any, *args: Any, **kwargs: Any) -> Any:
             from inflection_fast.integrations.callback import InflectionCallback
 
-            with child._instead_of_loops():
-                if any(isinstance(one, InflectionCallback) for one in trainer.callback_handler.callbacks):
-                    return train(trainer, *args, **kwargs)
-                callback = forgiving(InflectionCallback, child.say)(child._config(), child._out, if_exists="new")
-                trainer.add_callback(callback)
-                try:
-                    return train(trainer, *args, **kwargs)
-                finally:
-                    callback.close()
-                    trainer.remove_callback(callback)
+            with self._measured_by(InflectionCallback, trainer.callback_handler.callbacks, InflectionCallback):
+                return train(trainer, *args, **kwargs)
 
         module.Trainer.train = measured
 
     def watch_lightning(self, module: ModuleType, namespace: str) -> None:
-        """`Trainer.fit` of Lightning."""
-        child, fit = self, module.Trainer.fit
+        """Measure `Trainer.fit` of Lightning."""
+        fit = module.Trainer.fit
 
         @functools.wraps(fit)
         def measured(trainer: Any, *args: Any, **kwargs: Any) -> Any:
             from inflection_fast.integrations.lightning import LightningMonitoring, callback_class
 
-            with child._instead_of_loops():
-                if any(isinstance(one, LightningMonitoring) for one in trainer.callbacks):
-                    return fit(trainer, *args, **kwargs)
-                kind = forgiving(callback_class(namespace), child.say)
-                callback = kind(child._config(), child._out, if_exists="new")
-                trainer.callbacks.append(callback)
-                try:
-                    return fit(trainer, *args, **kwargs)
-                finally:
-                    callback.close()
-                    trainer.callbacks.remove(callback)
+            with self._measured_by(callback_class(namespace), trainer.callbacks, LightningMonitoring):
+                return fit(trainer, *args, **kwargs)
 
         module.Trainer.fit = measured
 
 
-def forgiving(kind: type, said: Callable[[str], None]) -> type:
-    """A class of callbacks that lets no exception of its own through: it tells the first, and does nothing more."""
+def fail_safe(kind: type, report: Callable[[str], None]) -> type:
+    """A class of callbacks that raises no exception: it reports the first one, and does nothing afterwards."""
 
     def guarded(name: str) -> Callable[..., None]:
         method = getattr(kind, name)
@@ -135,7 +124,7 @@ def forgiving(kind: type, said: Callable[[str], None]) -> type:
                 method(self, *args, **kwargs)
             except Exception as error:
                 self.failed = True
-                said(f"measuring failed: {error}")
+                report(f"measuring failed: {error}")
                 self.close()
 
         return call

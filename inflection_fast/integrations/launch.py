@@ -1,4 +1,4 @@
-"""`inflection-fast exec -- python train.py ...`: measures what a command trains, without a line in its code."""
+"""`inflection-fast exec -- python train.py ...`: measure what a command trains, without changes in its code."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from inflection_fast.timeline.timeline import FILE_NAME
 
 __all__ = ["ALERTED", "command"]
 
-ALERTED = 3  # exit status where `--fail-on` names an alert that was raised
-NOT_FOUND = 127  # as shells report a command that there is not
+ALERTED = 3  # exit status if an alert of `--fail-on` was raised
+NOT_FOUND = 127  # as shells report a missing command
 ANY = "any"
 NOTHING = (
     "nothing was measured: the command trained no model of transformer blocks with an optimizer of torch in a Python"
@@ -30,18 +30,20 @@ NOTHING = (
 
 
 def command(argv: Sequence[str]) -> int:
-    """Runs a command, prints what its trainings say, and returns its exit status, or 3 for an alert to fail on."""
+    """Run a command, print the verdict on its trainings, and return its exit status, or 3 for `--fail-on`."""
     parser = argparse.ArgumentParser(
         prog="inflection-fast exec",
         usage="inflection-fast exec [--every N] [--out FOLDER] [--fail-on ALERT] -- COMMAND ...",
         description="Run a command, and measure what it trains: with transformers.Trainer, TRL, Lightning, Accelerate,"
         " or a loop of its own; also python -m, torchrun and accelerate launch.",
     )
-    parser.add_argument("--every", type=_positive, default=10, help="measure every so many optimizer steps (10)")
-    parser.add_argument("--out", default="runs/exec", help="folder of the timeline, or one beside it (runs/exec)")
+    parser.add_argument("--every", type=_positive, default=10, help="optimizer steps between measured steps (10)")
+    parser.add_argument(
+        "--out", default="runs/exec", help="folder of the timeline; if it holds one, a new folder beside it (runs/exec)"
+    )
     parser.add_argument(
         "--fail-on", action="append", default=[], metavar="ALERT", choices=(ANY, *ALERT_KINDS),
-        help=f"exit with {ALERTED} if it was raised: {ANY}, {', '.join(ALERT_KINDS)}; may be given several times",
+        help=f"exit with {ALERTED} if this alert was raised: {ANY}, {', '.join(ALERT_KINDS)}; may be repeated",
     )  # fmt: skip
     argv = list(argv)
     cut = argv.index("--") if "--" in argv else len(argv)
@@ -52,14 +54,14 @@ def command(argv: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as notes:
         settings = {"every": asked.every, "out": str(out.absolute()), "notes": notes}
         status = _run(run, {**os.environ, VARIABLE: json.dumps(settings), "PYTHONPATH": _python_path()})
-        told = [line for file in sorted(Path(notes).iterdir()) for line in file.read_text("utf-8").splitlines()]
+        messages = [line for file in sorted(Path(notes).iterdir()) for line in file.read_text("utf-8").splitlines()]
     sys.stdout.flush()
     folders = _measured(out, began)
     for number, folder in enumerate(folders, 1):
         _print(folder, f"training {number} of {len(folders)}: " if len(folders) > 1 else "")
-    for line in dict.fromkeys(told):
+    for line in dict.fromkeys(messages):
         _say(line)
-    if not folders and not told:
+    if not folders and not messages:
         _say(NOTHING)
     return status or _alerted(folders, asked.fail_on)
 
@@ -84,13 +86,13 @@ def _run(words: list[str], environment: dict[str, str]) -> int:
     while True:
         try:
             status = process.wait()
-            return status if status >= 0 else 128 - status  # ended by a signal, as shells report it
-        except KeyboardInterrupt:  # the terminal has told the command, too: let it end
+            return status if status >= 0 else 128 - status  # of a signal, as shells report it
+        except KeyboardInterrupt:  # the terminal sends it to the command, too: wait for its end
             continue
 
 
 def _measured(out: Path, began: float) -> list[Path]:
-    """The folders of timelines with rows that were written since, in the order in which they were begun."""
+    """The folders of timelines with rows written after `began`, in the order of their beginnings."""
     files = [*out.glob(FILE_NAME), *out.parent.glob(f"{out.name}-*/{FILE_NAME}")]
     fresh = [file for file in files if file.stat().st_mtime >= began - 1]
     fresh.sort(key=lambda file: (len(file.parent.name), file.parent.name))
@@ -103,10 +105,10 @@ def _print(folder: Path, which: str) -> None:
 
     content = Content(folder)
     content.update()
-    said = answer(content)
-    _say(f"{which}{said.verdict}")
-    _say(f"why: {said.why}")
-    _say(f"next: {said.next}" + (f" {said.command}" if said.command else ""))
+    found = answer(content)
+    _say(f"{which}{found.verdict}")
+    _say(f"why: {found.why}")
+    _say(f"next: {found.next}" + (f" {found.command}" if found.command else ""))
 
 
 def _alerted(folders: list[Path], kinds: Sequence[str]) -> int:
@@ -115,7 +117,7 @@ def _alerted(folders: list[Path], kinds: Sequence[str]) -> int:
     found = {alert.kind for folder in folders for alert in find_alerts(Timeline.load(folder))}
     raised = found if ANY in kinds else found & set(kinds)
     if raised:
-        _say(f"exit status {ALERTED}, as --fail-on asks for, because of: {', '.join(sorted(raised))}")
+        _say(f"exit status {ALERTED}, for --fail-on, because of: {', '.join(sorted(raised))}")
     return ALERTED if raised else 0
 
 

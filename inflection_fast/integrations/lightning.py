@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -15,16 +14,17 @@ from torch import nn
 
 from inflection_fast.alerts import Alert, AlertConfig
 from inflection_fast.blocks import find_blocks
+from inflection_fast.integrations.loops import holds
+from inflection_fast.integrations.losses import sum_of_means
 from inflection_fast.integrations.scalars import Scalars
+from inflection_fast.integrations.trackers import FailSafe
 from inflection_fast.measure import Monitor, MonitorConfig, Row
 from inflection_fast.timeline import Timeline
 
-# LightningCallback is made when it is asked for.
+# `__getattr__` makes LightningCallback.
 __all__ = ["VARIABLE", "LightningCallback", "LightningMonitoring", "callback_class", "from_environment"]  # noqa: F822
 
-logger = logging.getLogger(__name__)
-
-VARIABLE = "INFLECTION_FAST"  # folder for the timelines of trainings that were not told of the callback
+VARIABLE = "INFLECTION_FAST"  # folder for the timelines of trainings without the callback in their code
 _NAMESPACES = ("lightning.pytorch", "pytorch_lightning")
 
 
@@ -35,18 +35,18 @@ class LightningMonitoring:
     Trainer(callbacks=[LightningCallback(MonitorConfig(every=10), out="runs/a")]).fit(module, data)
     ```
 
-    The model is the child of the LightningModule that holds all the blocks, or the LightningModule itself where its
-    `training_step` calls `self(...)`. A step ends when Lightning has clipped nothing yet and is about to step the first
-    optimizer that holds parameters of the model; gradients are those before clipping and without loss scale. The loss
-    is what Lightning differentiates. Scalars go to every logger of the Trainer, under the optimizer step.
+    The model is the child of the LightningModule that holds all the blocks, or the LightningModule itself if its
+    `training_step` calls `self(...)`. A step ends before clipping and before the step of the first optimizer that holds
+    parameters of the model; gradients are those before clipping and without loss scale. The loss is the one that
+    Lightning differentiates. Scalars go to every logger of the Trainer, with the optimizer step.
 
     Args:
-        config: what and when.
+        config: what is measured, and when.
         out: folder of the timeline; None: in memory only.
-        module: name of the model within the LightningModule ("net.encoder"); None: found as said above.
+        module: name of the model within the LightningModule ("net.encoder"); None: found as described above.
         probe, alerts, on_alert: as for `Monitor`.
-        if_exists: what becomes of a timeline in `out`: "error", "overwrite" or "new".
-        keys: patterns of scalars beside the dozen; see `inflection_fast.integrations.scalars`. None: none are logged.
+        if_exists: for a timeline that exists in `out`: "error", "overwrite" or "new".
+        keys: patterns of further scalars; see `inflection_fast.integrations.scalars`. None: no scalars are logged.
     """
 
     def __init__(
@@ -69,25 +69,25 @@ class LightningMonitoring:
         self._optimizer: Any = None  # whose step ends a step
         self._losses: list[torch.Tensor] = []
         self._loggers: list[Any] = []
-        self._told: set[str] = set()
+        self._safely = FailSafe()
 
     @property
     def timeline(self) -> Timeline:
         """What was measured so far. `RuntimeError` before training has begun."""
         if self.monitor is None:
             raise RuntimeError(
-                "LightningCallback.timeline before training began: nothing was measured. Steps of trainer.fit() are,"
-                " validate() and test() are not"
+                "LightningCallback.timeline: nothing was measured yet; trainer.fit() is measured, validate() and test()"
+                " are not"
             )
         return self.monitor.timeline
 
     def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
-        """Attaches. ValueError where no blocks are found, or the strategy shards in a way that is not supported."""
+        """Attach. ValueError if no blocks are found, or the strategy is DeepSpeed."""
         self.close()
         strategy = type(trainer.strategy).__name__
         if "DeepSpeed" in strategy:
             raise ValueError(
-                f"the strategy {strategy} keeps gradients where no hook reaches them: use DDP or FSDP to measure"
+                f"the strategy {strategy} stores gradients where hooks cannot read them: use DDP or FSDP to measure"
             )
         self._model = self._model_in(pl_module)
         self._loggers = list(trainer.loggers) if trainer.is_global_zero else []
@@ -106,34 +106,31 @@ class LightningMonitoring:
         self._optimizer, self._losses = None, []
 
     def on_before_backward(self, trainer: Any, pl_module: nn.Module, loss: torch.Tensor) -> None:
-        """Keeps the loss of a measured step, as it is differentiated."""
+        """Keep the loss of a measured step."""
         if self.monitor is not None and self.monitor.measuring:
             self._losses.append(loss.detach())
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: nn.Module, optimizer: Any) -> None:
-        """Ends a step."""
+        """End a step."""
         if self.monitor is None or self._model is None:
             return
-        if self._optimizer is None:
-            held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-            if any(id(parameter) in held for parameter in self._model.parameters()):
-                self._optimizer = optimizer
+        if self._optimizer is None and holds(optimizer, self._model):
+            self._optimizer = optimizer
         if optimizer is not self._optimizer:
             return
-        loss = torch.stack([one.float().mean() for one in self._losses]).sum() if self._losses else None
-        self.monitor.step(loss, scaler=getattr(trainer.precision_plugin, "scaler", None))
+        self.monitor.step(sum_of_means(self._losses), scaler=getattr(trainer.precision_plugin, "scaler", None))
         self._losses = []
 
     def on_train_end(self, trainer: Any, pl_module: nn.Module) -> None:
-        """Detaches."""
+        """Detach."""
         self.close()
 
     def on_exception(self, trainer: Any, pl_module: nn.Module, exception: BaseException) -> None:
-        """Detaches."""
+        """Detach."""
         self.close()
 
     def close(self) -> None:
-        """Detaches; safe to call twice."""
+        """Detach. Safe to call twice."""
         if self.monitor is not None:
             self.monitor.close()
         self._model, self._optimizer, self._losses = None, None, []
@@ -149,21 +146,14 @@ class LightningMonitoring:
         return pl_module
 
     def _log(self, row: Row) -> None:
-        if self._scalars is None:
-            return
-        scalars = self._scalars.of(row)
-        for one in self._loggers:
-            try:
-                one.log_metrics(scalars, step=row.step)
-            except Exception as error:
-                name = type(one).__name__
-                if name not in self._told:
-                    self._told.add(name)
-                    logger.warning("%s did not take what was measured: %r; the training goes on", name, error)
+        if self._scalars is not None:
+            scalars = self._scalars.of(row)
+            for logger in self._loggers:
+                self._safely(type(logger).__name__, logger.log_metrics, scalars, step=row.step)
 
 
 def callback_class(namespace: str | None = None) -> type[LightningMonitoring]:
-    """`LightningMonitoring` as a Callback of "lightning.pytorch" or "pytorch_lightning"; None: of what is there.
+    """`LightningMonitoring` as a Callback of "lightning.pytorch" or "pytorch_lightning"; None: the installed one.
 
     `ModuleNotFoundError` if it is not installed.
     """
@@ -178,13 +168,13 @@ def callback_class(namespace: str | None = None) -> type[LightningMonitoring]:
 
 
 def from_environment() -> list[Any]:
-    """For Lightning's entry points: the callback, with its timeline in $INFLECTION_FAST, where that is set."""
+    """For Lightning's entry points: the callback with its timeline in $INFLECTION_FAST, if that is set."""
     folder = os.environ.get(VARIABLE)
     return [callback_class()(out=folder, if_exists="new")] if folder else []
 
 
 def __getattr__(name: str) -> Any:
-    if name == "LightningCallback":  # made when it is asked for, of the package that is imported by then
+    if name == "LightningCallback":  # made on first use, for the Lightning package that is imported then
         globals()[name] = callback_class()
         return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""A monitor for a loop that nobody has changed: it finds the model and the ends of the steps by itself."""
+"""A monitor for an unchanged training loop: it finds the model and the ends of the steps by itself."""
 
 from __future__ import annotations
 
@@ -18,30 +18,31 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, 
 
 from inflection_fast.blocks import find_blocks
 from inflection_fast.integrations.after_import import when_imported
+from inflection_fast.integrations.losses import listen_to_losses, sum_of_means
 from inflection_fast.measure import Monitor, MonitorConfig, Row
 
-__all__ = ["LoopMonitor"]
+__all__ = ["LoopMonitor", "holds"]
 
 logger = logging.getLogger(__name__)
 
 
 class LoopMonitor:
-    """Measures the first model of transformer blocks that is called for training by whoever trains it.
+    """Measures the first model with transformer blocks that a training loop trains.
 
-    From `start` on it watches which optimizers are made and which modules are called. The first module that is called
-    in training mode under autograd, has transformer blocks, and has parameters that an optimizer of torch holds is the
-    model; a monitor is attached before that call runs, and no module is watched any more. A step ends when the first of
-    the optimizers that hold its parameters steps (also through Accelerate, which steps it when gradients are complete),
-    or when a gradient scaler is asked to step it, whose scale is taken out. What went through `Accelerator.backward` is
-    the loss; else what the model returned as its loss.
+    From `start` on it watches new optimizers and calls of modules. The model is the first module that is called in
+    training mode under autograd, has transformer blocks, and has parameters in an optimizer of torch. A monitor
+    attaches before that call runs, and other modules are not watched any more. A step ends when the first optimizer
+    with parameters of the model steps (also through Accelerate, which steps it when gradients are complete), or when a
+    gradient scaler steps it; the scale is then removed from the gradients. The loss is what went through
+    `Accelerator.backward`, or else the loss that the model returned.
 
-    What fails here is told to `said`, costs the measuring, and never stops the training.
+    An exception here ends the measurement, not the training; `report` is called with its message.
 
     Args:
-        config: what and when.
-        out: folder of the timeline; a timeline that is there is kept, and a new folder beside it is taken.
+        config: what is measured, and when.
+        out: folder of the timeline; if it holds one, a new folder beside it is used.
         on_row: as for `Monitor`.
-        said: called with why nothing is measured, or no longer.
+        report: called with the reason why nothing is measured, or no longer.
     """
 
     def __init__(
@@ -50,14 +51,14 @@ class LoopMonitor:
         out: str | os.PathLike | None = None,
         *,
         on_row: Callable[[Row], None] | None = None,
-        said: Callable[[str], None] = logger.warning,
+        report: Callable[[str], None] = logger.warning,
     ):
-        self._config, self._out, self._on_row, self._said = config, out, on_row, said
+        self._config, self._out, self._on_row, self._report = config, out, on_row, report
         self.monitor: Monitor | None = None
-        self.accelerator: Any = None  # of Accelerate, if the loop has one
+        self.accelerator: Any = None  # the Accelerator of the loop, if any
         self._model: nn.Module | None = None
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-        self._stepping: weakref.ref[Optimizer] | None = None  # whose step ends a step
+        self._stepping: weakref.ref[Optimizer] | None = None  # its step ends a step
         self._seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # modules that are not the model
         self._patches = ExitStack()
         self._calls = ExitStack()
@@ -67,7 +68,7 @@ class LoopMonitor:
         self._closed = False
 
     def start(self) -> None:
-        """Watch from now on, the optimizers that there are already, too."""
+        """Begin to watch, also the optimizers that exist already."""
         self._optimizers.update(one for one in gc.get_objects() if issubclass(type(one), Optimizer))
         self._patches.enter_context(_replaced(Optimizer, "__init__", self._note_optimizer))
         self._patches.enter_context(_replaced(torch.amp.GradScaler, "step", self._step_by_scaler))
@@ -77,11 +78,11 @@ class LoopMonitor:
         ):
             self._patches.callback(register(hook).remove)
         self._calls.enter_context(_replaced(nn.Module, "__call__", self._look_at_call))
-        # `accelerator.backward(loss_of(model(x)))` looks `backward` up before the first call of the model attaches.
+        # `accelerator.backward(loss_of(model(x)))` reads `backward` before the first call of the model attaches.
         when_imported("accelerate.accelerator", self._listen_early)
 
     def close(self) -> None:
-        """Detach, and leave everything as it was. Safe to call twice."""
+        """Detach, and remove all patches. Safe to call twice."""
         self._closed = True
         self._calls.close()
         self._listening.close()
@@ -92,7 +93,7 @@ class LoopMonitor:
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """Look at no model meanwhile: somebody else measures it."""
+        """Pause, because another callback measures the model."""
         self._suspended += 1
         try:
             yield
@@ -119,8 +120,8 @@ class LoopMonitor:
         return original(module, *args, **kwargs)
 
     def _is_trained(self, module: nn.Module) -> bool:
-        if not any(_holds(optimizer, module) for optimizer in self._optimizers):
-            return False  # not yet: an optimizer may come
+        if not any(holds(optimizer, module) for optimizer in self._optimizers):
+            return False  # an optimizer may be made later
         try:
             find_blocks(module, self._config.blocks)
         except ValueError:
@@ -146,27 +147,25 @@ class LoopMonitor:
             self._end_step(optimizer)
 
     def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
-        if _closure(args, kwargs):  # which has run the forward and backward passes just now
+        if _closure(args, kwargs):  # the closure has just run the forward and backward passes
             self._end_step(optimizer)
 
     def _step_by_scaler(
         self, original: Callable[..., Any], scaler: torch.amp.GradScaler, optimizer: Optimizer, *args: Any, **kw: Any
     ) -> Any:
-        self._end_step(getattr(optimizer, "optimizer", optimizer), scaler)  # Accelerate wraps it
+        self._end_step(getattr(optimizer, "optimizer", optimizer), scaler)  # inside the wrapper of Accelerate
         with self.suspended():
             return original(scaler, optimizer, *args, **kw)
-
-    def _by(self) -> Optimizer | None:
-        return None if self._stepping is None else self._stepping()
 
     def _end_step(self, optimizer: Optimizer, scaler: torch.amp.GradScaler | None = None) -> None:
         if self.monitor is None or self._model is None or self._suspended:
             return
-        if self._by() is None and _holds(optimizer, self._model):
-            self._stepping = weakref.ref(optimizer)
-        if self._by() is not optimizer:
+        stepping = None if self._stepping is None else self._stepping()
+        if stepping is None and holds(optimizer, self._model):
+            self._stepping, stepping = weakref.ref(optimizer), optimizer
+        if stepping is not optimizer:
             return
-        loss = torch.stack([one.float().mean() for one in self._losses]).sum() if self._losses else None
+        loss = sum_of_means(self._losses)
         self._listening.close()
         try:
             self.monitor.step(loss, scaler=scaler)
@@ -177,18 +176,13 @@ class LoopMonitor:
 
     def _listen_early(self, accelerate: ModuleType) -> None:
         if self.monitor is None and not self._closed:
-            self._hear_losses()
-
-    def _hear_losses(self) -> None:
-        from inflection_fast.integrations.losses import listen_to_losses
-
-        self._listening.callback(listen_to_losses(self._keep_loss))
+            self._listening.callback(listen_to_losses(self._keep_loss))
 
     def _listen(self) -> None:
         self._listening.close()
         self._losses = []
         if self.monitor is not None and self.monitor.measuring and "accelerate" in sys.modules:
-            self._hear_losses()
+            self._listening.callback(listen_to_losses(self._keep_loss))
 
     def _keep_loss(self, accelerator: Any, loss: torch.Tensor) -> None:
         if self.monitor is not None:
@@ -199,22 +193,23 @@ class LoopMonitor:
         if self.monitor is not None:
             self.monitor.close()
         self._model = None
-        self._said(f"measuring failed: {error}")
+        self._report(f"measuring failed: {error}")
 
 
-def _holds(optimizer: Optimizer, module: nn.Module) -> bool:
+def holds(optimizer: Optimizer, module: nn.Module) -> bool:
+    """Whether an optimizer has parameters of a module."""
     held = {id(parameter) for group in getattr(optimizer, "param_groups", ()) for parameter in group["params"]}
     return any(id(parameter) in held for parameter in module.parameters())
 
 
 def _closure(args: tuple, kwargs: dict[str, Any]) -> bool:
-    """Whether `step` was called with a closure. The optimizer itself is the first of `args`."""
+    """Whether `step` was called with a closure. The first of `args` is the optimizer."""
     return any(callable(one) for one in args[1:]) or callable(kwargs.get("closure"))
 
 
 @contextmanager
 def _replaced(owner: Any, name: str, by: Callable[..., Any]) -> Iterator[None]:
-    """Calls of a method go to `by(original, ...)` meanwhile."""
+    """Replace a method by one that calls `by(original, ...)`."""
     original = getattr(owner, name)
 
     def replacement(*args: Any, **kwargs: Any) -> Any:
@@ -225,5 +220,5 @@ def _replaced(owner: Any, name: str, by: Callable[..., Any]) -> Iterator[None]:
     try:
         yield
     finally:
-        if getattr(owner, name) is replacement:  # else somebody has replaced it after us, and calls us
+        if getattr(owner, name) is replacement:  # else a later replacement calls ours
             setattr(owner, name, original)

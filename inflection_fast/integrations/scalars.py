@@ -1,4 +1,4 @@
-"""A measured step as a few numbers for a tracker: of each signal the least, mean and greatest block, and the worst."""
+"""A measured step as scalars for a tracker: of each signal the min, mean and max over blocks, and the worst block."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Reader = Callable[[np.ma.MaskedArray], float | None]
 
 
 def headlines(columns: Mapping[str, Column]) -> list[str]:
-    """The first column by layer of every quantity: what is told of it where nobody asks for more."""
+    """The first column by layer of every quantity, which is logged by default."""
     found: dict[str, str] = {}
     for name, column in columns.items():
         if column.axes[:1] == ("layer",) and column.drawn != "none":
@@ -33,11 +33,11 @@ def headlines(columns: Mapping[str, Column]) -> list[str]:
 
 
 def worst_layer(column: Column, values: np.ndarray) -> int:
-    """The block whose value is worst by the alert rules of its column.
+    """The index of the worst block by the alert rules of a column.
 
-    Of `values` [L] (masked where nothing was measured): the first that is not finite, else the greatest where a rule
-    looks for large values, the smallest where one looks for small ones, and the one whose logarithm is furthest from
-    the median where rules look for both. Without rules: the greatest.
+    Of `values` [L] (masked where nothing was measured): the first value that is not finite; else the largest if a rule
+    tests for large values, the smallest if one tests for small values, and the one whose logarithm is furthest from the
+    median if rules test for both. Without rules: the largest.
     """
     data: np.ndarray = np.ma.filled(np.ma.asarray(values, float), np.nan)
     measured = ~np.ma.getmaskarray(values)
@@ -57,9 +57,9 @@ def worst_layer(column: Column, values: np.ndarray) -> int:
 class Scalars:
     """Turns rows into `{"inflection/entropy/min": ..., ...}`.
 
-    Of the first column of every quantity, heads averaged: `min`, `mean` and `max` over the blocks and `worst_layer`
-    (see `worst_layer`); and `inflection/alerts`, how many alerts were raised so far. What was not measured in a step
-    has no key. `keys` are patterns of more, with or without the prefix; `*` stands for anything but a slash:
+    By default: `min`, `mean` and `max` over blocks and `worst_layer` (see the function) of the first column of every
+    quantity, heads averaged; and `inflection/alerts`, the number of alerts so far. What was not measured in a step has
+    no key. `keys` are patterns of further scalars, with or without the prefix; `*` matches anything but a slash:
 
     * `entropy/layer_07`: one block, heads averaged; `entropy/layer_07/head_03`: one head;
     * `max_logit/*`: `min`, `mean`, `max`, `worst_layer` and every block of another column;
@@ -74,7 +74,7 @@ class Scalars:
             raise TypeError(f"keys: expected a sequence of patterns such as 'entropy/layer_*', got {keys!r}")
         self._patterns = [key.removeprefix(PREFIX) for key in keys]
         self._known: tuple[tuple[str, tuple[int, ...]], ...] = ()
-        self._readers: list[tuple[str, str, Reader]] = []  # key, column, how it is read
+        self._readers: list[tuple[str, str, Reader]] = []  # key, column, function that reads the number
         self.alerts = 0
 
     def of(self, row: Row) -> dict[str, float]:
@@ -105,7 +105,7 @@ class Scalars:
         for pattern in unused:
             near = difflib.get_close_matches(pattern, keys, n=3, cutoff=0.3) or keys[:3]
             logger.warning(
-                "keys: %r matches nothing that is measured; there are %s, ...", pattern, ", ".join(map(repr, near))
+                "keys: %r matches nothing that is measured; try %s, ...", pattern, ", ".join(map(repr, near))
             )
         self._patterns = [pattern for pattern in self._patterns if pattern not in unused]
         return chosen
@@ -117,7 +117,7 @@ def _matches(key: str, pattern: str) -> bool:
 
 
 def _readers(name: str, column: Column, shape: tuple[int, ...]) -> Iterable[tuple[str, Reader]]:
-    """Every key of a column, and how its number is read out of the values of a step."""
+    """Every key of a column, with the function that reads its number from the values of a step."""
     if not shape:
         yield name, _mean
         return
@@ -150,7 +150,7 @@ def _place(axis: str, index: int, count: int) -> str:
 
 
 def _by_layer(values: np.ma.MaskedArray) -> np.ma.MaskedArray:
-    """[L]: means over what was measured of each block. NaN stays NaN, which `np.ma.mean` would mask."""
+    """[L]: means over the measured values of each block. NaN stays NaN; `np.ma.mean` would mask it."""
     data, mask = (x.reshape(len(values), -1) for x in (np.ma.getdata(values), np.ma.getmaskarray(values)))
     count = (~mask).sum(1)
     return np.ma.array(np.where(mask, 0.0, data).sum(1) / np.maximum(count, 1), mask=count == 0)
@@ -165,5 +165,5 @@ def _mean(values: np.ma.MaskedArray) -> float | None:
 
 
 def _reduced(reduce: Callable[[np.ndarray], float], values: np.ma.MaskedArray) -> float | None:
-    there = np.ma.getdata(values)[~np.ma.getmaskarray(values)]
-    return float(reduce(there)) if there.size else None
+    measured = np.ma.getdata(values)[~np.ma.getmaskarray(values)]
+    return float(reduce(measured)) if measured.size else None

@@ -14,12 +14,12 @@ __all__ = ["AttentionEntropy", "LinearCKA"]
 
 
 class AttentionEntropy(Metric):
-    """Mean attention entropy in nats over all query rows that have a key, of all updates and ranks together.
+    """Mean attention entropy in nats over all query rows with a key, of all updates and ranks.
 
     Args:
         num_heads: H, heads of the queries.
         per_head: one value for each head; False: their mean.
-        **kwargs: as any torchmetrics metric takes them.
+        **kwargs: of `torchmetrics.Metric`.
     """
 
     is_differentiable = False
@@ -42,9 +42,9 @@ class AttentionEntropy(Metric):
         Args:
             query: ``[B, H, Q, D]``, float32, bfloat16 or float16.
             key: ``[B, Hkv, K, D]``.
-            valid: bool ``[B, Q]``, rows that count, such as those of tokens and not of padding; None: all. Where
-                `rows` are picked, of those.
-            **options: as `attention_stats_qk` takes them: `attn_mask`, `is_causal`, `scale`, `rows`, ...
+            valid: bool ``[B, Q]``, True for rows that count (tokens, not padding); None: all. With `rows` ``[R]`` it is
+                ``[B, R]``.
+            **options: of `attention_stats_qk`: `attn_mask`, `is_causal`, `scale`, `rows`, ...
         """
         with torch.no_grad():
             stats = attention_stats_qk(query, key, **options)
@@ -60,7 +60,7 @@ class AttentionEntropy(Metric):
         self.rows += counts.sum((0, 2))
 
     def compute(self) -> Tensor:
-        """float32 ``[H]``, or ``[]`` for their mean; NaN where no row counted."""
+        """float32 ``[H]``, or their mean ``[]``; NaN where no row counted."""
         means = (self.total / self.rows).float()
         return means if self.per_head else means.mean()
 
@@ -68,15 +68,15 @@ class AttentionEntropy(Metric):
 class LinearCKA(Metric):
     """Linear CKA of pairs of features, exact for any split of the rows into updates and ranks.
 
-    Its state is that of a `CkaState`, 4 (dim + dim_y + 3)^2 bytes a layer; `sync` gathers one of every rank, as
-    torchmetrics does, so on many ranks `CkaState.sync` needs less.
+    Its state is that of a `CkaState`, 4 (dim + dim_y + 3)^2 bytes a layer. `sync` gathers the states of all ranks, as
+    torchmetrics does; `CkaState.sync` needs less memory on many ranks.
 
     Args:
         layers: pairs of features, L.
         dim: width of x.
         dim_y: width of y; None: that of x.
         debiased: see `linear_cka`.
-        **kwargs: as any torchmetrics metric takes them.
+        **kwargs: of `torchmetrics.Metric`.
     """
 
     is_differentiable = False
@@ -91,7 +91,7 @@ class LinearCKA(Metric):
         self.add_state("sums", torch.zeros(state.gram.numel() + state.shift.numel()).double(), self._merged)
 
     def _state(self, sums: Tensor) -> CkaState:
-        """A state that adds to `sums`: the Gram matrices, then the shift, of which it has a copy in float32."""
+        """A state whose Gram matrices are a view of `sums`; its shift is a float32 copy of the end of `sums`."""
         width = self.layers * (self.dim + self.dim_y)
         gram, shift = sums[:-width].view(self.layers, -1), sums[-width:].view(self.layers, -1)
         state = CkaState(self.layers, self.dim, self.dim_y, gram=gram)
@@ -99,7 +99,7 @@ class LinearCKA(Metric):
         return state
 
     def _merged(self, stacked: Tensor) -> Tensor:
-        """The sums of several ranks, or of two metrics, ``[n, ...]``, as one."""
+        """The merged sums of several ranks, or of two metrics, ``[n, ...]``."""
         merged = stacked[0].clone()
         state = self._state(merged)
         for other in stacked[1:]:

@@ -1,4 +1,4 @@
-"""What is measured goes to a tracker: TensorBoard, Weights & Biases, trackio, MLflow, or any `log(dict, step)`.
+"""Logging to a tracker: TensorBoard, Weights & Biases, trackio, MLflow, or anything with `log(dict, step)`.
 
 with Monitor(model, config, out="runs/a", on_row=track(SummaryWriter())) as monitor:
     ...
@@ -20,24 +20,41 @@ from inflection_fast.timeline import Timeline
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Track", "Tracker", "heat_maps", "track", "tracker_of"]
+__all__ = ["FailSafe", "Track", "Tracker", "heat_maps", "track", "tracker_of"]
 
 logger = logging.getLogger(__name__)
 
 
+class FailSafe:
+    """Calls trackers without raising: the first exception of each tracker is logged as a warning."""
+
+    def __init__(self) -> None:
+        self._failed: set[str] = set()
+
+    def __call__(self, name: str, log: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The result of `log(*args, **kwargs)` of the tracker `name`; None if it raised."""
+        try:
+            return log(*args, **kwargs)
+        except Exception as error:
+            if name not in self._failed:
+                self._failed.add(name)
+                logger.warning("%s did not take what was measured: %r; the training goes on", name, error)
+            return None
+
+
 class Tracker:
-    """Somewhere to log to: anything that is called with a dict and a step."""
+    """A tracker that is called with a dict and a step."""
 
     def __init__(self, target: Any):
         self._log: Callable[..., object] = getattr(target, "log", target)
         self.name = getattr(target, "__name__", type(target).__name__)
 
     def log(self, scalars: dict[str, float], step: int) -> None:
-        """Log the numbers of an optimizer step."""
+        """Log the scalars of an optimizer step."""
         self._log(scalars, step=step)
 
     def image(self, name: str, figure: Figure, step: int) -> None:
-        """Log a figure; nothing where the tracker takes none."""
+        """Log a figure, if the tracker takes images."""
 
 
 class _TensorBoard(Tracker):
@@ -53,7 +70,7 @@ class _TensorBoard(Tracker):
 
 
 class _Wandb(Tracker):
-    """A run of Weights & Biases, whose own step belongs to whoever logs the training: ours is `inflection/step`."""
+    """A run of Weights & Biases. Its step counts the logs of the training; ours is in `inflection/step`."""
 
     def __init__(self, target: Any):
         run = getattr(target, "run", None) if hasattr(target, "init") else target
@@ -63,7 +80,7 @@ class _Wandb(Tracker):
         run.define_metric(f"{PREFIX}*", step_metric=f"{PREFIX}step")
 
     def log(self, scalars: dict[str, float], step: int) -> None:
-        if self._open_at == self._run.step:  # nobody else has logged since: ours would be overwritten
+        if self._open_at == self._run.step:  # without another log since, ours would be overwritten
             self._run.log({}, commit=True)
         self._run.log({**scalars, f"{PREFIX}step": step}, commit=False)
         self._open_at = self._run.step
@@ -100,7 +117,7 @@ _BY_PACKAGE = {"wandb": _Wandb, "trackio": _Trackio, "mlflow": _Mlflow}
 
 
 def tracker_of(target: object) -> Tracker:
-    """How to log to `target`; see `track`. `TypeError` if there is no way."""
+    """The Tracker of `target`; see `track`. `TypeError` for a target that is not a tracker."""
     if hasattr(target, "add_scalar"):
         return _TensorBoard(target)
     package = (getattr(target, "__name__", None) or type(target).__module__).partition(".")[0]
@@ -115,51 +132,43 @@ def tracker_of(target: object) -> Tracker:
 
 
 class Track:
-    """Logs every row that it is called with to its trackers; see `track`."""
+    """Logs rows to trackers when it is called; see `track`."""
 
     def __init__(self, trackers: Iterable[Tracker], keys: Iterable[str] = ()):
         self._trackers, self._scalars = list(trackers), Scalars(keys)
-        self._failed: set[str] = set()
+        self._safely = FailSafe()
 
     def __call__(self, row: Row) -> None:
         """Log the scalars of a row."""
         scalars = self._scalars.of(row)
         for tracker in self._trackers:
-            self._guarded(tracker, tracker.log, scalars, row.step)
+            self._safely(tracker.name, tracker.log, scalars, row.step)
 
     def heat_maps(self, timeline: Timeline) -> None:
-        """Log one image per signal, layers by steps; call it when the training has ended. Needs matplotlib."""
+        """Log one image per signal, layers by steps. Call it after the training. Needs matplotlib."""
         for name, figure in heat_maps(timeline):
             for tracker in self._trackers:
-                self._guarded(tracker, tracker.image, name, figure, int(timeline.steps[-1]))
-
-    def _guarded(self, tracker: Tracker, log: Callable[..., None], *values: object) -> None:
-        try:
-            log(*values)
-        except Exception as error:
-            if tracker.name not in self._failed:
-                self._failed.add(tracker.name)
-                logger.warning("%s did not take what was measured: %r; the training goes on", tracker.name, error)
+                self._safely(tracker.name, tracker.image, name, figure, int(timeline.steps[-1]))
 
 
 def track(*targets: object, keys: Iterable[str] = ()) -> Track:
-    """What `Monitor(on_row=...)` takes, to log every measured step to `targets`.
+    """An argument for `Monitor(on_row=...)` that logs every measured step to `targets`.
 
     ```python
     with Monitor(model, config, out="runs/a", on_row=track(writer, keys=("entropy/layer_07",))) as monitor:
     ```
 
     Args:
-        targets: a `SummaryWriter`; `wandb` or its run; `trackio` or its run; `mlflow` with a run that is active; or
-            anything with `log(dict, step=...)`, or that is called so: other trackers, an Accelerator, a function.
-        keys: patterns of what is logged beside the dozen keys that always are; see `Scalars`.
+        targets: a `SummaryWriter`; `wandb` or its run; `trackio` or its run; `mlflow` with an active run; or anything
+            with `log(dict, step=...)`, or a function with these arguments: other trackers, an Accelerator.
+        keys: patterns of further scalars; see `Scalars`.
 
-    A tracker that raises is told in one warning, and the training goes on. A row is logged some steps after it was
-    measured, by the thread of the training, under its own step; Weights & Biases, whose steps only grow, gets it as
-    `inflection/step`.
+    If a tracker raises, one warning is logged, and the training goes on. A row is logged some steps after it was
+    measured, in the thread of the training, with its own step. Weights & Biases, whose steps only increase, gets this
+    step as `inflection/step`.
 
     Raises:
-        TypeError: a target that nothing can be logged to, or `keys` that are no strings.
+        TypeError: a target that is not a tracker, or `keys` that are not strings.
         ValueError: no target, or `wandb` without a run.
     """
     if not targets:
@@ -168,7 +177,7 @@ def track(*targets: object, keys: Iterable[str] = ()) -> Track:
 
 
 def heat_maps(timeline: Timeline) -> Iterator[tuple[str, Figure]]:
-    """(key, figure) of every signal that has values, layers by steps. Nothing where matplotlib is not installed."""
+    """(key, figure) of every signal with values, layers by steps. Without matplotlib: a warning and no figures."""
     if find_spec("matplotlib") is None:
         logger.warning("no heat maps are logged, because matplotlib is not installed: pip install matplotlib")
         return
@@ -182,7 +191,7 @@ def heat_maps(timeline: Timeline) -> Iterator[tuple[str, Figure]]:
 
 
 def _pixels(figure: Figure) -> np.ndarray:
-    """[height, width, 3] uint8 of what a figure shows."""
+    """The pixels of a figure, uint8 [height, width, 3]."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)

@@ -1,1 +1,1 @@
-"""Files that other tools are given by their path."""
+"""Plugins that other tools load by the path of their file."""

@@ -1,6 +1,6 @@
-"""A plugin of ms-swift, which takes it by its path: `swift sft ... --external_plugins PATH --callbacks inflection`.
+"""A plugin of ms-swift, used by its path: `swift sft ... --external_plugins PATH --callbacks inflection`.
 
-The training is measured, into `output_dir`/inflection. PATH is what
+The training is measured into `output_dir`/inflection. PATH is what
 `python -c "import inflection_fast.integrations.plugins as p; print(p.__path__[0] + '/inflection_swift.py')"` prints.
 Written against the public source of ms-swift 4.6.
 """
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def measured(args: TrainingArguments, trainer: Trainer) -> Any:
-    """The callback, as ms-swift makes one."""
+    """Make the callback. ms-swift calls this with its arguments and Trainer."""
     return ReportedTo()
 
 

@@ -1,1 +1,1 @@
-"""The folder that `inflection-fast exec` puts on PYTHONPATH: Python runs its sitecustomize when it starts."""
+"""`inflection-fast exec` puts this folder on PYTHONPATH: Python runs its sitecustomize at its start."""

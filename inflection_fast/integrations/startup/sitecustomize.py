@@ -1,4 +1,4 @@
-"""Python runs this when it starts under `inflection-fast exec`, and then the sitecustomize that it hides."""
+"""Python runs this at its start under `inflection-fast exec`. It then runs the sitecustomize that it hides."""
 
 import os
 import sys
@@ -18,7 +18,7 @@ def _run_the_hidden_one() -> None:
 def _watch_this_process() -> None:
     try:
         from inflection_fast.integrations.exec_child import start
-    except ImportError:  # another Python, without the package: what it trains is not measured
+    except ImportError:  # another Python, without this package: not measured
         return
     start()
 
