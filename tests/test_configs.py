@@ -149,5 +149,5 @@ def test_what_cannot_be_written_is_refused():
     plan, model = plan_and_model()
     with pytest.raises(ValueError, match=r"tool: expected one of \['axolotl', 'llama-factory', 'ms-swift', 'trl'\]"):
         plan.to_yaml("megatron", model)
-    with pytest.raises(ValueError, match="model: expected the model, because this plan names layers"):
+    with pytest.raises(ValueError, match="model: expected the model, because this plan has layers"):
         plan.to_yaml("trl")

@@ -34,7 +34,7 @@ def test_entropy_rises_and_nothing_else_is_touched():
     assert moved and all(".layer.1." in name for name in moved)
     assert [p.requires_grad for p in model.parameters()] == trains
     assert model.classifier.weight.grad is kept and model.bert.pooler.dense.weight.grad is None
-    assert "all of them taken" in phase.describe()["words"] and phase.describe()["steps_done"] == 12
+    assert "all done" in phase.describe()["words"] and phase.describe()["steps_done"] == 12
 
 
 @pytest.mark.parametrize("bounds", [{"least_accuracy": 0.9}, {"least_accuracy": None, "largest_loss": 0.3}])
@@ -67,7 +67,7 @@ def test_the_expectation_is_stated_as_held_or_not():
     assert held(after, plain, rising).gradients is False and held(after, plain, rising).held is False
     assert held(plain, after, rising[::-1]).loss is False
     assert held(plain, after).held is None and held(plain, after).gradients is True
-    assert held(plain, timeline([2, 1, 0.5], [np.nan] * 3), rising).words.endswith("Nothing can be said of it.")
+    assert held(plain, timeline([2, 1, 0.5], [np.nan] * 3), rising).words.endswith("No verdict is possible.")
     with pytest.raises(ValueError, match="after: it was measured on other blocks"):
         held(plain, TimelineWriter(None, layers=["x"], heads=1, meta={}).timeline)
 
@@ -79,7 +79,7 @@ def test_the_expectation_is_stated_as_held_or_not():
         ({"lr": 0.0}, "lr: expected a number > 0"),
         ({"ascent": -1.0}, "ascent: expected a number >= 0"),
         ({"least_accuracy": 1.5}, r"least_accuracy: expected a number in \[0, 1\]"),
-        ({"least_accuracy": None}, "so that something stops the phase"),
+        ({"least_accuracy": None}, "as a limit that stops the phase"),
         ({"layers": [7]}, "layers: expected distinct indices"),
     ],
 )

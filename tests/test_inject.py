@@ -203,7 +203,7 @@ def refused(model, plan, words, **options):
 
 def test_an_empty_plan_is_refused_with_its_own_words():
     model = tiny.bert()
-    refused(model, plan_for(model), "nothing to act on. Nothing was worth picking")
+    refused(model, plan_for(model), "no blocks to act on. Nothing was worth picking")
 
 
 def test_a_plan_for_another_model_is_refused():
@@ -211,7 +211,7 @@ def test_a_plan_for_another_model_is_refused():
     refused(gpt2, plan_for(bert, 0), "for a model of type bert, this one is gpt2")
     refused(bert, plan_for(bert, 0, layers=["bert.encoder.layer.0"]), "a model of 1 blocks, this one has 3")
     refused(
-        bert, plan_for(bert, 0, layers=[f"bert.blocks.{i}" for i in range(3)]), "block 0 is bert.blocks.0, here it is"
+        bert, plan_for(bert, 0, layers=[f"bert.blocks.{i}" for i in range(3)]), "with bert.blocks.0 as block 0, this one has"
     )
 
 
@@ -285,7 +285,7 @@ def compiled(model):
         (lambda model: peft.get_peft_model(model, peft.LoraConfig()).base_model, "has adapters already"),
         (
             lambda model: peft.get_peft_model(model, peft.LoraConfig()),
-            "adapters already, one of them 'default'",
+            "has an adapter 'default' already",
         ),
     ],
 )
@@ -314,7 +314,7 @@ def test_a_second_adapter_is_added_by_name_and_the_first_one_stays(tmp_path):
     adapted.save_pretrained(tmp_path)
     assert Plan.from_pretrained(tmp_path).layers == (0,)
     assert Plan.from_pretrained(tmp_path / "late").layers == (2,)
-    refused(adapted, second, "one of them 'late'", adapter_name="late")
+    refused(adapted, second, "has an adapter 'late' already", adapter_name="late")
 
 
 def test_a_second_adapter_that_fails_leaves_the_first_one_active():

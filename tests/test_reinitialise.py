@@ -60,7 +60,7 @@ def test_shared_keys_and_values_stay_unless_the_whole_group_is_new():
     assert not masks["model.layers.1.self_attn.q_proj.weight"][D:].any()
     assert masks["model.layers.1.self_attn.o_proj.weight"][:, :D].all()
     assert not masks["model.layers.1.self_attn.o_proj.weight"][:, D:].any()
-    assert handle.kept_groups == {1: [0]} and "other heads use stayed" in handle.describe()["words"]
+    assert handle.kept_groups == {1: [0]} and "other heads use were kept" in handle.describe()["words"]
     whole = reinitialise_heads(model, [0], heads=[2, 3])
     masks = changed(model, before)
     keys = masks["model.layers.0.self_attn.k_proj.weight"]

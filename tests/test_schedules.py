@@ -62,7 +62,7 @@ def test_what_cannot_be_unfrozen_is_refused_and_nothing_changes(where, also, wor
 def test_an_intervention_is_not_applied_twice():
     model = tiny.bert()
     handle = unfreeze(model, [0, 1])
-    with pytest.raises(ValueError, match=r"unfreezing is applied already to blocks \[1\]; remove"):
+    with pytest.raises(ValueError, match=r"unfreezing is applied already to blocks \[1\]; call remove"):
         unfreeze(model, 1)
     handle.remove()
     with unfreeze(model, 1):

@@ -167,5 +167,5 @@ def test_attention_that_cannot_be_scaled_is_refused_and_so_is_a_second_temperatu
     with pytest.raises(ValueError, match=r"the attention of 0 uses neither .* so it cannot be scaled"):
         attention_temperature(nn.Sequential(ByHand(), ByHand()))
     model = tiny.llama()
-    with attention_temperature(model), pytest.raises(ValueError, match=r"applied already to blocks \[2\]; remove"):
+    with attention_temperature(model), pytest.raises(ValueError, match=r"applied already to blocks \[2\]; call remove"):
         attention_temperature(model, 2)
