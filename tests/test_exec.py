@@ -2,6 +2,7 @@
 
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +23,44 @@ SCRIPT = str(HERE / "helpers" / "loops_to_exec.py")
 PYTHON = [sys.executable, SCRIPT]
 
 
-def run(folder, *words, options=("--every", "2"), path=HERE):
-    """The finished process, with `words` under exec."""
-    path = os.pathsep.join(filter(None, [str(path), os.environ.get("PYTHONPATH")]))
+LAUNCH = {"num_processes": "1", "num_machines": "1", "mixed_precision": "no", "dynamo_backend": "no"}
+
+
+def run(name, folder):
+    """The finished process of a command under exec."""
+    words, options, environment = [*PYTHON, name, str(folder)], ("--every", "2"), {"PYTHONPATH": [str(HERE)]}
+    if name == "distributed":
+        words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *words[1:]]
+    elif name == "accelerate":
+        settings = [word for item in LAUNCH.items() for word in (f"--{item[0]}", item[1])]
+        words = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", *settings, *words[1:]]
+        options = ("--every", "1")
+    elif name == "llama_factory":
+        arguments = {"output_dir": str(folder / "run"), "max_steps": 3, "use_cpu": True, "report_to": "none"}
+        (folder / "a.yaml").write_text(yaml.safe_dump({**arguments, "save_strategy": "no", "disable_tqdm": True}))
+        words = [sys.executable, "-m", "helpers.llama_factory", "train", str(folder / "a.yaml")]
+        environment |= {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "1", "MASTER_PORT": str(free_port())}
+    elif name == "collapse":
+        options = ("--every", "1", "--fail-on", "max_logit")
+    elif name == "nothing":
+        (folder / "sitecustomize.py").write_text("print('mine')\n")
+        options, environment = ("--fail-on", "any"), {"PYTHONPATH": [str(folder)]}
+    path = os.pathsep.join(filter(None, [*environment.pop("PYTHONPATH"), os.environ.get("PYTHONPATH")]))
     words = ["-m", "inflection_fast", "exec", *options, "--out", folder / "out", "--", *words]
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    return programs.run(words, folder, environment=environment)
+    return programs.run(
+        words, folder, environment={**os.environ, **environment, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """By name, the folder and the finished process of a command under exec. All start at once, two of them run."""
+    names = ("distributed", "both", "accelerate", "llama_factory", "collapse", "nothing")
+    folders = {name: tmp_path_factory.mktemp(name) for name in names}
+    pool = ThreadPoolExecutor(2)
+    runs = {name: pool.submit(run, name, folder) for name, folder in folders.items()}
+    yield lambda name: (folders[name], runs[name].result())
+    pool.shutdown(cancel_futures=True)
 
 
 @pytest.fixture(scope="module")
@@ -53,35 +86,30 @@ def assert_same(timeline, truth, ranks=1):
         np.testing.assert_allclose(getattr(timeline, name), scale * getattr(truth, name), rtol=1e-4, err_msg=name)
 
 
-def test_torchrun_is_measured_over_its_processes_as_by_hand_and_three_lines_are_printed(truth, tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    done = run(tmp_path, *torchrun, SCRIPT, "distributed", str(tmp_path))
+def test_torchrun_is_measured_over_its_processes_as_by_hand_and_three_lines_are_printed(truth, finished):
+    folder, done = finished("distributed")
     assert done.returncode == 0, done.stderr
     assert "the script ran to its end" in done.stdout
-    assert_same(Timeline.load(tmp_path / "out"), truth, ranks=2)
+    assert_same(Timeline.load(folder / "out"), truth, ranks=2)
     said = [line for line in done.stderr.splitlines() if line.startswith("inflection-fast: ")]
     assert len(said) == 3 and said[0] == "inflection-fast: No alert was raised.", done.stderr
     assert said[1].startswith("inflection-fast: why: ") and said[2].startswith("inflection-fast: next: ")
-    assert str(tmp_path / "out") in said[2]
+    assert str(folder / "out") in said[2]
 
 
-def test_lightning_and_the_trainer_are_measured_by_their_callbacks_each_into_a_folder(truth, tmp_path):
-    done = run(tmp_path, *PYTHON, "both", str(tmp_path))
+def test_lightning_and_the_trainer_are_measured_by_their_callbacks_each_into_a_folder(truth, finished):
+    folder, done = finished("both")
     assert done.returncode == 0, done.stderr
-    assert_same(Timeline.load(tmp_path / "out"), truth)
-    timeline = Timeline.load(tmp_path / "out-2")
+    assert_same(Timeline.load(folder / "out"), truth)
+    timeline = Timeline.load(folder / "out-2")
     assert timeline.steps.tolist() == [0, 2] and np.isfinite(timeline.loss).all()
     assert "training 1 of 2: No alert" in done.stderr and "training 2 of 2: No alert" in done.stderr
 
 
-def test_accelerate_launch_counts_optimizer_steps_and_takes_the_loss_that_was_differentiated(tmp_path):
-    options = {"num_processes": "1", "num_machines": "1", "mixed_precision": "no", "dynamo_backend": "no"}
-    words = [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]
-    words += [word for name, value in options.items() for word in (f"--{name}", value)]
-    words += [SCRIPT, "accelerate", str(tmp_path)]
-    done = run(tmp_path, *words, options=("--every", "1"))
+def test_accelerate_launch_counts_optimizer_steps_and_takes_the_loss_that_was_differentiated(finished):
+    folder, done = finished("accelerate")
     assert done.returncode == 0, done.stderr
-    timeline = Timeline.load(tmp_path / "out")
+    timeline = Timeline.load(folder / "out")
     assert timeline.steps.tolist() == [0, 1, 2, 3]  # eight micro-batches
     assert (timeline.parameter_grad > 1e-2).all()  # before clipping to 1e-3
     torch.manual_seed(0)
@@ -90,33 +118,27 @@ def test_accelerate_launch_counts_optimizer_steps_and_takes_the_loss_that_was_di
     assert timeline.loss[0] == pytest.approx(np.mean(losses), rel=1e-5), (timeline.loss, losses)
 
 
-def test_llama_factory_is_measured_through_the_torchrun_that_it_starts(tmp_path, monkeypatch):
-    """A stand-in of its launcher, which hands the environment on."""
-    for name, value in {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "1", "MASTER_PORT": str(free_port())}.items():
-        monkeypatch.setenv(name, value)
-    settings = {"output_dir": str(tmp_path / "run"), "max_steps": 3, "use_cpu": True, "report_to": "none"}
-    (tmp_path / "a.yaml").write_text(yaml.safe_dump({**settings, "save_strategy": "no", "disable_tqdm": True}))
-    words = [sys.executable, "-m", "helpers.llama_factory", "train", str(tmp_path / "a.yaml")]
-    done = run(tmp_path, *words)
+def test_llama_factory_is_measured_through_the_torchrun_that_it_starts(finished):
+    """A stand-in of its launcher, which passes the environment on."""
+    folder, done = finished("llama_factory")
     assert done.returncode == 0, done.stderr
-    timeline = Timeline.load(tmp_path / "out")
+    timeline = Timeline.load(folder / "out")
     assert timeline.steps.tolist() == [0, 2] and np.isfinite(timeline.loss).all()
 
 
-def test_an_alert_to_fail_on_sets_the_exit_status(tmp_path):
-    done = run(tmp_path, *PYTHON, "collapse", str(tmp_path), options=("--every", "1", "--fail-on", "max_logit"))
+def test_an_alert_to_fail_on_sets_the_exit_status(finished):
+    folder, done = finished("collapse")
     assert done.returncode == 3 and "because of: max_logit" in done.stderr, done.stderr
     assert "the script ran to its end" in done.stdout and "was raised: " in done.stderr.replace(
         "were raised", "was raised"
     )
-    assert launch._alerted([tmp_path / "out"], ["rank_lost"]) == 0
-    assert launch._alerted([tmp_path / "out"], ["any"]) == launch._alerted([tmp_path / "out"], ["max_logit"]) == 3
+    assert launch._alerted([folder / "out"], ["rank_lost"]) == 0
+    assert launch._alerted([folder / "out"], ["any"]) == launch._alerted([folder / "out"], ["max_logit"]) == 3
 
 
-def test_a_script_that_trains_nothing_is_said_in_one_sentence_and_keeps_its_status(tmp_path):
+def test_a_script_that_trains_nothing_is_said_in_one_sentence_and_keeps_its_status(finished):
     """And a sitecustomize of its own is run, though ours hides it."""
-    (tmp_path / "sitecustomize.py").write_text("print('mine')\n")
-    done = run(tmp_path, *PYTHON, "nothing", str(tmp_path), options=("--fail-on", "any"), path=tmp_path)
+    _, done = finished("nothing")
     assert done.returncode == 5 and done.stdout.splitlines()[-2:] == ["mine", "no training here"]
     assert done.stderr.count("inflection-fast: ") == 1 and "nothing was measured: the command trained no" in done.stderr
 
