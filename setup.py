@@ -1,14 +1,15 @@
 """Builds the operator libraries: the CPU one always, the CUDA one where torch has CUDA, or with INFLECTION_CUDA=1."""
 
 import os
-import re
 import shutil
 import subprocess
 from pathlib import Path
 
-import torch
-from setuptools import setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+try:
+    import torch.utils.cpp_extension
+    from setuptools import setup
+except ImportError as error:
+    raise SystemExit(f"{error}: install torch first, then: pip install --no-build-isolation inflection_fast") from None
 
 ROOT = Path(__file__).resolve().parent
 CXX = ["-O3", "-g0", "-std=c++20", f"-I{ROOT / 'csrc'}", "-Wall", "-Wno-psabi", "-fvisibility=hidden"]
@@ -23,22 +24,21 @@ def library(name, *folders):
     sources = [str(path.relative_to(ROOT)) for path in found if name == "_cpu" or path.stem in KERNELS]
     headers = [str(path) for path in sorted((ROOT / "csrc").rglob("*")) if path.suffix in (".h", ".inc", ".cuh")]
     kwargs = {"depends": headers, "extra_compile_args": list(CXX), "py_limited_api": True}
-    return CppExtension(f"inflection_fast.{name}", sources, **kwargs)
+    return torch.utils.cpp_extension.CppExtension(f"inflection_fast.{name}", sources, **kwargs)
 
 
-class Build(BuildExtension):
+class Build(torch.utils.cpp_extension.BuildExtension):
     """BuildExtension, and nvcc called by hand: it refuses .cu files where torch itself was built without CUDA."""
 
     def build_extension(self, ext):
-        self.build_temp = os.path.join(self.build_temp, ext.name)  # both libraries compile csrc/torch, differently
+        self.build_temp = os.path.join(self.build_temp, ext.name)  # both libraries compile csrc/torch, with other flags
         if ext.name.endswith("_cuda"):
             self.compile_kernels(ext)
         super().build_extension(ext)
-        self.build_temp = os.path.dirname(self.build_temp)
 
     def compile_kernels(self, ext):
         dry = subprocess.run([NVCC, "--dryrun", "-c", "any.cu"], check=True, capture_output=True, text=True).stderr
-        home = Path(re.search(r"TOP=(.*)", dry)[1])  # asked, not guessed: the nvcc on the PATH may be a script
+        home = Path(dry.partition("TOP=")[2].splitlines()[0])  # from nvcc itself, which may be a script on the PATH
         flags = ["-O3", "-std=c++20", f"-I{ROOT / 'csrc'}", "-Xcompiler=-fPIC,-fvisibility=hidden"]
         for arch in os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0a;10.0+PTX").replace(" ", ";").split(";"):
             cc = arch.removesuffix("+PTX").replace(".", "")
