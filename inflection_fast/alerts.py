@@ -282,10 +282,7 @@ def _median(values: np.ndarray) -> np.ndarray:
 
 
 def find_alerts(
-    timeline: Timeline,
-    config: AlertConfig = AlertConfig(),
-    *,
-    kinds: Iterable[str] | None = None,
+    timeline: Timeline, config: AlertConfig = AlertConfig(), *, kinds: Iterable[str] | None = None
 ) -> list[Alert]:
     """All alerts of a timeline, in the order of their steps. `ValueError` for an unknown kind."""
     watch = AlertWatch(config, timeline.columns if len(timeline.columns) else None, timeline.axes)

@@ -33,12 +33,7 @@ def default_modules(model: nn.Module, layers: Sequence[int] | None = None) -> di
 
 
 def adapt(
-    model: nn.Module,
-    kind: str,
-    ranks: Mapping[str, int],
-    *,
-    scale: float = 2.0,
-    steps: int | None = None,
+    model: nn.Module, kind: str, ranks: Mapping[str, int], *, scale: float = 2.0, steps: int | None = None
 ) -> nn.Module:
     """`model` with adapters of `kind` on the modules named in `ranks`; all else is frozen except the head.
 

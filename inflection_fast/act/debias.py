@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..decide import Plan
 from ..timeline import Timeline
 from .handle import Handle, check_integer, check_number, gradients_set_aside
+from .planned import Layers
 
 __all__ = ["Debiased", "Expectation", "debias_source", "held"]
 
@@ -56,7 +56,7 @@ class Debiased(Handle):
     def __init__(
         self,
         model: nn.Module,
-        where: Plan | Sequence[int] | int | None,
+        where: Layers,
         batches: Iterable[Mapping[str, Tensor]],
         steps: int,
         lr: float,
@@ -144,7 +144,7 @@ _GUARD_STEPS = 4  # the guard uses means over steps, because single batches are 
 def debias_source(
     model: nn.Module,
     batches: Iterable[Mapping[str, Tensor]],
-    layers: Plan | Sequence[int] | int | None = None,
+    layers: Layers = None,
     *,
     steps: int = 50,
     lr: float = 1e-4,

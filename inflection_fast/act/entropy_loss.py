@@ -8,7 +8,6 @@ of the sequence.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -17,15 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..decide import Plan
 from ..measure.attention_call import AttentionCall, SequenceStarts
 from ..measure.attention_observer import FunctionMode, call_of, interfaces_of
 from ..measure.attention_places import AttentionPlaces
 from ..measure.micro_batch import ValidRows, decoder_layers, named_inputs
 from ..measure.schedule import RowSampler, Strata
 from .handle import Scheduled, check_integer, check_number
-from .heads import as_setting, heads_by_layer
+from .heads import Heads, as_setting, heads_by_layer
 from .interface import InterfaceCall, change_queries
+from .planned import Layers
 
 __all__ = ["AttentionEntropyLoss", "attention_entropy_loss"]
 
@@ -57,10 +56,10 @@ class AttentionEntropyLoss(Scheduled):
     def __init__(
         self,
         model: nn.Module,
-        where: Plan | Sequence[int] | int | None,
+        where: Layers,
         target: float,
         mode: str,
-        heads: Sequence[int] | Mapping[int, Sequence[int]] | None,
+        heads: Heads,
         weight: float,
         rows: int | None,
         add_to_loss: bool,
@@ -220,10 +219,10 @@ class AttentionEntropyLoss(Scheduled):
 def attention_entropy_loss(
     model: nn.Module,
     target: float,
-    layers: Plan | Sequence[int] | int | None = None,
+    layers: Layers = None,
     *,
     mode: str = "floor",
-    heads: Sequence[int] | Mapping[int, Sequence[int]] | None = None,
+    heads: Heads = None,
     weight: float = 1e-3,
     rows: int | None = 64,
     add_to_loss: bool = False,

@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 
 from ..blocks import Block
 from ..decide import Plan
-from .planned import blocks_of
+from .planned import Layers, blocks_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -80,7 +80,7 @@ class Handle:
     name = ""  # of the intervention
     permanent = False  # remove() cannot take it back
 
-    def __init__(self, model: nn.Module, where: Plan | Sequence[int] | int | None):
+    def __init__(self, model: nn.Module, where: Layers):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         if isinstance(model, nn.DataParallel):
@@ -156,7 +156,7 @@ class Handle:
 class Scheduled(Handle):
     """A handle whose effect depends on the optimizer step."""
 
-    def __init__(self, model: nn.Module, where: Plan | Sequence[int] | int | None):
+    def __init__(self, model: nn.Module, where: Layers):
         super().__init__(model, where)
         self.steps_done = 0
 

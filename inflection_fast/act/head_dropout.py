@@ -7,14 +7,12 @@ is dropped.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 import torch
 from torch import Tensor, nn
 
-from ..decide import Plan
 from .handle import Handle, check_number
-from .heads import as_setting, heads_by_layer, output_projection
+from .heads import Heads, as_setting, heads_by_layer, output_projection
+from .planned import Layers
 
 __all__ = ["HeadDropout", "head_dropout"]
 
@@ -24,13 +22,7 @@ class HeadDropout(Handle):
 
     name = "head dropout"
 
-    def __init__(
-        self,
-        model: nn.Module,
-        where: Plan | Sequence[int] | int | None,
-        p: float,
-        heads: Sequence[int] | Mapping[int, Sequence[int]] | None,
-    ):
+    def __init__(self, model: nn.Module, where: Layers, p: float, heads: Heads):
         check_number("p", p, "in [0, 1)")
         super().__init__(model, where)
         self.p, self.heads = float(p), heads_by_layer(self.blocks, where, heads)
@@ -64,13 +56,7 @@ class _Dropping:
         return ((joined.unflatten(-1, (heads, -1)) * kept[..., None]).flatten(-2), *rest)
 
 
-def head_dropout(
-    model: nn.Module,
-    layers: Plan | Sequence[int] | int | None = None,
-    *,
-    p: float = 0.1,
-    heads: Sequence[int] | Mapping[int, Sequence[int]] | None = None,
-) -> HeadDropout:
+def head_dropout(model: nn.Module, layers: Layers = None, *, p: float = 0.1, heads: Heads = None) -> HeadDropout:
     """Drop attention heads of blocks with probability `p` while the model trains, until `remove()`.
 
     Draws come from torch's generator, as those of `nn.Dropout`. Apply before compiling.

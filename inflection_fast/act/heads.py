@@ -12,7 +12,9 @@ from ..decide import Plan
 from ..measure.attention_places import AttentionPlaces, heads_of
 from .targets import is_conv1d, is_linear
 
-__all__ = ["HeadWeights", "Rows", "as_setting", "head_weights", "heads_by_layer", "output_projection"]
+__all__ = ["HeadWeights", "Heads", "Rows", "as_setting", "head_weights", "heads_by_layer", "output_projection"]
+
+Heads = Sequence[int] | Mapping[int, Sequence[int]] | None  # for all blocks, or by block; None: all heads
 
 _QUERY = ("q_proj", "query", "q", "q_lin", "wq", "to_q", "query_proj", "q_linear")
 _KEY = ("k_proj", "key", "k", "k_lin", "wk", "to_k", "key_proj", "k_linear")
@@ -68,9 +70,7 @@ class HeadWeights:
         return found
 
 
-def heads_by_layer(
-    blocks: Sequence[Block], where: object, heads: Sequence[int] | Mapping[int, Sequence[int]] | None
-) -> dict[int, list[int] | None]:
+def heads_by_layer(blocks: Sequence[Block], where: object, heads: Heads) -> dict[int, list[int] | None]:
     """The chosen heads of each block, None for all. Without `heads`, those of a plan.
 
     `ValueError` for a head that a block does not have, or a block that is not in `blocks`.

@@ -6,13 +6,11 @@ without gradients, also with weight decay or moments.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from torch import nn
 
-from ..decide import Plan
 from .handle import Scheduled, check_integer, parameters_in, slots
+from .planned import Layers
 
 __all__ = ["Lisa", "lisa"]
 
@@ -22,9 +20,7 @@ class Lisa(Scheduled):
 
     name = "LISA"
 
-    def __init__(
-        self, model: nn.Module, where: Plan | Sequence[int] | int | None, active: int, interval: int, seed: int
-    ):
+    def __init__(self, model: nn.Module, where: Layers, active: int, interval: int, seed: int):
         check_integer("active", active)
         check_integer("interval", interval)
         check_integer("seed", seed, 0)
@@ -65,14 +61,7 @@ class Lisa(Scheduled):
                 parameter.requires_grad_(True)
 
 
-def lisa(
-    model: nn.Module,
-    layers: Plan | Sequence[int] | int | None = None,
-    *,
-    active: int = 2,
-    interval: int = 20,
-    seed: int = 0,
-) -> Lisa:
+def lisa(model: nn.Module, layers: Layers = None, *, active: int = 2, interval: int = 20, seed: int = 0) -> Lisa:
     """Train `active` random blocks of `layers` (None: all), drawn again every `interval` optimizer steps.
 
     The draw depends only on `seed` and the step: it is the same on every rank, and after a resume (`load_state_dict`,

@@ -11,7 +11,9 @@ from torch import nn
 from ..blocks import Block, find_blocks
 from ..decide import Plan
 
-__all__ = ["blocks_of", "every_block", "model_type_of", "planned_blocks", "unwrapped"]
+__all__ = ["Layers", "blocks_of", "every_block", "model_type_of", "planned_blocks", "unwrapped"]
+
+Layers = Plan | Sequence[int] | int | None  # a plan or indices of blocks; None: all blocks
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -69,7 +71,7 @@ def every_block(model: nn.Module, plan: Plan) -> list[Block]:
     return blocks
 
 
-def blocks_of(model: nn.Module, layers: Plan | Sequence[int] | int | None) -> list[Block]:
+def blocks_of(model: nn.Module, layers: Layers) -> list[Block]:
     """The blocks of a plan or of indices; None: all. `ValueError` for an index out of range, or one that repeats."""
     if isinstance(layers, Plan):
         return planned_blocks(model, layers)

@@ -7,16 +7,16 @@ others). Training continues from them, so both interventions are permanent; `und
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..blocks import Block, is_named_attention
-from ..decide import Plan
 from .handle import Handle, check_integer
-from .heads import HeadWeights, Rows, as_setting, head_weights, heads_by_layer
+from .heads import Heads, HeadWeights, Rows, as_setting, head_weights, heads_by_layer
+from .planned import Layers
 from .targets import is_linear, modules_of
 
 __all__ = ["Reinitialised", "reinitialise_heads", "reset_feed_forward"]
@@ -30,7 +30,7 @@ class Reinitialised(Handle):
 
     permanent = True
 
-    def __init__(self, model: nn.Module, where: Plan | Sequence[int] | int | None, seed: int):
+    def __init__(self, model: nn.Module, where: Layers, seed: int):
         check_integer("seed", seed, 0)
         super().__init__(model, where)
         self.seed = seed
@@ -87,13 +87,7 @@ class ReinitialisedHeads(Reinitialised):
 
     name = "re-initialised heads"
 
-    def __init__(
-        self,
-        model: nn.Module,
-        where: Plan | Sequence[int] | int | None,
-        heads: Sequence[int] | Mapping[int, Sequence[int]] | None,
-        seed: int,
-    ):
+    def __init__(self, model: nn.Module, where: Layers, heads: Heads, seed: int):
         super().__init__(model, where, seed)
         self.heads = heads_by_layer(self.blocks, where, heads)
         self.kept_groups: dict[int, list[int]] = {}  # layer -> groups whose keys and values other heads use, too
@@ -133,7 +127,7 @@ class ResetFeedForward(Reinitialised):
 
     name = "reset feed-forward layers"
 
-    def __init__(self, model: nn.Module, where: Plan | Sequence[int] | int | None, seed: int):
+    def __init__(self, model: nn.Module, where: Layers, seed: int):
         super().__init__(model, where, seed)
         found: list[tuple[nn.Parameter, tuple[slice, ...], Tensor]] = []
         self.modules: list[str] = []
@@ -154,13 +148,7 @@ class ResetFeedForward(Reinitialised):
         return f"The feed-forward layers of blocks {', '.join(map(str, self.layers))} got new weights."
 
 
-def reinitialise_heads(
-    model: nn.Module,
-    layers: Plan | Sequence[int] | int,
-    *,
-    heads: Sequence[int] | Mapping[int, Sequence[int]] | None = None,
-    seed: int = 0,
-) -> ReinitialisedHeads:
+def reinitialise_heads(model: nn.Module, layers: Layers, *, heads: Heads = None, seed: int = 0) -> ReinitialisedHeads:
     """Give attention heads new weights: queries, keys, values and the columns of the output projection.
 
     With grouped queries, keys and values of a group get new weights only if all heads of the group do; the description
@@ -177,7 +165,7 @@ def reinitialise_heads(
     return ReinitialisedHeads(model, layers, heads, seed)
 
 
-def reset_feed_forward(model: nn.Module, layers: Plan | Sequence[int] | int, *, seed: int = 0) -> ResetFeedForward:
+def reset_feed_forward(model: nn.Module, layers: Layers, *, seed: int = 0) -> ResetFeedForward:
     """Give the feed-forward layers of blocks new weights: all linear layers outside attention.
 
     Draws as `reinitialise_heads`. `ValueError` for a block that does not exist or has no such layers.

@@ -7,14 +7,12 @@ It runs between optimizer steps, not in the forward pass, so that recomputed act
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..decide import Plan
 from .handle import Scheduled, check_integer
+from .planned import Layers
 from .targets import modules_of
 
 __all__ = ["SigmaReparametrisation", "sigma_reparametrisation"]
@@ -55,7 +53,7 @@ class SigmaReparametrisation(Scheduled):
 
     name = "sigma reparametrisation"
 
-    def __init__(self, model: nn.Module, where: Plan | Sequence[int] | int | None, keep: bool, iterations: int):
+    def __init__(self, model: nn.Module, where: Layers, keep: bool, iterations: int):
         check_integer("iterations", iterations)
         super().__init__(model, where)
         self.keep, self.iterations = keep, iterations
@@ -112,11 +110,7 @@ class SigmaReparametrisation(Scheduled):
 
 
 def sigma_reparametrisation(
-    model: nn.Module,
-    layers: Plan | Sequence[int] | int | None = None,
-    *,
-    keep: bool = False,
-    iterations: int = 1,
+    model: nn.Module, layers: Layers = None, *, keep: bool = False, iterations: int = 1
 ) -> SigmaReparametrisation:
     """Replace the weights W of all `nn.Linear` of blocks by gamma * W / sigma(W), each with one trained gamma.
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
 from contextlib import ExitStack
 
 import torch
@@ -17,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..decide import Plan
 from ..measure.attention_observer import interfaces_of
 from .handle import Scheduled, check_integer, check_number
 from .interface import InterfaceCall, change_queries
+from .planned import Layers
 
 __all__ = ["AttentionTemperature", "attention_temperature"]
 
@@ -35,15 +34,7 @@ class AttentionTemperature(Scheduled):
 
     name = "attention temperature"
 
-    def __init__(
-        self,
-        model: nn.Module,
-        where: Plan | Sequence[int] | int | None,
-        start: float,
-        end: float,
-        steps: int,
-        schedule: str,
-    ):
+    def __init__(self, model: nn.Module, where: Layers, start: float, end: float, steps: int, schedule: str):
         check_number("start", start, "> 0")
         check_number("end", end, "> 0")
         check_integer("steps", steps, 0)
@@ -114,7 +105,7 @@ class AttentionTemperature(Scheduled):
 
 def attention_temperature(
     model: nn.Module,
-    layers: Plan | Sequence[int] | int | None = None,
+    layers: Layers = None,
     *,
     start: float = 1.5,
     end: float = 1.0,

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from ..decide import Plan
 from .handle import Handle, slots
+from .planned import Layers
 
 __all__ = ["Unfrozen", "unfreeze"]
 
@@ -17,7 +17,7 @@ class Unfrozen(Handle):
 
     name = "unfreezing"
 
-    def __init__(self, model: nn.Module, where: Plan | Sequence[int] | int, also: Sequence[str]):
+    def __init__(self, model: nn.Module, where: Layers, also: Sequence[str]):
         if isinstance(also, str):
             raise TypeError(f"also: expected a sequence of names of modules, got the string {also!r}")
         super().__init__(model, where)
@@ -45,7 +45,7 @@ class Unfrozen(Handle):
                 slot.parameter.requires_grad_(trained)
 
 
-def unfreeze(model: nn.Module, plan: Plan | Sequence[int] | int, *, also: Sequence[str] = ()) -> Unfrozen:
+def unfreeze(model: nn.Module, plan: Layers, *, also: Sequence[str] = ()) -> Unfrozen:
     """Train the parameters of the planned blocks and of `also`, and freeze all others.
 
     `also` are full names of modules or parameters, such as a new head ("classifier"). Make the optimizer afterwards: an
