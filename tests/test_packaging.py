@@ -26,6 +26,14 @@ def unpacked(tmp_path_factory):
     return folder / archive.name.removesuffix(".tar.gz")
 
 
+def test_a_build_without_torch_ends_in_a_sentence(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('no torch')")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "setup.py", "--version"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "install torch first" in done.stderr
+
+
 def test_every_source_is_in_it(unpacked):
     listed = subprocess.run(["git", "ls-files", "csrc", "inflection_fast"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
