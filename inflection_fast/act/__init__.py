@@ -15,23 +15,8 @@ from .temperature import attention_temperature
 from .unfreeze import unfreeze
 
 __all__ = [
-    "attention_entropy_loss",
-    "attention_temperature",
-    "dead_adapters",
-    "debias_source",
-    "drop",
-    "find_inflection_target_modules",
-    "grow",
-    "head_dropout",
-    "inherit",
-    "inherited_blocks",
-    "inject",
-    "learning_rates",
-    "lisa",
-    "parameter_groups",
-    "reinitialise_heads",
-    "reset_feed_forward",
-    "restore_adapter",
-    "sigma_reparametrisation",
-    "unfreeze",
-]
+    "attention_entropy_loss", "attention_temperature", "dead_adapters", "debias_source", "drop",
+    "find_inflection_target_modules", "grow", "head_dropout", "inherit", "inherited_blocks", "inject", "learning_rates",
+    "lisa", "parameter_groups", "reinitialise_heads", "reset_feed_forward", "restore_adapter",
+    "sigma_reparametrisation", "unfreeze",
+]  # fmt: skip

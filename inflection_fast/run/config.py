@@ -11,18 +11,9 @@ from inflection_fast.decide import SelectConfig
 from inflection_fast.measure import MonitorConfig
 
 __all__ = [
-    "BASELINES",
-    "DataConfig",
-    "LoraConfig",
-    "MeasureConfig",
-    "ModelConfig",
-    "RunConfig",
-    "SourceConfig",
-    "TrainConfig",
-    "TuneConfig",
-    "differences",
-    "to_dict",
-]
+    "BASELINES", "DataConfig", "LoraConfig", "MeasureConfig", "ModelConfig", "RunConfig", "SourceConfig", "TrainConfig",
+    "TuneConfig", "differences", "to_dict",
+]  # fmt: skip
 
 BASELINES = ("last", "first", "random", "all")
 _ENCODINGS = "null or a text encoding that Python knows, such as utf-16, latin-1 or cp1252"

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -33,11 +32,8 @@ CHECKPOINTS = "checkpoints"
 CLOCK = "clock.json"
 TRAINING = "training.json"
 # Transformers renamed the argument during version 5.
-ACTIVATION_CHECKPOINTING = next(
-    item.name
-    for item in dataclasses.fields(TrainingArguments)
-    if item.name in ("activation_checkpointing", "gradient_checkpointing")
-)
+_NAMES = ("activation_checkpointing", "gradient_checkpointing")
+ACTIVATION_CHECKPOINTING = next(name for name in _NAMES if name in TrainingArguments.__dataclass_fields__)
 
 
 @dataclass(frozen=True)
@@ -191,10 +187,7 @@ def check_arguments(config: TrainConfig) -> None:
     _arguments(config, Path("unused"), seed=0, quiet=True)
 
 
-def _arguments(
-    config: TrainConfig, checkpoints: Path, *, seed: int, quiet: bool, more: Mapping[str, Any] | None = None
-) -> TrainingArguments:
-    more = dict(more or {})
+def _arguments(config: TrainConfig, checkpoints: Path, *, seed: int, quiet: bool, **more: Any) -> TrainingArguments:
     if config.activation_checkpointing:
         more[ACTIVATION_CHECKPOINTING] = True
     return _OneDevice(
@@ -238,10 +231,10 @@ def _trainer(
     items: Sequence[Any] | None = None,
     sharded: bool = False,
 ) -> Trainer:
-    more = sharding_arguments(model) if sharded else {}
+    sharding = sharding_arguments(model) if sharded else {}
     trainer = (ShardedTrainer if sharded else Trainer)(
         model=model,
-        args=_arguments(config, checkpoints, seed=seed, quiet=quiet, more=more),
+        args=_arguments(config, checkpoints, seed=seed, quiet=quiet, **sharding),
         data_collator=batches.collate,
         train_dataset=items,
         preprocess_logits_for_metrics=token_losses if batches.task == "causal-lm" else class_logits,

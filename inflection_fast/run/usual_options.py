@@ -9,30 +9,11 @@ from typing import Any
 __all__ = ["usual_options"]
 
 USUAL = (
-    "config",
-    "output",
-    "task",
-    "model.path",
-    "model.max_length",
-    "target.path",
-    "target.text",
-    "target.label",
-    "target.labels",
-    "target.test",
-    "target.group",
-    "measure.unfreeze",
-    "measure.train.steps",
-    "measure.monitor.every",
-    "select.method",
-    "select.k",
-    "tune.lora.r",
-    "tune.lora.target_modules",
-    "tune.train.steps",
-    "tune.train.learning_rate",
-    "tune.when_empty",
-    "baselines",
-    "seed",
-)
+    "config", "output", "task", "model.path", "model.max_length", "target.path", "target.text", "target.label",
+    "target.labels", "target.test", "target.group", "measure.unfreeze", "measure.train.steps", "measure.monitor.every",
+    "select.method", "select.k", "tune.lora.r", "tune.lora.target_modules", "tune.train.steps",
+    "tune.train.learning_rate", "tune.when_empty", "baselines", "seed",
+)  # fmt: skip
 SENTENCES = {  # of options that their class documents in comments
     "measure.monitor.every": "optimizer steps between measured steps",
     "select.method": "how layers are chosen from what was measured",
