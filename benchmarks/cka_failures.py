@@ -26,7 +26,7 @@ TEXTS = (1, 2, 4, 8, 16, 32, 64, 256)  # that the rows of a batch belong to
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
 FLOOR = 1e-9  # of a logarithmic axis
 STYLES = {"ours": (canvas.CHOSEN, "o"), "ours, minibatch": (canvas.CHOSEN, "s")}
-COLOURS = (canvas.BLUE, canvas.ORANGE, canvas.INK, canvas.GREY, "#009E73", "#CC79A7")
+COLOURS = (canvas.BLUE, canvas.ORANGE, canvas.TEXT_COLOUR, canvas.GREY, "#009E73", "#CC79A7")
 
 
 def streamed(x, y):
@@ -154,7 +154,7 @@ def chart(name: str, title: str, x_label: str, y_label: str, x, lines: dict[str,
     """One picture: a line per estimator; where one gave no value its line ends."""
     drawn = canvas.figure(7.0, 3.6)
     ax = drawn.add_subplot()
-    canvas.dress(ax, title, x_label, y_label)
+    canvas.style_axes(ax, title, x_label, y_label)
     colours = iter(COLOURS)
     for number, (label, values) in enumerate(lines.items()):
         colour, marker = STYLES[label] if label in STYLES else (next(colours), "^")

@@ -10,7 +10,7 @@ import transformers as hf
 from helpers.tiny_models import HEADS, VOCAB, WIDTH, in_float64, model_and_batch, one_thread  # noqa: F401
 
 from inflection_fast import Comparison, compare
-from inflection_fast.checkpoints.comparison_views import comparison_look, moved_layers
+from inflection_fast.checkpoints.comparison_views import comparison_page, moved_layers
 from inflection_fast.ops import reference
 
 
@@ -104,7 +104,7 @@ def test_models_of_other_width_and_depth():
     assert np.shape(deep.matrix) == (3, 2) and np.isfinite(deep.matrix).all()
     assert deep.delta == [] and deep.drift["entropy"].difference == [] and len(deep.drift["entropy"].b) == 2
     assert "activation_grad" not in deep.drift  # without labels there is no loss
-    page = comparison_look(deep, ("a", "b"), ".", "texts")
+    page = comparison_page(deep, ("a", "b"), ".", "texts")
     assert page.missing[0].startswith("The models have different numbers of layers")
     with pytest.raises(ValueError, match="same width"):
         compare(bert_of(WIDTH, 2), bert_of(24, 2), inputs, rank=4)

@@ -162,11 +162,11 @@ def test_the_theme_follows_the_system_and_the_button(driver, run_page):
 
 
 def look_page(folder, text):
-    from helpers.looked_at import look
+    from helpers.layer_pages import look
 
-    from inflection_fast.report.look import write_look
+    from inflection_fast.report.layer_page import write_layer_page
 
-    write_look(look(text), folder / "index.html")
+    write_layer_page(look(text), folder / "index.html")
     return (folder / "index.html").as_uri()
 
 

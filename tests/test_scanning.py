@@ -12,11 +12,11 @@ from safetensors.torch import save_file
 from inflection_fast.checkpoints import texts as batching
 from inflection_fast.checkpoints.files import find
 from inflection_fast.checkpoints.loading import halves_loss, load, tokenizer_of
-from inflection_fast.checkpoints.scan_views import scan_answer, scan_look
+from inflection_fast.checkpoints.scan_views import scan_answer, scan_page
 from inflection_fast.checkpoints.scanning import Scan, scan
 from inflection_fast.checkpoints.weights import spectra
 from inflection_fast.decide import SelectConfig
-from inflection_fast.report.look import look_state
+from inflection_fast.report.layer_page import layer_page_state
 from inflection_fast.timeline import Timeline
 
 TEXTS = [row["text"] for row in tiny.reviews(24)]
@@ -141,7 +141,7 @@ def test_a_file_gives_back_what_was_saved(scanned, tmp_path):
 
 
 def test_the_page_names_what_is_measured(scanned):
-    made = look_state(scan_look(scanned[2], ".", "24 texts"))
+    made = layer_page_state(scan_page(scanned[2], ".", "24 texts"))
     labels = {profile["label"] for profile in made.manifest["profiles"]}
     assert {"Attention entropy", "RMS of block outputs", "First-order gain of adapters"} <= labels
     assert made.manifest["matrices"][0]["shape"] == [3, 3] and made.manifest["plan"]["layers"]

@@ -85,10 +85,10 @@ def compare_command(argv: Sequence[str], console: Console) -> int:
     asked = parser.parse_args(argv)
     quiet_libraries()
     from inflection_fast.checkpoints.comparison import compare
-    from inflection_fast.checkpoints.comparison_views import comparison_look, show_comparison
+    from inflection_fast.checkpoints.comparison_views import comparison_page, show_comparison
     from inflection_fast.checkpoints.loading import load
     from inflection_fast.checkpoints.texts import own_texts, read_texts
-    from inflection_fast.report.look import write_look
+    from inflection_fast.report.layer_page import write_layer_page
 
     began = time.perf_counter()
     sources = find(asked.a), find(asked.b)
@@ -105,7 +105,7 @@ def compare_command(argv: Sequence[str], console: Console) -> int:
         )  # fmt: skip
     found.save(folder / "comparison.json")
     source = f"{len(texts)} texts of {'our own' if asked.data is None else asked.data}"
-    write_look(comparison_look(found, names, str(folder), source), folder / "index.html")
+    write_layer_page(comparison_page(found, names, str(folder), source), folder / "index.html")
     show_comparison(found, names, console)
     console.print(f"page: {folder / 'index.html'} ({time.perf_counter() - began:.0f} s)", markup=False)
     return 0
@@ -166,11 +166,11 @@ def scan_command(argv: Sequence[str], console: Console) -> int:
     asked = parser.parse_args(argv)
     _check_scan(asked)
     quiet_libraries()
-    from inflection_fast.checkpoints.scan_views import scan_look, show_scan
+    from inflection_fast.checkpoints.scan_views import scan_page, show_scan
     from inflection_fast.checkpoints.scanning import scan
     from inflection_fast.checkpoints.texts import read_texts
     from inflection_fast.decide import SelectConfig
-    from inflection_fast.report.look import write_look
+    from inflection_fast.report.layer_page import write_layer_page
 
     began = time.perf_counter()
     source = find(asked.model)
@@ -186,7 +186,7 @@ def scan_command(argv: Sequence[str], console: Console) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     found.save(folder / "scan.json")
     about = "weights alone" if texts is None else f"{found.texts['texts']} texts of {asked.data}"
-    write_look(scan_look(found, str(folder), about), folder / "index.html")
+    write_layer_page(scan_page(found, str(folder), about), folder / "index.html")
     show_scan(found, str(folder), console)
     if found.plan is not None:
         plan = folder / "plan.json" if asked.plan is None else Path(asked.plan).expanduser()

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from inflection_fast.blocks import find_blocks
 from inflection_fast.checkpoints.documents import read_document, write_document
 from inflection_fast.checkpoints.measuring import Features, Inputs, measure
-from inflection_fast.checkpoints.numbers import Numbers, error_of, mean_of, numbers
+from inflection_fast.checkpoints.numbers import Numbers, error_of, numbers
 from inflection_fast.checkpoints.threads import threads_for
 from inflection_fast.measure import MonitorConfig
 from inflection_fast.ops import cka_jackknife, cka_matrix
 from inflection_fast.ops.cka import POOLINGS
 from inflection_fast.quantities import Quantity
 from inflection_fast.timeline import Timeline
+from inflection_fast.timeline.means import finite_mean
 
 __all__ = ["Comparison", "Drift", "compare"]
 
@@ -273,17 +274,17 @@ def _drift(a: Timeline, b: Timeline) -> dict[str, Drift]:
         difference, error = [], []
         if left.shape[1] == right.shape[1]:
             apart = right - left
-            difference, error = numbers(mean_of(apart)), numbers(error_of(apart))
+            difference, error = numbers(finite_mean(apart)), numbers(error_of(apart))
         found[name] = Drift(
             column.label, column.unit, column.explanation, column.scale,
-            numbers(mean_of(left)), numbers(mean_of(right)), difference, error,
+            numbers(finite_mean(left)), numbers(finite_mean(right)), difference, error,
         )  # fmt: skip
     return found
 
 
 def _by_layer(values: np.ndarray) -> np.ndarray:
     """[S, L]: mean over all other axes, of the places that have a value."""
-    return mean_of(values.reshape(*values.shape[:2], -1), axis=-1)
+    return finite_mean(values.reshape(*values.shape[:2], -1), axis=-1)
 
 
 def _weight_change(model_a: nn.Module, model_b: nn.Module) -> tuple[dict[str, float], dict[str, float]]:

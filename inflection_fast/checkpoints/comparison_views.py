@@ -11,13 +11,13 @@ import numpy as np
 from inflection_fast.checkpoints.comparison import Comparison, Drift
 from inflection_fast.decide.evidence import t_quantile
 from inflection_fast.report.answer import Answer
-from inflection_fast.report.look import Line, Look, Matrix, Profile, Table
+from inflection_fast.report.layer_page import LayerPage, Line, Matrix, Profile, Table
 from inflection_fast.report.words import count, setting, significant
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["comparison_answer", "comparison_look", "moved_layers", "show_comparison"]
+__all__ = ["comparison_answer", "comparison_page", "moved_layers", "show_comparison"]
 
 LEVEL = 0.05  # chance that some layer of a quantity counts as moved where none has
 LONG = 48  # with more layers than this the terminal lists the ones that have moved furthest
@@ -80,7 +80,7 @@ def _basis(found: Comparison) -> str:
     return f"{kind.capitalize()} CKA {space} of {rows} rows of {texts} texts."
 
 
-def comparison_look(found: Comparison, names: tuple[str, str], where: str, source: str) -> Look:
+def comparison_page(found: Comparison, names: tuple[str, str], where: str, source: str) -> LayerPage:
     """The page."""
     batches = _int(found.settings, "batches")
     profiles = []
@@ -113,7 +113,7 @@ def comparison_look(found: Comparison, names: tuple[str, str], where: str, sourc
             Matrix("delta-CKA of A and B", "1 - CKA", 1 - values, "layer of A", "layer of B", "1 less that CKA.",
                    unit_interval=False),
         ]  # fmt: skip
-    return Look(
+    return LayerPage(
         kind="comparison",
         title=f"{names[0]} and {names[1]}",
         where=where,

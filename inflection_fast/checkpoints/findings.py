@@ -19,6 +19,7 @@ from inflection_fast.checkpoints.numbers import or_none
 from inflection_fast.decide.evidence import correlation_of, evidence_of
 from inflection_fast.report.words import layer_ranges, percent, significant
 from inflection_fast.timeline import Timeline
+from inflection_fast.timeline.means import finite_mean
 
 if TYPE_CHECKING:
     from inflection_fast.checkpoints.on_texts import Module
@@ -55,10 +56,7 @@ class Nulls:
         if name not in timeline.columns:
             return None
         values = np.asarray(getattr(timeline, name), float)
-        if values.ndim == 3:
-            there = np.isfinite(values)
-            count = there.sum(-1)
-            values = np.where(count > 0, np.where(there, values, 0).sum(-1) / np.maximum(count, 1), np.nan)
+        values = finite_mean(values, -1) if values.ndim == 3 else values
         return values if np.isfinite(values).any() else None
 
     def above(self, name: str, kind: str, *, sign: int = 1) -> list[int]:

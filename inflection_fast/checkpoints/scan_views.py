@@ -10,13 +10,13 @@ import numpy as np
 from inflection_fast.checkpoints.findings import Finding
 from inflection_fast.checkpoints.scanning import Profiled, Scan
 from inflection_fast.report.answer import Answer
-from inflection_fast.report.look import Line, Look, Matrix, Profile, Table
+from inflection_fast.report.layer_page import LayerPage, Line, Matrix, Profile, Table
 from inflection_fast.report.words import count, layer_ranges, percent, setting, significant
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["scan_answer", "scan_look", "show_scan"]
+__all__ = ["scan_answer", "scan_page", "show_scan"]
 
 LONG = 48  # with more layers than this the terminal lists those of the findings
 SENTENCES = 4  # of the findings in the first lines
@@ -64,14 +64,14 @@ def _kind(one: Finding) -> str:
     return f"{one.kind} ({layer_ranges(one.layers)})" if one.layers else one.kind
 
 
-def scan_look(found: Scan, where: str, source: str) -> Look:
+def scan_page(found: Scan, where: str, source: str) -> LayerPage:
     """The page."""
     facts = [str(found.model[name]) for name in ("class",) if name in found.model]
     if isinstance(parameters := found.model.get("parameters"), int):
         facts.append(f"{count(parameters)} parameters")
     facts += [f"{len(found.layers)} layers"] if found.layers else []
     facts.append(source)
-    return Look(
+    return LayerPage(
         kind="scan",
         title=f"Scan of {str(found.model['name']).rstrip('/').rsplit('/', 1)[-1]}",
         where=str(found.model["name"]),

@@ -15,12 +15,13 @@ from inflection_fast.checkpoints.files import find
 from inflection_fast.checkpoints.findings import Finding, Nulls, findings
 from inflection_fast.checkpoints.loading import Loaded, bring_libraries, damages, load, sparingly, tokenizer_of
 from inflection_fast.checkpoints.memory import give_back, peak_bytes, resident_bytes
-from inflection_fast.checkpoints.numbers import Numbers, error_of, mean_of, numbers
+from inflection_fast.checkpoints.numbers import Numbers, error_of, numbers
 from inflection_fast.checkpoints.on_texts import Measured, Module
 from inflection_fast.checkpoints.on_texts import measured as measured_on
 from inflection_fast.checkpoints.weights import MatrixSpectrum, spectra
 from inflection_fast.decide import Plan, SelectConfig, select
 from inflection_fast.run.errors import user_errors
+from inflection_fast.timeline.means import finite_mean
 
 __all__ = ["Profiled", "Scan", "scan"]
 
@@ -204,8 +205,8 @@ def _profiles(nulls: Nulls) -> dict[str, Profiled]:
         others = {kind: nulls.by_layer(name, kind) for kind in ("shuffled", "random")}
         found[name] = Profiled(
             column.label, column.unit, column.explanation, column.scale,
-            numbers(mean_of(values)), numbers(error_of(values)),
-            *([] if of is None else numbers(mean_of(of)) for of in others.values()),
+            numbers(finite_mean(values)), numbers(error_of(values)),
+            *([] if of is None else numbers(finite_mean(of)) for of in others.values()),
         )  # fmt: skip
     return found
 

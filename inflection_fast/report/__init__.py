@@ -1,8 +1,7 @@
-"""What a run found, for somebody who has not read the code: a page, pictures, a summary in the terminal.
+"""The report of a run: a page, pictures, a summary in the terminal.
 
-Only the files of the run folder are read, so a report can be written on any machine, long after the run. The functions
-that end in `_map`, `_lines`, `_line` and `_chart` draw timelines, plans and arrays with matplotlib, most of them on an
-axis that they are given.
+It reads the files of the run folder alone, so it can be written on any machine at any time. The functions that end in
+`_map`, `_lines`, `_line` and `_chart` draw timelines, plans and arrays with matplotlib, most of them on a given axis.
 """
 
 from inflection_fast.report.figures import difference_map, head_map, score_line, signal_lines, signal_map

@@ -1,4 +1,4 @@
-"""The first three lines of the page: what was found, why one may think so, what to do next."""
+"""The first three lines of the page: verdict, reason, next step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Answer", "answer"]
 
 @dataclass(frozen=True)
 class Answer:
-    """Three sentences or so, plain text, and a command for the terminal where one comes next."""
+    """Three sentences of plain text, and the next command for the terminal, if there is one."""
 
     verdict: str
     why: str
@@ -24,7 +24,7 @@ class Answer:
 
 
 def answer(content: Content) -> Answer:
-    """What the run says at this moment."""
+    """The answer of the run in its present state."""
     run, measured = content.run, content.measured
     where = str(content.folder)
     if run.tune is not None and run.tune.layers:

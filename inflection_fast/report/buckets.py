@@ -1,4 +1,4 @@
-"""Many measured steps in a few columns of a chart, extremes kept, in memory that does not grow with the run."""
+"""Many measured steps in a limited number of buckets, with extremes, in bounded memory."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ __all__ = ["Buckets"]
 
 
 class Buckets:
-    """Mean, least and largest value of runs of consecutive measured steps; at most `limit` runs of equal length.
+    """Mean, smallest and largest value of consecutive measured steps, in at most `limit` buckets of equal length.
 
-    A bucket takes one step at first. When `limit` buckets are full, neighbours are joined in pairs and the length
-    doubles, so every number is the exact extreme of the values that went in, and the mean of them. What is not finite
-    counts as no value; a step without any value is left out, so that a quantity measured more seldom has its own steps.
+    A bucket has one step at first. When `limit` buckets are full, neighbours are joined in pairs and the length
+    doubles; means and extremes stay exact. Values that are not finite are ignored. A step without any value is left
+    out, so a quantity that is measured less often has its own steps.
     """
 
     _count: np.ndarray
@@ -31,7 +31,7 @@ class Buckets:
         self._grow(min(limit, 16))
 
     def _grow(self, size: int) -> None:
-        """Memory follows the buckets that are used: most runs are short."""
+        """Allocate memory for more buckets: most runs are short."""
         for name, start, dtype in _PARTS:
             fresh = np.full((size, *self.shape), start, dtype)
             if self._allocated:
@@ -40,10 +40,10 @@ class Buckets:
         self._allocated = size
 
     def push(self, step: int, values: np.ndarray, count: np.ndarray | None = None, low=None, high=None) -> None:
-        """Adds one measured step.
+        """Add one measured step.
 
-        `values` [shape]; where they stand for several numbers each, `count` is how many of those were finite, and
-        `low` and `high` are their extremes.
+        `values` [shape]. If each is the mean of several numbers, `count` is how many of those were finite, and `low`
+        and `high` are their extremes.
         """
         values = np.asarray(values, np.float64)
         finite = np.isfinite(values)

@@ -1,4 +1,4 @@
-"""Charts by layer and by stage: where the layers were chosen, and what came of it."""
+"""Charts by layer and by stage: the profile of the choice, SKI, and the results of the stages."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def index_chart(scores: np.ndarray, components: dict[str, np.ndarray], chosen: S
 
     drawn = canvas.figure(WIDTH, 4.6)
     above, below = drawn.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    canvas.dress(above, "SKI by layer", "", "SKI")
-    handles = _line(above, scores, canvas.INK, "SKI", "o")
+    canvas.style_axes(above, "SKI by layer", "", "SKI")
+    handles = _line(above, scores, canvas.TEXT_COLOUR, "SKI", "o")
     handles += _marks(above, scores, chosen)
     handles += _gaps(above, scores)
     canvas.legend(above, handles[1:])
 
-    canvas.dress(below, "", "layer", "component")
+    canvas.style_axes(below, "", "layer", "component")
     shown: list[Line2D] = []
     for (name, values), colour, marker in zip(components.items(), (canvas.BLUE, canvas.ORANGE), "s^", strict=True):
         label = name if np.isfinite(values).any() else f"{name} (no values)"
@@ -50,13 +50,13 @@ def profile_chart(
     found: Sequence[tuple[int, str] | None],  # by row: the layer that the rule found there, and its name
     chosen: Sequence[int],
 ) -> Figure:
-    """The quantities the choice was made from, with standard errors, what was found in each, and the chosen layers."""
+    """The profile of the choice with standard errors, the extreme in each quantity, and the chosen layers."""
     drawn = canvas.figure(WIDTH, 2.5 * len(rows))
     axes = drawn.subplots(len(rows), 1, sharex=True, squeeze=False)[:, 0]
     for ax, (label, values, error), extreme in zip(axes, rows, found, strict=True):
         title = "Profile that the choice was made from" if ax is axes[0] else ""
-        canvas.dress(ax, title, "layer" if ax is axes[-1] else "", label)
-        _line(ax, values, canvas.INK, "", "o", error)
+        canvas.style_axes(ax, title, "layer" if ax is axes[-1] else "", label)
+        _line(ax, values, canvas.TEXT_COLOUR, "", "o", error)
         handles = _marks(ax, values, chosen, labels=False)[: 1 if ax is axes[0] else 0]
         if extreme is not None and np.isfinite(values[extreme[0]]):
             handles += _ring(ax, extreme[0], values[extreme[0]], extreme[1])
@@ -67,17 +67,17 @@ def profile_chart(
 
 
 def stage_chart(stages: Sequence[Stage], highlighted: str) -> Figure:
-    """Accuracy with its standard error (of a language model the loss), and the trained parameters, of every stage."""
+    """Accuracy with standard error (or the loss) and the number of trained parameters of every stage."""
     from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter
 
     language = all(stage.accuracy is None for stage in stages) and any(stage.loss is not None for stage in stages)
     drawn = canvas.figure(WIDTH, 1.3 + 0.38 * len(stages))
     left, right = drawn.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     if language:
-        canvas.dress(left, "Loss by stage", "loss on held-out text, nats per token")
+        canvas.style_axes(left, "Loss by stage", "loss on held-out text, nats per token")
     else:
-        canvas.dress(left, "Accuracy by stage", "accuracy on held-out examples, %")
-    canvas.dress(right, "Trainable parameters", "parameters (log scale)")
+        canvas.style_axes(left, "Accuracy by stage", "accuracy on held-out examples, %")
+    canvas.style_axes(right, "Trainable parameters", "parameters (log scale)")
     for row, stage in enumerate(stages):
         colour = canvas.CHOSEN if stage.name == highlighted else canvas.BLUE
         point: dict[str, Any] = {"color": colour, "marker": "o", "markersize": 5, "linestyle": "none"}
@@ -92,7 +92,9 @@ def stage_chart(stages: Sequence[Stage], highlighted: str) -> Figure:
             left.plot(100 * stage.majority, row, color=canvas.GREY, marker="|", markersize=13, markeredgewidth=1.8)
         if stage.trainable:
             right.plot(stage.trainable, row, **point)
-            right.annotate(count(stage.trainable), (stage.trainable, row), (7, 0), **_beside())
+            right.annotate(
+                count(stage.trainable), (stage.trainable, row), (7, 0), va="center", **_plain(canvas.TEXT_COLOUR)
+            )
         else:
             right.text(0.05, row, count(stage.trainable), transform=right.get_yaxis_transform(), **_note())
     sizes = [stage.trainable for stage in stages if stage.trainable]
@@ -104,19 +106,14 @@ def stage_chart(stages: Sequence[Stage], highlighted: str) -> Figure:
     left.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
     left.set_ylim(len(stages) - 0.4, -0.6)
     left.yaxis.set_major_locator(FixedLocator(range(len(stages))))
-    left.set_yticklabels([_folded(stage.label) for stage in stages], fontsize=canvas.NORMAL)
+    labels = ["\n".join(textwrap.wrap(stage.label, 26, max_lines=2, placeholder=" ...")) for stage in stages]
+    left.set_yticklabels(labels, fontsize=canvas.NORMAL)
     left.grid(axis="y", color="#e4e4e4", linewidth=0.6)
     left.set_axisbelow(True)
     left.margins(x=0.08)
     if not language and any(stage.majority is not None for stage in stages):
-        mark: dict[str, Any] = {
-            "marker": "|",
-            "color": canvas.GREY,
-            "markersize": 9,
-            "markeredgewidth": 1.8,
-            "linestyle": "none",
-        }
-        canvas.legend(left, [_handle(label="most frequent answer", **mark)])
+        mark: dict[str, Any] = {"marker": "|", "markersize": 9, "markeredgewidth": 1.8, "linestyle": "none"}
+        canvas.legend(left, [_handle(label="most frequent answer", color=canvas.GREY, **mark)])
     return drawn
 
 
@@ -133,10 +130,10 @@ def _line(
 
 
 def _room(ax: Axes, values: np.ndarray, unit_interval: bool = True) -> None:
-    """Space above and below; equal scales where all is between 0 and 1; no scale at all where there is no value."""
+    """Margins above and below; a fixed scale for values in [0, 1]; no scale without values."""
     if not np.isfinite(values).any():
         ax.set_yticks([])
-        ax.text(0.5, 0.5, "no values", transform=ax.transAxes, ha="center", va="center", bbox=canvas.PLATE)
+        canvas.no_values(ax)
     elif unit_interval and np.nanmin(values) >= 0 and np.nanmax(values) <= 1:
         ax.set_ylim(-0.06, 1.14)
     else:
@@ -144,15 +141,11 @@ def _room(ax: Axes, values: np.ndarray, unit_interval: bool = True) -> None:
 
 
 def _marks(ax: Axes, values: np.ndarray, chosen: Sequence[int], labels: bool = True) -> list[Any]:
-    """The chosen layers as points over the line, numbered while there is room; one without a value lies at the foot."""
+    """The chosen layers as points on the line, numbered if there is room; those without a value at the bottom."""
     if not chosen:
         return []
-    style: dict[str, Any] = {
-        "color": canvas.CHOSEN,
-        "marker": "o",
-        "linestyle": "none",
-        "markersize": 7 if len(values) <= 64 else 4,
-    }
+    size = 7 if len(values) <= 64 else 4
+    style: dict[str, Any] = {"color": canvas.CHOSEN, "marker": "o", "linestyle": "none", "markersize": size}
     having = [layer for layer in chosen if np.isfinite(values[layer])]
     ax.plot(having, values[having], zorder=3, **style)
     if labels and len(having) <= canvas.MAX_LABELS:
@@ -164,14 +157,10 @@ def _marks(ax: Axes, values: np.ndarray, chosen: Sequence[int], labels: bool = T
 
 
 def _ring(ax: Axes, layer: int, value: float, name: str) -> list[Any]:
-    style: dict[str, Any] = {
-        "marker": "o",
-        "markerfacecolor": "none",
-        "markeredgecolor": canvas.INK,
-        "linestyle": "none",
-    }
-    ax.plot(layer, value, markersize=12, markeredgewidth=1.2, zorder=4, **style)
-    return [_handle(label=name, markersize=8, markeredgewidth=1.2, **style)]
+    style: dict[str, Any] = {"marker": "o", "markerfacecolor": "none", "markeredgewidth": 1.2, "linestyle": "none"}
+    style["markeredgecolor"] = canvas.TEXT_COLOUR
+    ax.plot(layer, value, markersize=12, zorder=4, **style)
+    return [_handle(label=name, markersize=8, **style)]
 
 
 def _gaps(ax: Axes, values: np.ndarray) -> list[Any]:
@@ -199,14 +188,5 @@ def _plain(colour: str) -> dict[str, Any]:
     return {"textcoords": "offset points", "fontsize": canvas.SMALL, "color": colour}
 
 
-def _beside() -> dict[str, Any]:
-    return _plain(canvas.INK) | {"va": "center"}
-
-
 def _note() -> dict[str, Any]:
-    return {"va": "center", "fontsize": canvas.SMALL, "color": canvas.GREY, "style": "italic", "bbox": canvas.PLATE}
-
-
-def _folded(label: str, width: int = 26) -> str:
-    """A long label on two lines."""
-    return "\n".join(textwrap.wrap(label, width, max_lines=2, placeholder=" ..."))
+    return {"va": "center", "fontsize": canvas.SMALL, "color": canvas.GREY, "style": "italic", "bbox": canvas.TEXT_BOX}

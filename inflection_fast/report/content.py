@@ -1,4 +1,4 @@
-"""Everything that the page shows of a run, gathered row by row, so that it may still be growing or be very long."""
+"""The contents of the page of a run, read row by row: the run may be very long, or still be training."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from inflection_fast.timeline.timeline import FILE_NAME
 
 __all__ = ["Content", "Measured", "Series", "timeline_of"]
 
-MAP_COLUMNS = (256, 1024)  # at least and at most so many columns in a map of layers and steps
-MAP_CELLS = 2**16  # and between those so many cells
-HEAD_COLUMNS = (16, 1024)  # the same for the map of a layer's heads, whose cells count over all layers
-HEAD_CELLS = 2**18
-MOST_ALERTS = 2000  # that are shown: the first and the last half of more
+MAP_COLUMNS = (256, 1024)  # minimum and maximum columns of a map of layers and steps
+MAP_CELLS = 2**16  # cells of such a map, within these limits
+HEAD_COLUMNS = (16, 1024)  # the same for maps of heads
+HEAD_CELLS = 2**18  # of the maps of heads of all layers together
+MOST_ALERTS = 2000  # shown alerts: the first and the last half of more
 PAIRS = ("layer", "other_layer")  # axes of columns that are drawn as matrices
 _ERROR = "_se"  # what the name of a column of standard errors ends in
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What the words of a report need of a timeline."""
+    """The parts of a timeline that the words of a report need."""
 
     steps: np.ndarray
     missing_ranks: np.ndarray
@@ -54,7 +54,7 @@ class Series:
 
 @dataclass
 class Content:
-    """A run folder, or a folder with nothing but a timeline, as far as it has got. `update` reads on."""
+    """A run folder, or a folder with a timeline alone, in its present state. `update` reads on."""
 
     folder: Path
     run: run_files.Run = field(init=False)
@@ -81,11 +81,11 @@ class Content:
     # ---- reading -----------------------------------------------------------------------------------------------------
 
     def update(self) -> bool:
-        """Reads what is new; whether anything is. `ValueError` names a file that cannot be understood."""
+        """Read new data; returns whether there is any. `ValueError` names a file that cannot be read."""
         changed = self._read_files()
         changed |= self._read_timeline()
         if changed or not self.version:
-            # As far as words need a timeline, what was measured is one.
+            # `Measured` has all attributes of a timeline that words need.
             self.run = dataclasses.replace(self._facts, timeline=cast("Timeline | None", self.measured))
             self.version += 1
         return changed
@@ -151,7 +151,7 @@ class Content:
 
     @property
     def measured(self) -> Measured | None:
-        """The timeline as far as words need it; None while there is none."""
+        """The parts of the timeline that words need; None while there is none."""
         if self._tail is None or self._tail.meta is None:
             return None
         meta = self._tail.meta
@@ -163,19 +163,19 @@ class Content:
 
 
 def timeline_of(folder: Path) -> Path:
-    """Where the timeline of a run folder is, or will be; or that of a folder with nothing else."""
+    """The path of the timeline of a run folder, which need not exist yet, or of a folder with a timeline alone."""
     inside = folder / "measure" / FILE_NAME
     return inside if inside.exists() or (folder / "run.json").exists() else folder / FILE_NAME
 
 
 def _bare(folder: Path) -> run_files.Run:
-    """A folder that a Monitor was told to write to: a timeline, and a plan if one was made of it."""
+    """The `out` folder of a Monitor: a timeline, and a plan if there is one."""
     plan = folder / "plan.json"
     return run_files.Run(folder, (), {}, None, None, plan=Plan.load(plan) if plan.is_file() else None)
 
 
 def _push(series: Series, step: int, values: np.ndarray) -> None:
-    """Adds one step to what is drawn by layer, over all other axes, and to what is drawn by all of them."""
+    """Add one step to the buckets by layer, over all other axes, and to those by all axes."""
     kept = len(series.places.shape)
     if values.ndim == kept:
         series.places.push(step, values)

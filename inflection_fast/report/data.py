@@ -1,4 +1,4 @@
-"""What was trained and tested on, in sentences: where it came from, how it was split, what was left out."""
+"""The data of a run in sentences: source, split, and dropped texts."""
 
 from __future__ import annotations
 

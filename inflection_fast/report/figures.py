@@ -1,11 +1,11 @@
-"""Pictures for papers: functions that draw on an axis of yours, and every chart of the page as SVG and PDF.
+"""Pictures for papers: functions that draw on a given axis, and every chart of the page as SVG and PDF.
 
     fig, (left, right) = plt.subplots(1, 2)
     timeline = Timeline.load("runs/a")
     signal_map(timeline, "entropy", left)
     signal_lines(timeline, "activation_grad", right, layers=[0, 5])
 
-Every function returns the axis that it drew on; without one it makes a figure of its own (`ax.figure`).
+Every function returns the axis that it drew on; without a given one it creates a figure (`ax.figure`).
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from inflection_fast.report import canvas
 from inflection_fast.report.content import PAIRS, Content, Series
 from inflection_fast.report.folder import Run
 from inflection_fast.report.heatmap import draw_heat_map, edges
-from inflection_fast.report.pictures import over_finite
+from inflection_fast.report.pictures import safe_name
 from inflection_fast.report.profile import by_name
 from inflection_fast.report.similarity import cka_map
+from inflection_fast.report.words import capitalised
 from inflection_fast.timeline import Timeline, columns_in
+from inflection_fast.timeline.means import finite_mean
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,7 +34,6 @@ if TYPE_CHECKING:
 __all__ = ["difference_map", "head_map", "score_line", "signal_lines", "signal_map", "write_figures"]
 
 DIFFERENCE = "RdBu_r"
-TRACED = 6  # lines of layers in one chart, where none were asked for
 
 
 def signal_map(timeline: Timeline, name: str, ax: Axes | None = None, *, chosen: Sequence[int] = ()) -> Axes:
@@ -44,7 +45,14 @@ def signal_map(timeline: Timeline, name: str, ax: Axes | None = None, *, chosen:
     ax = _axis(ax, 7.0, 3.2)
     log = column.scale == "log"
     draw_heat_map(
-        ax, values.T, edges(steps), title=_title(column), unit=column.unit, x="optimizer step", chosen=chosen, log=log
+        ax,
+        values.T,
+        edges(steps),
+        title=capitalised(column.label),
+        unit=column.unit,
+        x="optimizer step",
+        chosen=chosen,
+        log=log,
     )
     return ax
 
@@ -57,16 +65,16 @@ def signal_lines(timeline: Timeline, name: str, ax: Axes | None = None, *, layer
     column, steps, values = _by_layer(timeline, name)
     count = values.shape[1]
     if layers is None:
-        layers = sorted(set(np.linspace(0, count - 1, min(TRACED, count)).round().astype(int).tolist()))
+        layers = canvas.spread_layers(count)
     wrong = [layer for layer in layers if not 0 <= layer < count]
     if wrong:
         raise ValueError(f"layers: expected numbers from 0 to {count - 1}, got {wrong}")
     ax = _axis(ax, 7.0, 3.0)
-    canvas.dress(ax, _title(column), "optimizer step", column.unit)
+    canvas.style_axes(ax, capitalised(column.label), "optimizer step", column.unit)
     errors = getattr(timeline, f"{name}_se", None) if np.ndim(getattr(timeline, name)) == 2 else None
     handles = []
     for place, layer in enumerate(layers):
-        colour = _colour(place / max(len(layers) - 1, 1))
+        colour = canvas.layer_colour(place / max(len(layers) - 1, 1))
         handles += ax.plot(steps, values[:, layer], color=colour, linewidth=1.3, label=f"layer {layer}")
         if errors is not None:
             error = np.nan_to_num(errors[np.isin(timeline.steps, steps), layer])
@@ -93,7 +101,7 @@ def head_map(timeline: Timeline, name: str, layer: int, ax: Axes | None = None) 
     there = np.isfinite(part).any(1)
     ax = _axis(ax, 7.0, 3.2)
     axis = " x ".join(column.axes[1:])
-    title = f"{_title(column)}, layer {layer}"
+    title = f"{capitalised(column.label)}, layer {layer}"
     borders = edges(timeline.steps[there])
     draw_heat_map(ax, part[there].T, borders, title=title, unit=column.unit, x="optimizer step", y=axis)
     return ax
@@ -109,9 +117,11 @@ def score_line(plan: Plan, ax: Axes | None = None, *, name: str = "SKI") -> Axes
     values = np.asarray(plan.scores, float) if name == "SKI" else by_name(plan, name)
     error = by_name(plan, f"{name}_se")
     ax = _axis(ax, 7.0, 2.8)
-    canvas.dress(ax, f"{name} by layer", "layer", name)
+    canvas.style_axes(ax, f"{name} by layer", "layer", name)
     layers = np.arange(len(values))
-    ax.errorbar(layers, values, yerr=error, color=canvas.INK, marker="o", markersize=3.5, linewidth=1.2, capsize=2.5)
+    ax.errorbar(
+        layers, values, yerr=error, color=canvas.TEXT_COLOUR, marker="o", markersize=3.5, linewidth=1.2, capsize=2.5
+    )
     chosen = [layer for layer in plan.layers if np.isfinite(values[layer])]
     style: dict[str, Any] = {"color": canvas.CHOSEN, "marker": "o", "linestyle": "none", "markersize": 7, "zorder": 5}
     handles = ax.plot(chosen, values[chosen], label="chosen layer", **style) if chosen else []
@@ -128,14 +138,8 @@ def difference_map(
     finite = np.abs(values[np.isfinite(values)])
     reach = float(finite.max()) if finite.size and finite.max() > 0 else 1.0
     ax = _axis(ax, 7.0, 3.2)
-    options: dict[str, Any] = {
-        "title": title,
-        "unit": unit,
-        "x": "optimizer step",
-        "limits": (-reach, reach),
-        "colours": DIFFERENCE,
-    }
-    draw_heat_map(ax, values.T, edges(steps), **options)
+    options: dict[str, Any] = {"x": "optimizer step", "limits": (-reach, reach), "colours": DIFFERENCE}
+    draw_heat_map(ax, values.T, edges(steps), title=title, unit=unit, **options)
     return ax
 
 
@@ -159,10 +163,10 @@ def write_figures(content: Content, run: Run | None, folder: Path) -> list[Path]
     for name, series in content.series.items():
         if not len(series.places.steps):
             continue
-        safe = "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in name)
+        safe = safe_name(name)
         if series.column.axes == PAIRS and series.parts is not None:
             limits = (0.0, 1.0) if "delta" not in name else None
-            title, unit = _title(series.column), series.column.unit
+            title, unit = capitalised(series.column.label), series.column.unit
             add(
                 f"matrix_{safe}", cka_map(series.parts.mean[-1], title=title, x="other layer", unit=unit, limits=limits)
             )
@@ -176,7 +180,7 @@ def write_figures(content: Content, run: Run | None, folder: Path) -> list[Path]
 def _overview(series: Series) -> Axes:
     """Mean over all places, and a band from the lowest to the highest."""
     ax = _axis(None, 5.0, 2.4)
-    canvas.dress(ax, _title(series.column), "optimizer step", series.column.unit)
+    canvas.style_axes(ax, capitalised(series.column.label), "optimizer step", series.column.unit)
     steps = series.places.steps.mean(1)
     mean, low, high = series.places.over_places().T
     marker = "o" if len(steps) == 1 else ""
@@ -192,25 +196,13 @@ def _reduced_map(series: Series, chosen: Sequence[int]) -> Axes:
     ax = _axis(None, 7.0, min(5.2, max(2.2, 1.5 + 0.2 * series.places.shape[0])))
     steps, column = series.places.steps, series.column
     values, log = series.places.mean.T, column.scale == "log"
-    draw_heat_map(
-        ax,
-        values,
-        edges(steps.mean(1)),
-        title=_title(column),
-        unit=column.unit,
-        x="optimizer step",
-        chosen=chosen,
-        log=log,
-    )
+    options: dict[str, Any] = {"title": capitalised(column.label), "unit": column.unit, "x": "optimizer step"}
+    draw_heat_map(ax, values, edges(steps.mean(1)), chosen=chosen, log=log, **options)
     return ax
 
 
 def _axis(ax: Axes | None, width: float, height: float) -> Axes:
     return canvas.figure(width, height).add_subplot() if ax is None else ax
-
-
-def _title(column: Any) -> str:
-    return column.label[:1].upper() + column.label[1:]
 
 
 def _column(timeline: Timeline, name: str) -> Any:
@@ -226,15 +218,8 @@ def _by_layer(timeline: Timeline, name: str) -> tuple[Any, np.ndarray, np.ndarra
     if column.axes[:1] != ("layer",):
         raise ValueError(f"name: expected a column by layer, and {name} is one number a step")
     values = np.asarray(getattr(timeline, name), float)
-    if values.ndim > 2:
-        values = over_finite(np.mean, values.reshape(*values.shape[:2], -1), axis=-1)
+    values = finite_mean(values, tuple(range(2, values.ndim)))
     there = np.isfinite(values).any(1)
     if not there.any():
         raise ValueError(f"{name} has no value in this timeline")
     return column, timeline.steps[there], values[there]
-
-
-def _colour(share: float) -> Any:
-    import matplotlib
-
-    return matplotlib.colormaps[canvas.MAP](0.85 * share)

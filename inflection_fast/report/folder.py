@@ -1,7 +1,7 @@
-"""Reading a run folder: every file of it once, checked, with what is missing kept as None.
+"""Reading a run folder: every file once, checked; missing ones are None.
 
-A report is written about finished and about half-finished runs alike, so an absent stage is a value and not an error. A
-file that is there and cannot be understood is an error, because a report without it would look complete.
+Reports are written about finished and unfinished runs, so a missing stage is no error. A file that exists and cannot be
+read is an error, because a report without it would look complete.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ UNTRAINED = "source-on-target"  # no folder of its own: the source stage's model
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder as it was found."""
+    """The contents of a run folder."""
 
     folder: Path
     finished: tuple[str, ...]
@@ -53,28 +53,25 @@ class Run:
 
     @property
     def fits(self) -> bool:
-        """Whether there are a plan and a timeline, of equally many layers."""
+        """Whether there are a plan and a timeline with equal numbers of layers."""
         if self.plan is None or self.timeline is None:
             return False
         return len(self.plan.scores) == len(self.timeline.layers)
 
     @property
     def in_order(self) -> list[Stage]:
-        """Every stage with results, the injected model last, beside what it is compared with."""
+        """All stages with results; the injected model is the last."""
         return [stage for stage in (self.source, *self.baselines, self.tune) if stage is not None]
 
     @property
     def baselines(self) -> list[Stage]:
-        """Everything the injected model is to be compared with: no training, shallow training, LoRA in other layers."""
+        """The baselines of the injected model: no training, shallow training, LoRA in other layers."""
         names = [UNTRAINED, "measure", *(name for name in self.stages if name.startswith(BASELINE))]
         return [self.stages[name] for name in names if name in self.stages]
 
 
 def read(folder: str | Path, *, timeline: bool = True) -> Run:
-    """Reads a run folder, without its timeline if so asked.
-
-    ValueError if it is not one or if a file in it cannot be understood.
-    """
+    """Read a run folder, with or without its timeline. ValueError if it is none or a file cannot be read."""
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a run folder: there is no such folder.")
@@ -103,7 +100,7 @@ def read(folder: str | Path, *, timeline: bool = True) -> Run:
 
 
 def _settings(path: Path) -> tuple[str | None, dict[str, Any]]:
-    """The configuration as it is written, and what it says."""
+    """The text of the configuration, and its settings."""
     if not path.is_file():
         return None, {}
     import yaml  # type: ignore[import-untyped]
@@ -119,7 +116,7 @@ def _settings(path: Path) -> tuple[str | None, dict[str, Any]]:
 
 
 def _untrained(source: Stage, majority: float | None) -> Stage:
-    """The source model as it is, on the target: what every training on the target has to improve upon."""
+    """The source model on the target without further training."""
     return replace(
         source,
         stage=UNTRAINED,

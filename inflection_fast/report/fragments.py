@@ -1,21 +1,19 @@
-"""The words and tables of the page as HTML. Whatever came from a file goes through `escape`, here and nowhere else."""
+"""The words and tables of the page as HTML. All text from files is escaped here."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from html import escape
 
-import numpy as np
-
 from inflection_fast.decide import Plan
 from inflection_fast.report.answer import Answer, answer
 from inflection_fast.report.content import Content
 from inflection_fast.report.data import described
 from inflection_fast.report.folder import Run, Stage
-from inflection_fast.report.profile import by_name, log_gradient
+from inflection_fast.report.profile import layer_rows
 from inflection_fast.report.sections import missing_parts, model_name, overhead, training_note
-from inflection_fast.report.verdict import NOISE, compare, verdict
-from inflection_fast.report.words import MISSING, accuracy, count, percent, score, significant
+from inflection_fast.report.verdict import NOISE, against, verdict
+from inflection_fast.report.words import MISSING, accuracy, count, percent, significant, trainable, value
 
 __all__ = ["answer_block", "choice_block", "fragments", "table", "title"]
 
@@ -24,12 +22,12 @@ SHOWN_ALERTS = 12  # more than this are folded away
 
 
 def title(run: Run) -> str:
-    """What the page is called, as plain text."""
+    """The title of the page, as plain text."""
     return f"Inflection layers of {model_name(run)}"
 
 
 def fragments(content: Content) -> dict[str, str]:
-    """The parts of the page that are words, by the id of the element that holds them."""
+    """The text parts of the page by the id of their element."""
     return {
         "heading": _heading(content),
         "answer": answer_block(answer(content)),
@@ -49,7 +47,7 @@ def answer_block(said: Answer) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int] = (), caption: str = "") -> str:
-    """A table of cells that are HTML already; the columns of `numbers` are set to the right."""
+    """A table of HTML cells; the columns `numbers` are right-aligned."""
 
     def cells(row: Sequence[str], tag: str) -> str:
         scope = ' scope="col"' if tag == "th" else ""
@@ -79,7 +77,7 @@ def _heading(content: Content) -> str:
 def _alerts(content: Content) -> str:
     alerts = content.alerts
     if content.measured is None or not len(content.measured.steps):
-        return "<p>Nothing has been measured, so there is nothing to be alarmed by.</p>"
+        return "<p>Nothing has been measured, so there are no alerts.</p>"
     if not alerts:
         return "<p>No alert was raised.</p>"
     rows = [
@@ -103,20 +101,11 @@ def choice_block(plan: Plan | None) -> str:
     """Which layers were chosen, and why."""
     if plan is None:
         return "<p>No layers have been chosen: there is no plan.json.</p>"
-    entropy, error, gradient = by_name(plan, "entropy"), by_name(plan, "entropy_se"), log_gradient(plan)
     reasons = "".join(
         f'<li value="{layer}"><b>Layer {layer}</b> {escape(plan.reasons[layer])}</li>' for layer in plan.layers
     )
-    rows = []
-    for layer in range(len(plan.scores)):
-        spread = f" ± {significant(error[layer], 2)}" if np.isfinite(error[layer]) else ""
-        cells = (
-            str(layer),
-            f"{significant(entropy[layer])}{spread}",
-            significant(gradient[layer]),
-            score(plan.scores[layer]),
-        )
-        rows.append((*cells, "chosen" if layer in plan.layers else ""))
+    cells = layer_rows(plan, range(len(plan.scores)))
+    rows = [(*row, "chosen" if int(row[0]) in plan.layers else "") for row in cells]
     numbers = table(("Layer", "Entropy, nats", "log gradient norm", "SKI", ""), rows, numbers=(0, 1, 2, 3))
     options = ", ".join(f"{escape(str(name))} = {escape(str(value))}" for name, value in plan.config.items())
     return (
@@ -134,15 +123,11 @@ def _stages(run: Run) -> str:
     span = _span(stages, language)
     rows = []
     for stage in stages:
-        against = compare(run.tune, stage).words if run.tune and run.tune.layers and stage in run.baselines else ""
-        result = (MISSING if stage.loss is None else significant(stage.loss, 4)) if language else accuracy(
-            stage.accuracy, stage.standard_error
-        )  # fmt: skip
-        share = f" ({percent(stage.trainable / stage.total, 2)})" if stage.trainable and stage.total else ""
+        result = value(stage.loss, 4) if language else accuracy(stage.accuracy, stage.standard_error)
         name = f"<b>{escape(stage.label)}</b>" if stage is run.tune else escape(stage.label)
         rows.append(
-            (name, escape(result), _interval(stage, span, language, stage is run.tune), escape(against),
-             f"{count(stage.trainable)}{share}", count(stage.steps),
+            (name, escape(result), _interval(stage, span, language, stage is run.tune), escape(against(run, stage)),
+             trainable(stage), count(stage.steps),
              escape(training_note(stage)) if stage.trainable else "")
         )  # fmt: skip
     kind = "Loss, nats per token" if language else "Accuracy"
@@ -180,7 +165,7 @@ def _axis(span: tuple[float, float] | None, language: bool) -> str:
 
 
 def _interval(stage: Stage, span: tuple[float, float] | None, language: bool, ours: bool) -> str:
-    """A point with a bar, and a tick where always giving the most frequent answer would be. Empty without a number."""
+    """A point with its error bar, and a tick at the accuracy of always giving the most frequent answer."""
     value, error = (stage.loss, None) if language else (stage.accuracy, stage.standard_error)
     if value is None or span is None:
         return MISSING
@@ -250,7 +235,7 @@ def _missing(content: Content) -> str:
 
 
 def _marked(text: str) -> str:
-    """Sentences of the Markdown page: what stands between `**` is bold, between backticks code."""
+    """Markdown sentences as HTML: bold between `**`, code between backticks."""
     out = []
     for i, part in enumerate(escape(text).split("**")):
         code = "".join(f"<code>{piece}</code>" if j % 2 else piece for j, piece in enumerate(part.split("`")))

@@ -15,10 +15,10 @@ _LEVEL = 6
 
 
 def pack(values: np.ndarray) -> bytes:
-    """zlib of `values` as float32 in C order, byte by byte: first the lowest bytes of all numbers, the highest last.
+    """zlib of `values` as float32 in C order, in byte planes: the lowest bytes of all numbers first, the highest last.
 
-    Rounded numbers end in zero bits, and the bytes that hold sign and exponent repeat, so that they compress well when
-    they stand together. NaN stays NaN, and so do infinities.
+    Rounded numbers end in zero bits, and bytes of sign and exponent repeat, so the planes compress well. NaN and
+    infinities are kept.
     """
     numbers = np.ascontiguousarray(values, np.float32)
     bits = numbers.view(np.uint32).reshape(-1)

@@ -1,4 +1,4 @@
-"""Both pages, Markdown and HTML, and the folder around them, replaced as a whole or not at all."""
+"""The report folder with both pages, Markdown and HTML, replaced as a whole."""
 
 from __future__ import annotations
 
@@ -19,12 +19,11 @@ FOLDER, PAGE, HTML, FIGURES = "report", "index.md", "index.html", "figures"
 
 
 def write(run_folder: str | Path, *, figures: bool = False) -> Path:
-    """Writes `report/index.html` and `report/index.md` with its pictures into a run folder; the path of the latter.
+    """Write `report/index.html` and `report/index.md` with its pictures into a run folder; returns the latter path.
 
-    A folder with nothing but a timeline, which a Monitor has written, gets `index.html` alone. With
-    `figures`, every chart goes to `report/figures` as SVG and PDF. An earlier
-    report is replaced once the new one is complete; if anything fails before, it stays as it was. Files in the report
-    folder that are not a report's own are kept. ValueError if the folder is not a run or a file in it is damaged.
+    A folder with a timeline of a Monitor alone gets `index.html`, whose path is returned. With `figures`, every chart
+    is written to `report/figures` as SVG and PDF. An earlier report is replaced when the new one is complete; other
+    files in its folder are kept. ValueError if the folder is not a run or a file in it is damaged.
     """
     content = Content(Path(run_folder))
     bare = not (content.folder / "run.json").is_file() and timeline_of(content.folder).is_file()
@@ -49,7 +48,7 @@ def write(run_folder: str | Path, *, figures: bool = False) -> Path:
 
 
 def _swap(fresh: Path, target: Path) -> None:
-    """Puts the fresh folder where the old one was; what is not a report's own moves over."""
+    """Replace the old folder by the fresh one; files that are not of a report are moved to it."""
     if not target.exists():
         fresh.rename(target)
         return
@@ -68,7 +67,7 @@ def _swap(fresh: Path, target: Path) -> None:
 
 
 def _pictures_of(page: Path) -> list[str]:
-    """The pictures that an earlier page shows, whose columns there may be no more."""
+    """The pictures of an earlier page, whose columns may no longer exist."""
     if not page.is_file():
         return []
     return re.findall(r"!\[[^]]*\]\(([^()/]+\.png)\)", page.read_text(encoding="utf-8", errors="replace"))

@@ -1,11 +1,11 @@
-"""Which pictures a report has, what each shows and how to read it, and why one is missing."""
+"""The pictures of a report, with captions that say how to read them, and the reasons for missing ones."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,12 +16,14 @@ from inflection_fast.report.folder import Run
 from inflection_fast.report.heatmap import heat_map
 from inflection_fast.report.profile import by_name, components, found, last_part, log_gradient
 from inflection_fast.report.similarity import cka_map, drift_chart
+from inflection_fast.report.words import capitalised
 from inflection_fast.timeline import Column, Timeline
+from inflection_fast.timeline.means import finite_mean
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["FILES", "Picture", "Pictures", "charts", "draw", "drawn_columns", "file_of", "over_finite"]
+__all__ = ["FILES", "Picture", "Pictures", "charts", "draw", "drawn_columns", "file_of", "safe_name"]
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,12 @@ def drawn_columns(timeline: Timeline) -> dict[str, Column]:
 
 def file_of(key: str) -> str:
     """Name of the picture with this key; a column's is that of the column."""
-    safe = "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in key)
-    return FILES.get(key, f"{safe}.png")
+    return FILES.get(key, f"{safe_name(key)}.png")
+
+
+def safe_name(name: str) -> str:
+    """A name with "_" for all characters that are no letters, digits, "-" or "_"."""
+    return "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in name)
 
 
 def draw(run: Run, folder: Path) -> Pictures:
@@ -150,7 +156,7 @@ def _measured(run: Run, add: Callable[..., None], missing: dict[str, str]) -> No
         missing["Maps by layer"] = f"{why}: nothing has been measured yet"
         return
     for name, column in drawn_columns(timeline).items():
-        title = column.label[:1].upper() + column.label[1:]
+        title = capitalised(column.label)
         if column.axes == PAIRS:
             _pairs(timeline, name, title, column, add)
             continue
@@ -172,7 +178,7 @@ def _measured(run: Run, add: Callable[..., None], missing: dict[str, str]) -> No
         add(name, title, column.explanation, figure)
     _drift(timeline, chosen, add)
     part = last_part(len(timeline.steps))
-    values = over_finite(np.mean, timeline.entropy[part], axis=0)  # [L, H]
+    values = finite_mean(timeline.entropy[part])  # [L, H]
     if not np.isfinite(values).any():
         return  # the map of the entropy is missing too, and says why
     figure = heat_map(
@@ -224,8 +230,7 @@ def by_layer(timeline: Timeline, name: str) -> tuple[np.ndarray, np.ndarray]:
     Steps at which it was not to be measured are left out: what is measured now and then has no holes between.
     """
     values, steps = np.asarray(getattr(timeline, name), float), timeline.steps
-    if values.ndim > 2:
-        values = over_finite(np.mean, values.reshape(*values.shape[:2], -1), axis=-1)
+    values = finite_mean(values, tuple(range(2, values.ndim)))
     config = timeline.meta.get("config") or {}
     every = config.get("probe_every") if name.startswith("delta_cka") else None
     there = np.isfinite(values).any(axis=1)
@@ -236,16 +241,6 @@ def by_layer(timeline: Timeline, name: str) -> tuple[np.ndarray, np.ndarray]:
         planned = there | (steps % every == 0 if every else False)
         steps, values = steps[planned], values[planned]
     return steps, values
-
-
-def over_finite(reduce: Callable[..., Any], values: np.ndarray, axis: int) -> np.ndarray:
-    """Reduces over the finite values of an axis; NaN where there is none."""
-    there = np.isfinite(values)
-    empty = ~there.any(axis=axis)
-    fill = np.where(np.expand_dims(empty, axis), 0.0, values)
-    initial = {"initial": -np.inf} if reduce is np.max else {}
-    reduced = reduce(fill, axis=axis, where=there | np.expand_dims(empty, axis), **initial)
-    return np.where(empty, np.nan, reduced)
 
 
 def _why_missing(timeline: Timeline, column: Column) -> str | None:

@@ -1,15 +1,18 @@
-"""What the choice was made from, as arrays by layer."""
+"""The profile that the layers were chosen from, as arrays by layer."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import numpy as np
 
 from inflection_fast.decide import Plan, ski
+from inflection_fast.report.words import score, significant
 
-__all__ = ["COMPONENTS", "by_name", "components", "found", "last_part", "log_gradient"]
+__all__ = ["COMPONENTS", "by_name", "components", "found", "last_part", "layer_rows", "log_gradient"]
 
 COMPONENTS = ("low entropy", "low gradient")
-PART = 1 / 3  # of the measured steps: late enough to show what training has made of the heads, long enough to average
+PART = 1 / 3  # share of the measured steps at the end of a training over which heads are averaged
 
 
 def by_name(plan: Plan, name: str) -> np.ndarray:
@@ -24,8 +27,18 @@ def log_gradient(plan: Plan) -> np.ndarray:
     return np.log(norms, out=np.full_like(norms, np.nan), where=norms > 0)
 
 
+def layer_rows(plan: Plan, layers: Iterable[int]) -> list[tuple[str, str, str, str]]:
+    """Table cells of layers: index, entropy with standard error, log gradient norm, SKI."""
+    entropy, error, gradient = by_name(plan, "entropy"), by_name(plan, "entropy_se"), log_gradient(plan)
+    rows = []
+    for i in layers:
+        spread = f" ± {significant(error[i], 2)}" if np.isfinite(error[i]) else ""
+        rows.append((str(i), f"{significant(entropy[i])}{spread}", significant(gradient[i]), score(plan.scores[i])))
+    return rows
+
+
 def components(plan: Plan) -> dict[str, np.ndarray]:
-    """The two parts of SKI [L]: SKI itself with all the weight on one of them, over the layers that have a score."""
+    """The two parts of SKI [L], each as SKI with all weight on it, for the layers that have a score."""
     scored = np.isfinite(plan.scores)
     entropy, gradient = (np.where(scored, by_name(plan, name), np.nan) for name in ("entropy", "activation_grad"))
     options = {name: plan.config[name] for name in ("normalisation", "log_gradient") if name in plan.config}
@@ -40,5 +53,5 @@ def found(plan: Plan, what: str) -> int | None:
 
 
 def last_part(steps: int) -> slice:
-    """Which of so many measured steps are the last part of a training."""
+    """The last part of so many measured steps."""
     return slice(steps - max(1, round(PART * steps)), steps)

@@ -1,4 +1,4 @@
-"""The words of the page, section by section: the answer first, then everything that it rests on."""
+"""The sections of the Markdown page: the answer first, then its basis."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from inflection_fast.records import OverheadRecord
 from inflection_fast.report.data import described
 from inflection_fast.report.folder import Run, Stage
 from inflection_fast.report.pictures import Pictures, drawn_columns
-from inflection_fast.report.profile import by_name, log_gradient
-from inflection_fast.report.verdict import NOISE, compare, verdict
+from inflection_fast.report.profile import layer_rows
+from inflection_fast.report.verdict import NOISE, against, verdict
 from inflection_fast.report.words import (
     MISSING,
     accuracy,
+    capitalised,
     count,
     layer_list,
     percent,
-    score,
     seconds,
     significant,
-)
+    trainable,
+    value,
+)  # fmt: skip
 
 __all__ = ["missing_parts", "model_name", "overhead", "overhead_share", "page", "training_note"]
 
@@ -46,7 +48,7 @@ def page(run: Run, pictures: Pictures) -> str:
 
 
 def model_name(run: Run) -> str:
-    """What the run calls its model, or the name of its class."""
+    """The name of the model in the settings, or its class."""
     path = (run.settings.get("model") or {}).get("path")
     if path:
         return str(path).rstrip("/").rsplit("/", 1)[-1]
@@ -96,14 +98,13 @@ def _stage_table(run: Run) -> str:
     ]
     for stage in stages:
         if language:
-            scores = f"{_value(stage.loss)} | {_value(stage.perplexity)}"
+            scores = f"{value(stage.loss)} | {value(stage.perplexity)}"
         else:
-            scores = f"{accuracy(stage.accuracy, stage.standard_error)} | {_value(stage.loss)}"
+            scores = f"{accuracy(stage.accuracy, stage.standard_error)} | {value(stage.loss)}"
         bold = "**" if stage is run.tune else ""
-        against = compare(run.tune, stage).words if run.tune and run.tune.layers and stage in run.baselines else ""
         lines.append(
-            f"| {bold}{_cell(stage.label)}{bold} | {scores} | {against} | {count(stage.n)} | {count(stage.trainable)}"
-            f"{_share(stage)} | {_where(stage)} | {count(stage.steps)} |"
+            f"| {bold}{_cell(stage.label)}{bold} | {scores} | {against(run, stage)} | {count(stage.n)} | "
+            f"{trainable(stage)} | {_where(stage)} | {count(stage.steps)} |"
         )
     note = ["The source stage is another task: its score is not comparable with the others."] if run.source else []
     return "\n\n".join(["\n".join(lines), *note])
@@ -115,7 +116,7 @@ def _missing(run: Run, pictures: Pictures) -> list[str]:
 
 
 def missing_parts(run: Run) -> list[str]:
-    """What a complete run has and this one has not, as sentences."""
+    """What is missing in this run, as sentences."""
     absent = []
     settings = run.settings
     if run.source is None:
@@ -190,7 +191,7 @@ def _what_was_run(run: Run) -> list[str]:
         f" ({model.get('model_type') or 'type not recorded'}), {count(total)} parameters, "
         f"{count(layers)} transformer layers{f' with {timeline.heads} attention heads each' if timeline else ''}.",
         *described(run),
-        *[f"**{_initial(stage.label)}:** {training_note(stage)}" for stage in run.in_order if stage.trainable],
+        *[f"**{capitalised(stage.label)}:** {training_note(stage)}" for stage in run.in_order if stage.trainable],
         f"**Seed:** {MISSING if run.seed is None else run.seed}.",
     ]
     return ["## What was run", _bullets(facts)]
@@ -225,19 +226,13 @@ def _choice(run: Run, pictures: Pictures) -> list[str]:
 
 
 def _layer_table(plan: Plan) -> str:
-    entropy, error, gradient = by_name(plan, "entropy"), by_name(plan, "entropy_se"), log_gradient(plan)
-    rows = range(len(plan.scores)) if len(plan.scores) <= LONG else plan.layers
-    lines = [
-        "| Layer | Entropy, nats | log gradient norm | SKI | Chosen |",
-        "|--:|--:|--:|--:|:-:|",
+    layers = range(len(plan.scores)) if len(plan.scores) <= LONG else plan.layers
+    lines = ["| Layer | Entropy, nats | log gradient norm | SKI | Chosen |", "|--:|--:|--:|--:|:-:|"]
+    lines += [
+        f"| {' | '.join(cells)} | {'yes' if int(cells[0]) in plan.layers else ''} |"
+        for cells in layer_rows(plan, layers)
     ]
-    for layer in rows:
-        spread = f" ± {significant(error[layer], 2)}" if np.isfinite(error[layer]) else ""
-        lines.append(
-            f"| {layer} | {significant(entropy[layer])}{spread} | {significant(gradient[layer])} | "
-            f"{score(plan.scores[layer])} | {'yes' if layer in plan.layers else ''} |"
-        )
-    note = "" if len(rows) == len(plan.scores) else f"\n\nOnly the chosen of {len(plan.scores)} layers are listed."
+    note = "" if len(layers) == len(plan.scores) else f"\n\nOnly the chosen of {len(plan.scores)} layers are listed."
     return "\n".join(lines) + note
 
 
@@ -335,17 +330,5 @@ def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-def _value(number: float | None) -> str:
-    return MISSING if number is None else significant(number)
-
-
-def _share(stage: Stage) -> str:
-    return f" ({percent(stage.trainable / stage.total, 2)})" if stage.trainable and stage.total else ""
-
-
 def _where(stage: Stage) -> str:
     return ", ".join(str(layer) for layer in stage.layers) if stage.layers else "no LoRA"
-
-
-def _initial(text: str) -> str:
-    return text[:1].upper() + text[1:]

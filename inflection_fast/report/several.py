@@ -1,7 +1,7 @@
 """Several runs on one page: a table, every quantity overlaid, and maps of the differences.
 
-Runs whose settings differ in nothing but the seed (and where they write to) form a group. A group of several runs is
-drawn as their mean with a 95 % interval of it (Student's t over the runs), which is what a seed moves by chance.
+Runs whose settings differ in the seed (and the output folder) alone form a group. A group of several runs is drawn as
+their mean with a 95 % interval (Student's t over the runs).
 """
 
 from __future__ import annotations
@@ -18,22 +18,18 @@ from typing import Any
 
 import numpy as np
 
+from inflection_fast.decide.evidence import t_quantile
 from inflection_fast.report.answer import Answer
 from inflection_fast.report.content import Content, Series
 from inflection_fast.report.fragments import answer_block, table
 from inflection_fast.report.sections import model_name
 from inflection_fast.report.single_page import State, html
-from inflection_fast.report.words import MISSING, accuracy, count, layer_list, listed, significant
+from inflection_fast.report.words import MISSING, accuracy, capitalised, count, layer_list, listed, significant
 
 __all__ = ["Group", "groups_of", "interval", "several_state", "write_several"]
 
 DEFAULT_FOLDER = "comparison"
 LEVEL = 0.95
-# 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom; beyond, the last one, which is the wider side
-_T = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
 _BY_CHANCE = ("seed", "output")  # settings in which the runs of a group may differ
 
 
@@ -46,7 +42,7 @@ class Group:
 
     @property
     def accuracies(self) -> np.ndarray:
-        """Of the injected model of every run; NaN where a run has none."""
+        """Accuracy of the injected model of every run; NaN where there is none."""
         found = [run.run.tune.accuracy if run.run.tune is not None else None for run in self.runs]
         return np.array([np.nan if value is None else value for value in found])
 
@@ -57,7 +53,7 @@ def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     mean = values.mean(0)
     if number < 2:
         return mean, np.full(np.shape(mean), np.nan)
-    return mean, _T[min(number - 1, len(_T)) - 1] * values.std(0, ddof=1) / math.sqrt(number)
+    return mean, t_quantile((1 - LEVEL) / 2, number - 1) * values.std(0, ddof=1) / math.sqrt(number)
 
 
 def groups_of(runs: Sequence[Content]) -> list[Group]:
@@ -77,7 +73,7 @@ def groups_of(runs: Sequence[Content]) -> list[Group]:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """The folders without what all their paths begin with."""
+    """The folders without the common beginning of their paths."""
     whole = [folder.resolve() for folder in folders]
     base = Path(os.path.commonpath([folder.parent for folder in whole]))
     return [str(folder.relative_to(base)) for folder in whole]
@@ -148,14 +144,14 @@ def _overlay(made: State, name: str, groups: Sequence[Group]) -> dict[str, Any] 
     if column is None or not lines:
         return None
     return {
-        "name": name, "label": column.label[:1].upper() + column.label[1:],
+        "name": name, "label": capitalised(column.label),
         "unit": "" if column.unit == "1" else column.unit, "explanation": column.explanation,
         "log": column.scale == "log", "lines": lines, "steps": sorted(set(map(tuple, steps))), "length": 1, "axes": [],
     }  # fmt: skip
 
 
 def _differences(made: State, name: str, groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """Every other group less the first, by layer and step; with several runs in both, where 0 lies in its interval."""
+    """Every other group minus the first, by layer and step, with the interval of the difference."""
     first = _with(groups[0], name)
     if not first or not first[0].places.shape:
         return []
@@ -220,7 +216,7 @@ def _answer(groups: Sequence[Group]) -> Answer:
         spread = f" ± {100 * half:.1f}" if np.isfinite(half) else ""
         said.append(f"{group.name}: {100 * mean:.1f}{spread} % ({len(group.runs)} run{'s' * (len(group.runs) > 1)})")
     several = [group for group in known if len(group.runs) > 1]
-    next_step = "Look where the lines part, and in the maps of differences below, in which layers."
+    next_step = "See at which steps the lines separate, and in the maps of differences in which layers."
     if len(several) > 1:
         best, other = sorted(several, key=lambda group: -group.accuracies.mean())[:2]
         (high, wide), (low, narrow) = interval(best.accuracies), interval(other.accuracies)

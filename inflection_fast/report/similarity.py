@@ -1,4 +1,4 @@
-"""CKA in pictures: layers against layers as a map, and how far each layer has moved, with error bars."""
+"""CKA in pictures: a map of layers by layers, and the drift of each layer with error bars."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["cka_map", "drift_chart"]
 
-TRACED = 6  # layers whose course is drawn: more lines with bars hide each other
-WRITTEN = 12  # layers of a map whose numbers are written into it
+WRITTEN = 12  # a map of at most so many layers has its numbers written into it
 
 
 def cka_map(
@@ -34,32 +33,29 @@ def cka_map(
     largest); debiased values below 0 have the colour of 0 and keep their number. NaN is hatched.
     """
     from matplotlib.colors import Normalize
-    from matplotlib.patches import Patch, Rectangle
+    from matplotlib.patches import Patch
 
     values = np.asarray(values, float)
     rows, columns = values.shape
     side = min(5.4, max(2.2, 1.2 + 0.32 * max(rows, columns)))
     drawn = canvas.figure(side * columns / max(rows, columns) + 1.4, side * rows / max(rows, columns) + 0.6)
     ax = drawn.add_subplot()
-    ax.add_patch(Rectangle((0, 0), 1, 1, transform=ax.transAxes, zorder=0, **canvas.NO_VALUE))
+    canvas.hatch(ax)
     shown = np.ma.masked_invalid(values)
     edges = [np.arange(count + 1) - 0.5 for count in (columns, rows)]
     low, high = limits or ((float(shown.min()), float(shown.max())) if shown.count() else (0.0, 1.0))
     mesh = ax.pcolormesh(*edges, shown, cmap=canvas.MAP, norm=Normalize(low, high), zorder=1, rasterized=True)
     ax.set_aspect("equal")
-    canvas.dress(ax, title, x, y)
+    canvas.style_axes(ax, title, x, y)
     canvas.layer_axis(ax.xaxis, columns)
     canvas.layer_axis(ax.yaxis, rows)
     if max(rows, columns) <= WRITTEN:
         for i, j in zip(*np.nonzero(np.isfinite(values)), strict=True):
-            colour = "white" if values[i, j] < low + 0.6 * (high - low) else canvas.INK
+            colour = "white" if values[i, j] < low + 0.6 * (high - low) else canvas.TEXT_COLOUR
             ax.text(j, i, f"{values[i, j]:.2f}", ha="center", va="center", fontsize=6, color=colour)
     if not np.isfinite(values).all():
         canvas.legend(ax, [Patch(label="no value", **canvas.NO_VALUE)])
-    bar = drawn.colorbar(mesh, ax=ax, pad=0.03, fraction=0.05)
-    bar.set_label(unit, fontsize=canvas.NORMAL, color=canvas.INK)
-    bar.ax.tick_params(labelsize=canvas.SMALL, width=0.6, length=3)
-    bar.outline.set_visible(False)
+    canvas.colour_bar(mesh, ax, unit, 0.03)
     return drawn
 
 
@@ -75,23 +71,23 @@ def drift_chart(
     above, below = drawn.subplots(2, 1, height_ratios=(1, 1.2))
     last = there[-1] if len(there) else -1
     layers = np.arange(delta.shape[1])
-    canvas.dress(above, f"Representation drift at step {steps[last]}", "layer", "1 - CKA")
-    _bars(above, layers, delta[last], error[last], canvas.INK, "o", "none")
+    canvas.style_axes(above, f"Representation drift at step {steps[last]}", "layer", "1 - CKA")
+    _bars(above, layers, delta[last], error[last], canvas.TEXT_COLOUR, linestyle="none")
     if len(chosen):
         style: dict[str, Any] = {"color": canvas.CHOSEN, "marker": "o", "linestyle": "none", "markersize": 7}
         (points,) = above.plot(list(chosen), delta[last][list(chosen)], label="chosen layer", zorder=3, **style)
         canvas.legend(above, [points])
     canvas.layer_axis(above.xaxis, len(layers))
     above.set_xlim(-0.5, len(layers) - 0.5)
-    canvas.dress(below, "Step by step", "optimizer step", "1 - CKA")
-    traced = np.unique(np.linspace(0, len(layers) - 1, min(TRACED, len(layers))).round().astype(int))
+    canvas.style_axes(below, "Step by step", "optimizer step", "1 - CKA")
+    traced = canvas.spread_layers(len(layers))
     handles = []
-    spread = 0.012 * (steps[-1] - steps[0]) / max(len(traced) - 1, 1)  # so that bars stand beside each other
+    spread = 0.012 * (steps[-1] - steps[0]) / max(len(traced) - 1, 1)  # so that bars do not overlap
     for number, layer in enumerate(traced):
-        colour = _colour(number / max(len(traced) - 1, 1))
+        colour = canvas.layer_colour(number / max(len(traced) - 1, 1))
         name = str(layer) if number else f"layer {layer}"
         place = steps[there] + (number - (len(traced) - 1) / 2) * spread
-        handles.append(_bars(below, place, delta[there, layer], error[there, layer], colour, "o", "-", name))
+        handles.append(_bars(below, place, delta[there, layer], error[there, layer], colour, label=name))
     canvas.legend(below, handles)
     for ax in (above, below):
         ax.axhline(0, color=canvas.GREY, linewidth=0.6, zorder=0)
@@ -99,27 +95,7 @@ def drift_chart(
     return drawn
 
 
-def _bars(
-    ax: Axes, x: np.ndarray, values: np.ndarray, error: np.ndarray, colour: Any, marker: str, line: str, label: str = ""
-) -> Any:
-    return ax.errorbar(
-        x,
-        values,
-        yerr=np.where(np.isfinite(error), error, np.nan),
-        color=colour,
-        marker=marker,
-        markersize=3.5,
-        linestyle=line,
-        linewidth=1.1,
-        elinewidth=1,
-        capsize=2.5,
-        zorder=4,
-        label=label,
-    )
-
-
-def _colour(share: float) -> Any:
-    """Layers from the first (dark) to the last; the lightest colours of the map would vanish on white."""
-    import matplotlib
-
-    return matplotlib.colormaps[canvas.MAP](0.85 * share)
+def _bars(ax: Axes, x: np.ndarray, values: np.ndarray, error: np.ndarray, colour: Any, **style: Any) -> Any:
+    usual: dict[str, Any] = {"marker": "o", "markersize": 3.5, "linewidth": 1.1, "elinewidth": 1, "capsize": 2.5}
+    error = np.where(np.isfinite(error), error, np.nan)
+    return ax.errorbar(x, values, yerr=error, color=colour, zorder=4, **(usual | style))

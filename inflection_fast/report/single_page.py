@@ -1,4 +1,4 @@
-"""The page as one file: words, numbers, drawing code and look together, so that it opens anywhere without a network."""
+"""The page as one file: words, numbers, drawing code and styles together, so that it opens without a network."""
 
 from __future__ import annotations
 
@@ -18,27 +18,28 @@ from inflection_fast.report.content import PAIRS, Content, Series
 from inflection_fast.report.fragments import fragments, title
 from inflection_fast.report.packing import pack, pack_text
 from inflection_fast.report.profile import by_name, components, log_gradient
+from inflection_fast.report.words import capitalised
 
-__all__ = ["State", "html", "plan_entry", "state", "write_html"]
+__all__ = ["State", "html", "json_numbers", "matrix_entry", "plan_entry", "state", "write_html"]
 
 
 class State:
-    """What the page draws at one moment: `manifest`, of JSON, and the arrays that it names by their number."""
+    """The contents of the page: `manifest`, JSON values, and the arrays that it refers to by number."""
 
     def __init__(self) -> None:
         self.manifest: dict[str, Any] = {}
         self.arrays: list[np.ndarray] = []
 
     def add(self, array: np.ndarray) -> dict[str, Any]:
-        """Keeps an array and returns how the manifest names it."""
+        """Add an array; returns its entry for the manifest."""
         self.arrays.append(array)
         return {"id": len(self.arrays) - 1, "shape": list(array.shape)}
 
 
 def state(content: Content) -> State:
-    """Everything that the page shows of a run."""
+    """The contents of the page of a run."""
     made, run, measured = State(), content.run, content.measured
-    # What the step itself was and took comes after what was measured in it, its loss first.
+    # Columns of the step itself come last, the loss first among them.
     ordered = sorted(content.series.items(), key=lambda one: (one[1].column.quantity == "step", one[0] != "loss"))
     columns = [entry for name, series in ordered if (entry := _column(made, name, series, content.series))]
     made.manifest = {
@@ -61,14 +62,14 @@ def state(content: Content) -> State:
 
 
 def _column(made: State, name: str, series: Series, every: dict[str, Series]) -> dict[str, Any] | None:
-    """None for a column without any value, and for one of pairs of layers, which is a matrix."""
+    """The entry of a column; None without any value, and for pairs of layers, which are a matrix."""
     places, column = series.places, series.column
     if not len(places.steps) or column.axes == PAIRS:
         return None
     error = every.get(f"{name}_se")
     entry = {
         "name": name,
-        "label": column.label[:1].upper() + column.label[1:],
+        "label": capitalised(column.label),
         "unit": "" if column.unit == "1" else column.unit,
         "axes": list(column.axes) if column.axes[:1] == ("layer",) else [],
         "log": column.scale == "log",
@@ -95,52 +96,69 @@ def _column(made: State, name: str, series: Series, every: dict[str, Series]) ->
 
 
 def _matrix(made: State, name: str, series: Series) -> dict[str, Any] | None:
-    """A column of pairs of layers as it was last measured; None for other columns, and without any value."""
+    """The entry of the last matrix of a column of pairs of layers; None for others, and without any value."""
     column, parts = series.column, series.parts
     if column.axes != PAIRS or parts is None or not len(parts.steps):
         return None
     first, last = parts.steps[-1].tolist()
+    when = f"At step {last}." if first == last else f"Mean over the measurements from step {first} to {last}."
+    entry = matrix_entry(
+        made, column.label, column.unit, parts.mean[-1], "layer", "other layer", f"{column.explanation} {when}",
+        "delta" not in name,
+    )  # fmt: skip
+    return {"name": name, **entry}
+
+
+def matrix_entry(
+    made: State,
+    label: str,
+    unit: str,
+    values: np.ndarray,
+    rows: str,
+    columns: str,
+    explanation: str,
+    unit_interval: bool,
+) -> dict[str, Any]:
+    """A map of layers by layers as the page draws it."""
     return {
-        "name": name,
-        "label": column.label[:1].upper() + column.label[1:],
-        "unit": column.unit,
-        "explanation": f"{column.explanation} At step {last}."
-        if first == last
-        else f"{column.explanation} Mean over the measurements from step {first} to {last}.",
-        "rows": "layer",
-        "columns": "other layer",
-        "unitInterval": "delta" not in name,
-        **made.add(parts.mean[-1]),
+        "label": capitalised(label),
+        "unit": unit,
+        "explanation": explanation,
+        "rows": rows,
+        "columns": columns,
+        "unitInterval": unit_interval,
+        **made.add(np.asarray(values, float)),
     }
 
 
 def _statistics(buckets: Any) -> np.ndarray:
-    """Mean, least and largest value, steps last; the mean alone where all three are the same."""
+    """Mean, smallest and largest value, steps last; the mean alone if all three are equal."""
     three = np.stack([np.moveaxis(part, 0, -1) for part in (buckets.mean, buckets.low, buckets.high)])
     same = np.array_equal(three[1], three[2], equal_nan=True)
     return three[:1] if same else three
 
 
 def plan_entry(plan: Plan | None) -> dict[str, Any] | None:
-    """A plan as the page draws it; None without one."""
+    """The entry of a plan; None without one."""
     if plan is None:
         return None
     return {
         "layers": list(plan.layers),
         "reasons": {str(layer): reason for layer, reason in plan.reasons.items()},
         "found": {name: list(layers) for name, layers in plan.found.items()},
-        "scores": _numbers(plan.scores),
-        "components": {name: _numbers(values) for name, values in components(plan).items()},
+        "scores": json_numbers(plan.scores),
+        "components": {name: json_numbers(values) for name, values in components(plan).items()},
         "profile": [
-            {"label": "Attention entropy", "unit": "nats", "values": _numbers(by_name(plan, "entropy")),
-             "error": _numbers(by_name(plan, "entropy_se"))},
-            {"label": "Gradient norm", "unit": "natural log", "values": _numbers(log_gradient(plan)),
-             "error": _numbers(by_name(plan, "log_activation_grad_se"))},
+            {"label": "Attention entropy", "unit": "nats", "values": json_numbers(by_name(plan, "entropy")),
+             "error": json_numbers(by_name(plan, "entropy_se"))},
+            {"label": "Gradient norm", "unit": "natural log", "values": json_numbers(log_gradient(plan)),
+             "error": json_numbers(by_name(plan, "log_activation_grad_se"))},
         ],
     }  # fmt: skip
 
 
-def _numbers(values: Any) -> list[float | None]:
+def json_numbers(values: Any) -> list[float | None]:
+    """Numbers for JSON, None for what is not finite."""
     return [float(value) if np.isfinite(value) else None for value in np.asarray(values, float)]
 
 
@@ -148,16 +166,14 @@ def _numbers(values: Any) -> list[float | None]:
 
 
 def write_html(content: Content, path: Path) -> None:
-    """Writes the page of a run as it is now."""
+    """Write the page of a run in its present state."""
     path.write_text(html(state(content)), encoding="utf-8")
 
 
 def html(made: State, *, live: bool = False) -> str:
-    """The page. A live one holds no arrays: it fetches them from where it came, and asks for newer ones."""
-    scripts, styles = (
-        [_file("uplot/uPlot.iife.min.js"), _file("page.js")],
-        [_file("uplot/uPlot.min.css"), _file("page.css")],
-    )
+    """The page. A live page contains no arrays: it fetches them from its server, and asks for newer ones."""
+    scripts = [_file("uplot/uPlot.iife.min.js"), _file("page.js")]
+    styles = [_file("uplot/uPlot.min.css"), _file("page.css")]
     reaches = "'self'" if live else "'none'"
     policy = (
         "default-src 'none'; base-uri 'none'; form-action 'none'; img-src data: blob:; "
@@ -184,7 +200,7 @@ def html(made: State, *, live: bool = False) -> str:
 
 
 def binary(made: State, number: int) -> bytes:
-    """One array as a live page fetches it."""
+    """One array in the form that a live page fetches."""
     return pack(made.arrays[number])
 
 
@@ -235,7 +251,7 @@ def _file(name: str) -> str:
 
 
 def _hashes(texts: list[str]) -> str:
-    """The browser runs these scripts and no other, whatever stands in the data."""
+    """Hashes for the content security policy: the browser runs no other scripts, whatever is in the data."""
     digests = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts)
     return " ".join(f"'sha256-{digest}'" for digest in digests)
 
@@ -245,6 +261,6 @@ def _data(name: str, kind: str, text: str) -> str:
 
 
 def _json(value: Any) -> str:
-    """JSON that cannot end the script element that holds it."""
+    """JSON without characters that could end its script element."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")

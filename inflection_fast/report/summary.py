@@ -1,4 +1,4 @@
-"""The same findings for the terminal: three tables and the answer, in 80 columns, also through a pipe."""
+"""The summary of a run in the terminal: three tables and the answer, in 80 columns."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from inflection_fast.report.content import Content, timeline_of
 from inflection_fast.report.folder import Run, read
 from inflection_fast.report.profile import by_name, log_gradient
 from inflection_fast.report.sections import missing_parts, model_name, overhead, overhead_share
-from inflection_fast.report.verdict import compare, verdict
-from inflection_fast.report.words import MISSING, accuracy, count, score, significant
+from inflection_fast.report.verdict import against, verdict
+from inflection_fast.report.words import accuracy, count, score, significant, value
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,7 +27,7 @@ LONG = 32  # with more layers than this only the chosen ones and their neighbour
 
 
 def summary(run_folder: str | Path, console: Console) -> None:
-    """Shows on `console` what a run found; of a folder with nothing but a timeline, in three lines.
+    """Print the summary of a run; of a folder with a timeline alone, three lines.
 
     ValueError if the folder is not a run or a file in it is damaged.
     """
@@ -92,11 +92,10 @@ def _stages(run: Run) -> Table:
     unit = "Loss in nats per token" if language else "Accuracy and differences (in points) with one standard error"
     table.caption = f"{unit}; trained: parameters."
     for stage in stages:
-        loss = MISSING if stage.loss is None else significant(stage.loss, 4)
         table.add_row(
             Text(stage.label, style="bold" if stage is run.tune else ""),
-            loss if language else accuracy(stage.accuracy, stage.standard_error),
-            compare(run.tune, stage).words if run.tune and run.tune.layers and stage in run.baselines else "",
+            value(stage.loss, 4) if language else accuracy(stage.accuracy, stage.standard_error),
+            against(run, stage),
             count(stage.trainable),
         )
     return table

@@ -1,8 +1,8 @@
-"""Does the injected model beat what it is compared with, beyond the noise of the evaluation set?
+"""Is the injected model better than its baselines, beyond the noise of the evaluation set?
 
-The models are compared example by example, on the same ones: what both get right or both get wrong carries no noise.
-Where a run has kept only how many answers were right, the models count as independent samples, whose difference is
-noisier: that errs towards calling a tie.
+The models are compared on the same examples: those that both get right or both get wrong add no noise. If a run has
+only the number of right answers, the models are treated as independent samples. Their difference has a larger standard
+error, so ties become more likely.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from inflection_fast.report.folder import Run, Stage
 from inflection_fast.report.regime import regime_advice
 from inflection_fast.report.words import count, listed, percent
 
-__all__ = ["NOISE", "SAME_LOSS", "SAME_SIZE", "Comparison", "compare", "verdict"]
+__all__ = ["NOISE", "SAME_LOSS", "SAME_SIZE", "Comparison", "against", "compare", "verdict"]
 
 NOISE = 2.0  # standard errors: about 95 % of all differences between equally good models lie within
 SAME_LOSS = 0.001  # nats per token: losses nearer than that differ by less than a thousandth of the perplexity
@@ -43,7 +43,7 @@ class Comparison:
 
 
 def compare(injected: Stage, other: Stage) -> Comparison:
-    """Compares the accuracy of the injected model with that of another stage."""
+    """Compare the accuracy of the injected model with that of another stage."""
     if injected.accuracy is None and other.accuracy is None:
         if injected.loss is not None and other.loss is not None:
             return Comparison(other, "unknown", other.loss - injected.loss)
@@ -57,8 +57,13 @@ def compare(injected: Stage, other: Stage) -> Comparison:
     return Comparison(other, outcome, difference, error)
 
 
+def against(run: Run, stage: Stage) -> str:
+    """The injected model against a baseline in words; empty for other stages, and without an injected model."""
+    return compare(run.tune, stage).words if run.tune and run.tune.layers and stage in run.baselines else ""
+
+
 def verdict(run: Run) -> list[str]:
-    """The answer of a run in sentences: first the answer, then what else it takes to read it rightly."""
+    """The answer of a run in sentences: first the answer, then its limits."""
     if run.tune is None:
         return ["There is no answer yet: no injected model was trained in this run (the tune stage is missing)."]
     if run.tune.layers == ():
@@ -71,8 +76,8 @@ def verdict(run: Run) -> list[str]:
     sentences += _majority(run.tune)
     if run.tune.accuracy is not None:
         sentences.append(
-            "The noise here is that of the evaluation set alone. How much a different seed would move the training is "
-            "not in it: one run cannot tell."
+            "The noise is that of the evaluation set alone. It does not include the effect of another seed, which one "
+            "run cannot show."
         )
     return sentences + regime_advice(run)
 
@@ -82,8 +87,8 @@ def _unknown(other: Stage, why: str) -> Comparison:
 
 
 def _error(stage: Stage) -> float:
-    # One right and one wrong answer are added (Agresti and Caffo 2000): without them a model that has everything right
-    # would be without noise, and any difference to it beyond the noise.
+    # One right and one wrong answer are added (Agresti and Caffo 2000): otherwise a model without any wrong answer
+    # would have no noise.
     if stage.accuracy is None or stage.n is None:
         return math.nan
     share = (stage.accuracy * stage.n + 1) / (stage.n + 2)
@@ -146,7 +151,7 @@ def _by_loss(comparisons: list[Comparison]) -> str:
 
 
 def _place(injected: Stage, comparisons: list[Comparison]) -> list[str]:
-    """Whether the run can tell that the place mattered and not only the number of parameters."""
+    """Whether the place mattered, and not only the number of parameters."""
     if not comparisons or not injected.trainable:
         return []
     same = [
@@ -169,7 +174,7 @@ def _place(injected: Stage, comparisons: list[Comparison]) -> list[str]:
 
 
 def _length(injected: Stage, others: list[Stage]) -> list[str]:
-    """A longer training is an advantage of its own."""
+    """Stages that trained longer or shorter, which is an advantage or a disadvantage by itself."""
     different = [s for s in others if s.trainable and s.steps and injected.steps and s.steps != injected.steps]
     if not different:
         return []

@@ -1,7 +1,7 @@
-"""The page of a run that trains, served to this machine alone, and following the files as they grow.
+"""A server of the page of a training run, for this machine alone.
 
-Only files are read, those of the run folder, so the training neither knows nor waits; it may run on another machine
-that writes to a shared disk. What has changed is looked for when a page asks, at most once a second however many ask.
+It reads the files of the run folder, so the training is not affected, and may run on another machine with a shared
+disk. Files are checked for changes when a page asks, at most once a second.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ __all__ = ["PORT", "Server", "command"]
 
 PORT = 8765
 LOOPBACK = "127.0.0.1"
-NAMES = ("127.0.0.1", "localhost")  # a page of somebody else's that points its own name here is refused
-LEAST_SECONDS = 1.0  # between two looks at the files
-PATIENCE_SECONDS = 20.0  # for a browser that does not take what it asked for
+NAMES = ("127.0.0.1", "localhost")  # accepted host names, against DNS rebinding
+LEAST_SECONDS = 1.0  # between two checks of the files
+PATIENCE_SECONDS = 20.0  # timeout of a request
 
 
 class Server(ThreadingHTTPServer):
@@ -46,7 +46,7 @@ class Server(ThreadingHTTPServer):
         return f"http://{LOOPBACK}:{self.server_address[1]}/"
 
     def now(self) -> State:
-        """The page as the files are now. `ValueError` if one of them cannot be understood."""
+        """The page in the present state of the files. `ValueError` if one cannot be read."""
         with self._lock:
             if self._state is None or time.monotonic() - self._looked >= LEAST_SECONDS:
                 if self.content.update() or self._state is None:
@@ -89,7 +89,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, "application/json", text.encode())
 
     def _array(self, query: dict[str, str]) -> None:
-        """An array of the version that the page has; when there is a newer one, the page asks for that first."""
+        """An array of the version that the page has; of a newer version the page needs the state first."""
         now = self.server.now()
         if query.get("version") != str(now.manifest["version"]):
             self._send(409, "text/plain", b"There is a newer version.")
@@ -109,7 +109,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Requests are not news."""
+        """Log nothing."""
 
 
 def command(argv: Sequence[str]) -> int:

@@ -1,13 +1,18 @@
-"""Numbers and lists as a reader expects to see them."""
+"""Numbers and lists as text."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from inflection_fast.report.folder import Stage
 
 __all__ = [
     "MISSING",
     "accuracy",
+    "capitalised",
     "count",
     "layer_list",
     "layer_ranges",
@@ -17,6 +22,8 @@ __all__ = [
     "seconds",
     "setting",
     "significant",
+    "trainable",
+    "value",
 ]
 
 MISSING = "not recorded"
@@ -63,6 +70,22 @@ def significant(number: float, digits: int = 3) -> str:
 def score(number: float) -> str:
     """An index between 0 and 1."""
     return f"{number:.3f}" if math.isfinite(number) else "-"
+
+
+def value(number: float | None, digits: int = 3) -> str:
+    """As `significant`, and `not recorded` for None."""
+    return MISSING if number is None else significant(number, digits)
+
+
+def capitalised(text: str) -> str:
+    """The text with a first letter in upper case."""
+    return text[:1].upper() + text[1:]
+
+
+def trainable(stage: Stage) -> str:
+    """The trainable parameters of a stage and their share of all: `2,048 (0.10 %)`."""
+    share = f" ({percent(stage.trainable / stage.total, 2)})" if stage.trainable and stage.total else ""
+    return f"{count(stage.trainable)}{share}"
 
 
 def listed(items: Sequence[str]) -> str:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .means import finite_mean
+
 if TYPE_CHECKING:
     import pandas
 
@@ -34,11 +36,8 @@ def frame_of(timeline: Timeline, by: str) -> pandas.DataFrame:
         kept = sum(1 for have, want in zip(column.axes, axes, strict=False) if have == want)
         if kept < min(len(column.axes), len(axes)):
             continue  # an axis that is neither layers nor heads
-        rest = tuple(range(1 + kept, values.ndim))
-        if rest:
-            count = np.isfinite(values).sum(rest)
-            total = np.where(np.isfinite(values), values, 0.0).sum(rest)
-            values = np.where(count > 0, total / np.maximum(count, 1), np.nan)
+        if rest := tuple(range(1 + kept, values.ndim)):
+            values = finite_mean(values, rest)
         values = values.reshape(values.shape + (1,) * (len(shape) - values.ndim))
         columns[name] = np.broadcast_to(values, shape).ravel()
     return pd.DataFrame(columns, index=index)

@@ -3,7 +3,7 @@
 import numpy as np
 
 from inflection_fast.report.answer import Answer
-from inflection_fast.report.look import Line, Look, Matrix, Profile, Table
+from inflection_fast.report.layer_page import LayerPage, Line, Matrix, Profile, Table
 
 
 def look(text="a name", **more):
@@ -23,4 +23,4 @@ def look(text="a name", **more):
         "versions": [(text, text)],
         "missing": [text],
     }
-    return Look(**parts | more)
+    return LayerPage(**parts | more)

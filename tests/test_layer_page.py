@@ -2,19 +2,19 @@
 
 import numpy as np
 import pytest
-from helpers.looked_at import look
+from helpers.layer_pages import look
 from helpers.pages import MARKUP, array_of, manifest_of
 
 from inflection_fast.quantities.layer_cka import LayerCka
 from inflection_fast.report.content import Content
-from inflection_fast.report.look import look_state, write_look
+from inflection_fast.report.layer_page import layer_page_state, write_layer_page
 from inflection_fast.report.page import write
 from inflection_fast.report.single_page import html, state
 from inflection_fast.timeline import TimelineWriter
 
 
 def test_what_is_drawn_stands_in_the_manifest(tmp_path):
-    write_look(look(), tmp_path / "index.html")
+    write_layer_page(look(), tmp_path / "index.html")
     text = (tmp_path / "index.html").read_text(encoding="utf-8")
     manifest = manifest_of(text)
     (profile,), (matrix,) = manifest["profiles"], manifest["matrices"]
@@ -25,13 +25,13 @@ def test_what_is_drawn_stands_in_the_manifest(tmp_path):
 
 
 def test_no_text_becomes_markup():
-    text = html(look_state(look(MARKUP)))
+    text = html(layer_page_state(look(MARKUP)))
     assert MARKUP not in text.replace("\\u003c", "<<")  # in JSON it is written without angle brackets
     assert text.count("<script") == text.count("</script>")
 
 
 def test_the_words_of_the_kinds_differ():
-    kinds = {kind: html(look_state(look(kind=kind))) for kind in ("scan", "comparison")}
+    kinds = {kind: html(layer_page_state(look(kind=kind))) for kind in ("scan", "comparison")}
     assert "random matrices of their sizes" in kinds["scan"] and "of B to the right" in kinds["comparison"]
 
 

@@ -1,6 +1,6 @@
-"""The page of what was measured without a training: profiles by layer, matrices of layers, and tables.
+"""The page of a scan or a comparison: profiles by layer, matrices of layers, and tables.
 
-It is the page of a run with other parts: the same file, look and drawing code.
+It uses the file, the style and the drawing code of the page of a run.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from inflection_fast.atomic import write_text
 from inflection_fast.decide import Plan
 from inflection_fast.report.answer import Answer
 from inflection_fast.report.fragments import answer_block, choice_block, table
-from inflection_fast.report.single_page import State, html, plan_entry
+from inflection_fast.report.single_page import State, html, json_numbers, matrix_entry, plan_entry
+from inflection_fast.report.words import capitalised
 
-__all__ = ["Line", "Look", "Matrix", "Profile", "Table", "look_state", "write_look"]
+__all__ = ["LayerPage", "Line", "Matrix", "Profile", "Table", "layer_page_state", "write_layer_page"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Profile:
     lines: Sequence[Line]
     explanation: str = ""
     log: bool = False
-    marked: Sequence[int] = ()  # layers that are drawn as found
+    marked: Sequence[int] = ()  # layers of findings
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,13 @@ class Matrix:
     rows: str  # what a row is: "layer of A"
     columns: str
     explanation: str = ""
-    # Colours run from 0 to 1 whatever the values are, so that two maps compare; None: from the least to the largest.
+    # Colours go from 0 to 1, so that two maps can be compared; False: from the smallest to the largest value.
     unit_interval: bool = True
 
 
 @dataclass(frozen=True)
 class Table:
-    """Plain text in rows; `numbers` are the columns set to the right."""
+    """Rows of plain text; the columns `numbers` are right-aligned."""
 
     title: str
     head: Sequence[str]
@@ -69,8 +70,8 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Look:
-    """Everything that such a page shows. All text is plain; the page escapes it."""
+class LayerPage:
+    """The contents of a page. All text is plain; the page escapes it."""
 
     kind: str  # "scan" or "comparison"
     title: str
@@ -87,76 +88,60 @@ class Look:
     plan: Plan | None = field(default=None)
 
 
-def write_look(look: Look, path: Path) -> None:
-    """Writes the page, whole or not at all."""
-    write_text(path, html(look_state(look)))
+def write_layer_page(page: LayerPage, path: Path) -> None:
+    """Write the page, atomically."""
+    write_text(path, html(layer_page_state(page)))
 
 
-def look_state(look: Look) -> State:
-    """What the page draws."""
+def layer_page_state(page: LayerPage) -> State:
+    """The manifest and arrays of the page."""
     made = State()
     made.manifest = {
         "version": 1,
-        "look": look.kind,
-        "title": look.title,
-        "layers": list(look.layers),
+        "look": page.kind,
+        "title": page.title,
+        "layers": list(page.layers),
         "steps": 0,
         "columns": [],
         "alerts": [],
-        "plan": plan_entry(look.plan),
-        "profiles": [_profile(profile) for profile in look.profiles],
-        "matrices": [_matrix(made, matrix) for matrix in look.matrices],
-        "fragments": _fragments(look),
+        "plan": plan_entry(page.plan),
+        "profiles": [_profile(profile) for profile in page.profiles],
+        "matrices": [matrix_entry(made, **vars(matrix)) for matrix in page.matrices],
+        "fragments": _fragments(page),
     }
     return made
 
 
 def _profile(profile: Profile) -> dict[str, Any]:
     return {
-        "label": profile.label[:1].upper() + profile.label[1:],
+        "label": capitalised(profile.label),
         "unit": "" if profile.unit == "1" else profile.unit,
         "explanation": profile.explanation,
         "log": profile.log,
         "marked": list(profile.marked),
         "lines": [
-            {"name": line.name, "values": _numbers(line.values)}
-            | ({"error": _numbers(line.error)} if line.error is not None else {})
+            {"name": line.name, "values": json_numbers(line.values)}
+            | ({"error": json_numbers(line.error)} if line.error is not None else {})
             for line in profile.lines
         ],
     }
 
 
-def _matrix(made: State, matrix: Matrix) -> dict[str, Any]:
-    return {
-        "label": matrix.label[:1].upper() + matrix.label[1:],
-        "unit": matrix.unit,
-        "explanation": matrix.explanation,
-        "rows": matrix.rows,
-        "columns": matrix.columns,
-        "unitInterval": matrix.unit_interval,
-        **made.add(np.asarray(matrix.values, float)),
-    }
-
-
-def _numbers(values: Sequence[float | None]) -> list[float | None]:
-    return [float(value) if value is not None and np.isfinite(value) else None for value in values]
-
-
 # ---- words -----------------------------------------------------------------------------------------------------------
 
 
-def _fragments(look: Look) -> dict[str, str]:
-    facts = "".join(f"<li>{escape(fact)}</li>" for fact in look.facts)
-    tables = "".join(_table(one) for one in look.tables)
-    missing = "".join(f"<li>{escape(line)}</li>" for line in look.missing)
-    versions = table(("Package", "Version"), [(escape(a), escape(b)) for a, b in look.versions])
-    settings = table(("Setting", "Value"), [(escape(a), escape(b)) for a, b in look.settings])
-    layers = table(("Layer", "Name"), [(str(i), escape(n)) for i, n in enumerate(look.layers)], numbers=(0,))
+def _fragments(page: LayerPage) -> dict[str, str]:
+    facts = "".join(f"<li>{escape(fact)}</li>" for fact in page.facts)
+    tables = "".join(_table(one) for one in page.tables)
+    missing = "".join(f"<li>{escape(line)}</li>" for line in page.missing)
+    versions = table(("Package", "Version"), [(escape(a), escape(b)) for a, b in page.versions])
+    settings = table(("Setting", "Value"), [(escape(a), escape(b)) for a, b in page.settings])
+    layers = table(("Layer", "Name"), [(str(i), escape(n)) for i, n in enumerate(page.layers)], numbers=(0,))
     return {
-        "heading": f"<p class=folder>{escape(look.where)}</p><h1>{escape(look.title)}</h1><ul class=facts>{facts}</ul>",
-        "answer": answer_block(look.answer),
+        "heading": f"<p class=folder>{escape(page.where)}</p><h1>{escape(page.title)}</h1><ul class=facts>{facts}</ul>",
+        "answer": answer_block(page.answer),
         "alert-list": "",
-        "choice-words": choice_block(look.plan),
+        "choice-words": choice_block(page.plan),
         "stages-words": tables or "<p>There is no table.</p>",
         "settings-words": settings
         + f"<details><summary>Names of the layers</summary>{layers}</details>"
