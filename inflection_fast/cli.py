@@ -182,16 +182,14 @@ def _init(argv: list[str]) -> int:
     parser.add_argument("--text", help="column of the text (found where it is not named)")
     parser.add_argument("--label", help="column of the label (found where it is not named)")
     parser.add_argument("--out", default="run.yaml", help="file to write (run.yaml)")
-    given = parser.parse_args(argv)
+    args = parser.parse_args(argv)
     from inflection_fast.run.init_config import write_init_config
     from inflection_fast.run.quiet import quiet_libraries
 
     quiet_libraries()
-    path = Path(given.out).expanduser()
-    data = write_init_config(
-        path, model=given.model, data=given.data, task=given.task, text=given.text, label=given.label
-    )
-    print(f"{given.data}: {len(data.train)} texts to train on, {len(data.test)} to test on")
+    path = Path(args.out).expanduser()
+    data = write_init_config(path, model=args.model, data=args.data, task=args.task, text=args.text, label=args.label)
+    print(f"{args.data}: {len(data.train)} texts to train on, {len(data.test)} to test on")
     print(f"settings: {path}; look at them, then: inflection-fast run --config {path}")
     return 0
 
@@ -238,16 +236,16 @@ def _report(argv: list[str]) -> int:
     from inflection_fast import report
     from inflection_fast.run.errors import user_errors
 
-    asked = parser.parse_args(argv)
+    args = parser.parse_args(argv)
     with user_errors(ValueError, FileNotFoundError):
-        if len(asked.folder) > 1:
-            if asked.figures:
+        if len(args.folder) > 1:
+            if args.figures:
                 raise ValueError("--figures: expected one run; for several, draw report.difference_map on your axes")
-            _console().print(f"report: {report.write_several(asked.folder, asked.out)}", markup=False)
+            _console().print(f"report: {report.write_several(args.folder, args.out)}", markup=False)
             return 0
-        if asked.out is not None:
+        if args.out is not None:
             raise ValueError("--out: expected several runs; the report of one goes into its folder")
-        return _show(asked.folder[0], report.write(asked.folder[0], figures=asked.figures), _console())
+        return _show(args.folder[0], report.write(args.folder[0], figures=args.figures), _console())
 
 
 def _watch(argv: list[str]) -> int:

@@ -81,8 +81,6 @@ class Handle:
     permanent = False  # remove() cannot take it back
 
     def __init__(self, model: nn.Module, where: Layers):
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         if isinstance(model, nn.DataParallel):
             raise ValueError(
                 "model: DataParallel runs replicas, where interventions have no effect; use DistributedDataParallel"

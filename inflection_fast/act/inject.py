@@ -82,8 +82,6 @@ def inject(
             targets are unknown, missing in a planned block, or shared with blocks outside the plan; a number or a name
             is not accepted. The model is then unchanged.
     """
-    if not isinstance(plan, Plan):
-        raise TypeError(f"plan: expected a Plan, got {type(plan).__name__}")
     if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
         raise ValueError(f"adapter_name: expected a name without dots, got {adapter_name!r}")
     settings = {

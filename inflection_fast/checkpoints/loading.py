@@ -14,7 +14,7 @@ from inflection_fast.checkpoints.files import Source
 from inflection_fast.checkpoints.gguf_files import read_sparingly
 from inflection_fast.checkpoints.memory import give_back
 from inflection_fast.run.errors import UserError, user_errors
-from inflection_fast.run.models import most_tokens
+from inflection_fast.run.models import most_tokens, pad_on_the_right
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -157,11 +157,7 @@ def tokenizer_of(source: Source) -> PreTrainedTokenizerBase:
     named = {"gguf_file": source.gguf} if source.gguf is not None else {}
     with user_errors(OSError, ValueError, ImportError, KeyError, about=f"the tokenizer of {source.name}"):
         tokenizer = AutoTokenizer.from_pretrained(source.folder, **named)
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is None:
-            raise UserError(f"{source.name}: its tokenizer has neither a padding nor an end token")
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "right"
+    pad_on_the_right(tokenizer, source.name)
     return tokenizer
 
 

@@ -47,13 +47,13 @@ def command(argv: Sequence[str]) -> int:
     )  # fmt: skip
     argv = list(argv)
     cut = argv.index("--") if "--" in argv else len(argv)
-    asked, run = parser.parse_args(argv[:cut]), argv[cut + 1 :]
-    if not run:
+    args, words = parser.parse_args(argv[:cut]), argv[cut + 1 :]
+    if not words:
         parser.error("expected -- and a command, such as: inflection-fast exec -- python train.py")
-    out, began = folder_for(asked.out, "new"), time.time()
+    out, began = folder_for(args.out, "new"), time.time()
     with tempfile.TemporaryDirectory() as notes:
-        settings = {"every": asked.every, "out": str(out.absolute()), "notes": notes}
-        status = _run(run, {**os.environ, VARIABLE: json.dumps(settings), "PYTHONPATH": _python_path()})
+        settings = {"every": args.every, "out": str(out.absolute()), "notes": notes}
+        status = _run(words, {**os.environ, VARIABLE: json.dumps(settings), "PYTHONPATH": _python_path()})
         messages = [line for file in sorted(Path(notes).iterdir()) for line in file.read_text("utf-8").splitlines()]
     sys.stdout.flush()
     folders = _measured(out, began)
@@ -63,7 +63,7 @@ def command(argv: Sequence[str]) -> int:
         _say(line)
     if not folders and not messages:
         _say(NOTHING)
-    return status or _alerted(folders, asked.fail_on)
+    return status or _alerted(folders, args.fail_on)
 
 
 def _positive(text: str) -> int:

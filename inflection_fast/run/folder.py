@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,10 @@ FIRST_STAGE = {
 FREE = ("output", "baselines")  # settings that no stage depends on
 
 
-def package_versions() -> dict[str, str]:
-    """The versions of the packages that results depend on."""
+def package_versions(names: Iterable[str] = PACKAGES) -> dict[str, str]:
+    """The versions of the installed packages among `names`, by default of those that results depend on."""
     found = {}
-    for name in PACKAGES:
+    for name in names:
         try:
             found[name] = version(name)
         except PackageNotFoundError:

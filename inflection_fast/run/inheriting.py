@@ -300,14 +300,14 @@ def command(argv: list[str], console: Console) -> int:
     parser.add_argument("--batch-size", type=int, default=16, help="texts per step (16)")
     parser.add_argument("--learning-rate", type=float, default=3e-4, help="of AdamW (3e-4)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, batches and random blocks (0)")
-    given = parser.parse_args(argv)
+    args = parser.parse_args(argv)
     quiet_libraries()
     with user_errors(about="settings"):
         config = InheritConfig(
-            ModelConfig(given.model, gguf_file=given.gguf_file, max_length=given.max_length),
-            DataConfig(given.data, text=given.text, label=given.label, test_limit=given.test_limit),
-            given.out, given.task, given.blocks, tuple(given.grow), given.steps, given.batch_size,
-            given.learning_rate, seed=given.seed,
+            ModelConfig(args.model, gguf_file=args.gguf_file, max_length=args.max_length),
+            DataConfig(args.data, text=args.text, label=args.label, test_limit=args.test_limit),
+            args.out, args.task, args.blocks, tuple(args.grow), args.steps, args.batch_size,
+            args.learning_rate, seed=args.seed,
         )  # fmt: skip
     page = run_inherit(config, lambda line: console.print(line, markup=False))
     console.print(f"page: {page}", markup=False)

@@ -7,18 +7,27 @@ from contextlib import contextmanager
 from importlib import import_module
 from os.path import expanduser
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from inflection_fast.blocks import find_blocks
 from inflection_fast.run.config import ModelConfig
 from inflection_fast.run.errors import UserError, user_errors
 
-__all__ = ["check_model", "load_model", "load_tokenizer", "most_tokens", "parameter_counts", "unfreeze"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = [
+    "check_model",
+    "load_model",
+    "load_tokenizer",
+    "most_tokens",
+    "pad_on_the_right",
+    "parameter_counts",
+    "unfreeze",
+]
 
 
 @contextmanager
@@ -39,18 +48,27 @@ def _options(config: ModelConfig) -> dict[str, Any]:
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of the model, which pads on the right."""
+    from transformers import AutoTokenizer
+
     with _loading(config):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(expanduser(config.path), **_options(config))
+        tokenizer = AutoTokenizer.from_pretrained(expanduser(config.path), **_options(config))
+    pad_on_the_right(tokenizer, f"model {config.path}")
+    return tokenizer
+
+
+def pad_on_the_right(tokenizer: PreTrainedTokenizerBase, model: str) -> None:
+    """Set the side of padding, and the end token as padding token if there is none. UserError without both tokens."""
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
-            raise UserError(f"model {config.path}: its tokenizer has neither a padding nor an end token")
+            raise UserError(f"{model}: its tokenizer has neither a padding nor an end token")
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
-    return tokenizer
 
 
 def check_model(config: ModelConfig, task: str, names: tuple[str, ...] | None) -> int:
     """The number of blocks of the model, found without its weights. UserError if the model cannot be used."""
+    from transformers import AutoConfig
+
     path = Path(config.path).expanduser()
     if config.gguf_file is not None:
         _check_gguf(config.gguf_file, config.path, path)
@@ -59,7 +77,7 @@ def check_model(config: ModelConfig, task: str, names: tuple[str, ...] | None) -
     if path.is_dir() and config.gguf_file is None and not (path / "config.json").is_file():
         raise UserError(f"model.path: {config.path} holds no model (it has no config.json)")
     with _loading(config):
-        settings = transformers.AutoConfig.from_pretrained(expanduser(config.path), **_options(config))
+        settings = AutoConfig.from_pretrained(expanduser(config.path), **_options(config))
     with _loading(config), torch.device("meta"):
         model = _class_of(task).from_config(settings, trust_remote_code=config.trust_remote_code)
     longest = most_tokens(model)
@@ -105,6 +123,8 @@ def load_model(
 
     A head that the weights lack, or have for another number of labels, is drawn from torch's generator.
     """
+    import transformers
+
     options: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
     options.update(_options(config) if folder is None else {"trust_remote_code": config.trust_remote_code})
     if config.gguf_file is None or folder is not None:
@@ -151,5 +171,6 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
 
 
 def _class_of(task: str) -> Any:
-    causal = task == "causal-lm"
-    return transformers.AutoModelForCausalLM if causal else transformers.AutoModelForSequenceClassification
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    return AutoModelForCausalLM if task == "causal-lm" else AutoModelForSequenceClassification

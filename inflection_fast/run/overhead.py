@@ -74,31 +74,31 @@ class Race:
 
 def command(argv: list[str], console: Console) -> int:
     """Run the command and return its exit code."""
-    given = _parser().parse_args(argv)
+    args = _parser().parse_args(argv)
     for name, least in (("batch_size", 1), ("length", 2), ("rows", 2), ("train_top", 1)):
-        value = getattr(given, name)
+        value = getattr(args, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')}: expected at least {least}, got {value}")
-    if not given.minutes > 0:
-        raise UserError(f"--minutes: expected a number above 0, got {given.minutes}")
-    out = Path(given.out).expanduser()
+    if not args.minutes > 0:
+        raise UserError(f"--minutes: expected a number above 0, got {args.minutes}")
+    out = Path(args.out).expanduser()
     if out.is_dir() or not out.parent.is_dir():
-        raise UserError(f"--out: expected a file in a folder that exists, got {given.out}")
-    config = _config(given)
+        raise UserError(f"--out: expected a file in a folder that exists, got {args.out}")
+    config = _config(args)
     from inflection_fast.run.quiet import quiet_libraries
 
     quiet_libraries()
-    device = _device(given.device)
-    model, batch = _model_and_batch(given, device)
-    with user_errors(about=f"model {given.model}"):
+    device = _device(args.device)
+    model, batch = _model_and_batch(args, device)
+    with user_errors(about=f"model {args.model}"):
         blocks = len(find_blocks(model))
-    if given.train_top is not None and given.train_top > blocks:
-        raise UserError(f"--train-top: expected at most {blocks}, the number of blocks, got {given.train_top}")
+    if args.train_top is not None and args.train_top > blocks:
+        raise UserError(f"--train-top: expected at most {blocks}, the number of blocks, got {args.train_top}")
     races = []
-    for result in run(model, batch, config, given):
+    for result in run(model, batch, config, args):
         races.append(asdict(result))
         _show(result, console)
-    settings = {name: value for name, value in vars(given).items() if name != "out"}
+    settings = {name: value for name, value in vars(args).items() if name != "out"}
     settings["quantities"] = list(config.names)
     write_json(out, {"settings": settings, "machine": _machine(device), "races": races})
     console.print(f"figures: {out}", markup=False)
@@ -125,10 +125,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _config(given: argparse.Namespace) -> MonitorConfig:
-    names = tuple(name.strip() for name in given.quantities.split(",") if name.strip())
+def _config(args: argparse.Namespace) -> MonitorConfig:
+    names = tuple(name.strip() for name in args.quantities.split(",") if name.strip())
     with user_errors(ValueError, TypeError, about="--quantities"):
-        return MonitorConfig(quantities=names, rows=given.rows, probe_share=None)
+        return MonitorConfig(quantities=names, rows=args.rows, probe_share=None)
 
 
 def _device(name: str | None) -> torch.device:
@@ -141,33 +141,33 @@ def _device(name: str | None) -> torch.device:
 # ---- the model and its batch -----------------------------------------------------------------------------------------
 
 
-def _model_and_batch(given: argparse.Namespace, device: torch.device) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+def _model_and_batch(args: argparse.Namespace, device: torch.device) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     import transformers
 
     from inflection_fast.run.models import check_model, load_model, load_tokenizer, most_tokens
 
     torch.manual_seed(0)
-    if given.model in PRESETS:
-        cls, config_cls, settings = PRESETS[given.model]
+    if args.model in PRESETS:
+        cls, config_cls, settings = PRESETS[args.model]
         model = getattr(transformers, cls)(getattr(transformers, config_cls)(**settings))
     else:
-        config = ModelConfig(given.model, max_length=2)
-        check_model(config, given.task, None)
-        model = load_model(config, given.task, load_tokenizer(config), labels=("0", "1"))
+        config = ModelConfig(args.model, max_length=2)
+        check_model(config, args.task, None)
+        model = load_model(config, args.task, load_tokenizer(config), labels=("0", "1"))
     longest = most_tokens(model)
-    if longest is not None and given.length > longest:
-        raise UserError(f"--length: {given.model} takes at most {longest} tokens, got {given.length}")
+    if longest is not None and args.length > longest:
+        raise UserError(f"--length: {args.model} takes at most {longest} tokens, got {args.length}")
     model.config.problem_type = "single_label_classification"  # else the first forward sets it, and recompiles
     classifies = "Classification" in type(model).__name__
     generator = torch.Generator().manual_seed(0)
-    shape = (given.batch_size, given.length)
+    shape = (args.batch_size, args.length)
     ids = torch.randint(0, model.config.get_text_config().vocab_size, shape, generator=generator)
     batch = {"input_ids": ids, "labels": ids}
     if classifies:  # texts differ in length
-        lengths = torch.randint(max(given.length // 4, 1), given.length + 1, (given.batch_size, 1), generator=generator)
-        lengths[0] = given.length
-        batch["attention_mask"] = (torch.arange(given.length) < lengths).long()
-        batch["labels"] = torch.arange(given.batch_size) % 2
+        lengths = torch.randint(max(args.length // 4, 1), args.length + 1, (args.batch_size, 1), generator=generator)
+        lengths[0] = args.length
+        batch["attention_mask"] = (torch.arange(args.length) < lengths).long()
+        batch["labels"] = torch.arange(args.batch_size) % 2
     return model.to(device).train(), {name: value.to(device) for name, value in batch.items()}
 
 
@@ -175,18 +175,18 @@ def _model_and_batch(given: argparse.Namespace, device: torch.device) -> tuple[n
 
 
 def run(
-    model: nn.Module, batch: dict[str, torch.Tensor], config: MonitorConfig, given: argparse.Namespace
+    model: nn.Module, batch: dict[str, torch.Tensor], config: MonitorConfig, args: argparse.Namespace
 ) -> Iterator[Race]:
-    """The results of the races that `given` asks for, one by one."""
-    asked = [_as_written]
-    asked += [_by_quantity] if given.per_quantity else []
-    asked += [_shallow] if given.train_top else []
-    asked += [_compiled] if given.compiled else []
-    seconds = 60 * given.minutes / len(asked)
-    for arms_of in asked:
+    """The results of the races that `args` asks for, one by one."""
+    kinds = [_as_written]
+    kinds += [_by_quantity] if args.per_quantity else []
+    kinds += [_shallow] if args.train_top else []
+    kinds += [_compiled] if args.compiled else []
+    seconds = 60 * args.minutes / len(kinds)
+    for arms_of in kinds:
         fresh = copy.deepcopy(model) if arms_of in (_shallow, _compiled) else model
-        with user_errors(ValueError, RuntimeError, about=f"model {given.model}"), ExitStack() as stack:
-            title, arms = arms_of(Steps(fresh, batch), config, given, stack)
+        with user_errors(ValueError, RuntimeError, about=f"model {args.model}"), ExitStack() as stack:
+            title, arms = arms_of(Steps(fresh, batch), config, args, stack)
             yield _raced(title, arms, batch["input_ids"].device, seconds)
 
 
@@ -202,12 +202,12 @@ def _raced(title: str, arms: dict[str, Callable[[], None]], device: torch.device
 Arms = tuple[str, dict[str, Callable[[], None]]]
 
 
-def _as_written(steps: Steps, config: MonitorConfig, given: argparse.Namespace, stack: ExitStack) -> Arms:
+def _as_written(steps: Steps, config: MonitorConfig, args: argparse.Namespace, stack: ExitStack) -> Arms:
     measured, idle = stack.enter_context(steps.watched(config))
     return "the model as it is written", {UNMONITORED: steps, MEASURED: measured, IDLE: idle}
 
 
-def _by_quantity(steps: Steps, config: MonitorConfig, given: argparse.Namespace, stack: ExitStack) -> Arms:
+def _by_quantity(steps: Steps, config: MonitorConfig, args: argparse.Namespace, stack: ExitStack) -> Arms:
     arms: dict[str, Callable[[], None]] = {UNMONITORED: steps}
     for name in config.names:
         alone = replace(config, quantities=(name,), every=1)
@@ -215,17 +215,17 @@ def _by_quantity(steps: Steps, config: MonitorConfig, given: argparse.Namespace,
     return "each quantity by itself, every step", arms
 
 
-def _shallow(steps: Steps, config: MonitorConfig, given: argparse.Namespace, stack: ExitStack) -> Arms:
+def _shallow(steps: Steps, config: MonitorConfig, args: argparse.Namespace, stack: ExitStack) -> Arms:
     from inflection_fast.act.shallow import unfreeze_top
 
-    unfreeze_top(steps.model, find_blocks(steps.model), given.train_top)
+    unfreeze_top(steps.model, find_blocks(steps.model), args.train_top)
     measured, _ = stack.enter_context(steps.watched(config))
     exact, _ = stack.enter_context(steps.watched(replace(config, frozen_share=1.0)))
-    title = f"the last {given.train_top} blocks train, frozen_share={config.frozen_share:g}"
+    title = f"the last {args.train_top} blocks train, frozen_share={config.frozen_share:g}"
     return title, {UNMONITORED: steps, MEASURED: measured, f"{MEASURED}, frozen_share=1.0": exact}
 
 
-def _compiled(steps: Steps, config: MonitorConfig, given: argparse.Namespace, stack: ExitStack) -> Arms:
+def _compiled(steps: Steps, config: MonitorConfig, args: argparse.Namespace, stack: ExitStack) -> Arms:
     tapped = _compiled_steps(copy.deepcopy(steps.model), steps.batch)
     measured, idle = stack.enter_context(tapped.watched(config))
     plain = _compiled_steps(steps.model, steps.batch)

@@ -11,8 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import set_seed
-
 from inflection_fast.decide import Plan, select
 from inflection_fast.records import STAGE, Metrics, OverheadRecord, StageRecord
 from inflection_fast.run import processes
@@ -252,6 +250,7 @@ class Stages:
 
     def load(self, folder: Path | None, labels: tuple[str, ...]) -> Any:
         """The model for the task, from the folder of an earlier stage or as it was pretrained."""
+        from transformers import set_seed
 
         def load() -> Any:
             set_seed(self.config.seed)  # a new head is the same in every stage
@@ -284,6 +283,8 @@ class Stages:
 
     def injected(self, model: Any, plan: Plan) -> Any:
         """The model with LoRA on the layers of a plan."""
+        from transformers import set_seed
+
         from inflection_fast.act import inject
 
         lora = self.config.tune.lora

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import platform
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from inflection_fast.run.folder import package_versions
+from inflection_fast.run.folder import PACKAGES, package_versions
 from inflection_fast.run.machine import processor_name
 from inflection_fast.study.adaptation import Adaptation
 from inflection_fast.study.arms import Seen
@@ -74,7 +73,7 @@ def record(
             **{key: facts[key] for key in ("source", "target", "dropped", "near_duplicates")},
             "source_training": {k: source[k] for k in ("texts", "epochs", "steps", "test", "saturation")},
         },
-        "package_info": package_versions() | _more_versions(),
+        "package_info": package_versions((*PACKAGES, "filelock", "datasketch")),
         "system_info": _system(),
     }
     return content
@@ -112,14 +111,3 @@ def _short(value: float) -> float:
 @cache
 def _system() -> dict[str, str]:
     return {"machine": platform.machine(), "processor": processor_name(), "system": platform.system()}
-
-
-@cache
-def _more_versions() -> dict[str, str]:
-    found = {}
-    for name in ("filelock", "datasketch"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

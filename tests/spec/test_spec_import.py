@@ -28,17 +28,19 @@ f.attention_entropy(torch.zeros(2, 3)); f.linear_cka(torch.rand(2, 5, 3), torch.
 report()
 f.ski, f.select, f.SelectConfig, f.Plan, f.Timeline
 report()
+f.scan, f.compare, f.Monitor
+report()
 import rich, accelerate
 report()
 """.replace("HEAVY", repr(HEAVY))
 
 
-def test_import_operators_and_deciding_load_nothing_heavy_and_start_no_cuda():
+def test_import_operators_deciding_and_scanning_load_nothing_heavy_and_start_no_cuda():
     done = subprocess.run([sys.executable, "-c", STAGES], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    imported, operated, decided, provoked = (set(line.split()) for line in done.stdout.splitlines())
+    imported, operated, decided, scanned, provoked = (set(line.split()) for line in done.stdout.splitlines())
     assert imported == set() and operated == set()
-    assert decided <= {"pyarrow"}
+    assert decided <= {"pyarrow"} and scanned <= {"pyarrow"}
     assert provoked >= {"rich", "accelerate"}, "the report does not notice a heavy import"
 
 
