@@ -182,11 +182,22 @@ class AlertWatch:
         key = kind, name
         if key not in self._conditions:
             self._conditions[key] = _Condition(holds.shape, rule.measurements or at_once, config.measurements)
-        limits, axes = np.broadcast_to(limit, holds.shape), self._axes[name]
+        limits = np.broadcast_to(limit, holds.shape)
         return [
-            _alert(step, kind, name, axes, place, float(values[place]), float(limits[place]), rule, self._named)
+            self._alert(step, kind, name, place, float(values[place]), float(limits[place]), rule)
             for place in self._conditions[key].push(holds)
         ]
+
+    def _alert(
+        self, step: int, kind: str, signal: str, place: tuple[int, ...], value: float, limit: float, rule: AlertRule
+    ) -> Alert:
+        places = dict(zip(self._axes[signal], place, strict=True))
+        layer, head = places.get("layer"), next((index for axis, index in places.items() if axis != "layer"), None)
+        labels = {axis: self._named[axis][index] if axis in self._named else index for axis, index in places.items()}
+        where = " ".join(f"{'block' if axis == 'layer' else axis} {label}" for axis, label in labels.items())
+        template = rule.words or _TEMPLATES[rule.test]
+        text = template.format(signal=signal, place=where or "the step", value=value, limit=limit)
+        return Alert(step, kind, signal, layer, head, value, limit, f"Step {step}: {text}.")
 
     def resume(self, timeline: Timeline) -> None:
         """Push the last measurements of a run that is resumed, so that its earlier alerts are not raised again."""
@@ -306,7 +317,7 @@ def _measurements_of(
 
 # ---- messages --------------------------------------------------------------------------------------------------------
 
-_WORDS = {
+_TEMPLATES = {
     "above": "{signal} of {place} is {value:.3g}, above {limit:.3g}",
     "below": "{signal} of {place} is {value:.3g}, below {limit:.3g}",
     "falls_below": "{signal} of {place} is {value:.3g}, below {limit:.3g}",
@@ -315,26 +326,6 @@ _WORDS = {
     "not_finite": "{signal} of {place} is {value}",
 }
 _LOW = ("entropy_collapse", "dead_gradient", "below", "falls_below", "dead")  # of these the smallest value is the worst
-
-
-def _alert(
-    step: int,
-    kind: str,
-    signal: str,
-    axes: tuple[str, ...],
-    place: tuple[int, ...],
-    value: float,
-    limit: float,
-    rule: AlertRule,
-    named: Mapping[str, Sequence[str]],
-) -> Alert:
-    places = dict(zip(axes, place, strict=True))
-    layer, head = places.get("layer"), next((places[axis] for axis in axes if axis != "layer"), None)
-    called = {axis: named[axis][at] if axis in named else at for axis, at in places.items()}
-    names = [f"{'block' if axis == 'layer' else axis} {at}" for axis, at in called.items()]
-    where = " ".join(names) if names else "the step"
-    words = (rule.words or _WORDS[rule.test]).format(signal=signal, place=where, value=value, limit=limit)
-    return Alert(step, kind, signal, layer, head, value, limit, f"Step {step}: {words}.")
 
 
 def alert_lines(alerts: Iterable[Alert]) -> list[str]:
