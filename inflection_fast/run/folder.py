@@ -62,7 +62,7 @@ class RunFolder:
             raise UserError(f"output {self.path} is not empty and holds no run: choose another folder")
         self._lock = self._locked()
         if used:
-            self._check_changes(load_settings(saved))
+            self._accept_changes(load_settings(saved))
         if not used or not (self.path / RUN).is_file():
             RunRecord((), package_versions(), self._seed).save(self.path / RUN)
         elif (record := self._record()).seed != self._seed:
@@ -84,8 +84,8 @@ class RunFolder:
             ) from error
         return lock
 
-    def _check_changes(self, old: dict[str, Any]) -> None:
-        """UserError if a stage has begun that depends on a setting that differs from `old`."""
+    def _accept_changes(self, old: dict[str, Any]) -> None:
+        """Delete a plan made with `old` settings. UserError if a stage has begun that depends on a changed setting."""
         changed: dict[str, list[str]] = {}
         for key in dict.fromkeys([*old, *self._settings]):
             found = differences({key: old.get(key)}, {key: self._settings.get(key)})
