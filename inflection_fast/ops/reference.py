@@ -111,8 +111,10 @@ def qk_scores(query, key, attn_mask, is_causal, scale, window, softcap, rows, cu
     scores = wide(query[:, :, rows]) @ repeated.mT * (depth**-0.5 if scale is None else scale)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    bias, allowed = split(None if attn_mask is None else attn_mask.expand(batch, heads, queries, keys)[:, :, rows])
-    attend = allowed & torch.ones(keys, dtype=torch.bool, device=query.device)
+    attend = torch.ones(keys, dtype=torch.bool, device=query.device)
+    if attn_mask is not None:
+        bias, allowed = split(attn_mask.expand(batch, heads, queries, keys)[:, :, rows])
+        scores, attend = scores + bias, attend & allowed
     column = torch.arange(keys, device=query.device)
     if is_causal:
         attend = attend & causal(rows, keys)
@@ -124,7 +126,6 @@ def qk_scores(query, key, attn_mask, is_causal, scale, window, softcap, rows, cu
         sequence = (cu_seqlens[:, None] <= column).sum(0)  # counted from 1; 0 is before the first sequence
         inside = (sequence > 0) & (sequence < len(cu_seqlens))
         attend = attend & inside & (sequence[rows][:, None] == sequence)
-    scores = scores + bias
     return scores, attend.expand(scores.shape)
 
 
@@ -236,7 +237,7 @@ def split(mask: Tensor | None) -> tuple[Tensor, Tensor]:
     if mask is None:
         return torch.tensor(0.0), torch.tensor(True)
     if mask.dtype == torch.bool:
-        return torch.tensor(0.0), mask
+        return torch.zeros((), device=mask.device), mask
     return wide(mask), ~(mask <= floor_of(mask))
 
 
