@@ -45,7 +45,7 @@ def refused(capsys, *argv):
 def test_compare_writes_a_table_a_page_and_json(models, tmp_path, capsys):
     data = ("--data", models / "texts.txt", "--out", tmp_path / "c")
     code, out, _ = run(capsys, "compare", models / "a", models / "b", *data)
-    assert code == 0 and "has moved furthest: delta-CKA" in out and "1 - CKA" in out
+    assert code == 0 and "has changed most: delta-CKA" in out and "1 - CKA" in out
     found = json.loads((tmp_path / "c" / "comparison.json").read_text())
     assert len(found["delta"]) == 3 and "activation_grad" in found["drift"]
     page = (tmp_path / "c" / "index.html").read_text()

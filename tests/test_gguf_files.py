@@ -4,7 +4,7 @@ import helpers.tiny_texts as tiny
 import pytest
 import torch
 
-from inflection_fast.checkpoints.gguf_files import read_sparingly
+from inflection_fast.checkpoints.gguf_files import low_memory_gguf
 from inflection_fast.quantities import spectrum
 
 gguf = pytest.importorskip("gguf")
@@ -26,7 +26,7 @@ def test_a_file_is_read_once_and_its_weights_are_the_same(tmp_path, monkeypatch)
     monkeypatch.setattr(gguf, "GGUFReader", Counted)
     monkeypatch.setattr(spectrum, "GGUF_ROWS", 10)  # no tensor has a multiple of it
     at_once = gguf.dequantize
-    with read_sparingly():
+    with low_memory_gguf():
         AutoTokenizer.from_pretrained(tmp_path, **named)
         config = AutoConfig.from_pretrained(tmp_path, **named)
         model = AutoModelForCausalLM.from_pretrained(tmp_path, config=config, **named)
@@ -40,6 +40,6 @@ def test_a_file_is_read_once_and_its_weights_are_the_same(tmp_path, monkeypatch)
 
 def test_the_library_is_as_before_after_a_failure(tmp_path):
     before = gguf.GGUFReader, gguf.dequantize
-    with pytest.raises(FileNotFoundError), read_sparingly():
+    with pytest.raises(FileNotFoundError), low_memory_gguf():
         gguf.GGUFReader(tmp_path / "absent.gguf")
     assert (gguf.GGUFReader, gguf.dequantize) == before

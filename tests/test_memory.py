@@ -6,18 +6,18 @@ import sys
 import numpy as np
 import pytest
 
-from inflection_fast.checkpoints.memory import give_back, peak_bytes, resident_bytes
+from inflection_fast.checkpoints.memory import peak_bytes, resident_bytes, trim_memory
 
 MIB = 2**20
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or sys.platform != "linux", reason="another C library")
 def test_free_memory_below_what_is_still_held_is_given_back():
-    give_back()
+    trim_memory()
     before = resident_bytes()
     pieces = [np.ones(12_000) for _ in range(1000)]  # 92 MiB, each too small for pages of its own
     assert resident_bytes() - before > 80 * MIB
     del pieces[:-1]  # the last one keeps the end of the heap
-    give_back()
+    trim_memory()
     assert resident_bytes() - before < 20 * MIB
     assert peak_bytes() - before > 80 * MIB

@@ -1,6 +1,6 @@
-"""Checkpoints that somebody else has trained: what one of them holds, and how two of them differ, without training.
+"""Scans of one checkpoint and comparisons of two, without training.
 
-Everything is measured by a `Monitor` and the quantities; weights alone are read tensor by tensor.
+Models are measured by a `Monitor`; weights are read tensor by tensor.
 """
 
 from .comparison import Comparison, compare

@@ -52,7 +52,7 @@ def _positive(text: str) -> int:
 
 
 def _folder(given: str | None, kind: str, *models: str) -> Path:
-    """Where the page goes; the names of the models make it, if nobody says."""
+    """The folder of the page, by default made of the names of the models."""
     if given is not None:
         return Path(given).expanduser()
     parts = [Path(model).name or "model" for model in models]
@@ -60,7 +60,7 @@ def _folder(given: str | None, kind: str, *models: str) -> Path:
 
 
 def _fresh(folder: Path) -> None:
-    """What an earlier scan or comparison has measured goes; a run is never written into."""
+    """Delete the timelines of an earlier scan or comparison. UserError for the folder of a run."""
     if any((folder / name).exists() for name in ("run.json", "timeline.arrows", "measure")):
         raise UserError(f"{folder}: holds a run; name another folder with --out")
     for name in ("texts", "shuffled", "random", "a", "b"):
@@ -87,13 +87,13 @@ def compare_command(argv: Sequence[str], console: Console) -> int:
     from inflection_fast.checkpoints.comparison import compare
     from inflection_fast.checkpoints.comparison_views import comparison_page, show_comparison
     from inflection_fast.checkpoints.loading import load
-    from inflection_fast.checkpoints.texts import own_texts, read_texts
+    from inflection_fast.checkpoints.texts import built_in_texts, read_texts
     from inflection_fast.report.layer_page import write_layer_page
 
     began = time.perf_counter()
     sources = find(asked.a), find(asked.b)
     names = _names(sources)
-    texts = own_texts()[: asked.texts] if asked.data is None else read_texts(asked.data, asked.text, asked.texts)
+    texts = built_in_texts()[: asked.texts] if asked.data is None else read_texts(asked.data, asked.text, asked.texts)
     models = [load(source) for source in sources]
     loaders, pooling = _loaders(sources, models, texts, asked.tokens)
     folder = _folder(asked.out, "comparisons", *names)
@@ -112,7 +112,7 @@ def compare_command(argv: Sequence[str], console: Console) -> int:
 
 
 def _names(sources: Sequence[Source]) -> tuple[str, str]:
-    """The models as they are called on the page: the shortest paths from the end that differ."""
+    """The names of the models on the page: the shortest ends of their paths that differ."""
     a, b = (tuple(Path(source.name).parts) for source in sources)
     for length in range(1, max(len(a), len(b)) + 1):
         if a[-length:] != b[-length:]:
@@ -123,7 +123,7 @@ def _names(sources: Sequence[Source]) -> tuple[str, str]:
 def _loaders(
     sources: Sequence[Source], models: Sequence[Loaded], texts: Sequence[str], tokens: int
 ) -> tuple[list[list[Mapping[str, Tensor]]], str]:
-    """The same texts for both models, and what a row is: a token where both take the same ones, else a text."""
+    """The same texts for both models, and the pooling: tokens if both have the same ones, else means by text."""
     from inflection_fast.checkpoints.loading import tokenizer_of
     from inflection_fast.checkpoints.texts import batches_of, token_budget
 
@@ -181,7 +181,7 @@ def scan_command(argv: Sequence[str], console: Console) -> int:
     with console.status("reading the model") as status:
         found = scan(
             source.name, texts, out=folder, rank=asked.rank, tokens=asked.tokens, select_config=chosen, yaml=asked.yaml,
-            weights=not asked.no_weights, told=status.update,
+            weights=not asked.no_weights, progress=status.update,
         )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     found.save(folder / "scan.json")

@@ -1,4 +1,4 @@
-"""A comparison in words, in the terminal and as a page."""
+"""A comparison as text, in the terminal and as a page."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from inflection_fast.checkpoints.comparison import Comparison, Drift
+from inflection_fast.checkpoints.numbers import in_words, print_grid
 from inflection_fast.decide.evidence import t_quantile
 from inflection_fast.report.answer import Answer
 from inflection_fast.report.layer_page import LayerPage, Line, Matrix, Profile, Table
@@ -19,18 +20,15 @@ if TYPE_CHECKING:
 
 __all__ = ["comparison_answer", "comparison_page", "moved_layers", "show_comparison"]
 
-LEVEL = 0.05  # chance that some layer of a quantity counts as moved where none has
-LONG = 48  # with more layers than this the terminal lists the ones that have moved furthest
-LEAST = 1e-9  # what is smaller is rounding
+LEVEL = 0.05  # chance of a false result over all layers of a quantity
+LONG = 48  # with more layers the terminal lists those that have moved most
+LEAST = 1e-9  # smaller values are rounding errors
 DECIMALS = 5
-NAMED = 3  # quantities and modules that are named in a sentence
+NAMED = 3  # quantities and modules in a sentence
 
 
 def moved_layers(drift: Drift, batches: int) -> list[int]:
-    """Layers whose difference is larger than the batches move it by chance.
-
-    Student's t over the batches, two-sided, at 5 % over all layers of the quantity (Bonferroni).
-    """
+    """Layers with a significant difference: two-sided Student's t over the batches, at 5 % over all layers."""
     if batches < 2 or not drift.difference:
         return []
     limit = t_quantile(LEVEL / (2 * len(drift.difference)), batches - 1)
@@ -47,12 +45,11 @@ def comparison_answer(found: Comparison) -> Answer:
     weights = sorted(found.weights.items(), key=lambda one: -one[1])
     if np.isfinite(delta).any():
         layer = int(np.nanargmax(delta))
-        verdict = f"Layer {layer} has moved furthest: delta-CKA {_with_error(delta[layer], found.delta_error[layer])}."
+        verdict = f"Layer {layer} has changed most: delta-CKA {_with_error(delta[layer], found.delta_error[layer])}."
     elif found.matrix:
         best = [j for j in found.nearest if j is not None]
         verdict = f"The models have {len(found.layers[0])} and {len(found.layers[1])} layers; " + (
-            "the layer of B that is nearest to each of A goes from "
-            f"{min(best)} to {max(best)}." if best else "no two layers pass the same rows."
+            f"the nearest layers of B are {min(best)} to {max(best)}." if best else "no two layers have the same rows."
         )  # fmt: skip
     else:
         verdict = "Only weights were compared."
@@ -63,20 +60,20 @@ def comparison_answer(found: Comparison) -> Answer:
     why = []
     if signals:
         more = f" and {len(signals) - NAMED} more" if len(signals) > NAMED else ""
-        why.append(f"Beyond what the batches move by chance: {', '.join(signals[:NAMED])}{more}.")
+        why.append(f"Significant differences over the batches: {', '.join(signals[:NAMED])}{more}.")
     elif found.drift:
-        why.append("No measured quantity differs by more than the batches move it by chance.")
+        why.append("No measured quantity differs significantly over the batches.")
     why.append(_basis(found))
     return Answer(verdict, " ".join(why), "Look at the layers that stand out below, or measure them while they train.")
 
 
 def _basis(found: Comparison) -> str:
-    told = found.settings
-    if not told.get("sequences"):
+    progress = found.settings
+    if not progress.get("sequences"):
         return "No text was given to the models."
-    space = "in the full space" if told.get("rank") is None else f"in a shared basis of rank {told['rank']}"
-    kind = "debiased" if told.get("debiased") else "biased"
-    rows, texts = count(_int(told, "rows")), count(_int(told, "sequences"))
+    space = "in the full space" if progress.get("rank") is None else f"in a shared basis of rank {progress['rank']}"
+    kind = "debiased" if progress.get("debiased") else "biased"
+    rows, texts = count(_int(progress, "rows")), count(_int(progress, "sequences"))
     return f"{kind.capitalize()} CKA {space} of {rows} rows of {texts} texts."
 
 
@@ -137,7 +134,7 @@ def _versions(found: Comparison) -> list[tuple[str, str]]:
 def _absent(found: Comparison) -> list[str]:
     said = []
     if found.matrix and not found.delta:
-        said.append("The models have different numbers of layers, so no layer of one belongs to one of the other.")
+        said.append("The models have different numbers of layers, so layers are not compared one by one.")
     if not found.weights:
         said.append("No block has the same weights in both models, so their change is not known.")
     return said
@@ -150,7 +147,7 @@ def _tables(found: Comparison) -> list[Table]:
         head, by_layer = _layer_rows(found)
         tables.append(Table("By layer", head, by_layer, numbers=tuple(range(len(head)))))
     measured = [
-        (str(layer), one.label, *map(_value, (one.a[layer], one.b[layer])), one.unit)
+        (str(layer), one.label, *map(in_words, (one.a[layer], one.b[layer])), one.unit)
         for one in found.drift.values()
         for layer in range(min(len(one.a), len(one.b)))
     ]
@@ -187,8 +184,7 @@ def _layer_rows(found: Comparison, *, short: bool = False) -> tuple[list[str], l
 
 
 def show_comparison(found: Comparison, names: tuple[str, str], console: Console) -> None:
-    """The same in the terminal."""
-    from rich.table import Table as Grid
+    """Print the comparison in the terminal."""
     from rich.text import Text
 
     said = comparison_answer(found)
@@ -198,14 +194,9 @@ def show_comparison(found: Comparison, names: tuple[str, str], console: Console)
     if len(rows) > LONG:
         order = np.argsort(-np.nan_to_num(_array(found.delta or [0.0] * len(rows)), nan=-np.inf), kind="stable")
         rows = [rows[i] for i in sorted(order[:LONG])]
-        note = f"{LONG} of {len(found.layers[0])} layers, those that have moved furthest."
-    grid = Grid(box=None, pad_edge=False, header_style="bold")
-    for name in head:
-        grid.add_column(name, justify="right")
-    for row in rows:
-        grid.add_row(*row)
+        note = f"{LONG} of {len(found.layers[0])} layers: those that have changed most."
     if rows:
-        console.print(grid, soft_wrap=False)
+        print_grid(console, head, rows)
     for line in filter(None, (note, said.verdict, said.why)):
         console.print(Text(line, "bold" if line is said.verdict else ""), soft_wrap=False)
 
@@ -214,12 +205,8 @@ def _array(values: list[float | None]) -> np.ndarray:
     return np.array([np.nan if value is None else value for value in values], float)
 
 
-def _value(value: float | None) -> str:
-    return "-" if value is None else significant(value)
-
-
 def _with_error(value: float | None, error: float | None, *, sign: bool = False) -> str:
-    """A value to as many decimals as its standard error has two digits of."""
+    """A value with as many decimals as two digits of its standard error need."""
     if value is None or not np.isfinite(value):
         return "-"
     plus = "+" if sign and value > 0 else ""

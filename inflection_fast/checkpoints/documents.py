@@ -1,4 +1,4 @@
-"""What `compare` and `scan` find, as JSON files that say what they are."""
+"""JSON files of comparisons and scans, with their kind and format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the weights of a checkpoint are, and why something else is none. No pickle is ever opened."""
+"""Finding the weights of a checkpoint. Pickles are never opened."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ class Source:
 
 
 def find(model: str) -> Source:
-    """The checkpoint that `model` names: a folder, a .safetensors or .gguf file, or a name on the hub.
+    """The checkpoint `model`: a folder, a .safetensors or .gguf file, or a name on the hub.
 
-    UserError, in one sentence, for what is no checkpoint, holds pickles only, or lacks shards.
+    UserError if it is no checkpoint, has pickles only, or lacks shards.
     """
     path = Path(model).expanduser()
     if path.is_file():
@@ -97,18 +97,18 @@ def _pickled(name: str) -> str:
 
 
 def _shards(model: str, folder: Path) -> tuple[Path, ...]:
-    """The safetensors files, all that there should be. An adapter's are no model's."""
+    """All safetensors files of the checkpoint, without those of adapters."""
     index = folder / INDEX
     found = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("adapter_"))
     if index.is_file():
         try:
-            wanted = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            trained = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise UserError(f"{index}: is no index of shards ({' '.join(str(error).split())})") from error
-        outside = [name for name in wanted if not isinstance(name, str) or Path(name).name != name]
+        outside = [name for name in trained if not isinstance(name, str) or Path(name).name != name]
         if outside:
             raise UserError(f"{index}: expected names of files in its folder, got {outside[0]!r}")
-        paths = [folder / name for name in wanted]
+        paths = [folder / name for name in trained]
     else:
         paths = found
         matches = [match for path in found if (match := _SHARD.fullmatch(path.name))]
@@ -123,7 +123,7 @@ def _shards(model: str, folder: Path) -> tuple[Path, ...]:
 
 
 def _fetched(model: str) -> Path:
-    """The folder in the cache of the hub; only weights that are no pickles are fetched."""
+    """The folder in the cache of the hub; pickles are not fetched."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     from requests.exceptions import RequestException

@@ -1,9 +1,9 @@
-"""What is unusual in a checkpoint: each finding is held against what chance gives, not against a fixed number.
+"""What is unusual in a checkpoint. Findings are compared with chance, not with fixed limits.
 
-Two nulls are measured as the texts are: the same words in random order, and random matrices in place of the weights of
-the blocks. A mean over batches counts as different where Student's t over the batches, paired, says so at 5 % over all
-layers (`decide.evidence`). What is measured once, on the probe, is compared as it is. Findings are told in the order
-of their distance from their null (`distances`), the furthest first.
+Two nulls are measured like the texts: the same words in random order, and random matrices as weights of the blocks. A
+mean over batches is different if a paired Student's t over the batches is significant at 5 % over all layers
+(`decide.evidence`). Values that are measured once, on the probe, are compared without a test. Findings are sorted by
+their distance from the null (`distances`), the largest first.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from inflection_fast.checkpoints.distances import beyond, nearer
-from inflection_fast.checkpoints.numbers import or_none
+from inflection_fast.checkpoints.distances import nearest_robust_z, robust_z
+from inflection_fast.checkpoints.numbers import finite_or_none
 from inflection_fast.decide.evidence import correlation_of, evidence_of
 from inflection_fast.report.words import layer_ranges, percent, significant
 from inflection_fast.timeline import Timeline
@@ -38,8 +38,8 @@ class Finding:
     kind: str
     words: str
     layers: list[int]
-    unusual: bool = True  # what any trained model has is told too, and is not
-    distance: float | None = None  # from its null, see `distances`; None: beyond all numbers, or not unusual
+    unusual: bool = True  # False: any trained model has it
+    distance: float | None = None  # from its null, see `distances`; None: infinite, or not unusual
 
 
 @dataclass(frozen=True)
@@ -84,13 +84,13 @@ class Nulls:
         if log:
             with np.errstate(divide="ignore", invalid="ignore"):
                 here, there = np.log(here), np.log(there)
-        return beyond(here[: len(there)], there)
+        return robust_z(here[: len(there)], there)
 
 
 def findings(
     nulls: Nulls | None, modules: Sequence[Module], weights: Sequence[MatrixSpectrum], rank: int
 ) -> list[Finding]:
-    """All that can be said: the unusual, the furthest from its null first, and then what is not."""
+    """All findings: the unusual ones by distance from their null, then the others."""
     found: list[Finding] = []
     if nulls is not None:
         found += _not_finite(nulls) + _lazy(nulls) + _order(nulls) + _sinks(nulls) + _massive(nulls) + _alike(nulls)
@@ -110,7 +110,7 @@ def _not_finite(nulls: Nulls) -> list[Finding]:
 
 
 def _lazy(nulls: Nulls) -> list[Finding]:
-    """Layers no head of which has attention of a higher rank than the random network has."""
+    """Layers without a head whose attention has a higher rank than with random matrices."""
     here, random = (_once(timeline, "rank_k90") for timeline in (nulls.texts, nulls.random))
     if here is None or random is None:
         return []
@@ -123,12 +123,12 @@ def _lazy(nulls: Nulls) -> list[Finding]:
         f"Attention of {layer_ranges(layers)} is of no higher rank in any head than that of random matrices "
         f"(layer {i}: {significant(here[i].max())}, random {significant(random[i].max())} directions hold 90 %)."
     )
-    distance = nearer(here.max(1) - random.max(1), layers)
-    return [Finding("lazy layers", words, layers, distance=or_none(distance))]
+    distance = nearest_robust_z(here.max(1) - random.max(1), layers)
+    return [Finding("lazy layers", words, layers, distance=finite_or_none(distance))]
 
 
 def _order(nulls: Nulls) -> list[Finding]:
-    """Layers whose attention does not notice that the words are in random order."""
+    """Layers whose attention entropy does not change with words in random order."""
     entropy = nulls.by_layer("entropy", "texts")
     if entropy is None or nulls.by_layer("entropy", "shuffled") is None:
         return []
@@ -136,11 +136,13 @@ def _order(nulls: Nulls) -> list[Finding]:
     layers = [int(i) for i in np.flatnonzero(np.isfinite(entropy).all(0)) if i not in noticed]
     if not layers:
         return [
-            Finding("order of words", "Every layer attends otherwise when the words are in random order.", [], False)
+            Finding("order of words", "The attention of every layer changes with words in random order.", [], False)
         ]
-    words = f"The entropy of attention in {layer_ranges(layers)} cannot be told from that on words in random order."
-    distance = nearer(np.abs(nulls.distances("entropy", "shuffled")), layers)  # hardly moved, up or down
-    return [Finding("blind to order", words, layers, distance=or_none(distance))]
+    words = (
+        f"The entropy of attention in {layer_ranges(layers)} is not significantly different with words in random order."
+    )
+    distance = nearest_robust_z(np.abs(nulls.distances("entropy", "shuffled")), layers)  # hardly moved, up or down
+    return [Finding("blind to order", words, layers, distance=finite_or_none(distance))]
 
 
 def _sinks(nulls: Nulls) -> list[Finding]:
@@ -158,7 +160,7 @@ def _sinks(nulls: Nulls) -> list[Finding]:
         f"{values[2]} on words in random order."
     )
     distance = float(nulls.distances("sink", "random")[layers].max())
-    return [Finding("sinks", words, layers, distance=or_none(distance))]
+    return [Finding("sinks", words, layers, distance=finite_or_none(distance))]
 
 
 def _massive(nulls: Nulls) -> list[Finding]:
@@ -172,7 +174,7 @@ def _massive(nulls: Nulls) -> list[Finding]:
             value = significant(float(np.nanmax(largest[:, layers])))
             words = f"Massive activations in {layer_ranges(layers)}, the largest {value}; random matrices give none."
             distance = float(nulls.distances("residual_max", "random", log=True)[layers].max())
-            found.append(Finding("massive activations", words, layers, distance=or_none(distance)))
+            found.append(Finding("massive activations", words, layers, distance=finite_or_none(distance)))
     heavy = nulls.above("residual_kurtosis", "random")
     if heavy:
         tails = nulls.by_layer("residual_kurtosis", "texts")
@@ -202,8 +204,8 @@ def _alike(nulls: Nulls) -> list[Finding]:
         f"Features of {layer_ranges(layers)} are as much like those of the layer before as with random matrices "
         f"(layer {i}: CKA {significant(float(near[i - 1]), 4)}, random {significant(float(null[i - 1]), 4)})."
     )
-    distance = nearer(null - near, [layer - 1 for layer in layers])
-    return [Finding("alike layers", words, layers, distance=or_none(distance))]
+    distance = nearest_robust_z(null - near, [layer - 1 for layer in layers])
+    return [Finding("alike layers", words, layers, distance=finite_or_none(distance))]
 
 
 def _gains(modules: Sequence[Module], rank: int) -> list[Finding]:
@@ -224,8 +226,8 @@ def _gains(modules: Sequence[Module], rank: int) -> list[Finding]:
         names = ", ".join(f"{modules[i].layer} {modules[i].name}" for i in flat[:NAMED])
         more = f" and {len(flat) - NAMED} more" if len(flat) > NAMED else ""
         said = f"Rank {rank} holds no more of the gradient than of noise in {names}{more}."
-        distance = nearer(shares / null, flat)
-        found.append(Finding("gradients of full rank", said, layers, distance=or_none(distance)))
+        distance = nearest_robust_z(shares / null, flat)
+        found.append(Finding("gradients of full rank", said, layers, distance=finite_or_none(distance)))
     return found
 
 
@@ -238,7 +240,7 @@ def _weights(weights: Sequence[MatrixSpectrum]) -> list[Finding]:
     noise = [one for one in weights if one.norm and one.outliers == 0]
     # The largest squared singular value over that of noise with the norm of the matrix.
     largest = np.array([one.random_stable_rank / one.stable_rank if one.stable_rank else np.nan for one in weights])
-    like_noise = or_none(nearer(largest, [i for i, one in enumerate(weights) if one in noise]))
+    like_noise = finite_or_none(nearest_robust_z(largest, [i for i, one in enumerate(weights) if one in noise]))
     for kind, those, distance, words in (
         ("weights not finite", broken, None, "hold NaN or infinity"),
         ("weights of zero", empty, None, "are all zero"),

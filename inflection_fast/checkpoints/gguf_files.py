@@ -1,4 +1,4 @@
-"""GGUF files as Transformers reads them, in less memory and time."""
+"""Reading GGUF files by Transformers in less memory and time."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ from inflection_fast.quantities.spectrum import dequantised, forget_pages
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFReader
 
-__all__ = ["read_sparingly"]
+__all__ = ["low_memory_gguf"]
 
 
 @contextmanager
-def read_sparingly() -> Iterator[None]:
-    """While it is open, Transformers reads a GGUF file once, the largest tensor first, and dequantises it in parts.
+def low_memory_gguf() -> Iterator[None]:
+    """While the context is open, Transformers reads a GGUF file once, the largest tensor first, dequantised in parts.
 
-    Of itself it makes a reader each for the tokenizer, the configuration and the weights, which takes seconds where a
-    vocabulary is large, and a map of names for every module of the model; it needs three times the memory of a tensor
-    to dequantise it, most of it for the largest one, which may come last; and it keeps the pages of the file beside the
-    weights made of them.
+    By default it creates a reader each for the tokenizer, the configuration and the weights, which takes seconds with a
+    large vocabulary, and a map of names for every module; it needs three times the memory of a tensor to dequantise it;
+    and it keeps the pages of the file in memory besides the weights.
     """
     import gguf
 

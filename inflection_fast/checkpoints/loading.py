@@ -1,4 +1,4 @@
-"""A model and its tokenizer from a checkpoint, as it was saved, for measuring alone."""
+"""Loading a model and its tokenizer from a checkpoint, to measure it."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from inflection_fast.checkpoints.files import Source
-from inflection_fast.checkpoints.gguf_files import read_sparingly
-from inflection_fast.checkpoints.memory import give_back
+from inflection_fast.checkpoints.gguf_files import low_memory_gguf
+from inflection_fast.checkpoints.memory import trim_memory
 from inflection_fast.run.errors import UserError, user_errors
 from inflection_fast.run.models import most_tokens, pad_on_the_right
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Loaded", "damages", "load", "sparingly", "tokenizer_of"]
+__all__ = ["Loaded", "damaged_file_errors", "load", "reading", "tokenizer_of"]
 
-# Ends of class names in `architectures` -> what the texts are to such a model.
+# Ends of class names in `architectures` -> task of such a model on texts.
 _TASKS = {
     "ForCausalLM": "causal",
     "LMHeadModel": "causal",
@@ -62,8 +62,8 @@ class Loaded:
         return most_tokens(self.model)
 
 
-def damages() -> tuple[type[Exception], ...]:
-    """What is raised where a file of weights is damaged or cut off."""
+def damaged_file_errors() -> tuple[type[Exception], ...]:
+    """The exceptions for damaged or truncated files of weights."""
     from safetensors import SafetensorError
 
     return (SafetensorError, OSError, ValueError, IndexError)
@@ -81,7 +81,7 @@ def load(source: Source, *, device: str | None = None, config: PretrainedConfig 
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     about = f"{source.name} could not be loaded"
     options: dict[str, object] = {"dtype": torch.float32 if where.type == "cpu" else "auto"}
-    with user_errors(*damages(), ImportError, KeyError, about=about):
+    with user_errors(*damaged_file_errors(), ImportError, KeyError, about=about):
         if source.gguf is not None:
             options["gguf_file"] = source.gguf
             if hasattr(transformers, "GgufConfig"):
@@ -90,23 +90,23 @@ def load(source: Source, *, device: str | None = None, config: PretrainedConfig 
             options["use_safetensors"] = True
         config = _config_of(source) if config is None else config
         task = _task_of(config)
-        with sparingly(source):
+        with reading(source):
             model = getattr(transformers, _CLASSES[task]).from_pretrained(source.folder, config=config, **options)
     if source.gguf is not None and getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.remove_quantization_config(model)
-    model.config.use_cache = False  # keys and values of earlier tokens are not wanted again
+    model.config.use_cache = False  # no cache of keys and values
     model.to(where).eval().requires_grad_(False)
-    give_back()
+    trim_memory()
     return Loaded(model, task, where)
 
 
-def sparingly(source: Source) -> AbstractContextManager[None]:
-    """Within it, Transformers reads a GGUF file once, and in little memory; other files it maps."""
-    return nullcontext() if source.gguf is None else read_sparingly()
+def reading(source: Source) -> AbstractContextManager[None]:
+    """A context for Transformers to read a checkpoint: GGUF files once and in little memory."""
+    return nullcontext() if source.gguf is None else low_memory_gguf()
 
 
-def bring_libraries(source: Source) -> PretrainedConfig:
-    """Imports what `load` and a Monitor need, so that memory beyond it is that of the model and of what is measured.
+def import_libraries(source: Source) -> PretrainedConfig:
+    """Import what `load` and a Monitor need, so that later memory is that of the model and of measuring.
 
     Returns the configuration of the model.
     """

@@ -1,4 +1,4 @@
-"""One model, measured on batches by a Monitor, and left as it was."""
+"""Measuring a model on batches by a Monitor, without changing it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from inflection_fast.blocks import find_blocks
-from inflection_fast.checkpoints.memory import give_back
+from inflection_fast.checkpoints.memory import trim_memory
 from inflection_fast.checkpoints.threads import threads_for
 from inflection_fast.measure import Monitor, MonitorConfig
 from inflection_fast.measure.hooks import isolated_evaluation
@@ -30,13 +30,13 @@ Inputs = Mapping[str, Tensor]
 
 
 class Features(Quantity):
-    """Keeps feature rows of every block's output, for a comparison with those of another model.
+    """Keeps feature rows of every block's output, to compare them with those of another model.
 
     `rows[layer]` and `sequences[layer]` are lists of tensors [n, D] and [n], one of each batch. Memory: at most
     `budget` rows of every layer, in float32.
 
     Args:
-        batches: how many are to come; each step of the monitor is one.
+        batches: their number; each is one step of the monitor.
         budget: rows of a layer.
         pooling: as for `feature_rows`.
         seed: of the choice of rows.
@@ -83,7 +83,7 @@ def measure(
 ) -> Timeline:
     """The timeline of `model` on `batches`, one measured step for each.
 
-    The model runs in evaluation mode; modes, `requires_grad`, gradients and random generators are as before afterwards.
+    The model runs in evaluation mode; modes, `requires_grad`, gradients and random generators are restored.
 
     Args:
         model: any that a Monitor takes, on the device of the batches.
@@ -93,8 +93,8 @@ def measure(
         probe: as for a Monitor.
         gradients: whether a backward pass goes through every forward, as far as to the first block.
         loss: makes it, of inputs and output; None: what the model returns.
-        weights: parameters that have a gradient in the first step, each only as long as it takes to measure it.
-        recomputes: blocks are computed again in the backward pass, and their activations not kept; see `can_recompute`.
+        weights: parameters with a gradient in the first step; each gradient is freed once it was measured.
+        recomputes: activation checkpointing of the blocks; see `can_recompute`.
 
     Raises:
         ValueError: there is no loss to go back from, or the Monitor refuses the model.
@@ -106,24 +106,24 @@ def measure(
         stack.enter_context(_frozen(model))
         stack.enter_context(isolated_evaluation(model, device, autograd=True))
         if recomputes:
-            stack.enter_context(_recomputing(model))
-        wanted = stack.enter_context(_wanted(weights))  # before the monitor, which looks at what trains
+            stack.enter_context(_checkpointed(model))
+        trained = stack.enter_context(_trained(weights))  # before the monitor, which looks at what trains
         given = None if probe is None else [dict(inputs) for inputs in probe]
-        # Pieces that are kept, of features, lie between freed ones, so that each forward would take fresh memory.
-        stack.callback(model.register_forward_hook(lambda *_: give_back()).remove)
+        # Kept features fragment the freed memory, so each forward would allocate new memory.
+        stack.callback(model.register_forward_hook(lambda *_: trim_memory()).remove)
         monitor = stack.enter_context(Monitor(model, config, out, probe=given, alerts=None))
         for batch in batches:
             inputs = {name: value.to(device) for name, value in batch.items()}
             output = model(**inputs)
             found = loss_of(output) if loss is None else loss(inputs, output)
-            del output  # logits of a large vocabulary are more than all activations
+            del output  # logits of a large vocabulary are larger than all activations
             if gradients:
                 if found is None:
                     raise ValueError("loader: a batch gives no loss; put labels into the batches")
                 found.backward()
             found = None if found is None else found.detach()  # without the graph
-            wanted.close()  # before the probe runs, which would keep its activations for their gradients
-            give_back()
+            trained.close()  # before the probe runs, which would keep its activations for their gradients
+            trim_memory()
             monitor.step(found)
         timeline = monitor.timeline
         if monitor.dropped:
@@ -132,7 +132,7 @@ def measure(
 
 
 def _operations(model: nn.Module, batches: Sequence[Inputs]) -> float:
-    """Floating-point operations of the largest matrix of the blocks on a batch; of no texts as many as there can be."""
+    """Floating-point operations of the largest matrix of the blocks on a batch; infinite without `input_ids`."""
     if not all("input_ids" in batch for batch in batches):
         return math.inf
     tokens = max((batch["input_ids"].numel() for batch in batches), default=0)
@@ -142,7 +142,7 @@ def _operations(model: nn.Module, batches: Sequence[Inputs]) -> float:
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter trains; the Monitor lets gradients begin at the first block."""
+    """No parameter trains; the Monitor makes gradients start at the first block."""
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     try:
         for parameter, _, _ in before:
@@ -156,10 +156,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 def can_recompute(model: nn.Module) -> bool:
-    """Whether blocks may be computed again in the backward pass, which Transformers does in training mode alone.
-
-    Not where the configuration knows of dropout, which a block could then apply.
-    """
+    """Whether blocks can be checkpointed. Transformers does so in training mode alone, so not with dropout."""
     to_dict = getattr(getattr(model, "config", None), "to_dict", dict)
     known: dict[str, object] = to_dict()
     drops = any("drop" in name and isinstance(value, (int, float)) and value > 0 for name, value in known.items())
@@ -173,8 +170,8 @@ def _recomputable(model: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def _recomputing(model: nn.Module) -> Iterator[None]:
-    """Blocks alone, not what is in them, are in training mode, so that Transformers checkpoints them."""
+def _checkpointed(model: nn.Module) -> Iterator[None]:
+    """Blocks, but not their children, are in training mode, so that Transformers checkpoints them."""
     names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # the second until Transformers 5
     next(getattr(model, name) for name in names if hasattr(model, name))()
     blocks = _recomputable(model)
@@ -189,8 +186,8 @@ def _recomputing(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _wanted(weights: frozenset[nn.Parameter]) -> Iterator[ExitStack]:
-    """These parameters train until the stack is closed, and let go of their gradients as soon as they are whole."""
+def _trained(weights: frozenset[nn.Parameter]) -> Iterator[ExitStack]:
+    """These parameters train until the stack is closed; each gradient is freed as soon as it is complete."""
 
     def let_go(parameter: Tensor) -> None:
         parameter.grad = None

@@ -1,4 +1,4 @@
-"""Memory of the process: what it holds, what it held at most, and giving back what is free."""
+"""Memory of the process: resident, peak, and returning free memory to the system."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import resource
 import sys
 from pathlib import Path
 
-__all__ = ["give_back", "peak_bytes", "resident_bytes"]
+__all__ = ["peak_bytes", "resident_bytes", "trim_memory"]
 
 _STATUS = Path("/proc/self/status")
 
 
-def give_back() -> None:
-    """Return free memory to the system. Nothing happens where the C library is not that of GNU.
+def trim_memory() -> None:
+    """Return free memory to the system, with the GNU C library.
 
-    It keeps what is freed in pieces of less than some MiB, such as weights and activations of small models: half of a
-    model's size was still held after the model was gone.
+    It keeps freed pieces smaller than some MiB, such as weights and activations of small models: half of a model's size
+    was still resident after the model was deleted.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
@@ -24,13 +24,13 @@ def give_back() -> None:
 
 
 def resident_bytes() -> int:
-    """The memory that this process has now; on other systems than Linux the most that it has had."""
+    """The resident memory of this process; on other systems than Linux its peak."""
     return _of_status("VmRSS") if _STATUS.exists() else peak_bytes()
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has had."""
-    if _STATUS.exists():  # ru_maxrss of Linux begins with what the parent of the process had
+    """The peak of the resident memory of this process."""
+    if _STATUS.exists():  # on Linux ru_maxrss starts at the value of the parent process
         return _of_status("VmHWM")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 

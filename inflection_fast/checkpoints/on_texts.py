@@ -1,4 +1,4 @@
-"""A model on texts: as they are, with their words in random order, and with random matrices for its weights."""
+"""A model measured on texts, on the same words in random order, and with random matrices as weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from inflection_fast.blocks import Block, find_blocks
 from inflection_fast.checkpoints.findings import Nulls
 from inflection_fast.checkpoints.loading import LOSSES, Loaded, halves_loss
 from inflection_fast.checkpoints.measuring import Inputs, can_recompute, measure
-from inflection_fast.checkpoints.numbers import Numbers, numbers, or_none
+from inflection_fast.checkpoints.numbers import Numbers, finite_or_none, numbers
 from inflection_fast.checkpoints.texts import Batch, batches_of, shuffled, token_budget
 from inflection_fast.measure import MonitorConfig
 from inflection_fast.measure.micro_batch import loss_of
@@ -31,16 +31,16 @@ if TYPE_CHECKING:
 
 __all__ = ["Measured", "Module", "measured"]
 
-NULL_TEXTS = 32  # on which the nulls are measured
-PROBE_TEXTS = 12  # whose features and attention matrices are compared
-RANKED = 4  # sequences of each of their batches whose attention matrices are: an eigenvalue problem for every head
+NULL_TEXTS = 32  # texts for the nulls
+PROBE_TEXTS = 12  # texts of the probe, for features and attention matrices
+RANKED = 4  # sequences by batch for the rank of attention: an eigenvalue problem for every head
 CKA_ROWS = 1024
 ONCE = 2**31  # the cadence of what is measured in the first step alone
 
 
 @dataclass(frozen=True)
 class Module:
-    """The gradient of one weight matrix, as an adapter of low rank could follow it."""
+    """The first-order gain of a low-rank adapter at one weight matrix."""
 
     layer: int
     name: str
@@ -67,9 +67,9 @@ def measured(
     rank: int,
     tokens: int,
     seed: int,
-    told: Callable[[str], None],
+    progress: Callable[[str], None],
 ) -> Measured:
-    """Measures a model on texts, and on the two nulls; afterwards the matrices of its blocks are random."""
+    """Measure a model on texts and on the two nulls; afterwards the matrices of its blocks are random."""
     model = loaded.model
     longest = max(len(tokenizer(text, truncation=True, max_length=tokens)["input_ids"]) for text in texts)
     recomputes = longest > token_budget(loaded) and can_recompute(model)
@@ -85,7 +85,7 @@ def measured(
             return loss_of(output)
         return halves_loss(getattr(output, "last_hidden_state"), inputs["attention_mask"])  # noqa: B009
 
-    told(f"measuring {sum(batch.texts for batch in batches)} texts")
+    progress(f"measuring {sum(batch.texts for batch in batches)} texts")
     first_order = FirstOrder(rank, every=ONCE)
     timeline = measure(
         model,
@@ -100,11 +100,11 @@ def measured(
     )
     count = _first(batches, NULL_TEXTS)
     null_config = _config()
-    told("measuring them with their words in random order")
+    progress("measuring them with their words in random order")
     mixed = [shuffled(one, tokenizer.all_special_ids, seed + i) for i, one in enumerate(batches[:count])]
     inputs = [_without_loss(one.inputs, loaded) for one in mixed]
     of_shuffled = measure(model, inputs, null_config, out=folder("shuffled"), probe=_probe(mixed, loaded))
-    told("measuring them with random matrices")
+    progress("measuring them with random matrices")
     _randomise(blocks, seed)
     inputs = [_without_loss(one.inputs, loaded) for one in batches[:count]]
     of_random = measure(model, inputs, null_config, out=folder("random"), probe=_probe(batches[:count], loaded))
@@ -114,7 +114,7 @@ def measured(
         "tokens": sum(int(batch.inputs["attention_mask"].sum()) for batch in batches),
         "texts of the nulls": sum(batch.texts for batch in batches[:count]),
         "loss": LOSSES[loaded.task],
-        "mean loss": or_none(float(np.nanmean(timeline.loss))),
+        "mean loss": finite_or_none(float(np.nanmean(timeline.loss))),
         "gradients of weights from": f"{batches[0].texts} texts",
         "blocks computed again in the backward pass": recomputes,
     }
@@ -131,13 +131,13 @@ def _config(*more: str | Quantity) -> MonitorConfig:
 
 
 def _first(batches: Sequence[Batch], texts: int) -> int:
-    """How many of the batches hold the first texts; at least two, so that they tell chance."""
+    """The number of batches with the first texts; at least two, to estimate chance."""
     counts = np.cumsum([batch.texts for batch in batches])
     return min(len(batches), max(2, int(np.searchsorted(counts, texts)) + 1))
 
 
 def _probe(batches: Sequence[Batch], loaded: Loaded) -> list[Inputs]:
-    """The first texts without labels, so that no gradient is asked for; a decoder of its own gets them as inputs."""
+    """The first texts without labels, so without gradients; a separate decoder gets the labels as inputs."""
     found: list[Inputs] = []
     for one in batches[: _first(batches, PROBE_TEXTS)]:
         inputs = {name: value for name, value in one.inputs.items() if name != "labels"}
@@ -149,7 +149,7 @@ def _probe(batches: Sequence[Batch], loaded: Loaded) -> list[Inputs]:
 
 
 def _without_loss(inputs: Inputs, loaded: Loaded) -> Inputs:
-    """The same for a forward of which only the blocks count: a decoder then makes the logits of one position alone."""
+    """Inputs for a forward whose logits are not needed: a decoder computes those of one position."""
     if loaded.task != "causal" or "logits_to_keep" not in inspect.signature(loaded.model.forward).parameters:
         return inputs
     kept = {name: value for name, value in inputs.items() if name != "labels"}
@@ -168,7 +168,7 @@ def _matrices(blocks: Sequence[Block], rank: int) -> frozenset[nn.Parameter]:
 
 
 def _randomise(blocks: Sequence[Block], seed: int) -> None:
-    """Independent normal numbers in place of every matrix of the blocks, with its mean and standard deviation."""
+    """Replace every matrix of the blocks by normal numbers with its mean and standard deviation."""
     done: set[nn.Parameter] = set()
     with torch.no_grad():
         for block in blocks:
@@ -197,6 +197,6 @@ def _modules(timeline: Timeline, blocks: Sequence[Block], rank: int) -> list[Mod
                 rows, columns = shapes[name]
                 found.append(
                     Module(block.index, name.removesuffix(".weight"), float(gain[block.index, place]),
-                           or_none(float(share[block.index, place])), random_share(rows, columns, rank))
+                           finite_or_none(float(share[block.index, place])), random_share(rows, columns, rank))
                 )  # fmt: skip
     return found

@@ -1,4 +1,4 @@
-"""A scan in words, in the terminal and as a page."""
+"""A scan as text, in the terminal and as a page."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from inflection_fast.checkpoints.findings import Finding
+from inflection_fast.checkpoints.numbers import in_words, print_grid
 from inflection_fast.checkpoints.scanning import Profiled, Scan
 from inflection_fast.report.answer import Answer
 from inflection_fast.report.layer_page import LayerPage, Line, Matrix, Profile, Table
@@ -18,15 +19,15 @@ if TYPE_CHECKING:
 
 __all__ = ["scan_answer", "scan_page", "show_scan"]
 
-LONG = 48  # with more layers than this the terminal lists those of the findings
-SENTENCES = 4  # of the findings in the first lines
-# Columns of the table in the terminal: name of the profile, or of what is computed below, and the head.
+LONG = 48  # with more layers the terminal lists those of the findings
+SENTENCES = 4  # findings in the first lines
+# Columns of the table in the terminal: name of the profile, or of a value computed below, and the head.
 TERMINAL = (
     ("entropy", "Entropy"), ("sink", "Sink"), ("rank_k90", "Rank k*"), ("residual_rms", "RMS"),
     ("residual_kurtosis", "Kurtosis"), ("activation_grad", "Gradient"), ("gain", "Gain"), ("near", "CKA before"),
     ("effective", "Eff. rank"),
 )  # fmt: skip
-# Kind of a finding -> the columns that tell it, in which its layers are marked.
+# Kind of a finding -> its columns, in which its layers are marked.
 TOLD_BY = {
     "not finite": ("residual_rms",),
     "lazy layers": ("rank_k90", "rank_max", "lazy_heads"),
@@ -40,14 +41,14 @@ def scan_answer(found: Scan, where: str) -> Answer:
     """The first three lines."""
     unusual = [one for one in found.findings if one.unusual]
     if unusual:
-        verdict = f"Unusual against chance: {', '.join(_kind(one) for one in unusual)}."
+        verdict = f"Unusual compared with chance: {', '.join(_kind(one) for one in unusual)}."
     else:
-        verdict = "Nothing unusual: nothing differs from its null where a trained model should not."
+        verdict = "Nothing unusual: all comparisons with the nulls are as in trained models."
     why = " ".join(one.words for one in (unusual or found.findings)[:SENTENCES])
     if not found.texts:
         return Answer(
-            verdict, why or "The file holds no matrix of at least 16 x 16.",
-            "With texts, attention, features and gradients are measured as well:",
+            verdict, why or "The file has no matrix of at least 16 x 16.",
+            "With texts, attention, features and gradients are measured too:",
             f"inflection-fast scan {found.model['name']} --data texts.txt",
         )  # fmt: skip
     if found.plan is None or not found.plan.layers:
@@ -55,7 +56,7 @@ def scan_answer(found: Scan, where: str) -> Answer:
         return Answer(verdict, why, f"No layer is chosen for adapters.{chosen}")
     return Answer(
         verdict, why,
-        f"For adapters it points at {layer_ranges(found.plan.layers)}; as settings of a tool that trains:",
+        f"For adapters it chooses {layer_ranges(found.plan.layers)}; to print settings of a training tool:",
         f"inflection-fast scan {found.model['name']} --data ... --yaml axolotl",
     )  # fmt: skip
 
@@ -89,7 +90,7 @@ def scan_page(found: Scan, where: str, source: str) -> LayerPage:
 
 
 def _marked(found: Scan, column: str) -> list[int]:
-    """Layers of the unusual findings that this column tells."""
+    """Layers of the unusual findings of this column."""
     return sorted(
         {i for one in found.findings if one.unusual and column in TOLD_BY.get(one.kind, ()) for i in one.layers}
     )
@@ -103,7 +104,7 @@ def _profile(one: Profiled, marked: list[int]) -> Profile:
 
 
 def _more_profiles(found: Scan) -> list[Profile]:
-    """What is not a column by layer: gains of all modules of a layer, and effective ranks."""
+    """Profiles that are no columns: summed gains of the modules of a layer, and effective ranks."""
     profiles = []
     if found.modules:
         said = (
@@ -152,9 +153,9 @@ def _tables(found: Scan) -> list[Table]:
         tables.append(Table("Gradients by module, the largest gain first", head, rows, (0, 2, 3, 4), folded=True))
     if found.weights:
         rows = [
-            (one.name, f"{one.shape[0]} x {one.shape[1]}", str(one.outliers), _value(one.effective_rank),
-             _value(one.random_effective_rank), _value(one.stable_rank), _value(one.random_stable_rank),
-             _value(one.alpha), _value(one.random_alpha), _value(one.norm))
+            (one.name, f"{one.shape[0]} x {one.shape[1]}", str(one.outliers), in_words(one.effective_rank),
+             in_words(one.random_effective_rank), in_words(one.stable_rank), in_words(one.random_stable_rank),
+             in_words(one.alpha), in_words(one.random_alpha), in_words(one.norm))
             for one in found.weights
         ]  # fmt: skip
         head = ["Matrix", "Size", "Above noise", "Effective rank", "random", "Stable rank", "random", "Exponent",
@@ -170,7 +171,7 @@ def _layer_rows(found: Scan) -> tuple[list[str], list[list[str]]]:
         values = found.profiles[name].texts if name in found.profiles else own.get(name, [])
         if any(value is not None for value in values):
             head.append(title)
-            columns.append([_value(value) for value in values])
+            columns.append([in_words(value) for value in values])
     return head, [list(row) for row in zip(*columns, strict=True)]
 
 
@@ -198,7 +199,7 @@ def _effective(found: Scan) -> list[float | None]:
 
 
 def _distance(one: Finding) -> str:
-    return "" if not one.unusual else "-" if one.distance is None else significant(one.distance)
+    return in_words(one.distance) if one.unusual else ""
 
 
 def _missing(found: Scan) -> list[str]:
@@ -206,7 +207,7 @@ def _missing(found: Scan) -> list[str]:
         return ["No texts were given: attention, features and gradients were not measured, and no layers are chosen."]
     said = []
     if "entropy" not in found.profiles:
-        said.append("Attention was not seen, so entropy, sinks and ranks have no values.")
+        said.append("No attention was observed, so entropy, sinks and ranks have no values.")
     if not found.weights:
         said.append("The spectra of the weights were not computed.")
     if "rank_k90" not in found.profiles and "entropy" in found.profiles:
@@ -215,15 +216,13 @@ def _missing(found: Scan) -> list[str]:
 
 
 def show_scan(found: Scan, where: str, console: Console) -> None:
-    """The same in the terminal."""
-    from rich.table import Table as Grid
+    """Print the scan in the terminal."""
     from rich.text import Text
 
     def show(text: str, style: str = "") -> None:
         console.print(Text(text, style), soft_wrap=False)
 
     show(f"Scan of {found.model['name']}", "bold")
-    grid = Grid(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     if found.layers:
         head, rows = _layer_rows(found)
         if len(rows) > LONG:
@@ -232,11 +231,7 @@ def show_scan(found: Scan, where: str, console: Console) -> None:
             show(f"{len(rows)} of {len(found.layers)} layers: those of the findings, the first and the last.")
     else:
         head, rows = _by_kind(found)
-    for i, name in enumerate(head):
-        grid.add_column(name, justify="right" if i or found.layers else "left")
-    for row in rows:
-        grid.add_row(*row)
-    console.print(grid, soft_wrap=False)
+    print_grid(console, head, rows, left=not found.layers, padding=(0, 1, 0, 0))
     for one in found.findings:
         show(("! " if one.unusual else "  ") + one.words, "bold" if one.unusual else "")
     said = scan_answer(found, where)
@@ -245,7 +240,7 @@ def show_scan(found: Scan, where: str, console: Console) -> None:
 
 
 def _by_kind(found: Scan) -> tuple[list[str], list[list[str]]]:
-    """Matrices of one kind in one row: how many, and medians."""
+    """One row by kind of matrix: their number, and medians."""
     kinds: dict[str, list[int]] = {}
     for i, one in enumerate(found.weights):
         kinds.setdefault(one.kind.removesuffix(".weight"), []).append(i)
@@ -262,10 +257,6 @@ def _by_kind(found: Scan) -> tuple[list[str], list[list[str]]]:
             significant(float(np.median(alphas))) if alphas else "-",
         ])  # fmt: skip
     return ["Matrices", "Number", "Size", "Above noise, least", "Eff. rank of random", "Exponent"], rows
-
-
-def _value(value: float | None) -> str:
-    return "-" if value is None else significant(value)
 
 
 def _percent(share: float | None) -> str:

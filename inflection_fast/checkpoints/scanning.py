@@ -1,4 +1,4 @@
-"""What one checkpoint holds: weights, and on texts attention, features and gradients, beside what chance gives."""
+"""Scan of one checkpoint: weights, and on texts attention, features and gradients, compared with chance."""
 
 from __future__ import annotations
 
@@ -13,8 +13,15 @@ import numpy as np
 from inflection_fast.checkpoints.documents import read_document, write_document
 from inflection_fast.checkpoints.files import find
 from inflection_fast.checkpoints.findings import Finding, Nulls, findings
-from inflection_fast.checkpoints.loading import Loaded, bring_libraries, damages, load, sparingly, tokenizer_of
-from inflection_fast.checkpoints.memory import give_back, peak_bytes, resident_bytes
+from inflection_fast.checkpoints.loading import (
+    Loaded,
+    damaged_file_errors,
+    import_libraries,
+    load,
+    reading,
+    tokenizer_of,
+)
+from inflection_fast.checkpoints.memory import peak_bytes, resident_bytes, trim_memory
 from inflection_fast.checkpoints.numbers import Numbers, error_of, numbers
 from inflection_fast.checkpoints.on_texts import Measured, Module
 from inflection_fast.checkpoints.on_texts import measured as measured_on
@@ -93,7 +100,7 @@ class Scan:
 
 
 def _finite(value: object) -> object:
-    """The same with None for numbers that JSON has not."""
+    """The value with None for numbers that are not finite."""
     if isinstance(value, dict):
         return {key: _finite(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
@@ -112,9 +119,9 @@ def scan(
     yaml: str | None = None,
     weights: bool = True,
     seed: int = 0,
-    told: Callable[[str], None] = lambda words: None,
+    progress: Callable[[str], None] = lambda words: None,
 ) -> Scan:
-    """What is in a checkpoint, without training it.
+    """Scan a checkpoint without training it.
 
     With texts the model is measured on them three times: as they are, with a backward pass of its own loss through
     every batch; on the first 32 with their words in random order; and on those with random matrices in place of the
@@ -133,7 +140,7 @@ def scan(
         yaml: a tool of `Plan.to_yaml`, whose settings are made of the plan.
         weights: whether spectra are computed.
         seed: of everything that is drawn: masks, orders of words, random matrices of the blocks.
-        told: called with what is being done.
+        progress: called with a description of each part of the work.
 
     Raises:
         UserError: in one sentence, what is wrong with the model or the texts.
@@ -147,16 +154,16 @@ def scan(
     versions = _versions()
     plan, settings_yaml = None, None
     if texts is not None:
-        told("loading the model")
-        with sparingly(source):
-            tokenizer = tokenizer_of(source)  # what lacks is said before the weights are loaded
-            config = bring_libraries(source)
-        give_back()
+        progress("loading the model")
+        with reading(source):
+            tokenizer = tokenizer_of(source)  # errors before the weights are loaded
+            config = import_libraries(source)
+        trim_memory()
         before = resident_bytes()
         loaded = load(source, config=config)
         about |= _about(loaded)
         with user_errors(ValueError, RuntimeError, about=f"{source.name} cannot be measured"):
-            measured = measured_on(loaded, tokenizer, texts, out, rank, tokens, seed, told)
+            measured = measured_on(loaded, tokenizer, texts, out, rank, tokens, seed, progress)
         with user_errors(ValueError, about="plan"):
             plan = select(measured.nulls.texts, select_config or SelectConfig())
             if yaml is not None:
@@ -166,12 +173,12 @@ def scan(
         settings["weights in memory, MiB"] = round(loaded.weight_bytes / 2**20, 1)
         del loaded  # before the weights are read
         gc.collect()
-        give_back()
+        trim_memory()
     found: list[MatrixSpectrum] = []
     if weights:
-        told("reading the weights")
-        with user_errors(*damages(), about=f"the weights of {source.name} cannot be read"):
-            found = spectra(source, told=lambda done: told(f"reading the weights: {done} matrices"))
+        progress("reading the weights")
+        with user_errors(*damaged_file_errors(), about=f"the weights of {source.name} cannot be read"):
+            found = spectra(source, progress=lambda done: progress(f"reading the weights: {done} matrices"))
     settings["peak above libraries, MiB"] = round((peak_bytes() - before) / 2**20, 1)
     settings["seconds"] = round(time.perf_counter() - began, 1)
     modules = [] if measured is None else measured.modules

@@ -19,14 +19,14 @@ from inflection_fast.run.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Batch", "batches_of", "own_texts", "read_texts", "shuffled", "token_budget"]
+__all__ = ["Batch", "batches_of", "built_in_texts", "read_texts", "shuffled", "token_budget"]
 
-LEAST_BATCHES = 16  # that the texts are spread over, if they are enough: differences between batches tell chance
-LEAST_TEXTS = 4  # below, nothing can be said about chance
+LEAST_BATCHES = 16  # if there are enough texts: differences between batches estimate chance
+LEAST_TEXTS = 4  # fewer do not estimate chance
 LEAST_TOKENS = {"causal": 2, "masked": 2, "translated": 4, "embedded": 4, "plain": 1}
-IGNORED = -100  # the label that the losses of Transformers leave out
+IGNORED = -100  # the label that losses of Transformers ignore
 MASKED_SHARE = 0.15
-LEAST_BUDGET = 96 * 2**20  # bytes for activations, where a quarter of the weights is less
+LEAST_BUDGET = 96 * 2**20  # bytes for activations, if a quarter of the weights is less
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,14 @@ class Batch:
     texts: int
 
 
-def own_texts() -> list[str]:
-    """64 English sentences of many kinds, for checkpoints that are compared without texts of the user's."""
+def built_in_texts() -> list[str]:
+    """64 English sentences of many kinds, to compare checkpoints without texts of the user."""
     text = (resources.files("inflection_fast.checkpoints") / "sentences.txt").read_text(encoding="utf-8")
     return text.splitlines()
 
 
 def read_texts(path: str, column: str | None, most: int) -> list[str]:
-    """The first texts of a file that `inflection-fast run` could read. UserError for one that holds none, or bytes."""
+    """The first texts of a file in a format of `inflection-fast run`. UserError for a file without texts."""
     from inflection_fast.run.config import DataConfig
     from inflection_fast.run.files import load_rows
 
@@ -64,10 +64,10 @@ def read_texts(path: str, column: str | None, most: int) -> list[str]:
 
 
 def token_budget(loaded: Loaded, *, recomputes: bool = False) -> int:
-    """Tokens of one batch, so that its activations and logits take a quarter of the weights, or 96 MiB.
+    """Tokens of one batch whose activations and logits take a quarter of the memory of the weights, or 96 MiB.
 
-    A token keeps what goes into and comes out of every linear map of the blocks, or of one block and the outputs of all
-    where blocks are computed again in the backward pass; a head keeps its logits, their logarithms and their gradient.
+    For each token there are the inputs and outputs of every linear layer (with activation checkpointing those of one
+    block, and the outputs of all blocks), and the logits, their logarithms and their gradient.
     """
     head = loaded.model.get_output_embeddings()
     vocabulary = head.weight.shape[0] if head is not None and loaded.task != "embedded" else 0
@@ -90,11 +90,11 @@ def batches_of(
     size: int | None = None,
     seed: int = 0,
 ) -> list[Batch]:
-    """The texts, in their order, as batches of about `budget` tokens, labelled for a loss of the model's own.
+    """The texts, in order, as batches of about `budget` tokens, with labels for the loss of the model.
 
-    Each text is cut to `tokens` tokens, and left out where it has too few for its loss. A batch has at least one text,
-    for halves of texts at least four. `task` as in `loading.LOSSES` or "plain", without labels (None: the model's);
-    `size` is a number of texts in place of the budget.
+    Each text is cut to `tokens` tokens, and left out if it has too few for the loss. A batch has at least one text, for
+    halves of texts at least four. `task` as in `loading.LOSSES`, or "plain": without labels (None: that of the model);
+    `size` is a number of texts instead of the budget.
     """
     task = task or loaded.task
     most = min(tokens, loaded.longest or tokens)
@@ -115,9 +115,9 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str, most: int) -> list[int]:
 
 
 def _groups(ids: list[list[int]], budget: int, least: int, most: int) -> list[list[list[int]]]:
-    """At least and at most so many consecutive texts, in between as many as fit the budget when they are padded.
+    """Groups of consecutive texts within the budget when padded, of `least` to `most` texts.
 
-    What is left over at the end joins the last group.
+    A rest of fewer texts joins the last group.
     """
     groups: list[list[list[int]]] = [[]]
     for one in ids:
@@ -174,9 +174,9 @@ def _labelled(
 
 
 def shuffled(batch: Batch, special: Sequence[int], seed: int) -> Batch:
-    """The same tokens of every text in random order; special tokens stay where they are.
+    """The tokens of every text in random order; special tokens keep their positions.
 
-    Labels that stand for the inputs, position by position, go with them; those of a decoder stay.
+    Labels that equal the inputs by position are permuted with them; those of a decoder are not.
     """
     rng = np.random.default_rng(seed)
     inputs = {name: value.clone() for name, value in batch.inputs.items()}

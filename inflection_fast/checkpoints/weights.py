@@ -1,4 +1,4 @@
-"""Weight matrices beside random matrices of their sizes, one after the other."""
+"""Spectra of weight matrices, compared with random matrices of their sizes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from inflection_fast.checkpoints.files import Source
-from inflection_fast.checkpoints.memory import give_back
+from inflection_fast.checkpoints.memory import trim_memory
+from inflection_fast.checkpoints.numbers import finite_or_none
 from inflection_fast.checkpoints.threads import threads_for
 from inflection_fast.ops import weight_spectrum
 from inflection_fast.ops.spectrum import Spectrum, noise_singular_values, spectrum_of
@@ -21,7 +22,7 @@ _NUMBER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 @dataclass(frozen=True)
 class MatrixSpectrum:
-    """The singular values of one matrix in numbers, and of a random matrix of its size; None: no value."""
+    """Statistics of the singular values of a matrix, and of a random matrix of its size; None: no value."""
 
     name: str
     layer: int | None  # the first number in its name
@@ -37,8 +38,8 @@ class MatrixSpectrum:
     random_alpha: float | None
 
 
-def spectra(source: Source, *, told: Callable[[int], None] = lambda done: None) -> list[MatrixSpectrum]:
-    """Of every matrix of a checkpoint, beside the law of random matrices of its size (`ops.noise_singular_values`).
+def spectra(source: Source, *, progress: Callable[[int], None] = lambda done: None) -> list[MatrixSpectrum]:
+    """The spectra of all matrices of a checkpoint, and those of random matrices (`ops.noise_singular_values`).
 
     Memory: the largest matrix as it is stored (dequantised, in float32), and what `ops.singular_values` takes.
     """
@@ -52,7 +53,7 @@ def spectra(source: Source, *, told: Callable[[int], None] = lambda done: None) 
         except ValueError:  # it holds NaN or infinity
             said = Spectrum(math.nan, math.nan, math.nan, math.nan, math.nan, 0, math.nan)
         del matrix  # before the next one is read
-        give_back()
+        trim_memory()
         size = (min(shape), max(shape))
         if size not in random:
             random[size] = spectrum_of(noise_singular_values(*size), *size)
@@ -64,19 +65,15 @@ def spectra(source: Source, *, told: Callable[[int], None] = lambda done: None) 
                 layer=None if number is None else int(number[1]),
                 kind=_NUMBER.sub(".", name, count=1).strip("."),
                 shape=shape,
-                norm=_known(said.norm),
-                stable_rank=_known(said.stable_rank),
-                effective_rank=_known(said.effective_rank),
-                alpha=_known(said.alpha),
+                norm=finite_or_none(said.norm),
+                stable_rank=finite_or_none(said.stable_rank),
+                effective_rank=finite_or_none(said.effective_rank),
+                alpha=finite_or_none(said.alpha),
                 outliers=said.outliers,
                 random_stable_rank=null.stable_rank,
                 random_effective_rank=null.effective_rank,
-                random_alpha=_known(null.alpha),
+                random_alpha=finite_or_none(null.alpha),
             )
         )
-        told(len(found))
+        progress(len(found))
     return found
-
-
-def _known(value: float) -> float | None:
-    return value if value == value else None
