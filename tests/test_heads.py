@@ -30,8 +30,8 @@ def test_lazy_layers_have_rank_one_in_one_column_in_every_head():
     found = select(measured(rank_k90=RANKS, column_mass=MASSES), SelectConfig("lazy"))
     assert found.layers == (1, 3)  # block 0 has a head of rank 9; block 2 attends uniformly, which is rank one, too
     assert found.reasons[1] == (
-        "Block 1 is lazy: in no head does its attention need more than 1.20 singular values for 90 % of its energy, "
-        "and a single column holds 88% of it."
+        "Block 1 is lazy: no head needs more than 1.20 singular values for 90 % of the squared norm of its attention, "
+        "and a single column has 88% of it."
     )
     np.testing.assert_allclose(found.scores, [1 / 9, 1 / 1.2, 1 / 1.4, 1 / 1.2])
     assert found.found == {"lazy": [1, 3]} and "Lazy blocks" in found.summary

@@ -55,7 +55,7 @@ def test_rows_that_a_disk_refuses_for_long_are_given_up_oldest_first(tmp_path, c
     assert 2 < len(kept) < 20 and kept == [0, *range(201 - len(kept), 200)]  # the file's, and the last ones
     assert out.given_up == 200 - len(kept)
     assert [r.getMessage() for r in caplog.records] == [
-        f"{tmp_path / 'timeline.arrows'}: memory for rows that cannot be written is full; those from step 1 go"
+        f"{tmp_path / 'timeline.arrows'}: too many rows cannot be written; those from step 1 on are dropped"
     ]
     out._file.room = 10**6
     out.close()

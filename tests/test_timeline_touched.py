@@ -17,7 +17,7 @@ def test_a_deleted_folder_is_written_again_as_a_whole(tmp_path, caplog):
         out.append(10, **signals_of(10))
         out.append(20, **signals_of(20))
     assert [record.getMessage() for record in caplog.records] == [
-        f"{folder / 'timeline.arrows'} was deleted; all that was measured so far was written to it again"
+        f"{folder / 'timeline.arrows'} was deleted; all rows so far were written to it again"
     ]
     assert_same(Timeline.load(folder), Timeline.load(written(tmp_path / "other")))
     shutil.rmtree(folder)

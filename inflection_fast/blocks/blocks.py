@@ -1,4 +1,4 @@
-"""Which modules of a model are its blocks, found by structure."""
+"""Finding the transformer blocks of a model by structure."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ __all__ = ["Block", "find_blocks", "is_linear_attention", "is_named_attention"]
 
 # MLA: multi-head latent attention (LongCat).
 _ATTENTION_NAME = re.compile(r"(?<!post_)(attention|attn)|(?-i:MLA)$", re.IGNORECASE)
-# What mixes residual streams before and after an attention, by a softmax of its own (GLM 5, DeepSeek V4: `attn_hc`).
+# Mixes residual streams around an attention, by its own softmax (GLM 5, DeepSeek V4: `attn_hc`).
 _MIXING_NAME = re.compile(r"hyper_?connection|(^|_)hc$", re.IGNORECASE)
-# Without a softmax over keys there is no distribution to measure: Qwen3-Next, Kimi-Linear, MiniMax.
+# Attention without a softmax over keys, so without a distribution: Qwen3-Next, Kimi-Linear, MiniMax.
 _LINEAR_NAME = re.compile(r"linear_?att|lightning_?att|delta_?(net|att)", re.IGNORECASE)
 _ATTENTION_CALLS = {"scaled_dot_product_attention", "multi_head_attention_forward", "flex_attention"}
 _NEVER_CALLED = (nn.ModuleList, nn.ModuleDict)
@@ -36,8 +36,8 @@ class Block:
     # forward is several blocks, named "layer@0", "layer@1", ... after its runs.
     name: str
     path: str  # qualified name as model.get_submodule() takes it
-    module: nn.Module  # an empty one in the blocks of a monitor that was closed
-    stack: str = ""  # which stack of the model it is in: "encoder", "decoder", "vision_tower", ...
+    module: nn.Module  # an empty one after the monitor was closed
+    stack: str = ""  # name of its stack: "encoder", "decoder", "vision_tower", ...
 
 
 def find_blocks(model: nn.Module, names: Sequence[str] | None = None) -> list[Block]:
@@ -125,7 +125,7 @@ def _run_by_run(model: nn.Module, container: str, blocks: list[str]) -> list[str
 
 
 def _times(model: nn.Module, container: str) -> int:
-    """How often a forward runs the blocks of a container one after the other, by the configuration of its model."""
+    """How often a forward runs the blocks of a container, by the configuration of its model."""
     parts = container.split(".")
     for end in range(len(parts), -1, -1):
         config = getattr(model.get_submodule(".".join(parts[:end])), "config", None)
@@ -164,7 +164,7 @@ def _blocks_in(module: nn.Module, path: str, holders: set[nn.Module], attentions
     held = [child for _, child in children if child in holders]
     classes = Counter(map(type, held))
     if isinstance(module, _NEVER_CALLED) and _is_element(path) and all(child in attentions for child in held):
-        return []  # a list in a list, with attention and feed-forward of one block
+        return []  # a nested list with attention and feed-forward of one block
     if not any(count > 1 for count in classes.values()) and len(children) > 1:
         # Parts of one block in a list of its own (T5: attention, cross-attention, feed-forward) differ in class, and
         # so does what a Sequential runs before and after its blocks.
@@ -180,7 +180,7 @@ def _blocks_in(module: nn.Module, path: str, holders: set[nn.Module], attentions
 
 
 def _callable_in(module: nn.Module, path: str, attentions: set[nn.Module]) -> list[str]:
-    """The attention modules in a list that nobody calls, the outermost of those that lie in each other."""
+    """The outermost attention modules in a list that is not called."""
     found = []
     for name, child in module.named_children():
         if child in attentions:
@@ -193,7 +193,7 @@ def _callable_in(module: nn.Module, path: str, attentions: set[nn.Module]) -> li
 def _lists_of_attention(
     module: nn.Module, path: str, holders: set[nn.Module], attentions: set[nn.Module]
 ) -> Iterator[tuple[str, list[str]]]:
-    """Lists whose elements are attention modules (XLM, Flaubert), beside lists of what follows them."""
+    """Lists of attention modules (XLM, Flaubert), whose feed-forward modules are in other lists."""
     children = dict(module.named_children())
     if isinstance(module, nn.ModuleList) and children and all(child in attentions for child in children.values()):
         yield path, [_join(path, name) for name in children]
@@ -227,7 +227,7 @@ def _has_children(module: nn.Module) -> bool:
 
 
 def _attention_holders(model: nn.Module) -> tuple[set[nn.Module], set[nn.Module]]:
-    """Modules with attention strictly inside them, or that call it in their own forward; and the attention modules."""
+    """Modules that contain attention or call it in their forward; and the attention modules."""
     holders, attentions = set(), set()
 
     def visit(module: nn.Module, attribute: str) -> bool:
@@ -244,19 +244,19 @@ def _attention_holders(model: nn.Module) -> tuple[set[nn.Module], set[nn.Module]
 
 
 def is_named_attention(module: nn.Module, attribute: str) -> bool:
-    """Whether a module is a softmax attention going by the name of its class, or of the attribute that holds it."""
+    """Whether a module is a softmax attention, by the name of its class or attribute."""
     return not is_linear_attention(module, attribute) and _is_called(_ATTENTION_NAME, module, attribute)
 
 
 def is_linear_attention(module: nn.Module, attribute: str) -> bool:
-    """Whether a module is an attention without a softmax over keys, going by the same names."""
+    """Whether a module is an attention without a softmax over keys, by these names."""
     return _is_called(_LINEAR_NAME, module, attribute)
 
 
 def _is_called(pattern: re.Pattern, module: nn.Module, attribute: str) -> bool:
     if isinstance(module, CONTAINERS) or any(map(_MIXING_NAME.search, (type(module).__name__, attribute))):
         return False
-    # A bare leaf of that name is a normalisation or a projection beside the attention (`attention_norm`).
+    # A leaf of that name is a normalisation or a projection (`attention_norm`).
     return bool(pattern.search(type(module).__name__) or (pattern.search(attribute) and _has_children(module)))
 
 
@@ -290,9 +290,9 @@ def _named(model: nn.Module, names: Sequence[str]) -> list[str]:
 
 
 def _stack_names(stacks: Stacks) -> dict[str, list[str]]:
-    """The stacks by names that are as short as tells them apart: the parts of their paths where these begin to differ.
+    """The stacks by the shortest distinct names: the parts of their paths where these begin to differ.
 
-    A single one is called after the encoder or decoder that it is in, else "blocks".
+    A single stack has the name of its encoder or decoder, or "blocks".
     """
     keys = list(stacks)
     if len(keys) == 1:
@@ -322,7 +322,7 @@ def _unwrapped_name(model: nn.Module, path: str) -> str:
 
 
 def _is_wrapper_part(parent: nn.Module, part: str) -> bool:
-    # By the class that holds the part, not by its spelling: a model may well have a submodule called "model".
+    # By the class of the parent, not by the name: a model may have a submodule called "model".
     owner = type(parent).__module__
     return (
         part in _ALWAYS_WRAPPED_AS

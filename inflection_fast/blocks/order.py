@@ -1,4 +1,4 @@
-"""In which order a model runs its blocks, as far as its code and its configuration tell."""
+"""The order in which a model runs its blocks, from its code and its configuration."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
 def in_turns(model: nn.Module, stacks: dict[str, list[str]]) -> list[str]:
-    """The blocks of all stacks; those that take turns, by what the modules around them say of it, in their order."""
+    """The blocks of all stacks; alternating stacks in the order of their configuration."""
     order = [path for blocks in stacks.values() for path in blocks]
     groups: dict[str, dict[str, tuple[int, ...]]] = {}
     for path in order:
@@ -42,7 +42,7 @@ def in_turns(model: nn.Module, stacks: dict[str, list[str]]) -> list[str]:
 
 
 def calls_forward_of_elements(cls: type[nn.Module]) -> bool:
-    """Whether a loop in the code of `forward` calls `element.forward`, which runs no hooks."""
+    """Whether a loop in `forward` calls `element.forward`, which runs no hooks."""
     code = getattr(inspect.unwrap(cls.forward), "__code__", None)
     if code is None or "forward" not in code.co_names:
         return False
@@ -58,22 +58,22 @@ def calls_forward_of_elements(cls: type[nn.Module]) -> bool:
 
 
 def in_order(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The children in the order in which the code of `forward` runs them, as far as its names tell.
+    """The children in the order of their names in the code of `forward`.
 
-    First those that it calls, hands on or loops over, then those of which it only looks something up, then the others.
+    First those that it calls, passes on or loops over, then those of which it reads an attribute, then the others.
     """
     children = dict(module.named_children())
     if len(children) < 2 or isinstance(module, CONTAINERS):
         return list(children.items())
     uses = [(name, looked_into) for name, looked_into in _uses_in(type(module), "forward", set()) if name in children]
     order = dict.fromkeys(name for name, _ in sorted(uses, key=lambda use: use[1])) | dict.fromkeys(children)
-    if "encoder" in order and "decoder" in order:  # whatever the code says first: embeddings may be the decoder's
+    if "encoder" in order and "decoder" in order:  # the code may use embeddings of the decoder first
         order = {name: None for name in order if name != "decoder"} | {"decoder": None}
     return [(name, children[name]) for name in order]
 
 
 def _uses_in(cls: type, method: str, visited: set[str]) -> Iterator[tuple[str, bool]]:
-    """Attributes that a method loads and whether it only looks into them, in order, with those of methods it calls."""
+    """Attributes that a method and the methods it calls load, and whether only an attribute of them is read."""
     visited.add(method)
     function = getattr(cls, method, None)
     code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None

@@ -1,19 +1,18 @@
-"""How sure a difference between layers is, given that measured steps resemble their neighbours in time.
+"""Significance of a difference between layers, with measured steps that are correlated in time.
 
-A difference is looked at step by step: what all layers share (the loss falls, a batch is hard) cancels in it. Its
-mean over S steps has the standard error
+Differences are taken step by step, so effects on all layers (a lower loss, a hard batch) cancel. The mean over S steps
+has the standard error
 
     SE^2 = s^2 (S - 1) / (S (n - 1)),    n = S (1 - rho) / (1 + rho)
 
-with s the standard deviation over steps, rho the lag-1 autocorrelation and n the number of independent steps that S
-correlated ones are worth; for rho = 0 that is s^2 / S. The factor beside s^2 / S corrects that s itself is too small
-when steps are correlated. rho is corrected for its bias in short series, r + (1 + 3 r) / S, and taken as the larger
-of two estimates: the mean over all layers, which is steady but blind to a layer that drifts alone, and the layer's
-own less its sampling error. Below five steps there is nothing to estimate it from, and it is taken as zero. n is at
-least two.
+with s the standard deviation over steps, rho the lag-1 autocorrelation and n the effective number of independent steps;
+for rho = 0 it is s^2 / S. The factor (S - 1) / (n - 1) corrects the bias of s with correlated steps. rho is corrected
+for its bias in short series, r + (1 + 3 r) / S. It is the larger of two estimates: the mean over all layers, which does
+not show a layer that drifts alone, and that of the layer minus its sampling error. With fewer than five steps it is 0.
+n is at least two.
 
-The mean of a difference is held against Student's t with n - 1 degrees of freedom, at a level divided by the number
-of places where an extreme could have been picked (Bonferroni).
+The mean of a difference is tested by Student's t with n - 1 degrees of freedom, at a level divided by the number of
+places where an extreme could be (Bonferroni).
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ import numpy as np
 __all__ = ["STEPS_FOR_CORRELATION", "Evidence", "correlation_of", "evidence_of", "over_others"]
 
 STEPS_FOR_CORRELATION = 5
-_MAX_DEGREES = 200  # beyond, Student's t is normal to 1 % of its tail
+_MAX_DEGREES = 200  # beyond, Student's t is normal within 1 % of its tail
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """One difference: its mean over the steps, the standard error of that, and what it had to exceed."""
+    """One difference: its mean over the steps, its standard error, and the threshold of the test."""
 
     difference: float
     standard_error: float  # inf: a single step
@@ -50,18 +49,18 @@ class Evidence:
 
     @property
     def holds(self) -> bool:
-        """Whether the difference is larger than chance would make it."""
+        """Whether the difference is positive and significant."""
         return self.difference > 0 and (self.threshold == 0 or self.standard_errors > self.threshold)
 
 
 def evidence_of(
     series: np.ndarray, floor: float, *, level: float | None, comparisons: int, correlation: float = 0.0
 ) -> Evidence:
-    """What `series` [S], a difference step by step, says about its mean.
+    """Test of the mean of `series` [S], a difference step by step.
 
-    `floor` is the least standard error to believe (the row sampling, the precision of the measurement); `correlation`
-    the autocorrelation of all layers together, from `correlation_of`; `level` the chance of a false pick over all
-    `comparisons` (None: no test, every positive difference holds).
+    `floor` is the smallest possible standard error (from row sampling and the precision of the measurement);
+    `correlation` the autocorrelation of all layers, from `correlation_of`; `level` the chance of a false result over
+    all `comparisons` (None: no test, every positive difference holds).
     """
     steps, mean = len(series), float(series.mean())
     own = correlation_of(series[:, None]) - 1 / math.sqrt(steps)
@@ -74,22 +73,22 @@ def evidence_of(
 
 
 def over_others(values: np.ndarray) -> np.ndarray:
-    """How far each column of [S, L] lies above the median of the other columns, step by step: [S, L].
+    """The distance of each column of [S, L] from the median of the other columns, step by step: [S, L].
 
-    The median, because one odd layer among the others must not make an ordinary one look low.
+    The median is robust: one outlier among the others does not make an ordinary layer look low.
     """
     ranks = values.argsort(axis=1, kind="stable").argsort(axis=1)
     ordered = np.sort(values, axis=1)
     others = values.shape[1] - 1
 
-    def without_own(place: int) -> np.ndarray:  # [S, L]: what stands at `place` among the others of each column
+    def without_own(place: int) -> np.ndarray:  # [S, L]: the value of rank `place` among the others of each column
         return np.take_along_axis(ordered, place + (place >= ranks), axis=1)
 
     return values - (without_own((others - 1) // 2) + without_own(others // 2)) / 2
 
 
 def correlation_of(series: np.ndarray) -> float:
-    """The lag-1 autocorrelation that the columns of [S, M] have in common, corrected for its bias."""
+    """The mean lag-1 autocorrelation of the columns of [S, M], corrected for its bias."""
     steps = len(series)
     deviation = series - series.mean(axis=0)
     squares = (deviation**2).sum(axis=0)

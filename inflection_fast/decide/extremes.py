@@ -1,4 +1,4 @@
-"""Minimum, cliff, maxima and best of a profile: each with the evidence for it, in words."""
+"""Minimum, cliff, maxima and ranking of a profile, with their significance in words."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Finding", "cliff", "maxima", "minimum", "top"]
 
 @dataclass(frozen=True)
 class Finding:
-    """What was looked for, what was found or why nothing was, and the picked layers with a sentence each."""
+    """The result of a search: its name, a sentence, and the picked layers with a sentence each."""
 
     name: str  # as in `Plan.found`
     words: str
@@ -24,7 +24,7 @@ class Finding:
 
 
 def minimum(entropy: Signal, level: float | None) -> Finding:
-    """The layer of lowest mean entropy, if it lies below the median of the others by more than chance."""
+    """The layer of lowest mean entropy, if it is significantly below the median of the others."""
     name = "entropy minimum"
     if len(entropy.layers) < 2:
         return Finding(name, _absent("entropy minimum", "attention entropy", entropy))
@@ -69,11 +69,11 @@ def _steepest(gradient: Signal, level: float | None) -> Finding:
         return Finding(
             name, "No two neighbouring blocks have an activation gradient, so there is no cliff to look for."
         )
-    # Log-norms fall from a block to the one before it, where the fall lands: the direction of backpropagation.
+    # The fall of the log norm from a block to the one before it, in the direction of backpropagation.
     falls = np.stack([gradient.values[:, high] - gradient.values[:, low] for low, high in pairs], axis=1)
     column = int(falls.mean(axis=0).argmax())
     layer, upper = map(int, pairs[column])
-    # It has to be a fall at all, and steeper than the usual one: a norm that shrinks evenly has no cliff.
+    # The fall must be positive, and steeper than the median fall: a norm that falls evenly has no cliff.
     excess = over_others(falls) if len(pairs) > 1 else falls
     floor = float(np.hypot(gradient.floor[layer], gradient.floor[upper]))
     fall, over = (
@@ -95,7 +95,7 @@ def _steepest(gradient: Signal, level: float | None) -> Finding:
 
 
 def maxima(scores: np.ndarray, steps: Signal, level: float | None) -> list[Finding]:
-    """Local maxima of SKI that rise from the lowest point on either side, before a higher block, by more than chance.
+    """Local maxima of SKI that are significantly above the lowest point on either side before a higher block.
 
     `scores` [L] are those of the mean profile, `steps` shows how they vary.
     """
@@ -151,7 +151,7 @@ def top(scores: np.ndarray, steps: Signal, k: int, level: float | None) -> list[
 
 
 def _lowest(signal: Signal, level: float | None) -> tuple[int, Evidence, str]:
-    """The lowest layer, the evidence that it is low, and a sentence about the next one where the two are alike."""
+    """The lowest layer, the evidence for it, and a sentence about the second if the two do not differ."""
     layers, profile = signal.layers, signal.mean
     layer, second = (int(i) for i in layers[np.argsort(profile[layers], kind="stable")[:2]])
     evidence = signal.above_others(layer, level, sign=-1)
@@ -169,7 +169,7 @@ def _peaks(profile: np.ndarray) -> list[tuple[int, list[int]]]:
         right = profile[place + 1 :]
         higher = np.flatnonzero(right > height)
         if len(higher) and right[: higher[0]].min(initial=height) == height:
-            continue  # nothing lower in between: on its way up
+            continue  # nothing lower in between: no peak
         left_higher = np.flatnonzero(profile[:place] > height)
         left_side = range(left_higher[-1] + 1 if len(left_higher) else 0, place)
         right_side = range(place + 1, place + 1 + higher[0] if len(higher) else len(profile))

@@ -1,9 +1,9 @@
-"""Lazy layers and collapsed heads: what attention does not do any more, from entropy, rank, column mass and sink.
+"""Lazy layers and collapsed heads, from entropy, rank, column mass and sink.
 
 A layer is lazy when its attention has degenerated to single columns of rank one (Sanyal et al. 2024, arXiv 2404.08634):
-the largest k* over its heads is below `lazy_rank`, where k* is the least number of squared singular values that make up
-90 % of the sum, and a single column holds at least `lazy_mass` of that sum. Rank alone would not do: uniform attention
-has rank one, too, and no dominating column.
+the largest k* over its heads is below `lazy_rank`, where k* is the smallest number of squared singular values with 90 %
+of their sum, and a single column has at least `lazy_mass` of that sum. Rank alone is not enough: uniform attention has
+rank one too, but no dominating column.
 
 A head is collapsed when its attention entropy is below `collapsed` nats: nearly every query attends to one key.
 """
@@ -29,15 +29,13 @@ def lazy(
     """Those `within` whose attention is of rank one and in one column; scores [L]: 1 / the largest k* of a layer."""
     names = "rank_k90", "column_mass"
     ranks, masses = (_mean(only(column(timeline, name), within), window) for name in names)  # [L, H]
-    largest, share = _over_heads(np.nanmax, ranks), _over_heads(np.nanmean, masses)
+    largest, share = _quiet(np.nanmax, ranks, 1), _quiet(np.nanmean, masses, 1)
     with np.errstate(invalid="ignore"):
         chosen = np.flatnonzero((largest < rank) & (share >= mass))
     picks = {
-        int(
-            layer
-        ): f"Block {layer} is lazy: in no head does its attention need more than {largest[layer]:.2f} singular "
-        f"values for 90 % of its energy, and a single column holds {share[layer]:.0%} of it."
-        for layer in chosen
+        int(i): f"Block {i} is lazy: no head needs more than {largest[i]:.2f} singular values for 90 % of the squared "
+        f"norm of its attention, and a single column has {share[i]:.0%} of it."
+        for i in chosen
     }
     if picks:
         words = f"Lazy blocks (largest k* below {rank:g}, {mass:.0%} in one column): {', '.join(map(str, picks))}."
@@ -99,10 +97,6 @@ def _head(layer: int, head: int, entropy: np.ndarray, beside: dict[str, np.ndarr
 def _mean(values: np.ndarray, window: np.ndarray) -> np.ndarray:
     values = np.asarray(values, np.float64)[window]
     return _quiet(np.nanmean, np.where(np.isfinite(values), values, np.nan), 0)
-
-
-def _over_heads(function, values: np.ndarray) -> np.ndarray:
-    return _quiet(function, values, 1)
 
 
 def _quiet(function, values: np.ndarray, axis: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The file between deciding and acting: which layers, why, and for which model."""
+"""The file between deciding and acting: the chosen layers, the reasons, and the model."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _KIND = "inflection_fast plan"
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Plan:
-    """The chosen layers, 0-based transformer blocks in forward order, with what they were chosen from and why.
+    """The chosen layers, 0-based transformer blocks in forward order, with the reasons and the profile.
 
-    `layers` may be empty: `summary` then says why no layer was picked. `ValueError` if the parts contradict
-    each other, and from `load` also if a file is not a plan.
+    `layers` may be empty: `summary` then says why. `ValueError` if the fields contradict each other, and from `load` if
+    a file is not a plan.
     """
 
     layers: tuple[int, ...]  # sorted
@@ -38,13 +38,13 @@ class Plan:
     scores: np.ndarray  # [L] SKI, or the method's own measure; NaN where a layer has none
     profile: dict[str, list[float]]  # name -> [L], the numbers the decision was made from
     config: dict  # the SelectConfig
-    # model_type, class, named (blocks given by name?), layers: the names of the L blocks; and where the model has
-    # several stacks, the one that was looked at, as {"name": ..., "layers": indices of its blocks}
+    # model_type, class, named (blocks given by name?), layers: the names of the L blocks; and of a model with several
+    # stacks the selected one, as {"name": ..., "layers": indices of its blocks}
     model: dict
-    found: dict[str, list[int]] = field(default_factory=dict)  # what was looked for -> the blocks that it is, if any
-    ranks: dict[int, int] = field(default_factory=dict)  # layer -> rank of its adapters, where it has one of its own
-    heads: dict[int, tuple[int, ...]] = field(default_factory=dict)  # layer -> its heads that are meant, if not all
-    actions: tuple[dict, ...] = ()  # what was done by this plan: "intervention", "words", and its settings
+    found: dict[str, list[int]] = field(default_factory=dict)  # "entropy minimum", ... -> its blocks, if any
+    ranks: dict[int, int] = field(default_factory=dict)  # layer -> rank of its adapters, if it has its own
+    heads: dict[int, tuple[int, ...]] = field(default_factory=dict)  # layer -> selected heads, if not all
+    actions: tuple[dict, ...] = ()  # interventions by this plan: "intervention", "words", and settings
 
     FILE: ClassVar[str] = "inflection_plan.json"  # its name beside an adapter or a model
 
@@ -88,12 +88,12 @@ class Plan:
 
     @property
     def candidates(self) -> list[int]:
-        """Indices of the blocks that the layers were chosen from: those of one stack of the model."""
+        """Indices of the blocks that could be chosen: those of one stack of the model."""
         stack = self.model.get("stack")
         return list(range(len(self.model["layers"]))) if stack is None else list(stack["layers"])
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the plan as JSON, whole or not at all. NaN becomes null. `OSError` if the disk refuses."""
+        """Write the plan as JSON, atomically. NaN becomes null. `OSError` if the disk refuses."""
         path = Path(path)
         document = {
             "kind": _KIND,
@@ -153,10 +153,10 @@ class Plan:
             )
         return cls.load(path)
 
-    # ---- for a model: these need torch, transformers and peft, which the rest of this file does not ----
+    # ---- for a model: these methods need torch, transformers and peft ----
 
     def target_modules(self, model: nn.Module, wanted: str | Sequence[str] | None = None) -> list[str]:
-        """Full names of the modules of the planned blocks that `inject` would adapt, for any tool that takes names.
+        """Full names of the modules that `inject` would adapt in the planned blocks, for tools that take names.
 
         `wanted` as `target_modules` of `inject`. `ValueError` where the plan does not fit the model.
         """
@@ -186,7 +186,7 @@ class Plan:
         return configs.peft_config(model, self, config, **options)
 
     def to_yaml(self, tool: str, model: nn.Module | None = None, *, r: int = 4, **options) -> str:
-        """The plan as settings of "axolotl", "llama-factory", "ms-swift" or "trl", to be put into a file of theirs.
+        """The plan as settings of "axolotl", "llama-factory", "ms-swift" or "trl", for their configuration file.
 
         Without `model` the names are those of the adapter that was injected by this plan, as
         `Plan.from_pretrained` reads them. `options`: `lora_alpha` (2 * r unless given), `lora_dropout`,
@@ -258,8 +258,4 @@ _FIELDS = {
     "heads": (_are_heads_by_layer, "a list of integers for each layer"),
     "actions": (_list_of(lambda value: isinstance(value, dict)), "a list of tables"),
 }
-_LATER: dict[str, Any] = {
-    "ranks": {},
-    "heads": {},
-    "actions": [],
-}  # plans that were written before these existed lack them
+_LATER: dict[str, Any] = {"ranks": {}, "heads": {}, "actions": []}  # fields that older plans lack

@@ -1,4 +1,4 @@
-"""From a timeline to profiles: one value per layer and step of each signal, and their means over the steps."""
+"""Profiles of a timeline: one value per layer and step of each signal, and their means over the steps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .ski import score_of
 
 __all__ = ["Signal", "entropy_of", "gradient_of", "only", "score_signal", "window_of"]
 
-# What the measurement itself can tell apart, whatever the variation between steps: float32 kernels.
+# Precision of the measurement by float32 kernels.
 _ENTROPY_PRECISION = 2e-6  # nats
 _GRADIENT_PRECISION = 1e-6  # relative, so also that of the logarithm
 
@@ -24,8 +24,8 @@ class Signal:
 
     steps: np.ndarray  # [S] indices into the timeline
     values: np.ndarray  # [S, L], NaN in the columns of layers without values
-    floor: np.ndarray  # [L] the least standard error of a layer's mean to believe
-    # [N] the layers that are looked at, in their order; none has values beside them. Neighbours are neighbours in it.
+    floor: np.ndarray  # [L] the smallest possible standard error of a layer's mean
+    # [N] the layers of the stack, in order; others have no values. Neighbours are neighbours in this order.
     within: np.ndarray
 
     @cached_property
@@ -50,7 +50,7 @@ class Signal:
         return evidence_of(differences[:, column], floor, level=level, comparisons=count, correlation=correlation)
 
     def above(self, layer: int, other: int, level: float | None, comparisons: int) -> Evidence:
-        """Whether `layer` lies above `other`, the pair having been picked from so many `comparisons`."""
+        """Whether `layer` lies above `other`, a pair picked from `comparisons` pairs."""
         difference = self.values[:, layer] - self.values[:, other]
         correlation = correlation_of(over_others(self.values[:, self.layers]))
         floor = float(np.hypot(self.floor[layer], self.floor[other]))
@@ -69,7 +69,7 @@ class Signal:
 
 
 def window_of(timeline: Timeline, steps: tuple[int, int] | float | None) -> np.ndarray:
-    """Which measured steps [S] to decide from: those between two optimizer steps, or the last share of them."""
+    """The measured steps to use, bool [S]: those between two optimizer steps, or the last share of them."""
     count = len(timeline.steps)
     if steps is None:
         return np.ones(count, bool)
@@ -84,8 +84,8 @@ def window_of(timeline: Timeline, steps: tuple[int, int] | float | None) -> np.n
 def entropy_of(timeline: Timeline, window: np.ndarray, within: np.ndarray, heads: str) -> Signal:
     """Attention entropy in nats of the layers `within`, over the heads of a layer their "mean" or their "min".
 
-    The row-sampling error of a head mean is taken as the mean of those of the heads: they share the sampled rows, so
-    their errors may be fully correlated. It is a floor only, because the variation between steps contains it already.
+    The row-sampling error of a head mean is the mean of those of the heads: they share the sampled rows, so their
+    errors may be fully correlated. It is a lower limit only, because the variation between steps includes it.
     """
     per_head = only(timeline.entropy[window], within)
     count, layers, width = per_head.shape

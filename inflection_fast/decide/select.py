@@ -1,4 +1,4 @@
-"""Which layers to adapt, and a sentence for each that says why."""
+"""Selection of the layers to adapt, with a sentence for each."""
 
 from __future__ import annotations
 
@@ -94,10 +94,10 @@ class SelectConfig:
 def select(timeline: Timeline, config: SelectConfig | None = None) -> Plan:
     """Choose layers from a timeline (`config` None: `SelectConfig()`).
 
-    Deterministic. Layers of one stack of the model are looked at, those of others have no score. A minimum, a cliff or
-    a maximum counts only where it exceeds what a flat profile of such values would show: see `evidence.py`. Where
-    nothing does, the plan is empty and its summary says so. `TypeError` if `timeline` is none, `ValueError` where
-    `config` asks for more layers than there are, for a stack that is not there, or for steps that were not measured.
+    Deterministic. Layers are chosen within one stack of the model; others have no score. A minimum, a cliff or a
+    maximum must be significant, see `evidence.py`. Otherwise the plan is empty, and its summary says so. `TypeError` if
+    `timeline` is no Timeline, `ValueError` if `config` asks for more layers than there are, for a stack that does not
+    exist, or for steps that were not measured.
     """
     if not isinstance(timeline, Timeline):
         raise TypeError(f"timeline: expected a Timeline (Timeline.load reads a file), got {type(timeline).__name__}")
@@ -155,7 +155,7 @@ def _greedy(entropy: Signal, gradient: Signal, config: SelectConfig) -> list[Fin
 
 
 def _weight(alpha: float, entropy: Signal, gradient: Signal) -> tuple[float, str]:
-    """The weight of the entropy that the measured signals allow, and what to say where that is not `alpha`."""
+    """The weight of the entropy for the measured signals, and a sentence if it is not `alpha`."""
     if 0 < alpha < 1 and not len(entropy.layers) and len(gradient.layers):
         return 0.0, " Attention entropy was not measured: the scores rest on the activation gradient alone."
     if 0 < alpha < 1 and not len(gradient.layers) and len(entropy.layers):
@@ -192,7 +192,7 @@ def _measured(timeline: Timeline, used: tuple[Signal, ...]) -> str:
     first, last = timeline.steps[steps[0]], timeline.steps[steps[-1]]
     words = f" Decided from {len(steps)} measured steps ({first} to {last})." if len(steps) > 1 else ""
     if 1 < len(steps) < STEPS_FOR_CORRELATION:
-        words += " So few steps do not show how much they resemble each other, so chance is underrated."
+        words += " So few steps do not show their correlation, so significance is overestimated."
     without = sorted({int(layer) for s in used if len(s.layers) for layer in set(s.within) - set(s.layers)})
     return words + (f" Blocks without values: {', '.join(map(str, without))}." if without else "")
 

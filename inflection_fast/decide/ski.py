@@ -50,17 +50,16 @@ def ski(
 def score_of(
     entropy: np.ndarray, gradient: np.ndarray, alpha: float, normalisation: str, log_gradient: bool
 ) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """SKI with its normalisation fitted on the profiles [L], as a function of other values [..., L].
+    """SKI with its normalisation fitted on the profiles [L], as a function of values [..., L].
 
-    Applied to the profiles it gives the scores; applied to single steps it shows how much the scores vary. Fitting
-    once keeps that variation free of the variation of the fit.
+    For the profiles it gives the scores, for single steps their variation, without that of the fit.
     """
     check_options(alpha, normalisation)
     gradient_of = _log if log_gradient else np.asarray
     terms = [(alpha, entropy, np.asarray, 0), (1 - alpha, gradient_of(gradient), gradient_of, 1)]
     terms = [term for term in terms if term[0] > 0]
     valued = np.logical_and.reduce([np.isfinite(signal) for _, signal, _, _ in terms])
-    fits = [(w, NORMALISATIONS[normalisation](signal[valued]), of, i) for w, signal, of, i in terms]
+    fits = [(w, _fitted(normalisation, signal[valued]), of, i) for w, signal, of, i in terms]
 
     def score(*signals: np.ndarray) -> np.ndarray:
         total = sum(weight * inverse(of(signals[i])) for weight, inverse, of, i in fits)
@@ -93,20 +92,18 @@ def _log(x: np.ndarray) -> np.ndarray:
         return np.log(x)
 
 
-def _half(x: np.ndarray) -> np.ndarray:
-    return np.where(np.isnan(x), np.nan, 0.5)
+def _fitted(normalisation: str, values: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    if values.size == 0 or np.ptp(values) == 0:
+        return lambda x: np.where(np.isnan(x), np.nan, 0.5)
+    return NORMALISATIONS[normalisation](values)
 
 
 def _minmax(fitted: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    if fitted.size == 0 or np.ptp(fitted) == 0:
-        return _half
     low, high = fitted.min(), fitted.max()
     return lambda x: (high - x) / (high - low)
 
 
 def _rank(fitted: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    if fitted.size == 0 or np.ptp(fitted) == 0:
-        return _half
     values, counts = np.unique(fitted, return_counts=True)
     above = fitted.size - np.cumsum(counts)
     shares = (above + (counts - 1) / 2) / (fitted.size - 1)
@@ -114,8 +111,6 @@ def _rank(fitted: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def _zscore(fitted: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    if fitted.size == 0 or np.ptp(fitted) == 0:
-        return _half
     mean, std = fitted.mean(), fitted.std()
     # tanh is the logistic function that cannot overflow
     return lambda x: 0.5 - 0.5 * np.tanh((x - mean) / std / 2)

@@ -1,4 +1,4 @@
-"""One file per diagnostic: what it listens to, what it sums, what its columns mean and when they are alarming."""
+"""One file per diagnostic: its taps, its sums, its columns and their alert rules."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .update import Update
 
 __all__ = ["DEFAULT", "GROUP", "QUANTITIES", "Accumulator", "AlertRule", "Column", "Quantity", "Step", "known", "made"]
 
-GROUP = "inflection_fast.quantities"  # of entry points, by which packages add quantities of their own
+GROUP = "inflection_fast.quantities"  # entry point group of packages with quantities
 DEFAULT = ("attention", "activation_grad", "parameter_grad", "delta_cka")
 QUANTITIES: dict[str, type[Quantity]] = {
     cls.name: cls
@@ -48,7 +48,7 @@ def made(name: str) -> Quantity:
     """The quantity of that name, with its default settings.
 
     Raises:
-        ValueError: there is none, or the entry point of that name is not a quantity with that name.
+        ValueError: there is none, or its entry point is not a quantity with that name.
     """
     if name in QUANTITIES:
         return QUANTITIES[name]()

@@ -1,4 +1,4 @@
-"""How large the gradients are that arrive at the blocks."""
+"""Norms of the gradients of blocks' outputs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..ops import sum_of_squares
-from .quantity import Accumulator, AlertRule, Column, OutputGradient, Quantity, Sums
+from ..timeline.older import GRADIENT_RULES
+from .quantity import Accumulator, Column, OutputGradient, Quantity, Sums
 
 __all__ = ["ActivationGrad", "ProbeActivationGrad"]
 
@@ -73,11 +74,7 @@ class ActivationGrad(_OutputGradients):
             explanation="How strongly the loss pulls on the output of a layer. Compare layers of one step.",
             scale="log",
             count="count",
-            alerts=(
-                AlertRule("exploding", "exploding", kind="exploding_gradient"),
-                AlertRule("dead", "dead", kind="dead_gradient"),
-                AlertRule("not_finite"),
-            ),
+            alerts=GRADIENT_RULES,
         ),
     }
 

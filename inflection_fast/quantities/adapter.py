@@ -1,4 +1,4 @@
-"""What low-rank adapters have learned, and which of them learn nothing."""
+"""Norms and ranks of adapters, and which of them learn nothing."""
 
 from __future__ import annotations
 

@@ -1,8 +1,20 @@
-"""Arguments that quantities take, checked."""
+"""Checked arguments of quantities, and the weight matrices of blocks."""
 
 from __future__ import annotations
 
-__all__ = ["check_count"]
+from collections.abc import Callable, Iterable
+
+from torch import nn
+
+from ..blocks import Block
+
+__all__ = ["check_count", "matrix_names"]
+
+
+def matrix_names(blocks: Iterable[Block], wants: Callable[[nn.Parameter], bool]) -> tuple[str, ...]:
+    """Names of the wanted parameters inside the blocks, each once."""
+    parameters = (one for block in blocks if block.module is not None for one in block.module.named_parameters())
+    return tuple(dict.fromkeys(name for name, parameter in parameters if wants(parameter)))
 
 
 def check_count(name: str, value: object, *, optional: bool = False) -> None:

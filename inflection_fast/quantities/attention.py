@@ -1,4 +1,4 @@
-"""What attention looks like, per head: entropy, its standard error, largest logit, collision, sink."""
+"""Attention per head: entropy with standard error, largest logit, collision, sink."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from .quantity import Accumulator, AlertRule, AttentionRows, Column, Quantity, Sums
+from ..timeline.older import ENTROPY_COLLAPSE, LARGE_LOGIT, NOT_FINITE
+from .quantity import Accumulator, AttentionRows, Column, Quantity, Sums
 
 __all__ = ["Attention", "CrossAttention", "ProbeEntropy"]
 
@@ -44,15 +45,7 @@ class Attention(Quantity):
             label="attention entropy",
             explanation="How widely attention is spread: 0 is a single token, the log of their number all alike.",
             count="rows",
-            alerts=(
-                AlertRule(
-                    "falls_below",
-                    "entropy",
-                    kind="entropy_collapse",
-                    words="attention entropy of {place} is {value:.3g} nats, below {limit:.3g}",
-                ),
-                AlertRule("not_finite"),
-            ),
+            alerts=(ENTROPY_COLLAPSE, NOT_FINITE),
         ),
         "entropy_se": Column(
             unit="nats",
@@ -67,14 +60,7 @@ class Attention(Quantity):
             label="largest attention logit",
             explanation="The largest score before the softmax. One that keeps growing often precedes instability.",
             count="rows",
-            alerts=(
-                AlertRule(
-                    "above",
-                    "max_logit",
-                    kind="max_logit",
-                    words="largest attention logit of {place} is {value:.4g}, above {limit:.4g}",
-                ),
-            ),
+            alerts=(LARGE_LOGIT,),
         ),
         "collision": Column(
             unit="probability",

@@ -1,4 +1,4 @@
-"""More of attention, per head: entropy against its largest value, sinks, and the lengths of queries and keys."""
+"""Attention per head: entropy relative to its maximum, sinks, and norms of queries and keys."""
 
 from __future__ import annotations
 

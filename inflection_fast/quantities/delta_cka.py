@@ -1,4 +1,4 @@
-"""How far the features of each block have moved from a reference state of the model."""
+"""CKA distance of each block's features from a reference state of the model."""
 
 from __future__ import annotations
 

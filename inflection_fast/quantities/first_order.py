@@ -1,4 +1,4 @@
-"""How much an adapter of low rank can win at first order, module by module."""
+"""First-order gain of a low-rank adapter, for each weight matrix."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .arguments import check_count
+from .arguments import check_count, matrix_names
 from .quantity import Accumulator, Column, MeasuredModel, ParameterGradient, Quantity, Sums
 
 __all__ = ["FirstOrder", "random_share", "top_squares"]
@@ -66,17 +66,11 @@ class FirstOrder(Quantity):
 
     def prepare(self, model: MeasuredModel) -> None:
         """Give every matrix of a block a place by its name there; `ValueError` where there is none."""
-        names = dict.fromkeys(
-            name
-            for block in model.blocks
-            if block.module is not None
-            for name, parameter in block.module.named_parameters()
-            if self._wants(parameter)
-        )
+        names = matrix_names(model.blocks, self._wants)
         if not names:
             raise ValueError(f"first_order: the blocks have no matrix with both sides above the rank {self.rank}")
         self._places = {name: i for i, name in enumerate(names)}
-        self.axes = {"module": tuple(names)}
+        self.axes = {"module": names}
         self.accumulators = {
             "gain": Accumulator(_AXES, held="part", gradient_power=2),
             "squares": Accumulator(_AXES, held="part", gradient_power=2),

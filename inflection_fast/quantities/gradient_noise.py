@@ -1,4 +1,4 @@
-"""How much of a gradient is signal: from the gradients of micro-batches and ranks against that of their whole."""
+"""Signal and noise of a gradient, from the gradients of micro-batches and ranks and that of the whole step."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class GradientNoise(Quantity):
                     layers.append(block.index)
         if not layers:
             raise ValueError("gradient_noise: the blocks have no parameters; leave the quantity 'gradient_noise' out")
-        self._layers, self._told = np.array(layers), False
+        self._layers, self._warned = np.array(layers), False
         self.axes = {"parameter_place": len(layers)}
         squares = partial(Accumulator, held="part", gradient_power=2)
         self.accumulators = {
@@ -121,7 +121,13 @@ class GradientNoise(Quantity):
         """Both estimates, and their ratios."""
         n = sums["forwards"]
         if n < 2 or not sums["seen"].any():
-            self._tell(n)
+            if not self._warned:
+                self._warned = True
+                logger.warning(
+                    "gradient_noise needs the gradients of at least two micro-batches or ranks in an optimizer step, "
+                    "and got %d: its columns have no values. Accumulate gradients over two or more micro-batches",
+                    int(n),
+                )
             return {}
         layers = len(sums["of_whole"])
         of_pieces = np.bincount(self._layers, sums["of_pieces"], layers)
@@ -139,12 +145,3 @@ class GradientNoise(Quantity):
             "gradient_snr": signal / variance,
             "noise_scale": np.nansum(variance) / np.nansum(signal),
         }
-
-    def _tell(self, pieces: np.ndarray) -> None:
-        if not self._told:
-            self._told = True
-            logger.warning(
-                "gradient_noise needs the gradients of at least two micro-batches or ranks in an optimizer step, and "
-                "saw %d: its columns have no values. Accumulate gradients over two or more micro-batches",
-                int(pieces),
-            )

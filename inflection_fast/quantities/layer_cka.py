@@ -1,4 +1,4 @@
-"""How alike the features of every pair of layers are, now and against the reference state."""
+"""CKA of the features of all pairs of layers, now and with the reference state."""
 
 from __future__ import annotations
 

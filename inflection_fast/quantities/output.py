@@ -1,4 +1,4 @@
-"""What the model says: how sure its softmax is, and how large its logits are."""
+"""Statistics of the model's softmax and logits."""
 
 from __future__ import annotations
 

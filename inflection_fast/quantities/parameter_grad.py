@@ -1,4 +1,4 @@
-"""How large the gradients of the parameters are."""
+"""Norms of the gradients of parameters."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from .quantity import Accumulator, AlertRule, Column, Parameters, Quantity, Sums
+from ..timeline.older import GRADIENT_RULES
+from .quantity import Accumulator, Column, Parameters, Quantity, Sums
 
 __all__ = ["ParameterGrad"]
 
@@ -30,11 +31,7 @@ class ParameterGrad(Quantity):
             explanation="The gradient of a layer's own parameters before clipping. Frozen layers have none.",
             scale="log",
             count="count",
-            alerts=(
-                AlertRule("exploding", "exploding", kind="exploding_gradient"),
-                AlertRule("dead", "dead", kind="dead_gradient"),
-                AlertRule("not_finite"),
-            ),
+            alerts=GRADIENT_RULES,
         )
     }
 

@@ -1,27 +1,27 @@
-"""One diagnostic, declared once: what it listens to, what it sums, and what the sums mean.
+"""The base class of a diagnostic: its taps, its accumulators, and its columns.
 
-A quantity is a subclass of `Quantity`. It overrides the taps that it listens to; nothing is attached for the others.
-Its accumulators are views of one piece of memory on the device, which holds the sums of all quantities of a measured
-step. A tap writes to them in place; the monitor joins what micro-batches and ranks have written, brings it to the host
-in one copy, and hands it to `values`, in a thread on which the training does not wait. Everything else follows from
-the declaration: memory, joining, timeline, alerts, report.
+A quantity is a subclass of `Quantity`. It overrides the taps that it needs; the model gets hooks for these alone. Its
+accumulators are views of one piece of memory on the device, which holds the sums of all quantities of a measured step.
+Taps write to them in place. The monitor joins the sums of micro-batches and ranks, copies them to the host at once,
+and calls `values` in a thread for which the training does not wait. Memory, joining, timeline, alerts and report follow
+from the declaration.
 
-Rules for taps, which run in the middle of the training:
+Rules for taps, which run during the training:
 
 * They write to accumulators in place (`add_`, `copy_`, `index_add_`, `sums["x"][layer] = ...`), by operations on the
   device. No shape depends on the batch, and nothing synchronises: no `.item()`, `.cpu()`, `bool(tensor)`, `nonzero()`.
-  A number of the host is written by `fill_` or added by `+=`; `sums["x"][layer] = 1` would copy it to the device.
-* They get detached tensors under `torch.no_grad()`, this rank's part of those that ranks have divided, and change none.
+  Write a Python number by `fill_` or add it by `+=`; `sums["x"][layer] = 1` would copy it to the device.
+* They get detached tensors under `torch.no_grad()`, of sharded ones this rank's part, and must not change them.
 * If a tap raises, its quantity has no values in this step, and one warning is logged. The others go on.
 * **Pieces.** A micro-batch is a forward of the model under autograd and the backward pass that follows. Each has
-  accumulators of its own, which begin at 0 (sum) or -inf (max), and is left out if no backward pass goes through it.
-  So a tap adds up, or takes the maximum over, what it is called with during one micro-batch, and sees no other.
+  accumulators of its own, which start at 0 (sum) or -inf (max), and does not count without a backward pass. So a tap
+  sums, or takes the maximum, over its calls in one micro-batch.
 * **Once.** `on_attention`, `on_attention_call`, `on_block`, `on_submodule` and `on_model_output` are called in the
-  forward alone, once for each call, also where activation checkpointing runs a block again. `on_output_gradient` and
-  `on_parameter_gradient` may come again for the same place, where two backward passes go through one graph: they write
-  (`sums["squares"][layer] = ...`), they do not add, and the last one counts.
-* `on_backward_end`, `before_update`, `after_update` and `on_probe` see the whole step, not a piece. `on_backward_end`
-  is called after every backward pass, and gradients add up over them: it writes, and the last call counts.
+  forward alone, once for each call, also if activation checkpointing runs a block again. `on_output_gradient` and
+  `on_parameter_gradient` may be called again for the same layer, if two backward passes go through one graph: they
+  write (`sums["squares"][layer] = ...`) instead of adding, and the last call counts.
+* `on_backward_end`, `before_update`, `after_update` and `on_probe` get the whole step, not a piece. `on_backward_end`
+  is called after every backward pass, with gradients accumulated so far: it writes, and the last call counts.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ __all__ = [
     "Update",
 ]
 
-# The accumulators of a quantity by name, to be written in place: `sums["x"] += y`, `sums["x"][layer] = y`, ...
+# The accumulators of a quantity by name, written in place: `sums["x"] += y`, `sums["x"][layer] = y`, ...
 Sums = MutableMapping[str, Tensor]
 DTYPES = ("float64", "float32")
 JOINS = ("sum", "max")
@@ -74,23 +74,23 @@ class Accumulator:
     """Memory on the device that a tap adds to.
 
     `axes` are its dimensions: "layer" (first), "head", or names of the quantity's own `axes`. () is one number. A layer
-    with fewer heads than the widest uses the first ones, and the others stay as they began.
+    with fewer heads than the widest uses the first ones; the others keep their initial values.
 
-    `held` says what the ranks that share one batch (tensor parallelism) have of it, so that joining counts all once.
-    Ranks with batches of their own always add up; nothing here matters on one process.
+    `held` says which part of it each rank of one batch (tensor parallelism) has, so that joining counts all once.
+    Ranks with different batches always add. On one process it has no effect.
 
     * "heads": sums over the attention heads that this rank holds ("layer" is the first axis);
-    * "output": sums over a block's output or the gradient there, which ranks hold alike or have split by positions;
-    * "batch": from inputs, logits or loss, alike on all ranks of a batch;
-    * "part": this rank's own part of a whole, such as the squares of its shards; see `Parameters.squares`;
-    * "alike": every rank has the same number, and it is that of the whole: rank 0's counts.
+    * "output": sums over a block's output or its gradient, which are equal on all ranks or split by positions;
+    * "batch": from inputs, logits or loss, equal on all ranks of a batch;
+    * "part": this rank's part of a whole, such as the squares of its shards; see `Parameters.squares`;
+    * "alike": every rank has the value of the whole; that of rank 0 counts.
 
     Raises:
         ValueError: names the field, what came and what is accepted.
     """
 
     axes: str | tuple[str, ...] = ("layer",)  # a tuple from then on
-    dtype: str = "float64"  # float32 is for what needs no more than seven digits: the memory is copied every step
+    dtype: str = "float64"  # or "float32", if seven digits are enough: the memory is copied in every measured step
     join: str = "sum"  # or "max"
     held: str = "batch"
     # Sums of this power of gradients, which the monitor divides by (loss scale * number of batches of the step's ranks)
@@ -108,44 +108,44 @@ class Accumulator:
             raise ValueError("dtype: maxima are kept in 'float32'")
 
 
-# ---- what taps are called with ---------------------------------------------------------------------------------------
+# ---- arguments of taps -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class MeasuredModel:
-    """What a quantity may know before the first step; see `Quantity.prepare`."""
+    """The model and settings, before the first step; see `Quantity.prepare`."""
 
     model: nn.Module  # what the training loop calls
     blocks: tuple[Block, ...]  # L blocks in forward order; one module may be several (layers that run repeatedly)
     device: object  # torch.device of the accumulators
     config: Settings  # the MonitorConfig
     ranks: int = 1  # processes that train together
-    data_ranks: int = 1  # those, or groups of them, that have a batch of their own
+    data_ranks: int = 1  # processes, or groups of them, with a batch of their own
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionRows:
-    """Statistics of the sampled query rows of `G` layers of equal shape, which all quantities share."""
+    """Statistics of the sampled query rows of `G` layers of equal shape."""
 
     layers: tuple[int, ...]  # G
     index: Tensor  # [G] int64, the same on the device of the accumulators
-    heads: slice  # where the H heads stand on the accumulators' axis "head": sums["x"][:, rows.heads]
+    heads: slice  # the H heads on the axis "head" of accumulators: sums["x"][:, rows.heads]
     stats: Sequence[AttentionStats]  # G statistics of [B, H, R] float32, R sampled rows
     valid: Tensor | None  # [B, R] bool: rows that are tokens, not padding; None: all
     ignored: Tensor  # [G, B, H, R] bool: rows that do not count, being padding or without any key
-    # [R] float64: query positions that each sampled row stands for. Summed over B and, so weighted, over R, a value of
-    # a row is an estimate of its sum over all valid query rows.
+    # [R] float64: the number of query positions that each sampled row represents. The sum over B and the weighted sum
+    # over R estimate the sum over all valid query rows.
     weights: Tensor
-    difference_weights: Tensor  # [R - 1] float64 of squared differences between neighbours; empty: all rows are there
+    difference_weights: Tensor  # [R - 1] float64, of squared differences between neighbours; empty: all rows
 
     def stacked(self, *names: str) -> Tensor:
-        """[len(names), G, B, H, R]: those statistics of all layers, in new memory on the accumulators' device."""
+        """[len(names), G, B, H, R]: these statistics of all layers, in new memory on the accumulators' device."""
         flat = torch.stack([getattr(one, name).to(self.index.device) for name in names for one in self.stats])
         return flat.unflatten(0, (len(names), len(self.stats)))
 
     def over_batch(self, values: Tensor) -> Tensor:
         """[..., G, H, R] float64: `values` [..., G, B, H, R] summed over the sequences in which the row counts."""
-        # Filled, not multiplied: what padding holds may be NaN.
+        # Filled, not multiplied: padding may be NaN.
         return values.masked_fill(self.ignored, 0.0).sum(-3).double()
 
     def counted(self) -> Tensor:
@@ -157,13 +157,13 @@ class AttentionRows:
         return self.over_batch(values) @ self.weights
 
     def number(self) -> Tensor:
-        """[G, H] float64: how many valid query rows there are, of all sequences."""
+        """[G, H] float64: the number of valid query rows of all sequences."""
         return self.counted() @ self.weights
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionSeen:
-    """One call of attention by one layer, with the tensors that it attends with."""
+    """One attention call of one layer, with its tensors."""
 
     layer: int
     heads: slice  # as in `AttentionRows`
@@ -176,12 +176,12 @@ class AttentionSeen:
 
 @dataclass(frozen=True, eq=False)
 class BlockForward:
-    """What went into a block and what came out of it."""
+    """Input and output of a block."""
 
     layer: int
-    input: Tensor | None  # [B, T, D], the hidden state; None where the block was given none
+    input: Tensor | None  # [B, T, D], the hidden state; None: there is none, or it was changed in place
     output: Tensor  # [B, T, D] as a rule: the first floating-point tensor that the block returned
-    tokens: Tensor | None  # [B, T] bool, True at tokens; None: all, or nobody knows
+    tokens: Tensor | None  # [B, T] bool, True at tokens; None: all, or not known
     module: nn.Module
     micro_batch: int  # of the step, from 0
 
@@ -193,9 +193,9 @@ class SubmoduleForward:
     layer: int
     name: str  # the key in what `submodules` returned
     module: nn.Module
-    args: tuple  # what it was called with; not detached
+    args: tuple  # not detached
     kwargs: dict
-    output: object  # what it returned; not detached
+    output: object  # not detached
     tokens: Tensor | None  # [B, T] bool, as in `BlockForward`
 
 
@@ -206,8 +206,8 @@ class OutputGradient:
     layer: int
     gradient: Tensor  # [B, T, D] as a rule
     micro_batch: int
-    # Of how many sequences `gradient` holds the gradients of a random sample, [n, T, D]; None: it holds all. Only where
-    # all that listen `take_samples`; see MonitorConfig.frozen_share.
+    # The number of sequences that `gradient` [n, T, D] is a random sample of; None: it has all. Only if all quantities
+    # that listen `take_samples`; see MonitorConfig.frozen_share.
     sequences: int | None = None
 
 
@@ -224,7 +224,7 @@ class ParameterGradient:
     parameter: nn.Parameter
     gradient: Tensor
     micro_batch: int
-    # What its squares count for in a sum over the ranks of one batch: 1 / their number where all of them hold it.
+    # Weight of its squares in a sum over the ranks of one batch: 1 / their number if all hold it.
     share: float = 1.0
 
 
@@ -252,39 +252,39 @@ class Parameters(Protocol):
         """
 
     def marked(self, layers: Iterable[int]) -> Tensor:
-        """[L] float64 on the device: 1 at `layers`, else 0. Kept from step to step: nothing is copied from the host."""
+        """[L] float64 on the device: 1 at `layers`, else 0; cached, without a copy from the host."""
 
 
 @dataclass(frozen=True, eq=False)
 class Update:
-    """An optimizer step, from both sides."""
+    """An optimizer step, before or after it."""
 
     parameters: Parameters
-    # Those of torch.optim that have stepped on parameters of the model; empty before the step, or if it was another
-    # kind of optimizer or a scaler skipped the step. Their `state` and `param_groups` are what they keep.
+    # The torch optimizers that have stepped on parameters of the model; empty before the step, for other kinds of
+    # optimizers, or if a scaler skipped the step.
     optimizers: tuple[Optimizer, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class ModelOutput:
-    """What the model was called with and what it returned, in one micro-batch."""
+    """Inputs and output of the model in one micro-batch."""
 
     inputs: dict  # arguments of the model's forward by name
-    output: object  # as it was returned; not detached
-    logits: Tensor | None  # [..., classes], what it returned under that name, else None
-    labels: Tensor | None  # what it was given under that name, else None
-    loss: Tensor | None  # [] what it returned under that name, else None
-    tokens: Tensor | None  # [B, T] bool; None: all, or nobody knows
+    output: object  # not detached
+    logits: Tensor | None  # [..., classes], the output of that name
+    labels: Tensor | None  # the input of that name
+    loss: Tensor | None  # [], the output of that name
+    tokens: Tensor | None  # [B, T] bool; None: all, or not known
     micro_batch: int
-    untold_padding: bool = False  # there was a mask of tokens, and some attention whose rows it does not fit
+    untold_padding: bool = False  # the mask of tokens does not fit the rows of some attention
 
 
 @dataclass(frozen=True, eq=False)
 class ProbeFeatures:
-    """What a run of the probe set has shown of each block."""
+    """Features of each block from a run of the probe set."""
 
     features: tuple[Tensor, ...]  # L tensors [N, D]: the kept rows of the block's outputs over the whole probe set
-    sequences: tuple[Tensor, ...]  # L tensors [N] int64: which sequence of the probe set a row is of
+    sequences: tuple[Tensor, ...]  # L tensors [N] int64: the sequence of each row
     reference: tuple[Tensor, ...] | None  # the same rows of the reference state; see MonitorConfig.cka_reference
     stacks: tuple[tuple[int, ...], ...]  # layers whose features have equal shapes and rows
     indices: tuple[Tensor, ...]  # the same, each as int64 on the device
@@ -294,17 +294,17 @@ class ProbeFeatures:
 
 
 class Quantity:
-    """One diagnostic of a model that trains. Subclasses state `name`, `accumulators`, `columns`, taps and `values`.
+    """A diagnostic of a model during training. Subclasses define `name`, `accumulators`, `columns`, taps and `values`.
 
-    An instance holds settings. The monitor works with a shallow copy of its own, made before `prepare`, so that one
-    instance may serve several monitors, and what taps keep on `self` belongs to one.
+    An instance has settings. Each monitor uses a shallow copy, made before `prepare`, so one instance may serve several
+    monitors, and attributes that taps set belong to one monitor.
     """
 
     name: ClassVar[str] = ""  # [a-z][a-z0-9_]*
-    # What the taps listen to: "training", the batches that the model trains on; or "probe", the fixed probe set of the
-    # Monitor, whenever it is run: in evaluation mode, gradients as far as blocks' outputs, the same rows every time.
+    # The data for the taps: "training", the batches that the model trains on; or "probe", runs of the Monitor's fixed
+    # probe set: in evaluation mode, gradients down to blocks' outputs, the same rows every time.
     data: ClassVar[str] = "training"
-    take_samples: ClassVar[bool] = False  # `on_output_gradient` looks at `OutputGradient.sequences`
+    take_samples: ClassVar[bool] = False  # `on_output_gradient` uses `OutputGradient.sequences`
     # Its cadence in optimizer steps where MonitorConfig.every is one number; None: that number.
     every: int | None = None
     # Sizes of axes of its own: a number, or the names of the places. May be set in `prepare`.
@@ -313,16 +313,16 @@ class Quantity:
     columns: Mapping[str, Column] = {}  # may be set in `prepare`
 
     def prepare(self, model: MeasuredModel) -> None:
-        """Called once when a monitor is entered, on the monitor's copy: the place for shapes that depend on the model.
+        """Called once when a monitor is created, on its copy: for shapes that depend on the model.
 
-        What it sets must be equal on all ranks. `ValueError` refuses the model, in a sentence for the user.
+        Attributes must be equal on all ranks. Raise `ValueError` with a sentence for the user to refuse the model.
         """
 
     def values(self, sums: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        """The columns, from the accumulators as they are for the whole step, joined over micro-batches and ranks.
+        """The columns, from the accumulators of the whole step, joined over micro-batches and ranks.
 
-        Runs on the host in the monitor's thread, with NumPy's warnings about invalid numbers off. `sums` are float64.
-        A column that is not in the result has no value; nor has a place where its `count` is 0, whatever is returned.
+        Runs on the host in the monitor's thread, without NumPy's warnings about invalid numbers. `sums` are float64.
+        A column that is not returned has no value, and neither have places where its `count` is 0.
         """
         raise NotImplementedError(f"quantity {self.name!r}: values() turns its sums into its columns")
 
@@ -335,13 +335,13 @@ class Quantity:
         """As `on_attention`, of attention to the output of another stack (decoders of T5, BART, Whisper)."""
 
     def on_attention_call(self, sums: Sums, seen: AttentionSeen) -> None:
-        """One call of attention, while its tensors are there. `held` is "heads"."""
+        """One attention call, with its tensors. `held` is "heads"."""
 
     def on_block(self, sums: Sums, block: BlockForward) -> None:
         """After the forward of a block. `held` is "output"."""
 
     def submodules(self, block: Block) -> Mapping[str, nn.Module]:
-        """Which modules inside `block` call `on_submodule`, by a name of the quantity's choice: routers, MLPs, ..."""
+        """The modules inside `block` that call `on_submodule`, by any name: routers, MLPs, ..."""
         return {}
 
     def on_submodule(self, sums: Sums, seen: SubmoduleForward) -> None:
@@ -351,45 +351,45 @@ class Quantity:
         """After the forward of the model. `held` is "batch"."""
 
     def on_output_gradient(self, sums: Sums, seen: OutputGradient) -> None:
-        """When a gradient arrives at a block's output. Writes, does not add. `held` is "output"."""
+        """When the gradient of a block's output is computed. Writes, does not add. `held` is "output"."""
 
     def on_parameter_gradient(self, sums: Sums, seen: ParameterGradient) -> None:
-        """When backward has the gradient of a parameter of a block. Writes, does not add. `held` is "part"."""
+        """When the gradient of a parameter of a block is computed. Writes, does not add. `held` is "part"."""
 
     def on_backward_end(self, sums: Sums, parameters: Parameters) -> None:
         """After a backward pass, when `grad` of all parameters is complete and not yet clipped. Writes."""
 
     def before_update(self, sums: Sums, update: Update) -> None:
-        """In `Monitor.step`: gradients and loss scale are as the optimizer will find them, before clipping or after."""
+        """In `Monitor.step`, with the gradients of that time, before or after clipping."""
 
     def after_update(self, sums: Sums, update: Update) -> None:
         """After the optimizer has stepped: before the next forward, `Monitor.step` or `Monitor.close`.
 
-        A step in which some quantity listens to this is appended to the timeline only then.
+        A step with such a quantity is appended to the timeline only then.
         """
 
     def on_probe(self, sums: Sums, probe: ProbeFeatures) -> None:
         """After a run of the probe set. `held` is "alike"."""
 
     def later(self, sums: Sums, finish: Callable[..., None], *tensors: Tensor) -> None:
-        """Leave work that would wait for a device, such as eigenvalues, to the thread that finishes rows.
+        """Do work that would wait for a device, such as eigenvalues, in the recorder's thread.
 
         For taps of the probe set and of the whole step. `finish(sums, *tensors)` gets the sums of the step and copies
-        on the host. `tensors` are not written to any more. Without a monitor it is called at once.
+        on the host; `tensors` must not be changed afterwards. Without a monitor it is called at once.
         """
         finish(sums, *tensors)
 
     # ---- slow work on parameters, in a thread of its own -------------------------------------------------------------
 
     def wants(self, layer: int, name: str, parameter: nn.Parameter) -> bool:
-        """Whether `in_background` looks at a parameter of a block; each counts once, for the first layer with it."""
+        """Whether `in_background` measures a parameter of a block; a shared one belongs to its first layer."""
         return False
 
     def in_background(self, layer: int, name: str, weight: Tensor) -> Mapping[str, np.ndarray]:
-        """What a parameter adds to the accumulators: arrays of their shapes, by name. `held` is "part".
+        """Arrays to add to the accumulators, of their shapes, by name. `held` is "part".
 
-        Called in a thread of the lowest importance with a copy of the whole weight on the host, as it was at a step at
-        which the quantity was due. Ranks divide the parameters among them. The result is in the next measured step
-        after it is done. `weight` may be changed.
+        Called in a thread of the lowest priority with a copy of the whole weight on the host, from a step at which the
+        quantity was due. Ranks divide the parameters among them. The result is in the next measured step after it is
+        ready. `weight` may be changed.
         """
         raise NotImplementedError(f"quantity {self.name!r}: in_background() measures what wants() asks for")

@@ -1,4 +1,4 @@
-"""The rank of attention: heads that collapse to one pattern for all queries, and layers made of them."""
+"""The rank of attention matrices: collapsed heads and lazy layers."""
 
 from __future__ import annotations
 

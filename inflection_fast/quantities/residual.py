@@ -1,4 +1,4 @@
-"""The residual stream: how large the outputs of the blocks are, how heavy their tails, and how far a block moves it."""
+"""The residual stream: moments of blocks' outputs, and the relative change by a block."""
 
 from __future__ import annotations
 

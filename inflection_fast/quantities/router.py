@@ -1,4 +1,4 @@
-"""Mixtures of experts: how undecided the routers are, and whether some experts get most of the tokens."""
+"""Mixtures of experts: entropy of the routers, and load of the experts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The singular values of weight matrices: how many directions they use, and which stand out of noise."""
+"""Singular values of weight matrices: ranks, power law, and outliers from noise."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..ops.spectrum import Spectrum as SpectrumOfMatrix
 from ..ops.spectrum import weight_spectrum
-from .arguments import check_count
+from .arguments import check_count, matrix_names
 from .quantity import Accumulator, Column, MeasuredModel, Quantity
 
 if TYPE_CHECKING:
@@ -76,19 +76,13 @@ class Spectrum(Quantity):
 
     def prepare(self, model: MeasuredModel) -> None:
         """Give every matrix of a block a place by its name there; `ValueError` where there is none."""
-        names = dict.fromkeys(
-            name
-            for block in model.blocks
-            if block.module is not None
-            for name, parameter in block.module.named_parameters()
-            if self.wants(block.index, name, parameter)
-        )
+        names = matrix_names(model.blocks, lambda parameter: self.wants(0, "", parameter))
         if not names:
             raise ValueError(
                 f"spectrum: the blocks have no matrices of at least {LEAST_SIDE} x {LEAST_SIDE}; leave the quantity out"
             )
         self._places, self._blocks = {name: i for i, name in enumerate(names)}, len(model.blocks)
-        self.axes = {"matrix": tuple(names)}
+        self.axes = {"matrix": names}
         self.accumulators = {name: Accumulator(("layer", "matrix"), held="part") for name in (*_FIELDS, "measured")}
 
     def wants(self, layer: int, name: str, parameter: nn.Parameter) -> bool:

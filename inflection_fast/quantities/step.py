@@ -1,4 +1,4 @@
-"""What every measured step says about itself: its loss, whether it was dropped, and what measuring took."""
+"""Columns of every measured step: loss, skipped steps, missing ranks, and times."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from .quantity import Accumulator, AlertRule, Column, ModelOutput, Quantity, Sums
+from ..timeline.older import NOT_FINITE, RANK_LOST
+from .quantity import Accumulator, Column, ModelOutput, Quantity, Sums
 
 __all__ = ["Step"]
 
@@ -32,7 +33,7 @@ class Step(Quantity):
             "loss",
             "The loss that the training loop passed to the monitor, or that the model returned.",
             count="losses",
-            alerts=(AlertRule("not_finite"),),
+            alerts=(NOT_FINITE,),
         ),
         "skipped": _of_step(
             "0 or 1",
@@ -44,15 +45,7 @@ class Step(Quantity):
             "processes",
             "missing ranks",
             "Processes whose share is in no value of the step, because they were lost.",
-            alerts=(
-                AlertRule(
-                    "above",
-                    0.0,
-                    kind="rank_lost",
-                    words="the values of {place} are those of one rank alone, {value:.0f} missing",
-                    measurements=1,
-                ),
-            ),
+            alerts=(RANK_LOST,),
         ),
         "padded_rows": _of_step(
             "1",

@@ -1,4 +1,4 @@
-"""The path of a token's features through depth: how far each block moves them, and where the path bends."""
+"""The path of features through the layers: distances, angles and bends."""
 
 from __future__ import annotations
 

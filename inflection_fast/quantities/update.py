@@ -1,4 +1,4 @@
-"""How large the weights of each block are, and how far an optimizer step moves them."""
+"""Norms of the weights of each block, and of their change by an optimizer step."""
 
 from __future__ import annotations
 
@@ -120,16 +120,16 @@ class _Changes:
         self.squares: Tensor | None = None
 
     def before(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-        """Copy what the state will not tell."""
+        """Copy the weights whose change is not in the optimizer state."""
         wanted = [p for group in optimizer.param_groups for p in group["params"] if p in self._layers]
-        wanted = [p for p in wanted if not _tells(optimizer, p)]
+        wanted = [p for p in wanted if not _change_is_known(optimizer, p)]
         need = sum(local_of(p).nbytes for p in wanted)
         self._stride = -(-need // self._copy_bytes) if need else 1
         with torch.no_grad():
             self._copies = {p: _thinned(p.detach(), self._stride).clone() for p in wanted}
 
     def after(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-        """Add the squares of what this optimizer has changed."""
+        """Add the squares of the changes by this optimizer."""
         by_layer: dict[int, list[tuple[nn.Parameter, dict]]] = {}
         for group in optimizer.param_groups:
             for p in group["params"]:
@@ -165,17 +165,17 @@ def _difference(after: nn.Parameter, before: Tensor, stride: int) -> Tensor:
     return now - before if now.dtype == torch.float64 else now.float() - before.float()
 
 
-# ---- what the state of an optimizer tells ----------------------------------------------------------------------------
+# ---- changes from the state of an optimizer --------------------------------------------------------------------------
 
 
-def _tells(optimizer: Optimizer, parameter: nn.Parameter) -> bool:
-    """Whether `change_of` will know the change of `parameter`."""
+def _change_is_known(optimizer: Optimizer, parameter: nn.Parameter) -> bool:
+    """Whether `change_of` gives the change of `parameter`."""
     kinds = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
     return type(optimizer) in kinds and parameter.dtype in (torch.float32, torch.float64) and not parameter.is_complex()
 
 
 def change_of(optimizer: Optimizer, parameter: nn.Parameter, group: dict) -> Tensor | None:
-    """What torch's SGD, Adam or AdamW has just added to `parameter`; None where it had no gradient.
+    """The last change of `parameter` by torch's SGD, Adam or AdamW; None without a gradient.
 
     Weight decay that multiplies the weights is undone exactly: of theta' = theta (1 - lr wd) - lr u the change is
     theta' - theta = -lr / (1 - lr wd) (u + wd theta'). Written over two temporaries, because these are as large as the

@@ -1,13 +1,11 @@
-"""The file between measuring and deciding: what was measured, step by step.
+"""The file between measuring and deciding, with a row per measured step and layer.
 
-`timeline.arrows` is one Arrow IPC stream with a record batch per measured step. Of the formats that hold typed
-columns it is the one that can be appended to: Parquet, Feather and NumPy archives write their index at the end, so a
-killed process leaves nothing, whereas every prefix of a stream that ends between two batches is a stream. It carries
-its own schema and metadata, pandas, polars, DuckDB, R and Arrow itself read it, and reading it executes nothing (a
-pickle would).
+`timeline.arrows` is one Arrow IPC stream with a record batch per measured step. It can be appended to, unlike Parquet,
+Feather and NumPy archives, whose index at the end is missing after a process was killed. It contains its schema and
+metadata; pandas, polars, DuckDB, R and Arrow read it; reading it executes no code, unlike a pickle.
 
-Each batch goes to the operating system in one piece before `append` returns, so a killed process loses at most the
-batch that it was writing; the disk itself is synchronised when the file is created, replaced and closed.
+Each batch is written in one call before `append` returns, so a killed process loses at most the last batch. The file is
+synchronised with the disk when it is created, replaced and closed.
 """
 
 from .arrow import columns_in

@@ -61,7 +61,7 @@ def encode(row: tuple[int, Mapping[str, np.ma.MaskedArray]], schema, layers: int
             continue
         value, mask = np.ma.getdata(values[field.name]), np.ma.getmaskarray(values[field.name])
         places = field.type.list_size if pa.types.is_fixed_size_list(field.type) else 1
-        # What has no axis of layers stands in the row of every layer.
+        # Values without an axis of layers are repeated in the row of every layer.
         flat, gaps = (np.broadcast_to(x.reshape(-1, places), (layers, places)).ravel() for x in (value, mask))
         array = pa.array(flat, mask=gaps) if gaps.any() and _nullable(field) else pa.array(flat)
         if pa.types.is_fixed_size_list(field.type):
@@ -75,7 +75,7 @@ def _nullable(field) -> bool:
 
 
 def read(path: Path) -> tuple[list, dict, int]:
-    """Rows, metadata, and how many bytes at the end belong to no whole batch."""
+    """Rows, metadata, and the number of bytes of an incomplete batch at the end."""
     with open(path, "rb") as file:
         if file.read(len(_CONTINUATION)) != _CONTINUATION:
             raise ValueError(f"{path} is not a timeline: it does not begin like an Arrow stream")
@@ -84,7 +84,7 @@ def read(path: Path) -> tuple[list, dict, int]:
 
 
 def parse(path: Path, data: bytes) -> tuple[list, dict, int]:
-    """As `read`, from the bytes that stand at `path`."""
+    """As `read`, from the bytes of `path`."""
     import pyarrow as pa
 
     source = pa.BufferReader(data)
@@ -139,7 +139,7 @@ def _decode(path: Path, batch, meta: dict, columns: dict[str, Column], before: l
     for name, shape in shapes_of(columns, meta).items():
         array = column[name].flatten() if hasattr(column[name], "flatten") else column[name]
         numbers = array.to_numpy(zero_copy_only=False)
-        if meta["format"] in _OLDER:  # where NaN stands for what nobody has measured, too
+        if meta["format"] in _OLDER:  # where NaN also means not measured
             mask = np.isnan(numbers)
         else:
             mask = (

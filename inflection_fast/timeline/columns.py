@@ -1,4 +1,4 @@
-"""What a column of a timeline is: its unit, its axes, how it is drawn, and when it is alarming."""
+"""The description of a column of a timeline: unit, axes, drawing, alert rules."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields
 
 __all__ = ["TESTS", "AlertRule", "Column"]
 
-# What a rule may ask of a value; see `AlertRule`.
+# The tests of a rule; see `AlertRule`.
 TESTS = ("above", "below", "falls_below", "exploding", "dead", "not_finite")
 _DRAWN = ("lines", "heatmap", "none")
 _SCALES = ("linear", "log")
@@ -14,14 +14,14 @@ _SCALES = ("linear", "log")
 
 @dataclass(frozen=True)
 class AlertRule:
-    """When a value of a column is alarming.
+    """A rule for alerts on the values of a column.
 
     `test` is one of
 
     * "above", "below": the value is beyond `limit`;
     * "falls_below": it is below `limit` at a place that was at or above it before;
     * "exploding", "dead": it differs from the median of its last measurements by the factor `limit` (above 1, below 1)
-      and by several of their deviations; 0 is dead, whatever came before. For positive values, such as norms;
+      and by several of their deviations; 0 is always dead. For positive values, such as norms;
     * "not_finite": it was measured and is infinite or NaN. `limit` is not used.
 
     Raises:
@@ -29,11 +29,11 @@ class AlertRule:
     """
 
     test: str
-    # The number, or the name of the field of `AlertConfig` that holds it, where a user can change it or switch it off.
+    # A number, or the name of a field of `AlertConfig`, which users can change or switch off.
     limit: float | str | None = None
     kind: str | None = None  # name of the alert; None: the name of the test
-    words: str | None = None  # "{signal} of {place} is {value:.3g}, above {limit:.3g}" if None, as fits the test
-    measurements: int | None = None  # so many in a row complete an alert; None: as `AlertConfig` says
+    words: str | None = None  # of the alert; None: "{signal} of {place} is {value:.3g}, above {limit:.3g}" or alike
+    measurements: int | None = None  # consecutive measurements for an alert; None: as in `AlertConfig`
 
     def __post_init__(self):
         if self.test not in TESTS:
@@ -59,11 +59,11 @@ class Column:
     axes: tuple[str, ...]
     label: str  # for an axis of a chart, without the unit: "attention entropy"
     explanation: str  # one sentence: what the number is
-    quantity: str = ""  # whose column it is; filled in by the monitor
+    quantity: str = ""  # its quantity; set by the monitor
     drawn: str = "lines"  # over steps, a line per layer; "heatmap": layers x steps; "none"
     scale: str = "linear"  # of the values; "log"
-    # Name of the accumulator that counts the pieces of a value, of the same axes or the first of them: where it is 0,
-    # nobody has measured anything, and the value is missing. None: every value is there when the quantity was due.
+    # Name of the accumulator that counts measurements, with the same axes or the first of them: where it is 0, the
+    # value is missing. None: all values exist whenever the quantity was due.
     count: str | None = None
     alerts: tuple[AlertRule, ...] = ()
 
@@ -78,12 +78,12 @@ class Column:
             raise ValueError(f"scale: expected one of {_SCALES}, got {self.scale!r}")
 
     def as_dict(self) -> dict:
-        """Everything in a form that JSON can hold."""
+        """All fields as JSON values."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, saved: dict) -> Column:
-        """What `as_dict` gave; fields and rules that only a later version knows are left out."""
+        """A column from `as_dict`; unknown fields and rules of later versions are ignored."""
         known = {field.name for field in fields(cls)}
         values = {name: value for name, value in saved.items() if name in known}
         of_rules = {field.name for field in fields(AlertRule)}

@@ -1,4 +1,4 @@
-"""What becomes of a timeline that is in the folder already."""
+"""What to do with a timeline that exists in the folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ IF_EXISTS = ("error", "overwrite", "new")
 
 
 def folder_for(out: str | os.PathLike, if_exists: str, also: tuple[str, ...] = ()) -> Path:
-    """The folder that a new timeline goes to, where `out` is what was asked for.
+    """The folder of a new timeline that was requested for `out`.
 
     Args:
         out: folder

@@ -1,53 +1,53 @@
-"""The columns of files of formats 2 and 3, which did not describe themselves; a writer has them by default."""
+"""The columns of files of formats 2 and 3, which have no descriptions: the defaults of a writer, with alert rules."""
 
 from __future__ import annotations
 
 from .columns import AlertRule, Column
 
-__all__ = ["STANDARD", "columns_of"]
+__all__ = ["ENTROPY_COLLAPSE", "GRADIENT_RULES", "LARGE_LOGIT", "NOT_FINITE", "RANK_LOST", "STANDARD", "columns_of"]
 
-_FINITE = AlertRule("not_finite")
-_COLLAPSED = AlertRule(
+NOT_FINITE = AlertRule("not_finite")
+ENTROPY_COLLAPSE = AlertRule(
     "falls_below",
     "entropy",
     kind="entropy_collapse",
     words="attention entropy of {place} is {value:.3g} nats, below {limit:.3g}",
 )
-_LARGE = AlertRule(
+LARGE_LOGIT = AlertRule(
     "above",
     "max_logit",
     kind="max_logit",
     words="largest attention logit of {place} is {value:.4g}, above {limit:.4g}",
 )
-_LOST = AlertRule(
+RANK_LOST = AlertRule(
     "above",
     0.0,
     kind="rank_lost",
     words="the values of {place} are those of one rank alone, {value:.0f} missing",
     measurements=1,
 )
-_NORM = (
+GRADIENT_RULES = (
     AlertRule("exploding", "exploding", kind="exploding_gradient"),
     AlertRule("dead", "dead", kind="dead_gradient"),
-    _FINITE,
+    NOT_FINITE,
 )
 
 # name -> axes, unit, quantity, rules: those that the quantities declare
 _COLUMNS = {
-    "entropy": (("layer", "head"), "nats", "attention", (_COLLAPSED, _FINITE)),
+    "entropy": (("layer", "head"), "nats", "attention", (ENTROPY_COLLAPSE, NOT_FINITE)),
     "entropy_se": (("layer", "head"), "nats", "attention", ()),
-    "max_logit": (("layer", "head"), "logit", "attention", (_LARGE,)),
+    "max_logit": (("layer", "head"), "logit", "attention", (LARGE_LOGIT,)),
     "collision": (("layer", "head"), "probability", "attention", ()),
     "sink": (("layer", "head"), "probability", "attention", ()),
     "probe_entropy": (("layer", "head"), "nats", "probe_entropy", ()),
-    "activation_grad": (("layer",), "l2 norm", "activation_grad", _NORM),
-    "parameter_grad": (("layer",), "l2 norm", "parameter_grad", _NORM),
+    "activation_grad": (("layer",), "l2 norm", "activation_grad", GRADIENT_RULES),
+    "parameter_grad": (("layer",), "l2 norm", "parameter_grad", GRADIENT_RULES),
     "delta_cka": (("layer",), "1 - CKA", "delta_cka", ()),
     "delta_cka_se": (("layer",), "1 - CKA", "delta_cka", ()),
     "probe_activation_grad": (("layer",), "l2 norm", "probe_activation_grad", ()),
-    "loss": ((), "nats", "step", (_FINITE,)),
+    "loss": ((), "nats", "step", (NOT_FINITE,)),
     "skipped": ((), "0 or 1", "step", ()),
-    "missing_ranks": ((), "processes", "step", (_LOST,)),
+    "missing_ranks": ((), "processes", "step", (RANK_LOST,)),
     "measure_ms": ((), "ms", "step", ()),
     "probe_ms": ((), "ms", "step", ()),
 }
@@ -78,7 +78,7 @@ STANDARD: dict[str, Column] = {
     )
     for name, (axes, unit, quantity, rules) in _COLUMNS.items()
 }
-_ABSENT = {2: ("missing_ranks",), 3: ()}  # what files of each format did not have
+_ABSENT = {2: ("missing_ranks",), 3: ()}  # missing columns by format
 
 
 def columns_of(version: int) -> dict[str, Column]:

@@ -1,4 +1,4 @@
-"""Reading a timeline while another process writes it, and a long one without holding it in memory."""
+"""Reading a timeline row by row, also while another process writes it."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from .arrow import parse
 
 __all__ = ["TimelineTail"]
 
-_PIECE = 2**25  # bytes that are read at a time
-_HEAD = 2**10  # bytes by which a file is known again
+_PIECE = 2**25  # bytes per read
+_HEAD = 2**10  # bytes that identify a file
 
 
 class TimelineTail:
     """The rows of a timeline in order, each once, as they are appended to the file.
 
-    A row that is half written is given later, when it is whole. A file that was replaced or cut (by a run that was
-    resumed) is read again from its beginning, and `restarts` counts that. `meta` is None until the file has begun.
+    An incomplete row is returned later, when it is complete. A file that was replaced or cut (by a resumed run) is read
+    again from its beginning, and `restarts` counts that. `meta` is None while there is no file.
     """
 
     def __init__(self, path: str | os.PathLike):  # of the file, which need not exist yet
@@ -30,7 +30,7 @@ class TimelineTail:
 
     def _forget(self) -> None:
         self.meta: dict | None = None
-        self.torn = False  # whether bytes stand at the end that are no whole row
+        self.torn = False  # whether the file ends in an incomplete row
         self._schema = self._start = b""
         self._offset = 0
         self._identity: tuple[int, int] | None = None
@@ -70,7 +70,7 @@ class TimelineTail:
                 piece = piece if rows else 2 * piece  # one row alone may be longer than a piece
 
     def _begin(self, file) -> None:
-        """Starts over where the file is another one, or shorter, than what was read."""
+        """Start over if the file was replaced, or is shorter than what was read."""
         found = os.fstat(file.fileno())
         start = file.read(min(_HEAD, max(len(self._start), self._offset)))
         same = self._identity in (None, (found.st_dev, found.st_ino)) and start[: len(self._start)] == self._start
@@ -83,7 +83,7 @@ class TimelineTail:
         self._identity = (found.st_dev, found.st_ino)
 
     def _read_schema(self, data: bytes) -> bool:
-        """Keeps the bytes of the schema, with which any piece of the file can be parsed; False if not whole yet."""
+        """Keep the bytes of the schema, which every piece needs to be parsed; False if incomplete."""
         import pyarrow as pa
 
         if not data.startswith(b"\xff\xff\xff\xff"[: len(data)]):

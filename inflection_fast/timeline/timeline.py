@@ -42,8 +42,8 @@ class Timeline:
         meta: format, layers, heads, model, config, versions, columns, axes.
         truncated: a torn end was dropped while loading.
         columns: by name; None: the standard ones among `values`.
-        measured: name -> bool array like the column, False where nothing was measured. For a column that is not in it
-            this is not known, and NaN means either.
+        measured: name -> bool array like the column, False where nothing was measured. For other columns this is not
+            known, and NaN means either.
         values: the columns by name.
     """
 
@@ -115,7 +115,7 @@ class Timeline:
         return dict(self.meta.get("axes", {}))
 
     def masked(self, name: str) -> np.ndarray:
-        """A column as a masked array, masked where nothing was measured; a plain array where that is not known."""
+        """A column as a masked array, masked where nothing was measured; a plain array if that is not known."""
         if name not in self._measured:
             return getattr(self, name)
         return np.ma.array(self._values[name], mask=~self._measured[name])
@@ -124,9 +124,8 @@ class Timeline:
     def load(cls, path: str | os.PathLike) -> Timeline:
         """Read a timeline from its file, or from the folder that holds it.
 
-        A torn end (the writer was killed, the disk was full) is dropped with a warning and `truncated` is set; every
-        whole batch before it is kept. `FileNotFoundError` if there is none, `ValueError` if the file is not a
-        timeline.
+        An incomplete end (the writer was killed, the disk was full) is dropped with a warning, and `truncated` is set.
+        `FileNotFoundError` if there is no file, `ValueError` if it is not a timeline.
         """
         path = _file_of(path)
         rows, meta, torn = read(path)

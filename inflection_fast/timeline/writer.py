@@ -1,4 +1,4 @@
-"""Appending measured steps to a file that is readable at every moment."""
+"""Appending measured steps to a file that is always readable."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ __all__ = ["TimelineWriter"]
 
 logger = logging.getLogger(__name__)
 
-KEPT_BYTES = 2**26  # of rows that wait for a disk which refuses them
-_ARRAY_BYTES = 128  # that an array takes beside its numbers
+KEPT_BYTES = 2**26  # limit of rows in memory while the disk refuses writes
+_ARRAY_BYTES = 128  # overhead of an array
 
 
 class TimelineWriter:
-    """Appends measured steps to `folder/timeline.arrows`, or keeps them in memory only where `folder` is None.
+    """Appends measured steps to `folder/timeline.arrows`, or keeps them in memory (`folder` None).
 
-    `layers` are the block names, `heads` the number of attention heads of the widest block, `meta` what else describes
-    the run (`model`, `config`, `versions`: anything JSON can hold), `columns` what there is to append (None: the
-    standard ones), and `axes` the places, or their number, of axes of columns other than "layer" and "head".
+    `layers` are the block names, `heads` the number of attention heads of the widest block, `meta` other JSON values
+    about the run (`model`, `config`, `versions`), `columns` the columns (None: the standard ones), and `axes` the names
+    of places, or their number, of axes other than "layer" and "head".
 
-    An existing timeline is a `ValueError` unless `resume_at` is given: then its rows with step >= `resume_at` and a
-    torn end are dropped (the file is replaced atomically) and it is continued. Resuming where no file is yet starts
-    one. A file of other layers, heads or another model is a `ValueError`. Columns that only the file or only `columns`
-    has are kept, and missing where they were not measured.
+    An existing timeline is a `ValueError` unless `resume_at` is given: then its rows with step >= `resume_at` and an
+    incomplete end are dropped (the file is replaced atomically) and it is continued, or a new file is started. A file
+    of other layers, heads or another model is a `ValueError`. Columns of the file and of `columns` are all kept, and
+    missing where they were not measured.
 
-    Rows that the file holds are not kept in memory: `timeline` reads them back, also when the file was deleted since.
-    When the disk refuses a write, `append` cuts the file back to its last whole batch and lets the `OSError` through.
-    The row stays in memory, and the next `append` or `close` tries again: the file is always a prefix of `timeline`.
-    A file or folder that was deleted is written again as a whole; one that another process has replaced is refused.
+    Rows in the file are not kept in memory: `timeline` reads them, even if the file was deleted. When the disk refuses
+    a write, `append` truncates the file to its last complete batch and raises the `OSError`; the row stays in memory,
+    and the next `append` or `close` tries again. So the file is always a prefix of `timeline`. A deleted file or folder
+    is written again; a file that another process has replaced is an `OSError`.
 
-    No more than `keep_bytes` (None: 64 MiB with a folder, any number without one) of rows stay in memory. Of more the
-    oldest are dropped, because the last ones show what went wrong; `given_up` counts them, and a warning is logged.
+    At most `keep_bytes` (None: 64 MiB with a folder, else no limit) of rows stay in memory. Beyond that the oldest are
+    dropped, because the last ones show what went wrong; `given_up` counts them, and a warning is logged.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class TimelineWriter:
         self._describe()
         self._pending: deque[tuple[int, dict[str, np.ndarray]]] = deque()  # rows that no file holds
         self._most = KEPT_BYTES if keep_bytes is None and folder is not None else keep_bytes
-        self.given_up = 0  # rows of which neither file nor memory has a trace
+        self.given_up = 0  # dropped rows
         self._last: int | None = None  # step of the last row
         self.path: Path | None = None  # None: in memory only
         self._file: FileIO | None = None
@@ -113,7 +113,7 @@ class TimelineWriter:
         return encode(row, self._schema, len(self._meta["layers"]))
 
     def _keep_columns(self, path: Path, old: dict) -> None:
-        """Go on with the columns of the file as well."""
+        """Add the columns of the file."""
         before, sizes = columns_in(old), sizes_of(old)
         for name, column in before.items():
             now = self._columns.get(name, column)
@@ -128,14 +128,14 @@ class TimelineWriter:
         self._describe()
 
     def _create(self, path: Path, messages: list[bytes]) -> None:
-        """Write the file as a whole, atomically, and go on appending to it."""
+        """Write the whole file atomically, and open it for appending."""
         with replacing(path) as fresh, open(fresh, "wb") as file:
             file.writelines(messages)
         if self._file is not None:
             self._file.close()
             self._release()
         self._file = open(path, "r+b", buffering=0)
-        # A second handle, which stays open as long as somebody holds the writer, because `timeline` reads from it.
+        # A second handle, open for the lifetime of the writer, because `timeline` reads from it.
         self._reader = open(path, "rb", buffering=0)
         self._release = weakref.finalize(self, self._reader.close)
         self._offset = sum(map(len, messages))  # where the last whole batch ends
@@ -176,7 +176,7 @@ class TimelineWriter:
         step, _ = self._pending.popleft()
         if not self.given_up:
             where = "a timeline in memory" if self.path is None else self.path
-            logger.warning("%s: memory for rows that cannot be written is full; those from step %d go", where, step)
+            logger.warning("%s: too many rows cannot be written; those from step %d on are dropped", where, step)
         self.given_up += 1
 
     def _flush(self, path: Path) -> None:
@@ -187,12 +187,12 @@ class TimelineWriter:
             self._pending.popleft()
 
     def _stay_in_place(self, path: Path) -> None:
-        """Make sure that the open file is still the one that a reader finds: writing to a deleted one succeeds."""
+        """Check that the open file is still at its path, because writing to a deleted file succeeds."""
         try:
             found = os.stat(path)
         except FileNotFoundError:
             self._create(path, [self._written()])
-            logger.warning("%s was deleted; all that was measured so far was written to it again", path)
+            logger.warning("%s was deleted; all rows so far were written to it again", path)
             return
         if not os.path.samestat(found, os.fstat(self._reader.fileno())):
             raise OSError(f"{path} was replaced by another process")
@@ -204,7 +204,7 @@ class TimelineWriter:
         while len(data) < self._offset:
             piece = self._reader.read(self._offset - len(data))
             if not piece:
-                raise OSError(f"{self.path} was cut from outside to {len(data)} of {self._offset} bytes")
+                raise OSError(f"{self.path} was truncated by another process to {len(data)} of {self._offset} bytes")
             data += piece
         return bytes(data)
 
@@ -220,7 +220,7 @@ class TimelineWriter:
             try:
                 self._file.truncate(self._offset)
             except OSError:
-                pass  # the torn end stays until the next write overwrites it; readers drop it
+                pass  # the next write overwrites the incomplete end; readers drop it
             raise
         self._offset += len(message)
 
@@ -241,7 +241,7 @@ class TimelineWriter:
 
     @property
     def timeline(self) -> Timeline:
-        """All that was appended (and resumed) so far, exactly as it would be loaded from the file."""
+        """All rows so far, as they would be loaded from the file."""
         rows = [] if self.path is None else parse(self.path, self._written())[0]
         return stack([*rows, *self._pending], self._meta, truncated=False)
 
@@ -253,7 +253,7 @@ class TimelineWriter:
 
 
 def _earlier(old: dict, new: dict, rows: list) -> dict:
-    """Metadata that says under which other configurations the first rows of a resumed timeline were measured."""
+    """Metadata about other configurations of the first rows of a resumed timeline."""
     earlier = old.get("earlier", [])
     if rows and old.get("config") != new.get("config"):
         earlier = [*earlier, {"last_step": rows[-1][0], "config": old.get("config")}]
