@@ -1,8 +1,8 @@
-// The border between tensors and kernels: every argument struct and every launcher.
+// The interface between tensors and kernels: all argument structs and all launchers.
 //
-// Launchers take raw pointers and strides in elements, write only where an output pointer says, never allocate, never
-// synchronise and never throw. A `_cpu` launcher (all of them in the list at the end) does the items [begin, end) of its
-// work: the caller owns the threads. A `_cuda` launcher enqueues everything on `stream` and returns a cudaError_t as int.
+// Launchers take raw pointers and strides in elements, write only to output pointers and scratch, never allocate, never
+// synchronise and never throw. A `_cpu` launcher (listed at the end) does the work items [begin, end); the caller owns the
+// threads. A `_cuda` launcher enqueues all work on `stream` and returns a cudaError_t as int.
 #pragma once
 
 #include <cstdint>
@@ -11,10 +11,13 @@ namespace inflection {
 
 enum class DType : int32_t { f32, bf16, f16, boolean };
 
-constexpr int kMaxDims = 8;  // dimensions in front of the rows of an operand
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+constexpr int kMaxDims = 8;  // batch dimensions of an operand
+
 // ---- sum_of_squares -------------------------------------------------------------------------------------------------
 
-// One tensor, its dimensions sorted by stride and merged where they are contiguous: the innermost is dimension 0.
+// One tensor. Its dimensions are sorted by stride, the innermost first, and contiguous ones are merged.
 struct Operand {
   const void* data;
   int64_t sizes[kMaxDims], strides[kMaxDims];
@@ -24,18 +27,18 @@ struct Operand {
   int32_t group;
 };
 
-constexpr int64_t kSquaresChunk = 1 << 14;  // elements of one work item: small against a core's share
+constexpr int64_t kSquaresChunk = 1 << 14;  // elements of one work item
 
 struct SumOfSquaresArgs {
   const Operand* operands;     // [count]
   const int64_t* first_chunk;  // [count + 1], running number of kSquaresChunk-sized work items; the last is their total
   int64_t count, groups;
   const float* inv_scale;  // the sums are multiplied by its square; null: by 1
-  const int32_t* flag;     // of a tap: 0 there, and `partial` is not written; null: it is
-  double* partial;         // [chunks], scratch: one sum per work item, whatever the threads
+  const int32_t* flag;     // of a tap: if it is 0, `partial` is not written; null: no tap
+  double* partial;         // [chunks], scratch: one sum per work item
   double* totals;          // [groups], scratch of the GPU
   // outputs
-  double* out;  // [groups]: the square of a float is no float
+  double* out;  // [groups]
 };
 int sum_of_squares_cuda(const SumOfSquaresArgs&, void* stream);
 int sum_of_squares_merge_cuda(const SumOfSquaresArgs&, void* stream);
@@ -48,36 +51,36 @@ struct Mask {
   int64_t strides[kMaxDims];  // one per batch dimension of the operand
   int64_t row_stride;
   int64_t col_stride;
-  float floor;  // additive: values at or below are -inf (half of the dtype's lowest finite number)
+  float floor;  // additive: values at or below count as -inf (half of the dtype's lowest finite number)
   DType dtype;  // boolean: true attends
 };
 
-// What every row of a softmax can report; a null pointer is not wanted. All [batch * rows], row-major.
+// Results of softmax rows, [batch * rows]; null: not requested.
 struct RowOutputs {
   float* entropy;    // nats
   float* lse;        // log-sum-exp of the scores; -inf without keys
-  float* lse_low;    // what it lost when it was rounded; from Q and K only
+  float* lse_low;    // its rounding error; from Q and K only
   float* max_logit;  // largest attendable score; -inf without keys
   float* keys;       // attendable keys
   float* collision;  // sum of squared probabilities
   float* sink;       // probability of key 0, of the first key of a packed row's sequence, or of the sink column if any
 };
 
-// The GPU cuts rows that are few and long: blocks take the statistics of parts, warps the gradient of slices. Where
-// depends on the shape alone, so that no result depends on the device.
+// The GPU splits rows that are few and long: a block computes the statistics of a part, a warp the gradient of a slice.
+// The split depends only on the shape, so results do not depend on the device.
 struct RowPart {
   double below, dot;
   float max, square;
   int32_t tops, keys;
 };
 constexpr int64_t kMultiprocessors = 132;                                // of a large device
-constexpr int kResidentBlocks = 2;                                       // that each has registers for, at least
-constexpr int64_t kFillBlocks = kMultiprocessors * kResidentBlocks * 2;  // blocks that it runs at once, twice over
-constexpr int64_t kFillWarps = kMultiprocessors * 64;                    // warps that it runs at once
-constexpr int64_t kLeastPart = 8192;                                     // columns that are worth a block
-constexpr int64_t kLeastSlice = 1024;                                    // columns that are worth a warp
+constexpr int kResidentBlocks = 2;                                       // least number per multiprocessor
+constexpr int64_t kFillBlocks = kMultiprocessors * kResidentBlocks * 2;  // two waves of resident blocks
+constexpr int64_t kFillWarps = kMultiprocessors * 64;                    // resident warps
+constexpr int64_t kLeastPart = 8192;                                     // least number of columns per block
+constexpr int64_t kLeastSlice = 1024;                                    // least number of columns per warp
 constexpr int64_t row_cuts(int64_t rows, int64_t cols, int64_t fill, int64_t least) {
-  const int64_t wanted = rows > 0 ? (fill + rows - 1) / rows : 1, most = cols / least;
+  const int64_t wanted = rows > 0 ? ceil_div(fill, rows) : 1, most = cols / least;
   const int64_t cuts = wanted < most ? wanted : most;
   return cuts > 1 ? cuts : 1;
 }
@@ -91,19 +94,19 @@ struct AttentionStatsArgs {
   int64_t batch, rows, cols, row_stride, col_stride;
   int32_t dims;
   DType dtype;
-  float floor;   // logits at or below are -inf: masks added beforehand
-  double scale;  // not rounded to float: 20 nats^2 of variance would make 1e-6 of that
+  float floor;   // logits at or below count as -inf, for masks that were added before
+  double scale;  // not float: its rounding error times a variance of 20 nats^2 would be 1e-6
   bool causal;   // row i attends columns j <= i
   Mask mask;
-  RowPart* parts;  // [batch * rows, row_parts] scratch of the GPU where row_parts, or backward row_slices, is above 1
+  RowPart* parts;  // [batch * rows, row_parts] scratch of the GPU if row_parts, or backward row_slices, is above 1
   // outputs
   RowOutputs out;
 };
 int attention_stats_cuda(const AttentionStatsArgs&, void* stream);
 
-// What the gradient of a row with respect to its scores is made of (core/row_gradient.h).
+// Inputs of the gradient of rows with respect to their scores (core/row_gradient.h).
 struct RowGradients {
-  const float* entropy;  // [batch * rows], saved by the forward pass
+  const float* entropy;  // [batch * rows], results of the forward pass
   const float* lse;
   const float* lse_low;  // from Q and K only
   const float* collision;
@@ -117,7 +120,7 @@ struct RowGradients {
 struct AttentionStatsBackwardArgs {
   AttentionStatsArgs forward;
   RowGradients rows;
-  float out_scale;  // factor on the result: `scale` for the gradient of the logits, 1 for that of the scores
+  float out_scale;  // factor of the result: `scale` for the gradient of the logits, 1 for that of the scores
   // outputs
   void* grad;  // [batch..., rows, cols] contiguous, dtype `grad_dtype`
   DType grad_dtype;
@@ -127,7 +130,7 @@ int attention_stats_backward_cuda(const AttentionStatsBackwardArgs&, void* strea
 // ---- attention_stats_qk: the same, fused from Q and K ---------------------------------------------------------------
 
 constexpr int64_t kMaxHeadDim = 512;
-constexpr int64_t kMostKeys = 0x7fffff00;  // of a row, and queries: they are counted in 32 bits
+constexpr int64_t kMostKeys = 0x7fffff00;  // keys of a row, and queries: kernels count them in 32 bits
 
 struct AttentionStatsQkArgs {
   const void* query;  // [B, H, Tq, D], D at most kMaxHeadDim
@@ -142,12 +145,12 @@ struct AttentionStatsQkArgs {
   int64_t window_right;  // attends j <= i + window_right; -1: no bound
   bool causal;           // top-left aligned: row i attends j <= i
   Mask mask;             // batch dimensions B, H; rows are positions in [0, Tq)
-  const float* sinks;    // [H] scores of a virtual column without value, already in softmax units; null: none
-  bool has_sinks;        // the backward pass needs no more than this: a sink's own gradient is O(rows)
+  const float* sinks;    // [H] scores of an additional column without value, not scaled; null: none
+  bool has_sinks;        // of the backward pass, which needs no scores of sinks: Python computes their gradient
   const int64_t* rows;   // [num_rows] query positions, NaN outside [0, Tq); null: all of them, num_rows = Tq
   int64_t num_rows;
-  // [Tq, 2] the sequence [begin, end) that a position is in, of Tq = Tk packed ones: its row attends no other keys. Any
-  // values: nothing outside [0, Tk) is read. Null: one sequence.
+  // [Tq, 2] bounds [begin, end) of each position's sequence, of packed sequences (Tq = Tk): its row attends only these
+  // keys. Nothing outside [0, Tk) is read, whatever the values are. Null: one sequence.
   const int64_t* key_bounds;
   // outputs
   RowOutputs out;  // [B, H, num_rows]
@@ -161,44 +164,42 @@ struct AttentionStatsQkBackwardArgs {
   float* grad_query;  // [B, H, num_rows, D] contiguous
   float* grad_key;    // [B, Hkv, Tk, D] contiguous
 };
-// Two passes, each deterministic for any number of threads: row blocks fill grad_query, blocks of keys fill grad_key.
+// Two deterministic passes: one over row blocks writes grad_query, one over blocks of keys writes grad_key.
 int attention_stats_qk_grad_query_cuda(const AttentionStatsQkBackwardArgs&, void* stream);
 int attention_stats_qk_grad_key_cuda(const AttentionStatsQkBackwardArgs&, void* stream);
 
-// ---- attention_column_mass: what every key receives, given the log-sum-exp of the rows ------------------------------
+// ---- attention_column_mass: column sums of probabilities, given the log-sum-exp of the rows -------------------------
 
 struct AttentionColumnMassArgs {
-  AttentionStatsQkArgs forward;  // its outputs and sinks are not used: a sink is in `lse`
-  const float* lse;              // [B, H, num_rows]; a row at -inf counts nothing
+  AttentionStatsQkArgs forward;  // its outputs and sinks are not used: `lse` includes sinks
+  const float* lse;              // [B, H, num_rows]; a row with -inf does not count
   // outputs
   float* mass;     // [B, H, Tk] sum of min(1, e^(s - lse)) over the rows
   float* squares;  // [B, H, Tk] sum of their squares
 };
-// Every number has one writer, which adds the rows in a fixed order.
+// Each number has one writer, which adds the rows in a fixed order.
 int attention_column_mass_cuda(const AttentionColumnMassArgs&, void* stream);
 
-// ---- cka: the sums over rows behind linear CKA ----------------------------------------------------------------------
+// ---- cka: Gram matrices for linear CKA ------------------------------------------------------------------------------
 
-// With a shift c subtracted from every row, u = x - c_x, v = y - c_y, p = |u|^2, q = |v|^2, everything that biased and
-// debiased CKA need is the Gram matrix of z = (1, p, q, u, v): one symmetric matrix of K = 3 + Dx + Dy rows per layer.
+// With shifts c, u = x - c_x, v = y - c_y, p = |u|^2, q = |v|^2: biased and debiased CKA follow from the Gram matrix of
+// z = (1, p, q, u, v) over the rows, one symmetric matrix of K = 3 + Dx + Dy rows per layer.
 constexpr int64_t kCkaHead = 3;  // 1, p, q
 
 // Upper triangle, row by row: element (i, j), j >= i, is number cka_row(k, i) + j.
 constexpr int64_t cka_packed(int64_t k) { return k * (k + 1) / 2; }
-constexpr int64_t cka_row(int64_t k, int64_t i) {
-  return i * k - i * (i - 1) / 2 - i;
-}  // element (i, 0) would be there
+constexpr int64_t cka_row(int64_t k, int64_t i) { return i * k - i * (i - 1) / 2 - i; }
 
-constexpr int64_t kCkaDepth = 256;      // rows of a block: float32 sums no longer; 16 columns of it fill half of L1
+constexpr int64_t kCkaDepth = 256;      // rows of a block: float32 sums are no longer; 16 columns fill half of L1
 constexpr int64_t kCkaRowChunk = 16;    // rows of a packing item: their columns of a panel are whole cache lines
 constexpr int64_t kCkaBlockRows = 192;  // rows of the Gram matrix in one product item, packed 192 KiB: a share of L2
 constexpr int64_t kCkaBlockCols = 256;  // columns of one product item
-constexpr int64_t kCkaPanel = 96;       // packed widths are padded to a multiple of every tile's rows and columns
-constexpr int64_t kCkaSides = 2;        // shift items of a layer
-constexpr int64_t kCkaGpuPanel = 128;   // columns of one side that make up one edge of a tile on the GPU
+constexpr int64_t kCkaPanel = 96;       // packed widths are padded to a multiple of the rows and columns of all tiles
+constexpr int64_t kCkaSides = 2;        // x and y
+constexpr int64_t kCkaGpuPanel = 128;   // columns of one edge of a tile on the GPU
 constexpr int64_t kCkaTermRows = 64;    // rows of the Gram matrix in one item of the terms
 constexpr int64_t kCkaTermSums = 6;     // squares of S_xy, S_xx, S_yy; then s_x M_xy s_y, s_x M_xx s_x, s_y M_yy s_y
-constexpr int64_t kCkaLeastRows = 4;    // that the debiased terms need
+constexpr int64_t kCkaLeastRows = 4;    // for debiased terms
 
 struct CkaSide {
   const void* data;
@@ -209,13 +210,13 @@ struct CkaSide {
 
 struct CkaPushArgs {
   CkaSide x, y;      // [layers, rows, dim]
-  const bool* mask;  // [layers, rows], true counts; null: every row does
+  const bool* mask;  // [layers, rows], true counts; null: all rows count
   int64_t mask_layer_stride, mask_row_stride;
   int64_t layers, rows;
-  bool adopt;          // a layer without rows yet takes as shift the mean of the first kCkaDepth rows that count
-  const double* seen;  // [layers] rows so far, seen_stride apart; read if `adopt`
+  bool adopt;          // the shift of a layer without rows becomes the mean of the first kCkaDepth rows that count
+  const double* seen;  // [layers] number of rows so far, with stride seen_stride; read if `adopt`
   int64_t seen_stride;
-  int64_t first;  // CPU: the block in work begins at this one of the rows that count
+  int64_t first;  // CPU: index of the first row of the block, among the rows that count
   // scratch of the CPU
   int64_t* kept;          // [layers, rows] indices of the rows that count
   int64_t* counts;        // [layers]
@@ -226,24 +227,24 @@ struct CkaPushArgs {
   int64_t* exact;         // [layers, kCkaDepth] rows of the block that are multiplied in float64
   int64_t* exact_counts;  // [layers]
   // scratch of the GPU
-  bool fresh;               // no layer has rows yet, whatever `gram` and `seen` hold
+  bool fresh;               // no layer has rows yet; `gram` and `seen` are not initialised
   double* row_norms;        // [layers, rows, 2] p, q
   uint8_t* row_kinds;       // [layers, rows] whether and how a row is multiplied
-  int32_t* block_exact;     // [layers, ceil(rows / kCkaDepth)] rows of a block that are multiplied in float64
-  double* float_rows;       // [layers] rows that are not
+  int32_t* block_exact;     // [layers, ceil(rows / kCkaDepth)] number of rows that are multiplied in float64
+  double* float_rows;       // [layers] number of rows that are multiplied in float32
   double* column_sums;      // [layers, Dx + Dy] of u over those
-  uint16_t* column_shifts;  // [layers, cka_gpu_columns] what 16-bit products subtract, in the dtype of the rows
+  uint16_t* column_shifts;  // [layers, cka_gpu_columns] numbers that 16-bit products subtract, in the dtype of the rows
   // outputs
   float* shift;  // [layers, Dx + Dy]
   double* gram;  // [layers, cka_packed(K)], added to
 };
 int cka_push_cuda(const CkaPushArgs&, void* stream);
-int cka_adopt_cuda(const CkaPushArgs&, void* stream);  // the shifts alone: rows, seen and shift are used
+int cka_adopt_cuda(const CkaPushArgs&, void* stream);  // sets the shifts only; uses rows, seen and shift
 
-// Rows in a frozen basis, and what tells how much of their variance it keeps; on the GPU torch's products do this.
+// Projects rows on a frozen basis, and adds up their variance. CPU only; on the GPU torch multiplies.
 struct CkaProjectArgs {
   CkaSide sides[kCkaSides];  // [layers, rows, dim]
-  const bool* mask;          // [layers, rows], true counts; null: every row does
+  const bool* mask;          // [layers, rows], true counts; null: all rows count
   int64_t mask_layer_stride, mask_row_stride;
   int64_t layers, rows;
   const float* shift;  // [layers, 2 dim]
@@ -253,7 +254,6 @@ struct CkaProjectArgs {
   float* out[kCkaSides];  // [layers, rows, rank] (x - c) P; rows that do not count are 0
   double* sums;           // [layers, 2 dim + 2] u, v, |u|^2, |v|^2, added to
 };
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t cka_gpu_panels(int64_t dx, int64_t dy) {
   return ceil_div(dx, kCkaGpuPanel) + ceil_div(dy, kCkaGpuPanel);
 }
@@ -261,53 +261,53 @@ constexpr int64_t cka_gpu_columns(int64_t dx, int64_t dy) { return cka_gpu_panel
 constexpr int64_t cka_product_items(int64_t k) { return ceil_div(k, kCkaBlockRows) * ceil_div(k, kCkaBlockCols); }
 constexpr int64_t cka_term_items(int64_t dx, int64_t dy) { return ceil_div(dx + dy, kCkaTermRows); }
 
-// Numerator and both self terms of CKA: squared Frobenius norms of the centred products, or n (n - 3) HSIC_1.
+// Cross term and self terms of CKA: squared Frobenius norms of the centred products, or n (n - 3) HSIC_1.
 struct CkaTermsArgs {
   const double* gram;  // [layers, cka_packed(3 + dim_x + dim_y)]
   int64_t layers, dim_x, dim_y;
   bool debiased;
   double* partial;  // [layers, cka_term_items, kCkaTermSums], scratch
   // outputs
-  double* terms;  // [layers, 3]: xy, xx, yy; a self term that rounding could have made is 0
+  double* terms;  // [layers, 3]: xy, xx, yy; a self term as small as rounding errors is 0
 };
 int cka_terms_cuda(const CkaTermsArgs&, void* stream);
 int cka_terms_merge_cuda(const CkaTermsArgs&, void* stream);
 
 // ---- cka_batches: minibatch CKA of layers with layers ---------------------------------------------------------------
 
-constexpr int64_t kCkaBatchDepth = 128;  // features in work at a time: of 256 rows they are 128 KiB, a share of L2
+constexpr int64_t kCkaBatchDepth = 128;  // features processed at a time: 128 KiB for 256 rows, a share of L2
 constexpr int64_t kCkaPairRows = 3;      // layers in one item of the inner products
-// Of the largest tiles: columns, and what tiles take beside a triangle of n rows and columns, n times half of this.
+// Columns of the largest tile; and the padding of a triangle of n rows by tiles is at most n kCkaTriangleEdge / 2 floats.
 constexpr int64_t kCkaTriangleColumns = 32, kCkaTriangleEdge = 52;
 
-// Floats that hold the strictly upper triangle over so many rows as tiles of any instruction set.
+// Floats of the tiles that hold the strictly upper triangle over the rows, for any instruction set.
 constexpr int64_t cka_triangle_floats(int64_t rows) {
   const int64_t n = ceil_div(rows, kCkaTriangleColumns) * kCkaTriangleColumns;
   return n * (n + kCkaTriangleEdge) / 2;
 }
-// Floats of the features in work of so many rows, in whole tiles of any instruction set; and with one for each row.
+// Floats of kCkaBatchDepth features of the rows, in whole tiles of any instruction set; and with one more for each row.
 constexpr int64_t cka_batch_features(int64_t rows) { return ceil_div(rows, kCkaPanel) * kCkaPanel * kCkaBatchDepth; }
 constexpr int64_t cka_batch_floats(int64_t rows) { return cka_batch_features(rows) + rows; }
 
-// A batch is `tile` rows, the last one what is left. K is the Gram matrix over the rows of a batch less their mean,
-// without its diagonal.
+// A batch has `tile` rows; the last one may have fewer. K is the Gram matrix over the centred rows of a batch, without its
+// diagonal.
 struct CkaBatchArgs {
   CkaSide sides[kCkaSides];   // [layers, rows, dim]
-  int64_t layers[kCkaSides];  // 0 of the second: the first with itself
+  int64_t layers[kCkaSides];  // second 0: the first side with itself
   int64_t rows, tile;
-  const float* factors;  // [layers of both sides] powers of two that rows less their mean are multiplied by; null: 1
-  int64_t first;         // number of the first batch in work
+  const float* factors;  // [layers of both sides] powers of two that scale the centred rows; null: 1
+  int64_t first;         // number of the first batch of the group
   float* block;          // [cka_batch_floats(tile)], scratch of one thread
-  float* triangles;      // [batches in work, layers of both sides, cka_triangle_floats(tile)], scratch
+  float* triangles;      // [batches of the group, layers of both sides, cka_triangle_floats(tile)], scratch
   // outputs
-  double* sums;   // [layers of both sides, rows] of the rows of K
+  double* sums;   // [layers of both sides, rows] row sums of K
   double* own;    // [batches, layers of both sides] |K|^2
   double* cross;  // [batches, layers, layers of the other side] <K, L>
 };
 
-// ---- activation_moments: one pass over what a block takes in and gives out ------------------------------------------
+// ---- activation_moments: one pass over the input and the output of a block ------------------------------------------
 
-// Sums over the rows that count, in this order; every one of them adds up over batches and ranks.
+// Sums over the rows that count, in this order. Sums of batches and ranks are added.
 enum MomentSum : int32_t {
   kMomentRows,      // rows that count
   kMomentElements,  // their elements
@@ -324,14 +324,12 @@ enum MomentSum : int32_t {
   kMomentSums
 };
 
-// An activation is massive above both, the second in units of the median magnitude of its row (arXiv 2402.17762).
+// An activation is massive if it exceeds both; the second is in units of the row's median magnitude (arXiv 2402.17762).
 constexpr double kMassiveMagnitude = 100.0, kMassiveOfMedian = 1000.0;
-constexpr int64_t kMomentParts = 8192;  // most work items: warps that a large device runs at once
+constexpr int64_t kMomentParts = 8192;  // largest number of work items: resident warps of a large device
 
-constexpr int64_t moment_part_rows(int64_t rows) {
-  return rows > kMomentParts ? (rows + kMomentParts - 1) / kMomentParts : 1;
-}
-constexpr int64_t moment_parts(int64_t rows) { return (rows + moment_part_rows(rows) - 1) / moment_part_rows(rows); }
+constexpr int64_t moment_part_rows(int64_t rows) { return rows > kMomentParts ? ceil_div(rows, kMomentParts) : 1; }
+constexpr int64_t moment_parts(int64_t rows) { return ceil_div(rows, moment_part_rows(rows)); }
 
 struct MomentRows {  // [batch..., dim], broadcast by strides of 0
   const void* data;
@@ -357,8 +355,8 @@ int activation_moments_merge_cuda(const ActivationMomentsArgs&, void* stream);
 
 // ---- every CPU kernel -----------------------------------------------------------------------------------------------
 
-// X(name, arguments), and what the work items are. The launchers name_cpu, their dispatch by instruction set and the
-// tables of kernels follow from this list alone.
+// X(name, arguments), with the number of work items. The launchers name_cpu, their dispatch by instruction set and the
+// tables of kernels are generated from this list.
 #define INFLECTION_KERNEL_LIST(X)                                                                                   \
   X(sum_of_squares, SumOfSquaresArgs)                            /* chunks; fills `partial` */                      \
   X(sum_of_squares_merge, SumOfSquaresArgs)                      /* groups; fills `out` */                          \
@@ -376,11 +374,11 @@ int activation_moments_merge_cuda(const ActivationMomentsArgs&, void* stream);
   X(cka_long_rows, CkaPushArgs)                                  /* layers */                                       \
   X(cka_product, CkaPushArgs)                                    /* layers * cka_product_items */                   \
   X(cka_project, CkaProjectArgs)                                 /* layers * kCkaSides */                           \
-  X(cka_batch_triangles, CkaBatchArgs)                           /* batches in work * layers of both sides */       \
-  X(cka_batch_products, CkaBatchArgs) /* batches in work * ceil_div(layers, kCkaPairRows) */                        \
+  X(cka_batch_triangles, CkaBatchArgs)                           /* batches of the group * layers of both sides */  \
+  X(cka_batch_products, CkaBatchArgs) /* batches of the group * ceil_div(layers, kCkaPairRows) */                   \
   X(cka_terms, CkaTermsArgs)          /* layers * cka_term_items */                                                 \
   X(cka_terms_merge, CkaTermsArgs)    /* layers */
-// Those whose number of work items the instruction set decides: name_items(arguments).
+// Kernels whose number of work items depends on the instruction set: name_items(arguments).
 #define INFLECTION_ITEMS_LIST(X)                                 \
   X(attention_stats_qk, AttentionStatsQkArgs)                    \
   X(attention_stats_qk_grad_query, AttentionStatsQkBackwardArgs) \
@@ -393,8 +391,8 @@ INFLECTION_KERNEL_LIST(INFLECTION_DECLARE)
 INFLECTION_ITEMS_LIST(INFLECTION_DECLARE_ITEMS)
 
 enum class Isa : int32_t { portable, avx2, avx512 };
-// The best instruction set that this CPU has and this library was built with, at most `limit`; it is the one used from
-// then on. Negative `limit`: change nothing. Returns the one in use.
+// Selects the best instruction set of this CPU and this library, at most `limit`; negative: no change. Returns the one in
+// use.
 int cpu_isa(int64_t limit);
 
 }  // namespace inflection

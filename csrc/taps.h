@@ -1,6 +1,6 @@
-// The border between tensors and kernels, continued: measuring inside a graph, where a flag in memory tells whether to.
+// The interface between tensors and kernels, continued: taps, which measure inside a graph if a flag in memory is set.
 //
-// As in kernels.h. A flag is one int32. Where it is 0, no input but the flag is read, and only scratch is written.
+// Launchers as in kernels.h. A flag is one int32. If it is 0, only the flag is read, and only scratch is written.
 #pragma once
 
 #include "kernels.h"
@@ -8,11 +8,11 @@
 namespace inflection {
 
 struct TapRowsArgs {
-  const double* draws;  // [num_rows] in [0, 1); null: every position is a row
+  const double* draws;  // [num_rows] in [0, 1); null: all positions are rows
   int64_t queries, num_rows;
   const int32_t* flag;
   // outputs
-  int64_t* rows;  // [num_rows] one position out of each of num_rows strata of [0, queries); -1 where the flag is 0
+  int64_t* rows;  // [num_rows] one position of each of num_rows strata of [0, queries); -1 if the flag is 0
 };
 void tap_rows_cpu(const TapRowsArgs&, int64_t begin, int64_t end);  // work items: rows
 int tap_rows_cuda(const TapRowsArgs&, void* stream);
@@ -27,7 +27,7 @@ struct TapAttentionArgs {
   int64_t token_strides[2];
   const int32_t* flag;
   // outputs
-  double* sums;   // [kTapSums, pitch], the first H of each; calls are counted up, all else is replaced
+  double* sums;   // [kTapSums, pitch], the first H of each; increments calls, replaces the others
   int64_t pitch;  // elements from one sum to the next
 };
 void tap_attention_cpu(const TapAttentionArgs&, int64_t begin, int64_t end);  // work items: heads
@@ -36,7 +36,7 @@ int tap_attention_cuda(const TapAttentionArgs&, void* stream);
 constexpr int64_t kTapGradientSums = 2;  // arrivals, squares
 
 struct TapGradientArgs {
-  const double* partial;  // [chunks] squares of a gradient, as sum_of_squares leaves them
+  const double* partial;  // [chunks] results of sum_of_squares for a gradient
   int64_t chunks;
   const int32_t* flag;
   // outputs

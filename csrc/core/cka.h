@@ -1,4 +1,4 @@
-// Linear CKA: which rows are multiplied in float64, and its terms from the sums over the rows; see docs/math.md.
+// Linear CKA: the rows that are multiplied in float64, and the terms from the sums over the rows; see docs/math.md.
 #pragma once
 
 #include "core/host_device.h"
@@ -6,29 +6,29 @@
 
 namespace INFLECTION_CORE {
 
-constexpr int64_t kCkaExactRows = 32;     // so few rows are multiplied in float64: adding the Gram matrix costs as much
-constexpr int64_t kCkaExactColumns = 16;  // of both sides: so few leave no average over columns that rounding fades in
+constexpr int64_t kCkaExactRows = 32;     // up to this number of rows float64 costs no more than adding the Gram matrix
+constexpr int64_t kCkaExactColumns = 16;  // of both sides: fewer columns do not average rounding errors
 
-// A row is long, and kept out of sums in float32, if |u|^2 is more than this: 8 times the mean of its block. An eighth of
-// the rows at most, whatever the features.
+// A row is long, and not part of float32 sums, if |u|^2 is above this: 8 times the mean of its block. At most an eighth of
+// the rows are long.
 IF_HD double cka_long(double squares, double rows) { return 8.0 * squares / rows; }
 
-// Whether products of rows, of the third order too, may leave float32: `squares` is the sum of |u|^2 of a block. Its rows
-// are then multiplied in float64, where a Gram matrix of any float32 features has room.
+// Whether products of two or three rows may leave the range of float32; `squares` is the sum of |u|^2 of a block. Its rows
+// are then multiplied in float64.
 IF_HD bool cka_leaves_float(double squares) { return squares != 0.0 && !(squares >= 0x1p-60 && squares <= 0x1p68); }
 
-// Whether all rows of a block are multiplied in float64: p and q are sums of |u|^2 and |v|^2 over `columns` in all.
+// Whether all rows of a block are multiplied in float64; p and q are sums of |u|^2 and |v|^2 over `columns` in total.
 IF_HD bool cka_all_exact(double rows, int64_t columns, double p, double q) {
   return rows <= double(kCkaExactRows) || columns <= kCkaExactColumns || cka_leaves_float(p) || cka_leaves_float(q);
 }
 
-// Rows whose products a GPU sums in float32 at a time, of so many: fewer where few such sums follow that would average
-// their rounding, which is as sqrt(run) in one of them and as run / sqrt(rows) in all.
+// Length of a float32 sum on the GPU, for this number of rows. It is shorter for few rows, because fewer sums then average
+// their rounding errors: the error is proportional to sqrt(length) in one sum and to length / sqrt(rows) in all.
 IF_HD int64_t cka_rows_at_once(int64_t rows) {
   return rows <= 128 ? 32 : rows <= 512 ? 64 : rows <= 2048 ? 128 : kCkaDepth;
 }
 
-// What the terms are made of, by side (0: x, 1: y) and by term (0: xy, 1: xx, 2: yy).
+// The sums from which the terms follow, by side (0: x, 1: y) and by term (0: xy, 1: xx, 2: yy).
 struct CkaSums {
   double n;
   double norm[2];              // S_p, S_q
@@ -38,11 +38,10 @@ struct CkaSums {
   double terms[kCkaTermSums];  // |S|_F^2 by term, then s^T M s by term
 };
 
-// The squared Frobenius norm of a centred product, or n (n - 3) HSIC_1 of Song et al. 2012, which fewer than
-// kCkaLeastRows rows do not have: NaN. A self term that rounding could have made is 0.
+// The squared Frobenius norm of a centred product, or n (n - 3) HSIC_1 of Song et al. 2012, which is NaN for fewer than
+// kCkaLeastRows rows. A self term as small as rounding errors is 0.
 IF_HD double cka_term(const CkaSums& s, int term, bool debiased) {
-  // Products carry float32 rounding of 1e-7 of the moments: a self term below its square in the moments of the mean is
-  // noise.
+  // Products have rounding errors of 1e-7 of the moments, so a smaller square in moments of the mean is noise.
   constexpr double kNoise = 1e-12;
   const int i = term == 2 ? 1 : 0, j = term == 1 ? 0 : 1;
   double out = s.terms[term];

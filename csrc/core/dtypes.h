@@ -1,4 +1,4 @@
-// 16-bit numbers as they are stored, and from a dtype to its type.
+// 16-bit numbers as they are stored; dispatch by dtype; indices of a work item.
 #pragma once
 
 #include "core/host_device.h"
@@ -13,7 +13,7 @@ struct F16 {
   uint16_t bits;
 };
 
-// body(T{}), T the type of the numbers.
+// Calls body(T{}) with the C++ type T of the dtype.
 IF_CALLS_BACK template <class Body>
 IF_HD decltype(auto) for_dtype(DType dtype, const Body& body) {
   switch (dtype) {
@@ -23,7 +23,7 @@ IF_HD decltype(auto) for_dtype(DType dtype, const Body& body) {
   }
 }
 
-// body(d, i) with the index i in every dimension d of item `item`, the last dimension being the fastest.
+// Calls body(d, i) with the index i of item `item` in each dimension d; the last dimension is the fastest.
 IF_CALLS_BACK template <class Body>
 IF_HD void for_indices(int64_t item, const int64_t* sizes, int32_t dims, const Body& body) {
   for (int32_t d = dims - 1; d >= 0; --d) {

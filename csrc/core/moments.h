@@ -1,4 +1,4 @@
-// What activation_moments takes of one row, from its sums; and which of its activations are massive.
+// The contribution of one row to activation_moments, and the limit of its massive activations.
 #pragma once
 
 #include "core/host_device.h"
@@ -14,12 +14,11 @@ IF_HD float float_of_bits(uint32_t bits) {
 #endif
 }
 
-// The larger one; NaN where one of the two is.
+// max(a, b); NaN if either is NaN.
 IF_HD float larger_or_nan(float a, float b) { return a != a || a > b ? a : b; }
 
-// The magnitude from which an activation of the row is massive if it is above kMassiveMagnitude; NaN where none can be.
-// at_most(x) counts the magnitudes up to x. The lower median is the least number that half of the row reaches, found bit
-// by bit: magnitudes are ordered like their bits.
+// kMassiveOfMedian times the lower median of the magnitudes; NaN if no activation can be massive. at_most(x) counts the
+// magnitudes up to x. The median is found by bisection over the bits, as magnitudes are ordered like their bits.
 IF_CALLS_BACK template <class AtMost>
 IF_HD double massive_limit(int64_t dim, float largest, const AtMost& at_most) {
   const int64_t half = (dim + 1) / 2;
@@ -38,8 +37,8 @@ struct RowMoments {
   double first, second, third, fourth, input, product, change;
 };
 
-// add(k, number) for the MomentSum k of the row. `massive` is their number, NaN where the row holds NaN; `both`: there is
-// an x.
+// Calls add(k, number) for each MomentSum k of the row. `massive`: number of massive activations, NaN if the row has NaN;
+// `both`: whether there is an x.
 IF_CALLS_BACK template <class Add>
 IF_HD void add_row(const RowMoments& row, int64_t dim, double massive, bool both, const Add& add) {
   add(kMomentRows, 1.0);
@@ -51,7 +50,7 @@ IF_HD void add_row(const RowMoments& row, int64_t dim, double massive, bool both
   add(kMomentMassive, massive);
   if (!both) return;
   add(kMomentInput, row.input);
-  if (row.input == 0.0) return;  // an input of zeros has neither a length to compare with nor a direction
+  if (row.input == 0.0) return;  // ratio and cosine are not defined for an input of zeros
   add(kMomentPairs, 1.0);
   add(kMomentRatio, sqrt(row.change / row.input));
   if (row.second == 0.0) return;

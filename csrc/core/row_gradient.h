@@ -2,7 +2,7 @@
 //
 //   d(loss)/d(score) = p (g_lse - g_entropy (log p + H) + 2 g_collision (p - C) - g_sink P),  log p = score - lse,
 //
-// and g_sink P more at the column whose probability P is.
+// plus g_sink P at the column whose probability is P.
 #pragma once
 
 #include "core/host_device.h"
@@ -12,10 +12,10 @@ namespace INFLECTION_CORE {
 
 struct RowGradient {
   float constant, slope, curve;  // p (constant + slope log p + curve p)
-  float first;                   // what comes to that at the column that `sink` reports
+  float first;                   // added at the column that `sink` reports
 
-  // Of row `at`, times `factor`. A row without keys depends on nothing: 0. An infinite gradient that comes in makes every
-  // attended column NaN. `sink_is_key`: not where it is a column without a key.
+  // The gradient of row `at`, times `factor`; 0 for a row without keys. An infinite incoming gradient makes all attended
+  // columns NaN. `sink_is_key`: whether the column that `sink` reports has a key.
   static IF_HD RowGradient of(const RowGradients& rows, int64_t at, float factor, bool sink_is_key) {
     RowGradient row{0.f, 0.f, 0.f, 0.f};
     if (rows.lse[at] == -INFINITY) return row;
@@ -38,7 +38,7 @@ struct RowGradient {
     return row;
   }
 
-  // At a column with this probability, not that of `first`: a number, or a vector of columns.
+  // The gradient, without `first`, at a column with probability p; V is a number or a vector of columns.
   template <class V>
   IF_HD V at(V p, V log_p) const {
     return p * (log_p * slope + (p * curve + constant));

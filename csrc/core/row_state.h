@@ -1,10 +1,10 @@
-// Statistics of one softmax row in one pass and O(1) memory: sums, how they move onto another maximum, what is reported.
+// Statistics of one softmax row in one pass and O(1) memory: sums, their rebasing to another maximum, and results.
 //
 //   m = max s,  x = s - m,  l = sum e^x,  t = sum e^x x,  c = sum e^2x,  n = number of keys
 //   entropy = log l - t / l,  log-sum-exp = m + log l,  collision = c / l^2
 //
-// x is the difference of two floats, so it is exact near the maximum and exactly 0 at it, whatever the size of the
-// scores: l >= 1, t <= 0, both terms of the entropy are >= 0 and nothing cancels. Peaked rows are as exact as flat ones.
+// x is the difference of two floats, so it is exact near the maximum and exactly 0 at it, for scores of any size: l >= 1,
+// t <= 0, both terms of the entropy are >= 0 and nothing cancels. Peaked rows are as accurate as flat ones.
 #pragma once
 
 #include "core/host_device.h"
@@ -12,8 +12,8 @@
 
 namespace INFLECTION_CORE {
 
-// Moves sums onto a score that lies -d above what they are centred on, f = e^d: l <- f l, t <- f (t + d l), c <- f^2 c.
-// Numbers or vectors; d and t in any unit, if it is the same.
+// Rebases sums from centre m to centre m - d, with f = e^d: l <- f l, t <- f (t + d l), c <- f^2 c. For numbers or vectors;
+// d and t in the same unit.
 template <class V>
 IF_HD void rebase_sums(V d, V f, V& sum, V& dot) {
   dot = f * (dot + d * sum);
@@ -25,24 +25,24 @@ IF_HD void rebase_sums(V d, V f, V& sum, V& dot, S& square) {
   square = static_cast<S>(f * f) * square;
 }
 
-// Roundings may take a probability over 1. NaN stays NaN.
+// Limits a rounded probability to 1. NaN stays NaN.
 IF_HD double probability(double p) { return p > 1.0 ? 1.0 : p; }
 
-// The finished sums of one row. In float64: entropy is a difference of two numbers of up to 9.
+// The total sums of one row. In float64: entropy is a difference of two numbers of up to 9.
 struct RowTotals {
-  double centre;     // what the sums are centred on: m, or near it
+  double centre;     // of the sums: m, or near it
   double sum;        // l
   double log_sum;    // log l
   double dot;        // t, in nats
   double square;     // c
-  double first;      // e^(s - centre) of the column that `sink` reports; 0 where it is not attended
+  double first;      // e^(s - centre) of the column that `sink` reports; 0 if it is not attended
   double max_logit;  // largest score of a key
   float keys;
-  bool empty;   // nothing is attended
-  bool broken;  // NaN or +inf is
+  bool empty;   // no attended column
+  bool broken;  // NaN or +inf at an attended column
 };
 
-// Writes what is wanted of row `at`.
+// Writes the requested results of row `at`.
 IF_HD void report(const RowTotals& row, int64_t at, const RowOutputs& out) {
   const auto put = [&](float* to, double value, double when_empty) {
     if (to != nullptr) to[at] = static_cast<float>(row.broken ? double(NAN) : row.empty ? when_empty : value);
@@ -51,7 +51,7 @@ IF_HD void report(const RowTotals& row, int64_t at, const RowOutputs& out) {
   const double entropy = row.log_sum - row.dot * inverse, lse = row.centre + row.log_sum;
   put(out.entropy, entropy > 0.0 ? entropy : 0.0, 0.0);
   put(out.lse, lse, -INFINITY);
-  // Without this e^(score - lse) is off by 6e-8 |lse|.
+  // Without it e^(score - lse) has a relative error of 6e-8 |lse|.
   if (out.lse_low != nullptr)
     out.lse_low[at] = row.broken || row.empty ? 0.f : static_cast<float>(lse - static_cast<float>(lse));
   put(out.max_logit, row.max_logit, -INFINITY);
@@ -92,7 +92,7 @@ struct RowState {
 
   IF_HD void rebase(float highest) {
     constexpr float kLeast =
-        -200.f;        // e^kLeast is 0; of finite numbers the difference may be -inf, and 0 * -inf is NaN
+        -200.f;        // e^kLeast is 0. The difference of finite numbers may be -inf, and 0 * -inf is NaN.
     if (sum == 0.f) {  // -inf - -inf would be NaN
       max = highest;
       return;

@@ -1,7 +1,7 @@
-// How scores are formed, from logits and from products of Q and K, and which keys a row attends.
+// How scores are formed from logits and from products of Q and K, and which keys a row attends.
 //
-// Values stay unscaled as long as nothing is added to them and they pass through no softcap: differences of what was
-// given are nearly exact, differences of rounded products are not.
+// Values are not scaled if no mask is added and there is no softcap: differences of the given values are nearly exact,
+// differences of rounded products are not.
 #pragma once
 
 #include "core/exact_sum.h"
@@ -11,11 +11,11 @@
 namespace INFLECTION_CORE {
 
 struct ScoreScale {
-  double factor;  // what values are multiplied by: 1 or -1, or the whole scale
-  double scale;   // what remains to be multiplied by, > 0
+  double factor;  // values are multiplied by it: 1 or -1, or the whole scale
+  double scale;   // the remaining factor, > 0
 
-  // `keep`: nothing but a boolean mask comes after the scale. Centred values could leave the range of a float under
-  // scales beyond these.
+  // `keep`: only a boolean mask follows the scale, so values can stay unscaled, unless the scale is so small or large that
+  // centred values could leave the range of a float.
   static IF_HD ScoreScale of(double scale, bool keep) {
     constexpr double kSmallest = 1e-28, kLargest = 1e28;
     const double magnitude = scale < 0.0 ? -scale : scale;
@@ -31,7 +31,7 @@ IF_HD bool is_additive(const Mask& mask) { return mask.data != nullptr && mask.d
 struct LogitForm {
   bool low;                  // an additive mask: scores are value + low
   float factor, factor_low;  // values are multiplied by their sum
-  double scale;              // what remains to be multiplied by, > 0
+  double scale;              // the remaining factor, > 0
 
   static IF_HD LogitForm of(const AttentionStatsArgs& args) {
     const bool low = is_additive(args.mask);
@@ -41,23 +41,23 @@ struct LogitForm {
   }
 };
 
-// Where `low` is beyond this, at scores of 2^24 and more, the score is the rounded one: rows are centred on their largest
-// value, and e^low would be no float.
+// A larger `low`, which occurs at scores of 2^24 and more, is dropped: rows are centred on their largest value, and e^low
+// could leave the range of a float.
 constexpr float kMostLow = 1.f;
 
-// value + low = v (factor + factor_low) + bias, where `product` is v * factor rounded and `lost` what that lost. Numbers
-// or vectors.
+// value + low = v (factor + factor_low) + bias, where `product` is v * factor rounded and `lost` its rounding error. For
+// numbers or vectors.
 template <class V>
 IF_HD void add_bias(V v, V product, V lost, V factor_low, V bias, V& value, V& low) {
   const V total = product + bias;
   V rest = lost + (v * factor_low + lost_in_sum(product, bias, total));
-  rest = rest - rest == 0.f ? rest : V{};  // scores beyond the range of a float have lost nothing that counts
-  value = total + rest;  // where the mask cancels the product, `rest` is more than half an ulp of the total
+  rest = rest - rest == 0.f ? rest : V{};  // 0 for scores beyond the range of a float
+  value = total + rest;  // if the mask cancels the product, `rest` can exceed half an ulp of the total
   rest -= value - total;
-  low = (rest < 0.f ? -rest : rest) <= kMostLow ? rest : V{};  // nor where it is NaN
+  low = (rest < 0.f ? -rest : rest) <= kMostLow ? rest : V{};  // also 0 for NaN
 }
 
-// c tanh(score / c), and in `slope` the derivative of that; `tanh` is the kernel's own.
+// c tanh(score / c), and its derivative in `slope`; `tanh` is that of the kernel.
 IF_CALLS_BACK template <class V, class Tanh>
 IF_HD V softcapped(V score, float softcap, V& slope, const Tanh& tanh) {
   const V capped = tanh(score * (1.f / softcap));
@@ -74,8 +74,8 @@ struct Range {
   }
 };
 
-// Keys that the row at a position may attend by causal and window bounds and its packed sequence; none where the
-// position is outside [0, Tq).
+// Keys that the row at a position may attend by causal and window bounds and its packed sequence; none if the position is
+// outside [0, Tq).
 IF_HD Range keys_of_row(const AttentionStatsQkArgs& args, int64_t position) {
   if (position < 0 || position >= args.queries) return {0, 0};
   Range keys{0, args.keys};
@@ -88,8 +88,7 @@ IF_HD Range keys_of_row(const AttentionStatsQkArgs& args, int64_t position) {
   return keys;
 }
 
-// Positions of the rows that may attend a key. Packed sequences are taken to be what they are: a row attends those keys
-// whose rows attend its own.
+// Positions of the rows that may attend a key. With packed sequences, they are the positions of the key's own sequence.
 IF_HD Range rows_of_key(const AttentionStatsQkArgs& args, int64_t key) {
   Range rows{0, args.queries};
   if (args.causal) rows.clip(key, args.queries);
@@ -99,7 +98,7 @@ IF_HD Range rows_of_key(const AttentionStatsQkArgs& args, int64_t key) {
   return rows;
 }
 
-// The key whose probability `sink` is, where there is no sink column: the first one of the row's sequence.
+// The key that `sink` reports if there is no sink column: the first key of the row's sequence.
 IF_HD int64_t sink_key(const AttentionStatsQkArgs& args, int64_t position) {
   const int64_t first = args.key_bounds == nullptr ? 0 : args.key_bounds[2 * position];
   return first > 0 ? first : 0;

@@ -1,9 +1,10 @@
-// Sums over the sampled positions of one head, for the mean of its rows and the variance of that mean.
+// Sums over the sampled positions of one head, for the mean entropy of its rows and the variance of that mean.
 //
-// Position r stands for the stratum [r T / R, (r + 1) T / R) of T positions. With v the sequences in which it counts and
-// y their entropy, the total is sum_r n_r y_r, n_r positions in stratum r. Its variance comes from neighbours (collapsed
-// strata): the mean s_r^2 of (e_r - e_{r-1})^2 / 2 and (e_{r+1} - e_r)^2 / 2, as sum_r n_r^2 (1 - 1 / n_r) s_r^2, where
-// e = y - mean * v is quadratic in a mean that is known later, hence sums of dy^2, dy dv and dv^2.
+// Row r is sampled from the stratum [r T / R, (r + 1) T / R) of n_r of the T positions. Let v_r be the number of sequences
+// in which it counts, and y_r the sum of their entropies. The mean is sum_r n_r y_r / sum_r n_r v_r. Its variance is
+// estimated from neighbours (collapsed strata): sum_r n_r^2 (1 - 1 / n_r) s_r^2, with s_r^2 the mean of
+// (e_r - e_{r-1})^2 / 2 and (e_{r+1} - e_r)^2 / 2, and e = y - mean * v. The mean is known only later, so sums of dy^2,
+// dy dv and dv^2 are kept.
 #pragma once
 
 #include "core/moments.h"
@@ -18,17 +19,20 @@ IF_HD int64_t sampled_position(int64_t r, int64_t rows, int64_t positions, doubl
   return begin + static_cast<int64_t>(draw * static_cast<double>(end - begin));
 }
 
-// What a squared difference of a stratum of n positions to each of its neighbours weighs; at the ends there is one.
-IF_HD double difference_share(double n, bool at_end) { return n * (n - 1) / (at_end ? 2.0 : 4.0); }
+// Weight of the squared difference between a stratum of n positions and a neighbour; strata at the ends have only one.
+IF_HD double difference_weight(double n, bool at_end) { return n * (n - 1) / (at_end ? 2.0 : 4.0); }
+
+// Sums of n v, n y and so on; weighted sums of dy dy, dy dv, dv dv.
+enum TapSum { kTapRows, kTapEntropy, kTapCollision, kTapSink, kTapYY, kTapYV, kTapVV, kTapTotals };
+static_assert(kTapTotals + 2 == kTapSums);  // and calls, largest logit
 
 struct TapSums {
-  double rows = 0, entropy = 0, collision = 0, sink = 0;  // sums of n v, n y, ...
-  double yy = 0, yv = 0, vv = 0;                          // weighted sums of dy dy, dy dv, dv dv
+  double totals[kTapTotals] = {};
   float max_logit = -INFINITY;
 };
 
-// Of positions first, first + step, ... of a head, over the sequences in which they are tokens and attend some key.
-// What other rows hold is not read: it may be NaN.
+// Sums over rows first, first + step, ... of a head and over the sequences in which they are tokens and attend some key.
+// Other rows are not read, because they may hold NaN.
 IF_HD TapSums tap_sums(const TapAttentionArgs& args, int64_t head, int64_t first, int64_t step) {
   const auto place = [&](int64_t batch, int64_t r) { return (batch * args.heads + head) * args.num_rows + r; };
   const auto counts = [&](int64_t batch, int64_t r) {
@@ -47,7 +51,8 @@ IF_HD TapSums tap_sums(const TapAttentionArgs& args, int64_t head, int64_t first
     }
     const int64_t begin = stratum_begin(r, args.num_rows, args.queries);
     const double n = static_cast<double>(stratum_begin(r + 1, args.num_rows, args.queries) - begin);
-    sums.rows += n * v, sums.entropy += n * y, sums.collision += n * collision, sums.sink += n * sink;
+    sums.totals[kTapRows] += n * v, sums.totals[kTapEntropy] += n * y;
+    sums.totals[kTapCollision] += n * collision, sums.totals[kTapSink] += n * sink;
     if (r == 0 || args.num_rows == args.queries) continue;
     double dv = v, dy = y;
     for (int64_t batch = 0; batch < args.batch; ++batch) {
@@ -55,25 +60,19 @@ IF_HD TapSums tap_sums(const TapAttentionArgs& args, int64_t head, int64_t first
       dv -= 1, dy -= args.stats.entropy[place(batch, r - 1)];
     }
     const double before = static_cast<double>(begin - stratum_begin(r - 1, args.num_rows, args.queries));
-    const double weight = difference_share(before, r == 1) + difference_share(n, r + 1 == args.num_rows);
-    sums.yy += weight * dy * dy, sums.yv += weight * dy * dv, sums.vv += weight * dv * dv;
+    const double weight = difference_weight(before, r == 1) + difference_weight(n, r + 1 == args.num_rows);
+    sums.totals[kTapYY] += weight * dy * dy, sums.totals[kTapYV] += weight * dy * dv;
+    sums.totals[kTapVV] += weight * dv * dv;
   }
   return sums;
 }
 
-// A call replaces the sums of the one before, and counts: a reader knows whether there was exactly one.
+// Replaces the sums of the previous call, and counts calls, so that a reader can check that there was exactly one.
 IF_HD void write_tap_sums(const TapAttentionArgs& args, int64_t head, const TapSums& sums) {
   double* const out = args.sums + head;
-  const int64_t pitch = args.pitch;
   out[0] += 1;
-  out[1 * pitch] = sums.rows;
-  out[2 * pitch] = sums.entropy;
-  out[3 * pitch] = sums.collision;
-  out[4 * pitch] = sums.sink;
-  out[5 * pitch] = sums.yy;
-  out[6 * pitch] = sums.yv;
-  out[7 * pitch] = sums.vv;
-  out[8 * pitch] = sums.max_logit;
+  for (int i = 0; i < kTapTotals; ++i) out[(1 + i) * args.pitch] = sums.totals[i];
+  out[(1 + kTapTotals) * args.pitch] = sums.max_logit;
 }
 
 }  // namespace INFLECTION_CORE

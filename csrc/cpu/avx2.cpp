@@ -2,7 +2,7 @@
 #if defined(__x86_64__)
 #include "isa.h"
 
-// After every standard header: what those define must stay callable on any CPU.
+// After all standard headers, whose functions must run on any CPU.
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("arch=x86-64-v3"))), apply_to = function)
 #else

@@ -2,7 +2,7 @@
 #if defined(__x86_64__)
 #include "isa.h"
 
-// After every standard header: what those define must stay callable on any CPU.
+// After all standard headers, whose functions must run on any CPU.
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("arch=x86-64-v4"))), apply_to = function)
 #elif defined(INFLECTION_LOWERED_AVX512)  // `make test-wide`: the same vectors on a CPU without AVX-512, as pairs

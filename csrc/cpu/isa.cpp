@@ -1,4 +1,4 @@
-// Chooses the kernels for this CPU and forwards every CPU launcher of kernels.h to them.
+// Selects the kernels for this CPU; the CPU launchers of kernels.h call them.
 #include "isa.h"
 
 #include <atomic>

@@ -1,6 +1,6 @@
-// One table of kernels per instruction set. <isa>.cpp fills its table; isa.cpp chooses one when the library is loaded.
-// Every standard header of the kernels is included here: what those define must stay callable on any CPU, so that <isa>.cpp
-// includes this before it names its instruction set.
+// One table of kernels per instruction set, filled by <isa>.cpp; isa.cpp selects one when the library is loaded.
+// Includes all standard headers of the kernels. <isa>.cpp includes this file before it sets its instruction set, because
+// functions of standard headers must run on any CPU.
 #pragma once
 
 #include <math.h>

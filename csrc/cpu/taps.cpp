@@ -1,4 +1,4 @@
-// The kernels of taps, one version for all CPUs: they take no time worth choosing another.
+// The kernels of taps: one version for all CPUs, because they take little time.
 #include "isa.h"
 
 #define INFLECTION_ISA portable

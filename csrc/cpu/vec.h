@@ -1,8 +1,7 @@
-// Vectors of float in the width of the instruction set that the including file is compiled for.
+// Vectors of floats in the width of the instruction set of the including file.
 //
-// GCC's and Clang's vector extensions, so that one source serves AVX-512, AVX2 and any other CPU. Each <isa>.cpp has it in
-// a namespace of its own, because inline functions compiled for different instruction sets must never be merged by the
-// linker.
+// Uses vector extensions of GCC and Clang, so that one source serves AVX-512, AVX2 and other CPUs. Each <isa>.cpp has its
+// own namespace, because the linker must not merge inline functions that were compiled for different instruction sets.
 #pragma once
 
 #include "isa.h"
@@ -31,13 +30,12 @@ typedef uint16_t vh __attribute__((vector_size(INFLECTION_VECTOR_BYTES / 2)));  
 IF_INLINE vf splat(float x) { return x - vf{}; }
 IF_INLINE vu splat_u(uint32_t x) { return x + vu{}; }
 IF_INLINE vf select(vi mask, vf a, vf b) { return mask ? a : b; }
-// One instruction each on x86. Where either is NaN the result is b: max(limit, x) keeps a NaN in x, max(x, limit) drops
-// it.
+// One instruction each on x86. If either is NaN the result is b: max(limit, x) keeps NaN in x, max(x, limit) drops it.
 IF_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
 IF_INLINE vf min(vf a, vf b) { return a < b ? a : b; }
 
-// Sixteen bits to float, exactly. Half: shift mantissa and exponent into place, rescale by 2^112 (which also makes
-// subnormals right), and put infinities and NaNs back, whose exponent the rescaling would have left finite.
+// Exact conversions to float. float16: shifts mantissa and exponent, rescales by 2^112 (correct for subnormals, too), and
+// restores the exponent of infinities and NaNs, which the rescaling makes finite.
 IF_INLINE float bf16_to_float(uint16_t x) { return std::bit_cast<float>(uint32_t{x} << 16); }
 IF_INLINE float f16_to_float(uint16_t x) {
   const float magnitude = std::bit_cast<float>(uint32_t(x & 0x7fff) << 13) * 0x1p112f;
@@ -77,7 +75,7 @@ IF_INLINE void store_u16(void* p, vu x) {
   const vh narrow = __builtin_convertvector(x, vh);
   __builtin_memcpy(p, &narrow, sizeof narrow);
 }
-// Rounds to the nearest, ties to even.
+// Rounds to nearest, ties to even.
 IF_INLINE void store(BF16* p, vf x) {
   const vu bits = (vu)x, rounded = bits + 0x7fff + ((bits >> 16) & 1);
   store_u16(p, (vu)(x == x ? (vi)(rounded >> 16) : (vi)(bits >> 16 | 0x40)));
@@ -108,7 +106,7 @@ IF_INLINE void store_part(T* p, int64_t n, vf x) {
   for (int i = 0; i < n; ++i) p[i] = lanes[i];
 }
 
-// Across the lanes: the halves of a vector are combined until four lanes are left.
+// Combines all lanes: halves of the vector until four lanes are left.
 template <int N>
 struct Floats {
   typedef float type __attribute__((vector_size(4 * N)));
@@ -139,7 +137,7 @@ struct Larger {
 IF_INLINE float sum(vf x) { return across<W>(x, Plus{}); }
 IF_INLINE float max(vf x) { return across<W>(x, Larger{}); }
 
-// The halves of a vector in float64, and added up.
+// The halves of a vector in float64; and their sum.
 IF_INLINE void widen(vf x, vd& low, vd& high) {
   typename Floats<W / 2>::type a, b;
   __builtin_memcpy(&a, &x, sizeof a);
@@ -153,7 +151,7 @@ IF_INLINE vd widened(vf x) {
 }
 // p[0], p[1], ... += x
 IF_INLINE void add_to_double(double* p, vf x) {
-  typename Floats<W / 2>::type part[2];  // copied as a whole: in two steps accumulators would leave their registers
+  typename Floats<W / 2>::type part[2];  // one copy: with two, GCC keeps accumulators in memory
   __builtin_memcpy(part, &x, sizeof x);
   for (int h = 0; h < 2; ++h) store(p + h * (W / 2), load(p + h * (W / 2)) + __builtin_convertvector(part[h], vd));
 }
@@ -166,7 +164,7 @@ IF_INLINE double sum(vd x) {
 }
 IF_INLINE double wide_sum(vf x) { return sum(widened(x)); }
 
-// Sums of pairs of neighbours, of a and then of b.
+// Sums of adjacent pairs of a, then of b.
 template <int... I>
 IF_INLINE vd pair_sums(vd a, vd b, std::integer_sequence<int, I...>) {
   return __builtin_shufflevector(a, b, (2 * I)...) + __builtin_shufflevector(a, b, (2 * I + 1)...);
@@ -195,8 +193,8 @@ IF_INLINE vd log1p_nonnegative(vd x) {
   return series + ((vd)(k | kExponent) - 0x1p52) * 0.6931471805599453;
 }
 
-// 2^(n + f) for |f| <= 1/2; `shifted` is n + kRound. N vectors step by step: one alone is a chain too long for a
-// scheduler to find work beside it.
+// 2^(n + f) for |f| <= 1/2; `shifted` is n + kRound. N vectors at a time, because the dependency chain of one vector is too
+// long for out-of-order execution.
 template <int N>
 IF_INLINE void exp2_parts(const vf (&shifted)[N], const vf (&f)[N], vf (&y)[N]) {
   for (int i = 0; i < N; ++i) y[i] = splat(kExp2Series[0]);
@@ -221,12 +219,12 @@ IF_INLINE vf exp2_clamped(vf x) {
 // 2^x for x <= 0, relative error below 2e-7; 0 below -126, so never a subnormal. NaN stays NaN.
 IF_INLINE vf exp2_nonpositive(vf x) { return select(x < -126.0f, vf{}, exp2_clamped(x)); }
 
-// A factor k > 0 of an exponent, as the two floats that k log2(e) needs: rounded to one, an entropy of 8192 keys would
-// err by up to 6e-8 times the variance of its log-probabilities, which can be 20.
+// A factor k > 0 of an exponent, k log2(e), as two floats: rounded to one, it would change an entropy of 8192 keys by up to
+// 6e-8 times the variance of its log-probabilities, which can be 20.
 struct Exponent {
   vf high, low;
-  vf floor;    // the arguments at which e^(k x) is 2^-60, far below half an ulp of any sum that holds a 1
-  bool split;  // whether `low` matters: not for a power of two, the most common factor
+  vf floor;    // the argument where e^(k x) is 2^-60, far below half an ulp of any sum that contains a 1
+  bool split;  // whether `low` is needed
 
   IF_INLINE explicit Exponent(double k) {
     const double exact = k * 1.4426950408889634;
@@ -236,8 +234,8 @@ struct Exponent {
     split = std::fabs(exact - static_cast<float>(exact)) > 2e-8 * exact;
   }
 
-  // e^(k x) for x in [floor, 0], relative error below 2e-7; exactly 1 at 0. The integer part is found in the same
-  // rounding as the product, so that the fraction is exact with fused multiplication.
+  // e^(k x) for x in [floor, 0], relative error below 2e-7; exactly 1 at 0. One rounding forms the product and its integer
+  // part, so that the fraction is exact with fused multiply-add.
   template <bool kSplit, int N>
   IF_INLINE void apply(const vf (&x)[N], vf (&y)[N]) const {
     vf shifted[N], f[N];

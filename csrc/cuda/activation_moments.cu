@@ -1,17 +1,16 @@
-// Moments of what a block gives out, and how far it moved what it took in.
+// Moments of a block's output, and its distance from the block's input.
 //
-// A warp takes a part of the rows, one row after the other, 16 bytes a lane where the layout allows; sums are float64.
-// A second launch adds the parts in an order that their number alone fixes, so the result is the same in every run.
-// Bound by memory: each element is read once from it. Only a row with a massive activation is read again, from the
-// cache, to find its median bit by bit.
+// A warp takes a part of the rows, row by row, 16 bytes per lane if the layout allows it; sums are float64. A second
+// launch adds the parts in a fixed order, so the result is deterministic. Bound by memory: each element is read once from
+// it. A row with a massive activation is read again from the cache, to find its median bit by bit.
 #include "core/moments.h"
 #include "warp.cuh"
 
 namespace inflection {
 namespace {
 
-constexpr int kWarps = 8;   // of a block, each on its own
-constexpr int kBlocks = 2;  // at least, on a multiprocessor: the compiler may use 128 registers
+constexpr int kWarps = 8;   // of a block; they are independent
+constexpr int kBlocks = 2;  // least number per multiprocessor: the compiler may use 128 registers
 constexpr int kMergeThreads = 256;
 constexpr int kVectorBytes = 16;
 
@@ -21,7 +20,7 @@ struct MomentRow {
   int64_t stride, dim;
 };
 
-// Calls `use(y, x)` for every element of this lane. Vectors where both rows lie in one piece at the same alignment.
+// Calls use(y, x) for each element of this lane. Reads vectors if both rows are contiguous and aligned.
 template <class Y, class X, class Use>
 __device__ __forceinline__ void each(const MomentRow<Y>& y, const MomentRow<X>& x, Use use) {
   const int lane = threadIdx.x % kWarpSize;
@@ -48,7 +47,7 @@ __device__ __forceinline__ void each(const MomentRow<Y>& y, const MomentRow<X>& 
 }
 
 template <class T>
-__device__ int64_t at_most(const MomentRow<T>& row, float limit) {  // how many magnitudes are; the same in every lane
+__device__ int64_t at_most(const MomentRow<T>& row, float limit) {  // number of magnitudes; the same in all lanes
   int64_t count = 0;
   each(row, MomentRow<T>{nullptr, 1, 0}, [&](float y, float) { count += fabsf(y) <= limit; });
   return warp_sum(count);
@@ -73,7 +72,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kBlocks) moments_of_parts(A
   if (part >= parts) return;
   const int64_t end = (part + 1) * rows < args.rows ? (part + 1) * rows : args.rows;
   const int lane = threadIdx.x % kWarpSize;
-  double sum = 0.0;  // lane k keeps the k-th: twelve of them in every lane would not fit into the registers
+  double sum = 0.0;  // lane k keeps sum k: twelve sums in each lane would not fit into the registers
   const auto add = [&](int k, double x) { sum += lane == k ? x : 0.0; };
   float largest = 0.f;
   for (int64_t row = part * rows; row < end; ++row) {
@@ -104,8 +103,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kBlocks) moments_of_parts(A
     sums.third = warp_sum(sums.third), sums.fourth = warp_sum(sums.fourth);
     if (both)
       sums.input = warp_sum(sums.input), sums.product = warp_sum(sums.product), sums.change = warp_sum(sums.change);
-    for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2)
-      top = larger_or_nan(top, __shfl_xor_sync(kAllLanes, top, lanes));
+    top = warp_reduce(top, [](float a, float b) { return larger_or_nan(a, b); });
     if (sums.second != sums.second) top = NAN;
     const double massive = top > kMassiveMagnitude ? massive_of_row(y, top) : top != top ? double(top) : 0.0;
     add_row(sums, args.dim, massive, both, add);
@@ -130,8 +128,7 @@ __global__ void __launch_bounds__(kMergeThreads) merge_parts(ActivationMomentsAr
   float top = 0.f;
   for (int64_t part = threadIdx.x; part < parts; part += kMergeThreads)
     top = larger_or_nan(args.partial_largest[part], top);
-  for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2)
-    top = larger_or_nan(top, __shfl_xor_sync(kAllLanes, top, lanes));
+  top = warp_reduce(top, [](float a, float b) { return larger_or_nan(a, b); });
   if (threadIdx.x % kWarpSize == 0) scratch[threadIdx.x / kWarpSize] = top;
   __syncthreads();
   if (threadIdx.x != 0) return;

@@ -1,16 +1,15 @@
-// What every key receives: sums of probabilities and of their squares over the rows, given the log-sum-exp of each row.
+// Column sums of probabilities and of their squares, given the log-sum-exp of the rows.
 //
-// A block keeps a tile of 64 keys of one query head and goes over tiles of 64 rows, those only that can attend its
-// keys. Every lane sums for the two keys per 16 that it holds a piece of, tile by tile and without rounding loss
-// between tiles; four lanes are added once at the end. Every number has one writer, so the result is the same in every
-// run.
+// A block keeps a tile of 64 keys of one query head and iterates over the tiles of 64 rows that can attend them. Each lane
+// adds up its two of 16 keys, tile by tile, without rounding errors between tiles; four lanes are added once at the end.
+// Each number has one writer, so the result is deterministic.
 //
-// Shared memory, bf16, D = 128: keys and rows, 17 KiB each. Per score one multiply-add into the power, one 2^x, two
-// sums. By a static estimate (docs/kernels.md) issue slots bound it, 5.8 ms for B8 H32 T4096 D128 bf16, before shared
-// memory (3.5) and mma.sync (1.8); only one tile is in flight, so the latency of loading it comes on top.
+// Shared memory, bf16, D = 128: keys and rows, 17 KiB each. One multiply-add, one 2^x and two sums per score. By a static
+// estimate (docs/kernels.md) it is bound by issue slots, 5.8 ms for B8 H32 T4096 D128 bf16, before shared memory (3.5) and
+// mma.sync (1.8); only one tile is in flight, so its loading latency is added.
 //
-// A probability is e^(s - lse), at most 1. A row at lse = -inf counts nothing, a score of -inf has no probability, NaN
-// stays NaN in the columns that its row attends.
+// A probability is e^(s - lse), at most 1. A row with lse = -inf does not count, a score of -inf has probability 0, NaN
+// makes the columns NaN that its row attends.
 #include "core/exact_sum.h"
 #include "qk_tiles.cuh"
 
@@ -18,18 +17,16 @@ namespace inflection {
 namespace {
 
 constexpr float kLeastPower = -127.f;  // 2^x is 0 below
-constexpr float kMostLse = 0x1p10f;    // up to which lse * log2(e) may be rounded: by 2^-14 at most
+constexpr float kMostLse = 0x1p10f;    // largest lse for which lse * log2(e) may be rounded, by at most 2^-14
 
-// A sum and what its roundings lost.
+// A sum and its rounding error.
 struct Sum {
   float high = 0.f, low = 0.f;
 
   __device__ __forceinline__ void add(float x) { add_exactly(x, high, low); }
   // Over the lanes that share a left row.
   __device__ __forceinline__ float over_lanes() const {
-    double total = double(high) + low;
-    for (int lanes = kLanesPerRow / 2; lanes > 0; lanes /= 2) total += __shfl_xor_sync(kAllLanes, total, lanes);
-    return static_cast<float>(total);
+    return static_cast<float>(warp_sum<kLanesPerRow>(double(high) + low));
   }
 };
 
@@ -41,9 +38,9 @@ __global__ void __launch_bounds__(S::kThreads, 1)  // or the compiler stops at 1
   struct Shared {
     RowBounds<S::kRight> rows;
     RowSpan span;
-    float lse[S::kRight];            // +inf where a row counts nothing
+    float lse[S::kRight];            // +inf for a row that does not count
     float powers[S::kRight];         // lse * log2(e)
-    int odd;                         // one of them has no finite log-sum-exp, a large one, or does not exist
+    int special;                     // whether an lse is not finite or large, or a row does not exist
     alignas(kCopyBytes) T tiles[1];  // keys, then rows
   };
   const AttentionStatsQkArgs& forward = args.forward;
@@ -62,8 +59,8 @@ __global__ void __launch_bounds__(S::kThreads, 1)  // or the compiler stops at 1
   const int64_t end = keys_hidden<S::kLeft>(forward, head, first_key) ? begin : memory.span.last_packed(forward, form);
   Sum mass[2], squares[2];
   for (int64_t i = begin; i < end; i += S::kRight) {
-    __syncthreads();  // nobody reads the last tile any more
-    if (threadIdx.x == 0) memory.odd = 0;
+    __syncthreads();  // all threads have read the last tile
+    if (threadIdx.x == 0) memory.special = 0;
     memory.rows.template fill<S::kThreads>(forward, form, head, i);
     if (memory.rows.lowest >= first_key + S::kLeft || memory.rows.highest <= first_key) continue;
     for (int r = threadIdx.x; r < S::kRight; r += S::kThreads) {
@@ -71,7 +68,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)  // or the compiler stops at 1
       const float lse = row.inside ? args.lse[row.out] : -kInf;
       memory.lse[r] = lse == -kInf ? kInf : lse;
       memory.powers[r] = memory.lse[r] * static_cast<float>(kLog2e);
-      if (!(fabsf(lse) <= kMostLse)) atomicMax(&memory.odd, 1);
+      if (!(fabsf(lse) <= kMostLse)) atomicMax(&memory.special, 1);
     }
     load_queries<T, S::kRight, S::kThreads>(queries, forward, form, head, i);
     commit_copies();
@@ -80,7 +77,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)  // or the compiler stops at 1
     if (memory.rows.lowest >= own + 16 || memory.rows.highest <= own) continue;
     float c[1][S::kRightTiles][4];
     multiply<S>(keys, queries, form, c);
-    const bool whole = form.plain && !memory.odd &&
+    const bool whole = form.plain && !memory.special &&
                        memory.rows.cover(static_cast<int>(first_key), static_cast<int>(first_key) + S::kLeft);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -94,7 +91,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)  // or the compiler stops at 1
           score_of(forward, form, memory.rows.mask[r], memory.rows.low[r], memory.rows.high[r],
                    own + h * 8 + lane / kLanesPerRow, product, score, slope);
         }
-        // Where they are large the score is rounded as the log-sum-exp was, or the maximum would not be at it.
+        // A large score is rounded as the log-sum-exp was; otherwise the maximum would not have probability 1.
         const float power = whole ? fmaf(score, form.exponent, -memory.powers[r])
                                   : (__fmul_rn(score, form.scale) - memory.lse[r]) * static_cast<float>(kLog2e);
         const float least = at_least(power, kLeastPower);

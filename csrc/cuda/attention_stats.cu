@@ -1,13 +1,13 @@
 // Statistics of softmax rows from logits.
 //
-// A row belongs to one warp, or to a whole block where rows are few and long, or to many blocks, whose states a second
-// kernel merges in a fixed order, where they would not fill the device. Every thread keeps a state of its own
-// over 16-byte slices that it holds in registers: the slice's maximum first, then the exponentials, so the running sums
-// are rebased once per slice; states are merged once per row. Rows of a causal mask are read up to the diagonal only,
-// the longest first. Each logit is read once, and dense rows are bound by memory (docs/kernels.md): at 4096 columns a
-// 16-bit logit takes 17 instructions, against the 20 that an H100 can issue while it arrives, a float32 one 32 of 39.
+// A row is processed by one warp; by a block if rows are few and long; or, if blocks would not fill the device, by several
+// blocks, whose states a second kernel merges in a fixed order. Each thread has its own state and holds slices of 16 bytes
+// in registers: the maximum of the slice first, then the exponentials, so the sums are rebased once per slice. States are
+// merged once per row. Under a causal mask rows are read up to the diagonal only, the longest first. Each logit is read
+// once, and dense rows are bound by memory (docs/kernels.md): at 4096 columns a 16-bit logit takes 17 instructions of the
+// 20 that an H100 can issue while it arrives, a float32 one 32 of 39.
 //
-// Odd rows and masked columns are as in csrc/cpu/attention_stats.inc.
+// Special rows and masked columns are as in csrc/cpu/attention_stats.inc.
 #include "logit_rows.cuh"
 
 namespace inflection {
@@ -15,12 +15,12 @@ namespace {
 
 template <bool kVector, bool kMask>
 constexpr int kSlice = kVector && !kMask ? kDenseSlice : kOtherSlice;
-// Left to itself (0) nvcc spills for sm_100 where there is a mask; elsewhere it does better than with a bound.
+// Without a bound (0) nvcc spills for sm_100 with a mask; in other cases it does better without.
 template <bool kMask>
 constexpr int kResident = kMask ? kResidentBlocks : 0;
-constexpr int64_t kLongRow = 1024;  // columns from which a block pays for a row, where rows are fewer than kFillWarps
+constexpr int64_t kLongRow = 1024;  // least number of columns for one block per row, if rows are fewer than kFillWarps
 
-// The score of key 0, unscaled: -inf where it is masked.
+// The unscaled score of key 0; -inf if it is masked.
 template <class T>
 __device__ double first_score(const AttentionStatsArgs& args, const Form& form, const Row& row) {
   if (row.cols == 0) return -kInf;
@@ -56,7 +56,7 @@ struct BlockMemory {
   int keys[kWarps];
 };
 
-// A row, or one part of it, whose state then goes to args.parts. With `lse`: only rows where that is large.
+// One block per row, or per part of a row, whose state is written to args.parts. With `lse`: only rows with a large one.
 template <class T, bool kVector, bool kMask>
 __global__ void __launch_bounds__(kThreads, kResident<kMask>)
     stats_by_block(AttentionStatsArgs args, Form form, Cuts cuts, const float* lse) {
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kThreads, kResident<kMask>)
   write_row(total, keys, first, form.scale, form.exponential, row.index, args.out);
 }
 
-// One warp a row.
+// One warp per row.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     stats_of_parts(AttentionStatsArgs args, Form form, int64_t parts, int64_t items) {
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kThreads)
   write_row(total, keys, first, form.scale, form.exponential, row.index, args.out);
 }
 
-// With `large`: no more than the states of the parts of those rows where that log-sum-exp is large.
+// With `large`: computes only the states of the parts of rows in which this log-sum-exp is large.
 template <class T, bool kVector, bool kMask>
 int run(const AttentionStatsArgs& args, const float* large, void* stream) {
   const Form form = form_of(args);

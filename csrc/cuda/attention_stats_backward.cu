@@ -1,8 +1,9 @@
-// The gradient of statistics of softmax rows from logits: one read of the logits, one write of the gradient, a warp per
-// row or slice of a row; bound by memory: at 4096 columns of 16 bits 18 instructions an element, against 39.
+// The gradient of statistics of softmax rows from logits. One read of the logits, one write of the gradient; a warp per
+// row or slice of a row. Bound by memory: at 4096 columns of 16 bits 18 instructions per element of the 39 possible.
 //
-// Where the log-sum-exp of a row is large its statistics are taken again: a float of 1e3 puts 6e-5 into every
-// probability. In rows where all is finite and masked columns are far below, 16-bit logits are not looked at singly.
+// If the log-sum-exp of a row is large, its statistics are computed again: rounding an lse of 1e3 to float32 changes each
+// probability by 6e-5. Rows without non-finite values, whose masked columns are far below the maximum, need no check of
+// single 16-bit logits.
 #include <type_traits>
 
 #include "core/row_gradient.h"
@@ -14,7 +15,7 @@ namespace {
 template <bool kMask>
 constexpr int kResidentBackward = kMask ? 1 : 2;
 
-constexpr float kNothing = -100.f;  // e^x is 0 from here on: below the smallest normal number
+constexpr float kNothing = -100.f;  // e^x counts as 0 from here on: it is below the smallest normal number
 
 // The gradient of a row as a function of its values.
 struct RowSlope {
@@ -25,14 +26,14 @@ struct RowSlope {
   __device__ __forceinline__ float at(float log_p) const {
     return gradient.at(exp2_approx(log_p * static_cast<float>(kLog2e)), log_p);
   }
-  // Columns at `floor` and below get 0 without being looked for, as everything is finite.
+  // Whether everything is finite, and columns at `floor` and below get 0 without a check.
   __device__ __forceinline__ bool is_plain(float floor) const {
     const float all = log_sum + gradient.constant;
     return all - all == 0.f && log_p(floor - top) < kNothing;
   }
 };
 
-// Neighbours, the first of which lies on 16 bytes. By name, as nvcc takes an assignment of a uint4 apart here.
+// Stores adjacent numbers, 16-byte aligned. With __stcg, because nvcc splits an assignment of a uint4 here.
 template <class G, int N>
 __device__ __forceinline__ void store_run(G* out, const float (&x)[N]) {
   uint4* const to = reinterpret_cast<uint4*>(out);
@@ -46,8 +47,8 @@ __device__ __forceinline__ void store_run(G* out, const float (&x)[N]) {
   }
 }
 
-// One warp a row, or a slice of it. G is the dtype of the gradient: that of the logits, or float32 for the gradient of
-// the scores. With `whole_runs` every 16 bytes of the gradient belong to one row.
+// One warp per row, or per slice of a row. G is the dtype of the gradient: that of the logits, or float32 for the gradient
+// of the scores. `whole_runs`: each 16 bytes of the gradient belong to one row.
 template <class T, class G, bool kVector, bool kMask>
 __global__ void __launch_bounds__(kThreads, kResidentBackward<kMask>)
     backward_by_warp(AttentionStatsBackwardArgs args, Form form, bool whole_runs, int64_t items, Cuts slices,
@@ -99,7 +100,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBackward<kMask>)
         float x = part.value[i] - slope.top;
         if (kMask && form.low) x += part.low[i];
         const float found = slope.at(at_least(slope.log_p(x), kNothing));
-        slopes[i] = part.value[i] == -kInf ? 0.f : found;  // also in a row without keys, or one that is NaN
+        slopes[i] = part.value[i] == -kInf ? 0.f : found;  // also in a row without keys or with NaN
       }
     }
     if (col == 0 && (plain || part.value[0] != -kInf)) slopes[0] += slope.gradient.first;

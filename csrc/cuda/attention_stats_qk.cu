@@ -1,16 +1,16 @@
 // Statistics of softmax rows fused from Q and K.
 //
-// A block takes one tile of query rows of one key head, all heads of its group packed together, and goes over the keys
-// in tiles of 64, copied asynchronously one tile ahead. Every lane keeps a state of its own for each row that it holds
-// a piece of, so the loop has no exchange between lanes; four lanes are merged once at the end. Tiles outside the
-// bounds of the block (causal, window, packed sequences) are not loaded, those outside the bounds of a warp's rows, or
-// hidden by a padding mask, are not computed; blocks with the longest rows start first. No score is ever stored.
+// A block takes one tile of query rows of one key head, with all heads of its group packed together, and iterates over
+// tiles of 64 keys, which are copied asynchronously one tile ahead. Each lane has its own state for each of its rows, so
+// lanes exchange nothing in the loop; four lanes are merged once at the end. Tiles outside the bounds of the block
+// (causal, window, packed sequences) are not loaded; tiles outside the bounds of a warp's rows, or hidden by a padding
+// mask, are not computed. Blocks with the longest rows start first. Scores are never stored.
 //
 // Shared memory, bf16, D = 128: 128 query rows (34 KiB) and two tiles of keys (34 KiB), so three blocks of four warps
-// fit on an H100. By a static estimate (docs/kernels.md) issue slots bound it, 2.3 ms for B8 H32 T4096 D128 bf16,
-// before shared memory (2.0), mma.sync (1.8) and exponentials (1.2); at D = 256 shared memory does.
+// fit on a multiprocessor of an H100. By a static estimate (docs/kernels.md) it is bound by issue slots, 2.3 ms for B8
+// H32 T4096 D128 bf16, before shared memory (2.0), mma.sync (1.8) and exponentials (1.2); at D = 256 by shared memory.
 //
-// float32 inputs are multiplied in float32 with fused multiply-adds. Odd rows: see csrc/cpu/attention_stats_qk.inc.
+// float32 inputs use fused multiply-adds in float32. Special rows: see csrc/cpu/attention_stats_qk.inc.
 #include "attention_stats_qk_hopper.cuh"
 #include "qk_lane.cuh"
 
@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kSub > 1 ? 3 : 4)
   const auto left_row = [&](int s, int h) { return (warp * S::kSub + s) * 16 + h * 8 + lane / kLanesPerRow; };
   QkLane state[S::kSub][2];
   int attended[S::kSub][2] = {};
-  float sink[S::kSub][2];  // scores of the keys that `sink` reports, in the lane that has them
+  float sink[S::kSub][2];  // score of the key that `sink` reports, in the lane that has it
 #pragma unroll
   for (int s = 0; s < S::kSub; ++s) sink[s][0] = sink[s][1] = -kInf;
 
@@ -102,12 +102,8 @@ __global__ void __launch_bounds__(S::kThreads, S::kSub > 1 ? 3 : 4)
   for (int s = 0; s < S::kSub; ++s) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      state[s][h].merge_lanes(form.exponent);
-      for (int lanes = kLanesPerRow / 2; lanes > 0; lanes /= 2)
-        attended[s][h] += __shfl_xor_sync(kAllLanes, attended[s][h], lanes),
-            sink[s][h] = fmaxf(sink[s][h], __shfl_xor_sync(kAllLanes, sink[s][h], lanes));
       const RowPlace row = RowPlace::of(args, form, head, first_row + left_row(s, h));
-      if (lane % kLanesPerRow == 0 && row.there) write_row(args, form, row, state[s][h], attended[s][h], sink[s][h]);
+      write_row(args, form, row, state[s][h], attended[s][h], sink[s][h]);
     }
   }
 }
@@ -127,7 +123,7 @@ int run(const AttentionStatsQkArgs& args, int stages, void* stream) {
 
 }  // namespace
 
-// The largest tiles that leave room for a second block on a multiprocessor, or fit at all.
+// Uses the largest tiles that leave room for a second block on a multiprocessor, or that fit at all.
 int attention_stats_qk_cuda(const AttentionStatsQkArgs& args, void* stream) {
   const HopperUse use = hopper_use();
   if (use == HopperUse::unknown) return cudaErrorInvalidValue;

@@ -1,15 +1,13 @@
-// Gradients of the row statistics with respect to Q and K, recomputed from Q, K and what the forward pass reports of a
-// row.
+// Gradients of the row statistics with respect to Q and K, recomputed from Q, K and the results of the forward pass.
 //
-// As csrc/cpu/attention_stats_qk_backward.inc, of the same products as the forward pass sums, in the same form; in two
-// kernels over the same tiles of scores. One keeps a tile of rows and goes over the keys, the other keeps a tile of keys
-// and goes over the rows; every number has one writer, so the result is the same in every run. Nothing of size Tq x Tk
-// is stored. dS of 16-bit inputs goes to the tensor cores as two numbers of their dtype, value
-// and remainder; sums are float32.
+// Formulas as in csrc/cpu/attention_stats_qk_backward.inc; scores are formed exactly as in the forward pass. Two kernels
+// over the same tiles of scores: one keeps a tile of rows and iterates over the keys, the other keeps a tile of keys and
+// iterates over the rows. Each number has one writer, so the result is deterministic. Nothing of size Tq x Tk is stored.
+// Tensor cores get dS of 16-bit inputs as two numbers of their dtype, value and remainder; sums are float32.
 //
-// A block makes at most 128 columns of the gradient; for wider heads the scores are computed once for every 128. By a
-// static estimate (docs/kernels.md) shared memory bounds both passes, 75 KB for 16 x 64 scores at D = 128, before issue
-// slots; with one tile in flight the latency of loading it comes on top.
+// A block computes at most 128 columns of the gradient; for wider heads the scores are computed again for each 128. By a
+// static estimate (docs/kernels.md) both passes are bound by shared memory, 75 KB for 16 x 64 scores at D = 128, before
+// issue slots; only one tile is in flight, so its loading latency is added.
 #include <type_traits>
 
 #include "core/row_gradient.h"
@@ -33,13 +31,13 @@ struct Coefficients {
             args.rows.lse_low[row.out]};
   }
 
-  // d(loss) / d(product) of a key that is attended and not the one of `sink`; the score is in units of 1 / `scale`.
+  // d(loss) / d(product) of an attended key that is not the sink; the score is in units of 1 / `scale`.
   __device__ __forceinline__ float of_score(float score, float scale) const {
     float log_p = at_least(fmaf(score, scale, -lse) - lse_low, kLeastLogP);
     log_p = log_p > 0.f ? 0.f : log_p;
     return gradient.at(exp2_approx(log_p * static_cast<float>(kLog2e)), log_p);
   }
-  // The same of any key, where `score` and `slope` are those of score_of.
+  // The same for any key; `score` and `slope` are those of score_of.
   __device__ __forceinline__ float of_score(float score, float scale, float slope, bool is_sink) const {
     return score == -kInf ? 0.f : (of_score(score, scale) + (is_sink ? gradient.first : 0.f)) * slope;
   }
@@ -49,7 +47,7 @@ __device__ __forceinline__ bool is_finite(float x) { return x - x == 0.f; }
 __device__ __forceinline__ bool is_finite(BF16 x) { return (x.bits & 0x7f80) != 0x7f80; }
 __device__ __forceinline__ bool is_finite(F16 x) { return (x.bits & 0x7c00) != 0x7c00; }
 
-// Whether an element of four words is not finite: one more in its exponent then carries into the sign.
+// Whether an element of four words is not finite: adding one to its exponent then carries into the sign.
 template <class T>
 __device__ __forceinline__ bool has_non_finite(const uint4& raw) {
   constexpr unsigned kSigns = sizeof(T) == 4 ? 0x80000000u : 0x80008000u;
@@ -58,7 +56,7 @@ __device__ __forceinline__ bool has_non_finite(const uint4& raw) {
   return ((carried(raw.x) | carried(raw.y) | carried(raw.z) | carried(raw.w)) & kSigns) != 0;
 }
 
-// What is not finite becomes 0: the rows that attend it have NaN in dS already, and no other may get one from 0 * NaN.
+// Replaces non-finite elements by 0. Rows that attend them have NaN in dS already; other rows must not get 0 * NaN.
 template <class T, int N, int kThreads>
 __device__ __forceinline__ void zero_non_finite(T* tile, const QkForm& form) {
   constexpr int kPerRow = 8, kElements = kCopyBytes / sizeof(T);
@@ -121,13 +119,13 @@ __device__ __forceinline__ void add_product(const typename S::Type* left, int le
   }
 }
 
-// dS of a tile in shared memory: rows an odd multiple of 16 bytes apart; for tensor cores in two pieces.
+// dS of a tile in shared memory: its pitch is an odd multiple of 16 bytes; for tensor cores in two pieces.
 template <class S>
 constexpr int kSlopePitch = S::kRight + kCopyBytes / static_cast<int>(sizeof(typename S::Type));
 template <class S>
 constexpr int kSlopePieces = S::kTensorCores ? 2 : 1;
 
-// Two neighbours of dS into the tile, for tensor cores as value and remainder.
+// Stores two adjacent elements of dS, for tensor cores as value and remainder.
 template <class S>
 __device__ __forceinline__ void put_slopes(typename S::Type* to, float a, float b) {
   if constexpr (S::kTensorCores) {
@@ -147,7 +145,7 @@ __device__ __forceinline__ void put_slopes(typename S::Type* to, float a, float 
   }
 }
 
-// kOfKeys: the left tile is one of keys and the right ones are rows, for dK; or the other way round, for dQ.
+// kOfKeys: the left tile has keys and the right tiles have rows, for dK; otherwise the reverse, for dQ.
 template <class S, bool kOfKeys>
 __global__ void __launch_bounds__(S::kThreads)
     gradients_of_tile(AttentionStatsQkBackwardArgs args, QkForm form, int64_t left_tiles, int64_t parts) {
@@ -191,7 +189,7 @@ __global__ void __launch_bounds__(S::kThreads)
 
   float out[kOutTiles][4] = {};
   for (int64_t j = begin; j < end; j += S::kRight) {
-    __syncthreads();  // nobody reads the last tile any more
+    __syncthreads();  // all threads have read the last tile
     if constexpr (kOfKeys) {
       fill_rows(j);
       if (memory.rows.lowest >= first_left + S::kLeft || memory.rows.highest <= first_left) continue;
@@ -203,12 +201,13 @@ __global__ void __launch_bounds__(S::kThreads)
     commit_copies();
     wait_for_copies<0>();
     __syncthreads();
-    // Whether any of the warp's 16 left rows has to do with any of the right ones.
+    // Whether any of the warp's 16 left rows attends, or is attended by, any of the right ones.
     const int own = static_cast<int>(first_left) + warp * 16;
-    const bool meets = kOfKeys ? memory.rows.lowest < own + 16 && memory.rows.highest > own
-                               : memory.rows.touch(warp * 16, 16, static_cast<int>(j), static_cast<int>(j) + S::kRight);
+    const bool needed = kOfKeys
+                            ? memory.rows.lowest < own + 16 && memory.rows.highest > own
+                            : memory.rows.touch(warp * 16, 16, static_cast<int>(j), static_cast<int>(j) + S::kRight);
     float c[1][S::kRightTiles][4];
-    if (meets) multiply<S>(left, right, form, c);
+    if (needed) multiply<S>(left, right, form, c);
     const int first_key = static_cast<int>(kOfKeys ? first_left : j);
     const bool whole = forward.mask.data == nullptr && forward.softcap == 0.f &&
                        (args.rows.grad_sink == nullptr || (first_key > 0 && forward.key_bounds == nullptr)) &&
@@ -229,11 +228,11 @@ __global__ void __launch_bounds__(S::kThreads)
           put_slopes<S>(memory.slopes + (left_row + h * 8) * kPitch + r, value[2 * h], value[2 * h + 1]);
       }
     };
-    if (meets && whole) {
+    if (needed && whole) {
       put_tile([&](int row, int, float product) {
         return memory.coefficients[row].of_score(product * form.factor, form.scale);
       });
-    } else if (meets) {
+    } else if (needed) {
       put_tile([&](int row, int key, float product) {
         float score, slope;
         score_of(forward, form, memory.rows.mask[row], memory.rows.low[row], memory.rows.high[row], key, product, score,
@@ -245,7 +244,7 @@ __global__ void __launch_bounds__(S::kThreads)
     zero_non_finite<T, S::kRight, S::kThreads>(right, form);
     __syncthreads();
 #pragma unroll
-    for (int piece = 0; meets && piece < kSlopePieces<S>; ++piece)
+    for (int piece = 0; needed && piece < kSlopePieces<S>; ++piece)
       add_product<S>(memory.slopes + piece * kSlopes, kPitch, right, form, first_column, out);
   }
   wait_for_copies<0>();
@@ -259,7 +258,7 @@ __global__ void __launch_bounds__(S::kThreads)
         to = args.grad_key + ((head.batch * forward.kv_heads + head.kv_head) * forward.keys + l) * forward.head_dim;
     } else {
       const RowPlace row = RowPlace::of(forward, form, head, l);
-      if (row.there) to = args.grad_query + row.out * forward.head_dim;
+      if (row.exists) to = args.grad_query + row.out * forward.head_dim;
     }
     if (to == nullptr) continue;
 #pragma unroll

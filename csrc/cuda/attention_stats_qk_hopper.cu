@@ -1,16 +1,15 @@
-// Statistics of softmax rows fused from Q and K, for Hopper GPUs (sm_90a): switched off unless asked for, as it has run
-// on no GPU yet.
+// Statistics of softmax rows fused from Q and K, for Hopper GPUs (sm_90a). Off by default, because it has not run on a GPU
+// yet.
 //
-// A block has three warp groups and stays for as many tiles of 128 query rows as there are for it; the heads of a group
-// are packed together as in attention_stats_qk.cu. One warp of the first group copies tiles of 128 keys into a ring in
-// shared memory, by one instruction for each 64 numbers of their depth, as far ahead as the ring has room, also across
-// tiles of rows. Each of the other two groups has 64 of the rows: their queries stay in registers, and it holds two
-// tiles of scores, so that the product of the next keys is under way while the exponentials of the last ones are taken.
-// Nothing orders the two groups but the ring (docs/kernels.md says why). Every lane has a state of its own for each of
-// its two rows, as in the usual kernel, and the same formulas.
+// A persistent block of three warp groups processes several tiles of 128 query rows; the heads of a group are packed
+// together as in attention_stats_qk.cu. One warp of the first group is the producer: it copies tiles of 128 keys into a
+// ring buffer in shared memory, one instruction per 64 numbers of the depth, as far ahead as the ring has room, also across
+// tiles of rows. Each of the other two groups is a consumer of 64 rows: it keeps the queries in registers and holds two
+// tiles of scores, so that the product of the next keys runs during the exponentials of the last ones. Only the ring
+// synchronises the two consumers (reason: docs/kernels.md). Lane states and formulas are those of the default kernel.
 //
-// Registers: 64 x 128 scores twice are 128 a thread, queries of D = 128 32; the copying group gives its own away for
-// them. Shared memory, D = 128: four tiles of keys, 128 KiB.
+// Registers per thread: 128 for two tiles of 64 x 128 scores, 32 for queries of D = 128; the producer group releases its
+// registers to the consumers. Shared memory, D = 128: four tiles of keys, 128 KiB.
 #include "attention_stats_qk_hopper.cuh"
 
 #include <stdlib.h>
@@ -19,8 +18,8 @@
 #include "qk_lane.cuh"
 #include "wgmma.cuh"
 
-// Other architectures lack these instructions: there the kernel is a trap, into which a Hopper GPU falls only where the
-// library was compiled without sm_90a.
+// Other architectures lack these instructions; for them the kernel is a trap. A Hopper GPU reaches it only if the library
+// was compiled without sm_90a.
 #if defined(INFLECTION_EMULATION) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define IF_HOPPER 1
 #endif
@@ -28,10 +27,10 @@
 namespace inflection {
 namespace {
 
-constexpr int kGroups = 2;  // that compute
+constexpr int kGroups = 2;  // consumer groups
 constexpr int kBlockRows = kGroups * kGroupRows, kBlockThreads = (1 + kGroups) * kGroupThreads;
 constexpr int kTileKeys = kProductCols;
-constexpr int kPanelDepth = kSwizzledRow / 2;  // numbers of one row of a box
+constexpr int kPanelDepth = kSwizzledRow / 2;  // numbers per row of a box
 constexpr int kStages = 4;                     // of the ring
 constexpr int kSplitPolynomials = 4;           // of 16 exponentials
 constexpr int kCopyRegisters = 40, kComputeRegisters = 232;
@@ -44,10 +43,10 @@ struct Ring {
 
   alignas(kSwizzleAlign) T keys[kStages][kPanels][kTileKeys][kPanelDepth];
   Barrier full[kStages];   // the tile has arrived
-  Barrier empty[kStages];  // every warp that computes has done with it
+  Barrier empty[kStages];  // all consumer warps have released it
 };
 
-// A stage of the ring, and the parity of its present round.
+// A stage of the ring, and the parity of its current round.
 struct RingPlace {
   int stage = 0;
   unsigned parity = 0;
@@ -57,18 +56,18 @@ struct RingPlace {
   }
 };
 
-// One tile of rows at a time; every other round of blocks goes the other way, so that a block that had the longer rows
-// of a causal mask has the shorter ones next.
+// The tile of rows of this block in a round. Every second round is in reverse order, so that a block with longer rows of a
+// causal mask gets shorter ones next.
 __device__ __forceinline__ int64_t tile_of_round(int64_t round) {
   return round * gridDim.x + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
 }
 
-// Keys that a set of rows attends, as far as bounds go, over the rows that exist.
+// Bounds of the keys that a set of existing rows attends.
 struct KeySpan {
-  int lowest, highest;           // any of them; highest <= lowest: nothing
-  int highest_low, lowest_high;  // all of them
+  int lowest, highest;           // union of the rows' bounds; highest <= lowest: empty
+  int highest_low, lowest_high;  // intersection of the rows' bounds
 
-  // The same in every lane, and in every warp that asks.
+  // The same in all lanes, and in all warps that call it.
   static __device__ __forceinline__ KeySpan of(const AttentionStatsQkArgs& args, const QkForm& form,
                                                const HeadPlace& head, int64_t first) {
     const int keys = static_cast<int>(args.keys);
@@ -80,8 +79,8 @@ struct KeySpan {
       const bool any = row.high > row.low;
       span.join({any ? row.low : keys, any ? row.high : 0, row.low, row.high});
     }
-    // Not by shuffles: the compiler has to see that all lanes have the same, or it takes the loop over keys for one
-    // that lanes leave apart, and waits for every product at once.
+    // Not by shuffles: the compiler must see that all lanes have the same bounds. Otherwise it assumes that lanes leave the
+    // loop over keys separately, and waits for each product at once.
     return {__reduce_min_sync(kAllLanes, span.lowest), __reduce_max_sync(kAllLanes, span.highest),
             __reduce_max_sync(kAllLanes, span.highest_low), __reduce_min_sync(kAllLanes, span.lowest_high)};
   }
@@ -96,14 +95,14 @@ struct KeySpan {
   __device__ __forceinline__ bool cover(int key) const { return highest_low <= key && key + kTileKeys <= lowest_high; }
 };
 
-// What a lane has of its two rows, g and g + 8 of its warp.
+// The two rows of a lane, g and g + 8 of its warp.
 struct LaneRows {
   QkLane state[2];
   int low[2], high[2], sink_key[2];
   int attended[2] = {};
   float sink[2] = {-kInf, -kInf};  // score of the key that `sink` reports, in the lane that has it
 
-  // Adds a tile of scores; `whole`: both rows attend all of it, and its products are the scores.
+  // Adds a tile of scores. `whole`: both rows attend all of it, and its products are the scores.
   template <bool kAll, int kPolynomials>
   __device__ __forceinline__ void push(const float (&c)[kProductFloats], const QkForm& form, int key, bool whole,
                                        bool has_sink) {
@@ -134,7 +133,7 @@ struct LaneRows {
   }
 };
 
-// The queries of a lane's rows as the products want them; 0 where there is no row.
+// Loads the queries of a lane's row as an operand of the products; 0 for a row that does not exist.
 template <class T, int kDepth>
 __device__ __forceinline__ void load_queries_of(uint32_t (&q)[kDepth / kProductDepth][4],
                                                 const AttentionStatsQkArgs& args, const HeadPlace& head,
@@ -150,7 +149,7 @@ __device__ __forceinline__ void load_queries_of(uint32_t (&q)[kDepth / kProductD
   }
 }
 
-// Begins the product of a tile of keys; until it is waited for, `c` belongs to it.
+// Starts the product of a tile of keys; `c` must not be used until the wait.
 template <class T, int kDepth>
 __device__ __forceinline__ void begin_product(float (&c)[kProductFloats],
                                               const uint32_t (&q)[kDepth / kProductDepth][4],
@@ -185,7 +184,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   __syncthreads();
   const int group = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kGroupThreads, 0) - 1;
   const int lane = threadIdx.x % kWarpSize;
-  RingPlace next;  // tile of keys to be copied, or whose product comes next
+  RingPlace next;  // the next tile of keys to copy or to multiply
   const auto place = [&](int64_t tile, HeadPlace& head) {
     head = HeadPlace::of(args, form, tile / row_tiles);
     return (row_tiles - 1 - tile % row_tiles) * kBlockRows;  // under a causal mask the longest first
@@ -214,8 +213,8 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
 
   claim_registers<kComputeRegisters>();
   const int first_of_warp = static_cast<int>(threadIdx.x) % kGroupThreads / kWarpSize * 16;
-  RingPlace last;  // the oldest tile that this warp has not given back
-  const auto give_back = [&] {
+  RingPlace last;  // the oldest tile that this warp has not released
+  const auto release = [&] {
     if (lane == 0) arrive(ring.empty[last.stage]);
     last.advance();
   };
@@ -237,8 +236,8 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     }
     const auto skip_to = [&](int key, int end) {  // tiles that only the other group needs
       for (; key < end; key += kTileKeys, next.advance()) {
-        wait(ring.full[next.stage], next.parity);  // or its round would count this warp twice
-        give_back();
+        wait(ring.full[next.stage], next.parity);  // otherwise its round could count this warp twice
+        release();
       }
     };
     const auto begin = [&](float (&c)[kProductFloats]) {
@@ -248,7 +247,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     };
     const auto add = [&](float (&c)[kProductFloats], int key) {
       keep(c);
-      give_back();
+      release();
       rows.template push<kAll, kPolynomials>(c, form, key, form.plain && span.cover(key),
                                              key == 0 || args.key_bounds != nullptr);
     };
@@ -258,8 +257,8 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     skip_to(both.first_key(), first_key);
     int key = first_key;
     if (any) {
-      // One product under way beside the scores that are read. The number of those under way is the same on every way
-      // through the loop: where it is not, the compiler waits for each product at once.
+      // One product runs while the scores of another are read. The number of running products must be the same on all
+      // paths through the loop; otherwise the compiler waits for each product at once.
       begin(even);
       for (; key + 2 * kTileKeys < span.highest; key += 2 * kTileKeys) {
         begin(odd);
@@ -286,15 +285,8 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
 
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      QkLane& state = rows.state[h];
-      int attended = rows.attended[h];
-      float sink = rows.sink[h];
-      state.merge_lanes(form.exponent);
-      for (int lanes = kLanesPerRow / 2; lanes > 0; lanes /= 2)
-        attended += __shfl_xor_sync(kAllLanes, attended, lanes),
-            sink = fmaxf(sink, __shfl_xor_sync(kAllLanes, sink, lanes));
       const RowPlace row = RowPlace::of(args, form, head, first_row + first_of_warp + h * 8 + lane / kLanesPerRow);
-      if (lane % kLanesPerRow == 0 && row.there) write_row(args, form, row, state, attended, sink);
+      write_row(args, form, row, rows.state[h], rows.attended[h], rows.sink[h]);
     }
   }
 #else

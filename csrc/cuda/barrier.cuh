@@ -1,10 +1,9 @@
-// Barriers in shared memory that count threads and bytes (mbarrier), and how warps of a block get their registers: one
-// function for each instruction; the emulator has its own of them. sm_90.
+// Barriers in shared memory that count threads and bytes (mbarrier), and reallocation of registers between warps: one
+// function per instruction, with a second version for the emulator. sm_90.
 //
-// A barrier is in a phase, whose parity is 0 at first. The phase ends when as many threads have arrived as the barrier
-// was made for and as many bytes as were announced; the next one begins with the same number of threads. `wait(b, p)`
-// returns when the phase of parity p has ended, at once where the barrier is in one of the other parity: so at a new
-// barrier a wait for parity 1 does not wait.
+// The first phase of a barrier has parity 0. A phase ends when the expected number of threads and of bytes have arrived;
+// the next one expects the same number of threads. wait(b, p) returns when the phase of parity p has ended, so it returns
+// at once if the current phase has the other parity: a wait for parity 1 at a new barrier does not wait.
 #pragma once
 
 #include "mma.cuh"
@@ -34,7 +33,7 @@ inline void claim_registers() {}
 __device__ __forceinline__ void init(Barrier& barrier, unsigned threads) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(threads) : "memory");
 }
-// Makes barriers that this thread has initialised visible to the units that copy; other threads need a barrier besides.
+// Makes barriers that this thread has initialised visible to the copy units; other threads need __syncthreads, too.
 __device__ __forceinline__ void publish_barriers() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -55,7 +54,7 @@ __device__ __forceinline__ void wait(Barrier& barrier, unsigned parity) {
                  : "memory");
   }
 }
-// Registers of every thread of a warp group, from here on: given back, or taken from what others gave back.
+// Set the number of registers per thread of a warp group: released, or claimed from those that others released.
 template <int kRegisters>
 __device__ __forceinline__ void release_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));

@@ -1,11 +1,11 @@
-// The sums behind linear CKA: the Gram matrix of z = (1, p, q, u, v) over the rows, for many layers in one launch.
+// The Gram matrix of z = (1, p, q, u, v) over the rows, for linear CKA of many layers in one launch.
 //
-// As csrc/cpu/cka.inc, with blocks of kCkaDepth rows as they lie, counted or not. The kernels, in order: the shift of
-// layers that have none yet; the norms of the rows, and which of them are long; the rows of 1, p and q of the Gram
-// matrix, in float64; the products of u and v (cka_products.cuh), in float32; those of long rows, and of all of a block
-// of few, in float64. Every number has one writer: the result is the same in every run.
+// As csrc/cpu/cka.inc, but a block is kCkaDepth consecutive rows, whether they count or not. The kernels, in order: the
+// shifts of layers without rows; the norms of the rows, and which of them are long; the rows of 1, p and q of the Gram
+// matrix, in float64; the products of u and v (cka_products.cuh), in float32; the products of long rows, and of all rows of
+// a short block, in float64. Each number has one writer, so the result is deterministic.
 //
-// All but the products is bound by memory: the rows are read twice, their long ones once more.
+// All kernels but the products are bound by memory: the rows are read twice, long ones once more.
 #include <type_traits>
 
 #include "cka_products.cuh"
@@ -13,10 +13,10 @@
 namespace inflection {
 namespace {
 
-constexpr int kShiftThreads = 1024;    // few blocks, so many threads
-static_assert(kDepth == kCkaThreads);  // a thread a row, where rows are classified
+constexpr int kShiftThreads = 1024;    // there are few blocks
+static_assert(kDepth == kCkaThreads);  // classify_rows has one thread per row
 
-// |u|^2 of a row of a whole side, in every lane of the warp that asks.
+// |u|^2 of a row of a whole side, in all lanes of the warp.
 template <class T>
 __device__ double norm_of(const Panel& side, int64_t row, const float* shift) {
   constexpr int kCount = kVectorBytes / sizeof(T);
@@ -41,7 +41,7 @@ struct ShiftMemory {
   int count;
 };
 
-// A block per layer and side. The mean of the first kCkaDepth rows that count, without those that are long.
+// One block per layer and side. The mean of the first kCkaDepth rows that count, without long ones.
 template <class T>
 __global__ void __launch_bounds__(kShiftThreads, 1) find_shift(CkaPushArgs args, Layers layers) {
   ShiftMemory& memory = shared<ShiftMemory>();
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kShiftThreads, 1) find_shift(CkaPushArgs args,
   __syncthreads();
   const int count = memory.count;
   if (count == 0) return;
-  double limit = INFINITY;  // rows beyond it are left out
+  double limit = INFINITY;  // longer rows are left out
   for (int pass = 0; pass < 2; ++pass) {
     for (int col = threadIdx.x; col < side.columns; col += kShiftThreads) {
       double sum = 0.0;
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kShiftThreads, 1) find_shift(CkaPushArgs args,
 
 // ---- norms and column sums ----------------------------------------------------------------------------------------
 
-// A block per layer and kCkaDepth rows: the norms of the rows, and how each of them is to be multiplied.
+// One block per layer and kCkaDepth rows: the norms of the rows, and the RowKind of each.
 template <class T>
 __global__ void __launch_bounds__(kCkaThreads) classify_rows(CkaPushArgs args, Layers layers, int64_t blocks) {
   double* const partial = &shared<double>();
@@ -150,11 +150,12 @@ __device__ void add_corner(const CkaPushArgs& args, const Layer& layer, double* 
   }
 }
 
-// What 16-bit products subtract from a column with this mean and variance over `rows` rows, `largest` |x - shift|.
+// The number that 16-bit products subtract from a column with this mean and variance over `rows` rows and this `largest`
+// |x - shift|: 0 or the mean.
 //
-// 0 costs a cut-off of the mean's own products in float32, 2^-29 (mean / deviation)^2 a row, all in one direction; the
-// mean costs a rounding of the elements that lie more than half of it away, at random and so as 1 / sqrt(rows dim); few
-// do beyond six deviations. kBalance is where they are equal.
+// With 0, tensor cores truncate the products of the mean: 2^-29 (mean / deviation)^2 per row, all in one direction. With
+// the mean, elements that differ from it by more than half of it are rounded, at random, so the error is proportional to
+// 1 / sqrt(rows dim); there are few of them if the mean is above six deviations. At kBalance both errors are equal.
 template <class T>
 __device__ T column_shift(double mean, double variance, double rows, double dim, float largest, float shift) {
   constexpr bool kHalf = std::is_same_v<T, F16>;
@@ -167,7 +168,7 @@ __device__ T column_shift(double mean, double variance, double rows, double dim,
   return out;
 }
 
-constexpr int kColumns = 64;  // of a panel, that a block of sum_columns owns: 128 bytes of a 16-bit row
+constexpr int kColumns = 64;  // columns per block of sum_columns: 128 bytes of a 16-bit row
 constexpr int kColumnSums = 5;
 
 struct ColumnMemory {
@@ -176,7 +177,7 @@ struct ColumnMemory {
   double partial[kCkaWarps];
 };
 
-// Rows 1, p and q of the Gram matrix; and for the products the sums of the rows that they multiply, and their shifts.
+// Rows 1, p and q of the Gram matrix; and, for the products, column sums of the rows that they multiply, and shifts.
 template <class T>
 __global__ void __launch_bounds__(kCkaThreads) sum_columns(CkaPushArgs args, Layers layers, int64_t panels) {
   constexpr int kCount = kVectorBytes / sizeof(T), kLanes = kColumns / kCount, kRowsOfWarp = kWarpSize / kLanes;
@@ -238,20 +239,20 @@ __global__ void __launch_bounds__(kCkaThreads) sum_columns(CkaPushArgs args, Lay
     for (int i = 0; i < kColumnSums; ++i) total[i] += memory.sums[i][w][column];
     most = fmaxf(most, memory.largest[w][column]);
   }
-  const bool there = at < panel.columns;
+  const bool exists = at < panel.columns;
   const int64_t j = panel.first + at;
-  if (there) {
+  if (exists) {
     add(layer.row(0) + kCkaHead + j, total[0] + total[2], args.fresh);
     add(layer.row(1) + kCkaHead + j, total[3], args.fresh);
     add(layer.row(2) + kCkaHead + j, total[4], args.fresh);
     args.column_sums[layer.index * (layer.k - kCkaHead) + j] = total[0];
   }
   if constexpr (sizeof(T) == 2) {
-    const float old = there ? layer.shift[j] : 0.f;
+    const float old = exists ? layer.shift[j] : 0.f;
     const double mean = total[0] / rows, variance = total[1] / rows - mean * mean;
     T* const out = reinterpret_cast<T*>(args.column_shifts) + (layer.index * panels + number) * kPanel + at;
     const double dim = static_cast<double>(j < args.x.dim ? args.x.dim : args.y.dim);
-    *out = there && rows > 0.0 ? column_shift<T>(old + mean, variance, rows, dim, most, old) : T{};
+    *out = exists && rows > 0.0 ? column_shift<T>(old + mean, variance, rows, dim, most, old) : T{};
   }
 }
 
@@ -293,10 +294,10 @@ __global__ void __launch_bounds__(kCkaThreads)
     if (mine) memory.list[at] = static_cast<int32_t>(threadIdx.x);
     __syncthreads();
     for (int begin = 0; begin < count; begin += kExactStep) {
-      const int there = count - begin < kExactStep ? count - begin : kExactStep;
+      const int number = count - begin < kExactStep ? count - begin : kExactStep;
 #pragma unroll
       for (int p = 0; p < 2; ++p) {
-        for (int i = threadIdx.x; i < there * kChunks; i += kCkaThreads) {
+        for (int i = threadIdx.x; i < number * kChunks; i += kCkaThreads) {
           const int r = i / kChunks, col = i % kChunks * kCount;
           T values[kCount];
           sides[p].read(first + memory.list[begin + r], col, values);
@@ -309,7 +310,7 @@ __global__ void __launch_bounds__(kCkaThreads)
       }
       __syncthreads();
 #pragma unroll 1
-      for (int r = 0; r < there; ++r) multiply_row(memory.rows[0][r], memory.rows[1][r], sums);
+      for (int r = 0; r < number; ++r) multiply_row(memory.rows[0][r], memory.rows[1][r], sums);
       __syncthreads();
     }
   }
@@ -318,7 +319,8 @@ __global__ void __launch_bounds__(kCkaThreads)
 
 // ---- launches -----------------------------------------------------------------------------------------------------
 
-// Calls body(go) for as many layers as a launch holds; go(kernel, blocks a layer, threads, shared bytes, more...).
+// Calls body(go) for groups of at most kLayersOfLaunch layers; go(kernel, blocks per layer, threads, shared bytes, ...)
+// launches a kernel.
 template <class Body>
 int launch_layers(const CkaPushArgs& args, void* stream, const Body& body) {
   constexpr int64_t kMostBlocks = 0x7fffffff;

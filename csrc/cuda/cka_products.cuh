@@ -1,22 +1,21 @@
 // The products of linear CKA: tiles of the Gram matrix of (u, v), added up over the rows.
 //
-// float32 rows: fused multiply-adds, 128 x 128 results a block, 8 x 8 a thread, added to the float64 Gram matrix every
-// cka_rows_at_once rows, which stays in the second-level cache meanwhile. Bound by the multiply-adds: a step of one row
-// takes a multiprocessor 128 cycles, its loads from shared memory 64.
+// float32 rows: fused multiply-adds, 128 x 128 results per block, 8 x 8 per thread, added to the float64 Gram matrix every
+// cka_rows_at_once rows; it stays in the L2 cache meanwhile. Bound by multiply-adds: one row takes a multiprocessor 128
+// cycles, its loads from shared memory 64.
 //
-// 16-bit rows: tensor cores, 256 x 128 results a block, 64 x 64 a warp, three stages of 32 rows in shared memory (83
-// KiB in all), one block a multiprocessor. What is subtracted from a column has to leave its elements exact in 16 bits:
-// 0 where the mean is small beside the standard deviation, else the mean rounded to 16 bits, because the difference of
-// two numbers within a factor of two of each other is exact; the few others are rounded. With u = w + e, w what was
-// multiplied and e what was subtracted less the shift, sum u_i u_j = sum w_i w_j + e_i t_j + t_i e_j - n e_i e_j
-// follows from the column sums t of u, in float64.
+// 16-bit rows: tensor cores, 256 x 128 results per block, 64 x 64 per warp, three stages of 32 rows in shared memory (83
+// KiB), one block per multiprocessor. The number subtracted from a column must leave its elements exact in 16 bits. It is 0
+// if the mean is small compared with the standard deviation, else the mean rounded to 16 bits: the difference of two
+// numbers within a factor of two of each other is exact, and few elements are rounded. With u = w + e, where w is
+// multiplied and e is the subtracted number less the shift, and with the column sums t of u,
+// sum u_i u_j = sum w_i w_j + e_i t_j + t_i e_j - n e_i e_j, in float64.
 //
-// Estimated, per 16 rows of a tile, in cycles of an H100's multiprocessor: tensor cores at their full rate 256; through
-// mma.sync, which is said to reach some 62 % of it there, 413. Shared memory, 32 KiB read and 12 KiB written, 344.
-// Issue, 8 warps with 32 mma, 32 subtractions and 8 ldmatrix on 4 schedulers, 144. The second-level cache has to
-// deliver 12 KiB to each of 132 multiprocessors: 6.9 TB/s in 413 cycles, more than the 5.5 to 6 that are reported, so
-// 480 to 510. That is what binds. At the end a tile writes 256 KiB, or adds them, which nothing hides: 8 or 16 % of
-// 8192 rows. On an A100 tensor cores themselves bind (512 cycles).
+// Estimated cycles of an H100 multiprocessor per 16 rows of a tile: tensor cores at full rate 256, through mma.sync (about
+// 62 % of it) 413; shared memory, 32 KiB read and 12 KiB written, 344; issue slots, 8 warps with 32 mma, 32 subtractions
+// and 8 ldmatrix on 4 schedulers, 144. The L2 cache has to deliver 12 KiB to each of 132 multiprocessors: 6.9 TB/s in 413
+// cycles, more than the reported 5.5 to 6, so it is the bound: 480 to 510 cycles. At the end a tile writes or adds 256 KiB,
+// which overlaps with nothing: 8 or 16 % of 8192 rows. An A100 is bound by tensor cores (512 cycles).
 #pragma once
 
 #include "cka_rows.cuh"
@@ -24,22 +23,23 @@
 
 namespace inflection {
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000  // whose compiler pairs and reorders more, and so spills sooner
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000  // its compiler reorders more, and so spills sooner
 constexpr int kFloatBlocks = 1, kStepsAtOnce = 1;
 #else
-constexpr int kFloatBlocks = 2;  // a multiprocessor: one multiplies while the other adds to the Gram matrix
-constexpr int kStepsAtOnce = 2;  // of 16 rows on tensor cores
+constexpr int kFloatBlocks = 2;  // per multiprocessor: one multiplies while the other adds to the Gram matrix
+constexpr int kStepsAtOnce = 2;  // unrolled steps of 16 rows on tensor cores
 #endif
 
-constexpr int kOwn = 8;  // rows and columns of a tile that a thread owns, where there are no tensor cores
+constexpr int kOwn = 8;  // rows and columns of a tile per thread, without tensor cores
 constexpr int kAcross = kPanel / kOwn;
 static_assert(kAcross * kAcross == kCkaThreads);
 
-// Row or column i of those that thread number `at` in its direction owns: two runs of four, so that a warp's loads of
-// 16 bytes from shared memory lie side by side.
+// Row or column i of the thread with index `at` in this direction: two runs of four, so that a warp's loads of 16 bytes
+// from shared memory are adjacent.
 __device__ __forceinline__ int owned(int at, int i) { return i / 4 * (kPanel / 2) + at * 4 + i % 4; }
 
-// Adds what the threads own, or writes it where the sums begin. A row at a time: its old values come together.
+// Adds the sums of the threads to the Gram matrix, or writes them if the sums begin. Loads the old values of a row
+// together.
 template <class Sum>
 __device__ __forceinline__ void add_tile(const Layer& layer, const Panel& left, const Panel& right,
                                          const Sum (&sums)[kOwn][kOwn], bool begins) {
@@ -49,18 +49,18 @@ __device__ __forceinline__ void add_tile(const Layer& layer, const Panel& left, 
     const int row = owned(at_row, i);
     double* const to = layer.row(kCkaHead + left.first + row) + kCkaHead + right.first;
     double old[kOwn];
-    const auto there = [&](int col) {
+    const auto exists = [&](int col) {
       return row < left.columns && col < right.columns && right.first + col >= left.first + row;
     };
 #pragma unroll
     for (int j = 0; j < kOwn; ++j) {
       const int col = owned(at_col, j);
-      old[j] = there(col) && !begins ? to[col] : 0.0;
+      old[j] = exists(col) && !begins ? to[col] : 0.0;
     }
 #pragma unroll
     for (int j = 0; j < kOwn; ++j) {
       const int col = owned(at_col, j);
-      if (there(col)) to[col] = old[j] + sums[i][j];
+      if (exists(col)) to[col] = old[j] + sums[i][j];
     }
   }
 }
@@ -80,12 +80,12 @@ __device__ __forceinline__ void multiply_row(const Sum* left, const Sum* right, 
 
 // ---- float32 rows -------------------------------------------------------------------------------------------------
 
-constexpr int kFloatRows = 8;            // of a stage: 8 values a thread in flight while those before are multiplied
-constexpr int kFloatPitch = kPanel + 4;  // floats; loads of 16 bytes stay aligned
+constexpr int kFloatRows = 8;            // of a stage: a thread loads 8 values while the previous ones are multiplied
+constexpr int kFloatPitch = kPanel + 4;  // floats; keeps loads of 16 bytes aligned
 
 struct FloatMemory {
   alignas(16) float stages[2][2][kFloatRows][kFloatPitch];  // stage, panel
-  Panel sides[2];                                           // here because registers are short
+  Panel sides[2];                                           // in shared memory to save registers
 };
 
 __global__ void __launch_bounds__(kCkaThreads, kFloatBlocks)
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kCkaThreads, kFloatBlocks)
   const int of_stage = threadIdx.x / (kPanel / 4), own = threadIdx.x % (kPanel / 4) * 4;
   static_assert(kCkaThreads / (kPanel / 4) == kFloatRows);
 
-  float next[2][4];  // of either panel: the rows of the next stage on their way
+  float next[2][4];  // by panel: values of the next stage
   const auto fetch = [&](int64_t first) {
     const int64_t row = first + of_stage;
     const bool counts = row < args.rows && layer.kinds[row] == kInFloat;
@@ -110,8 +110,8 @@ __global__ void __launch_bounds__(kCkaThreads, kFloatBlocks)
       if (counts) sides[p].read(row, own, next[p]);
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const bool there = counts && own + e < sides[p].columns;
-        next[p][e] = there ? next[p][e] - layer.shift[sides[p].first + own + e] : 0.f;
+        const bool exists = counts && own + e < sides[p].columns;
+        next[p][e] = exists ? next[p][e] - layer.shift[sides[p].first + own + e] : 0.f;
       }
     }
   };
@@ -140,24 +140,24 @@ __global__ void __launch_bounds__(kCkaThreads, kFloatBlocks)
 constexpr int kLeftPanels = 2;
 constexpr int kTilePanels = kLeftPanels + 1;
 constexpr int kSlab = 32;               // rows of a stage
-constexpr int kStages = 3;              // two on their way: 1600 cycles ahead
+constexpr int kStages = 3;              // two are being copied: 1600 cycles ahead
 constexpr int kHalfPitch = kPanel + 8;  // elements: eight rows of 16 bytes lie in different banks
-constexpr int kWarpTile = 64;           // rows and columns of the tile that a warp owns
+constexpr int kWarpTile = 64;           // rows and columns of the tile of a warp
 constexpr int kSubs = kWarpTile / 16, kRights = kWarpTile / 8;
-constexpr int kTogether = 2;  // pairs of old sums that a thread waits for at a time
+constexpr int kTogether = 2;  // pairs of old sums that a thread loads at a time
 constexpr int kChunk = 8;     // elements of one copy
 constexpr int kChunksOfRow = kPanel / kChunk;
-constexpr int kCopyRows = kCkaThreads / kChunksOfRow;  // rows that the block copies in one go
-constexpr int kSlabsOfRun = 128;  // of 32 rows summed in float32: tensor cores cut off 2^-24 per 16 rows on average
+constexpr int kCopyRows = kCkaThreads / kChunksOfRow;  // rows that the block copies at a time
+constexpr int kSlabsOfRun = 128;  // slabs summed in float32: tensor cores truncate 2^-24 per 16 rows on average
 static_assert(kLeftPanels * kPanel / kWarpTile * (kPanel / kWarpTile) == kCkaWarps);
 
 template <class T>
 struct HalfMemory {
   alignas(16) T stages[kStages][kTilePanels][kSlab][kHalfPitch];
   double sums[kTilePanels][kPanel];   // of u over the rows
-  double rests[kTilePanels][kPanel];  // what was subtracted, less the shift
-  Panel sides[kTilePanels];           // here because registers are short, as are the next ones
-  double rows;                        // that are multiplied
+  double rests[kTilePanels][kPanel];  // the subtracted number, less the shift
+  Panel sides[kTilePanels];           // in shared memory to save registers, as the next two
+  double rows;                        // number of rows that are multiplied
   const T* shifts[kTilePanels];
 };
 
@@ -200,15 +200,15 @@ __global__ void __launch_bounds__(kCkaThreads, 1)
   if (!Tiles<kLeftPanels>::at(panels, blockIdx.x % tiles, left, right)) return;
   if (args.float_rows[layer.index] == 0.0 && !args.fresh) return;
 
-  // Panels, their shifts and what corrects them. A second left panel that is not there, or lies below the diagonal
-  // altogether, has no columns.
+  // Panels, their shifts and the corrections. A second left panel that does not exist, or that lies below the diagonal,
+  // has no columns.
   if (threadIdx.x == 0) memory.rows = args.float_rows[layer.index];
   if (threadIdx.x < kTilePanels) {
     int64_t number = threadIdx.x == kLeftPanels ? right : left + threadIdx.x;
-    const bool there = number <= right;
-    number = there ? number : right;
+    const bool exists = number <= right;
+    number = exists ? number : right;
     memory.sides[threadIdx.x] = Panel::of(args, layer, number);
-    if (!there) memory.sides[threadIdx.x].columns = 0;
+    if (!exists) memory.sides[threadIdx.x].columns = 0;
     memory.shifts[threadIdx.x] =
         reinterpret_cast<const T*>(args.column_shifts) + (layer.index * panels + number) * kPanel;
   }
@@ -223,11 +223,11 @@ __global__ void __launch_bounds__(kCkaThreads, 1)
     memory.rests[p][col] = inside ? double(to_float(shifts[p][col])) - double(layer.shift[at]) : 0.0;
   }
 
-  // A row that is not multiplied here is read as the shifts themselves, so that zeros are left of it.
+  // A row that is not multiplied here is replaced by the shifts, so that it becomes zeros.
   const int copy_row = threadIdx.x / kChunksOfRow, copy_col = threadIdx.x % kChunksOfRow * kChunk;
   constexpr int kRowsOfThread = kSlab / kCopyRows;
   uint8_t kinds[kRowsOfThread];
-  const auto fetch_kinds = [&](int slab) {  // a slab ahead: a copy's address must not wait for memory
+  const auto fetch_kinds = [&](int slab) {  // one slab ahead: the address of a copy must not wait for memory
 #pragma unroll
     for (int i = 0; i < kRowsOfThread; ++i) {
       const int64_t row = int64_t{slab} * kSlab + i * kCopyRows + copy_row;
@@ -277,7 +277,7 @@ __global__ void __launch_bounds__(kCkaThreads, 1)
         const int row = row0 + s * 16 + h * 8 + g;
         double* const to = layer.row(kCkaHead + sides[second].first + row) + kCkaHead + sides[2].first;
         const double rest = memory.rests[second][row], rest_of_sum = memory.sums[second][row] - memory.rows * rest;
-        const auto there = [&](int col) {
+        const auto exists = [&](int col) {
           return row < sides[second].columns && col < sides[2].columns &&
                  sides[2].first + col >= sides[second].first + row;
         };
@@ -289,7 +289,7 @@ __global__ void __launch_bounds__(kCkaThreads, 1)
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
               const int col = col0 + (part + n) * 8 + 2 * t + e;
-              old[n][e] = there(col) && !(begins && args.fresh) ? to[col] : 0.0;
+              old[n][e] = exists(col) && !(begins && args.fresh) ? to[col] : 0.0;
             }
           }
 #pragma unroll
@@ -300,7 +300,7 @@ __global__ void __launch_bounds__(kCkaThreads, 1)
               float& sum = c[s][part + n][2 * h + e];
               double moved = sum;
               if (begins) moved += rest * memory.sums[2][col] + rest_of_sum * memory.rests[2][col];
-              if (there(col)) to[col] = old[n][e] + moved;
+              if (exists(col)) to[col] = old[n][e] + moved;
               sum = 0.f;
             }
           }

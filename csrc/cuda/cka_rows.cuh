@@ -1,4 +1,4 @@
-// What the kernels of linear CKA share: where a layer's rows and sums lie, and how its columns are cut into panels.
+// Shared by the kernels of linear CKA: the rows and sums of a layer, and its panels of columns.
 #pragma once
 
 #include "core/cka.h"
@@ -10,10 +10,10 @@ constexpr int kCkaThreads = 256;
 constexpr int kCkaWarps = kCkaThreads / kWarpSize;
 constexpr int kDepth = static_cast<int>(kCkaDepth);
 constexpr int kPanel = static_cast<int>(kCkaGpuPanel);
-constexpr int kLayersOfLaunch = 128;  // their offsets travel as a kernel parameter
+constexpr int kLayersOfLaunch = 128;  // their offsets are a kernel parameter
 constexpr int kVectorBytes = 16;
 
-// A row that is not counted is not read. Long rows, and all of a block of few, are multiplied in float64.
+// Rows that do not count are not read. Long rows, and all rows of a short block, are multiplied in float64.
 enum RowKind : uint8_t { kNotCounted, kInFloat, kInDouble };
 
 struct Layers {
@@ -25,7 +25,7 @@ __device__ __forceinline__ bool row_counts(const CkaPushArgs& args, int64_t laye
   return args.mask == nullptr || args.mask[layer * args.mask_layer_stride + row * args.mask_row_stride];
 }
 
-// An element less its shift, as the products see it: rounded to float32, but exactly where it has 16 bits.
+// An element less its shift, as it enters the products: rounded to float32, but exact for 16-bit elements.
 __device__ __forceinline__ double centred(float x, float shift) { return x - shift; }
 __device__ __forceinline__ double centred(BF16 x, float shift) { return double(to_float(x)) - double(shift); }
 __device__ __forceinline__ double centred(F16 x, float shift) { return double(to_float(x)) - double(shift); }
@@ -50,7 +50,7 @@ struct Layer {
             args.row_norms + index * args.rows * 2,
             args.row_kinds + index * args.rows};
   }
-  // Row i of the Gram matrix: element j, j >= i, is number j of it.
+  // Row i of the Gram matrix, indexed by the column j >= i.
   __device__ __forceinline__ double* row(int64_t i) const { return gram + cka_row(k, i); }
 };
 
@@ -59,10 +59,10 @@ struct Panel {
   const void* data;  // row 0, first column of the panel
   int64_t row_stride, col_stride;
   int64_t first;  // number of its first column among those of u and v
-  int columns;    // that there are; 0 where there is no such panel
+  int columns;    // number of columns; 0 if there is no such panel
   bool vector;    // rows can be read 16 bytes at a time
 
-  // Columns [begin, begin + count) of a side whose row 0 begins `offset` elements behind its data, as far as there are.
+  // Columns [begin, begin + count) of a side, or up to its last one; its row 0 begins `offset` elements behind its data.
   static __device__ __forceinline__ Panel of(const CkaSide& side, int64_t offset, int64_t begin, int64_t count,
                                              int64_t first) {
     const int64_t size = side.dtype == DType::f32 ? sizeof(float) : sizeof(uint16_t), rest = side.dim - begin;
@@ -80,7 +80,7 @@ struct Panel {
   __device__ __forceinline__ const T* at(int64_t row, int col) const {
     return static_cast<const T*>(data) + row * row_stride + col * col_stride;
   }
-  // kCount elements of a row from `col` on, a multiple of kCount; zeros behind the last one.
+  // Reads kCount elements of a row from `col`, a multiple of kCount; zeros behind the last column.
   template <int kCount, class T>
   __device__ __forceinline__ void read(int64_t row, int col, T (&out)[kCount]) const {
     static_assert(kCount * sizeof(T) == kVectorBytes);
@@ -95,19 +95,19 @@ struct Panel {
   }
 };
 
-// The tiles on or above the diagonal, kLeft panels by one: kBand tile rows at a time, column after column, so that the
-// tiles in work at one time share their panels in the second-level cache.
+// The tiles on or above the diagonal, kLeft panels by one, in the order of kBand tile rows at a time and column after
+// column, so that tiles that run at the same time share panels in the L2 cache.
 template <int kLeft>
 struct Tiles {
   static constexpr int64_t kBand = 4;
 
-  // Blocks of a layer; some of them find no tile.
+  // Number of blocks for a layer; some of them have no tile.
   static int64_t count(int64_t panels) {
     int64_t total = 0;
     for (int64_t band = 0; band * kLeft < panels; band += kBand) total += kBand * (panels - band * kLeft);
     return total;
   }
-  // The first left panel and the right one of block `number`; false where there is no tile.
+  // The first left panel and the right panel of block `number`; returns false if it has no tile.
   static __device__ __forceinline__ bool at(int64_t panels, int64_t number, int64_t& left, int64_t& right) {
     for (int64_t band = 0; band * kLeft < panels; band += kBand) {
       const int64_t across = panels - band * kLeft;

@@ -1,7 +1,7 @@
-// Numerator and self terms of linear CKA from the Gram matrix of z = (1, p, q, u, v), in float64; see docs/math.md.
+// Cross term and self terms of linear CKA from the Gram matrix of z = (1, p, q, u, v), in float64; see docs/math.md.
 //
-// A block takes kCkaTermRows rows of a layer's matrix, another launch adds their sums in order: the same in every run.
-// Bound by memory: the upper triangle is read once.
+// A block takes kCkaTermRows rows of a layer's matrix; another launch adds their sums in order, so the result is
+// deterministic. Bound by memory: the upper triangle is read once.
 #include "core/cka.h"
 #include "warp.cuh"
 

@@ -1,4 +1,4 @@
-// e^(k x) on the GPU: the hardware's 2^x, of an exponent that loses next to nothing where it counts.
+// e^(k x) on the GPU: the hardware's 2^x of an exponent with a small rounding error.
 #pragma once
 
 #include <math.h>
@@ -20,8 +20,8 @@ __device__ __forceinline__ float exp2_approx(float x) {
 #endif
 }
 
-// The same on the units that multiply and add, in nine instructions, for -127 <= x < 2^7: relative error below 2e-7
-// above -126, exactly 1 at 0 and 0 at -127. What it makes of NaN need not be NaN.
+// The same as a polynomial, in nine instructions, for -127 <= x < 2^7: relative error below 2e-7 above -126, exactly 1 at 0
+// and 0 at -127. The result for NaN may be a number.
 __device__ __forceinline__ float exp2_polynomial(float x) {
   const float shifted = x + kRound, f = x - (shifted - kRound);
   constexpr float a = kExp2Series[0], b = kExp2Series[1], c = kExp2Series[2], d = kExp2Series[3], e = kExp2Series[4];
@@ -29,17 +29,17 @@ __device__ __forceinline__ float exp2_polynomial(float x) {
   return __uint_as_float(__float_as_uint(y) + (__float_as_uint(shifted) << 23));
 }
 
-// max(x, limit) keeps a NaN in x, as fmaxf does not.
+// max(x, limit), but unlike fmaxf it returns NaN for NaN.
 __device__ __forceinline__ float at_least(float x, float limit) { return x < limit ? limit : x; }
 
-// See Exponent in csrc/cpu/vec.h: k log2(e) as two floats, or the entropy of a long row would err by more than 1e-6.
+// k log2(e) as two floats, see Exponent in csrc/cpu/vec.h: with one, the entropy of a long row would err by more than 1e-6.
 struct Exponential {
-  // Added to the exponent in the multiply-add that forms it: its rounding, not corrected for, is then least 8 nats
-  // below the maximum, where thousands of columns have the mass of one at the maximum and an error counts most.
+  // kRaise is added to the exponent by the multiply-add that forms it. The rounding error of the exponent is then smallest
+  // about 8 nats below the maximum, where thousands of columns can have the mass of the maximum and errors count most.
   static constexpr float kRaise = 12.f, kLower = 0x1p-12f;
 
   float high, low;
-  float floor;  // where e^(k x) is 2^-60: far below half an ulp of any sum that holds a 1
+  float floor;  // here e^(k x) is 2^-60, far below half an ulp of any sum that contains a 1
 
   static Exponential of(double k) {
     const double exact = k * kLog2e;

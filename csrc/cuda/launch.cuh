@@ -1,4 +1,4 @@
-// How a kernel is launched and finds its shared memory: the only two things that differ under emulation.
+// Launch of a kernel and access to its shared memory, with a second version for the emulator.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -28,12 +28,12 @@ inline bool is_hopper() { return true; }
 
 #else
 
-constexpr size_t kSharedWithoutAsking = 48 << 10;  // a block that wants more has to say so before the launch
+constexpr size_t kDefaultShared = 48 << 10;  // a kernel that needs more must set an attribute before the launch
 
 template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
            const Arguments&... arguments) {
-  if (shared_bytes > kSharedWithoutAsking) {
+  if (shared_bytes > kDefaultShared) {
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return error;
@@ -45,14 +45,14 @@ int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_b
   config.stream = static_cast<cudaStream_t>(stream);
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
-// The block's dynamic shared memory: a struct that holds everything the block shares. Static shared variables are not
-// used, so that the emulation sees every byte of it.
+// The dynamic shared memory of a block as one struct. There are no static shared variables, so that the emulator sees all
+// of the shared memory.
 template <class T>
 __device__ __forceinline__ T& shared() {
   extern __shared__ __align__(1024) unsigned char inflection_shared_memory[];
   return *reinterpret_cast<T*>(inflection_shared_memory);
 }
-// Of the current device; 0 where there is none.
+// An attribute of the current device; 0 without a device.
 inline int device_attribute(cudaDeviceAttr attribute) {
   int device = 0, value = 0;
   if (cudaGetDevice(&device) != cudaSuccess) return 0;

@@ -1,5 +1,5 @@
-// Rows of logits as threads read them, for the statistics and for their gradient: how scores are formed, where a row
-// lies, and the slices that a thread holds at once.
+// Rows of logits, for the statistics and for their gradient: how scores are formed, the offsets of a row, and the slices
+// that a thread reads at once.
 #pragma once
 
 #include "core/score_form.h"
@@ -11,13 +11,13 @@ namespace inflection {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kVectorBytes = 16;
-constexpr int kDenseSlice = 4 * kVectorBytes;  // what a thread holds at once: 4 loads are in flight per thread
-constexpr int kOtherSlice = kVectorBytes;      // with a mask or strides the addresses cost more than the latency
-constexpr float kLargeLse = 16.f;              // beyond, the rounding of a float log-sum-exp shows in every probability
+constexpr int kDenseSlice = 4 * kVectorBytes;  // bytes of a slice: 4 loads in flight per thread
+constexpr int kOtherSlice = kVectorBytes;      // with a mask or strides addresses cost more than latency
+constexpr float kLargeLse = 16.f;              // for a larger one, rounding to float32 makes probabilities inaccurate
 
 // How scores are formed from logits.
 struct Form : LogitForm {
-  bool first;               // the score of key 0 is wanted
+  bool first;               // whether the score of key 0 is needed
   Exponential exponential;  // of `scale`
 };
 
@@ -43,7 +43,7 @@ __device__ __forceinline__ Row row_of(const AttentionStatsArgs& args, int64_t it
   return row;
 }
 
-// How a slice of one row is laid out over threads: N values of each, runs of neighbours where they are read as vectors.
+// Layout of a slice of one row over threads: N values per thread, in runs of adjacent columns if vectors are read.
 template <class T, bool kVector, int kBytes>
 struct SliceColumns {
   static constexpr int N = kBytes / sizeof(T);
@@ -54,7 +54,7 @@ struct SliceColumns {
   }
 };
 
-// 16-bit values as they are stored, two to a word. Missing columns are -inf.
+// 16-bit values as they are stored, two per word. Missing columns are -inf.
 template <class T, int kBytes>
 struct PairSlice : SliceColumns<T, true, kBytes> {
   using Columns = SliceColumns<T, true, kBytes>;
@@ -87,7 +87,7 @@ struct PairSlice : SliceColumns<T, true, kBytes> {
     }
   }
 
-  // How many are above `floor`; none is NaN.
+  // Number of values above `floor`; none may be NaN.
   __device__ __forceinline__ int above(float floor) const {
     uint32_t lowest = pair[0];
 #pragma unroll
@@ -106,7 +106,7 @@ struct PairSlice : SliceColumns<T, true, kBytes> {
   }
 };
 
-// Whether slices are read as pairs.
+// Whether slices are read as pairs of 16-bit values.
 template <class T, bool kVector, bool kMask>
 constexpr bool kInPairs = kVector && !kMask && sizeof(T) == 2;
 
@@ -171,7 +171,7 @@ struct Slice : SliceColumns<T, kVector, kBytes> {
   }
 };
 
-// Columns [begin, row.cols) by the calling threads, merged over each warp.
+// State of the columns [begin, row.cols) that the calling threads read, merged over each warp.
 template <class T, bool kVector, bool kMask, int kBytes>
 __device__ __forceinline__ MergedRow total_of(const AttentionStatsArgs& args, const Form& form, const Row& row,
                                               int64_t begin, int thread, int threads, int& keys) {
@@ -200,17 +200,17 @@ __device__ __forceinline__ MergedRow total_of(const AttentionStatsArgs& args, co
   return merge_warp(MergedRow::of(lane), form.exponential);
 }
 
-// How a row is cut: into `count` pieces of `cols` columns, the last ones shorter or empty.
+// Splits a row into `count` pieces of `cols` columns; the last ones may be shorter or empty.
 struct Cuts {
   int64_t count, cols;
 
   static Cuts of(int64_t count, int64_t all) {
-    constexpr int64_t kAlign = kLeastSlice;  // pieces begin where whole vectors of a warp do
+    constexpr int64_t kAlign = kLeastSlice;  // aligned to the vectors of a warp
     return {count, ceil_div(ceil_div(all, count), kAlign) * kAlign};
   }
 };
 
-// A float log-sum-exp of this size is too coarse for probabilities.
+// Whether a float32 log-sum-exp is too inaccurate for probabilities.
 __device__ __forceinline__ bool is_large(float lse) { return lse - lse == 0.f && fabsf(lse) > kLargeLse; }
 
 inline bool vectors_fit(const AttentionStatsArgs& args, size_t size) {
@@ -223,7 +223,7 @@ inline bool vectors_fit(const AttentionStatsArgs& args, size_t size) {
 
 inline dim3 grid_of_warps(int64_t items) { return dim3(static_cast<unsigned>(ceil_div(items, kWarps))); }
 
-// The states of the parts of those rows whose log-sum-exp is large, in args.parts.
+// Writes the states of the parts of rows with a large log-sum-exp to args.parts.
 int stats_of_large_rows_cuda(const AttentionStatsArgs& args, const float* lse, void* stream);
 
 }  // namespace inflection

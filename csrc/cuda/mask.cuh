@@ -1,4 +1,4 @@
-// What a mask says of one score.
+// One element of a mask.
 #pragma once
 
 #include "warp.cuh"
@@ -9,7 +9,7 @@ __device__ __forceinline__ float mask_value(const Mask& mask, int64_t at) {
   return for_dtype(mask.dtype, [&](auto zero) { return to_float(static_cast<const decltype(zero)*>(mask.data)[at]); });
 }
 
-// Whether it attends, and what it adds.
+// Whether the position is attended; `bias` is added to its score.
 __device__ __forceinline__ bool attends(const Mask& mask, int64_t at, float& bias) {
   bias = 0.f;
   if (mask.dtype == DType::boolean) return static_cast<const uint8_t*>(mask.data)[at] != 0;

@@ -1,9 +1,9 @@
-// The instructions of tensor cores and of asynchronous copies, one function each; the emulator has its own of them.
+// Instructions of tensor cores and of asynchronous copies, one function each, with a second version for the emulator.
 //
-// In mma m16n8k16 lane l, with g = l / 4 and t = l % 4, holds of A (16 x 16) rows g and g + 8, columns 2t, 2t + 1, 2t +
-// 8, 2t + 9; of B (16 x 8) rows 2t, 2t + 1, 2t + 8, 2t + 9 of column g; of C (16 x 8) rows g and g + 8, columns 2t, 2t
-// + 1. ldmatrix loads four 8 x 8 matrices: lane l gives the address of row l % 8 of matrix l / 8, 16 bytes aligned, and
-// gets of each matrix row g, columns 2t and 2t + 1; transposed, rows 2t and 2t + 1 of column g.
+// In mma m16n8k16 lane l, with g = l / 4 and t = l % 4, holds of A (16 x 16) rows g and g + 8, columns 2t, 2t + 1, 2t + 8,
+// 2t + 9; of B (16 x 8) rows 2t, 2t + 1, 2t + 8, 2t + 9 of column g; of C (16 x 8) rows g and g + 8, columns 2t, 2t + 1.
+// ldmatrix loads four 8 x 8 matrices: lane l provides the 16-byte aligned address of row l % 8 of matrix l / 8, and
+// receives row g, columns 2t and 2t + 1, of each matrix; transposed: rows 2t and 2t + 1 of column g.
 #pragma once
 
 #include "pairs.cuh"
@@ -30,7 +30,7 @@ inline uint32_t minus(uint32_t x, uint32_t y) {
     put(&out[i], to_float(T{static_cast<uint16_t>(x >> 16 * i)}) - to_float(T{static_cast<uint16_t>(y >> 16 * i)}));
   return out[0].bits | uint32_t{out[1].bits} << 16;
 }
-inline void copy_async(void* to, const void* from, bool there) { emulator::copy_later(to, from, 16, there ? 16 : 0); }
+inline void copy_async(void* to, const void* from, bool exists) { emulator::copy_later(to, from, 16, exists ? 16 : 0); }
 inline void commit_copies() { emulator::commit_copies(); }
 template <int kPending>
 inline void wait_for_copies() {
@@ -65,7 +65,7 @@ __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint3
 IF_LDMATRIX(ldmatrix, "")
 IF_LDMATRIX(ldmatrix_transposed, ".trans")
 #undef IF_LDMATRIX
-// Both 16-bit numbers of x less those of y. There is no subtraction for bf16 before sm_90: 1 x - y.
+// Both 16-bit numbers of x less those of y. bf16 has no subtraction before sm_90, hence 1 x - y.
 template <class T>
 __device__ __forceinline__ uint32_t minus(uint32_t x, uint32_t y) {
   uint32_t out;
@@ -74,13 +74,14 @@ __device__ __forceinline__ uint32_t minus(uint32_t x, uint32_t y) {
   else asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(out) : "r"(x), "r"(y));
   return out;
 }
-// 16 bytes from global to shared memory; zeros, and nothing read, where there are none.
-__device__ __forceinline__ void copy_async(void* to, const void* from, bool there) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 16 : 0)
+// Copies 16 bytes from global to shared memory; without reading anything writes zeros if they do not exist.
+__device__ __forceinline__ void copy_async(void* to, const void* from, bool exists) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+               "r"(exists ? 16 : 0)
                : "memory");
 }
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Until at most kPending groups of this thread have not arrived.
+// Waits until at most kPending groups of copies of this thread are pending.
 template <int kPending>
 __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");

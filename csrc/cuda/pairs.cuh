@@ -1,4 +1,4 @@
-// Two 16-bit numbers in a word, and the instructions that take both at once; the emulator has its own of them.
+// Two 16-bit numbers in a word, and instructions for both at once, with a second version for the emulator.
 #pragma once
 
 #include <type_traits>
@@ -32,31 +32,31 @@ __device__ __forceinline__ uint32_t swapped(uint32_t pair) { return pair >> 16 |
 
 #ifdef INFLECTION_EMULATION
 
-// Two floats side by side, a in front, rounded to the nearest, ties to even.
+// Two floats in one word, a in front, rounded to nearest, ties to even.
 template <class T>
 inline uint32_t pack(float a, float b) {
   T both[2];
   put(both, a), put(both + 1, b);
   return both[0].bits | uint32_t{both[1].bits} << 16;
 }
-// Larger ones of two pairs; NaN where one of the two is.
+// Elementwise maximum of two pairs; NaN if either element is NaN.
 template <class T>
 inline uint32_t larger(uint32_t a, uint32_t b) {
   return emulator::max_nan_pair(a, b, [](uint16_t bits) { return to_float(T{bits}); });
 }
-// Smaller ones; the other one where one of the two is NaN.
+// Elementwise minimum; the other element if one is NaN.
 template <class T>
 inline uint32_t smaller(uint32_t a, uint32_t b) {
   return emulator::min_pair(a, b, [](uint16_t bits) { return to_float(T{bits}); });
 }
-// 0xffff where two float16 are equal: a NaN is equal to nothing, -0 to +0.
+// 0xffff where two float16 are equal: NaN equals nothing, -0 equals +0.
 inline uint32_t equal(uint32_t a, uint32_t b) {
   return emulator::equal_pair(a, b, [](uint16_t bits) { return to_float(F16{bits}); });
 }
 
 #else
 
-// One instruction of two operands, which has a name for each of the two formats.
+// An instruction of two operands that has a name for each of the two formats.
 #define IF_PAIR(name, Operand, constraint, before, after)                                                          \
   template <class T>                                                                                               \
   __device__ __forceinline__ uint32_t name(Operand a, Operand b) {                                                 \

@@ -1,5 +1,4 @@
-// One row of scores from Q and K: its sums as one of the lanes sees them that hold a piece of it, and what is written
-// of it.
+// One row of scores from Q and K: the sums of one of the lanes that share it, and its results.
 #pragma once
 
 #include "core/row_state.h"
@@ -8,11 +7,11 @@
 namespace inflection {
 
 constexpr float kLeastExponent = -127.f;   // 2^x is 0 below
-constexpr float kMostReference = 0x1p20f;  // up to which a rounded reference is within 2^-5 of the maximum
+constexpr float kMostReference = 0x1p20f;  // a smaller rounded reference is within 2^-5 of the maximum
 
-// What the sums of a row are centred on, in base 2: x = (score - base) * exponent - reference. A rounded product is as
-// good as the maximum where it is small: the sums are exact with respect to it, and x takes one instruction. Where it
-// is large x could be anything above 0, so the maximum is subtracted first.
+// The centre of the sums of a row, in base 2: x = (score - base) * exponent - reference. A small rounded product can
+// replace the maximum: the sums are exact with respect to it, and x takes one instruction. With a large one, x could be
+// far above 0, so the maximum is subtracted first.
 struct Centre {
   float base, reference;
 
@@ -28,7 +27,7 @@ struct Centre {
   }
 };
 
-// One row as one lane sees it.
+// The sums of one lane over its part of a row.
 struct QkLane {
   float max = -kInf;  // of unscaled scores
   float reference = 0.f, sum = 0.f, dot = 0.f, square = 0.f;
@@ -52,15 +51,15 @@ struct QkLane {
     dot = fmaf(e, x, dot);
     if (kAll) square = fmaf(e, e, square);
   }
-  // The sum of squares is left out where nobody wants it. Of 16 exponentials kPolynomials are polynomials.
-  // kTogether: all lanes of the warp are here, and take the same way whatever their maxima are.
+  // kAll: whether the sum of squares is needed. kPolynomials of 16 exponentials are polynomials. kTogether: all lanes of
+  // the warp call this and take the same branch, whatever their maxima are.
   template <bool kAll, int kPolynomials = 0, bool kTogether = false, int N>
   __device__ __forceinline__ void push(const float (&score)[N], float exponent) {
     float highest = max;
 #pragma unroll
     for (int i = 0; i < N; ++i) highest = fmaxf(highest, score[i]);
     rebase(highest, exponent);
-    QkLane part{max, reference};  // from zero: a block of terms rounds less than the whole row
+    QkLane part{max, reference};  // starts at zero: short sums have smaller rounding errors
     bool large = max > -kInf && Centre::is_large(max, exponent);
     if (kTogether) large = __any_sync(kAllLanes, large);
     if (large) {
@@ -80,22 +79,23 @@ struct QkLane {
       else add<kAll, kLarge>(score[i], exponent);
     }
   }
-  // Over the lanes that share a row; the result is in all of them.
+  // Merges the lanes that share a row; all of them get the result.
   __device__ __forceinline__ void merge_lanes(float exponent) {
-    float highest = max;
-    for (int lanes = kLanesPerRow / 2; lanes > 0; lanes /= 2)
-      highest = fmaxf(highest, __shfl_xor_sync(kAllLanes, highest, lanes));
-    rebase(highest, exponent);
-    for (int lanes = kLanesPerRow / 2; lanes > 0; lanes /= 2) {
-      sum += __shfl_xor_sync(kAllLanes, sum, lanes);
-      dot += __shfl_xor_sync(kAllLanes, dot, lanes);
-      square += __shfl_xor_sync(kAllLanes, square, lanes);
-    }
+    rebase(warp_max<kLanesPerRow>(max), exponent);
+    sum = warp_sum<kLanesPerRow>(sum);
+    dot = warp_sum<kLanesPerRow>(dot);
+    square = warp_sum<kLanesPerRow>(square);
   }
 };
 
+// Merges the lanes of a row and writes its results: `keys` attended by this lane, `first` the score of the key that
+// `sink` reports, in the lane that has it, else -inf.
 __device__ __forceinline__ void write_row(const AttentionStatsQkArgs& args, const QkForm& form, const RowPlace& row,
                                           QkLane state, int keys, float first) {
+  state.merge_lanes(form.exponent);
+  keys = warp_sum<kLanesPerRow>(keys);
+  first = warp_max<kLanesPerRow>(first);
+  if (threadIdx.x % kLanesPerRow != 0 || !row.exists) return;
   RowTotals total{};
   total.max_logit = state.max * form.scale;
   total.empty = state.max == -kInf && state.dot == state.dot;
@@ -113,7 +113,7 @@ __device__ __forceinline__ void write_row(const AttentionStatsQkArgs& args, cons
   const Centre centre = Centre::of(state.max, form.exponent);
   total.sum = state.sum, total.log_sum = logf(state.sum), total.dot = kLn2 * state.dot, total.square = state.square;
   total.centre = double(state.max) * form.scale - kLn2 * centre.distance(state.max, form.exponent);
-  if (columns == 1) {  // exactly one-hot, as 2^x of a rounded reference is not
+  if (columns == 1) {  // one-hot: exact values, because 2^x of a rounded reference is not exactly 1
     total.square = total.sum * total.sum, total.dot = total.log_sum = 0.0;
     total.centre = double(state.max) * form.scale;
   }

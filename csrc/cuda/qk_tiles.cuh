@@ -1,11 +1,11 @@
 // Tiles of scores from Q and K, shared by the forward and the backward pass.
 //
-// A block holds one tile of `kLeft` rows in shared memory and streams tiles of `kRight` rows past it; each warp
-// multiplies 16 kSub of the left rows with all of the right ones. 16-bit inputs go through tensor cores, float32 inputs
-// through fused multiply-adds in float32, in the same layout of results: in tile (s, n) of a warp, lane (g, t) holds
-// left rows 16 s + g and 16 s + g + 8 and right rows 8 n + 2t and 8 n + 2t + 1.
+// A block keeps one tile of kLeft rows in shared memory and iterates over tiles of kRight rows. Each warp multiplies 16
+// kSub of the left rows by all right rows: 16-bit inputs on tensor cores, float32 inputs by fused multiply-adds. Both have
+// the same layout of results: in tile (s, n) of a warp, lane (g, t) holds left rows 16 s + g and 16 s + g + 8 and right
+// rows 8 n + 2t and 8 n + 2t + 1.
 //
-// Rows of a shared tile are an odd multiple of 16 bytes apart, so that eight of them lie in different banks.
+// The pitch of a shared tile is an odd multiple of 16 bytes, so that eight rows lie in different banks.
 #pragma once
 
 #include "core/score_form.h"
@@ -15,15 +15,15 @@
 
 namespace inflection {
 
-constexpr int kTileAlign = 16;  // elements that the depth is padded to, with zeros: one mma
+constexpr int kTileAlign = 16;  // the depth is padded with zeros to a multiple of this: one mma
 constexpr int kCopyBytes = 16;  // of one asynchronous copy
-constexpr int kDepthPart = 64;  // products summed in one piece: short sums round less than one long one, and tensor
-                                // cores cut off what they do not keep
-// 16-bit rows up to here are summed in one piece by every kernel, as that with kSub > 1 has no registers for two sums:
-// large scores have to be the same ones everywhere.
+constexpr int kDepthPart = 64;  // length of a sum of products: short sums have smaller rounding errors, and tensor
+                                // cores truncate
+// Up to this depth all kernels sum 16-bit products in one piece, because kernels with kSub > 1 have no registers for a
+// second sum, and all kernels have to form the same scores.
 constexpr int kWholeDepth = 128;
 constexpr int64_t kMostBlocks = 0x7fffffff;  // of one launch
-constexpr int kLanesPerRow = 4;              // lanes that hold a piece of the same left row
+constexpr int kLanesPerRow = 4;              // lanes that share a left row
 
 template <class T, int kSub_, int kWarps_, int kRightTiles_>
 struct Shape {
@@ -35,7 +35,7 @@ struct Shape {
   static constexpr bool kTensorCores = sizeof(T) == 2;
 };
 
-// body(Shape{}) with the tiles of one row block at a time that fit an input.
+// Calls body(Shape{}) with the tile shape for an input.
 template <class Body>
 int with_shape(const AttentionStatsQkArgs& args, const Body& body) {
   return for_dtype(args.dtype, [&](auto zero) {
@@ -56,7 +56,7 @@ struct QkForm {
   bool vector;     // rows can be copied 16 bytes at a time
   int pitch;       // elements between rows of a shared tile
   int depth;       // head dimension, padded to kTileAlign
-  int group;       // query heads whose rows are packed: all that share a key head, or one
+  int group;       // number of query heads whose rows are packed: all that share a key head, or one
 
   static QkForm of(const AttentionStatsQkArgs& args) {
     const bool keep = !is_additive(args.mask) && args.softcap == 0.f && !args.has_sinks && !args.sinks;
@@ -80,7 +80,7 @@ struct QkForm {
   }
 };
 
-// One key head of one sequence. Its query rows are packed: all heads of the group at one position are neighbours.
+// One key head of one sequence. Its query rows are packed: the heads of the group at one position are adjacent.
 struct HeadPlace {
   int64_t batch, kv_head, first_head, packed_rows;
 
@@ -88,7 +88,7 @@ struct HeadPlace {
     const int64_t kv_head = item % args.kv_heads;
     return {item / args.kv_heads, kv_head, kv_head * form.group, args.num_rows * form.group};
   }
-  // One query head alone, where form.group is 1.
+  // One query head, for form.group == 1.
   static __device__ __forceinline__ HeadPlace of_query_head(const AttentionStatsQkArgs& args, int64_t item) {
     const int64_t head = item % args.heads;
     return {item / args.heads, head / (args.heads / args.kv_heads), head, args.num_rows};
@@ -97,17 +97,17 @@ struct HeadPlace {
 
 struct RowPlace {
   int64_t position, head, out;  // `out` in [B, H, num_rows]
-  int low, high;                // keys inside causal and window bounds and the row's sequence; none where the position
-                                // is out of range
-  int sink;                     // the key that `sink` reports; -1 where it is outside of them
-  bool there, inside;           // the packed row exists; its position does
+  int low, high;                // keys within causal and window bounds and the row's sequence; none if the position is
+                                // out of range
+  int sink;                     // the key that `sink` reports; -1 if it is not among them
+  bool exists, inside;          // the packed row exists; its position is in range
 
   static __device__ __forceinline__ RowPlace of(const AttentionStatsQkArgs& args, const QkForm& form,
                                                 const HeadPlace& head, int64_t packed) {
     RowPlace row{};
     row.sink = -1;
-    row.there = packed < head.packed_rows;
-    if (!row.there) return row;
+    row.exists = packed < head.packed_rows;
+    if (!row.exists) return row;
     const int64_t i = packed / form.group;
     row.head = head.first_head + (packed - i * form.group);
     row.out = (head.batch * args.heads + row.head) * args.num_rows + i;
@@ -128,7 +128,7 @@ struct RowBounds {
   int64_t mask[N];                                // offset of the row in the mask
   int lowest, highest, highest_low, lowest_high;  // over the rows that exist; highest <= lowest: nothing to attend
 
-  // Two barriers; what was there before must not be in use any more. The last one makes everything visible.
+  // Has two barriers. The old contents must no longer be in use; the new ones are visible to all threads.
   template <int kThreads>
   __device__ __forceinline__ void fill(const AttentionStatsQkArgs& args, const QkForm& form, const HeadPlace& head,
                                        int64_t first) {
@@ -145,9 +145,9 @@ struct RowBounds {
     }
     __syncthreads();
   }
-  // Every existing row attends all of these keys, as far as bounds go.
+  // Whether the bounds of all existing rows include all of these keys.
   __device__ __forceinline__ bool cover(int begin, int end) const { return highest_low <= begin && end <= lowest_high; }
-  // Any of the rows [first, first + count) attends any of these keys, as far as bounds go. The same in every lane.
+  // Whether the bounds of any of the rows [first, first + count) include any of these keys. The same in all lanes.
   __device__ __forceinline__ bool touch(int first, int count, int begin, int end) const {
     bool any = false;
     for (int r = first + static_cast<int>(threadIdx.x % kWarpSize); r < first + count; r += kWarpSize)
@@ -160,7 +160,7 @@ struct RowBounds {
 struct RowSpan {
   int begin, end;
 
-  // Two barriers. Rows in an order of their own (args.rows) may be anywhere.
+  // Has two barriers.
   template <int N, int kThreads>
   __device__ __forceinline__ void fill(const AttentionStatsQkArgs& args, int64_t first_key) {
     const int queries = static_cast<int>(args.queries);
@@ -172,7 +172,7 @@ struct RowSpan {
     }
     __syncthreads();
   }
-  // As packed rows, in whole tiles of `tile` rows.
+  // As packed rows, in whole tiles of `tile` rows. Chosen rows (args.rows) are in any order, so all of them are included.
   __device__ __forceinline__ int64_t first_packed(const AttentionStatsQkArgs& args, const QkForm& form,
                                                   int tile) const {
     return args.rows ? 0 : int64_t{begin} * form.group / tile * tile;
@@ -184,8 +184,8 @@ struct RowSpan {
 
 // ---- loading --------------------------------------------------------------------------------------------------------
 
-// N rows into a shared tile; row_at(r) is the address of one, null where there is none: zeros. Eight threads a row. The
-// loops are short: unrolled, what they need before and after costs more than they do.
+// Loads N rows into a shared tile. row_at(r) is the address of a row, or null for a row of zeros. Eight threads per row.
+// The loops are short: unrolling them would cost more than it saves.
 template <class T, int N, int kThreads, class RowAt>
 __device__ __forceinline__ void load_tile(T* tile, const QkForm& form, int64_t head_dim, int64_t col_stride,
                                           const RowAt& row_at) {
@@ -197,8 +197,8 @@ __device__ __forceinline__ void load_tile(T* tile, const QkForm& form, int64_t h
     if (form.vector) {
 #pragma unroll 1
       for (int k = threadIdx.x % kPerRow * kElements; k < form.depth; k += kPerRow * kElements) {
-        const bool there = row != nullptr && k < head_dim;
-        copy_async(to + k, there ? row + k : tile, there);
+        const bool exists = row != nullptr && k < head_dim;
+        copy_async(to + k, exists ? row + k : tile, exists);
       }
     } else {
 #pragma unroll 1
@@ -208,7 +208,7 @@ __device__ __forceinline__ void load_tile(T* tile, const QkForm& form, int64_t h
   }
 }
 
-// Keys lie at even distances: three instructions an address, where rows in any order take forty.
+// Keys have a constant stride: three instructions per address, where rows in any order take forty.
 template <class T, int N, int kThreads>
 __device__ __forceinline__ void load_keys(T* tile, const AttentionStatsQkArgs& args, const QkForm& form,
                                           const HeadPlace& head, int64_t first) {
@@ -217,15 +217,15 @@ __device__ __forceinline__ void load_keys(T* tile, const AttentionStatsQkArgs& a
   if (form.vector) {
     constexpr int kPerRow = 8, kElements = kCopyBytes / sizeof(T), kStep = kThreads / kPerRow;
     const int r = threadIdx.x / kPerRow, width = static_cast<int>(args.head_dim);
-    const int64_t step = kStep * args.key_strides[2], there = args.keys - first;  // the head has so many more keys
-    const int left = (there < N ? static_cast<int>(there) : N) - r;
+    const int64_t step = kStep * args.key_strides[2], remaining = args.keys - first;
+    const int left = (remaining < N ? static_cast<int>(remaining) : N) - r;
 #pragma unroll 1
     for (int k = threadIdx.x % kPerRow * kElements; k < form.depth; k += kPerRow * kElements) {
       const T* from = keys + (first + r) * args.key_strides[2] + k;
       T* to = tile + r * form.pitch + k;
 #pragma unroll
       for (int i = 0; i < N; i += kStep, from += step, to += kStep * form.pitch)
-        copy_async(to, from, i < left && k < width);  // nothing is read where there is no key
+        copy_async(to, from, i < left && k < width);  // reads nothing beyond the last key
     }
     return;
   }
@@ -325,8 +325,8 @@ __device__ __forceinline__ void multiply(const typename S::Type* left, const typ
 
 // ---- masks ----------------------------------------------------------------------------------------------------------
 
-// True if a mask that is the same for all rows of the tile hides all keys of [begin, end): nothing of it need be
-// computed. Every warp finds the same.
+// Whether a mask that is the same for all rows of the tile hides all keys of [begin, end), so that the tile can be skipped.
+// The same in all warps.
 __device__ __forceinline__ bool hidden_for_all(const AttentionStatsQkArgs& args, const HeadPlace& head,
                                                int64_t mask_row, int begin, int end) {
   const Mask& mask = args.mask;
@@ -339,7 +339,7 @@ __device__ __forceinline__ bool hidden_for_all(const AttentionStatsQkArgs& args,
   return !__any_sync(kAllLanes, any);
 }
 
-// The same for the N keys of a tile that is held.
+// The same for the N keys of a tile.
 template <int N>
 __device__ __forceinline__ bool keys_hidden(const AttentionStatsQkArgs& args, const HeadPlace& head,
                                             int64_t first_key) {
@@ -348,7 +348,7 @@ __device__ __forceinline__ bool keys_hidden(const AttentionStatsQkArgs& args, co
                         static_cast<int>(last));
 }
 
-// The score of one dot product, in units of 1 / form.scale, and the slope of the softcap there. False: not attended.
+// The score of one dot product, in units of 1 / form.scale, and the slope of the softcap. Returns whether it is attended.
 __device__ __forceinline__ bool score_of(const AttentionStatsQkArgs& args, const QkForm& form, int64_t mask_row,
                                          int low, int high, int key, float product, float& score, float& slope) {
   score = -kInf;

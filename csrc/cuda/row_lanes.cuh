@@ -1,4 +1,4 @@
-// A softmax row shared by the threads that read it: a state each (csrc/core/row_state.h), merged once at its end.
+// A softmax row shared by several threads: each has its own state (csrc/core/row_state.h), merged once at the end.
 #pragma once
 
 #include "core/exact_sum.h"
@@ -10,7 +10,7 @@ namespace inflection {
 
 constexpr float kLowest = -3.402823466e38f;
 
-// Sums over the columns of a slice that are not at the maximum, of e^x / Exponential::kLower.
+// Sums of e^x / Exponential::kLower over the columns of a slice that are below the maximum.
 struct SliceSums {
   float below[2] = {}, dot[2] = {}, square = 0.f;
 
@@ -21,17 +21,16 @@ struct SliceSums {
   }
 };
 
-// The maximum is counted, not summed: what is beside it keeps its digits in rows that are almost one-hot. Slices are
-// added exactly, or thousands of equal terms would round the same way.
+// Columns at the maximum are counted, not summed, so that the sums of the others are accurate in nearly one-hot rows.
+// Slices are added exactly, because rounding errors of thousands of equal terms do not average.
 struct RowLane {
   float max = -kInf;                   // of unscaled values, as are the x that `dot` sums
   int tops = 0;                        // columns at the maximum
-  float below = 0.f, below_low = 0.f;  // sum of e^x over the others, and what it lost
+  float below = 0.f, below_low = 0.f;  // sum of e^x over the others, and its rounding error
   float dot = 0.f, dot_low = 0.f;
   float square = 0.f;  // over the others
 
-  // Adds N values at once, masked ones being -inf: one change of the maximum for all of them. `low` is what a score has
-  // beyond its value, where there is an additive mask.
+  // Adds N values with one change of the maximum; masked ones are -inf. With an additive mask a score is value + low.
   template <int N, bool kLow>
   __device__ __forceinline__ void push(const float (&value)[N], const float (&low)[N], const Exponential& exponential) {
     float highest = max;
@@ -51,9 +50,9 @@ struct RowLane {
     add(sums);
   }
 
-  // The same for pairs of 16-bit numbers as they are stored; those at or below `floor` are masked. False, and nothing
-  // added, where `push` has to look at each of them: NaN or +inf is among them, or no maximum so far above `floor` that
-  // masked ones weigh nothing.
+  // The same for pairs of 16-bit numbers as they are stored; those at or below `floor` are masked. Returns false, and adds
+  // nothing, if `push` has to look at each value: if one is NaN or +inf, or if the maximum is so close to `floor` that
+  // masked values would count.
   template <class T, int N>
   __device__ __forceinline__ bool push_pairs(const uint32_t (&pair)[N], float floor, const Exponential& exponential) {
     uint32_t top = pair[0];
@@ -64,7 +63,7 @@ struct RowLane {
     if (here <= floor) return true;
     if (!(highest > floor - exponential.floor && highest < kInf)) return false;
     rebase(highest, exponential);
-    if (here != highest) top = kNanPair;  // equal to nothing
+    if (here != highest) top = kNanPair;  // compares unequal to every number
     uint32_t at_top = 0;
     SliceSums sums;
 #pragma unroll
@@ -103,7 +102,7 @@ struct RowLane {
   }
 };
 
-// The lanes of a warp, or of a block, as one. In float64: entropy is a difference of two numbers of up to 9.
+// The merged state of a warp or of a block. In float64: entropy is a difference of two numbers of up to 9.
 struct MergedRow {
   float max = -kInf;
   int tops = 0;
@@ -133,7 +132,7 @@ struct MergedRow {
   }
 };
 
-// One state of the lanes of a warp, in every lane.
+// The merged state of the lanes of a warp, in all lanes.
 __device__ __forceinline__ MergedRow merge_warp(MergedRow row, const Exponential& exponential) {
   row.rebase(warp_max(row.max), exponential);
   row.tops = warp_sum(row.tops);
@@ -143,7 +142,7 @@ __device__ __forceinline__ MergedRow merge_warp(MergedRow row, const Exponential
   return row;
 }
 
-// The whole of a row that was cut into `count` parts, in every lane of a warp.
+// The merged state of a row that was split into `count` parts, in all lanes of a warp.
 __device__ __forceinline__ MergedRow merge_parts(const RowPart* parts, int64_t count, const Exponential& exponential,
                                                  int& keys) {
   MergedRow row;
@@ -157,7 +156,7 @@ __device__ __forceinline__ MergedRow merge_parts(const RowPart* parts, int64_t c
   return merge_warp(row, exponential);
 }
 
-// Writes what is wanted of row `index`; `first` is the unscaled score of key 0, -inf where it is masked.
+// Writes the requested results of row `index`; `first` is the unscaled score of key 0, -inf if it is masked.
 __device__ __forceinline__ void write_row(const MergedRow& row, int keys, double first, double scale,
                                           const Exponential& exponential, int64_t index, const RowOutputs& out) {
   const bool broken = row.dot != row.dot, empty = !broken && row.max == -kInf;

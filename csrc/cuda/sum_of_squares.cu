@@ -1,8 +1,8 @@
 // Sums of squares of many tensors, one launch for up to kEntries of them.
 //
-// A block sums one chunk of one tensor in float64; a second launch adds each group's chunks in order, so the result is
-// the same in every run. The table of tensors travels as a kernel parameter: no copy to the device, nothing to wait
-// for. Bound by memory: each element is read once, 16 bytes a thread; a chunk writes 8 bytes.
+// A block sums one chunk of one tensor in float64; a second launch adds the chunks of each group in order, so the result is
+// deterministic. The table of tensors is a kernel parameter, which needs no copy to the device. Bound by memory: each
+// element is read once, 16 bytes per thread.
 #include "warp.cuh"
 
 namespace inflection {
@@ -13,10 +13,9 @@ constexpr int kVectorBytes = 16;
 constexpr int kEntries = 1024;  // 24 bytes each, within the 32,764 bytes of parameters that CUDA 12.1 and sm_70 allow
 constexpr int kMergeThreads = 32;
 
-struct Entry {  // a tensor whose elements lie in one piece
+struct Entry {  // a contiguous tensor
   const void* data;
   int64_t numel;
-  int32_t group;
   DType dtype;
 };
 
@@ -40,7 +39,7 @@ template <class T>
 __device__ double squares(const T* data, int64_t count) {
   constexpr int kPerVector = kVectorBytes / sizeof(T);
   double total = 0.0;
-  // Elements in front of the first 16-byte boundary and behind the last one go one by one.
+  // Elements before the first 16-byte boundary and behind the last one are read one by one.
   const int64_t misaligned = static_cast<int64_t>(reinterpret_cast<uintptr_t>(data) / sizeof(T) % kPerVector);
   int64_t head = misaligned ? kPerVector - misaligned : 0;
   head = head < count ? head : count;
@@ -77,7 +76,7 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) partial[chunk] = total;
 }
 
-// A tensor with gaps between its elements: each thread computes the address of each of its elements.
+// A tensor that is not contiguous: each thread computes the address of each of its elements.
 __global__ void __launch_bounds__(kThreads)
     sum_strided(Operand op, const int32_t* flag, double* partial /* [chunks of op] */) {
   if (flag && *flag == 0) return;
@@ -104,8 +103,7 @@ struct Groups {
   int32_t count;
 };
 
-// One warp per group: its chunks, added in an order that depends on nothing but their number, to those of the launches
-// before; the last one scales.
+// One warp per group. Adds its chunks, in a fixed order, to those of the previous launches; the last launch scales.
 __global__ void __launch_bounds__(kMergeThreads)
     merge_groups(Groups groups, const double* partial, double* totals /* [groups] */, bool first, bool last,
                  const float* inv_scale, double* out /* [groups] */) {
@@ -123,7 +121,7 @@ __global__ void __launch_bounds__(kMergeThreads)
   if (last) out[blockIdx.x] = total * (inverse * inverse);
 }
 
-bool in_one_piece(const Operand& op) { return op.dims == 1 && op.strides[0] == 1; }
+bool is_contiguous(const Operand& op) { return op.dims == 1 && op.strides[0] == 1; }
 
 }  // namespace
 
@@ -131,7 +129,7 @@ int sum_of_squares_cuda(const SumOfSquaresArgs& args, void* stream) {
   constexpr size_t kShared = sizeof(double) * kThreads / kWarpSize;
   Table table;
   for (int64_t begin = 0; begin < args.count;) {
-    if (!in_one_piece(args.operands[begin])) {
+    if (!is_contiguous(args.operands[begin])) {
       const int64_t first = args.first_chunk[begin], chunks = args.first_chunk[begin + 1] - first;
       if (chunks > 0) {
         const int error = launch(sum_strided, dim3(chunks), dim3(kThreads), kShared, stream, args.operands[begin],
@@ -143,9 +141,9 @@ int sum_of_squares_cuda(const SumOfSquaresArgs& args, void* stream) {
     }
     int64_t end = begin;
     const int64_t first = args.first_chunk[begin];
-    for (; end < args.count && end - begin < kEntries && in_one_piece(args.operands[end]); ++end) {
+    for (; end < args.count && end - begin < kEntries && is_contiguous(args.operands[end]); ++end) {
       const Operand& op = args.operands[end];
-      table.entries[end - begin] = {op.data, op.numel, op.group, op.dtype};
+      table.entries[end - begin] = {op.data, op.numel, op.dtype};
       table.first_chunk[end - begin] = static_cast<int32_t>(args.first_chunk[end] - first);
     }
     table.count = static_cast<int32_t>(end - begin);

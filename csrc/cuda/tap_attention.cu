@@ -1,8 +1,8 @@
-// Which rows a tap of attention samples, and the sums over their statistics.
+// The rows that a tap of attention samples, and the sums over their statistics.
 //
-// One block per head, its threads take positions in turn; sums are joined in a fixed order, so the result is the same in
-// every run. A few thousand numbers from the cache: bound by the launch. The flag is read here, on the device, because a
-// captured graph is replayed whole: at 0, all rows lie outside, for which the kernel of the statistics reads nothing.
+// One block per head, whose threads take positions in turn; sums are added in a fixed order, so the result is
+// deterministic. A few thousand numbers from the cache: bound by the launch. The kernels read the flag, because a captured
+// graph replays all of them: if it is 0, all positions are out of range, and the kernel of the statistics reads nothing.
 #include "core/tap_sums.h"
 #include "warp.cuh"
 
@@ -26,15 +26,9 @@ __global__ void __launch_bounds__(kThreads) sum_heads(TapAttentionArgs args) {
   };
   Shared& memory = shared<Shared>();
   TapSums sums = tap_sums(args, blockIdx.x, threadIdx.x, kThreads);
-  sums.rows = block_sum<kThreads>(sums.rows, memory.sums);
-  sums.entropy = block_sum<kThreads>(sums.entropy, memory.sums);
-  sums.collision = block_sum<kThreads>(sums.collision, memory.sums);
-  sums.sink = block_sum<kThreads>(sums.sink, memory.sums);
-  sums.yy = block_sum<kThreads>(sums.yy, memory.sums);
-  sums.yv = block_sum<kThreads>(sums.yv, memory.sums);
-  sums.vv = block_sum<kThreads>(sums.vv, memory.sums);
-  for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2)
-    sums.max_logit = larger_or_nan(sums.max_logit, __shfl_xor_sync(kAllLanes, sums.max_logit, lanes));
+#pragma unroll
+  for (int i = 0; i < kTapTotals; ++i) sums.totals[i] = block_sum<kThreads>(sums.totals[i], memory.sums);
+  sums.max_logit = warp_reduce(sums.max_logit, [](float a, float b) { return larger_or_nan(a, b); });
   if (threadIdx.x % kWarpSize == 0) memory.largest[threadIdx.x / kWarpSize] = sums.max_logit;
   __syncthreads();
   if (threadIdx.x != 0) return;

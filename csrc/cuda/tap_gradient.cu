@@ -1,4 +1,4 @@
-// Adds the squares of a gradient, which sum_of_squares left in chunks, to a slot: one warp, in the order of its merge.
+// Adds up the chunks of a gradient's sum of squares into a slot: one warp, in the order of sum_of_squares_merge.
 #include "taps.h"
 #include "warp.cuh"
 

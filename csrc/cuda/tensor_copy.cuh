@@ -1,9 +1,9 @@
-// Copies of boxes of a tensor into shared memory, by the unit that does nothing else (TMA): the description of the
-// tensor for the host to make, the instruction for one thread to issue. The emulator has its own of both. sm_90.
+// Copies of boxes of a tensor into shared memory by the tensor memory accelerator (TMA): the host creates a descriptor of
+// the tensor, one thread issues the instruction. There is a second version for the emulator. sm_90.
 //
-// A box lands row by row, 128 bytes each, 16-byte pieces exchanged within every eight rows, so that eight rows at one
-// column lie in different banks: bits 4 to 6 of an address are those of the plain layout, exclusive or bits 7 to 9.
-// What lies outside the tensor is written as 0, and counts among the bytes that the barrier is told of.
+// A box is stored in rows of 128 bytes. 16-byte pieces are swizzled within each eight rows, so that eight rows at one
+// column lie in different banks: bits 4 to 6 of an address are XORed with bits 7 to 9. Elements outside the tensor are
+// written as 0, and their bytes count at the barrier.
 #pragma once
 
 #include "barrier.cuh"
@@ -14,13 +14,13 @@
 
 namespace inflection {
 
-constexpr int kSwizzledRow = 128;                    // bytes of a row of a box
-constexpr int kSwizzleAlign = 1024;                  // of a box in shared memory: where its pattern begins
-constexpr int kTensorDims = 4;                       // of every tensor that is described here
+constexpr int kSwizzledRow = 128;                    // bytes per row of a box
+constexpr int kSwizzleAlign = 1024;                  // alignment of a box in shared memory
+constexpr int kTensorDims = 4;                       // dimensions of all tensors
 constexpr uint64_t kMostStride = uint64_t{1} << 40;  // bytes
 
-// The tensor, innermost dimension first and contiguous; strides in bytes, of the other dimensions, multiples of 16.
-// Boxes are `box` numbers of 16 bits in each dimension, kSwizzledRow bytes in the innermost.
+// A tensor, innermost dimension first, which is contiguous; strides of the other dimensions in bytes, multiples of 16. A
+// box has `box` 16-bit numbers in each dimension, kSwizzledRow bytes in the innermost.
 struct TensorShape {
   const void* data;
   uint64_t sizes[kTensorDims], strides[kTensorDims - 1];
@@ -41,7 +41,7 @@ inline void copy_box(void* to, const TensorMap& map, int x, int y, int z, int w,
 
 using TensorMap = CUtensorMap;
 
-// Found at run time: the library is not linked to the driver, which machines without a GPU lack.
+// Looked up at run time, so that the library does not link to the driver, which machines without a GPU do not have.
 inline auto tensor_map_encoder() {
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static const Encode encode = [] {
@@ -56,7 +56,7 @@ inline auto tensor_map_encoder() {
   }();
   return encode;
 }
-// A cudaError_t as int.
+// Creates the descriptor; returns a cudaError_t as int.
 inline int describe(const TensorShape& shape, TensorMap& map) {
   const auto encode = tensor_map_encoder();
   if (encode == nullptr) return cudaErrorNotSupported;
@@ -67,7 +67,7 @@ inline int describe(const TensorShape& shape, TensorMap& map) {
              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
-// The box whose first number is at (x, y, z, w), innermost first; the bytes arrive at the barrier.
+// Copies the box whose first number is at (x, y, z, w), innermost first; its bytes arrive at the barrier.
 __device__ __forceinline__ void copy_box(void* to, const TensorMap& map, int x, int y, int z, int w, Barrier& barrier) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "

@@ -1,4 +1,4 @@
-// Reductions over the lanes of a warp, and the conversion of stored numbers.
+// Reductions over the lanes of a warp, and conversions of stored numbers.
 #pragma once
 
 #include "core/dtypes.h"
@@ -7,19 +7,24 @@
 
 namespace inflection {
 
-template <class T>
+// combine(a, b) over groups of kLanes neighbouring lanes; all of them get the result.
+template <int kLanes = kWarpSize, class T, class Combine>
+__device__ __forceinline__ T warp_reduce(T x, const Combine& combine) {
+  for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) x = combine(x, __shfl_xor_sync(kAllLanes, x, lanes));
+  return x;
+}
+
+template <int kLanes = kWarpSize, class T>
 __device__ __forceinline__ T warp_sum(T x) {
-  for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2) x += __shfl_xor_sync(kAllLanes, x, lanes);
-  return x;
+  return warp_reduce<kLanes>(x, [](T a, T b) { return a + b; });
 }
 
+template <int kLanes = kWarpSize>
 __device__ __forceinline__ float warp_max(float x) {
-  for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, lanes));
-  return x;
+  return warp_reduce<kLanes>(x, [](float a, float b) { return fmaxf(a, b); });
 }
 
-// Over the threads of a block, the same in all of them; `partial` [kThreads / 32] in shared memory may be used again at
-// once.
+// Sum over the threads of a block; all of them get it. `partial` [kThreads / 32] in shared memory can be reused at once.
 template <int kThreads>
 __device__ __forceinline__ double block_sum(double x, double* partial) {
   x = warp_sum(x);

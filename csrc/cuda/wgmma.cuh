@@ -1,12 +1,12 @@
-// Products of a warp group, four warps that begin at a multiple of four: C (64 x 128) += A (64 x 16) B (16 x 128), A
-// from registers, B from shared memory, asynchronous. The emulator has its own of these functions. sm_90a.
+// Asynchronous products of a warp group of four warps: C (64 x 128) += A (64 x 16) B (16 x 128), A from registers, B from
+// shared memory. There is a second version for the emulator. sm_90a.
 //
-// Warp w of the group has rows 16 w to 16 w + 15 of A and C. Its lane l, with g = l / 4 and t = l % 4, holds of A what
-// mma m16n8k16 takes (mma.cuh), and of C in c[4 n + i] row g, from i = 2 on row g + 8, columns 8 n + 2t + i % 2.
+// Warp w of the group has rows 16 w to 16 w + 15 of A and C. Its lane l, with g = l / 4 and t = l % 4, holds A as in mma
+// m16n8k16 (mma.cuh), and in c[4 n + i] columns 8 n + 2t + i % 2 of C, row g for i < 2, else row g + 8.
 //
-// B lies as copy_box leaves it (tensor_copy.cuh): column n of B is a row of 128 bytes, 64 numbers of the depth, of
-// which a product takes 16. Between wgmma_fence() and wgmma_wait() nobody may touch the registers of a product; B is in
-// use until the wait.
+// B is stored as by copy_box (tensor_copy.cuh): column n of B is a row of 128 bytes, 64 numbers of the depth, of which a
+// product reads 16. The registers of a product must not be accessed between wgmma_fence() and wgmma_wait(), and B must not
+// change until the wait.
 #pragma once
 
 #include "tensor_copy.cuh"
@@ -17,10 +17,10 @@ constexpr int kGroupThreads = 128;
 constexpr int kGroupRows = 64;
 constexpr int kProductCols = 128;                 // of B
 constexpr int kProductDepth = 16;                 // of A and B
-constexpr int kProductFloats = kProductCols / 2;  // of C, a thread
+constexpr int kProductFloats = kProductCols / 2;  // of C per thread
 
-// The description of B: its first byte divided by 16; eight rows of 128 bytes to the next eight; the kind of swizzle.
-// The field in between (bits 16 to 29) has no meaning where rows are swizzled.
+// The matrix descriptor of B: address of its first byte divided by 16; distance of groups of eight rows; kind of swizzle.
+// The field in between (bits 16 to 29) is not used for swizzled rows.
 __device__ __forceinline__ uint64_t swizzled_matrix(unsigned address) {
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kEightRows = uint64_t{kSwizzleAlign >> 4} << 32;
   return uint64_t{(address & 0x3ffff) >> 4} | uint64_t{1} << 16 | kEightRows | kSwizzle128;
@@ -43,15 +43,15 @@ inline void wgmma(float (&c)[kProductFloats], const uint32_t (&a)[4], uint64_t b
 
 #else
 
-// Orders what this thread did with registers before the products that follow.
+// Orders register accesses of this thread before the products that follow.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-// Until at most kPending groups of products are under way.
+// Waits until at most kPending groups of products are running.
 template <int kPending>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
-// Nothing that reads these registers moves to before this place.
+// Prevents the compiler from moving reads of these registers before this place.
 __device__ __forceinline__ void keep(float (&c)[kProductFloats]) {
 #pragma unroll
   for (int i = 0; i < kProductFloats; ++i) asm volatile("" : "+f"(c[i])::"memory");

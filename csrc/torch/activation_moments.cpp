@@ -1,4 +1,4 @@
-// activation_moments: what a block gives out, and how far it moved what it took in, from one read of both.
+// activation_moments: moments of a block's output, and its distance from the block's input.
 #include <algorithm>
 #include <tuple>
 
@@ -7,9 +7,9 @@
 namespace inflection {
 namespace {
 
-constexpr int64_t kGrain = 1 << 15;  // elements that are worth a thread
+constexpr int64_t kGrain = 1 << 15;  // least number of elements per thread
 
-// Strides over the batch dimensions of `like`; those of a mask that broadcasts are 0.
+// A tensor with its strides over the batch dimensions of `like`; 0 in dimensions in which a mask is broadcast.
 MomentRows rows_of(const Tensor& tensor, const Tensor& like, const char* name, bool columns) {
   check_device(tensor, name);
   STD_TORCH_CHECK(tensor.get_device() == like.get_device(), name, ": must be on the device of output");

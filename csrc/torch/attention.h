@@ -1,4 +1,4 @@
-// What the operators of attention have in common: masks, broadcast without a copy, and the statistics of rows.
+// Shared by the operators of attention: masks, broadcast without a copy, and statistics of rows.
 #pragma once
 
 #include "dispatch.h"
@@ -9,7 +9,7 @@ inline float lowest(DType dtype) {
   return dtype == DType::f16 ? -65504.f : dtype == DType::bf16 ? -0x1.fep127f : -0x1.fffffep127f;
 }
 
-// Strides of `mask` broadcast to [sizes...], right-aligned; 0 where it is broadcast. `dims` entries are written.
+// Strides of `mask` broadcast to [sizes...], right-aligned; 0 in broadcast dimensions. Writes `dims` entries.
 inline void broadcast_strides(const Tensor& mask, const int64_t* sizes, int64_t dims, int64_t* strides) {
   STD_TORCH_CHECK(mask.dim() <= dims, "attn_mask: has ", mask.dim(), " dimensions, the scores have ", dims);
   const int64_t missing = dims - mask.dim();
@@ -20,7 +20,7 @@ inline void broadcast_strides(const Tensor& mask, const int64_t* sizes, int64_t 
   }
 }
 
-// Everything of a mask but its strides. No mask: data is null.
+// A mask without its strides. No mask: data is null.
 inline Mask mask_of(const MaybeTensor& tensor, const Tensor& like) {
   Mask mask{};
   if (tensor) {
@@ -33,29 +33,23 @@ inline Mask mask_of(const MaybeTensor& tensor, const Tensor& like) {
   return mask;
 }
 
-// One contiguous float32 for each of `count` rows; null without them.
-inline const float* row_values(const MaybeTensor& tensor, const char* name, int64_t count) {
-  if (!tensor) return nullptr;
-  check_device(*tensor, name);
-  STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::Float && tensor->is_contiguous() && tensor->numel() == count,
-                  name, ": expected one contiguous float32 value for each of the ", count, " rows");
-  return const_data<float>(*tensor);
-}
-
-// What a backward pass gets of `count` rows: first what comes in, then what the forward pass reported.
+// Arguments of a backward pass over `count` rows: incoming gradients, and statistics of the forward pass.
 inline RowGradients row_gradients(int64_t count, const MaybeTensor& grad_entropy, const MaybeTensor& grad_lse,
                                   const MaybeTensor& grad_collision, const MaybeTensor& grad_sink,
                                   const Tensor& entropy, const Tensor& lse, const Tensor& collision, const Tensor& sink,
                                   const MaybeTensor& lse_low) {
-  return {.entropy = row_values(entropy, "entropy", count),
-          .lse = row_values(lse, "lse", count),
-          .lse_low = row_values(lse_low, "lse_low", count),
-          .collision = grad_collision ? row_values(collision, "collision", count) : nullptr,
-          .sink = grad_sink ? row_values(sink, "sink", count) : nullptr,
-          .grad_entropy = row_values(grad_entropy, "grad_entropy", count),
-          .grad_lse = row_values(grad_lse, "grad_lse", count),
-          .grad_collision = row_values(grad_collision, "grad_collision", count),
-          .grad_sink = row_values(grad_sink, "grad_sink", count)};
+  const auto values = [count](const MaybeTensor& tensor, const char* name) {
+    return tensor ? elements<const float>(*tensor, name, count) : nullptr;
+  };
+  return {.entropy = values(entropy, "entropy"),
+          .lse = values(lse, "lse"),
+          .lse_low = values(lse_low, "lse_low"),
+          .collision = grad_collision ? values(collision, "collision") : nullptr,
+          .sink = grad_sink ? values(sink, "sink") : nullptr,
+          .grad_entropy = values(grad_entropy, "grad_entropy"),
+          .grad_lse = values(grad_lse, "grad_lse"),
+          .grad_collision = values(grad_collision, "grad_collision"),
+          .grad_sink = values(grad_sink, "grad_sink")};
 }
 
 }  // namespace inflection

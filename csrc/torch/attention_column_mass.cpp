@@ -1,4 +1,4 @@
-// attention_column_mass: sums over the rows of probabilities from Q, K and the log-sum-exp of the rows.
+// attention_column_mass: column sums of probabilities from Q, K and the log-sum-exp of the rows.
 #include <tuple>
 
 #include "qk_arguments.h"
@@ -15,7 +15,7 @@ std::tuple<Tensor, Tensor> attention_column_mass(Tensor query, Tensor key, Tenso
       qk_arguments(query, key, attn_mask, is_causal, scale, window_left, window_right, softcap, rows, key_bounds);
   const AttentionStatsQkArgs& forward = args.forward;
   STD_TORCH_CHECK(lse.get_device() == query.get_device(), "lse: must be on the device of query");
-  args.lse = row_values(lse, "lse", forward.batch * forward.heads * forward.num_rows);
+  args.lse = elements<const float>(lse, "lse", forward.batch * forward.heads * forward.num_rows);
   Tensor mass = new_float(query, {forward.batch, forward.heads, forward.keys});
   Tensor squares = new_float(query, {forward.batch, forward.heads, forward.keys});
   args.mass = data<float>(mass);

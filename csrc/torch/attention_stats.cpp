@@ -8,7 +8,7 @@
 namespace inflection {
 namespace {
 
-constexpr int64_t kColumnsPerTask = 1 << 15;  // some 10 us: large against handing a range to a thread
+constexpr int64_t kColumnsPerTask = 1 << 15;  // about 10 us: long compared with the start of a task
 
 AttentionStatsArgs arguments(const Tensor& logits, const MaybeTensor& attn_mask, bool is_causal, double scale) {
   check_device(logits, "logits");
@@ -32,7 +32,7 @@ AttentionStatsArgs arguments(const Tensor& logits, const MaybeTensor& attn_mask,
   if (attn_mask) broadcast_strides(*attn_mask, sizes.data(), dims, mask_strides.data());
   args.mask.row_stride = mask_strides[dims - 2], args.mask.col_stride = mask_strides[dims - 1];
 
-  // Batch dimensions that one stride reaches, in the logits and in the mask, become one.
+  // Merges batch dimensions that are contiguous in the logits and in the mask.
   args.batch = 1;
   for (int64_t d = 0; d < dims - 2; ++d) {
     args.batch *= sizes[d];
@@ -69,7 +69,7 @@ constexpr bool kCutsRows = false;
 constexpr bool kCutsRows = true;
 #endif
 
-// Scratch for rows that the GPU cuts into `cuts` pieces; it has to live until the kernels are enqueued.
+// Scratch for rows that the GPU splits into `cuts` pieces; it must live until the kernels are enqueued.
 MaybeTensor new_parts(const Tensor& logits, AttentionStatsArgs& args, int64_t cuts) {
   if (!kCutsRows || cuts <= 1) return std::nullopt;
   const int64_t items = args.batch * args.rows, parts = row_parts(items, args.cols);
@@ -79,9 +79,9 @@ MaybeTensor new_parts(const Tensor& logits, AttentionStatsArgs& args, int64_t cu
   return scratch;
 }
 
-using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using RowTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Six attention_stats(Tensor logits, MaybeTensor attn_mask, bool is_causal, double scale, bool entropy_only) {
+RowTensors attention_stats(Tensor logits, MaybeTensor attn_mask, bool is_causal, double scale, bool entropy_only) {
   AttentionStatsArgs args = arguments(logits, attn_mask, is_causal, scale);
   const auto fresh = [&](bool wanted, float*& pointer) {
     Tensor tensor = new_rows(logits, wanted);
@@ -96,7 +96,7 @@ Six attention_stats(Tensor logits, MaybeTensor attn_mask, bool is_causal, double
   return {entropy, lse, max_logit, keys, collision, sink};
 }
 
-// `of_scores`: float32 gradient of logits * scale + mask, rather than that of the logits in their dtype.
+// `of_scores`: the gradient of logits * scale + mask in float32 instead of that of the logits in their dtype.
 Tensor attention_stats_backward(MaybeTensor grad_entropy, MaybeTensor grad_lse, MaybeTensor grad_collision,
                                 MaybeTensor grad_sink, Tensor entropy, Tensor lse, Tensor collision, Tensor sink,
                                 Tensor logits, MaybeTensor attn_mask, bool is_causal, double scale, bool of_scores) {

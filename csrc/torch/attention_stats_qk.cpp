@@ -13,24 +13,18 @@ RowTensors attention_stats_qk(Tensor query, Tensor key, MaybeTensor attn_mask, b
                               MaybeTensor rows, MaybeTensor key_bounds, bool entropy_only) {
   AttentionStatsQkArgs args =
       qk_arguments(query, key, attn_mask, is_causal, scale, window_left, window_right, softcap, rows, key_bounds);
-  if (sinks) {
-    check_device(*sinks, "sinks");
-    STD_TORCH_CHECK(sinks->dim() == 1 && sinks->size(0) == args.heads && sinks->is_contiguous() &&
-                        sinks->scalar_type() == ScalarType::Float,
-                    "sinks: need one contiguous float32 per head");
-    args.sinks = const_data<float>(*sinks);
-  }
-  const auto full = [&] { return new_float(query, {args.batch, args.heads, args.num_rows}); };
-  const auto wanted = [&] { return entropy_only ? new_float(query, {0}) : full(); };
-  Tensor entropy = full(), lse = full(), lse_low = full(), max_logit = wanted(), keys = wanted(), collision = wanted(),
-         sink = wanted();
-  args.out = {.entropy = data<float>(entropy), .lse = data<float>(lse), .lse_low = data<float>(lse_low)};
-  if (!entropy_only) {
-    args.out.max_logit = data<float>(max_logit);
-    args.out.keys = data<float>(keys);
-    args.out.collision = data<float>(collision);
-    args.out.sink = data<float>(sink);
-  }
+  if (sinks) args.sinks = elements<const float>(*sinks, "sinks", args.heads);
+  const auto full = [&](float*& pointer) {
+    Tensor tensor = new_float(query, {args.batch, args.heads, args.num_rows});
+    pointer = data<float>(tensor);
+    return tensor;
+  };
+  const auto unless_entropy_only = [&](float*& pointer) {
+    return entropy_only ? new_float(query, {0}) : full(pointer);
+  };
+  Tensor entropy = full(args.out.entropy), lse = full(args.out.lse), lse_low = full(args.out.lse_low);
+  Tensor max_logit = unless_entropy_only(args.out.max_logit), keys = unless_entropy_only(args.out.keys);
+  Tensor collision = unless_entropy_only(args.out.collision), sink = unless_entropy_only(args.out.sink);
   INFLECTION_RUN(attention_stats_qk, args, query, attention_stats_qk_items(args),
                  grain_of(args, attention_stats_qk_items(args)));
   return {entropy, lse, max_logit, keys, collision, sink, lse_low};

@@ -1,5 +1,5 @@
-// cka_push, cka_adopt, cka_gram_terms, cka_terms: the Gram matrix behind linear CKA, added to, read, or both without
-// keeping it. cka_project: rows in a frozen basis.
+// Linear CKA. cka_push adds rows to the Gram matrices, cka_adopt sets shifts, cka_gram_terms reads Gram matrices,
+// cka_terms does all of it without keeping them, cka_project projects rows on a frozen basis.
 #include <algorithm>
 #include <tuple>
 #include <vector>
@@ -9,11 +9,11 @@
 namespace inflection {
 namespace {
 
-// Gram matrices in flight where they are not kept: a few layers per thread, or launches that fill a GPU.
+// Memory of the Gram matrices that are not kept: a few layers per thread, or launches that fill a GPU.
 constexpr int64_t kGramBytes = kCuda ? 1 << 30 : 64 << 20;
 
 #ifdef INFLECTION_CPU_KERNELS
-// One layer; `run` does the work items of a kernel, with one thread or several.
+// Adds the rows of one layer; run(kernel, items) runs a kernel with one thread or several.
 template <class Run>
 void push_layer(CkaPushArgs& args, const Run& run) {
   const int64_t k = kCkaHead + args.x.dim + args.y.dim;
@@ -26,7 +26,7 @@ void push_layer(CkaPushArgs& args, const Run& run) {
   }
 }
 
-// Scratch of the kernels for `slots` layers in work at a time.
+// Scratch memory for `slots` layers at a time.
 struct PushScratch {
   PushScratch(const CkaPushArgs& args, const Tensor& like, int64_t slots)
       : dims(args.x.dim + args.y.dim),
@@ -59,12 +59,12 @@ struct PushScratch {
   Tensor ints, packed, norms;
 };
 
-// Adds the rows of every layer to args.gram. Each thread takes whole layers, which needs no barrier, while there are
-// enough of them for all; of those that remain, all threads share one after the other.
+// Adds the rows of all layers to args.gram. Each thread takes whole layers, without barriers, as long as there are enough
+// for all threads; the remaining layers are processed by all threads together, one after the other.
 void push(const CkaPushArgs& args, const Tensor& like) {
   using Kernel = void (*)(const CkaPushArgs&, int64_t, int64_t);
   const int64_t k = kCkaHead + args.x.dim + args.y.dim;
-  const double work = static_cast<double>(args.layers) * args.rows * k * k;  // rows that lie on each other may be many
+  const double work = static_cast<double>(args.layers) * args.rows * k * k;  // rows of stride 0 may exceed int64
   const int64_t threads = work <= kSerialWork ? 1 : torch::stable::get_num_threads();
   const int64_t whole = args.layers - args.layers % threads;
   const PushScratch memory(args, like, whole > 0 ? threads : 1);
@@ -87,7 +87,7 @@ void push(const CkaPushArgs& args, const Tensor& like) {
   }
 }
 
-// The shift of every layer that has seen no row.
+// Sets the shift of each layer without rows.
 void adopt(const CkaPushArgs& args, const Tensor& like) {
   const PushScratch memory(args, like, 1);
   for (int64_t layer = 0; layer < args.layers; ++layer) {
@@ -128,7 +128,7 @@ void check_pair(const Tensor& x, const Tensor& y) {
   STD_TORCH_CHECK(same, "x and y: expected the same device and the same sizes but for the last");
 }
 
-// Points a pair of features and their mask out to the kernels; the offsets are kept by the caller.
+// A pair of features and their mask as kernel arguments, which point to the offsets.
 CkaPushArgs rows_of(const Tensor& x, const Tensor& y, const MaybeTensor& mask, std::vector<int64_t>& x_offsets,
                     std::vector<int64_t>& y_offsets) {
   CkaPushArgs args{};
@@ -142,65 +142,49 @@ CkaPushArgs rows_of(const Tensor& x, const Tensor& y, const MaybeTensor& mask, s
     STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && mask->dim() == 2 && mask->size(0) == args.layers &&
                         mask->size(1) == args.rows,
                     "mask: expected bool [layers, rows]");
-    args.mask = const_data<bool>(*mask);
+    args.mask = data<const bool>(*mask);
     args.mask_layer_stride = mask->stride(0);
     args.mask_row_stride = mask->stride(1);
   }
   return args;
 }
 
-float* shift_of(const Tensor& shift, const CkaPushArgs& args) {
-  const int64_t dims = args.x.dim + args.y.dim;
-  check_device(shift, "shift");
-  STD_TORCH_CHECK(
-      shift.scalar_type() == ScalarType::Float && shift.is_contiguous() && shift.numel() == args.layers * dims,
-      "shift: expected contiguous float32 [layers, ", dims, "]");
-  return data<float>(shift);
-}
-
 void cka_push(Tensor gram, Tensor shift, Tensor x, Tensor y, MaybeTensor mask, bool adopt) {
   std::vector<int64_t> x_offsets, y_offsets;
   CkaPushArgs args = rows_of(x, y, mask, x_offsets, y_offsets);
   const int64_t packed = cka_packed(kCkaHead + args.x.dim + args.y.dim);
-  check_device(gram, "gram");
-  STD_TORCH_CHECK(
-      gram.scalar_type() == ScalarType::Double && gram.is_contiguous() && gram.numel() == args.layers * packed,
-      "gram: expected contiguous float64 [layers, ", packed, "]");
-  args.shift = shift_of(shift, args);
-  args.gram = data<double>(gram);
+  args.shift = elements<float>(shift, "shift", args.layers * (args.x.dim + args.y.dim));
+  args.gram = elements<double>(gram, "gram", args.layers * packed);
   args.adopt = adopt;
   args.seen = args.gram;
   args.seen_stride = packed;
   push(args, x);
 }
 
-// The shift alone, for layers that have seen no row.
 void cka_adopt(Tensor seen, Tensor shift, Tensor x, Tensor y, MaybeTensor mask) {
   std::vector<int64_t> x_offsets, y_offsets;
   CkaPushArgs args = rows_of(x, y, mask, x_offsets, y_offsets);
   check_device(seen, "seen");
   STD_TORCH_CHECK(seen.scalar_type() == ScalarType::Double && seen.dim() == 1 && seen.numel() == args.layers,
                   "seen: expected float64 [layers]");
-  args.shift = shift_of(shift, args);
-  args.seen = const_data<double>(seen);
+  args.shift = elements<float>(shift, "shift", args.layers * (args.x.dim + args.y.dim));
+  args.seen = data<const double>(seen);
   args.seen_stride = seen.stride(0);
   if (args.mask == nullptr) args.rows = std::min(args.rows, kCkaDepth);
   adopt(args, x);
 }
 
-#ifdef INFLECTION_CPU_KERNELS  // other devices project by torch's products, see ops/cka/basis.py
+#ifdef INFLECTION_CPU_KERNELS  // other devices use products of torch, see ops/cka/basis.py
 std::tuple<Tensor, Tensor> cka_project(Tensor sums, Tensor x, Tensor y, Tensor shift, Tensor basis, MaybeTensor mask) {
   std::vector<int64_t> x_offsets, y_offsets;
   const CkaPushArgs rows = rows_of(x, y, mask, x_offsets, y_offsets);
   const int64_t dim = rows.x.dim, layers = rows.layers;
   check_device(basis, "basis");
-  check_device(sums, "sums");
+
   STD_TORCH_CHECK(basis.scalar_type() == ScalarType::Float && basis.dim() == 3 && basis.size(0) == layers &&
                       basis.size(1) == dim && rows.y.dim == dim,
                   "basis: expected float32 [layers, ", dim, ", rank], x and y as wide");
-  STD_TORCH_CHECK(
-      sums.scalar_type() == ScalarType::Double && sums.is_contiguous() && sums.numel() == layers * (2 * dim + 2),
-      "sums: expected contiguous float64 [layers, ", 2 * dim + 2, "]");
+
   const int64_t rank = basis.size(2);
   Tensor on_x = new_float(x, {layers, rows.rows, rank}), on_y = new_float(x, {layers, rows.rows, rank});
   const CkaProjectArgs args{{rows.x, rows.y},
@@ -209,14 +193,14 @@ std::tuple<Tensor, Tensor> cka_project(Tensor sums, Tensor x, Tensor y, Tensor s
                             rows.mask_row_stride,
                             layers,
                             rows.rows,
-                            shift_of(shift, rows),
-                            const_data<float>(basis),
+                            elements<const float>(shift, "shift", layers * 2 * dim),
+                            data<const float>(basis),
                             rank,
                             basis.stride(0),
                             basis.stride(1),
                             basis.stride(2),
                             {data<float>(on_x), data<float>(on_y)},
-                            data<double>(sums)};
+                            elements<double>(sums, "sums", layers * (2 * dim + 2))};
   const int64_t work = std::max<int64_t>(rows.rows * dim * rank, 1);
   INFLECTION_RUN(cka_project, args, x, layers * kCkaSides, ceil_div(kSerialWork, work));
   return {on_x, on_y};
@@ -229,15 +213,12 @@ Tensor new_terms(const Tensor& like, std::vector<int64_t> sizes) {
 }
 
 Tensor cka_gram_terms(Tensor gram, int64_t dim_x, int64_t dim_y, bool debiased) {
-  check_device(gram, "gram");
-  STD_TORCH_CHECK(gram.scalar_type() == ScalarType::Double && gram.is_contiguous() && gram.dim() == 2 && dim_x >= 0 &&
-                      dim_y >= 0 && gram.size(1) == cka_packed(kCkaHead + dim_x + dim_y),
-                  "gram: expected contiguous float64 [layers, packed] of a state of these widths");
+  STD_TORCH_CHECK(gram.dim() == 2 && dim_x >= 0 && dim_y >= 0, "gram: expected [layers, packed] and two widths");
   const int64_t layers = gram.size(0);
   Tensor terms = new_terms(gram, {layers});
   Tensor partial = scratch(gram, layers * cka_term_items(dim_x, dim_y) * kCkaTermSums, ScalarType::Double);
-  read_terms({const_data<double>(gram), layers, dim_x, dim_y, debiased, data<double>(partial), data<double>(terms)},
-             gram);
+  const double* sums = elements<const double>(gram, "gram", layers * cka_packed(kCkaHead + dim_x + dim_y));
+  read_terms({sums, layers, dim_x, dim_y, debiased, data<double>(partial), data<double>(terms)}, gram);
   return terms;
 }
 
@@ -254,7 +235,7 @@ Tensor cka_terms(Tensor x, Tensor y, bool debiased) {
   const int64_t dims = args.x.dim + args.y.dim, packed = args.seen_stride, layers = layers_of(x);
   int64_t group = std::clamp<int64_t>(kGramBytes / (packed * 8), 1, std::max<int64_t>(layers, 1));
   const int64_t threads = torch::stable::get_num_threads();
-  if (group > threads) group -= group % threads;  // so that every thread has whole layers
+  if (group > threads) group -= group % threads;  // so that each thread takes whole layers
   Tensor terms = new_terms(x, sizes);
   Tensor gram = scratch(x, group * packed, ScalarType::Double), shift = scratch(x, group * dims, ScalarType::Float);
   Tensor partial = scratch(x, group * cka_term_items(args.x.dim, args.y.dim) * kCkaTermSums, ScalarType::Double);
@@ -262,7 +243,7 @@ Tensor cka_terms(Tensor x, Tensor y, bool debiased) {
   args.seen = args.gram;
   args.shift = data<float>(shift);
 #ifndef INFLECTION_CPU_KERNELS
-  args.fresh = args.rows > 0;  // saves the GPU to write the matrix once and to read it once
+  args.fresh = args.rows > 0;  // the GPU then neither clears nor reads the matrix
 #endif
   for (int64_t layer = 0; layer < layers; layer += group) {
     if (!args.fresh) torch::stable::zero_(gram);

@@ -1,4 +1,4 @@
-// What the operators of CKA have in common: features as the kernels read them, scratch, and work shared out item by item.
+// Shared by the operators of CKA: features as kernel arguments, scratch memory, and work items for threads.
 #pragma once
 
 #include <algorithm>
@@ -9,10 +9,10 @@
 
 namespace inflection {
 
-constexpr int64_t kSerialWork = 1 << 20;  // multiplications that one thread does sooner than it wakes another
+constexpr int64_t kSerialWork = 1 << 20;  // up to this number of multiplications one thread is faster than several
 
-// Work items of unequal cost: each thread takes the next one. Which thread does it changes nothing in its result.
-// `work` is called with the number of the item and that of the thread.
+// Work items of unequal cost: each thread takes the next one. The result does not depend on which thread takes it. Calls
+// work(item, thread).
 template <class Work>
 void parallel_items(int64_t items, int64_t threads, const Work& work) {
   std::atomic<int64_t> next{0}, arrived{0};
@@ -28,7 +28,7 @@ inline int64_t layers_of(const Tensor& features) {
   return layers;
 }
 
-// Where every layer of features [..., N, D] begins; `offsets` keeps what the side points to.
+// Features [..., N, D] as a kernel argument; it points to `offsets`, the beginning of each layer.
 inline CkaSide side_of(const Tensor& features, const char* name, std::vector<int64_t>& offsets) {
   check_device(features, name);
   STD_TORCH_CHECK(features.dim() >= 2, name, ": expected [..., N, D]");

@@ -1,4 +1,4 @@
-// cka_batches: what minibatch CKA takes of each batch of rows, on the CPU; other devices: see ops/cka/matrix.py.
+// cka_batches: sums over the Gram matrices of each minibatch, on the CPU; other devices: see ops/cka/matrix.py.
 #include <tuple>
 
 #include "cka.h"
@@ -6,11 +6,11 @@
 namespace inflection {
 namespace {
 
-// Batches in work at a time have so many layers for each thread at least, so that none waits long for the others when
-// they end, and triangles of so many bytes, a share of the last cache: small batches are not worth a barrier each.
-constexpr int64_t kTurns = 16, kTriangleBytes = 2 << 20;
+// Batches are processed in groups with a barrier after each. A group has at least kLayersPerThread layers for each
+// thread, so that threads end at about the same time, and fills kTriangleBytes, a share of the last-level cache.
+constexpr int64_t kLayersPerThread = 16, kTriangleBytes = 2 << 20;
 
-// What is in work at a time, and what it takes.
+// Number of batches in a group, and the memory of all buffers.
 struct BatchPlan {
   BatchPlan(int64_t layers_x, int64_t layers_y, int64_t rows, int64_t most_rows)
       : layers(layers_x + layers_y), across(layers_y > 0 ? layers_y : layers_x), tile(std::min(most_rows, rows)) {
@@ -20,14 +20,14 @@ struct BatchPlan {
     threads = torch::stable::get_num_threads();
     block = cka_batch_floats(tile);
     triangles = layers * cka_triangle_floats(tile);
-    group = std::max(ceil_div(kTurns * threads, layers), kTriangleBytes / (4 * triangles));
+    group = std::max(ceil_div(kLayersPerThread * threads, layers), kTriangleBytes / (4 * triangles));
     group = std::clamp<int64_t>(group, 1, batches);
     bytes = 4 * (threads * block + group * triangles) + 8 * (batches * (layers_x * across + layers) + layers * rows);
   }
 
   int64_t layers, across, tile, batches;
-  int64_t threads, block;    // floats of each thread
-  int64_t group, triangles;  // batches in work; floats of each
+  int64_t threads, block;    // block: floats per thread
+  int64_t group, triangles;  // triangles: floats per batch of the group
   int64_t bytes;             // of these and of the results
 };
 
@@ -39,13 +39,7 @@ std::tuple<Tensor, Tensor, Tensor> cka_batches(Tensor x, MaybeTensor y, int64_t 
   STD_TORCH_CHECK(x.dim() == 3 && (!y || (y->dim() == 3 && y->size(1) == x.size(1))),
                   "x, y: expected features [L, N, D] of as many rows");
   const BatchPlan plan(x.size(0), y ? y->size(0) : 0, x.size(1), tile);
-  if (factors) {
-    check_device(*factors, "factors");
-    STD_TORCH_CHECK(factors->scalar_type() == ScalarType::Float && factors->is_contiguous() && factors->dim() == 1 &&
-                        factors->size(0) == plan.layers,
-                    "factors: expected one contiguous float32 for each layer of x and y");
-    args.factors = const_data<float>(*factors);
-  }
+  if (factors) args.factors = elements<const float>(*factors, "factors", plan.layers);
   args.layers[0] = x.size(0);
   args.layers[1] = plan.layers - args.layers[0];
   args.rows = x.size(1);

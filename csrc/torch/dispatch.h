@@ -1,6 +1,6 @@
-// What a device is: the guard, the stream, the error check, the thread pool, and the only #ifdef for CUDA.
-// The same binding sources make every library: -DUSE_CUDA the one that registers CUDA kernels, -DINFLECTION_EMULATION
-// one for tests that runs the CUDA kernels, compiled as C++, on CPU tensors.
+// How an operator runs on a device: guard, stream, error check, thread pool; and how it reads and allocates tensors.
+// All libraries are built from the same bindings: with -DUSE_CUDA the library of CUDA kernels, with -DINFLECTION_EMULATION
+// one for tests, in which the CUDA kernels are compiled as C++ and run on CPU tensors.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -10,6 +10,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <optional>
+#include <type_traits>
 
 #include "huge_pages.h"
 #include "kernels.h"
@@ -37,7 +38,7 @@ void launch_cuda(int (*kernel)(const Args&, void*), const char* name, const Args
   const int error = kernel(args, stream);
   STD_TORCH_CHECK(error == cudaSuccess, name, ": ", cudaGetErrorString(static_cast<cudaError_t>(error)));
 }
-// Runs the kernel `stem` over `items` work items, in ranges of at least `grain`, on the device of tensor `on`.
+// Runs the kernel `stem` on the device of tensor `on`; on the CPU over `items` work items, at least `grain` per thread.
 #define INFLECTION_RUN(stem, args, on, items, grain) ::inflection::launch_cuda(&stem##_cuda, #stem, args, on)
 #elif defined(INFLECTION_EMULATION)
 constexpr bool kCuda = false;
@@ -58,8 +59,8 @@ void launch_cpu(void (*kernel)(const Args&, int64_t, int64_t), const Args& args,
 #define INFLECTION_RUN(stem, args, on, items, grain) ::inflection::launch_cpu(&stem##_cpu, args, items, grain)
 #endif
 
-// The schemas of the operators of a file. Fakes and derivatives stand beside the Python wrappers. The CPU library, which is
-// always loaded, defines them; the others only add kernels.
+// The schemas of the operators of a file. The CPU library, which is always loaded, defines them; the others only add
+// kernels. Fakes and derivatives are registered in inflection_fast/ops.
 #ifdef INFLECTION_CPU_KERNELS
 #define INFLECTION_SCHEMAS(m) STABLE_TORCH_LIBRARY_FRAGMENT(inflection_fast, m)
 #else
@@ -82,7 +83,7 @@ inline void check_device(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(kCuda ? tensor.is_cuda() : tensor.is_cpu(), name, ": expected a ", kCuda ? "CUDA" : "CPU", " tensor");
 }
 
-// Of every result and all scratch: to be written as a whole.
+// Allocates a result or scratch memory, which is not initialised.
 inline Tensor new_tensor(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
   Tensor tensor = torch::stable::new_empty(like, sizes, dtype);
   if constexpr (!kCuda) ask_for_huge_pages(tensor.mutable_data_ptr(), tensor.numel() * tensor.element_size());
@@ -98,14 +99,22 @@ inline Tensor new_double(const Tensor& like, std::initializer_list<int64_t> size
   return new_tensor(like, sizes, ScalarType::Double);
 }
 
-// What a tensor holds, to be written or to be read.
+// The elements of a tensor; const T: to be read.
 template <class T>
 T* data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
+  if constexpr (std::is_const_v<T>) return static_cast<T*>(tensor.const_data_ptr());
+  else return static_cast<T*>(tensor.mutable_data_ptr());
 }
+
+// The same of an argument, which has to be a contiguous tensor of T with `count` elements (-1: any number) on the device.
 template <class T>
-const T* const_data(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
+T* elements(const Tensor& tensor, const char* name, int64_t count) {
+  constexpr ScalarType dtype = torch::headeronly::CppTypeToScalarType<std::remove_const_t<T>>::value;
+  check_device(tensor, name);
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype && tensor.is_contiguous() && (count < 0 || tensor.numel() == count),
+                  name, ": expected a contiguous tensor of dtype ", torch::headeronly::toString(dtype), " with ", count,
+                  " elements");
+  return data<T>(tensor);
 }
 
 }  // namespace inflection

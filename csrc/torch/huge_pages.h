@@ -1,8 +1,8 @@
-// Pages of 2 MiB for memory that is about to be written as a whole.
+// Huge pages (2 MiB) for large results.
 //
-// A result of many megabytes lies in memory that the allocator has just taken from the system, which clears and maps each page
-// of 4 KiB when it is touched first: that takes longer than to compute what is written there. Linux does so by 2 MiB at a time
-// for whoever asks, where /sys/kernel/mm/transparent_hugepage/enabled says "madvise" (or "always", where all memory has it).
+// The allocator takes memory for a large result anew from the system, which clears and maps each page of 4 KiB at its
+// first access: these page faults take longer than the computation. Linux uses pages of 2 MiB on request if
+// /sys/kernel/mm/transparent_hugepage/enabled is "madvise", and always if it is "always".
 #pragma once
 
 #include <cstddef>
@@ -15,10 +15,10 @@
 namespace inflection {
 
 constexpr uintptr_t kHugePage = uintptr_t{1} << 21;
-constexpr size_t kLeastForHugePages = 2 * kHugePage;  // below, the call costs as much as it saves
+constexpr size_t kLeastForHugePages = 2 * kHugePage;  // for smaller ones the call costs as much as it saves
 
-// What lies before the first whole page and behind the last one keeps small pages, so that no memory is taken that would not be
-// taken otherwise. Where the system does not know or does not grant it, nothing changes but the time.
+// Only whole huge pages inside the memory are requested, so that no additional memory is used. If the system refuses, only
+// the time changes.
 inline void ask_for_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
 #ifdef MADV_HUGEPAGE
   if (bytes < kLeastForHugePages) return;

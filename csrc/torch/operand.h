@@ -1,4 +1,4 @@
-// A tensor of any size and layout as the kernels of sum_of_squares read it.
+// Converts a tensor of any size and layout into an operand of sum_of_squares.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +9,7 @@
 
 namespace inflection {
 
-// Sorts the dimensions by stride and merges those that are contiguous: a sum does not care in which order it reads.
+// Sorts the dimensions by stride and merges contiguous ones, because the order of a sum does not matter.
 inline Operand operand_of(const Tensor& tensor, const char* name, int32_t group) {
   Operand op{tensor.const_data_ptr(), {1}, {1}, tensor.numel(), 1, dtype_of(tensor, name), group};
   std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size

@@ -1,4 +1,4 @@
-// What the operators on queries and keys have in common: their arguments, checked.
+// Arguments of the operators on queries and keys, checked.
 #pragma once
 
 #include <algorithm>
@@ -52,24 +52,17 @@ inline AttentionStatsQkArgs qk_arguments(const Tensor& query, const Tensor& key,
     args.mask.row_stride = strides[2], args.mask.col_stride = strides[3];
   }
   if (rows) {
-    check_device(*rows, "rows");
-    STD_TORCH_CHECK(rows->dim() == 1 && rows->is_contiguous() && rows->scalar_type() == ScalarType::Long,
-                    "rows: need one contiguous int64 dimension");
-    args.rows = const_data<int64_t>(*rows);
-    args.num_rows = rows->size(0);
+    args.rows = elements<const int64_t>(*rows, "rows", -1);
+    args.num_rows = rows->numel();
   }
   if (key_bounds) {
-    check_device(*key_bounds, "key_bounds");
-    STD_TORCH_CHECK(key_bounds->dim() == 2 && key_bounds->size(0) == args.queries && key_bounds->size(1) == 2 &&
-                        key_bounds->is_contiguous() && key_bounds->scalar_type() == ScalarType::Long,
-                    "key_bounds: need contiguous int64 [queries, 2]");
     STD_TORCH_CHECK(args.queries == args.keys, "key_bounds: packed sequences need as many queries as keys");
-    args.key_bounds = const_data<int64_t>(*key_bounds);
+    args.key_bounds = elements<const int64_t>(*key_bounds, "key_bounds", 2 * args.queries);
   }
   return args;
 }
 
-// Row blocks that are worth a thread of their own: about 1e5 multiply-adds in vectors.
+// Least number of row blocks per thread: about 1e5 vector multiply-adds.
 inline int64_t grain_of(const AttentionStatsQkArgs& args, int64_t items) {
   const double work = double(args.batch) * args.heads * args.num_rows * args.keys * args.head_dim;
   return std::max<int64_t>(1, static_cast<int64_t>(1e6 * double(std::max<int64_t>(items, 1)) / std::max(work, 1.)));

@@ -1,20 +1,10 @@
-// sum_of_squares: many tensors of any size and layout, one float64 per group.
+// sum_of_squares: sums over many tensors of any size and layout, one float64 per group.
 #include <vector>
 
 #include "operand.h"
 
 namespace inflection {
 namespace {
-
-// One float32 on the device of the tensors, read there; null without one.
-const float* scale_of(const MaybeTensor& inv_scale, const Tensor& like) {
-  if (!inv_scale.has_value()) return nullptr;
-  check_device(*inv_scale, "inv_scale");
-  STD_TORCH_CHECK(inv_scale->scalar_type() == ScalarType::Float && inv_scale->numel() == 1 &&
-                      inv_scale->get_device() == like.get_device(),
-                  "inv_scale: expected one float32 on the device of the tensors");
-  return const_data<float>(*inv_scale);
-}
 
 Tensor sum_of_squares(std::vector<Tensor> tensors, std::vector<int64_t> groups, int64_t num_groups,
                       MaybeTensor inv_scale) {
@@ -30,13 +20,15 @@ Tensor sum_of_squares(std::vector<Tensor> tensors, std::vector<int64_t> groups, 
     operands.push_back(operand_of(tensors[i], "tensors", static_cast<int32_t>(groups[i])));
     first_chunk.push_back(first_chunk.back() + ceil_div(operands.back().numel, kSquaresChunk));
   }
+  STD_TORCH_CHECK(!inv_scale || inv_scale->get_device() == tensors[0].get_device(),
+                  "inv_scale: must be on the device of the tensors");
   const int64_t chunks = first_chunk.back();
   Tensor partial = new_double(tensors[0], {chunks + num_groups}), out = new_double(tensors[0], {num_groups});
   const SumOfSquaresArgs args{operands.data(),
                               first_chunk.data(),
                               static_cast<int64_t>(operands.size()),
                               num_groups,
-                              scale_of(inv_scale, tensors[0]),
+                              inv_scale ? elements<const float>(*inv_scale, "inv_scale", 1) : nullptr,
                               nullptr,
                               data<double>(partial),
                               data<double>(partial) + chunks,

@@ -1,4 +1,4 @@
-// What taps have in common: a flag, and a slot that they write to.
+// The flag and the slot of a tap.
 #pragma once
 
 #include "dispatch.h"
@@ -6,14 +6,14 @@
 
 namespace inflection {
 
-// Where the host can read it, at 0 nothing has to be done. A GPU reads it itself, or a captured graph would not ask.
 inline const int32_t* flag_of(const Tensor& flag, const Tensor& like) {
   STD_TORCH_CHECK(flag.is_cuda() == like.is_cuda() && flag.get_device() == like.get_device(),
-                  "flag: is on another device than what the tap measures; it stands where the block's tensors are");
+                  "flag: is on another device than the measured tensor");
   STD_TORCH_CHECK(flag.scalar_type() == ScalarType::Int && flag.numel() == 1, "flag: expected one int32");
-  return const_data<int32_t>(flag);
+  return data<const int32_t>(flag);
 }
 
+// Whether the CPU can skip the call. A GPU kernel reads the flag itself, so that a captured graph reads it at each replay.
 inline bool is_down([[maybe_unused]] const int32_t* flag) {
 #ifdef INFLECTION_CPU_KERNELS
   return *flag == 0;
@@ -24,7 +24,7 @@ inline bool is_down([[maybe_unused]] const int32_t* flag) {
 
 inline double* slot_of(Tensor& slots, const Tensor& like, int64_t slot, int64_t dims, int64_t sums) {
   STD_TORCH_CHECK(slots.is_cuda() == like.is_cuda() && slots.get_device() == like.get_device(),
-                  "slots: are on another device than what the tap measures");
+                  "slots: are on another device than the measured tensor");
   STD_TORCH_CHECK(slots.scalar_type() == ScalarType::Double && slots.is_contiguous() && slots.dim() == dims &&
                       slots.size(1) == sums,
                   "slots: expected contiguous float64 of ", dims, " dimensions, ", sums, " sums a slot");

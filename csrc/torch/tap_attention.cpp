@@ -1,4 +1,4 @@
-// tap_attention: attention_stats_qk on sampled rows, summed over batch and rows, where a flag is up.
+// tap_attention: sums of attention_stats_qk over batch and sampled rows, written to a slot if a flag is set.
 #include "qk_arguments.h"
 #include "tap.h"
 
@@ -17,35 +17,24 @@ void tap_attention(Tensor query, Tensor key, MaybeTensor attn_mask, bool is_caus
   tap.pitch = slots.size(2);
   tap.batch = args.batch, tap.heads = args.heads, tap.queries = args.queries, tap.flag = is_up;
   STD_TORCH_CHECK(args.heads <= tap.pitch, "slots: have room for ", tap.pitch, " heads, query has ", args.heads);
-  if (sinks) {
-    check_device(*sinks, "sinks");
-    STD_TORCH_CHECK(sinks->dim() == 1 && sinks->size(0) == args.heads && sinks->is_contiguous() &&
-                        sinks->scalar_type() == ScalarType::Float,
-                    "sinks: need one contiguous float32 per head");
-    args.sinks = const_data<float>(*sinks);
-  }
+  if (sinks) args.sinks = elements<const float>(*sinks, "sinks", args.heads);
   if (tokens) {
     check_device(*tokens, "tokens");
     STD_TORCH_CHECK(tokens->scalar_type() == ScalarType::Bool && tokens->dim() == 2 &&
                         (tokens->size(0) == args.batch || tokens->size(0) == 1) && tokens->size(1) == args.queries,
                     "tokens: expected bool [B or 1, Tq]");
-    tap.tokens = const_data<bool>(*tokens);
+    tap.tokens = data<const bool>(*tokens);
     tap.token_strides[0] = tokens->size(0) == 1 ? 0 : tokens->stride(0);
     tap.token_strides[1] = tokens->stride(1);
   }
   TapRowsArgs choice{nullptr, args.queries, args.queries, is_up, nullptr};
-  if (draws) {
-    check_device(*draws, "draws");
-    STD_TORCH_CHECK(draws->scalar_type() == ScalarType::Double && draws->dim() == 1 && draws->is_contiguous(),
-                    "draws: need one contiguous float64 dimension");
-    if (draws->size(0) < args.queries) {
-      choice.draws = const_data<double>(*draws);
-      choice.num_rows = draws->size(0);
-    }
+  if (draws && draws->numel() < args.queries) {
+    choice.draws = elements<const double>(*draws, "draws", -1);
+    choice.num_rows = draws->numel();
   }
   const Tensor rows = new_tensor(query, {choice.num_rows}, ScalarType::Long);
 #ifdef INFLECTION_CPU_KERNELS
-  const bool all_rows = !choice.draws;  // the flag is up, and nobody has to be kept from reading
+  const bool all_rows = !choice.draws;  // the flag is set, so no row must be hidden from the kernel
 #else
   const bool all_rows = false;
 #endif

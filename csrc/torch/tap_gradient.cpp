@@ -1,4 +1,4 @@
-// tap_gradient: the squared norm of a gradient, where a flag is up.
+// tap_gradient: adds the squared norm of a gradient to a slot if a flag is set.
 #include "operand.h"
 #include "tap.h"
 
