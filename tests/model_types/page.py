@@ -13,19 +13,20 @@ _HEAD = """# Model types
 Made by `make test-models`: tiny models of the types of Transformers {transformers} (torch {torch}), built from their
 configurations, two sequences each, all query rows. The entropy of every block and head is compared with that of the
 model's own eager attention in float64 (in float32 where its code does not run in float64). "Error" is the largest
-difference in nats, with float32 activations in the model; "layers" counts the blocks that were compared.
+difference in nats, with float32 activations in the model; "layers" is the number of compared blocks.
 
-Attention within windows or blocks of a sequence is compared row by row over the keys that the row sees.
+For attention within windows or blocks of a sequence, each row is compared over the keys that it attends.
 
 {counts}
 
-* **right**: every block's entropy agrees to {tolerance:g} nats ({single:g} where the truth is in float32).
+* **right**: the entropy of each block agrees to {tolerance:g} nats ({single:g} where the truth is in float32).
 * **no attention**: the blocks have no softmax attention; gradients are measured, entropy is NaN.
-* **refused**: in the words given.
-* **not built**: listed below the table with the reasons; nothing is known about them.
+* **refused**: the model is refused, with the message in the last column.
+* **not built**: not tested; listed below the table with the reasons.
 
-"Adapters" is what `inject` does without `target_modules` in every other block: which rule found how many modules. They
-were asserted to be inside those blocks, trained one step, and every one of a block that ran had a gradient.
+"Adapters": result of `inject` without `target_modules` on every second block: the rule that found the modules, and
+their number. The modules were checked to be inside these blocks, and trained for one step; "dead" lists those of a
+block that ran whose adapter had no gradient.
 {adapted}
 
 | type | result | blocks by stack | layers | error | adapters | note |
