@@ -133,11 +133,7 @@ def _groups(ids: list[list[int]], budget: int, least: int, most: int) -> list[li
 
 
 def _labelled(
-    ids: list[list[int]],
-    tokenizer: PreTrainedTokenizerBase,
-    device: torch.device,
-    task: str,
-    rng: np.random.Generator,
+    ids: list[list[int]], tokenizer: PreTrainedTokenizerBase, device: torch.device, task: str, rng: np.random.Generator
 ) -> dict[str, Tensor]:
     def padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
         longest = max(map(len, rows))

@@ -55,8 +55,7 @@ def _lowest_gradient(gradient: Signal, level: float | None) -> Finding:
     against = _against(evidence, f"the lowest of {len(gradient.layers)}")
     if not evidence.holds:
         return Finding(
-            name,
-            f"The activation gradient has no significant minimum: that of block {layer} is {place}{against}.",
+            name, f"The activation gradient has no significant minimum: that of block {layer} is {place}{against}."
         )
     words = f"Block {layer} has the lowest activation gradient norm: {place}{against}.{runner_up}"
     return Finding(name, f"The gradient cliff (lowest point) is block {layer}.", {layer: words})

@@ -26,16 +26,9 @@ from .attention_places import AttentionPlaces
 from .hooks import patched
 
 __all__ = [
-    "AttentionObserver",
-    "FunctionMode",
-    "Observe",
-    "call_of",
-    "heads_first",
-    "interfaces_of",
-    "observing_functions",
-    "observing_interfaces",
-    "traced_call",
-]
+    "AttentionObserver", "FunctionMode", "Observe", "call_of", "heads_first", "interfaces_of", "observing_functions",
+    "observing_interfaces", "traced_call",
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 

@@ -16,16 +16,9 @@ from torch import nn
 from .placements import reshard
 
 __all__ = [
-    "NoHooks",
-    "WarnOnce",
-    "catch_hook_errors",
-    "force_eager",
-    "guard_module_hooks",
-    "isolated_evaluation",
-    "patched",
-    "preserve_requires_grad",
-    "removing",
-]
+    "NoHooks", "WarnOnce", "catch_hook_errors", "force_eager", "guard_module_hooks", "isolated_evaluation", "patched",
+    "preserve_requires_grad", "removing",
+]  # fmt: skip
 
 _lock = threading.RLock()  # reentrant: the garbage collector may close a monitor in a thread that holds the lock
 

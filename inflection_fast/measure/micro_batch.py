@@ -21,18 +21,9 @@ if TYPE_CHECKING:
     from .frozen import Chain
 
 __all__ = [
-    "MicroBatch",
-    "ValidRows",
-    "decoder_layers",
-    "hidden_of",
-    "loss_of",
-    "named_inputs",
-    "requiring_grad",
-    "tensors_of",
-    "token_mask",
-    "valid_rows",
-    "version_of",
-]
+    "MicroBatch", "ValidRows", "decoder_layers", "hidden_of", "loss_of", "named_inputs", "requiring_grad",
+    "tensors_of", "token_mask", "valid_rows", "version_of",
+]  # fmt: skip
 
 
 class MicroBatch:

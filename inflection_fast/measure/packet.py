@@ -20,17 +20,8 @@ from ..quantities.quantity import Accumulator
 from ..timeline import Column
 
 __all__ = [
-    "CudaCopies",
-    "Field",
-    "Fields",
-    "HostCopies",
-    "HostTask",
-    "MeasuredStep",
-    "Packet",
-    "Piece",
-    "Row",
-    "StepSums",
-]
+    "CudaCopies", "Field", "Fields", "HostCopies", "HostTask", "MeasuredStep", "Packet", "Piece", "Row", "StepSums",
+]  # fmt: skip
 
 _KINDS = (("float64", "sum"), ("float32", "sum"), ("float32", "max"))  # in the order of their memory
 

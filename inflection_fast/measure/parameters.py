@@ -33,16 +33,9 @@ from .ranks import Layout
 from .schedule import MOST_LISTS, BoundedDict
 
 __all__ = [
-    "COPY_BYTES",
-    "Background",
-    "BlockParameters",
-    "Updates",
-    "clip_by_known",
-    "gradients_of",
-    "observing_parameter_gradients",
-    "scale_of",
-    "total_squares",
-]
+    "COPY_BYTES", "Background", "BlockParameters", "Updates", "clip_by_known", "gradients_of",
+    "observing_parameter_gradients", "scale_of", "total_squares",
+]  # fmt: skip
 
 COPY_BYTES = 2**28  # limit of the copies of one step; at least one parameter is copied
 _LOWEST_PRIORITY = 19

@@ -293,12 +293,7 @@ class Record:
         return writer
 
     def start(
-        self,
-        packet: Packet,
-        layout: Layout,
-        ranks: Ranks | None,
-        probed: Collection[str],
-        rank_timeout_s: float,
+        self, packet: Packet, layout: Layout, ranks: Ranks | None, probed: Collection[str], rank_timeout_s: float
     ) -> Recorder:
         """Create the recorder of packets like `packet`, joined with those of `ranks`. `open` was called before."""
         if self._writer is None:

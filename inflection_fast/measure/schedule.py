@@ -12,16 +12,9 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "MOST_LISTS",
-    "BoundedDict",
-    "LayerIndices",
-    "ProbeBudget",
-    "ProbeClock",
-    "RowSampler",
-    "Strata",
-    "is_due",
+    "MOST_LISTS", "BoundedDict", "LayerIndices", "ProbeBudget", "ProbeClock", "RowSampler", "Strata", "is_due",
     "seed_of",
-]
+]  # fmt: skip
 
 MOST_LISTS = 512  # cached tensors of layer lists: with layers dropped at random, every step has another list
 

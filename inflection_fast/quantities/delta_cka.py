@@ -65,7 +65,4 @@ class DeltaCka(Quantity):
 
     def values(self, sums: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         """What was written."""
-        return {
-            "delta_cka": sums["delta"] / sums["count"],
-            "delta_cka_se": sums["error"] / sums["error_count"],
-        }
+        return {"delta_cka": sums["delta"] / sums["count"], "delta_cka_se": sums["error"] / sums["error_count"]}

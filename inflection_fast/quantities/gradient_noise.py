@@ -48,9 +48,7 @@ class GradientNoise(Quantity):
             "1", "squared norm of the true gradient", "Unbiased estimate of the squared norm of the true gradient."
         ),
         "gradient_variance": _of_layer(
-            "1",
-            "variance of the gradient",
-            "Unbiased estimate of the total variance of the gradient of one sequence.",
+            "1", "variance of the gradient", "Unbiased estimate of the total variance of the gradient of one sequence."
         ),
         "gradient_snr": _of_layer(
             "1",

@@ -80,7 +80,4 @@ class LayerCka(Quantity):
 
     def values(self, sums: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         """What was written."""
-        return {
-            "layer_cka": sums["cka"] / sums["pairs"],
-            "layer_delta_cka": sums["delta"] / sums["delta_pairs"],
-        }
+        return {"layer_cka": sums["cka"] / sums["pairs"], "layer_delta_cka": sums["delta"] / sums["delta_pairs"]}

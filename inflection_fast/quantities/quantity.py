@@ -44,23 +44,10 @@ if TYPE_CHECKING:
     from ..ops import AttentionStats
 
 __all__ = [
-    "Accumulator",
-    "AlertRule",
-    "AttentionRows",
-    "AttentionSeen",
-    "BlockForward",
-    "Column",
-    "MeasuredModel",
-    "ModelOutput",
-    "OutputGradient",
-    "ParameterGradient",
-    "Parameters",
-    "ProbeFeatures",
-    "Quantity",
-    "SubmoduleForward",
-    "Sums",
-    "Update",
-]
+    "Accumulator", "AlertRule", "AttentionRows", "AttentionSeen", "BlockForward", "Column", "MeasuredModel",
+    "ModelOutput", "OutputGradient", "ParameterGradient", "Parameters", "ProbeFeatures", "Quantity",
+    "SubmoduleForward", "Sums", "Update",
+]  # fmt: skip
 
 # The accumulators of a quantity by name, written in place: `sums["x"] += y`, `sums["x"][layer] = y`, ...
 Sums = MutableMapping[str, Tensor]

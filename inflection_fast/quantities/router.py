@@ -102,11 +102,7 @@ class Router(Quantity):
     def values(self, sums: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         """Means over tokens."""
         load = sums["choices"] / sums["choices"].sum(-1, keepdims=True)
-        return {
-            "router_entropy": sums["entropy"] / sums["rows"],
-            "router_load": load,
-            "router_load_max": load.max(-1),
-        }
+        return {"router_entropy": sums["entropy"] / sums["rows"], "router_load": load, "router_load_max": load.max(-1)}
 
 
 def is_leaf(module: nn.Module) -> bool:

@@ -55,16 +55,10 @@ class Trajectory(Quantity):
             "pairs",
         ),
         "trajectory_angle": _of_layer(
-            "rad",
-            "angle along depth",
-            "Angle between a block's input and output features, mean over tokens.",
-            "pairs",
+            "rad", "angle along depth", "Angle between a block's input and output features, mean over tokens.", "pairs"
         ),
         "block_cka": _of_layer(
-            "1",
-            "CKA of a block's input and output",
-            "Linear CKA between a block's input and output features.",
-            "pairs",
+            "1", "CKA of a block's input and output", "Linear CKA between a block's input and output features.", "pairs"
         ),
         "trajectory_bend": _of_layer(
             "1",

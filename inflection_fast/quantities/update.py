@@ -104,10 +104,7 @@ class Update(Quantity):
 
     def values(self, sums: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         """Norms."""
-        return {
-            "weight_norm": np.sqrt(sums["weights"]),
-            "update_ratio": np.sqrt(sums["changes"] / sums["weights"]),
-        }
+        return {"weight_norm": np.sqrt(sums["weights"]), "update_ratio": np.sqrt(sums["changes"] / sums["weights"])}
 
 
 class _Changes:

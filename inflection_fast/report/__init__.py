@@ -11,14 +11,6 @@ from inflection_fast.report.similarity import cka_map, drift_chart
 from inflection_fast.report.summary import summary
 
 __all__ = [
-    "cka_map",
-    "difference_map",
-    "drift_chart",
-    "head_map",
-    "score_line",
-    "signal_lines",
-    "signal_map",
-    "summary",
-    "write",
-    "write_several",
-]
+    "cka_map", "difference_map", "drift_chart", "head_map", "score_line", "signal_lines", "signal_map", "summary",
+    "write", "write_several",
+]  # fmt: skip

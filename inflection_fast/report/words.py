@@ -10,21 +10,9 @@ if TYPE_CHECKING:
     from inflection_fast.report.folder import Stage
 
 __all__ = [
-    "MISSING",
-    "accuracy",
-    "capitalised",
-    "count",
-    "layer_list",
-    "layer_ranges",
-    "listed",
-    "percent",
-    "score",
-    "seconds",
-    "setting",
-    "significant",
-    "trainable",
-    "value",
-]
+    "MISSING", "accuracy", "capitalised", "count", "layer_list", "layer_ranges", "listed", "percent", "score",
+    "seconds", "setting", "significant", "trainable", "value",
+]  # fmt: skip
 
 MISSING = "not recorded"
 

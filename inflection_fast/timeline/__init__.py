@@ -16,14 +16,6 @@ from .timeline import Timeline
 from .writer import TimelineWriter
 
 __all__ = [
-    "HEAD_SIGNALS",
-    "IF_EXISTS",
-    "LAYER_SIGNALS",
-    "STEP_SIGNALS",
-    "AlertRule",
-    "Column",
-    "Timeline",
-    "TimelineWriter",
-    "columns_in",
-    "folder_for",
-]
+    "HEAD_SIGNALS", "IF_EXISTS", "LAYER_SIGNALS", "STEP_SIGNALS", "AlertRule", "Column", "Timeline", "TimelineWriter",
+    "columns_in", "folder_for",
+]  # fmt: skip

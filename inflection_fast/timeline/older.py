@@ -14,10 +14,7 @@ ENTROPY_COLLAPSE = AlertRule(
     words="attention entropy of {place} is {value:.3g} nats, below {limit:.3g}",
 )
 LARGE_LOGIT = AlertRule(
-    "above",
-    "max_logit",
-    kind="max_logit",
-    words="largest attention logit of {place} is {value:.4g}, above {limit:.4g}",
+    "above", "max_logit", kind="max_logit", words="largest attention logit of {place} is {value:.4g}, above {limit:.4g}"
 )
 RANK_LOST = AlertRule(
     "above",
