@@ -151,7 +151,7 @@ def test_a_disk_that_takes_no_file_at_all_costs_memory_up_to_a_bound(tmp_path, m
     kept = monitor.timeline.steps.tolist()
     assert 2 < len(kept) < steps and kept == list(range(steps - len(kept), steps))
     assert monitor.dropped == steps - len(kept)
-    assert "measuring goes on in memory" in caplog.messages[0] and "is full" in caplog.messages[1]
+    assert "measuring goes on in memory" in caplog.messages[0] and "too many rows" in caplog.messages[1]
     assert len(caplog.messages) == 2
 
 
