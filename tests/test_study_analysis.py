@@ -370,7 +370,7 @@ def test_without_a_rule_the_advice_is_one_family(tmp_path):
 @pytest.mark.sources
 def test_the_report_of_a_run_says_what_the_published_cells_say():
     root = Path(__file__).resolve().parents[1]
-    found = for_runs(read_results(root / "benchmarks" / "study").honest())
+    found = for_runs(read_results(root / "benchmarks" / "study").pooled())
     assert found == json.loads((root / "inflection_fast" / "report" / "regime.json").read_text())
 
 

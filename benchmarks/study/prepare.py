@@ -57,6 +57,7 @@ def main() -> None:
         path.unlink(missing_ok=True)
         write(path, ["text", "label"], [row for file in files for row in rows_of(args.folder / file)])
     write(args.out / "tweets.csv", ["text", "label"], tweets())
+    write(args.out / "tweets_neutral.csv", ["text", "label"], tweets(("negative", "neutral", "positive")))
     write(args.out / "snippets.csv", ["text", "label", "movie"], snippets())
     encoder(args.out / "encoder")
 

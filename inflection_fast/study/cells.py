@@ -64,7 +64,7 @@ def cells_of(config: StudyConfig, only: str | None = None) -> list[Cell]:
 
 
 def _of_wave(config: StudyConfig, wave: WaveConfig) -> Iterator[Cell]:
-    transfers = wave.transfers or [name for name, transfer in config.transfers.items() if not transfer.leaking]
+    transfers = wave.transfers or [name for name, transfer in config.transfers.items() if transfer.pooled]
     for seed, transfer, regime, arm in product(wave.seeds or config.seeds, transfers, config.regimes, wave.arms):
         draws = range(config.draws) if arm_of(arm).draws else [None]
         yield from (Cell(transfer, regime, arm, seed, draw) for draw in draws)

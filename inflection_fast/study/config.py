@@ -56,12 +56,20 @@ class TransferConfig:
         leaking: leave source texts in that also stand in the target, as published experiments did; such cells are
             labelled and stay out of every pooled number
         head: keep the source's head, which needs equally many labels in the same order, or begin with a new one
+        held_out: it is kept for testing what the other transfers suggested; such cells are labelled, stay out of every
+            pooled number and have a section of their own in the report; no learning rate may be searched on them
     """
 
     source: DataConfig
     target: DataConfig
     leaking: bool = False
     head: Literal["keep", "new"] = "keep"
+    held_out: bool = False
+
+    @property
+    def pooled(self) -> bool:
+        """Whether its cells count in the pooled numbers."""
+        return not self.leaking and not self.held_out
 
 
 @dataclass(frozen=True)
@@ -197,7 +205,7 @@ class WaveConfig:
     Args:
         arms: names of arms
         seeds: seeds that are reported; null: all seeds of the study
-        transfers: names of transfers; null: all that do not leak
+        transfers: names of transfers; null: all that neither leak nor are held out
     """
 
     arms: tuple[str, ...]
@@ -270,6 +278,8 @@ class StudyConfig:
             raise ValueError(f"tuning.seed {self.tuning.seed} is among the reported seeds {list(self.seeds)}")
         for cell in self.tuning.cells:
             _check(self._known(cell.split("/"), 2), "tuning.cells", cell, "a transfer and a regime, as tweets/over")
+            held_out = self.transfers[cell.split("/")[0]].held_out
+            _check(not held_out, "tuning.cells", cell, "of a transfer that is not held out")
         untuned = [name for name in self.regimes if not any(cell.endswith(f"/{name}") for cell in self.tuning.cells)]
         _check(not untuned, "tuning.cells", self.tuning.cells, f"at least one of the regimes {untuned}")
         for cell in self.gradients:
@@ -298,6 +308,7 @@ class StudyConfig:
 # What may grow between two calls on one folder: no finished cell depends on it.
 GROWING = ("output", "waves", "seeds", "draws", "transfers", "regimes", "gradients", "rates")
 _LOCAL = ("device", "threads")  # of train: where a cell is computed
+_TRANSFER = {f.name: f.default for f in dataclasses.fields(TransferConfig) if f.default is not dataclasses.MISSING}
 
 
 def plain(config: Any) -> Any:
@@ -311,7 +322,9 @@ def changed(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     for name in sorted(old.keys() | new.keys()):
         if name in ("transfers", "regimes", "rates"):
             for key in sorted(old.get(name, {}).keys() & new.get(name, {}).keys()):
-                found += _difference(f"{name}.{key}", old[name][key], new[name][key])
+                # A folder of an earlier version lacks the settings that were added since; they had their defaults.
+                before = {**_TRANSFER, **old[name][key]} if name == "transfers" else old[name][key]
+                found += _difference(f"{name}.{key}", before, new[name][key])
         elif name == "train":
             sides = [{k: v for k, v in side[name].items() if k not in _LOCAL} for side in (old, new)]
             found += _difference(name, *sides)

@@ -99,6 +99,7 @@ def _head(config: StudyConfig, cell: Cell) -> dict[str, Any]:
             "draw": cell.draw,
             "seed": cell.seed,
             "leaking": config.transfers[cell.transfer].leaking,
+            "held_out": config.transfers[cell.transfer].held_out,
             "error_msg": "",
         },
     }

@@ -46,7 +46,7 @@ def write(folder: str | os.PathLike, out: str | os.PathLike | None = None) -> Pa
     results = read_results(folder)
     page = Path(folder) / "study.md" if out is None else Path(out)
     pictures = page.parent / f"{page.stem}_images"
-    cells = results.honest()
+    cells = results.pooled()
     sections = [
         "# Does it matter where LoRA goes?",
         _first_words(results, cells),

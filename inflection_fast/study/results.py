@@ -27,6 +27,7 @@ class Result:
     draw: int | None
     seed: int
     leaking: bool
+    held_out: bool
     content: dict[str, Any]
 
     @cached_property
@@ -74,9 +75,13 @@ class Results:
     failed: tuple[tuple[str, str], ...]  # name and error
     shared: dict[str, Any]  # rates, sources, probes, choices, gradients: {} where there is none
 
-    def honest(self) -> list[Result]:
-        """Cells whose source holds no text of the target."""
-        return [cell for cell in self.cells if not cell.leaking]
+    def pooled(self) -> list[Result]:
+        """Cells of the pooled numbers: of transfers that neither leak nor are held out."""
+        return [cell for cell in self.cells if not cell.leaking and not cell.held_out]
+
+    def held_out(self) -> list[Result]:
+        """Cells of transfers that are held out."""
+        return [cell for cell in self.cells if cell.held_out]
 
     def arms(self, cells: Iterable[Result] | None = None) -> list[str]:
         """Names of arms, in the order of the files."""
@@ -103,7 +108,7 @@ def read_results(folder: str | os.PathLike) -> Results:
                 failed.append((run["experiment_name"], run["error_msg"]))
                 continue
             facts = (run["transfer"], run["regime"], run["arm"], run["draw"], run["seed"], run["leaking"])
-            cell = Result(*facts, content)
+            cell = Result(*facts, run.get("held_out", False), content)  # cells of earlier versions: none was held out
             cell.right  # noqa: B018  a damaged file is reported here, with its name
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a cell of a study: {error}") from error
