@@ -16,7 +16,7 @@ from helpers.tiny_study import added_arms, tiny_study
 
 from inflection_fast.run.errors import UserError
 from inflection_fast.study.cells import cells_of
-from inflection_fast.study.config import WaveConfig, plain
+from inflection_fast.study.config import WaveConfig, changed, plain
 from inflection_fast.study.estimate import estimate
 from inflection_fast.study.gradients import gradients
 from inflection_fast.study.publish import publish, reuse
@@ -187,6 +187,18 @@ def test_another_study_s_folder_is_refused_and_more_seeds_are_not(done):
     Store.of(config)
     with pytest.raises(UserError, match="other settings: rank was 3 and is 5"):
         Store.of(replace(config, rank=5))
+
+
+def test_a_folder_of_an_earlier_version_lacks_settings_and_goes_on(done):
+    config, _ = done
+    before = plain(config)
+    del before["transfers"]["one"]["held_out"]
+    assert changed(before, plain(config)) == []
+    held_out = {"one": replace(config.transfers["one"], held_out=True)}
+    tuned = replace(config.tuning, cells=("two/under", "two/over"))
+    after = replace(config, transfers=held_out | {"two": config.transfers["one"]}, tuning=tuned)
+    assert "transfers.one.held_out was False and is True" in changed(before, plain(after))
+    assert {cell.transfer for cell in cells_of(after)} == {"two"}
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):

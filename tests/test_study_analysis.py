@@ -12,6 +12,7 @@ from inflection_fast.study.analysis import (
     block_effects,
     compare,
     compare_all,
+    compare_within,
     costs,
     expected_jaccard,
     holm,
@@ -25,7 +26,9 @@ from inflection_fast.study.results import read_results
 COSTS = {"wall_s": 2.0, "cpu_s": 1.0, "steps": 5}
 
 
-def cell(transfer, regime, arm, seed, right, *, draw=None, layers=(0,), leaking=False, adapter=100, error=""):
+def cell(
+    transfer, regime, arm, seed, right, *, draw=None, layers=(0,), leaking=False, held_out=False, adapter=100, error=""
+):
     """A published cell with these right and wrong answers."""
     right = np.asarray(right, bool)
     bits = "".join("01"[int(one)] for one in right)
@@ -36,7 +39,7 @@ def cell(transfer, regime, arm, seed, right, *, draw=None, layers=(0,), leaking=
         "format": 1,
         "run_info": {
             "experiment_name": name, "transfer": transfer, "regime": regime, "arm": arm, "draw": draw, "seed": seed,
-            "leaking": leaking, "error_msg": error,
+            "leaking": leaking, "held_out": held_out, "error_msg": error,
             "peft_config": {"kind": "lora", "layers": list(layers), "modules": 2, "ranks": {}},
             "train_config": {"learning_rate": 1e-3, "steps": 5, "batch_size": 4, "max_length": 8,
                              "precision": "float32", "training": "x"},
@@ -114,6 +117,43 @@ def test_with_equal_cells_the_interval_is_that_of_a_t_test_over_clusters(tmp_pat
     assert effect.difference == pytest.approx(100 * means_.mean())
     assert (effect.low, effect.high) == pytest.approx((100 * low, 100 * high), rel=1e-3)
     assert effect.p == pytest.approx(stats.ttest_1samp(means_, 0).pvalue, rel=1e-2)
+
+
+def test_within_transfers_the_interval_is_that_of_welch_over_seeds(tmp_path):
+    rng, cells, by_transfer = np.random.default_rng(3), [], []
+    for transfer, gain, seeds, spread in (("a", 0.3, 4, 0.1), ("b", 0.0, 7, 0.02), ("c", -0.1, 3, 0.05)):
+        differences = []
+        for seed in range(seeds):
+            right, other = rng.random(200) < 0.5 + gain + rng.normal(0, spread), rng.random(200) < 0.5
+            cells += [
+                cell(transfer, "over", "greedy", seed, right),
+                cell(transfer, "over", "random", seed, other, draw=0),
+            ]
+            differences.append(100 * (right.mean() - other.mean()))
+        by_transfer.append(np.array(differences))
+    effect = compare_within(study(tmp_path, cells).cells, "greedy", "random")
+    variances = np.array([x.var(ddof=1) / len(x) for x in by_transfer])
+    freedom = variances.sum() ** 2 / sum(v**2 / (len(x) - 1) for v, x in zip(variances, by_transfer, strict=True))
+    mean, error = np.mean([x.mean() for x in by_transfer]), np.sqrt(variances.sum()) / 3
+    assert (effect.difference, effect.error, effect.freedom) == pytest.approx((mean, error, freedom))
+    assert (effect.low, effect.high) == pytest.approx(stats.t.interval(0.95, freedom, mean, error))
+    assert effect.p == pytest.approx(2 * stats.t.sf(mean / error, freedom)) and effect.clusters == 14
+    two = [x for x in study(tmp_path, cells).cells if x.transfer != "c"]
+    assert compare_within(two, "greedy", "random").texts == 11 * 200
+    one_seed = [x for x in two if x.transfer == "a" or x.seed == 0]
+    assert compare_within(one_seed, "greedy", "random") is None
+
+
+def test_differences_between_transfers_do_not_widen_the_interval_within_them(tmp_path):
+    rng, cells = np.random.default_rng(4), []
+    for transfer, gain in (("a", 0.3), ("b", 0.0), ("c", 0.0)):
+        for seed in range(5):
+            cells.append(cell(transfer, "over", "last", seed, rng.random(2000) < 0.5 + gain))
+            cells.append(cell(transfer, "over", "random", seed, rng.random(2000) < 0.5, draw=0))
+    found = study(tmp_path, cells).cells
+    within, pooled = compare_within(found, "last", "random"), compare(found, "last", "random")
+    assert within.difference == pytest.approx(pooled.difference)
+    assert within.low > 8 and within.p < 1e-6 and pooled.error > 3 * within.error
 
 
 def test_every_transfer_has_the_same_weight_whatever_its_texts(tmp_path):
@@ -203,6 +243,26 @@ def test_costs_and_means_are_read_from_the_cells(tmp_path):
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------
+
+
+def test_hypotheses_are_tested_on_their_own_cells_which_stay_out_of_the_pool(tmp_path):
+    rng = np.random.default_rng(5)
+    cells = []
+    for transfer, gain, held_out in (("a", 0.0, False), ("b", 0.0, False), ("x", 0.2, True), ("y", 0.2, True)):
+        for seed in range(4):
+            facts = {"held_out": held_out}
+            cells.append(cell(transfer, "over", "last", seed, rng.random(500) < 0.5 + gain, **facts))
+            cells.append(cell(transfer, "over", "random", seed, rng.random(500) < 0.5, draw=0, **facts))
+    pooled_page = (write(tmp_path) if study(tmp_path, cells[:16]) else None).read_text()
+    family = {"arms": ["last"], "transfers": ["x", "y"], "seeds": None}
+    (tmp_path / "confirmations.json").write_text(json.dumps({"held_out": family}))
+    results = study(tmp_path, cells)
+    assert {one.transfer for one in results.pooled()} == {"a", "b"}
+    page = write(tmp_path).read_text()
+    section = page.split("## Confirmed on cells of their own?")[1].split("\n## ")[0]
+    assert "16 cells: 2 transfers" in section and "after Holm: `last`. Worse: none" in section
+    row = next(line for line in page.splitlines() if line.startswith("| `last` |"))
+    assert row in pooled_page and "after Holm: none." in page
 
 
 def test_the_page_says_which_selectors_beat_random_layers_and_keeps_leaking_cells_apart(tmp_path):

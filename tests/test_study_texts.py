@@ -9,7 +9,14 @@ from helpers.tiny_study import tiny_study, write_texts
 
 from inflection_fast.run.config import DataConfig
 from inflection_fast.run.errors import UserError
-from inflection_fast.study.config import RegimeConfig, SizesConfig, StudyConfig, TransferConfig, TuningConfig
+from inflection_fast.study.config import (
+    ConfirmationConfig,
+    RegimeConfig,
+    SizesConfig,
+    StudyConfig,
+    TransferConfig,
+    TuningConfig,
+)
 from inflection_fast.study.near_duplicates import jaccard, letters_of, near_duplicates
 from inflection_fast.study.store import Store
 from inflection_fast.study.texts import texts_of
@@ -155,6 +162,7 @@ def test_every_text_comes_once_in_a_pass_and_batches_are_cut_to_their_longest(tm
         ({"seeds": (0, 1)}, "tuning.seed 0 is among the reported seeds"),
         ({"tuning": TuningConfig(("two/under",))}, "tuning.cells must be a transfer and a regime"),
         ({"tuning": TuningConfig(("one/under",))}, "tuning.cells must be at least one of the regimes ..over.."),
+        ({"confirmations": {"later": ConfirmationConfig(("all",), ("two",))}}, "confirmations.later.transfers must be"),
         ({"rates": {"lora": (1e-3, 3e-3)}}, "rates.lora must be at least three"),
         ({"near_duplicates": 1.5}, "near_duplicates must be null, or above 0 and below 1"),
         ({"gradients": ("one/under",)}, "gradients must be transfer, regime and arm"),
@@ -164,6 +172,12 @@ def test_every_text_comes_once_in_a_pass_and_batches_are_cut_to_their_longest(tm
 def test_settings_that_make_no_sense_are_refused(tmp_path, changes, words):
     with pytest.raises(ValueError, match=words):
         tiny_study(tmp_path, **changes)
+
+
+def test_no_learning_rate_is_searched_on_a_transfer_that_is_held_out(tmp_path):
+    held_out = {"one": replace(tiny_study(tmp_path).transfers["one"], held_out=True)}
+    with pytest.raises(ValueError, match="must be of a transfer that is not held out"):
+        tiny_study(tmp_path, transfers=held_out)
 
 
 def test_a_regime_is_epochs_or_steps():

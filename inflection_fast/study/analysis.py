@@ -19,6 +19,7 @@ __all__ = [
     "block_effects",
     "compare",
     "compare_all",
+    "compare_within",
     "costs",
     "expected_jaccard",
     "holm",
@@ -44,6 +45,7 @@ class Effect:
         clusters: of the interval: transfers and seeds, or whole transfers
         texts: compared text by text
         error: standard error of the difference, in points
+        freedom: degrees of freedom of Student's t
     """
 
     difference: float
@@ -53,19 +55,20 @@ class Effect:
     clusters: int
     texts: int
     error: float
+    freedom: float
 
     @property
     def smallest(self) -> float:
         """The difference that this design finds with a probability of 0.8 at the level of 0.05, in points."""
         from scipy.stats import t
 
-        return float(t.ppf(0.975, self.clusters - 1) + t.ppf(POWER, self.clusters - 1)) * self.error
+        return float(t.ppf(0.975, self.freedom) + t.ppf(POWER, self.freedom)) * self.error
 
     def needed(self, level: float, tests: int) -> float:
         """The difference that is significant at `level` however Holm orders so many tests (Bonferroni), in points."""
         from scipy.stats import t
 
-        return float(t.isf(level / tests / 2, self.clusters - 1)) * self.error
+        return float(t.isf(level / tests / 2, self.freedom)) * self.error
 
 
 def compare(
@@ -95,11 +98,51 @@ def compare(
     _, which, sizes = np.unique(transfers, return_inverse=True, return_counts=True)
     model = sm.WLS(difference, np.ones(len(difference)), weights=1 / sizes[which])
     if not difference.any():  # the same trainings: no variance to estimate
-        return Effect(0.0, 0.0, 0.0, 1.0, len(names), len(difference), 0.0)
+        return _no_difference(len(names), len(difference))
     fit = model.fit(cov_type="cluster", cov_kwds={"groups": numbers}, use_t=True)
     low, high = fit.conf_int()[0]
     found, low, high, error = (100 * float(x) for x in (fit.params[0], low, high, fit.bse[0]))
-    return Effect(found, low, high, float(fit.pvalues[0]), len(names), len(difference), error)
+    return Effect(found, low, high, float(fit.pvalues[0]), len(names), len(difference), error, len(names) - 1)
+
+
+def compare_within(cells: Sequence[Result], arm: str, other: str, *, regime: str | None = None) -> Effect | None:
+    """`arm` minus `other`, with the variance of seeds within each transfer; it speaks of these transfers alone.
+
+    One observation is the mean difference of a transfer and seed, over texts and regimes. Every transfer has the same
+    weight. Least squares on a constant for every transfer with HC2 errors (statsmodels), which in this design are
+    s_t**2 / n_t of each transfer t; degrees of freedom by Satterthwaite (1946). None where nothing is shared, or a
+    transfer shares fewer than two seeds.
+    """
+    import statsmodels.api as sm
+    from scipy.stats import t
+
+    first, second = _rights(cells, arm, regime), _rights(cells, other, regime)
+    shared: dict[tuple[str, int], list[np.ndarray]] = defaultdict(list)
+    for transfer, where, seed in sorted(first.keys() & second.keys()):
+        shared[transfer, seed].append(first[transfer, where, seed] - second[transfer, where, seed])
+    values = np.array([100 * np.concatenate(found).mean() for found in shared.values()])
+    texts = sum(len(one) for found in shared.values() for one in found)
+    names, which, seeds = np.unique([transfer for transfer, _ in shared], return_inverse=True, return_counts=True)
+    if not len(names) or seeds.min() < 2:
+        return None
+    if not values.any():
+        return _no_difference(len(values), texts)
+    constants = np.equal.outer(which, np.arange(len(names))).astype(float)
+    fit = sm.OLS(values, constants).fit(cov_type="HC2")
+    mean = fit.t_test(np.full(len(names), 1 / len(names)))
+    found, error = float(mean.effect[0]), float(mean.sd[0, 0])
+    variances = fit.bse**2
+    if not variances.any():
+        return None  # every seed has the same difference: no variance to estimate
+    freedom = float(variances.sum() ** 2 / (variances**2 / (seeds - 1)).sum())
+    half = float(t.ppf(0.975, freedom)) * error
+    p = float(2 * t.sf(abs(found) / error, freedom))
+    return Effect(found, found - half, found + half, p, len(values), texts, error, freedom)
+
+
+def _no_difference(clusters: int, texts: int) -> Effect:
+    """The same trainings: there is no variance to estimate."""
+    return Effect(0.0, 0.0, 0.0, 1.0, clusters, texts, 0.0, max(clusters - 1, 1))
 
 
 def _rights(cells: Sequence[Result], arm: str, regime: str | None) -> dict[tuple[str, str, int], np.ndarray]:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from inflection_fast.run.config import DataConfig, ModelConfig
 
 __all__ = [
+    "ConfirmationConfig",
     "LoopConfig",
     "MeasuredConfig",
     "RegimeConfig",
@@ -214,6 +215,21 @@ class WaveConfig:
 
 
 @dataclass(frozen=True)
+class ConfirmationConfig:
+    """A family of hypotheses that is tested on cells of its own: each arm differs from random layers there.
+
+    Args:
+        arms: names of arms
+        transfers: names of transfers; null: all that neither leak nor are held out
+        seeds: seeds; null: all
+    """
+
+    arms: tuple[str, ...]
+    transfers: tuple[str, ...] | None = None
+    seeds: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
 class StudyConfig:
     """A study.
 
@@ -237,6 +253,7 @@ class StudyConfig:
         near_duplicates: texts whose sets of five letters overlap by this share (Jaccard) count as one; null: only
             texts that are equal after normalisation
         gradients: cells, as transfer/regime/arm, whose gradients and features are measured all along, at the first seed
+        confirmations: name and content of each family of hypotheses that the report tests apart
     """
 
     model: ModelConfig
@@ -259,6 +276,7 @@ class StudyConfig:
     everywhere_rank: int = 5
     near_duplicates: float | None = 0.8
     gradients: tuple[str, ...] = ()
+    confirmations: dict[str, ConfirmationConfig] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rates", {**RATES, **{k: tuple(v) for k, v in self.rates.items()}})
@@ -284,6 +302,9 @@ class StudyConfig:
         _check(not untuned, "tuning.cells", self.tuning.cells, f"at least one of the regimes {untuned}")
         for cell in self.gradients:
             _check(self._known(cell.split("/"), 3), "gradients", cell, "transfer, regime and arm, as tweets/over/all")
+        for name, confirmation in self.confirmations.items():
+            unknown = [transfer for transfer in confirmation.transfers or () if transfer not in self.transfers]
+            _check(not unknown, f"confirmations.{name}.transfers", unknown, f"among {list(self.transfers)}")
         for kind, rates in self.rates.items():
             _check(len(set(rates)) >= 3 and min(rates) > 0, f"rates.{kind}", rates, "at least three different rates")
         for name in ("draws", "blocks", "rank", "everywhere_rank"):
@@ -306,7 +327,7 @@ class StudyConfig:
 
 
 # What may grow between two calls on one folder: no finished cell depends on it.
-GROWING = ("output", "waves", "seeds", "draws", "transfers", "regimes", "gradients", "rates")
+GROWING = ("output", "waves", "seeds", "draws", "transfers", "regimes", "gradients", "rates", "confirmations")
 _LOCAL = ("device", "threads")  # of train: where a cell is computed
 _TRANSFER = {f.name: f.default for f in dataclasses.fields(TransferConfig) if f.default is not dataclasses.MISSING}
 

@@ -19,7 +19,7 @@ __all__ = ["publish", "reuse"]
 
 
 def publish(study: Path, out: Path) -> int:
-    """Copy the cells of a study, its learning rates and sources, and the layers that its measurements would choose.
+    """Copy the cells of a study, what they share, the layers that its measurements would choose, and its confirmations.
 
     Returns the number of cells. What `out` holds beside them stays, so that a study may be computed in several folders.
     UserError where there is no study.
@@ -41,6 +41,7 @@ def publish(study: Path, out: Path) -> int:
     for path in sorted(study.glob("measured/*.json")):
         choices[path.stem] = choices_of(Timeline.load(path.with_suffix("")), settings["blocks"])
     _add(out / "choices.json", choices)
+    _add(out / "confirmations.json", settings["confirmations"])
     return count
 
 

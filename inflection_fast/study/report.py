@@ -12,6 +12,7 @@ from inflection_fast.study.analysis import (
     Effect,
     compare,
     compare_all,
+    compare_within,
     costs,
     holm,
     means,
@@ -19,6 +20,7 @@ from inflection_fast.study.analysis import (
 )
 from inflection_fast.study.drawings import draw_effects
 from inflection_fast.study.formatting import interval, names, p_value, table
+from inflection_fast.study.report_confirmed import confirmations
 from inflection_fast.study.report_gradients import claims, gradients, regimes
 from inflection_fast.study.report_sections import (
     EVERYWHERE,
@@ -52,6 +54,7 @@ def write(folder: str | os.PathLike, out: str | os.PathLike | None = None) -> Pa
         _first_words(results, cells),
         _against_random(results, cells, pictures),
         _against_everywhere(results, cells, pictures),
+        confirmations(results),
         _table(results, cells),
         by_transfer(cells),
         blocks(cells, pictures),
@@ -85,6 +88,7 @@ def _first_words(results: Results, cells: Sequence[Result]) -> str:
     effect = compare(cells, "greedy", RANDOM)
     if effect is not None:
         half = (effect.high - effect.low) / 2
+        within = compare_within(cells, "greedy", RANDOM)
         lines.append(
             f"**The smallest difference that the comparison of planned with random layers could have seen is"
             f" {effect.smallest:.2f} points** (with a probability of 0.8, at 5 %;"
@@ -92,7 +96,13 @@ def _first_words(results: Results, cells: Sequence[Result]) -> str:
             f" equal parameters: {interval(effect)} points, p = {p_value(effect.p)}** (± {half:.2f})."
             f" {_verdict(effect)}"
             + (
-                f" At this spread ± {GOAL} would take about {effect.clusters * (half / GOAL) ** 2:.0f} clusters."
+                f" Within these transfers, without the differences between them: {interval(within)}"
+                f" (± {(within.high - within.low) / 2:.2f})."
+                if within is not None
+                else ""
+            )
+            + (
+                f" At the first spread ± {GOAL} would take about {effect.clusters * (half / GOAL) ** 2:.0f} clusters."
                 if half > GOAL
                 else ""
             )
@@ -128,6 +138,7 @@ def _against_random(results: Results, cells: Sequence[Result], pictures: Path) -
                 interval(effects[arm]),
                 p_value(effects[arm].p),
                 p_value(corrected[arm]),
+                interval(compare_within(cells, arm, RANDOM)),
                 _short(effects[arm], corrected[arm], len(effects)),
                 interval(wide),
                 _marked(cells, arm),
@@ -138,7 +149,9 @@ def _against_random(results: Results, cells: Sequence[Result], pictures: Path) -
     words = (
         f"Better than random layers at p < {LEVEL} after Holm: {names(better)}."
         f" Worse: {names(worse)}. For the others the difference is not significant. What an arm is short of: the points"
-        " by which it misses being better, at its standard error, corrected for all arms (Bonferroni)."
+        " by which it misses being better, at its standard error, corrected for all arms (Bonferroni). Within"
+        " transfers: the variance of seeds within each transfer alone. Differences between transfers widen the other"
+        " two intervals; the first was named beforehand, and p belongs to it."
     )
     return "\n\n".join(
         [
@@ -147,7 +160,8 @@ def _against_random(results: Results, cells: Sequence[Result], pictures: Path) -
             table(
                 [
                     "arm", "smallest that could be seen", "minus random, 95 % (by seed)", "p", "p after Holm",
-                    f"short of p < {LEVEL}", "95 %, whole transfers as clusters", "parameters",
+                    "95 %, within transfers", f"short of p < {LEVEL}", "95 %, whole transfers as clusters",
+                    "parameters",
                 ],
                 rows,
             ),

@@ -73,7 +73,7 @@ class Results:
 
     cells: tuple[Result, ...]
     failed: tuple[tuple[str, str], ...]  # name and error
-    shared: dict[str, Any]  # rates, sources, probes, choices, gradients: {} where there is none
+    shared: dict[str, Any]  # by name: {} where there is none
 
     def pooled(self) -> list[Result]:
         """Cells of the pooled numbers: of transfers that neither leak nor are held out."""
@@ -114,7 +114,7 @@ def read_results(folder: str | os.PathLike) -> Results:
             raise ValueError(f"{path} is not a cell of a study: {error}") from error
         cells.append(cell)
     shared = {}
-    for name in ("rates", "sources", "probes", "choices", "gradients"):
+    for name in ("rates", "sources", "probes", "choices", "gradients", "confirmations"):
         path = folder / f"{name}.json"
         shared[name] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return Results(tuple(cells), tuple(failed), shared)
