@@ -265,6 +265,17 @@ def test_hypotheses_are_tested_on_their_own_cells_which_stay_out_of_the_pool(tmp
     assert row in pooled_page and "after Holm: none." in page
 
 
+def test_the_page_marks_learning_rates_at_an_end_of_those_that_were_tried(tmp_path):
+    planted(tmp_path, 0.0, transfers=2, seeds=2, n=20)
+    found = {}
+    for arm, taken in (("low", 0.1), ("inner", 0.2), ("high", 0.3)):
+        tried = [{"learning_rate": rate, "accuracy": 0.5, "loss": 0.5} for rate in (0.1, 0.2, 0.3)]
+        found[f"{arm}-over"] = {"arm": arm, "regime": "over", "learning_rate": taken, "tried": tried, "transfers": []}
+    (tmp_path / "rates.json").write_text(json.dumps(found))
+    rows = [line.split(" | ")[-1] for line in write(tmp_path).read_text().splitlines() if "0.2: 0.500" in line]
+    assert rows == ["0.1, the smallest |", "0.2 |", "0.3, the largest |"]
+
+
 def test_the_page_says_which_selectors_beat_random_layers_and_keeps_leaking_cells_apart(tmp_path):
     planted(tmp_path, 0.08)
     leaky = [cell("leaky", "over", "greedy", s, np.ones(50), leaking=True) for s in (1, 2)]

@@ -65,7 +65,7 @@ def write(folder: str | os.PathLike, out: str | os.PathLike | None = None) -> Pa
         regimes(results, cells),
         pareto(cells, pictures),
         leaking(results),
-        how(results, cells),
+        how(results, [*cells, *results.held_out()]),
     ]
     write_text(page, "\n\n".join(section for section in sections if section) + "\n")
     return page

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from inflection_fast.study.analysis import (
     block_effects,
@@ -234,7 +235,7 @@ def how(results: Results, cells: Sequence[Result]) -> str:
             f"`{found['arm']}`",
             found["regime"],
             *(f"{row['learning_rate']:g}: {row['loss']:.3f}" for row in found["tried"]),
-            f"{found['learning_rate']:g}",
+            f"{found['learning_rate']:g}{_at_an_end(found)}",
         ]
         for found in results.shared["rates"].values()
     ]
@@ -255,7 +256,8 @@ def how(results: Results, cells: Sequence[Result]) -> str:
         width = max(len(row) for row in rates)
         parts += [
             "The learning rates that were tried, with the mean validation loss, and the one taken: by a seed that is"
-            " not reported, on texts that no reported cell trains on or is tested on.",
+            " not reported, on texts that no reported cell trains on or is tested on. A rate at an end of those"
+            " that were tried may not be the best there is.",
             table(
                 ["arm", "regime", *[""] * (width - 3), "taken"],
                 [[*row[:-1], *[""] * (width - len(row)), row[-1]] for row in rates],
@@ -264,3 +266,11 @@ def how(results: Results, cells: Sequence[Result]) -> str:
     if results.failed:
         parts += ["Cells that failed:", table(["cell", "error"], results.failed)]
     return "\n\n".join(parts)
+
+
+def _at_an_end(found: dict[str, Any]) -> str:
+    """Says where the best learning rate is the smallest or largest of those tried."""
+    tried = [row["learning_rate"] for row in found["tried"]]
+    if found["learning_rate"] == max(tried):
+        return ", the largest"
+    return ", the smallest" if found["learning_rate"] == min(tried) else ""
