@@ -264,7 +264,13 @@ def test_the_command_restarts_a_worker_that_dies_and_its_workers_end_with_it(tmp
     def children(process):
         path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         found = [int(pid) for pid in path.read_text().split()] if path.is_file() else []
-        return [pid for pid in found if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        return [pid for pid in found if b"spawn_main" in command_line(pid)]
+
+    def command_line(pid):
+        try:
+            return Path(f"/proc/{pid}/cmdline").read_bytes()
+        except (FileNotFoundError, ProcessLookupError):  # it has ended since it was listed
+            return b""
 
     def until(condition):
         deadline = time.monotonic() + 120
