@@ -188,6 +188,17 @@ def test_weights_alone_tell_noise_from_signal(tmp_path):
     assert found.texts == {} and found.plan is None and "h.0.w" in scan_answer(found, ".").why
 
 
+def test_progress_is_reported_under_its_name_and_the_earlier_one(tmp_path):
+    said, before = [], []
+    planted(tmp_path)
+    scan(tmp_path, progress=said.append)
+    with pytest.warns(DeprecationWarning, match="told is now called progress"):
+        scan(tmp_path, told=before.append)
+    assert said == before and said[0] == "reading the weights"
+    with pytest.raises(TypeError, match="two names of one argument"):
+        scan(tmp_path, progress=said.append, told=before.append)
+
+
 def test_gguf_matrices_are_those_that_were_quantised(tmp_path, monkeypatch):
     pytest.importorskip("gguf")
     monkeypatch.setattr("inflection_fast.quantities.spectrum.GGUF_ROWS", 10)  # no matrix has a multiple of it

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -119,7 +120,8 @@ def scan(
     yaml: str | None = None,
     weights: bool = True,
     seed: int = 0,
-    progress: Callable[[str], None] = lambda words: None,
+    progress: Callable[[str], None] | None = None,
+    told: Callable[[str], None] | None = None,
 ) -> Scan:
     """Scan a checkpoint without training it.
 
@@ -141,10 +143,17 @@ def scan(
         weights: whether spectra are computed.
         seed: of everything that is drawn: masks, orders of words, random matrices of the blocks.
         progress: called with a description of each part of the work.
+        told: the earlier name of `progress`; deprecated.
 
     Raises:
         UserError: in one sentence, what is wrong with the model or the texts.
+        TypeError: both `progress` and `told`.
     """
+    if told is not None:
+        if progress is not None:
+            raise TypeError("scan: progress and told are two names of one argument; pass progress alone")
+        warnings.warn("scan: told is now called progress; pass progress", DeprecationWarning, stacklevel=2)
+    report = progress or told or (lambda part: None)
     began = time.perf_counter()
     source = find(str(model))
     before = resident_bytes()
@@ -154,7 +163,7 @@ def scan(
     versions = _versions()
     plan, settings_yaml = None, None
     if texts is not None:
-        progress("loading the model")
+        report("loading the model")
         with reading(source):
             tokenizer = tokenizer_of(source)  # errors before the weights are loaded
             config = import_libraries(source)
@@ -163,7 +172,7 @@ def scan(
         loaded = load(source, config=config)
         about |= _about(loaded)
         with user_errors(ValueError, RuntimeError, about=f"{source.name} cannot be measured"):
-            measured = measured_on(loaded, tokenizer, texts, out, rank, tokens, seed, progress)
+            measured = measured_on(loaded, tokenizer, texts, out, rank, tokens, seed, report)
         with user_errors(ValueError, about="plan"):
             plan = select(measured.nulls.texts, select_config or SelectConfig())
             if yaml is not None:
@@ -176,9 +185,9 @@ def scan(
         trim_memory()
     found: list[MatrixSpectrum] = []
     if weights:
-        progress("reading the weights")
+        report("reading the weights")
         with user_errors(*damaged_file_errors(), about=f"the weights of {source.name} cannot be read"):
-            found = spectra(source, progress=lambda done: progress(f"reading the weights: {done} matrices"))
+            found = spectra(source, progress=lambda done: report(f"reading the weights: {done} matrices"))
     settings["peak above libraries, MiB"] = round((peak_bytes() - before) / 2**20, 1)
     settings["seconds"] = round(time.perf_counter() - began, 1)
     modules = [] if measured is None else measured.modules

@@ -22,7 +22,7 @@ _MEASURED = "measured"
 class Overhead:
     """Medians over pairs of training steps, forward and backward, without the optimizer."""
 
-    off_ms: float  # a step that is not monitored
+    off_ms: float  # a step that is not monitored, from one of the two arms
     on_ms: float  # a step that is measured
     noise: float  # standard error of the median ratio of two unmonitored steps (A/A)
     ratio: float  # measured step over unmonitored step, averaged over `every` steps: 1.01 costs 1 %
@@ -44,7 +44,9 @@ def measure_overhead(
     """Time `pairs` rounds of three steps on one batch: unmonitored, measured, unmonitored (`cost.race`).
 
     All quantities are due in the measured step. Its cost is divided by `config.every`, of a mapping by the smallest
-    value: the steps between have no hooks. The probe is not run. Gradients and random generators are restored.
+    value: the steps between have no hooks. A compiled model that is measured in its graph keeps its taps in all three
+    steps, so their cost while they are off is not in `ratio`; `inflection-fast overhead --compiled` shows it. The probe
+    is not run. Gradients and random generators are restored.
 
     Args:
         model: in training state; the loss among its outputs is used, else the mean of its first output.
