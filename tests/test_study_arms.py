@@ -15,7 +15,7 @@ from inflection_fast.study.adaptation import NoArm, Spending
 from inflection_fast.study.arms import arm_of, arms
 from inflection_fast.study.arms_data import breakpoints
 from inflection_fast.study.arms_interventions import prepare
-from inflection_fast.study.arms_weights import marchenko_pastur_median, signal_ratio
+from inflection_fast.study.arms_weights import signal_ratio
 from inflection_fast.study.store import Store
 from inflection_fast.study.training_hooks import training_hooks
 from inflection_fast.study.training_loop import train
@@ -207,14 +207,6 @@ def test_pure_noise_has_no_signal_and_a_planted_one_is_found(shape):
     assert signal_ratio(noise) <= 3 * float(values[0] / values.sum())
     u, v = torch.randn(shape[0], 3, generator=generator), torch.randn(shape[1], 3, generator=generator)
     assert signal_ratio(noise + u @ v.T) > 10 * max(signal_ratio(noise), 0.01)
-
-
-@pytest.mark.parametrize("beta", [0.1, 0.5, 1.0])
-def test_the_median_of_marchenko_and_pastur_is_that_of_noise(beta):
-    n = 600
-    x = np.random.default_rng(0).standard_normal((round(beta * n), n))
-    eigenvalues = np.linalg.svd(x, compute_uv=False) ** 2 / n
-    assert marchenko_pastur_median(beta) == pytest.approx(np.median(eigenvalues), rel=0.02)
 
 
 def test_breakpoints_are_kept_in_the_order_of_the_tolerance():

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from inflection_fast.act.ranking import kappa_order
+from inflection_fast.ops.spectrum import marchenko_pastur_median
 from inflection_fast.study.adaptation import Adaptation, NoArm, on_modules, weight_of
 from inflection_fast.study.arms import Seen
 
-__all__ = ["Kappa", "Spectrum", "marchenko_pastur_median", "signal_ratio"]
+__all__ = ["Kappa", "Spectrum", "signal_ratio"]
 
 
 @dataclass(frozen=True)
@@ -63,20 +64,3 @@ def signal_ratio(weight: Tensor) -> float:
     edge /= np.sqrt(marchenko_pastur_median(min(rows, columns) / max(rows, columns)))
     above = values > edge
     return float(values[above].sum() / values[~above].sum())
-
-
-def marchenko_pastur_median(beta: float) -> float:
-    """Median of the eigenvalues of X X^T / n, X being m x n with independent entries of variance 1, m / n = beta."""
-    from scipy.integrate import quad
-    from scipy.optimize import brentq
-
-    low, high = (1 - np.sqrt(beta)) ** 2, (1 + np.sqrt(beta)) ** 2
-
-    def density(x: float) -> float:
-        return float(np.sqrt(max(0.0, (high - x) * (x - low))) / (2 * np.pi * beta * x))
-
-    # Near 0 the density of a square matrix is x^(-1/2); in the root of x it is bounded.
-    def below(x: float) -> float:
-        return quad(lambda root: 2 * root * density(root * root), np.sqrt(low), np.sqrt(x), limit=200)[0]
-
-    return float(brentq(lambda x: below(x) - 0.5, low + 1e-9, high))
