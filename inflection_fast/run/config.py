@@ -12,14 +12,15 @@ from inflection_fast.measure import MonitorConfig
 
 __all__ = [
     "BASELINES", "DataConfig", "LoraConfig", "MeasureConfig", "ModelConfig", "RunConfig", "SourceConfig", "TrainConfig",
-    "TuneConfig", "differences", "to_dict",
+    "TuneConfig", "check", "differences", "to_dict",
 ]  # fmt: skip
 
 BASELINES = ("last", "first", "random", "all")
 _ENCODINGS = "null or a text encoding that Python knows, such as utf-16, latin-1 or cp1252"
 
 
-def _check(condition: bool, name: str, value: Any, accepted: str) -> None:
+def check(condition: bool, name: str, value: Any, accepted: str) -> None:
+    """ValueError that names the setting, its value and what is accepted, unless the condition holds."""
     if not condition:
         raise ValueError(f"{name} must be {accepted}, got {value!r}")
 
@@ -55,8 +56,8 @@ class ModelConfig:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        _check(bool(self.path), "model.path", self.path, "a folder or a hub name")
-        _check(self.max_length >= 2, "model.max_length", self.max_length, "at least 2")
+        check(bool(self.path), "model.path", self.path, "a folder or a hub name")
+        check(self.max_length >= 2, "model.max_length", self.max_length, "at least 2")
 
 
 @dataclass(frozen=True)
@@ -121,24 +122,24 @@ class DataConfig:
     split_seed: int = 0
 
     def __post_init__(self) -> None:
-        _check(bool(self.path), "data.path", self.path, "a file or a hub name")
-        _check(0 < self.test_share < 1, "data.test_share", self.test_share, "above 0 and below 1")
-        _check(self.probe is None or self.probe >= 0, "data.probe", self.probe, "null or at least 0")
+        check(bool(self.path), "data.path", self.path, "a file or a hub name")
+        check(0 < self.test_share < 1, "data.test_share", self.test_share, "above 0 and below 1")
+        check(self.probe is None or self.probe >= 0, "data.probe", self.probe, "null or at least 0")
         single = self.delimiter is None or len(self.delimiter) == 1
-        _check(single, "data.delimiter", self.delimiter, 'null or one character (a tab is "\\t")')
-        _check(self.encoding is None or _is_encoding(self.encoding), "data.encoding", self.encoding, _ENCODINGS)
+        check(single, "data.delimiter", self.delimiter, 'null or one character (a tab is "\\t")')
+        check(self.encoding is None or _is_encoding(self.encoding), "data.encoding", self.encoding, _ENCODINGS)
         for name in ("train_limit", "test_limit"):
             value = getattr(self, name)
-            _check(value is None or value >= 1, f"data.{name}", value, "null or at least 1")
+            check(value is None or value >= 1, f"data.{name}", value, "null or at least 1")
         if self.messages is not None and self.text_pair is not None:
             raise ValueError("data.messages and data.text_pair are two kinds of text: give one of them")
         if self.test is not None and self.group is not None:
             raise ValueError("data.test and data.group are two ways to split: give one of them")
         if self.labels is not None:
-            _check(len(self.labels) >= 2, "data.labels", self.labels, "at least two names")
-            _check(len(set(self.labels)) == len(self.labels), "data.labels", self.labels, "distinct names")
+            check(len(self.labels) >= 2, "data.labels", self.labels, "at least two names")
+            check(len(set(self.labels)) == len(self.labels), "data.labels", self.labels, "distinct names")
             stripped = all(name == name.strip() and name for name in self.labels)
-            _check(stripped, "data.labels", self.labels, "names without spaces around them")
+            check(stripped, "data.labels", self.labels, "names without spaces around them")
 
 
 @dataclass(frozen=True)
@@ -178,14 +179,14 @@ class TrainConfig:
     activation_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        _check(self.steps is None or self.steps >= 1, "train.steps", self.steps, "null or at least 1")
+        check(self.steps is None or self.steps >= 1, "train.steps", self.steps, "null or at least 1")
         for name in ("batch_size", "accumulate", "eval_batch_size", "checkpoint_every", "log_every"):
-            _check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
+            check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
         for name in ("epochs", "learning_rate"):
-            _check(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "above 0")
+            check(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "above 0")
         for name in ("weight_decay", "max_grad_norm"):
-            _check(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "at least 0")
-        _check(0 <= self.warmup_share < 1, "train.warmup_share", self.warmup_share, "at least 0 and below 1")
+            check(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "at least 0")
+        check(0 <= self.warmup_share < 1, "train.warmup_share", self.warmup_share, "at least 0 and below 1")
 
 
 @dataclass(frozen=True)
@@ -220,9 +221,9 @@ class MeasureConfig:
     overhead_pairs: int = 5
 
     def __post_init__(self) -> None:
-        _check(self.unfreeze is None or self.unfreeze >= 0, "measure.unfreeze", self.unfreeze, "null or at least 0")
+        check(self.unfreeze is None or self.unfreeze >= 0, "measure.unfreeze", self.unfreeze, "null or at least 0")
         pairs = self.overhead_pairs
-        _check(pairs == 0 or pairs >= 3, "measure.overhead_pairs", pairs, "0 or at least 3")
+        check(pairs == 0 or pairs >= 3, "measure.overhead_pairs", pairs, "0 or at least 3")
 
 
 @dataclass(frozen=True)
@@ -244,9 +245,9 @@ class LoraConfig:
     modules_to_save: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        _check(self.r >= 1, "lora.r", self.r, "at least 1")
-        _check(self.alpha is None or self.alpha >= 1, "lora.alpha", self.alpha, "null or at least 1")
-        _check(0 <= self.dropout < 1, "lora.dropout", self.dropout, "at least 0 and below 1")
+        check(self.r >= 1, "lora.r", self.r, "at least 1")
+        check(self.alpha is None or self.alpha >= 1, "lora.alpha", self.alpha, "null or at least 1")
+        check(0 <= self.dropout < 1, "lora.dropout", self.dropout, "at least 0 and below 1")
 
 
 @dataclass(frozen=True)
@@ -266,7 +267,7 @@ class TuneConfig:
     top: int = 2
 
     def __post_init__(self) -> None:
-        _check(self.top >= 1, "tune.top", self.top, "at least 1")
+        check(self.top >= 1, "tune.top", self.top, "at least 1")
 
 
 @dataclass(frozen=True)
@@ -300,11 +301,11 @@ class RunConfig:
     seed: int = 42
 
     def __post_init__(self) -> None:
-        _check(bool(self.output), "output", self.output, "a folder")
-        _check(0 <= self.seed < 2**32, "seed", self.seed, "between 0 and 2**32 - 1")
+        check(bool(self.output), "output", self.output, "a folder")
+        check(0 <= self.seed < 2**32, "seed", self.seed, "between 0 and 2**32 - 1")
         for name in self.baselines:
-            _check(name in BASELINES, "baselines", name, "among " + ", ".join(BASELINES))
-        _check(len(set(self.baselines)) == len(self.baselines), "baselines", self.baselines, "distinct names")
+            check(name in BASELINES, "baselines", name, "among " + ", ".join(BASELINES))
+        check(len(set(self.baselines)) == len(self.baselines), "baselines", self.baselines, "distinct names")
 
     @property
     def folder(self) -> Path:

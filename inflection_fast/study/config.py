@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from inflection_fast.run.config import DataConfig, ModelConfig
+from inflection_fast.run.config import DataConfig, ModelConfig, check
 
 __all__ = [
     "ConfirmationConfig",
@@ -40,11 +40,6 @@ RATES: dict[str, tuple[float, ...]] = {
     "bottleneck": (1e-3, 3e-3, 1e-2),
     "lisa": (3e-5, 1e-4, 3e-4),
 }
-
-
-def _check(condition: bool, name: str, value: Any, accepted: str) -> None:
-    if not condition:
-        raise ValueError(f"{name} must be {accepted}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -88,7 +83,7 @@ class RegimeConfig:
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError(f"a regime has either epochs or steps, got epochs {self.epochs} and steps {self.steps}")
-        _check((self.epochs or self.steps or 0) >= 1, "regimes", self.epochs or self.steps, "at least 1")
+        check((self.epochs or self.steps or 0) >= 1, "regimes", self.epochs or self.steps, "at least 1")
 
     def steps_of(self, texts: int, batch_size: int) -> int:
         """Optimizer steps on so many texts."""
@@ -123,9 +118,9 @@ class LoopConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "eval_batch_size"):
-            _check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
-        _check(0 <= self.warmup_share < 1, "train.warmup_share", self.warmup_share, "at least 0 and below 1")
-        _check(self.max_grad_norm > 0, "train.max_grad_norm", self.max_grad_norm, "above 0")
+            check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
+        check(0 <= self.warmup_share < 1, "train.warmup_share", self.warmup_share, "at least 0 and below 1")
+        check(self.max_grad_norm > 0, "train.max_grad_norm", self.max_grad_norm, "above 0")
 
 
 @dataclass(frozen=True)
@@ -145,8 +140,8 @@ class SourcesConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check(self.limit >= 1, "source.limit", self.limit, "at least 1")
-        _check(self.test >= 1, "source.test", self.test, "at least 1")
+        check(self.limit >= 1, "source.limit", self.limit, "at least 1")
+        check(self.test >= 1, "source.test", self.test, "at least 1")
 
 
 @dataclass(frozen=True)
@@ -167,7 +162,7 @@ class SizesConfig:
 
     def __post_init__(self) -> None:
         for name in ("train", "test", "least_test", "validation"):
-            _check(getattr(self, name) >= 1, f"target.{name}", getattr(self, name), "at least 1")
+            check(getattr(self, name) >= 1, f"target.{name}", getattr(self, name), "at least 1")
 
 
 @dataclass(frozen=True)
@@ -280,37 +275,35 @@ class StudyConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rates", {**RATES, **{k: tuple(v) for k, v in self.rates.items()}})
-        _check(bool(self.transfers), "transfers", self.transfers, "at least one")
-        _check(bool(self.seeds) and len(set(self.seeds)) == len(self.seeds), "seeds", self.seeds, "distinct, not none")
+        check(bool(self.transfers), "transfers", self.transfers, "at least one")
+        check(bool(self.seeds) and len(set(self.seeds)) == len(self.seeds), "seeds", self.seeds, "distinct, not none")
         names = [arm for wave in self.waves for arm in wave.arms]
-        _check(bool(names), "waves", self.waves, "at least one arm")
+        check(bool(names), "waves", self.waves, "at least one arm")
         outside = [seed for wave in self.waves for seed in wave.seeds or () if seed not in self.seeds]
-        _check(not outside, "seeds of a wave", outside, f"among the seeds of the study {list(self.seeds)}")
+        check(not outside, "seeds of a wave", outside, f"among the seeds of the study {list(self.seeds)}")
         for name in [*self.transfers, *self.regimes, *names]:
-            _check(
-                name.replace("_", "").isalnum(), "a name of a transfer, regime or arm", name, "letters, digits and _"
-            )
+            check(name.replace("_", "").isalnum(), "a name of a transfer, regime or arm", name, "letters, digits and _")
         unknown = [name for wave in self.waves for name in wave.transfers or () if name not in self.transfers]
-        _check(not unknown, "transfers of a wave", unknown, f"among the transfers {list(self.transfers)}")
+        check(not unknown, "transfers of a wave", unknown, f"among the transfers {list(self.transfers)}")
         if self.tuning.seed in self.seeds:
             raise ValueError(f"tuning.seed {self.tuning.seed} is among the reported seeds {list(self.seeds)}")
         for cell in self.tuning.cells:
-            _check(self._known(cell.split("/"), 2), "tuning.cells", cell, "a transfer and a regime, as tweets/over")
+            check(self._known(cell.split("/"), 2), "tuning.cells", cell, "a transfer and a regime, as tweets/over")
             held_out = self.transfers[cell.split("/")[0]].held_out
-            _check(not held_out, "tuning.cells", cell, "of a transfer that is not held out")
+            check(not held_out, "tuning.cells", cell, "of a transfer that is not held out")
         untuned = [name for name in self.regimes if not any(cell.endswith(f"/{name}") for cell in self.tuning.cells)]
-        _check(not untuned, "tuning.cells", self.tuning.cells, f"at least one of the regimes {untuned}")
+        check(not untuned, "tuning.cells", self.tuning.cells, f"at least one of the regimes {untuned}")
         for cell in self.gradients:
-            _check(self._known(cell.split("/"), 3), "gradients", cell, "transfer, regime and arm, as tweets/over/all")
+            check(self._known(cell.split("/"), 3), "gradients", cell, "transfer, regime and arm, as tweets/over/all")
         for name, confirmation in self.confirmations.items():
             unknown = [transfer for transfer in confirmation.transfers or () if transfer not in self.transfers]
-            _check(not unknown, f"confirmations.{name}.transfers", unknown, f"among {list(self.transfers)}")
+            check(not unknown, f"confirmations.{name}.transfers", unknown, f"among {list(self.transfers)}")
         for kind, rates in self.rates.items():
-            _check(len(set(rates)) >= 3 and min(rates) > 0, f"rates.{kind}", rates, "at least three different rates")
+            check(len(set(rates)) >= 3 and min(rates) > 0, f"rates.{kind}", rates, "at least three different rates")
         for name in ("draws", "blocks", "rank", "everywhere_rank"):
-            _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+            check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         threshold = self.near_duplicates
-        _check(threshold is None or 0 < threshold < 1, "near_duplicates", threshold, "null, or above 0 and below 1")
+        check(threshold is None or 0 < threshold < 1, "near_duplicates", threshold, "null, or above 0 and below 1")
 
     def _known(self, parts: list[str], count: int) -> bool:
         return len(parts) == count and parts[0] in self.transfers and parts[1] in self.regimes
