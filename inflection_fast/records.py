@@ -128,21 +128,6 @@ class StageRecord(_Record):
     draws: int | None = None
 
     @property
-    def name(self) -> str:
-        """The name of the stage (`stage`)."""
-        return self.stage
-
-    @property
-    def trainable(self) -> int:
-        """The number of trained parameters (`trainable_parameters`)."""
-        return self.trainable_parameters
-
-    @property
-    def total(self) -> int | None:
-        """The number of all parameters (`total_parameters`)."""
-        return self.total_parameters
-
-    @property
     def accuracy(self) -> float | None:
         """Accuracy on the test texts."""
         return self.metrics.accuracy if self.metrics else None

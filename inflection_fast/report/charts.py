@@ -79,9 +79,9 @@ def stage_chart(stages: Sequence[Stage], highlighted: str) -> Figure:
         canvas.style_axes(left, "Accuracy by stage", "accuracy on held-out examples, %")
     canvas.style_axes(right, "Trainable parameters", "parameters (log scale)")
     for row, stage in enumerate(stages):
-        colour = canvas.CHOSEN if stage.name == highlighted else canvas.BLUE
+        colour = canvas.CHOSEN if stage.stage == highlighted else canvas.BLUE
         point: dict[str, Any] = {"color": colour, "marker": "o", "markersize": 5, "linestyle": "none"}
-        point["markerfacecolor"] = "white" if stage.name == "source" else colour
+        point["markerfacecolor"] = "white" if stage.stage == "source" else colour
         value, error = (stage.loss, None) if language else (stage.accuracy, stage.standard_error)
         scale = 1 if language else 100
         if value is None:
@@ -90,14 +90,13 @@ def stage_chart(stages: Sequence[Stage], highlighted: str) -> Figure:
             left.errorbar(scale * value, row, xerr=scale * (error or 0), capsize=3, elinewidth=1.2, **point)
         if stage.majority is not None and not language:
             left.plot(100 * stage.majority, row, color=canvas.GREY, marker="|", markersize=13, markeredgewidth=1.8)
-        if stage.trainable:
-            right.plot(stage.trainable, row, **point)
-            right.annotate(
-                count(stage.trainable), (stage.trainable, row), (7, 0), va="center", **_plain(canvas.TEXT_COLOUR)
-            )
+        trainable = stage.trainable_parameters
+        if trainable:
+            right.plot(trainable, row, **point)
+            right.annotate(count(trainable), (trainable, row), (7, 0), va="center", **_plain(canvas.TEXT_COLOUR))
         else:
-            right.text(0.05, row, count(stage.trainable), transform=right.get_yaxis_transform(), **_note())
-    sizes = [stage.trainable for stage in stages if stage.trainable]
+            right.text(0.05, row, count(trainable), transform=right.get_yaxis_transform(), **_note())
+    sizes = [stage.trainable_parameters for stage in stages if stage.trainable_parameters]
     if sizes:
         # room on the right for the number beside the last point
         right.set_xscale("log")

@@ -128,7 +128,7 @@ def _stages(run: Run) -> str:
         rows.append(
             (name, escape(result), _interval(stage, span, language, stage is run.tune), escape(against(run, stage)),
              trainable(stage), count(stage.steps),
-             escape(training_note(stage)) if stage.trainable else "")
+             escape(training_note(stage)) if stage.trainable_parameters else "")
         )  # fmt: skip
     kind = "Loss, nats per token" if language else "Accuracy"
     head = ("Stage", kind, _axis(span, language), "Injected better by", "Trained parameters", "Steps", "Cost")
@@ -185,7 +185,7 @@ def _interval(stage: Stage, span: tuple[float, float] | None, language: bool, ou
             f'<line class=bar x1="{x(value - error)}" x2="{x(value + error)}" y1="{middle:g}" y2="{middle:g}"/>'
         )
     parts.append(f'<circle cx="{x(value)}" cy="{middle:g}" r="4.5"/>')
-    kind = " ours" if ours else " other" if stage.name == "source" else ""
+    kind = " ours" if ours else " other" if stage.stage == "source" else ""
     return (
         f'<svg class="interval{kind}" viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}" '
         f'role="presentation">{"".join(parts)}</svg>'

@@ -184,14 +184,19 @@ def missing_parts(run: Run) -> list[str]:
 def _what_was_run(run: Run) -> list[str]:
     model, timeline = _model(run), run.timeline
     layers = len(timeline.layers) if timeline is not None else len(model.get("layers") or ()) or None
-    total = next((s.total for s in (run.measure, run.source, run.tune) if s is not None and s.total), None)
+    totals = (stage.total_parameters for stage in (run.measure, run.source, run.tune) if stage is not None)
+    total = next(filter(None, totals), None)
     where = (run.settings.get("model") or {}).get("path")
     facts = [
         f"**Model:** {f'`{where}`, ' if where else ''}{model.get('class') or 'class not recorded'}"
         f" ({model.get('model_type') or 'type not recorded'}), {count(total)} parameters, "
         f"{count(layers)} transformer layers{f' with {timeline.heads} attention heads each' if timeline else ''}.",
         *described(run),
-        *[f"**{capitalised(stage.label)}:** {training_note(stage)}" for stage in run.in_order if stage.trainable],
+        *[
+            f"**{capitalised(stage.label)}:** {training_note(stage)}"
+            for stage in run.in_order
+            if stage.trainable_parameters
+        ],
         f"**Seed:** {MISSING if run.seed is None else run.seed}.",
     ]
     return ["## What was run", _bullets(facts)]

@@ -247,7 +247,7 @@ def _table(groups: Sequence[Group]) -> str:
                  count(content.alerts_in_all),
                  escape(layer_list(run.plan.layers)) if run.plan is not None else "no plan",
                  escape(accuracy(tune.accuracy, tune.standard_error)) if tune is not None else "",
-                 count(tune.trainable) if tune is not None else "")
+                 count(tune.trainable_parameters) if tune is not None else "")
             )  # fmt: skip
     head = ("Run", "Model", "Seed", "Measured steps", "Last loss", "Alerts", "Chosen", "Accuracy", "Trained parameters")
     return table(head, rows, numbers=(2, 3, 4, 5, 7, 8))

@@ -96,7 +96,7 @@ def _stages(run: Run) -> Table:
             Text(stage.label, style="bold" if stage is run.tune else ""),
             value(stage.loss, 4) if language else accuracy(stage.accuracy, stage.standard_error),
             against(run, stage),
-            count(stage.trainable),
+            count(stage.trainable_parameters),
         )
     return table
 

@@ -152,14 +152,13 @@ def _by_loss(comparisons: list[Comparison]) -> str:
 
 def _place(injected: Stage, comparisons: list[Comparison]) -> list[str]:
     """Whether the place mattered, and not only the number of parameters."""
-    if not comparisons or not injected.trainable:
+    size = injected.trainable_parameters
+    if not comparisons or not size:
         return []
-    same = [
-        c for c in comparisons if c.stage.trainable and abs(c.stage.trainable / injected.trainable - 1) <= SAME_SIZE
-    ]
+    same = [c for c in comparisons if abs(c.stage.trainable_parameters / size - 1) <= SAME_SIZE]
     if not same:
         return [
-            f"No baseline trains about as many parameters as the injected model ({injected.trainable:,}), so this run "
+            f"No baseline trains about as many parameters as the injected model ({size:,}), so this run "
             "cannot tell whether the chosen place matters or only the number of parameters."
         ]
     names = listed([c.stage.label for c in same])
@@ -175,7 +174,9 @@ def _place(injected: Stage, comparisons: list[Comparison]) -> list[str]:
 
 def _length(injected: Stage, others: list[Stage]) -> list[str]:
     """Stages that trained longer or shorter, which is an advantage or a disadvantage by itself."""
-    different = [s for s in others if s.trainable and s.steps and injected.steps and s.steps != injected.steps]
+    different = [
+        s for s in others if s.trainable_parameters and s.steps and injected.steps and s.steps != injected.steps
+    ]
     if not different:
         return []
     named = listed([f"{stage.label} {count(stage.steps)}" for stage in different])

@@ -72,8 +72,8 @@ def capitalised(text: str) -> str:
 
 def trainable(stage: Stage) -> str:
     """The trainable parameters of a stage and their share of all: `2,048 (0.10 %)`."""
-    share = f" ({percent(stage.trainable / stage.total, 2)})" if stage.trainable and stage.total else ""
-    return f"{count(stage.trainable)}{share}"
+    number, total = stage.trainable_parameters, stage.total_parameters
+    return f"{count(number)}{f' ({percent(number / total, 2)})' if number and total else ''}"
 
 
 def listed(items: Sequence[str]) -> str:
