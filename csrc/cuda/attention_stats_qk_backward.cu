@@ -145,9 +145,18 @@ __device__ __forceinline__ void put_slopes(typename S::Type* to, float a, float 
   }
 }
 
+// Least number of blocks per multiprocessor; 0: the compiler decides. For sm_100 it stops at 168 registers and spills.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+template <class S>
+constexpr int kResident = S::kTensorCores ? 0 : 1;
+#else
+template <class S>
+constexpr int kResident = 0;
+#endif
+
 // kOfKeys: the left tile has keys and the right tiles have rows, for dK; otherwise the reverse, for dQ.
 template <class S, bool kOfKeys>
-__global__ void __launch_bounds__(S::kThreads)
+__global__ void __launch_bounds__(S::kThreads, kResident<S>)
     gradients_of_tile(AttentionStatsQkBackwardArgs args, QkForm form, int64_t left_tiles, int64_t parts) {
   using T = typename S::Type;
   constexpr int kRows = kOfKeys ? S::kRight : S::kLeft;

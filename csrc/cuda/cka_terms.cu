@@ -49,6 +49,7 @@ __global__ void __launch_bounds__(kThreads) merge_terms(CkaTermsArgs args, int64
 #pragma unroll
   for (int i = 0; i < kCkaTermSums; ++i) {
     double total = 0.0;
+#pragma unroll 1  // or the compiler keeps the loads of several sums at once, and spills for sm_100
     for (int64_t item = threadIdx.x; item < items; item += kThreads)
       total += args.partial[(layer * items + item) * kCkaTermSums + i];
     sums.terms[i] = block_sum<kThreads>(total, memory);
