@@ -1,6 +1,5 @@
-// The drawing half of the page: reads the manifest and the arrays that stand in the page (or fetches them from the
-// server of a live run) and draws them with uPlot. Text from outside goes through textContent; HTML comes escaped from
-// the writer of the page.
+// Draws the page with uPlot, from the manifest and the arrays in the page (of a live run: from its server). Text from
+// outside is set as textContent; the HTML fragments are escaped by the writer of the page.
 "use strict";
 (() => {
 
@@ -9,8 +8,8 @@ let manifest = JSON.parse($("manifest").textContent);
 const LIVE = manifest.live;
 const POLL_MS = 2000;
 const STATISTICS = ["mean", "lowest", "highest"];
-const TABLE_COLUMNS = 12, TABLE_ROWS = 40;  // of a table behind a chart; the CSV holds everything
-const LOG_RATIO = 50;  // positive values that span more than this are coloured by their logarithm at first
+const TABLE_COLUMNS = 12, TABLE_ROWS = 40;  // of a table below a chart; the CSV holds everything
+const LOG_RATIO = 50;  // positive values whose ratio is larger start with a log scale
 
 function make(tag, options = {}, ...children) {
   const element = document.createElement(tag);
@@ -20,6 +19,15 @@ function make(tag, options = {}, ...children) {
     else if (value !== null && value !== false) element.setAttribute(name, value === true ? "" : value);
   }
   element.append(...children);
+  return element;
+}
+
+const span = (text, name = null) => make("span", { text, class: name });
+const range = (count) => [...Array(count).keys()];
+
+function dot(colour) {
+  const element = make("b", { text: "\u25cf ", "aria-hidden": true });
+  element.style.color = colour;
   return element;
 }
 
@@ -35,7 +43,18 @@ function format(number, digits = 3) {
 }
 
 const whole = (number) => number.toLocaleString("en-US");
+const missingToNull = (row) => Array.from(row, (value) => (Number.isNaN(value) ? null : value));
 const stepText = ([first, last]) => (first === last ? `step ${whole(first)}` : `steps ${whole(first)} to ${whole(last)}`);
+
+function extent(values, counts = Number.isFinite) {  // lowest and highest; Infinity, -Infinity without values
+  let low = Infinity, high = -Infinity;
+  for (const value of values) {
+    if (!counts(value)) continue;
+    if (value < low) low = value;
+    if (value > high) high = value;
+  }
+  return [low, high];
+}
 
 // ---- arrays: zlib of the byte planes of float32, see packing.py -------------------------------------------------------
 
@@ -87,6 +106,14 @@ const RAMPS = { even: ramp(VIRIDIS), difference: ramp(DIVERGING) };
 const gradient = (kind) =>
   `linear-gradient(90deg, ${(kind === "difference" ? DIVERGING : VIRIDIS).map((hex) => `#${hex}`).join(", ")})`;
 
+function showColours(element, { low, high, kind }, unit) {  // the colour bar of a map
+  element.replaceChildren();
+  if (low > high) return;
+  const bar = make("i", { "aria-hidden": true });
+  bar.style.background = gradient(kind);
+  element.append(format(low), bar, `${format(high)}${unit}`);
+}
+
 let palette = {};
 
 function readPalette() {
@@ -129,6 +156,18 @@ function axis(options) {
   };
 }
 
+const FIXED = { auto: false, range: (_, low, high) => [low, high] };
+const FIXED_X = { ...FIXED, time: false };
+const stepAxis = () => axis({ values: integerTicks, grid: { show: false }, size: 26, space: 60 });
+const linear = { range: (_, low, high) => (low === null ? [0, 1] : roomy(low, high)) };
+
+function numberAxis(log = false) {
+  return axis({
+    values: numberTicks, size: (_, values) => wide(values), space: 32,
+    ...(log ? { splits: (plot) => logSplits(plot.scales.y.min, plot.scales.y.max) } : {}),
+  });
+}
+
 const numberTicks = (_, ticks) => ticks.map((tick) => (tick === null ? "" : compact(tick)));
 const integerTicks = (_, ticks) => ticks.map((tick) => (Number.isInteger(tick) ? whole(tick) : ""));
 
@@ -145,7 +184,7 @@ function wide(values) {  // width of an axis that fits its labels
 }
 
 function stepEdges(steps, length) {
-  // Borders of the columns of a map, with a hole where measured steps are missing.
+  // Borders of the columns of a map, with a gap where measured steps are missing.
   const gaps = steps.slice(1).map((pair, i) => (pair[0] - steps[i][0]) / length).sort((a, b) => a - b);
   const gap = gaps.length ? gaps[Math.floor(gaps.length / 2)] : 1;
   const left = steps.map(([first]) => first - gap / 2), right = steps.map(([, last]) => last + gap / 2);
@@ -156,12 +195,10 @@ function stepEdges(steps, length) {
 }
 
 function allSteps() {
-  let low = Infinity, high = -Infinity;
-  for (const column of manifest.columns) {
-    const { left, right } = stepEdges(column.steps, column.length);
-    low = Math.min(low, left[0]);
-    high = Math.max(high, right.at(-1));
-  }
+  const [low, high] = extent(manifest.columns.flatMap(({ steps, length }) => {
+    const { left, right } = stepEdges(steps, length);
+    return [left[0], right.at(-1)];
+  }));
   return low < high ? [low, high] : [0, 1];
 }
 
@@ -205,6 +242,7 @@ function draw(box, options, data, { height, overSteps = false, reset = () => {} 
   });
   entry.observer.observe(box);
   charts.add(entry);
+  if (overSteps) entry.plot.setScale("x", { min: shownSteps[0], max: shownSteps[1] });
   return entry;
 }
 
@@ -226,9 +264,9 @@ function marker(context, x, y, size, colour, shape) {
   context.fill();
 }
 
-// ---- a table behind every chart ---------------------------------------------------------------------------------------
+// ---- a table below every chart ---------------------------------------------------------------------------------------
 
-function tableBehind(title, rowsOf) {
+function tableBelow(title, rowsOf) {
   // rowsOf(all) -> { head, rows, note }; all: everything, for the CSV
   const details = make("details", {}, make("summary", { text: "Table" }));
   details.addEventListener("toggle", async () => {
@@ -252,15 +290,17 @@ function tableBehind(title, rowsOf) {
   return details;
 }
 
-function spread(count, most) {  // indices of at most so many of them, the first and the last among them
-  if (count <= most) return [...Array(count).keys()];
-  return [...Array(most).keys()].map((i) => Math.round((i * (count - 1)) / (most - 1)));
+// Indices of a table of `count` rows or columns, and a note if not all are there.
+function selected(count, most, what, all) {
+  if (all || count <= most) return { kept: range(count), note: "" };
+  const kept = range(most).map((i) => Math.round((i * (count - 1)) / (most - 1)));
+  return { kept, note: `${most} of ${whole(count)} ${what}` };
 }
 
 // ---- lines over steps -------------------------------------------------------------------------------------------------
 
-function withHoles(steps, length, rows) {
-  // x and rows with a null between columns where measured steps are missing, so that no line bridges them
+function withGaps(steps, length, rows) {
+  // x and rows, with a null where measured steps are missing, so that lines have a gap there
   const { gap } = stepEdges(steps, length);
   const x = [], out = rows.map(() => []), from = [];
   steps.forEach(([first, last], i) => {
@@ -278,22 +318,15 @@ function withHoles(steps, length, rows) {
 
 function lineChart(box, { steps, length, rows, log = false, height, alerts = [], readout, dots }) {
   // rows: [line] or [line, low, high]
-  const { data, from } = withHoles(steps, length, rows);
+  const { data, from } = withGaps(steps, length, rows);
   const positive = log && rows.every((row) => row.every((value) => Number.isNaN(value) || value > 0));
   const entry = draw(box, {
     group: "steps",
     scales: {
-      x: { time: false, auto: false, range: (_, low, high) => [low, high] },
-      y: positive ? { distr: 3, range: (_, low, high) => (low === null ? [1, 10] : [low / 1.15, high * 1.15]) }
-        : { range: (_, low, high) => (low === null ? [0, 1] : roomy(low, high)) },
+      x: FIXED_X,
+      y: positive ? { distr: 3, range: (_, low, high) => (low === null ? [1, 10] : [low / 1.15, high * 1.15]) } : linear,
     },
-    axes: [
-      axis({ values: integerTicks, grid: { show: false }, size: 26, space: 60 }),
-      axis({
-        values: numberTicks, size: (_, values) => wide(values), space: 32,
-        ...(positive ? { splits: (plot) => logSplits(plot.scales.y.min, plot.scales.y.max) } : {}),
-      }),
-    ],
+    axes: [stepAxis(), numberAxis(positive)],
     series: [
       {},
       { stroke: () => palette.accent, width: 1.75, points: { show: dots ?? data[0].length < 2, size: 5, fill: () => palette.accent } },
@@ -301,7 +334,7 @@ function lineChart(box, { steps, length, rows, log = false, height, alerts = [],
     ],
     bands: rows.length > 1 ? [{ series: [3, 2], fill: () => palette.band }] : [],
     hooks: {
-      setCursor: [(plot) => readout?.(plot.cursor.idx === null || plot.cursor.idx === undefined ? null : from[plot.cursor.idx] < 0 ? null : from[plot.cursor.idx])],
+      setCursor: [({ cursor: { idx } }) => { const index = from[idx ?? -1] ?? -1; readout?.(index < 0 ? null : index); }],
       draw: [(plot) => {
         for (const step of new Set(entry ? entry.alerts : alerts.map((alert) => alert.step))) {
           const x = plot.valToPos(step, "x", true);
@@ -313,7 +346,6 @@ function lineChart(box, { steps, length, rows, log = false, height, alerts = [],
     },
   }, data, { height, overSteps: true });
   entry.alerts = alerts.map((alert) => alert.step);
-  entry.plot.setScale("x", { min: shownSteps[0], max: shownSteps[1] });
   return entry;
 }
 
@@ -346,10 +378,7 @@ class HeatMap {
     const map = this;
     this.entry = draw(box, {
       group: this.group, zoomY: true,
-      scales: {
-        x: { time: false, auto: false, range: (_, low, high) => [low, high] },
-        y: { auto: false, range: (_, low, high) => [low, high] },
-      },
+      scales: { x: FIXED_X, y: FIXED },
       axes: [
         axis({
           values: integerTicks, grid: { show: false }, size: 28, space: this.columnName ? 26 : 60,
@@ -367,8 +396,6 @@ class HeatMap {
     this.listen();
     this.setData(options);
     this.seeAll();
-    const [low, high] = this.group === "steps" ? shownSteps : [this.left[0], this.right.at(-1)];
-    this.entry.plot.setScale("x", { min: low, max: high });
   }
 
   seeAll() {
@@ -379,21 +406,17 @@ class HeatMap {
   setData(data) {
     Object.assign(this, data);
     this.columns = this.left.length;
-    let low = Infinity, high = -Infinity;
-    const range = this.range ?? this.values;
-    for (const value of range) {
-      if (Number.isFinite(value) && (!this.log || value > 0)) { if (value < low) low = value; if (value > high) high = value; }
-    }
+    let [low, high] = extent(this.range ?? this.values, (value) => Number.isFinite(value) && (!this.log || value > 0));
     if (this.kind === "difference" && low <= high) { high = Math.max(Math.abs(low), Math.abs(high)) || 1; low = -high; }
     this.low = low; this.high = high;
     const scale = this.log ? Math.log : (value) => value;
-    const bottom = scale(low), span = scale(high) - bottom;
+    const bottom = scale(low), height = scale(high) - bottom;
     const pixels = new Uint32Array(this.rows * this.columns), table = RAMPS[this.kind];
     for (let row = 0; row < this.rows; row++) {
       for (let column = 0; column < this.columns; column++) {
         const value = this.values[row * this.columns + column];
         if (!Number.isFinite(value) || (this.log && value <= 0)) continue;  // stays clear: the hatching shows
-        const share = span > 0 ? (scale(value) - bottom) / span : 0.5;
+        const share = height > 0 ? (scale(value) - bottom) / height : 0.5;
         pixels[(this.rows - 1 - row) * this.columns + column] = table[Math.max(0, Math.min(255, Math.round(255 * share)))];
       }
     }
@@ -449,11 +472,10 @@ class HeatMap {
 
   cellUnder(plot) {
     const { left, top } = plot.cursor;
-    if (left === null || left === undefined || left < 0 || top < 0) return null;
+    if ((left ?? -1) < 0 || top < 0) return null;
     const x = plot.posToVal(left, "x"), row = Math.round(plot.posToVal(top, "y"));
-    let column = this.left.findIndex((border, i) => x >= border && x < this.right[i]);
-    if (row < 0 || row >= this.rows) return null;
-    return { row, column };
+    const column = this.left.findIndex((border, i) => x >= border && x < this.right[i]);
+    return row < 0 || row >= this.rows ? null : { row, column };
   }
 
   pointed(plot) {
@@ -479,29 +501,29 @@ class HeatMap {
     row = hold(row, this.rows - 1);
     column = hold(column, this.columns - 1);
     const middle = (this.left[column] + this.right[column]) / 2, { x, y } = plot.scales;
-    if (middle < x.min || middle > x.max) {
-      const half = (x.max - x.min) / 2;
-      this.group === "steps" ? zoomSteps([middle - half, middle + half]) : plot.setScale("x", { min: middle - half, max: middle + half });
-    }
+    if (middle < x.min || middle > x.max) this.showX(middle, (x.max - x.min) / 2);
     if (row < y.min || row > y.max) plot.setScale("y", { min: row - (y.max - y.min) / 2, max: row + (y.max - y.min) / 2 });
     // After the change of scales, which uPlot makes in a microtask of its own.
     queueMicrotask(() => plot.setCursor({ left: plot.valToPos(middle, "x"), top: plot.valToPos(row, "y") }, true, true));
   }
 
+  showX(middle, half) {
+    const min = middle - half, max = middle + half;
+    this.group === "steps" ? zoomSteps([min, max]) : this.entry.plot.setScale("x", { min, max });
+  }
+
   zoom(factor) {
     const plot = this.entry.plot, at = this.at ?? { row: (this.rows - 1) / 2, column: Math.floor(this.columns / 2) };
     const middle = at.column >= 0 ? (this.left[at.column] + this.right[at.column]) / 2 : (plot.scales.x.min + plot.scales.x.max) / 2;
-    const half = ((plot.scales.x.max - plot.scales.x.min) / 2) * factor;
-    this.group === "steps" ? zoomSteps([middle - half, middle + half]) : plot.setScale("x", { min: middle - half, max: middle + half });
+    this.showX(middle, ((plot.scales.x.max - plot.scales.x.min) / 2) * factor);
     if (at.column >= 0) queueMicrotask(() => this.goTo(at.row, at.column));
   }
 
   listen() {
     this.box.addEventListener("keydown", (event) => {
-      const at = this.at && this.at.column >= 0 ? this.at : { row: Math.floor(this.rows / 2), column: this.columns - 1 };
-      const fresh = !this.at;
+      const at = this.at?.column >= 0 ? this.at : { row: Math.floor(this.rows / 2), column: this.columns - 1 };
       const move = { ArrowUp: [1, 0], ArrowDown: [-1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1], PageUp: [8, 0], PageDown: [-8, 0] }[event.key];
-      if (move) fresh ? this.goTo(at.row, at.column) : this.goTo(at.row + move[0], at.column + move[1]);
+      if (move) this.at ? this.goTo(at.row + move[0], at.column + move[1]) : this.goTo(at.row, at.column);
       else if (event.key === "Home") this.goTo(at.row, 0);
       else if (event.key === "End") this.goTo(at.row, this.columns - 1);
       else if (event.key === "Enter" || event.key === " ") this.choose?.(at.row, at.column);
@@ -529,16 +551,21 @@ const drawn = new Map();  // id -> { update(column) }
 
 const alertsOf = (name) => manifest.alerts.filter((alert) => alert.signal === name);
 
+// A small chart with its caption and its table; `label` is read by a screen reader.
+function figure(parent, name, unit, { title = null, label = null, tableName, table }) {
+  const value = make("span", { class: "value" }), box = make("div", { class: "plot", role: "img", "aria-label": label });
+  const element = make("figure", { class: "card multiple", title },
+    make("figcaption", {}, name, span(unit, "unit"), value), box, tableBelow(tableName, table));
+  parent.append(element);
+  return { value, box, figure: element };
+}
+
 class Multiple {
   constructor(column) {
-    const name = column.axes.length
-      ? make("a", { href: `#map-${slug(column.name)}`, text: column.label }) : make("span", { text: column.label });
-    this.value = make("span", { class: "value" });
-    this.caption = make("figcaption", {}, name, make("span", { class: "unit", text: column.unit }), this.value);
-    this.box = make("div", { class: "plot", role: "img" });
-    this.figure = make("figure", { class: "card multiple", title: column.explanation }, this.caption, this.box,
-      tableBehind(column.label, (all) => this.table(all)));
-    $("multiples").append(this.figure);
+    const name = column.axes.length ? make("a", { href: `#map-${slug(column.name)}`, text: column.label }) : span(column.label);
+    Object.assign(this, figure($("multiples"), name, column.unit, {
+      title: column.explanation, tableName: column.label, table: (all) => this.table(all),
+    }));
   }
 
   async update(column) {
@@ -548,7 +575,7 @@ class Multiple {
     const single = this.rows[1].every((value, i) => Object.is(value, this.rows[2][i]) && Object.is(value, this.rows[0][i]));
     if (this.entry) erase(this.entry);
     this.entry = lineChart(this.box, {
-      steps: column.steps, length: column.length, rows: single ? [this.rows[0]] : this.rows, log: column.log || wideRange(this.rows),
+      steps: column.steps, length: column.length, rows: single ? [this.rows[0]] : this.rows, log: column.log || needsLog(flat),
       height: () => 128, alerts: alertsOf(column.name), readout: (index) => this.say(index),
     });
     this.box.setAttribute("aria-label", `${column.label}, ${column.unit}: ${this.words(count - 1)}. The table below holds the numbers.`);
@@ -566,28 +593,34 @@ class Multiple {
   }
 
   table(all) {
-    const { steps } = this.column, kept = all ? [...steps.keys()] : spread(steps.length, TABLE_ROWS);
-    return {
-      head: ["step", ...STATISTICS],
-      rows: kept.map((i) => [stepText(steps[i]), ...this.rows.map((row) => row[i])]),
-      note: kept.length < steps.length ? `${kept.length} of ${whole(steps.length)} rows` : "",
-    };
+    const { steps } = this.column, { kept, note } = selected(steps.length, TABLE_ROWS, "rows", all);
+    return { head: ["step", ...STATISTICS], rows: kept.map((i) => [stepText(steps[i]), ...this.rows.map((row) => row[i])]), note };
   }
 }
 
-function wideRange(rows) {
-  let low = Infinity, high = -Infinity;
-  for (const row of rows) {
-    for (const value of row) {
-      if (!Number.isFinite(value)) continue;
-      if (value < low) low = value;
-      if (value > high) high = value;
-    }
-  }
+function needsLog(values) {
+  const [low, high] = extent(values);
   return low > 0 && high / low > LOG_RATIO;
 }
 
 const slug = (name) => name.replace(/[^\w-]/g, (c) => `_${c.codePointAt(0).toString(16)}_`);
+
+function output() {
+  return make("output", { class: "readout", "aria-live": "polite" });
+}
+
+// A map with its title, readout, colour bar and table; `head` and `below` are further elements.
+function mapCard(parent, title, unit, table, { id = null, about = [], head = [], below = [] } = {}) {
+  const box = make("div", { class: "plot" }), readout = output(), scale = span("", "scale");
+  const heading = make("h3", {}, `${title} `, span(unit, "unit"));
+  const article = make("article", { class: "card map", id },
+    make("div", { class: "head" }, about.length ? make("div", {}, heading, ...about) : heading, ...head),
+    box, make("div", { class: "under" }, readout, scale), ...below, tableBelow(title, table));
+  parent.append(article);
+  return { box, readout, scale, article };
+}
+
+const mapHeight = (rows, cell = 17, least = 150) => Math.max(least, Math.min(430, cell * rows)) + 40;
 
 // ---- a card for every column by layer ---------------------------------------------------------------------------------
 
@@ -596,18 +629,11 @@ class Card {
     this.statistic = 0;
     this.log = null;
     this.controls = make("div", { class: "controls" });
-    this.box = make("div", { class: "plot" });
-    this.readout = make("output", { class: "readout", "aria-live": "polite" });
-    this.scale = make("span", { class: "scale" });
     this.detail = make("div", { class: "detail", hidden: true });
     this.note = make("p", { class: "note" });
-    this.article = make("article", { class: "card map", id: `map-${slug(column.name)}` },
-      make("div", { class: "head" },
-        make("div", {}, make("h3", {}, `${column.label} `, make("span", { class: "unit", text: column.unit })), make("p", { text: column.explanation })),
-        this.controls),
-      this.box, make("div", { class: "under" }, this.readout, this.scale), this.note, this.detail,
-      tableBehind(column.label, (all) => this.table(all)));
-    $("cards").append(this.article);
+    Object.assign(this, mapCard($("cards"), column.label, column.unit, (all) => this.table(all), {
+      id: `map-${slug(column.name)}`, about: [make("p", { text: column.explanation })], head: [this.controls], below: [this.note, this.detail],
+    }));
   }
 
   async update(column) {
@@ -617,7 +643,7 @@ class Card {
     this.layers = column.map.shape[1];
     this.several = this.statistics === 3;
     this.positive = this.shown().every((value) => !(value <= 0));
-    if (this.log === null) this.log = this.positive && (column.log || wideRange([this.shown()]));
+    if (this.log === null) this.log = this.positive && (column.log || needsLog(this.shown()));
     this.buildControls();
     const { left, right } = stepEdges(column.steps, column.length);
     const data = {
@@ -627,7 +653,7 @@ class Card {
     if (this.map) this.map.setData(data);
     else {
       this.map = new HeatMap(this.box, {
-        ...data, height: () => Math.max(150, Math.min(430, 17 * this.layers)) + 40,
+        ...data, height: () => mapHeight(this.layers),
         label: `${column.label} by layer and step. Arrow keys move, Enter shows ${column.parts ? "the heads" : "the course"} of a layer, plus and minus zoom, 0 shows all.`,
         readout: (cell) => this.say(cell), choose: (row) => this.open(row),
       });
@@ -642,8 +668,9 @@ class Card {
   aboutColumns() {
     const { length, parts } = this.column;
     const over = parts ? `${parts.axis}s` : "";
-    if (length > 1) return `A column stands for ${whole(length)} measured steps${over ? ` and all ${over}` : ""}: its colour is their ${STATISTICS[this.statistic]} value, and mean, lowest and highest stand under the cursor.`;
-    return this.several && over ? `A cell stands for all ${over} of a layer: its colour is their ${STATISTICS[this.statistic]} value.` : "";
+    const colour = `the colour is their ${STATISTICS[this.statistic]} value`;
+    if (length > 1) return `Each column has ${whole(length)} measured steps${over ? ` and all ${over}` : ""}: ${colour}; the line below the map shows mean, lowest and highest.`;
+    return this.several && over ? `Each cell has all ${over} of a layer: ${colour}.` : "";
   }
 
   shown() {
@@ -676,11 +703,7 @@ class Card {
   }
 
   legend() {
-    this.scale.replaceChildren();
-    if (this.map.low > this.map.high) return;
-    const bar = make("i", { "aria-hidden": true });
-    bar.style.background = gradient("even");
-    this.scale.append(format(this.map.low), bar, `${format(this.map.high)} ${this.column.unit}${this.log ? ", log" : ""}`);
+    showColours(this.scale, this.map, ` ${this.column.unit}${this.log ? ", log" : ""}`);
   }
 
   at(statistic, layer, column) {
@@ -699,13 +722,13 @@ class Card {
   }
 
   table(all) {
-    const { steps } = this.column, kept = all ? [...steps.keys()] : spread(steps.length, TABLE_COLUMNS);
+    const { steps } = this.column, { kept, note } = selected(steps.length, TABLE_COLUMNS, "columns", all);
     const named = STATISTICS.slice(0, all ? this.statistics : 1);
     return {
       head: ["layer", ...named.flatMap((name) => kept.map((i) => (this.several ? `${name}, ` : "") + stepText(steps[i])))],
-      rows: [...Array(this.layers).keys()].map((layer) => [
+      rows: range(this.layers).map((layer) => [
         String(layer), ...named.flatMap((_, s) => kept.map((i) => this.at(s, layer, i)))]),
-      note: kept.length < steps.length ? `${kept.length} of ${whole(steps.length)} columns` : "",
+      note,
     };
   }
 
@@ -715,10 +738,10 @@ class Card {
     this.inside = null;
     const { column } = this, name = manifest.layers[layer] ?? "";
     const what = column.parts ? `${column.parts.axis}s` : "course";
-    const box = make("div", { class: "plot" }), readout = make("output", { class: "readout", "aria-live": "polite" });
+    const box = make("div", { class: "plot" }), readout = output();
     const close = make("button", { type: "button", text: "Close", onclick: () => this.close() });
     this.detail.replaceChildren(
-      make("div", { class: "head" }, make("h3", {}, `Layer ${layer}, ${what} `, make("span", { class: "unit", text: name })), close),
+      make("div", { class: "head" }, make("h3", {}, `Layer ${layer}, ${what} `, span(name, "unit")), close),
       box, make("div", { class: "under" }, readout));
     this.detail.hidden = false;
     if (column.parts) await this.openHeads(layer, box, readout);
@@ -733,7 +756,7 @@ class Card {
     const values = Float32Array.from({ length: heads * count }, (_, k) => cell(this.statistic, Math.floor(k / count), k % count));
     this.inside = new HeatMap(box, {
       rows: heads, ...stepEdges(parts.steps, parts.length), values, log: this.log, range: this.headRange(), rowName: part,
-      label: `${label}: ${part}s of layer ${layer} by step.`, height: () => Math.max(120, Math.min(430, 15 * heads)) + 40,
+      label: `${label}: ${part}s of layer ${layer} by step.`, height: () => mapHeight(heads, 15, 120),
       alerts: alertsOf(this.column.name).filter((alert) => alert.layer === layer && alert.head !== null).map(({ step, head }) => ({ step, row: head })),
       readout: (at) => {
         readout.textContent = !at ? "" : at.column < 0 ? `${part} ${at.row}: nothing was measured there`
@@ -795,19 +818,18 @@ function drawAlerts() {
   box.append(make("div", { class: "card" }, plot, make("div", { class: "under" }, readout)));
   alertEntry = draw(plot, {
     group: "steps",
-    scales: { x: { time: false, auto: false, range: (_, low, high) => [low, high] }, y: { range: () => [kinds.length - 0.4, -0.6] } },
+    scales: { x: FIXED_X, y: { range: () => [kinds.length - 0.4, -0.6] } },
     axes: [
-      axis({ values: integerTicks, grid: { show: false }, size: 26, space: 60 }),
+      stepAxis(),
       axis({
         splits: () => kinds.map((_, i) => i), values: () => kinds.map((kind) => kind.replaceAll("_", " ")),
         size: () => 14 + 6.4 * Math.max(...kinds.map((kind) => kind.length)),
       }),
     ],
     series: [{}, ...kinds.map(() => ({ paths: () => null, stroke: () => palette.alert, points: { show: true, size: 9, fill: () => palette.alert, stroke: () => palette.card, width: 1.5 } }))],
-    hooks: { setCursor: [({ cursor: { idx } }) => { readout.textContent = idx === null || idx === undefined ? "" : ordered[idx].message; }] },
+    hooks: { setCursor: [({ cursor: { idx } }) => { readout.textContent = ordered[idx ?? -1]?.message ?? ""; }] },
   }, [ordered.map((alert) => alert.step), ...kinds.map((kind, i) => ordered.map((alert) => (alert.kind === kind ? i : null)))],
     { height: () => 34 + 34 * kinds.length, overSteps: true });
-  alertEntry.plot.setScale("x", { min: shownSteps[0], max: shownSteps[1] });
 }
 
 // ---- chosen layers ----------------------------------------------------------------------------------------------------
@@ -835,21 +857,18 @@ const LINES = ["accent", "second", "third", "faint"];
 function byLayer(title, unit, lines, chosen, rings = [], { into = $("choice-charts"), log = false, explanation = null, mark = "chosen" } = {}) {
   if (lines.every(({ values }) => values.every((value) => value === null))) return;
   const count = Math.max(...lines.map(({ values }) => values.length)), colours = LINES;
-  const value = make("span", { class: "value" }), box = make("div", { class: "plot", role: "img", "aria-label": `${title} by layer; the table holds the numbers.` });
-  const caption = make("figcaption", {}, make("span", { text: title }), make("span", { class: "unit", text: unit }), value);
-  into.append(make("figure", { class: "card multiple", title: explanation }, caption, box, tableBehind(`${title} by layer`, () => ({
-    head: ["layer", ...lines.flatMap(({ name, error }) => (error ? [name, "standard error"] : [name]))],
-    rows: [...Array(count).keys()].map((i) => [String(i), ...lines.flatMap(({ values, error }) => (error ? [values[i] ?? null, error[i] ?? null] : [values[i] ?? null]))]),
-  }))));
+  const { value, box } = figure(into, span(title), unit, {
+    title: explanation, label: `${title} by layer; the table holds the numbers.`, tableName: `${title} by layer`,
+    table: () => ({
+      head: ["layer", ...lines.flatMap(({ name, error }) => (error ? [name, "standard error"] : [name]))],
+      rows: range(count).map((i) => [String(i), ...lines.flatMap(({ values, error }) => (error ? [values, error] : [values]).map((row) => row[i] ?? null))]),
+    }),
+  });
   const say = (i) => {
     if (i === null && lines.length > 1) {
       const names = lines.map(({ name }, k) => [name, colours[k]]);
       if (chosen.length) names.push([`${mark} layers`, "chosen"]);
-      value.replaceChildren(...names.flatMap(([name, colour]) => {
-        const dot = make("b", { text: "\u25cf ", "aria-hidden": true });
-        dot.style.color = `var(--${colour})`;
-        return [make("span", { class: "entry" }, dot, name), " "];
-      }));
+      value.replaceChildren(...names.flatMap(([name, colour]) => [make("span", { class: "entry" }, dot(`var(--${colour})`), name), " "]));
       return;
     }
     const said = i === null ? [chosen.length ? `Orange: ${mark} layers.` : "", ...rings.map(({ name, layer }) => `Ring: ${name}, layer ${layer}.`)].join(" ")
@@ -864,13 +883,10 @@ function byLayer(title, unit, lines, chosen, rings = [], { into = $("choice-char
   const low = Math.min(...known), high = Math.max(...known);
   choiceEntries.push(draw(box, {
     group: "layers",
-    scales: { x: { time: false, auto: false, range: (_, low, high) => [low, high] }, y: positive ? { distr: 3, range: () => [low / 1.3, high * 1.3] } : { range: () => [least, top + room] } },
+    scales: { x: FIXED_X, y: positive ? { distr: 3, range: () => [low / 1.3, high * 1.3] } : { range: () => [least, top + room] } },
     axes: [
       axis({ values: integerTicks, grid: { show: false }, size: 26, space: 26, incrs: [1, 2, 4, 5, 10, 20, 50] }),
-      axis({
-        values: numberTicks, size: (_, values) => wide(values), space: 32,
-        ...(positive ? { splits: (plot) => logSplits(plot.scales.y.min, plot.scales.y.max) } : {}),
-      }),
+      numberAxis(positive),
     ],
     series: [{}, ...lines.map((_, k) => ({
       stroke: () => palette[colours[k]], width: 1.75, points: { show: count <= 64, size: 5, fill: () => palette[colours[k]] },
@@ -904,7 +920,7 @@ function byLayer(title, unit, lines, chosen, rings = [], { into = $("choice-char
         }
       }],
     },
-  }, [[...Array(count).keys()], ...lines.map(({ values }) => [...Array(count).keys()].map((i) => values[i] ?? null))], { height: () => (into.classList.contains("wide") ? 190 : 150) }));
+  }, [range(count), ...lines.map(({ values }) => range(count).map((i) => values[i] ?? null))], { height: () => (into.classList.contains("wide") ? 190 : 150) }));
   choiceEntries.at(-1).plot.setScale("x", { min: -0.5, max: count - 0.5 });
   say(null);
 }
@@ -913,30 +929,26 @@ function byLayer(title, unit, lines, chosen, rings = [], { into = $("choice-char
 
 const idle = (work) => ("requestIdleCallback" in window ? requestIdleCallback(work, { timeout: 500 }) : setTimeout(work, 30));
 
-function near(element) {
-  const { top } = element.getBoundingClientRect();
-  return top < innerHeight * 1.3;
+const near = (element) => element.getBoundingClientRect().top < innerHeight * 1.3;
+
+function complete(version = 1) {
+  performance.mark("complete");
+  document.documentElement.dataset.complete = String(version);
 }
 
 // ---- layers against layers --------------------------------------------------------------------------------------------
 
 class MatrixCard {
   constructor(matrix) {
-    this.box = make("div", { class: "plot" });
-    this.readout = make("output", { class: "readout", "aria-live": "polite" });
-    this.scale = make("span", { class: "scale" });
     this.about = make("p", {});
-    this.article = make("article", { class: "card map" },
-      make("div", { class: "head" }, make("div", {}, make("h3", {}, `${matrix.label} `, make("span", { class: "unit", text: matrix.unit })), this.about)),
-      this.box, make("div", { class: "under" }, this.readout, this.scale), tableBehind(matrix.label, () => this.table()));
-    $("matrix-cards").append(this.article);
+    Object.assign(this, mapCard($("matrix-cards"), matrix.label, matrix.unit, () => this.table(), { about: [this.about] }));
   }
 
   async update(matrix) {
     const values = await array(matrix), [rows, columns] = matrix.shape;
     Object.assign(this, { matrix, values, rows, columns });
     this.about.textContent = matrix.explanation;
-    const left = [...Array(columns).keys()].map((i) => i - 0.5), right = left.map((border) => border + 1);
+    const left = range(columns).map((i) => i - 0.5), right = left.map((border) => border + 1);
     const data = { rows, left, right, values, range: matrix.unitInterval ? [0, 1] : undefined };
     if (this.map) this.map.setData(data);
     else {
@@ -946,12 +958,7 @@ class MatrixCard {
         label: `${matrix.label}: ${matrix.rows} by ${matrix.columns}. Arrow keys move.`, readout: (cell) => this.say(cell),
       });
     }
-    this.scale.replaceChildren();
-    if (this.map.low <= this.map.high) {
-      const bar = make("i", { "aria-hidden": true });
-      bar.style.background = gradient("even");
-      this.scale.append(format(this.map.low), bar, format(this.map.high));
-    }
+    showColours(this.scale, this.map, "");
   }
 
   say(cell) {
@@ -961,8 +968,8 @@ class MatrixCard {
 
   table() {
     return {
-      head: [`${this.matrix.rows} \\ ${this.matrix.columns}`, ...[...Array(this.columns).keys()].map(String)],
-      rows: [...Array(this.rows).keys()].map((row) => [String(row), ...this.values.subarray(row * this.columns, (row + 1) * this.columns)]),
+      head: [`${this.matrix.rows} \\ ${this.matrix.columns}`, ...range(this.columns).map(String)],
+      rows: range(this.rows).map((row) => [String(row), ...this.values.subarray(row * this.columns, (row + 1) * this.columns)]),
       note: "",
     };
   }
@@ -989,8 +996,7 @@ async function drawLook() {
   await drawMatrices();
   if (manifest.plan) drawChoice(false);
   else for (const part of document.querySelectorAll('#choice, nav a[href="#choice"]')) part.hidden = true;
-  performance.mark("complete");
-  document.documentElement.dataset.complete = "1";
+  complete();
 }
 
 // ---- several runs ------------------------------------------------------------------------------------------------------
@@ -1000,12 +1006,10 @@ const lineColour = (group) => LINE_COLOURS[group % LINE_COLOURS.length];
 
 class Overlay {  // a small multiple with a line for every group of runs
   constructor(column) {
-    this.value = make("span", { class: "value" });
-    this.box = make("div", { class: "plot", role: "img", "aria-label": `${column.label} of ${column.lines.length} groups of runs; the table below holds the numbers.` });
-    this.figure = make("figure", { class: "card multiple", title: column.explanation },
-      make("figcaption", {}, make("span", { text: column.label }), make("span", { class: "unit", text: column.unit }), this.value),
-      this.box, tableBehind(column.label, (all) => this.table(all)));
-    $("multiples").append(this.figure);
+    Object.assign(this, figure($("multiples"), span(column.label), column.unit, {
+      title: column.explanation, tableName: column.label, table: (all) => this.table(all),
+      label: `${column.label} of ${column.lines.length} groups of runs; the table below holds the numbers.`,
+    }));
   }
 
   async update(column) {
@@ -1017,30 +1021,22 @@ class Overlay {  // a small multiple with a line for every group of runs
       line.steps.forEach((pair, i) => { row[place.get(String(pair))] = numbers[k][part * line.steps.length + i]; });
       return row;
     }));
-    const nulls = (row) => Array.from(row, (value) => (Number.isNaN(value) ? null : value));
     const data = [column.steps.map(([first, last]) => (first + last) / 2)], series = [{}], bands = [];
     column.lines.forEach((line, k) => {
       const [mean, half] = this.rows[k], colour = lineColour(line.group);
-      data.push(nulls(mean));
+      data.push(missingToNull(mean));
       series.push({ stroke: colour, width: 1.75, spanGaps: true, points: { show: line.steps.length < 2, size: 6, fill: colour } });
       if (line.runs < 2) return;
-      data.push(nulls(mean.map((value, i) => value + half[i])), nulls(mean.map((value, i) => value - half[i])));
-      series.push({ stroke: "transparent", width: 0, spanGaps: true, points: { show: false } }, { stroke: "transparent", width: 0, spanGaps: true, points: { show: false } });
+      data.push(...[1, -1].map((sign) => missingToNull(mean.map((value, i) => value + sign * half[i]))));
+      series.push(...[1, -1].map(() => ({ stroke: "transparent", width: 0, spanGaps: true, points: { show: false } })));
       bands.push({ series: [series.length - 2, series.length - 1], fill: `${colour}2e` });
     });
-    const entry = draw(this.box, {
+    draw(this.box, {
       group: "steps", series, bands,
-      scales: {
-        x: { time: false, auto: false, range: (_, low, high) => [low, high] },
-        y: { range: (_, low, high) => (low === null ? [0, 1] : roomy(low, high)) },
-      },
-      axes: [
-        axis({ values: integerTicks, grid: { show: false }, size: 26, space: 60 }),
-        axis({ values: numberTicks, size: (_, values) => wide(values), space: 32 }),
-      ],
+      scales: { x: FIXED_X, y: linear },
+      axes: [stepAxis(), numberAxis()],
       hooks: { setCursor: [({ cursor: { idx } }) => this.say(idx ?? null)] },
     }, data, { height: () => 170, overSteps: true });
-    entry.plot.setScale("x", { min: shownSteps[0], max: shownSteps[1] });
     this.say(null);
   }
 
@@ -1048,18 +1044,16 @@ class Overlay {  // a small multiple with a line for every group of runs
     const i = index ?? this.column.steps.length - 1;
     this.value.replaceChildren(`${stepText(this.column.steps[i])}: `, ...this.column.lines.map((line, k) => {
       const [mean, half] = this.rows[k].map((row) => row[i]);
-      const dot = make("b", { text: "\u25cf " });
-      dot.style.color = lineColour(line.group);
-      return make("span", { class: "entry", title: manifest.several[line.group] }, dot, format(mean) + (Number.isNaN(half) ? "" : ` \u00b1 ${format(half, 2)}`), " ");
+      return make("span", { class: "entry", title: manifest.several[line.group] }, dot(lineColour(line.group)), format(mean) + (Number.isNaN(half) ? "" : ` \u00b1 ${format(half, 2)}`), " ");
     }));
   }
 
   table(all) {
-    const { steps, lines } = this.column, kept = all ? [...steps.keys()] : spread(steps.length, TABLE_ROWS);
+    const { steps, lines } = this.column, { kept, note } = selected(steps.length, TABLE_ROWS, "rows", all);
     return {
       head: ["step", ...lines.flatMap(({ group, runs }) => (runs > 1 ? [manifest.several[group], "95 % interval, half"] : [manifest.several[group]]))],
       rows: kept.map((i) => [stepText(steps[i]), ...lines.flatMap(({ runs }, k) => this.rows[k].slice(0, runs > 1 ? 2 : 1).map((row) => row[i]))]),
-      note: kept.length < steps.length ? `${kept.length} of ${whole(steps.length)} rows` : "",
+      note,
     };
   }
 }
@@ -1067,13 +1061,7 @@ class Overlay {  // a small multiple with a line for every group of runs
 class DifferenceCard {
   constructor(column, difference) {
     this.name = `${column.label}: ${manifest.several[difference.group]} less ${manifest.several[0]}`;
-    this.box = make("div", { class: "plot" });
-    this.readout = make("output", { class: "readout", "aria-live": "polite" });
-    this.scale = make("span", { class: "scale" });
-    this.article = make("article", { class: "card map" },
-      make("div", { class: "head" }, make("h3", {}, `${this.name} `, make("span", { class: "unit", text: column.unit }))),
-      this.box, make("div", { class: "under" }, this.readout, this.scale), tableBehind(this.name, (all) => this.table(all)));
-    $("cards").append(this.article);
+    Object.assign(this, mapCard($("cards"), this.name, column.unit, (all) => this.table(all)));
   }
 
   async update({ column, difference }) {
@@ -1081,14 +1069,10 @@ class DifferenceCard {
     Object.assign(this, { difference, layers, count, values: numbers.subarray(0, size), errors: numbers.subarray(size) });
     this.map = new HeatMap(this.box, {
       rows: layers, ...stepEdges(difference.steps, difference.length), values: this.values, kind: "difference",
-      height: () => Math.max(150, Math.min(430, 17 * layers)) + 40, label: `${this.name}, by layer and step. Arrow keys move.`,
+      height: () => mapHeight(layers), label: `${this.name}, by layer and step. Arrow keys move.`,
       readout: (cell) => this.say(cell),
     });
-    if (this.map.low <= this.map.high) {
-      const bar = make("i", { "aria-hidden": true });
-      bar.style.background = gradient("difference");
-      this.scale.append(format(this.map.low), bar, `${format(this.map.high)} ${column.unit}`);
-    }
+    showColours(this.scale, this.map, ` ${column.unit}`);
   }
 
   say(cell) {
@@ -1099,23 +1083,18 @@ class DifferenceCard {
   }
 
   table(all) {
-    const { steps } = this.difference, kept = all ? [...steps.keys()] : spread(steps.length, TABLE_COLUMNS);
+    const { steps } = this.difference, { kept, note } = selected(steps.length, TABLE_COLUMNS, "columns", all);
     return {
       head: ["layer", ...kept.map((i) => stepText(steps[i]))],
-      rows: [...Array(this.layers).keys()].map((layer) => [String(layer), ...kept.map((i) => this.values[layer * this.count + i])]),
-      note: kept.length < steps.length ? `${kept.length} of ${whole(steps.length)} columns` : "",
+      rows: range(this.layers).map((layer) => [String(layer), ...kept.map((i) => this.values[layer * this.count + i])]),
+      note,
     };
   }
 }
 
 async function drawSeveral() {
   shownSteps = allSteps();
-  const key = make("p", { class: "key" }, ...manifest.several.map((name, group) => {
-    const dot = make("b", { text: "\u25cf " });
-    dot.style.color = lineColour(group);
-    return make("span", {}, dot, name);
-  }));
-  $("multiples").before(key);
+  $("multiples").before(make("p", { class: "key" }, ...manifest.several.map((name, group) => make("span", {}, dot(lineColour(group)), name))));
   for (const column of manifest.columns) await new Overlay(column).update(column);
   performance.mark("drawn");
   for (const column of manifest.columns) {
@@ -1123,8 +1102,7 @@ async function drawSeveral() {
   }
   if (!$("cards").children.length) $("maps").hidden = true;
   zoomSteps(null);
-  performance.mark("complete");
-  document.documentElement.dataset.complete = "1";
+  complete();
 }
 
 async function refresh() {
@@ -1145,7 +1123,7 @@ async function refresh() {
       wanted.push([drawn.get(id), column]);
     }
   }
-  // What is on the screen first, the rest while nothing else is to be done, so that it is there for a search or a printer.
+  // Visible charts first; the others when the browser is idle, so that searching and printing find them.
   const later = [];
   for (const [part, column] of wanted) {
     if (near(part.figure ?? part.article)) await part.update(column);
@@ -1161,14 +1139,13 @@ async function refresh() {
     drawChoice();
     await drawMatrices().catch(superseded);
     if (!zoomedByHand) zoomSteps(null);
-    performance.mark("complete");
-    document.documentElement.dataset.complete = String(version);
+    complete(version);
   };
   idle(rest);
 }
 
 function superseded(error) {
-  if (!LIVE) throw error;  // a live run has a newer version by now, which the next poll brings
+  if (!LIVE) throw error;  // a live run has a newer version, which the next poll fetches
 }
 
 function setTheme(theme) {
@@ -1187,7 +1164,7 @@ $("theme").addEventListener("click", () => {
 });
 $("print").addEventListener("click", () => print());
 let beforePrinting = null;
-const PAPER = 940;  // CSS pixels that a page of paper is wide, about; the style sheet fits charts to what it is
+const PAPER = 940;  // about the width of a printed page in CSS pixels; the style sheet fits charts to the actual width
 addEventListener("beforeprint", () => {
   beforePrinting = document.documentElement.dataset.theme;
   setTheme("light");
@@ -1218,7 +1195,7 @@ async function poll() {
       status.className = "";
     }
   } catch (error) {
-    status.textContent = error instanceof TypeError ? "the server does not answer; this is the last state" : error.message;
+    status.textContent = error instanceof TypeError ? "the server does not answer; the page shows its last state" : error.message;
     status.className = "lost";
   }
   setTimeout(poll, POLL_MS);
