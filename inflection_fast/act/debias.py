@@ -48,7 +48,23 @@ class _History:
 
 
 class Debiased(Handle):
-    """A debiasing phase that has run. Its changes are permanent."""
+    """Raise the entropy of a classifier's source-class probabilities for at most `steps` steps, before adaptation.
+
+    Minimises -(mean entropy) - ascent * (cross entropy with the source labels) with AdamW. Permanent: keep a copy of
+    the weights to restore them. The model runs in its current mode. Gradients and `requires_grad` are restored.
+
+    Args:
+        model: a classifier with the head of its source task; returns `logits` [B, C].
+        batches: source texts with `labels` [B]; iterated repeatedly.
+        layers: blocks whose trainable parameters change; None: all trainable parameters change.
+        lr: learning rate.
+        ascent: weight of gradient ascent on the source; 0: none.
+        least_accuracy: the phase stops, without a further update, if the accuracy on the last 4 batches is below.
+        largest_loss: the phase stops if the loss on the last 4 batches is above, in nats.
+
+    Raises:
+        ValueError: numbers out of range, no limit of the guard, batches without labels, or nothing that trains.
+    """
 
     name = "source debiasing"
     permanent = True
@@ -56,13 +72,14 @@ class Debiased(Handle):
     def __init__(
         self,
         model: nn.Module,
-        where: Layers,
         batches: Iterable[Mapping[str, Tensor]],
-        steps: int,
-        lr: float,
-        ascent: float,
-        least_accuracy: float | None,
-        largest_loss: float | None,
+        layers: Layers = None,
+        *,
+        steps: int = 50,
+        lr: float = 1e-4,
+        ascent: float = 0.0,
+        least_accuracy: float | None = 0.5,
+        largest_loss: float | None = None,
     ):
         check_integer("steps", steps)
         check_number("lr", lr, "> 0")
@@ -71,13 +88,13 @@ class Debiased(Handle):
             raise ValueError("least_accuracy: give it or largest_loss, as a limit that stops the phase")
         if least_accuracy is not None:
             check_number("least_accuracy", least_accuracy, "in [0, 1]")
-        super().__init__(model, where)
+        super().__init__(model, layers)
         self.steps, self.lr, self.ascent = steps, lr, ascent
         self.least_accuracy, self.largest_loss = least_accuracy, largest_loss
         self.history = _History()
         self.stopped: str | None = None  # the reason, if the guard stopped the phase
         inside = {id(p) for block in self.blocks for p in block.module.parameters()}
-        parameters = [p for p in model.parameters() if p.requires_grad and (where is None or id(p) in inside)]
+        parameters = [p for p in model.parameters() if p.requires_grad and (layers is None or id(p) in inside)]
         if not parameters:
             raise ValueError("model: none of the chosen parameters trains; unfreeze some first")
         chosen = {id(p) for p in parameters}
@@ -141,35 +158,7 @@ class Debiased(Handle):
 _GUARD_STEPS = 4  # the guard uses means over steps, because single batches are noisy
 
 
-def debias_source(
-    model: nn.Module,
-    batches: Iterable[Mapping[str, Tensor]],
-    layers: Layers = None,
-    *,
-    steps: int = 50,
-    lr: float = 1e-4,
-    ascent: float = 0.0,
-    least_accuracy: float | None = 0.5,
-    largest_loss: float | None = None,
-) -> Debiased:
-    """Raise the entropy of a classifier's source-class probabilities for at most `steps` steps, before adaptation.
-
-    Minimises -(mean entropy) - ascent * (cross entropy with the source labels) with AdamW. Permanent: keep a copy of
-    the weights to restore them. The model runs in its current mode. Gradients and `requires_grad` are restored.
-
-    Args:
-        model: a classifier with the head of its source task; returns `logits` [B, C].
-        batches: source texts with `labels` [B]; iterated repeatedly.
-        layers: blocks whose trainable parameters change; None: all trainable parameters change.
-        lr: learning rate.
-        ascent: weight of gradient ascent on the source; 0: none.
-        least_accuracy: the phase stops, without a further update, if the accuracy on the last 4 batches is below.
-        largest_loss: the phase stops if the loss on the last 4 batches is above, in nats.
-
-    Raises:
-        ValueError: numbers out of range, no limit of the guard, batches without labels, or nothing that trains.
-    """
-    return Debiased(model, layers, batches, steps, lr, ascent, least_accuracy, largest_loss)
+debias_source = Debiased
 
 
 def held(before: Timeline, after: Timeline, phase_loss: Sequence[float] = ()) -> Expectation:

@@ -49,21 +49,53 @@ class _Seen:
 
 
 class AttentionEntropyLoss(Scheduled):
-    """The penalty of the chosen blocks in each forward pass."""
+    """Penalise self-attention entropy below `target` nats, or away from it, in the training of `model`.
+
+    ::
+
+        with attention_entropy_loss(model, 1.0, plan) as entropy:
+            for batch in loader:
+                loss = model(**batch).loss + entropy.loss()
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                entropy.step()
+
+    `loss()` is the penalty of the last forward pass. With gradient accumulation, call it after each forward pass and
+    divide it as the loss. With the Trainer use `add_to_loss=True`, which adds it to the `loss` that the model returns,
+    and pass `callback()`; if the Trainer passes the number of tokens to the model, the penalty counts once for each
+    micro-batch. `step()` draws other query rows. Compiled models break the graph at every attention; checkpointing
+    needs `use_reentrant=False`. Biases and masks that are added to the scores get no gradient.
+
+    Args:
+        model: the object that the loop calls; with DDP the wrapped one.
+        target: nats per query row. The maximum of a row with T keys is log(T).
+        layers: a plan or indices of blocks; None: all. With a plan of heads ("collapsed"), only its heads.
+        mode: "floor" penalises entropy below the target, "near" also entropy above.
+        heads: indices for all of these blocks, or by block; None: all.
+        weight: of the penalty in the loss.
+        rows: number of query rows per sequence, spread over the positions; None: all.
+        add_to_loss: add the penalty to the loss that the model returns.
+        seed: of the draw of rows.
+
+    Raises:
+        ValueError: numbers out of range, a head or block that does not exist, or a second loss on the same blocks.
+    """
 
     name = "attention entropy loss"
 
     def __init__(
         self,
         model: nn.Module,
-        where: Layers,
         target: float,
-        mode: str,
-        heads: Heads,
-        weight: float,
-        rows: int | None,
-        add_to_loss: bool,
-        seed: int,
+        layers: Layers = None,
+        *,
+        mode: str = "floor",
+        heads: Heads = None,
+        weight: float = 1e-3,
+        rows: int | None = 64,
+        add_to_loss: bool = False,
+        seed: int = 0,
     ):
         check_number("target", target, "> 0")
         check_number("weight", weight, ">= 0")
@@ -72,9 +104,9 @@ class AttentionEntropyLoss(Scheduled):
         if rows is not None:
             check_integer("rows", rows)
         check_integer("seed", seed, 0)
-        super().__init__(model, where)
+        super().__init__(model, layers)
         self.target, self.mode, self.weight, self.rows, self.seed = float(target), mode, float(weight), rows, seed
-        self.heads = heads_by_layer(self.blocks, where, heads)
+        self.heads = heads_by_layer(self.blocks, layers, heads)
         self.entropies: dict[int, Tensor] = {}  # layer -> [H] detached means of the last forward pass
         self._add = add_to_loss
         self._seen: list[_Seen] = []
@@ -216,51 +248,7 @@ class AttentionEntropyLoss(Scheduled):
         self._seen.clear()
 
 
-def attention_entropy_loss(
-    model: nn.Module,
-    target: float,
-    layers: Layers = None,
-    *,
-    mode: str = "floor",
-    heads: Heads = None,
-    weight: float = 1e-3,
-    rows: int | None = 64,
-    add_to_loss: bool = False,
-    seed: int = 0,
-) -> AttentionEntropyLoss:
-    """Penalise self-attention entropy below `target` nats, or away from it, in the training of `model`.
-
-    ::
-
-        with attention_entropy_loss(model, 1.0, plan) as entropy:
-            for batch in loader:
-                loss = model(**batch).loss + entropy.loss()
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                entropy.step()
-
-    `loss()` is the penalty of the last forward pass. With gradient accumulation, call it after each forward pass and
-    divide it as the loss. With the Trainer use `add_to_loss=True`, which adds it to the `loss` that the model returns,
-    and pass `callback()`; if the Trainer passes the number of tokens to the model, the penalty counts once for each
-    micro-batch. `step()` draws other query rows. Compiled models break the graph at every attention; checkpointing
-    needs `use_reentrant=False`. Biases and masks that are added to the scores get no gradient.
-
-    Args:
-        model: the object that the loop calls; with DDP the wrapped one.
-        target: nats per query row. The maximum of a row with T keys is log(T).
-        layers: a plan or indices of blocks; None: all. With a plan of heads ("collapsed"), only its heads.
-        mode: "floor" penalises entropy below the target, "near" also entropy above.
-        heads: indices for all of these blocks, or by block; None: all.
-        weight: of the penalty in the loss.
-        rows: number of query rows per sequence, spread over the positions; None: all.
-        add_to_loss: add the penalty to the loss that the model returns.
-        seed: of the draw of rows.
-
-    Raises:
-        ValueError: numbers out of range, a head or block that does not exist, or a second loss on the same blocks.
-    """
-    return AttentionEntropyLoss(model, layers, target, mode, heads, weight, rows, add_to_loss, seed)
+attention_entropy_loss = AttentionEntropyLoss
 
 
 # ---- the entropy of some rows and heads, with gradients --------------------------------------------------------------

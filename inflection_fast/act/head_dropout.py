@@ -18,14 +18,25 @@ __all__ = ["HeadDropout", "head_dropout"]
 
 
 class HeadDropout(Handle):
-    """Heads that are dropped at random."""
+    """Drop attention heads of blocks with probability `p` while the model trains, until `remove()`.
+
+    Draws come from torch's generator, as those of `nn.Dropout`. Apply before compiling.
+
+    Args:
+        layers: a plan or indices of blocks; None: all. With a plan of heads ("collapsed"), only its heads.
+        heads: indices for all of these blocks, or by block; None: all.
+
+    Raises:
+        ValueError: p outside [0, 1), a head or block that does not exist, an output projection that is not found or not
+            called as a module, or a second dropout on the same blocks.
+    """
 
     name = "head dropout"
 
-    def __init__(self, model: nn.Module, where: Layers, p: float, heads: Heads):
+    def __init__(self, model: nn.Module, layers: Layers = None, *, p: float = 0.1, heads: Heads = None):
         check_number("p", p, "in [0, 1)")
-        super().__init__(model, where)
-        self.p, self.heads = float(p), heads_by_layer(self.blocks, where, heads)
+        super().__init__(model, layers)
+        self.p, self.heads = float(p), heads_by_layer(self.blocks, layers, heads)
         found = [(block, *output_projection(block)) for block in self.blocks]
         for block, output, count in found:
             chosen = self.heads[block.index]
@@ -56,17 +67,4 @@ class _Dropping:
         return ((joined.unflatten(-1, (heads, -1)) * kept[..., None]).flatten(-2), *rest)
 
 
-def head_dropout(model: nn.Module, layers: Layers = None, *, p: float = 0.1, heads: Heads = None) -> HeadDropout:
-    """Drop attention heads of blocks with probability `p` while the model trains, until `remove()`.
-
-    Draws come from torch's generator, as those of `nn.Dropout`. Apply before compiling.
-
-    Args:
-        layers: a plan or indices of blocks; None: all. With a plan of heads ("collapsed"), only its heads.
-        heads: indices for all of these blocks, or by block; None: all.
-
-    Raises:
-        ValueError: p outside [0, 1), a head or block that does not exist, an output projection that is not found or not
-            called as a module, or a second dropout on the same blocks.
-    """
-    return HeadDropout(model, layers, p, heads)
+head_dropout = HeadDropout

@@ -103,12 +103,16 @@ def _only(small: nn.Module, every: Sequence[Block]) -> str:
 
 
 class Dropped(Handle):
-    """The chosen blocks are not run; `remove()` puts them back."""
+    """Run `model` without the planned blocks, such as lazy ones: for inference, in place.
+
+    The configuration is changed, too, so that caches have as many layers as blocks run. `remove()` of the handle
+    restores the model to the bit. `ValueError` as in `inherit`, and if no block would remain.
+    """
 
     name = "dropped blocks"
 
-    def __init__(self, model: nn.Module, where: Plan | Sequence[int]):
-        base, every, gone = _chosen(model, where)
+    def __init__(self, model: nn.Module, plan: Plan | Sequence[int]):
+        base, every, gone = _chosen(model, plan)
         kept = [block for block in every if block not in gone]
         if not kept:
             raise ValueError("layers: all blocks would be dropped; keep at least one")
@@ -123,13 +127,7 @@ class Dropped(Handle):
         return f"Blocks {', '.join(map(str, self.layers))} are not run."
 
 
-def drop(model: nn.Module, plan: Plan | Sequence[int]) -> Dropped:
-    """Run `model` without the planned blocks, such as lazy ones: for inference, in place.
-
-    The configuration is changed, too, so that caches have as many layers as blocks run. `remove()` of the handle
-    restores the model to the bit. `ValueError` as in `inherit`, and if no block would remain.
-    """
-    return Dropped(model, plan)
+drop = Dropped
 
 
 def _chosen(model: nn.Module, where: Plan | Sequence[int]) -> tuple[nn.Module, list[Block], list[Block]]:

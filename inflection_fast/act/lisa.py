@@ -16,15 +16,24 @@ __all__ = ["Lisa", "lisa"]
 
 
 class Lisa(Scheduled):
-    """Which of the chosen blocks train at an optimizer step."""
+    """Train `active` random blocks of `layers` (None: all), drawn again every `interval` optimizer steps.
+
+    The draw depends only on `seed` and the step: it is the same on every rank, and after a resume (`load_state_dict`,
+    or the callback). Parameters outside these blocks are not changed. Make the optimizer before, over all parameters:
+    it skips those that are frozen for an interval, because they have no gradient. Call `step()` of the handle after
+    every `optimizer.step()`, or give `callback()` to the Trainer. With DDP use `find_unused_parameters=True` or make
+    DDP again in every interval: its buckets expect the parameters that trained when it was made.
+
+    `ValueError` for numbers out of range, blocks without trainable parameters, or a second LISA on the same blocks.
+    """
 
     name = "LISA"
 
-    def __init__(self, model: nn.Module, where: Layers, active: int, interval: int, seed: int):
+    def __init__(self, model: nn.Module, layers: Layers = None, *, active: int = 2, interval: int = 20, seed: int = 0):
         check_integer("active", active)
         check_integer("interval", interval)
         check_integer("seed", seed, 0)
-        super().__init__(model, where)
+        super().__init__(model, layers)
         if active > len(self.blocks):
             raise ValueError(f"active: expected at most {len(self.blocks)}, the number of blocks, got {active}")
         self.active, self.interval, self.seed = active, interval, seed
@@ -61,15 +70,4 @@ class Lisa(Scheduled):
                 parameter.requires_grad_(True)
 
 
-def lisa(model: nn.Module, layers: Layers = None, *, active: int = 2, interval: int = 20, seed: int = 0) -> Lisa:
-    """Train `active` random blocks of `layers` (None: all), drawn again every `interval` optimizer steps.
-
-    The draw depends only on `seed` and the step: it is the same on every rank, and after a resume (`load_state_dict`,
-    or the callback). Parameters outside these blocks are not changed. Make the optimizer before, over all parameters:
-    it skips those that are frozen for an interval, because they have no gradient. Call `step()` of the handle after
-    every `optimizer.step()`, or give `callback()` to the Trainer. With DDP use `find_unused_parameters=True` or make
-    DDP again in every interval: its buckets expect the parameters that trained when it was made.
-
-    `ValueError` for numbers out of range, blocks without trainable parameters, or a second LISA on the same blocks.
-    """
-    return Lisa(model, layers, active, interval, seed)
+lisa = Lisa

@@ -83,13 +83,25 @@ class Reinitialised(Handle):
 
 
 class ReinitialisedHeads(Reinitialised):
-    """New queries and outputs of the chosen heads, and new keys and values that no other head uses."""
+    """Give attention heads new weights: queries, keys, values and the columns of the output projection.
+
+    With grouped queries, keys and values of a group get new weights only if all heads of the group do; the description
+    says where they were kept. The draw depends only on `seed`, so ranks agree, and the state of torch's generators does
+    not change. `forget(optimizer)` clears the optimizer state of the old weights.
+
+    Args:
+        layers: a plan (`SelectConfig("collapsed")` chooses heads) or indices of blocks.
+        heads: indices for all of these blocks, or by block; None: those of the plan, or all.
+
+    Raises:
+        ValueError: a head or block that does not exist, or attention with an unknown layout of heads.
+    """
 
     name = "re-initialised heads"
 
-    def __init__(self, model: nn.Module, where: Layers, heads: Heads, seed: int):
-        super().__init__(model, where, seed)
-        self.heads = heads_by_layer(self.blocks, where, heads)
+    def __init__(self, model: nn.Module, layers: Layers, *, heads: Heads = None, seed: int = 0):
+        super().__init__(model, layers, seed)
+        self.heads = heads_by_layer(self.blocks, layers, heads)
         self.kept_groups: dict[int, list[int]] = {}  # layer -> groups whose keys and values other heads use, too
         found = []
         for block in self.blocks:
@@ -123,12 +135,15 @@ class ReinitialisedHeads(Reinitialised):
 
 
 class ResetFeedForward(Reinitialised):
-    """New linear layers of the chosen blocks, outside their attention."""
+    """Give the feed-forward layers of blocks new weights: all linear layers outside attention.
+
+    Draws as `reinitialise_heads`. `ValueError` for a block that does not exist or has no such layers.
+    """
 
     name = "reset feed-forward layers"
 
-    def __init__(self, model: nn.Module, where: Layers, seed: int):
-        super().__init__(model, where, seed)
+    def __init__(self, model: nn.Module, layers: Layers, *, seed: int = 0):
+        super().__init__(model, layers, seed)
         found: list[tuple[nn.Parameter, tuple[slice, ...], Tensor]] = []
         self.modules: list[str] = []
         for block in self.blocks:
@@ -148,29 +163,10 @@ class ResetFeedForward(Reinitialised):
         return f"The feed-forward layers of blocks {', '.join(map(str, self.layers))} got new weights."
 
 
-def reinitialise_heads(model: nn.Module, layers: Layers, *, heads: Heads = None, seed: int = 0) -> ReinitialisedHeads:
-    """Give attention heads new weights: queries, keys, values and the columns of the output projection.
-
-    With grouped queries, keys and values of a group get new weights only if all heads of the group do; the description
-    says where they were kept. The draw depends only on `seed`, so ranks agree, and the state of torch's generators does
-    not change. `forget(optimizer)` clears the optimizer state of the old weights.
-
-    Args:
-        layers: a plan (`SelectConfig("collapsed")` chooses heads) or indices of blocks.
-        heads: indices for all of these blocks, or by block; None: those of the plan, or all.
-
-    Raises:
-        ValueError: a head or block that does not exist, or attention with an unknown layout of heads.
-    """
-    return ReinitialisedHeads(model, layers, heads, seed)
+reinitialise_heads = ReinitialisedHeads
 
 
-def reset_feed_forward(model: nn.Module, layers: Layers, *, seed: int = 0) -> ResetFeedForward:
-    """Give the feed-forward layers of blocks new weights: all linear layers outside attention.
-
-    Draws as `reinitialise_heads`. `ValueError` for a block that does not exist or has no such layers.
-    """
-    return ResetFeedForward(model, layers, seed)
+reset_feed_forward = ResetFeedForward
 
 
 def _feed_forward(block: Block) -> dict[str, nn.Module]:

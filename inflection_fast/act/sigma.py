@@ -49,13 +49,22 @@ class _Sigma(nn.Module):
 
 
 class SigmaReparametrisation(Scheduled):
-    """Linear layers of the chosen blocks with reparametrised weights."""
+    """Replace the weights W of all `nn.Linear` of blocks by gamma * W / sigma(W), each with one trained gamma.
+
+    For training from scratch gamma starts at 1, as in the paper; with `keep` it starts at sigma(W), so that outputs
+    change only by rounding. Call `step()` of the handle after each optimizer step (or use its callback): it updates the
+    singular vectors by `iterations` power iterations. Make the optimizer afterwards, or add the handle's `parameters`
+    to it. Checkpoints hold `original`, `gamma` and the vectors. Call `merge()` before saving a model for others: it
+    stores the product as the weight. `remove()` restores W without gamma, which after training is another function.
+
+    `ValueError` if blocks have no `nn.Linear`, or weights that are parametrised already.
+    """
 
     name = "sigma reparametrisation"
 
-    def __init__(self, model: nn.Module, where: Layers, keep: bool, iterations: int):
+    def __init__(self, model: nn.Module, layers: Layers = None, *, keep: bool = False, iterations: int = 1):
         check_integer("iterations", iterations)
-        super().__init__(model, where)
+        super().__init__(model, layers)
         self.keep, self.iterations = keep, iterations
         every = {n: m for b in self.blocks for n, m in modules_of(b) if isinstance(m, nn.Linear)}
         taken = [name for name, module in every.items() if parametrize.is_parametrized(module)]
@@ -109,17 +118,4 @@ class SigmaReparametrisation(Scheduled):
         return {"keep": self.keep, "iterations": self.iterations, "weights": len(self._linear)}
 
 
-def sigma_reparametrisation(
-    model: nn.Module, layers: Layers = None, *, keep: bool = False, iterations: int = 1
-) -> SigmaReparametrisation:
-    """Replace the weights W of all `nn.Linear` of blocks by gamma * W / sigma(W), each with one trained gamma.
-
-    For training from scratch gamma starts at 1, as in the paper; with `keep` it starts at sigma(W), so that outputs
-    change only by rounding. Call `step()` of the handle after each optimizer step (or use its callback): it updates the
-    singular vectors by `iterations` power iterations. Make the optimizer afterwards, or add the handle's `parameters`
-    to it. Checkpoints hold `original`, `gamma` and the vectors. Call `merge()` before saving a model for others: it
-    stores the product as the weight. `remove()` restores W without gamma, which after training is another function.
-
-    `ValueError` if blocks have no `nn.Linear`, or weights that are parametrised already.
-    """
-    return SigmaReparametrisation(model, layers, keep, iterations)
+sigma_reparametrisation = SigmaReparametrisation

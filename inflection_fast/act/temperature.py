@@ -30,17 +30,51 @@ _SCHEDULES = {
 
 
 class AttentionTemperature(Scheduled):
-    """The temperature of the chosen blocks at an optimizer step."""
+    """Divide the attention scores of blocks by a temperature that changes from `start` to `end` in `steps` steps.
+
+    ::
+
+        with attention_temperature(model, plan) as temperature:
+            for batch in loader:
+                model(**batch).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                temperature.step()
+
+    With the Trainer pass `temperature.callback()` instead of calling `step`. With `steps=0` the temperature is always
+    `end`. At temperature 1 outputs are equal to the bit; `remove()` removes all hooks. Self-attention and
+    cross-attention of a block are scaled alike. Queries are scaled in their own dtype.
+
+    Args:
+        model: any model whose blocks use Transformers' attention interface, `F.scaled_dot_product_attention` or
+            `nn.MultiheadAttention`; apply before compiling. Compiled models that call the torch functions break the
+            graph at every block; models of Transformers do not.
+        layers: a plan or indices of blocks; None: all.
+        schedule: "linear" or "cosine".
+
+    Raises:
+        ValueError: a temperature that is not above 0, attention that cannot be scaled, an index out of range, or blocks
+            whose temperature is set already.
+    """
 
     name = "attention temperature"
 
-    def __init__(self, model: nn.Module, where: Layers, start: float, end: float, steps: int, schedule: str):
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Layers = None,
+        *,
+        start: float = 1.5,
+        end: float = 1.0,
+        steps: int = 500,
+        schedule: str = "linear",
+    ):
         check_number("start", start, "> 0")
         check_number("end", end, "> 0")
         check_integer("steps", steps, 0)
         if schedule not in _SCHEDULES:
             raise ValueError(f"schedule: expected one of {sorted(_SCHEDULES)}, got {schedule!r}")
-        super().__init__(model, where)
+        super().__init__(model, layers)
         for block in self.blocks:
             if not interfaces_of(block.module) and not _calls_torch(block.module):
                 raise ValueError(
@@ -103,42 +137,7 @@ class AttentionTemperature(Scheduled):
         )
 
 
-def attention_temperature(
-    model: nn.Module,
-    layers: Layers = None,
-    *,
-    start: float = 1.5,
-    end: float = 1.0,
-    steps: int = 500,
-    schedule: str = "linear",
-) -> AttentionTemperature:
-    """Divide the attention scores of blocks by a temperature that changes from `start` to `end` in `steps` steps.
-
-    ::
-
-        with attention_temperature(model, plan) as temperature:
-            for batch in loader:
-                model(**batch).loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                temperature.step()
-
-    With the Trainer pass `temperature.callback()` instead of calling `step`. With `steps=0` the temperature is always
-    `end`. At temperature 1 outputs are equal to the bit; `remove()` removes all hooks. Self-attention and
-    cross-attention of a block are scaled alike. Queries are scaled in their own dtype.
-
-    Args:
-        model: any model whose blocks use Transformers' attention interface, `F.scaled_dot_product_attention` or
-            `nn.MultiheadAttention`; apply before compiling. Compiled models that call the torch functions break the
-            graph at every block; models of Transformers do not.
-        layers: a plan or indices of blocks; None: all.
-        schedule: "linear" or "cosine".
-
-    Raises:
-        ValueError: a temperature that is not above 0, attention that cannot be scaled, an index out of range, or blocks
-            whose temperature is set already.
-    """
-    return AttentionTemperature(model, layers, start, end, steps, schedule)
+attention_temperature = AttentionTemperature
 
 
 # ---- torch -----------------------------------------------------------------------------------------------------------

@@ -13,14 +13,22 @@ __all__ = ["Unfrozen", "unfreeze"]
 
 
 class Unfrozen(Handle):
-    """The parameters of the chosen blocks and of `also` train; all others are frozen."""
+    """Train the parameters of the planned blocks and of `also`, and freeze all others.
+
+    `also` are full names of modules or parameters, such as a new head ("classifier"). Make the optimizer afterwards: an
+    existing one keeps its parameters. Quantised integer weights stay frozen. `remove()` of the returned handle restores
+    every `requires_grad`; it may be omitted.
+
+    `ValueError` for a plan of another model, an index out of range, a name without parameters, or blocks that are
+    unfrozen already.
+    """
 
     name = "unfreezing"
 
-    def __init__(self, model: nn.Module, where: Layers, also: Sequence[str]):
+    def __init__(self, model: nn.Module, plan: Layers, *, also: Sequence[str] = ()):
         if isinstance(also, str):
             raise TypeError(f"also: expected a sequence of names of modules, got the string {also!r}")
-        super().__init__(model, where)
+        super().__init__(model, plan)
         self.also = list(also)
         self._before = [(slot, slot.trains) for slot in slots(model)]
         trained = {id(p) for block in self.blocks for p in block.module.parameters()}
@@ -45,14 +53,4 @@ class Unfrozen(Handle):
                 slot.parameter.requires_grad_(trained)
 
 
-def unfreeze(model: nn.Module, plan: Layers, *, also: Sequence[str] = ()) -> Unfrozen:
-    """Train the parameters of the planned blocks and of `also`, and freeze all others.
-
-    `also` are full names of modules or parameters, such as a new head ("classifier"). Make the optimizer afterwards: an
-    existing one keeps its parameters. Quantised integer weights stay frozen. `remove()` of the returned handle restores
-    every `requires_grad`; it may be omitted.
-
-    `ValueError` for a plan of another model, an index out of range, a name without parameters, or blocks that are
-    unfrozen already.
-    """
-    return Unfrozen(model, plan, also)
+unfreeze = Unfrozen
