@@ -6,9 +6,16 @@ import pytest
 import torch
 from helpers.tiny_models import bert
 
-from inflection_fast.act.adapters import KINDS, adapt, adapter_parameters, default_modules, train_only
-from inflection_fast.act.bottleneck import bottleneck
-from inflection_fast.act.ranking import eva_ranks, kappa_order
+from inflection_fast.act.adapters import (
+    KINDS,
+    adapt,
+    adapter_parameters,
+    bottleneck,
+    default_modules,
+    eva_ranks,
+    kappa_order,
+    train_only,
+)
 
 QUERIES = [f"bert.encoder.layer.{i}.attention.self.query" for i in range(3)]
 

@@ -5,11 +5,10 @@ from .entropy_loss import attention_entropy_loss
 from .find import find_inflection_target_modules
 from .head_dropout import head_dropout
 from .inherit import drop, grow, inherit, inherited_blocks
-from .inject import dead_adapters, inject
+from .inject import dead_adapters, inject, restore_adapter
 from .learning_rates import learning_rates, parameter_groups
 from .lisa import lisa
 from .reinitialise import reinitialise_heads, reset_feed_forward
-from .restore import restore_adapter
 from .sigma import sigma_reparametrisation
 from .temperature import attention_temperature
 from .unfreeze import unfreeze

@@ -1,4 +1,4 @@
-"""Adapters of every kind on named modules, with a rank for each, and parts of a model that train without adapters."""
+"""Adapters of every kind on named modules, rankings of modules, and parts of a model that train without adapters."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import peft
+import torch
+from peft.helpers import KappaTuneSelector
+from peft.tuners.lora import EvaConfig, get_eva_state_dict
 from peft.tuners.tuners_utils import BaseTuner
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..blocks import Block, find_blocks
@@ -17,7 +20,10 @@ from .configs import _saved, _task, refuse_mismatch
 from .inject import _restored_on_error
 from .targets import targets_of
 
-__all__ = ["KINDS", "adapt", "adapter_parameters", "default_modules", "head_parameters", "train_only"]
+__all__ = [
+    "KINDS", "adapt", "adapter_parameters", "bottleneck", "default_modules", "eva_ranks", "head_parameters",
+    "kappa_order", "train_only",
+]  # fmt: skip
 
 KINDS = ("lora", "dora", "adalora", "ia3", "vera", "prefix")
 
@@ -147,3 +153,77 @@ def train_only(model: nn.Module, part: str, top: int = 0) -> None:
         else:
             train = name in head or (part == "top" and (name.startswith(inside) or i > last))
         parameter.requires_grad_(train)
+
+
+class _Bottleneck(nn.Module):
+    """x + up(gelu(down(x))), initialised so that the model is unchanged."""
+
+    def __init__(self, width: int, inner: int):
+        super().__init__()
+        self.down = nn.Linear(width, inner)
+        self.up = nn.Linear(inner, width)
+        nn.init.normal_(self.down.weight, std=1e-2)
+        for zero in (self.down.bias, self.up.weight, self.up.bias):
+            nn.init.zeros_(zero)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.up(nn.functional.gelu(self.down(x)))
+
+
+def bottleneck(model: nn.Module, layers: Sequence[int], width: int) -> nn.Module:
+    """`model` with a bottleneck adapter of `width` after each of `layers`; all else is frozen except the head.
+
+    peft has no such adapters. They are children of their blocks, so they are saved with the model. `ValueError` if a
+    block does not exist, or its output is not a tensor of hidden states.
+    """
+    if width < 1:
+        raise ValueError(f"width: expected at least 1, got {width}")
+    blocks = find_blocks(model)
+    if not layers or not set(layers) <= set(range(len(blocks))):
+        raise ValueError(f"layers: expected some of 0 to {len(blocks) - 1}, got {list(layers)}")
+    hidden = getattr(model.config, "hidden_size", None)
+    if hidden is None:
+        raise ValueError("model: its configuration has no hidden_size")
+    backbone = getattr(model, "base_model_prefix", "")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(f"{backbone}."))
+    for layer in layers:
+        blocks[layer].module.add_module("bottleneck", _Bottleneck(hidden, width))
+        blocks[layer].module.register_forward_hook(_adapt_output)
+    return model
+
+
+def _adapt_output(block: Any, _inputs: Any, output: Any) -> Any:
+    if isinstance(output, torch.Tensor):
+        return block.bottleneck(output)
+    if isinstance(output, tuple) and isinstance(output[0], torch.Tensor):
+        return (block.bottleneck(output[0]), *output[1:])
+    raise ValueError(f"model: the output of a block is {type(output).__name__}, not a tensor of hidden states")
+
+
+def kappa_order(model: nn.Module) -> list[str]:
+    """Full names of all linear modules, the best conditioned first (KappaTune)."""
+    return KappaTuneSelector(model, show_progress=False).get_best_targets()
+
+
+def eva_ranks(model: nn.Module, modules: Sequence[str], rank: int, batches: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """Ranks of `modules` by EVA, with a mean of `rank`: full name -> rank, possibly 0.
+
+    EVA (arXiv 2410.07170) distributes the sum of the ranks by the explained variance of the modules' inputs, without
+    padding. A module gets at most twice `rank`, the default of peft.
+    """
+    config = peft.LoraConfig(r=rank, target_modules=list(modules), init_lora_weights="eva", eva_config=EvaConfig())
+
+    def rows(inputs: Any, batch: dict[str, Tensor], name: str) -> Tensor:
+        hidden = inputs[0] if isinstance(inputs, tuple) else inputs
+        return hidden[batch["attention_mask"].bool()]
+
+    found = get_eva_state_dict(
+        model,
+        batches,
+        config,
+        prepare_model_inputs_fn=lambda batch, config: batch,
+        prepare_layer_inputs_fn=rows,
+        show_progress_bar=False,
+    )
+    return {name: int(components.shape[0]) for name, components in found.items()}

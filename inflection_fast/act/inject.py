@@ -13,6 +13,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -26,7 +27,7 @@ from .handle import check_integer, check_number
 from .planned import planned_blocks, unwrapped
 from .targets import Targets
 
-__all__ = ["attach_plan", "dead_adapters", "inject"]
+__all__ = ["attach_plan", "dead_adapters", "inject", "restore_adapter"]
 
 logger = logging.getLogger(__name__)
 
@@ -264,3 +265,14 @@ def _with_input_embeddings(base: nn.Module):
             del vars(base)["get_input_embeddings"]
     else:
         yield
+
+
+def restore_adapter(model: nn.Module, folder: str | os.PathLike) -> peft.PeftModel:
+    """`model` with the frozen adapter that `PeftModel.save_pretrained` wrote to `folder`, for evaluation.
+
+    A plan beside the adapter is attached to the model. `ValueError` if peft finds no adapter in `folder`.
+    """
+    adapted = peft.PeftModel.from_pretrained(model, os.fspath(folder))
+    if (Path(folder) / Plan.FILE).is_file():
+        attach_plan(adapted, Plan.from_pretrained(folder), "default")
+    return adapted

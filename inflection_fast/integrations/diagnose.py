@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from inflection_fast.act import inject
-from inflection_fast.act.shallow import unfreeze_top
+from inflection_fast.act.unfreeze import unfreeze_top
 from inflection_fast.blocks import find_blocks
 from inflection_fast.decide import Plan, SelectConfig, select
 from inflection_fast.integrations.callback import InflectionCallback

@@ -156,7 +156,7 @@ def unfreeze(model: PreTrainedModel, blocks: list[Any], top: int | None, head: t
     """`unfreeze_top` with UserErrors that name the setting; `top` None: all parameters train."""
     if top is None:
         return [name for name, _ in model.named_parameters()]
-    from inflection_fast.act.shallow import unfreeze_top
+    from inflection_fast.act.unfreeze import unfreeze_top
 
     try:
         return unfreeze_top(model, blocks, top, head)

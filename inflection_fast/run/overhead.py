@@ -216,7 +216,7 @@ def _by_quantity(steps: Steps, config: MonitorConfig, args: argparse.Namespace, 
 
 
 def _shallow(steps: Steps, config: MonitorConfig, args: argparse.Namespace, stack: ExitStack) -> Arms:
-    from inflection_fast.act.shallow import unfreeze_top
+    from inflection_fast.act.unfreeze import unfreeze_top
 
     unfreeze_top(steps.model, find_blocks(steps.model), args.train_top)
     measured, _ = stack.enter_context(steps.watched(config))

@@ -10,8 +10,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from inflection_fast.act.adapters import KINDS, adapt, adapter_parameters, default_modules, head_parameters, train_only
-from inflection_fast.act.bottleneck import bottleneck
+from inflection_fast.act.adapters import (
+    KINDS,
+    adapt,
+    adapter_parameters,
+    bottleneck,
+    default_modules,
+    head_parameters,
+    train_only,
+)
 from inflection_fast.act.unfreeze import unfreeze
 from inflection_fast.blocks import find_blocks
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from inflection_fast.act.ranking import eva_ranks
+from inflection_fast.act.adapters import eva_ranks
 from inflection_fast.blocks import find_blocks
 from inflection_fast.ops import linear_cka
 from inflection_fast.quantities.first_order import top_squares

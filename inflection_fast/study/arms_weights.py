@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from inflection_fast.act.ranking import kappa_order
+from inflection_fast.act.adapters import kappa_order
 from inflection_fast.ops.spectrum import marchenko_pastur_median
 from inflection_fast.study.adaptation import Adaptation, NoArm, on_modules, weight_of
 from inflection_fast.study.arms import Seen
