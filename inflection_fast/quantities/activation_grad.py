@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,6 +20,9 @@ _SUMS = {
     "squares": Accumulator(held="output", gradient_power=2),  # squared norms
     "count": Accumulator(held="output"),  # 1 where a gradient has arrived
 }
+
+
+_norm = partial(Column, "l2 norm", ("layer",), scale="log", count="count")
 
 
 class _OutputGradients(Quantity):
@@ -67,13 +71,9 @@ class ActivationGrad(_OutputGradients):
             drawn="none",
             count="count",
         ),
-        "activation_grad": Column(
-            unit="l2 norm",
-            axes=("layer",),
-            label="activation gradient",
-            explanation="How strongly the loss pulls on the output of a layer. Compare layers of one step.",
-            scale="log",
-            count="count",
+        "activation_grad": _norm(
+            "activation gradient",
+            "How strongly the loss pulls on the output of a layer. Compare layers of one step.",
             alerts=GRADIENT_RULES,
         ),
     }
@@ -108,12 +108,7 @@ class ProbeActivationGrad(_OutputGradients):
     name = "probe_activation_grad"
     data = "probe"
     columns = {
-        "probe_activation_grad": Column(
-            unit="l2 norm",
-            axes=("layer",),
-            label="activation gradient on the probe",
-            explanation="As the activation gradient, on a fixed set of texts.",
-            scale="log",
-            count="count",
+        "probe_activation_grad": _norm(
+            "activation gradient on the probe", "As the activation gradient, on a fixed set of texts."
         )
     }

@@ -20,6 +20,9 @@ LARGEST_PRODUCT = 64  # rank up to which the products of an adapter's factors fi
 _FACTORS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
 
 
+_of_adapter = partial(Column, "1", ("adapter",))
+
+
 @dataclass(frozen=True)
 class _Found:
     """One adapter on one module."""
@@ -57,34 +60,26 @@ class Adapter(Quantity):
     name = "adapter"
 
     columns = {
-        "adapter_norm": Column(
-            unit="1",
-            axes=("adapter",),
-            label="norm of the adapter's product",
-            explanation="Frobenius norm of B A, what an adapter adds, without lora_alpha / r.",
+        "adapter_norm": _of_adapter(
+            "norm of the adapter's product",
+            "Frobenius norm of B A, what an adapter adds, without lora_alpha / r.",
             count="factored",
             alerts=(AlertRule("not_finite"),),
         ),
-        "adapter_rank": Column(
-            unit="1",
-            axes=("adapter",),
-            label="effective rank of the adapter",
-            explanation="Exponential of the entropy of the normalised singular values of B A.",
+        "adapter_rank": _of_adapter(
+            "effective rank of the adapter",
+            "Exponential of the entropy of the normalised singular values of B A.",
             count="small",
         ),
-        "adapter_gradient": Column(
-            unit="1",
-            axes=("adapter",),
-            label="gradient of the adapter",
-            explanation="Norm of the gradient of all parameters of an adapter.",
+        "adapter_gradient": _of_adapter(
+            "gradient of the adapter",
+            "Norm of the gradient of all parameters of an adapter.",
             count="reached",
             scale="log",
         ),
-        "adapter_idle": Column(
-            unit="1",
-            axes=("adapter",),
-            label="adapter that learns nothing",
-            explanation="1 where an adapter has no gradient, a zero gradient, or a matrix B that is still zero.",
+        "adapter_idle": _of_adapter(
+            "adapter that learns nothing",
+            "1 where an adapter has no gradient, a zero gradient, or a matrix B that is still zero.",
             count="active",
             drawn="none",
             alerts=(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,6 +12,9 @@ from .. import ops
 from .quantity import Accumulator, Column, MeasuredModel, ProbeFeatures, Quantity, Sums
 
 __all__ = ["DeltaCka"]
+
+
+_drift = partial(Column, "1 - CKA", ("layer",))
 
 
 class DeltaCka(Quantity):
@@ -23,19 +27,13 @@ class DeltaCka(Quantity):
     name = "delta_cka"
     accumulators = {name: Accumulator(held="alike") for name in ("delta", "count", "error", "error_count")}
     columns = {
-        "delta_cka": Column(
-            unit="1 - CKA",
-            axes=("layer",),
-            label="representation drift",
-            explanation="How far a layer's view of fixed texts has moved from the reference state: 0 is unchanged.",
+        "delta_cka": _drift(
+            "representation drift",
+            "How far a layer's view of fixed texts has moved from the reference state: 0 is unchanged.",
             count="count",
         ),
-        "delta_cka_se": Column(
-            unit="1 - CKA",
-            axes=("layer",),
-            label="standard error of the drift",
-            explanation="From leaving out each text of the probe in turn.",
-            count="error_count",
+        "delta_cka_se": _drift(
+            "standard error of the drift", "From leaving out each text of the probe in turn.", count="error_count"
         ),
     }
 

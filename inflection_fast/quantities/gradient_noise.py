@@ -16,8 +16,7 @@ __all__ = ["GradientNoise"]
 logger = logging.getLogger(__name__)
 
 
-def _of_layer(unit: str, label: str, explanation: str, **more) -> Column:
-    return Column(unit=unit, axes=("layer",), label=label, explanation=explanation, count="pieces", **more)
+_of_layer = partial(Column, "1", ("layer",), count="pieces")
 
 
 class GradientNoise(Quantity):
@@ -45,13 +44,12 @@ class GradientNoise(Quantity):
 
     columns = {
         "gradient_signal": _of_layer(
-            "1", "squared norm of the true gradient", "Unbiased estimate of the squared norm of the true gradient."
+            "squared norm of the true gradient", "Unbiased estimate of the squared norm of the true gradient."
         ),
         "gradient_variance": _of_layer(
-            "1", "variance of the gradient", "Unbiased estimate of the total variance of the gradient of one sequence."
+            "variance of the gradient", "Unbiased estimate of the total variance of the gradient of one sequence."
         ),
         "gradient_snr": _of_layer(
-            "1",
             "signal-to-noise ratio of the gradient",
             "Squared norm of the true gradient over the total variance of the gradient of one sequence, estimated.",
         ),

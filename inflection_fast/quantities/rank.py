@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,6 +17,10 @@ __all__ = ["LAZY_RANK", "Rank"]
 
 LAZY_RANK = 1.5  # a mean k* below it: one singular value holds 90 % of most attention matrices of the head
 _SUMS = ("sequences", "k", "k_sequences", "stable", "column_mass")
+
+
+_of_head = partial(Column, "1", ("layer", "head"))
+_of_layer = partial(Column, "1", ("layer",))
 
 
 class Rank(Quantity):
@@ -44,33 +49,25 @@ class Rank(Quantity):
     data = "probe"
     accumulators = {name: Accumulator(("layer", "head"), held="heads") for name in _SUMS}
     columns = {
-        "rank_k90": Column(
-            unit="1",
-            axes=("layer", "head"),
-            label="rank k* of attention",
-            explanation="Least number of singular values with 90 % of the squared norm of the attention matrix.",
+        "rank_k90": _of_head(
+            "rank k* of attention",
+            "Least number of singular values with 90 % of the squared norm of the attention matrix.",
             drawn="heatmap",
             count="k_sequences",
         ),
-        "rank_stable": Column(
-            unit="1",
-            axes=("layer", "head"),
-            label="stable rank of attention",
-            explanation="Squared Frobenius norm of the attention matrix over its largest squared singular value.",
+        "rank_stable": _of_head(
+            "stable rank of attention",
+            "Squared Frobenius norm of the attention matrix over its largest squared singular value.",
             count="sequences",
         ),
-        "column_mass": Column(
-            unit="1",
-            axes=("layer", "head"),
-            label="single-column mass",
-            explanation="Largest share of one key in the squared Frobenius norm of the attention matrix.",
+        "column_mass": _of_head(
+            "single-column mass",
+            "Largest share of one key in the squared Frobenius norm of the attention matrix.",
             count="sequences",
         ),
-        "rank_max": Column(
-            unit="1",
-            axes=("layer",),
-            label="largest rank k* of a layer",
-            explanation="Largest k* over the heads of a layer; near 1 every head of the layer has collapsed.",
+        "rank_max": _of_layer(
+            "largest rank k* of a layer",
+            "Largest k* over the heads of a layer; near 1 every head of the layer has collapsed.",
             alerts=(
                 AlertRule(
                     "falls_below",
@@ -81,12 +78,7 @@ class Rank(Quantity):
                 ),
             ),
         ),
-        "lazy_heads": Column(
-            unit="1",
-            axes=("layer",),
-            label="share of lazy heads",
-            explanation="Share of a layer's heads whose mean k* is below 1.5.",
-        ),
+        "lazy_heads": _of_layer("share of lazy heads", "Share of a layer's heads whose mean k* is below 1.5."),
     }
 
     def __init__(self, sequences: int = 4, every: int | None = 500):

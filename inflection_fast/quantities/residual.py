@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,8 +14,7 @@ from .quantity import Accumulator, AlertRule, BlockForward, Column, Quantity, Su
 __all__ = ["Residual"]
 
 
-def _of_layer(unit: str, label: str, explanation: str, **more) -> Column:
-    return Column(unit=unit, axes=("layer",), label=label, explanation=explanation, **{"count": "rows", **more})
+_of_layer = partial(Column, "1", ("layer",), count="rows")
 
 
 class Residual(Quantity):
@@ -43,36 +43,31 @@ class Residual(Quantity):
     }
     columns = {
         "residual_rms": _of_layer(
-            "1",
             "RMS of block outputs",
             "Root of the mean square of a block's output, over tokens and features.",
             scale="log",
             alerts=(AlertRule("exploding", 10.0), AlertRule("not_finite")),
         ),
         "residual_max": _of_layer(
-            "1", "largest output of a block", "Largest magnitude in a block's output, over tokens.", scale="log"
+            "largest output of a block", "Largest magnitude in a block's output, over tokens.", scale="log"
         ),
         "residual_kurtosis": _of_layer(
-            "1",
             "kurtosis of block outputs",
             "Fourth central moment of a block's output over its squared variance: 3 if normal, more with outliers.",
             scale="log",
         ),
         "massive_activations": _of_layer(
-            "1",
             "massive activations",
             "Numbers in a block's output above 100 and at least 1000 times the median magnitude of their token.",
             drawn="heatmap",
         ),
         "block_ratio": _of_layer(
-            "1",
             "relative change by a block",
             "Norm of what a block adds to its input over the norm of that input, mean over tokens.",
             count="pairs",
             scale="log",
         ),
         "block_cosine": _of_layer(
-            "1",
             "cosine of a block's input and output",
             "Cosine of the angle between a block's input and its output, mean over tokens.",
             count="pairs",

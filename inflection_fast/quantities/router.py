@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,6 +15,9 @@ from .quantity import Accumulator, AlertRule, Column, MeasuredModel, Quantity, S
 __all__ = ["Router"]
 
 _KEY = "router"
+
+
+_of_layer = partial(Column, "1", ("layer",), count="rows")
 
 
 class Router(Quantity):
@@ -40,12 +44,9 @@ class Router(Quantity):
             explanation="Entropy of the router's softmax over all experts, mean over tokens.",
             count="rows",
         ),
-        "router_load_max": Column(
-            unit="1",
-            axes=("layer",),
-            label="largest share of an expert",
-            explanation="Largest share of the tokens' choices that one expert gets; 1 / experts is balanced.",
-            count="rows",
+        "router_load_max": _of_layer(
+            "largest share of an expert",
+            "Largest share of the tokens' choices that one expert gets; 1 / experts is balanced.",
             alerts=(AlertRule("above", 0.9, kind="router_collapse"),),
         ),
         "router_load": Column(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,10 +27,7 @@ GGUF_ROWS = 1024  # that are dequantised at a time
 _FIELDS = ("stable_rank", "effective_rank", "alpha", "alpha_error", "alpha_distance", "outliers")
 
 
-def _of_matrix(label: str, explanation: str) -> Column:
-    return Column(
-        unit="1", axes=("layer", "matrix"), label=label, explanation=explanation, count="measured", drawn="none"
-    )
+_of_matrix = partial(Column, "1", ("layer", "matrix"), count="measured", drawn="none")
 
 
 class Spectrum(Quantity):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,8 +25,7 @@ __all__ = ["Update"]
 COPY_BYTES = 256 << 20
 
 
-def _of_layer(label: str, explanation: str, **more) -> Column:
-    return Column(unit="1", axes=("layer",), label=label, explanation=explanation, scale="log", **more)
+_of_layer = partial(Column, "1", ("layer",), scale="log")
 
 
 class Update(Quantity):
