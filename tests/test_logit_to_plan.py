@@ -23,7 +23,6 @@ BESIDE_THE_WAY = {
     *(
         f"measure/{name}.py"
         for name in (
-            "block_output",
             "config",
             "frozen",
             "hooks",
@@ -42,9 +41,9 @@ BESIDE_THE_WAY = {
     *(f"ops/{name}.py" for name in ("checks", "qk_arguments", "sum_of_squares")),
     *(
         f"quantities/{name}.py"
-        for name in ("__init__", "activation_grad", "delta_cka", "dtensors", "parameter_grad", "protocols", "step")
+        for name in ("__init__", "activation_grad", "delta_cka", "dtensors", "parameter_grad", "calls", "step")
     ),
-    *(f"timeline/{name}.py" for name in ("columns", "existing", "signals")),
+    *(f"timeline/{name}.py" for name in ("columns", "signals")),
 }
 
 

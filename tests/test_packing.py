@@ -3,7 +3,7 @@ import zlib
 
 import numpy as np
 
-from inflection_fast.report.packing import DIGITS, pack, pack_text
+from inflection_fast.report.single_page import DIGITS, pack, pack_text
 
 
 def unpacked(data, shape):

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..measure.hooks import gradients_set_aside
 from ..timeline import Timeline
-from .handle import Handle, check_integer, check_number, gradients_set_aside
+from .handle import Handle, check_integer, check_number
 from .planned import Layers
 
 __all__ = ["Debiased", "Expectation", "debias_source", "held"]

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..decide import Plan, SelectConfig, select
 from ..measure import Monitor, MonitorConfig
-from .handle import check_integer, gradients_set_aside
+from ..measure.hooks import gradients_set_aside
+from .handle import check_integer
 from .planned import unwrapped
 
 __all__ = ["find_inflection_target_modules"]

@@ -11,8 +11,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = [
-    "Handle", "Scheduled", "Slot", "check_integer", "check_number", "gradients_set_aside", "parameters_in", "slots",
+    "Handle", "Scheduled", "Slot", "check_integer", "check_number", "parameters_in", "slots",
 ]  # fmt: skip
 
 _applied: weakref.WeakKeyDictionary[nn.Module, dict[str, set[int]]] = weakref.WeakKeyDictionary()
@@ -58,20 +58,6 @@ def parameters_in(held: Sequence[Slot]) -> list[nn.Parameter]:
 def slots(module: nn.Module) -> list[Slot]:
     """The places of all parameters of a module."""
     return [Slot(owner, name) for owner in module.modules() for name, p in owner._parameters.items() if p is not None]
-
-
-@contextmanager
-def gradients_set_aside(model: nn.Module) -> Iterator[None]:
-    """Remove the gradients of a model; restore them and every `requires_grad` at the end."""
-    before = [(parameter, parameter.grad, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        for parameter, _, _ in before:
-            parameter.grad = None
-        yield
-    finally:
-        for parameter, gradient, trains in before:
-            parameter.requires_grad_(trains)
-            parameter.grad = gradient
 
 
 class Handle:

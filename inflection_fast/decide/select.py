@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from ..timeline import Timeline
-from .baselines import BASELINES, baseline
 from .evidence import STEPS_FOR_CORRELATION
 from .extremes import Finding, cliff, maxima, minimum, top
 from .heads import collapsed, lazy
 from .plan import Plan
 from .profile import Signal, entropy_of, gradient_of, score_signal, window_of
 from .ski import check_options
-from .stacks import Stack, stack_in
 
-__all__ = ["SelectConfig", "select"]
+__all__ = ["BASELINES", "SelectConfig", "Stack", "baseline", "select", "stack_in"]
 
+# Selections that do not look at the measurement: what every claim about the others is compared with.
+BASELINES = ("first", "last", "random", "all")
 _METHODS = ("greedy", "maxima", "top", "lazy", "collapsed", *BASELINES)
 _COUNTED = ("top", "first", "last", "random")
 
@@ -231,3 +232,63 @@ def _is_window(steps) -> bool:
     if isinstance(steps, tuple):
         return len(steps) == 2 and all(map(_is_int, steps)) and 0 <= steps[0] <= steps[1]
     return isinstance(steps, float) and 0 < steps <= 1
+
+
+def baseline(method: str, k: int, layers: Sequence[int], seed: int) -> list[Finding]:
+    """The first or last `k` of the blocks `layers`, `k` drawn at random from `seed`, or all of them."""
+    count = len(layers)
+    places = {
+        "first": range(k),
+        "last": range(count - k, count),
+        "random": sorted(np.random.default_rng(seed).choice(count, k, replace=False).tolist()),
+        "all": range(count),
+    }[method]
+    which = {
+        "first": f"one of the first {k} of {count}",
+        "last": f"one of the last {k} of {count}",
+        "random": f"one of {k} of {count} drawn at random (seed {seed})",
+        "all": f"one of all {count}",
+    }[method]
+    chosen = [int(layers[place]) for place in places]
+    picks = {layer: f"Block {layer} is {which}: a baseline, chosen without the measurement." for layer in chosen}
+    return [Finding("baseline", f"A baseline ({method}), chosen without the measurement.", picks)]
+
+
+# ---- the stack that layers are chosen from: a vision tower and a decoder are not ranked against each other -------------
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """Layers of one stack of a model, in their order."""
+
+    layers: np.ndarray  # [N] indices
+    name: str | None = None  # None: the only one, or those of a timeline that does not tell stacks apart
+    words: str = ""  # which one was chosen and why, where there are several
+
+    def as_dict(self) -> dict:
+        """As it stands in `Plan.model`."""
+        return {"name": self.name, "layers": self.layers.tolist()}
+
+
+def stack_in(timeline: Timeline, name: str | None) -> Stack:
+    """The stack `name`; None: the one with most parameters that train or, where none trains, most parameters.
+
+    `ValueError` where the timeline has no such stack, or does not say which stacks there are.
+    """
+    known = timeline.meta.get("stacks") or []
+    names = [one["name"] for one in known]
+    if name is not None and not known:
+        raise ValueError(
+            f"stack: this timeline does not say which stacks its blocks are in, so {name!r} cannot be found; it was "
+            "written by an earlier version: leave stack out, or measure again"
+        )
+    if name is not None and name not in names:
+        raise ValueError(f"stack: this timeline has no stack {name!r}; it has {', '.join(names)}")
+    if len(known) < 2:
+        return Stack(np.arange(len(timeline.layers)))
+    trains = any(one["trainable"] for one in known)
+    size = "trainable" if trains else "parameters"
+    chosen = known[names.index(name)] if name is not None else max(known, key=lambda one: one[size])
+    why = "as asked for" if name is not None else f"the one with most {'trainable ' if trains else ''}parameters"
+    words = f" Chosen within the stack {chosen['name']} ({why}) of {', '.join(names)}."
+    return Stack(np.array(chosen["layers"], int), chosen["name"], words)

@@ -7,7 +7,7 @@ several layers at once need fewer operators. Several self-attention calls of a l
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -80,45 +80,11 @@ class AttentionTaps:
         sums: StepSums,
         running: int | None,
         module: nn.Module | None,
-        read: Callable[[], AttentionCall],
-        *,
-        tolerates_errors: bool,
-    ) -> None:
-        """Compute the statistics of a call by `module`, of the block `running`, or else of the block that owns it.
-
-        A call that cannot be measured raises, or with `tolerates_errors` costs the values of the step.
-        """
-        with self._costs_attention_only(tolerates_errors):
-            self._observe(micro_batch, sums, running, module, read(), may_wait=not tolerates_errors)
-
-    def end_forward(self, micro_batch: MicroBatch, sums: StepSums, *, tolerates_errors: bool) -> None:
-        """Sum the remaining calls of a forward, and warn about blocks without an observed call."""
-        with self._costs_attention_only(tolerates_errors):
-            self._refuse_unseen(micro_batch)
-            self._add_up(micro_batch, sums)
-
-    @contextmanager
-    def _costs_attention_only(self, tolerates_errors: bool) -> Iterator[None]:
-        """With `tolerates_errors` an error costs the values of the quantities that listen to attention."""
-        try:
-            yield
-        except Exception as error:
-            if not tolerates_errors:
-                raise
-            for tap in ATTENTION_TAPS:
-                for quantity in self._panel.listening(tap):
-                    self._panel.fail(quantity.name, error, tap)
-
-    def _observe(
-        self,
-        micro_batch: MicroBatch,
-        sums: StepSums,
-        running: int | None,
-        module: nn.Module | None,
         call: AttentionCall,
         *,
         may_wait: bool,
     ) -> None:
+        """Compute the statistics of a call by `module`, of the block `running`, or else of the block that owns it."""
         owners = None if module is None else self._owners.get(module)
         if owners is None:
             return
@@ -160,6 +126,23 @@ class AttentionTaps:
         micro_batch.waiting_bytes += sum(field.nbytes for field in stats if field is not None)
         if micro_batch.waiting_bytes > WAITING_BYTES:
             self._add_up(micro_batch, sums)
+
+    def end_forward(self, micro_batch: MicroBatch, sums: StepSums) -> None:
+        """Sum the remaining calls of a forward, and warn about blocks without an observed call."""
+        self._refuse_unseen(micro_batch)
+        self._add_up(micro_batch, sums)
+
+    @contextmanager
+    def costs_attention_only(self, tolerates_errors: bool) -> Iterator[None]:
+        """With `tolerates_errors` an error costs the values of the quantities that listen to attention."""
+        try:
+            yield
+        except Exception as error:
+            if not tolerates_errors:
+                raise
+            for tap in ATTENTION_TAPS:
+                for quantity in self._panel.listening(tap):
+                    self._panel.fail(quantity.name, error, tap)
 
     def _refuse(self, layer: int, call: AttentionCall) -> None:
         name = self._blocks[layer].name

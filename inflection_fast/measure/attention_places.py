@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..blocks import Block, is_linear_attention, is_named_attention
-from .remote_block import RemoteBlock
+from .placements import RemoteBlock
 
 __all__ = ["AttentionPlaces", "Place", "heads_of"]
 

@@ -14,7 +14,7 @@ from .. import quantities as registry
 from ..blocks import Block
 from ..ops.cka import POOLINGS
 from ..quantities import Quantity
-from .remote_block import RemoteBlock
+from .placements import RemoteBlock
 from .schedule import ProbeBudget
 
 __all__ = ["MonitorConfig", "meta_of"]

@@ -24,18 +24,17 @@ from ..ops.tap_attention import ATTENTION_SUMS, tap_attention
 from ..ops.tap_gradient import GRADIENT_SUMS, gradient_tap
 from ..quantities.activation_grad import ActivationGrad
 from ..quantities.attention import Attention, CrossAttention
+from ..quantities.calls import combined_mask
 from ..quantities.dtensors import is_dtensor
-from ..quantities.protocols import combined_mask
 from ..quantities.quantity import Quantity
 from .attention_call import AttentionCall
 from .attention_observer import AttentionObserver, traced_call
 from .hooks import NoHooks, patched
 from .micro_batch import decoder_layers, valid_rows
 from .packet import Piece
-from .panel import overrides
 from .schedule import RowSampler
 
-__all__ = ["GraphSlots", "TracedTaps", "compiled_part", "in_graph", "refusal", "sums_attention"]
+__all__ = ["GraphSlots", "TracedTaps", "compiled_part", "refusal", "sums_attention"]
 
 _CALLS, _ROWS, _ENTROPY, _PARTS, _MAX_LOGIT = 0, 1, 2, slice(3, 8), 8
 assert ATTENTION_SUMS[_PARTS] == Attention.axes["part"]
@@ -74,17 +73,9 @@ def refusal(model: nn.Module, part: nn.Module, blocks: Sequence[Block], heads: i
     return None
 
 
-_INSIDE = ("on_attention", "on_cross_attention", "on_attention_call", "on_block", "on_submodule", "on_output_gradient")
-
-
 def sums_attention(quantity: Quantity) -> bool:
     """Whether the sums of `tap_attention` are the accumulators of a quantity."""
     return type(quantity) in (Attention, CrossAttention)
-
-
-def in_graph(quantity: Quantity) -> bool:
-    """Whether a quantity of the training has no taps inside the model."""
-    return not any(overrides(quantity, tap) for tap in _INSIDE)
 
 
 _SHARED = "another model of its class that was compiled after the monitor was entered and before this one's first step"

@@ -16,15 +16,17 @@ from torch.autograd import Variable
 from ..quantities.activation_grad import ActivationGrad
 from ..quantities.quantity import Quantity
 from .config import MonitorConfig
-from .graph import GraphSlots, TracedTaps, compiled_part, in_graph, refusal, sums_attention
-from .hooks import catch_hook_errors, guard_module_hooks, patched, removing
+from .graph import GraphSlots, TracedTaps, compiled_part, refusal, sums_attention
+from .hooks import catch_hook_errors, guard_module_hooks, patched
 from .micro_batch import MicroBatch
+from .panel import overrides
 from .taps import Taps
 
 __all__ = ["GraphTaps"]
 
 logger = logging.getLogger(__name__)
 
+_INSIDE = ("on_attention", "on_cross_attention", "on_attention_call", "on_block", "on_submodule", "on_output_gradient")
 _AS_WRITTEN = "measured steps of the compiled model run uncompiled, and are slower"
 
 
@@ -113,7 +115,9 @@ class GraphTaps(Taps):
     def _has_tap(self, quantity: Quantity, attention: bool, gradients: bool) -> bool:
         if sums_attention(quantity):
             return attention
-        return gradients if isinstance(quantity, ActivationGrad) else in_graph(quantity)
+        if isinstance(quantity, ActivationGrad):
+            return gradients
+        return not any(overrides(quantity, tap) for tap in _INSIDE)
 
     def _reaches_all(self) -> bool:
         """Whether the first block trains, so that gradients reach the outputs of all blocks."""
@@ -147,8 +151,8 @@ class GraphTaps(Taps):
         if self._around._compiled_call_impl is not None:
             add(_around_compiled(self._around, self._run_begins, self._run_ends))
         else:
-            add(removing(self._around.register_forward_pre_hook(self._run_begins, with_kwargs=True)))
-            add(removing(self._around.register_forward_hook(self._run_ends, always_call=True)))
+            add(self._around.register_forward_pre_hook(self._run_begins, with_kwargs=True))
+            add(self._around.register_forward_hook(self._run_ends, always_call=True))
 
     def detach(self) -> None:
         """Set the flags to 0, and remove the hooks around the graph. Safe to repeat."""

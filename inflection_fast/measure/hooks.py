@@ -16,8 +16,8 @@ from torch import nn
 from .placements import reshard
 
 __all__ = [
-    "NoHooks", "WarnOnce", "catch_hook_errors", "force_eager", "guard_module_hooks", "isolated_evaluation", "patched",
-    "preserve_requires_grad", "removing",
+    "NoHooks", "WarnOnce", "catch_hook_errors", "force_eager", "gradients_set_aside", "guard_module_hooks",
+    "isolated_evaluation", "patched", "preserve_requires_grad",
 ]  # fmt: skip
 
 _lock = threading.RLock()  # reentrant: the garbage collector may close a monitor in a thread that holds the lock
@@ -52,15 +52,6 @@ class NoHooks:
 
     _forward_begins = _forward_ends = _run_begins = _run_ends = _block_begins = _block_ends = _do_nothing
     _block_follows = _submodule_ends = _parameter_gradient = _do_nothing
-
-
-@contextmanager
-def removing(handle) -> Iterator[None]:
-    """Remove a hook on exit."""
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -167,3 +158,17 @@ def preserve_requires_grad(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, flag in trainable:
             parameter.requires_grad_(flag)
+
+
+@contextmanager
+def gradients_set_aside(model: nn.Module) -> Iterator[None]:
+    """Remove the gradients of a model; restore them and every `requires_grad` at the end."""
+    before = [(parameter, parameter.grad, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for parameter, _, _ in before:
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, gradient, trains in before:
+            parameter.requires_grad_(trains)
+            parameter.grad = gradient

@@ -26,8 +26,8 @@ from .attention_places import heads_of
 from .config import MonitorConfig, meta_of
 from .context import Context
 from .micro_batch import tensors_of
+from .placements import RemoteBlock
 from .ranks import Ranks, world_size
-from .remote_block import RemoteBlock
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

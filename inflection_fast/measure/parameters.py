@@ -25,7 +25,6 @@ from .. import ops
 from ..blocks import Block
 from ..quantities.dtensors import full_of, local_of
 from ..quantities.quantity import Parameters, Quantity, Update
-from .hooks import removing
 from .packet import MeasuredStep, Packet, StepSums
 from .panel import Panel
 from .placements import when_gathered
@@ -119,12 +118,12 @@ def observing_parameter_gradients(
             if parameter in places and gathered.requires_grad and hooked.get(parameter) is not gathered:
                 hooked[parameter] = gathered
                 arrives = partial(hear, *places[parameter], parameter)
-                attached.enter_context(removing(gathered.register_hook(arrives)))
+                attached.enter_context(gathered.register_hook(arrives))
 
         for parameter in places:
             listen(parameter, parameter)
         for handle in when_gathered(model, listen):
-            attached.enter_context(removing(handle))
+            attached.enter_context(handle)
         yield
 
 

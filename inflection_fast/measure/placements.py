@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
     from torch.utils.hooks import RemovableHandle
 
-__all__ = ["BatchMesh", "is_fully_sharded", "is_part", "reshard", "when_gathered"]
+__all__ = ["BatchMesh", "RemoteBlock", "is_fully_sharded", "is_part", "reshard", "when_gathered"]
 
 
 def is_part(gradient: Tensor, positions: int | None, ranks: int) -> bool:
@@ -114,3 +114,16 @@ def reshard(model: nn.Module) -> None:
     """
     for module in _fsdp_modules(model):
         module.reshard()
+
+
+class RemoteBlock(nn.Module):
+    """A block of another pipeline stage, without parameters here; it never runs.
+
+    Args:
+        parameters: number of its parameters on its own rank.
+        trainable: how many of them train.
+    """
+
+    def __init__(self, parameters: int, trainable: int):
+        super().__init__()
+        self.held = parameters, trainable

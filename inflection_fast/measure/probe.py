@@ -27,8 +27,8 @@ from .hooks import isolated_evaluation, preserve_requires_grad
 from .micro_batch import decoder_layers, loss_of, token_mask
 from .packet import StepSums
 from .panel import Panel
+from .placements import RemoteBlock
 from .ranks import Layout
-from .remote_block import RemoteBlock
 from .schedule import LayerIndices, ProbeBudget, ProbeClock
 from .taps import Taps
 

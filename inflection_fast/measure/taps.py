@@ -20,11 +20,19 @@ from ..quantities.dtensors import local_of, sharded_over
 from ..quantities.quantity import OutputGradient, ParameterGradient, SubmoduleForward
 from .attention import ATTENTION_TAPS, AttentionTaps
 from .attention_call import AttentionCall
-from .block_output import output_of
 from .config import MonitorConfig
 from .frozen import FrozenBlocks
-from .hooks import NoHooks, catch_hook_errors, force_eager, removing
-from .micro_batch import MicroBatch, decoder_layers, hidden_of, named_inputs, requiring_grad, tensors_of, version_of
+from .hooks import NoHooks, catch_hook_errors, force_eager
+from .micro_batch import (
+    MicroBatch,
+    decoder_layers,
+    hidden_of,
+    named_inputs,
+    output_of,
+    requiring_grad,
+    tensors_of,
+    version_of,
+)
 from .packet import StepSums
 from .panel import Panel
 from .parameters import BlockParameters, observing_parameter_gradients
@@ -128,19 +136,19 @@ class Taps:
     def _attach_to_model(self) -> None:
         add = self._attached.enter_context
         add(force_eager())
-        add(removing(self._model.register_forward_pre_hook(self._forward_begins, with_kwargs=True)))
-        add(removing(self._model.register_forward_hook(self._forward_ends, always_call=True)))
+        add(self._model.register_forward_pre_hook(self._forward_begins, with_kwargs=True))
+        add(self._model.register_forward_hook(self._forward_ends, always_call=True))
         for module, layers in self._layers.items():
             begins, ends = partial(self._block_begins, layers), partial(self._block_ends, layers)
-            add(removing(module.register_forward_pre_hook(begins, with_kwargs=True)))
-            add(removing(module.register_forward_hook(ends, always_call=True)))
+            add(module.register_forward_pre_hook(begins, with_kwargs=True))
+            add(module.register_forward_hook(ends, always_call=True))
             if self._wants_gradients and self._frozen.possible:  # before other hooks on outputs
-                add(removing(module.register_forward_hook(self._block_follows, prepend=True)))
+                add(module.register_forward_hook(self._block_follows, prepend=True))
         for quantity in self._panel.listening("on_submodule"):
             for layers in self._layers.values():
                 for name, module in quantity.submodules(self._blocks[layers[0]]).items():
                     ends = partial(self._submodule_ends, quantity, layers, name)
-                    add(removing(module.register_forward_hook(ends, with_kwargs=True)))
+                    add(module.register_forward_hook(ends, with_kwargs=True))
 
     def __deepcopy__(self, memo: dict) -> Taps:
         """Itself: hooks that are copied with a model (to average its weights) do nothing."""
@@ -232,7 +240,8 @@ class Taps:
     @catch_hook_errors
     def _forward_ended(self, micro_batch: MicroBatch, output: object) -> None:
         if self._sees_attention:
-            self._attention.end_forward(micro_batch, self.sums, tolerates_errors=self.tolerates_errors)
+            with self._attention.costs_attention_only(self.tolerates_errors):
+                self._attention.end_forward(micro_batch, self.sums)
         event = micro_batch.output(output, bool(self._decoders))
         self._panel.notify("on_model_output", micro_batch.piece, event)
         for tensor in tensors_of(output):
@@ -276,11 +285,9 @@ class Taps:
     @catch_hook_errors
     def _block_follows(self, block: nn.Module, args: tuple, output: object) -> object:
         layer = self._running[-1][0] if self._running else None
-        return (
-            None
-            if layer is None or block not in self._layers
-            else self._frozen.block_ends(self._current, layer, output)
-        )
+        if layer is None or block not in self._layers:
+            return None
+        return self._frozen.block_ends(self._current, layer, output)
 
     @catch_hook_errors
     def _block_ends(self, layers: list[int], block: nn.Module, args: tuple, output: object) -> None:
@@ -290,8 +297,9 @@ class Taps:
         layer, before = self._running.pop() if micro_batch is not None and self._running else (None, ())
         if hidden is None or not torch.is_grad_enabled():
             return
-        if micro_batch is not None and layer is not None:
-            self._notify_block(micro_batch, layer, block, before, hidden)
+        if micro_batch is not None and layer is not None and self._panel.listening("on_block"):
+            event = micro_batch.block(layer, block, before, hidden, layer in self._decoders)
+            self._panel.notify("on_block", micro_batch.piece, event)
         if not self._wants_gradients or not hidden.requires_grad:
             return
         if micro_batch is None:
@@ -301,13 +309,6 @@ class Taps:
         if micro_batch is not None and layer is not None:
             micro_batch.awaits_gradient.add(layer)
             hidden.register_hook(partial(self._gradient_arrives, micro_batch, layer))
-
-    def _notify_block(
-        self, micro_batch: MicroBatch, layer: int, block: nn.Module, before: tuple, hidden: Tensor
-    ) -> None:
-        if self._panel.listening("on_block"):
-            event = micro_batch.block(layer, block, before, hidden, layer in self._decoders)
-            self._panel.notify("on_block", micro_batch.piece, event)
 
     def _recomputed(self, layers: list[int]) -> tuple[MicroBatch | None, int | None]:
         # Backward passes visit micro-batches in any order. Each layer is recomputed once per micro-batch; of a module
@@ -332,9 +333,9 @@ class Taps:
     def _observe(self, module: nn.Module | None, read: Callable[[], AttentionCall]) -> None:
         if self._current is not None:
             running = self._running[-1][0] if self._running else None
-            self._attention.observe(
-                self._current, self.sums, running, module, read, tolerates_errors=self.tolerates_errors
-            )
+            may_wait = not self.tolerates_errors
+            with self._attention.costs_attention_only(self.tolerates_errors):
+                self._attention.observe(self._current, self.sums, running, module, read(), may_wait=may_wait)
 
     # ---- backward ----------------------------------------------------------------------------------------------------
 

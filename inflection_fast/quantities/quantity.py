@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from ..timeline.columns import AlertRule, Column
-from .protocols import Call, Settings
+from .calls import AttentionCall, Settings
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -154,7 +154,7 @@ class AttentionSeen:
 
     layer: int
     heads: slice  # as in `AttentionRows`
-    call: Call
+    call: AttentionCall
     rows: Tensor | None  # [R] int64, the sampled query positions; None: all of them
     stats: AttentionStats  # of those rows, [B, H, R] float32
     valid: Tensor | None  # [B, R] bool; None: all

@@ -10,7 +10,7 @@ import torch
 
 from .. import ops
 from .arguments import check_count
-from .protocols import combined_mask
+from .calls import combined_mask
 from .quantity import Accumulator, AlertRule, AttentionSeen, BlockForward, Column, MeasuredModel, Quantity, Sums
 
 __all__ = ["LAZY_RANK", "Rank"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from inflection_fast.decide import Plan, SelectConfig, select
-from inflection_fast.decide.baselines import baseline
+from inflection_fast.decide.select import baseline
 from inflection_fast.run.errors import UserError, user_errors
 from inflection_fast.run.folder import load_settings
 from inflection_fast.timeline import Timeline

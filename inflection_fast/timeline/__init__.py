@@ -10,10 +10,9 @@ synchronised with the disk when it is created, replaced and closed.
 
 from .arrow import columns_in
 from .columns import AlertRule, Column
-from .existing import IF_EXISTS, folder_for
 from .signals import HEAD_SIGNALS, LAYER_SIGNALS, STEP_SIGNALS
 from .timeline import Timeline
-from .writer import TimelineWriter
+from .writer import IF_EXISTS, TimelineWriter, folder_for
 
 __all__ = [
     "HEAD_SIGNALS", "IF_EXISTS", "LAYER_SIGNALS", "STEP_SIGNALS", "AlertRule", "Column", "Timeline", "TimelineWriter",
