@@ -254,7 +254,7 @@ def baseline(method: str, k: int, layers: Sequence[int], seed: int) -> list[Find
     return [Finding("baseline", f"A baseline ({method}), chosen without the measurement.", picks)]
 
 
-# ---- the stack that layers are chosen from: a vision tower and a decoder are not ranked against each other -------------
+# ---- the stack that layers are chosen from: a vision tower and a decoder are not ranked against each other -----------
 
 
 @dataclass(frozen=True, eq=False)
