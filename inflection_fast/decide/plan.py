@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, get_args, get_origin
 
 import numpy as np
 
@@ -69,7 +69,7 @@ class Plan:
         for name, blocks in self.found.items():
             if not set(blocks) <= set(self.layers):
                 raise ValueError(f"found: expected blocks of {list(self.layers)} as {name}, got {list(blocks)}")
-        if not set(self.ranks) <= set(self.layers) or not all(_is_rank(rank) for rank in self.ranks.values()):
+        if not set(self.ranks) <= set(self.layers) or not all(_is_integer(r) and r >= 1 for r in self.ranks.values()):
             raise ValueError(f"ranks: expected integers >= 1 for layers of {list(self.layers)}, got {self.ranks}")
         object.__setattr__(self, "heads", {layer: tuple(heads) for layer, heads in self.heads.items()})
         if not set(self.heads) <= set(self.layers) or not all(map(_are_heads, self.heads.values())):
@@ -126,13 +126,12 @@ class Plan:
         if document.get("format") != FORMAT:
             raise ValueError(f"{path} is a plan of format {document.get('format')}; this version reads format {FORMAT}")
         document = _LATER | document
-        for key, (accepts, words) in _FIELDS.items():
-            if not accepts(document.get(key)):
+        for key, (kind, words) in _FIELDS.items():
+            if not _is_of(kind, document.get(key)):
                 raise ValueError(f"{path} is not a plan: {key} is not {words}")
         fields: dict[str, Any] = {key: document[key] for key in _FIELDS}
-        fields["reasons"] = {int(layer): reason for layer, reason in fields["reasons"].items()}
-        fields["heads"] = {int(layer): tuple(heads) for layer, heads in fields["heads"].items()}
-        fields["ranks"] = {int(layer): rank for layer, rank in fields["ranks"].items()}
+        for key in ("reasons", "heads", "ranks"):
+            fields[key] = {int(layer): value for layer, value in fields[key].items()}
         fields["scores"] = _numbers(fields["scores"])
         fields["profile"] = {name: _numbers(values) for name, values in fields["profile"].items()}
         try:
@@ -209,53 +208,34 @@ def _is_integer(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_rank(value) -> bool:
-    return _is_integer(value) and value >= 1
-
-
 def _are_heads(heads) -> bool:
     return len(heads) > 0 and all(_is_integer(h) and h >= 0 for h in heads) and list(heads) == sorted(set(heads))
 
 
-def _are_heads_by_layer(value) -> bool:
-    return isinstance(value, dict) and all(key.isdecimal() and _list_of(_is_integer)(h) for key, h in value.items())
+def _is_of(kind: Any, value: object) -> bool:
+    """Whether a JSON value is of a type: null is a number without a value, and keys that are integers are texts."""
+    inner = get_args(kind)
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_is_of(inner[0], one) for one in value)
+    if get_origin(kind) is dict:
+        keys_fit = isinstance(value, dict) and (inner[0] is str or all(key.isdecimal() for key in value))
+        return keys_fit and isinstance(value, dict) and all(_is_of(inner[1], one) for one in value.values())
+    if kind is float and (value is None or _is_integer(value)):
+        return True
+    return _is_integer(value) if kind is int else isinstance(value, kind)
 
 
-def _are_ranks(value) -> bool:
-    return isinstance(value, dict) and all(key.isdecimal() and _is_rank(rank) for key, rank in value.items())
-
-
-def _is_number(value) -> bool:
-    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
-
-
-def _list_of(accepts):
-    return lambda value: isinstance(value, list) and all(map(accepts, value))
-
-
-def _is_found(value) -> bool:
-    return isinstance(value, dict) and all(map(_list_of(_is_integer), value.values()))
-
-
-def _are_reasons(value) -> bool:
-    return isinstance(value, dict) and all(key.isdecimal() and isinstance(text, str) for key, text in value.items())
-
-
-def _is_profile(value) -> bool:
-    return isinstance(value, dict) and all(map(_list_of(_is_number), value.values()))
-
-
-_FIELDS = {
-    "layers": (_list_of(_is_integer), "a list of integers"),
-    "summary": (lambda value: isinstance(value, str), "a text"),
-    "reasons": (_are_reasons, "a text for each layer"),
-    "scores": (_list_of(_is_number), "a list of numbers"),
-    "profile": (_is_profile, "a list of numbers for each signal"),
-    "config": (lambda value: isinstance(value, dict), "a table of options"),
-    "model": (lambda value: isinstance(value, dict), "a table"),
-    "found": (_is_found, "a list of integers for each thing that was looked for"),
-    "ranks": (_are_ranks, "an integer >= 1 for each layer"),
-    "heads": (_are_heads_by_layer, "a list of integers for each layer"),
-    "actions": (_list_of(lambda value: isinstance(value, dict)), "a list of tables"),
+_FIELDS: dict[str, tuple[Any, str]] = {
+    "layers": (list[int], "a list of integers"),
+    "summary": (str, "a text"),
+    "reasons": (dict[int, str], "a text for each layer"),
+    "scores": (list[float], "a list of numbers"),
+    "profile": (dict[str, list[float]], "a list of numbers for each signal"),
+    "config": (dict, "a table of options"),
+    "model": (dict, "a table"),
+    "found": (dict[str, list[int]], "a list of integers for each thing that was looked for"),
+    "ranks": (dict[int, int], "an integer >= 1 for each layer"),
+    "heads": (dict[int, list[int]], "a list of integers for each layer"),
+    "actions": (list[dict], "a list of tables"),
 }
 _LATER: dict[str, Any] = {"ranks": {}, "heads": {}, "actions": []}  # fields that older plans lack

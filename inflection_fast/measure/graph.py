@@ -29,7 +29,7 @@ from ..quantities.dtensors import is_dtensor
 from ..quantities.quantity import Quantity
 from .attention_call import AttentionCall
 from .attention_observer import AttentionObserver, traced_call
-from .hooks import NoHooks, patched
+from .hooks import HookOwner, patched
 from .micro_batch import decoder_layers, valid_rows
 from .packet import Piece
 from .schedule import RowSampler
@@ -179,7 +179,7 @@ def _add_attention(sums, slots: Tensor) -> None:
     torch.maximum(highest, slots[:, _MAX_LOGIT].float(), out=highest)
 
 
-class TracedTaps:
+class TracedTaps(HookOwner):
     """The hooks on a compiled model, as long as its monitor is open.
 
     Args:
@@ -220,14 +220,6 @@ class TracedTaps:
                 for module, layer in self._layers.items():
                     stack.callback(module.register_forward_hook(partial(self._block_ends, layer)).remove)
             yield self
-
-    def __deepcopy__(self, memo: dict) -> TracedTaps:
-        """Itself: hooks that are copied with a model do nothing."""
-        return self
-
-    def __reduce__(self) -> tuple:
-        """Hooks that do nothing, so that a measured model can be pickled."""
-        return NoHooks, ()
 
     # ---- traced by dynamo --------------------------------------------------------------------------------------------
 

@@ -16,8 +16,8 @@ from torch import nn
 from .placements import reshard
 
 __all__ = [
-    "NoHooks", "WarnOnce", "catch_hook_errors", "force_eager", "gradients_set_aside", "guard_module_hooks",
-    "isolated_evaluation", "patched", "preserve_requires_grad",
+    "HookOwner", "NoHooks", "WarnOnce", "catch_hook_errors", "force_eager", "gradients_set_aside",
+    "guard_module_hooks", "isolated_evaluation", "patched", "preserve_requires_grad",
 ]  # fmt: skip
 
 _lock = threading.RLock()  # reentrant: the garbage collector may close a monitor in a thread that holds the lock
@@ -52,6 +52,18 @@ class NoHooks:
 
     _forward_begins = _forward_ends = _run_begins = _run_ends = _block_begins = _block_ends = _do_nothing
     _block_follows = _submodule_ends = _parameter_gradient = _do_nothing
+
+
+class HookOwner:
+    """The owner of hooks on a model, which do nothing in a copy of the model."""
+
+    def __deepcopy__(self, memo: dict) -> HookOwner:
+        """Itself, of a model that is copied to average its weights."""
+        return self
+
+    def __reduce__(self) -> tuple:
+        """Hooks that do nothing, so that a measured model can be pickled."""
+        return NoHooks, ()
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from .attention import ATTENTION_TAPS, AttentionTaps
 from .attention_call import AttentionCall
 from .config import MonitorConfig
 from .frozen import FrozenBlocks
-from .hooks import NoHooks, catch_hook_errors, force_eager
+from .hooks import HookOwner, catch_hook_errors, force_eager
 from .micro_batch import (
     MicroBatch,
     decoder_layers,
@@ -47,7 +47,7 @@ def device_of(blocks: Sequence[Block]) -> torch.device:
     return next((p for block in blocks for p in block.module.parameters()), torch.empty(0)).device
 
 
-class Taps:
+class Taps(HookOwner):
     """The hooks on a model during one measured step, and the sums that quantities fill. Reused from step to step.
 
     Args:
@@ -149,14 +149,6 @@ class Taps:
                 for name, module in quantity.submodules(self._blocks[layers[0]]).items():
                     ends = partial(self._submodule_ends, quantity, layers, name)
                     add(module.register_forward_hook(ends, with_kwargs=True))
-
-    def __deepcopy__(self, memo: dict) -> Taps:
-        """Itself: hooks that are copied with a model (to average its weights) do nothing."""
-        return self
-
-    def __reduce__(self) -> tuple:
-        """Hooks that do nothing, so that a measured model can be pickled."""
-        return NoHooks, ()
 
     def detach(self) -> None:
         """Remove the hooks. The sums stay, and graphs that are still alive no longer change them. Safe to repeat."""

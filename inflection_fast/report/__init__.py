@@ -4,10 +4,11 @@ It reads the files of the run folder alone, so it can be written on any machine 
 `_map`, `_lines`, `_line` and `_chart` draw timelines, plans and arrays with matplotlib, most of them on a given axis.
 """
 
+from inflection_fast.report.charts import drift_chart
 from inflection_fast.report.figures import difference_map, head_map, score_line, signal_lines, signal_map
+from inflection_fast.report.heatmap import cka_map
 from inflection_fast.report.page import write
 from inflection_fast.report.several import write_several
-from inflection_fast.report.similarity import cka_map, drift_chart
 from inflection_fast.report.summary import summary
 
 __all__ = [

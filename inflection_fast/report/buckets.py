@@ -32,7 +32,7 @@ class Buckets:
 
     def _grow(self, size: int) -> None:
         """Allocate memory for more buckets: most runs are short."""
-        for name, start, dtype in _PARTS:
+        for name, start, dtype, _ in _PARTS:
             fresh = np.full((size, *self.shape), start, dtype)
             if self._allocated:
                 fresh[: self._allocated] = getattr(self, name)
@@ -69,11 +69,9 @@ class Buckets:
 
     def _join(self) -> None:
         half = self.limit // 2
-        for name, join in (("_count", np.add), ("_sum", np.add), ("_low", np.minimum), ("_high", np.maximum)):
+        for name, start, _, join in _PARTS:
             array = getattr(self, name)
-            joined = join(array[0::2], array[1::2])
-            start = next(start for part, start, _ in _PARTS if part == name)
-            array[:half], array[half:] = joined, start
+            array[:half], array[half:] = join(array[0::2], array[1::2]), start
         self._first[:half], self._last[:half] = self._first[0::2].copy(), self._last[1::2].copy()
         self.length *= 2
         self._used, self._filled = half, self.length
@@ -109,8 +107,8 @@ class Buckets:
 
 
 _PARTS = (
-    ("_count", 0, np.int64),
-    ("_sum", 0.0, np.float64),
-    ("_low", np.inf, np.float64),
-    ("_high", -np.inf, np.float64),
+    ("_count", 0, np.int64, np.add),
+    ("_sum", 0.0, np.float64, np.add),
+    ("_low", np.inf, np.float64, np.minimum),
+    ("_high", -np.inf, np.float64, np.maximum),
 )

@@ -1,4 +1,4 @@
-"""Charts by layer and by stage: the profile of the choice, SKI, and the results of the stages."""
+"""Charts by layer and by stage: the profile of the choice, SKI, the drift of layers, and the results of stages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["index_chart", "profile_chart", "stage_chart"]
+__all__ = ["drift_chart", "index_chart", "profile_chart", "stage_chart"]
 
 WIDTH = 7.0
 
@@ -116,6 +116,42 @@ def stage_chart(stages: Sequence[Stage], highlighted: str) -> Figure:
     return drawn
 
 
+def drift_chart(
+    steps: np.ndarray,  # [S]
+    delta: np.ndarray,  # [S, L]
+    error: np.ndarray,  # [S, L] standard errors, NaN where there is none
+    chosen: Sequence[int] = (),
+) -> Figure:
+    """delta-CKA of every layer at the last snapshot, and of a few layers step by step, bars one standard error long."""
+    there = np.flatnonzero(np.isfinite(delta).any(1))
+    drawn = canvas.figure(7.0, 4.8)
+    above, below = drawn.subplots(2, 1, height_ratios=(1, 1.2))
+    last = there[-1] if len(there) else -1
+    layers = np.arange(delta.shape[1])
+    canvas.style_axes(above, f"Representation drift at step {steps[last]}", "layer", "1 - CKA")
+    _bars(above, layers, delta[last], error[last], canvas.TEXT_COLOUR, linestyle="none")
+    if len(chosen):
+        style: dict[str, Any] = {"color": canvas.CHOSEN, "marker": "o", "linestyle": "none", "markersize": 7}
+        (points,) = above.plot(list(chosen), delta[last][list(chosen)], label="chosen layer", zorder=3, **style)
+        canvas.legend(above, [points])
+    canvas.layer_axis(above.xaxis, len(layers))
+    above.set_xlim(-0.5, len(layers) - 0.5)
+    canvas.style_axes(below, "Step by step", "optimizer step", "1 - CKA")
+    traced = canvas.spread_layers(len(layers))
+    handles = []
+    spread = 0.012 * (steps[-1] - steps[0]) / max(len(traced) - 1, 1)  # so that bars do not overlap
+    for number, layer in enumerate(traced):
+        colour = canvas.layer_colour(number / max(len(traced) - 1, 1))
+        name = str(layer) if number else f"layer {layer}"
+        place = steps[there] + (number - (len(traced) - 1) / 2) * spread
+        handles.append(_bars(below, place, delta[there, layer], error[there, layer], colour, label=name))
+    canvas.legend(below, handles)
+    for ax in (above, below):
+        ax.axhline(0, color=canvas.GREY, linewidth=0.6, zorder=0)
+        ax.margins(y=0.12)
+    return drawn
+
+
 def _line(
     ax: Axes, values: np.ndarray, colour: str, label: str, marker: str, error: np.ndarray | None = None
 ) -> list[Any]:
@@ -189,3 +225,9 @@ def _plain(colour: str) -> dict[str, Any]:
 
 def _note() -> dict[str, Any]:
     return {"va": "center", "fontsize": canvas.SMALL, "color": canvas.GREY, "style": "italic", "bbox": canvas.TEXT_BOX}
+
+
+def _bars(ax: Axes, x: np.ndarray, values: np.ndarray, error: np.ndarray, colour: Any, **style: Any) -> Any:
+    usual: dict[str, Any] = {"marker": "o", "markersize": 3.5, "linewidth": 1.1, "elinewidth": 1, "capsize": 2.5}
+    error = np.where(np.isfinite(error), error, np.nan)
+    return ax.errorbar(x, values, yerr=error, color=colour, zorder=4, **(usual | style))

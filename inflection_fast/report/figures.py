@@ -21,12 +21,10 @@ from inflection_fast.report import canvas
 from inflection_fast.report.content import PAIRS, Content, Series
 from inflection_fast.report.folder import Run
 from inflection_fast.report.heatmap import draw_heat_map, edges
-from inflection_fast.report.pictures import safe_name
+from inflection_fast.report.pictures import layer_means, safe_name
 from inflection_fast.report.profile import by_name
-from inflection_fast.report.similarity import cka_map
 from inflection_fast.report.words import capitalised
 from inflection_fast.timeline import Timeline, columns_in
-from inflection_fast.timeline.means import finite_mean
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -165,11 +163,8 @@ def write_figures(content: Content, run: Run | None, folder: Path) -> list[Path]
             continue
         safe = safe_name(name)
         if series.column.axes == PAIRS and series.parts is not None:
-            limits = (0.0, 1.0) if "delta" not in name else None
-            title, unit = capitalised(series.column.label), series.column.unit
-            add(
-                f"matrix_{safe}", cka_map(series.parts.mean[-1], title=title, x="other layer", unit=unit, limits=limits)
-            )
+            title = capitalised(series.column.label)
+            add(f"matrix_{safe}", pictures.matrix_of(name, series.column, series.parts.mean[-1], title))
             continue
         add(f"over_steps_{safe}", _overview(series).figure)
         if series.places.shape:
@@ -217,8 +212,7 @@ def _by_layer(timeline: Timeline, name: str) -> tuple[Any, np.ndarray, np.ndarra
     column = _column(timeline, name)
     if column.axes[:1] != ("layer",):
         raise ValueError(f"name: expected a column by layer, and {name} is one number a step")
-    values = np.asarray(getattr(timeline, name), float)
-    values = finite_mean(values, tuple(range(2, values.ndim)))
+    values = layer_means(timeline, name)
     there = np.isfinite(values).any(1)
     if not there.any():
         raise ValueError(f"{name} has no value in this timeline")

@@ -1,4 +1,4 @@
-"""A column as a map: layers upwards, steps or heads to the right, values as colours, hatched without a value."""
+"""Maps: layers upwards; steps, heads or layers to the right; values as colours, hatched without a value."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["draw_heat_map", "edges", "heat_map"]
+__all__ = ["cka_map", "draw_heat_map", "edges", "heat_map"]
+
+WRITTEN = 12  # a map of at most so many layers of layers has its numbers written into it
 
 
 def heat_map(
@@ -35,6 +37,37 @@ def heat_map(
     return drawn
 
 
+def cka_map(
+    values: np.ndarray,  # [L1, L2]
+    *,
+    title: str = "CKA of layers",
+    x: str = "layer",
+    y: str = "layer",
+    unit: str = "CKA",
+    limits: tuple[float, float] | None = (0.0, 1.0),
+) -> Figure:
+    """Draws what `cka_matrix` gives, layers of the first model upwards.
+
+    Colours run between `limits` whatever the values are, so that two maps compare (None: between the least and the
+    largest); debiased values below 0 have the colour of 0 and keep their number. NaN is hatched.
+    """
+    values = np.asarray(values, float)
+    rows, columns = values.shape
+    side = min(5.4, max(2.2, 1.2 + 0.32 * max(rows, columns)))
+    drawn = canvas.figure(side * columns / max(rows, columns) + 1.4, side * rows / max(rows, columns) + 0.6)
+    ax = drawn.add_subplot()
+    low, high = draw_heat_map(
+        ax, values, np.arange(columns + 1) - 0.5, title=title, unit=unit, x=x, y=y, limits=limits, pad=0.03
+    )
+    ax.set_aspect("equal")
+    canvas.layer_axis(ax.xaxis, columns)
+    if max(rows, columns) <= WRITTEN:
+        for i, j in zip(*np.nonzero(np.isfinite(values)), strict=True):
+            colour = "white" if values[i, j] < low + 0.6 * (high - low) else canvas.TEXT_COLOUR
+            ax.text(j, i, f"{values[i, j]:.2f}", ha="center", va="center", fontsize=6, color=colour)
+    return drawn
+
+
 def draw_heat_map(
     ax: Axes,
     values: np.ndarray,  # [rows, columns]
@@ -48,11 +81,13 @@ def draw_heat_map(
     log: bool = False,
     limits: tuple[float, float] | None = None,
     colours: str = canvas.MAP,
-) -> None:
+    pad: float = 0.035,
+) -> tuple[float, float]:
     """Draw `values` on an axis, row 0 at the bottom, with a colour bar.
 
     With `log`, colours are logarithmic, and values at or below zero count as missing. NaN is hatched. `limits` is the
-    range of the colours (None: that of the values), `colours` a colour map of matplotlib.
+    range of the colours (None: that of the values), which is returned; `colours` is a colour map of
+    matplotlib, `pad` the space before the colour bar.
     """
     from matplotlib.colors import LogNorm, Normalize
     from matplotlib.lines import Line2D
@@ -82,13 +117,14 @@ def draw_heat_map(
         handles.append(Patch(label="no value", **canvas.NO_VALUE))
     canvas.legend(ax, handles)
     if there.any():
-        bar = canvas.colour_bar(mesh, ax, unit, 0.035)
+        bar = canvas.colour_bar(mesh, ax, unit, pad)
         if log:
             bar.ax.minorticks_off()
             bar.ax.yaxis.set_major_locator(_log_ticks(low, high))
             bar.ax.yaxis.set_major_formatter(FormatStrFormatter("%g"))
     else:
         canvas.no_values(ax)
+    return limits
 
 
 def _log_ticks(low: float, high: float) -> Any:

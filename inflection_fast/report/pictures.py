@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from inflection_fast.report import canvas
-from inflection_fast.report.charts import index_chart, profile_chart, stage_chart
+from inflection_fast.report.charts import drift_chart, index_chart, profile_chart, stage_chart
 from inflection_fast.report.content import PAIRS
 from inflection_fast.report.folder import Run
-from inflection_fast.report.heatmap import heat_map
+from inflection_fast.report.heatmap import cka_map, heat_map
 from inflection_fast.report.profile import by_name, components, found, last_part, log_gradient
-from inflection_fast.report.similarity import cka_map, drift_chart
 from inflection_fast.report.words import capitalised
 from inflection_fast.timeline import Column, Timeline
 from inflection_fast.timeline.means import finite_mean
@@ -217,11 +216,20 @@ def _pairs(timeline: Timeline, name: str, title: str, column: Column, add: Calla
     there = np.flatnonzero(np.isfinite(values).any((1, 2)))
     if len(there):
         step = timeline.steps[there[-1]]
-        limits = (0.0, 1.0) if "delta" not in name else None
-        figure = cka_map(
-            values[there[-1]], title=f"{title} at step {step}", x="other layer", unit=column.unit, limits=limits
-        )
+        figure = matrix_of(name, column, values[there[-1]], f"{title} at step {step}")
         add(name, title, f"{column.explanation} At step {step}.", figure)
+
+
+def matrix_of(name: str, column: Column, values: np.ndarray, title: str) -> Figure:
+    """The map of a column of pairs of layers; colours of CKA run from 0 to 1."""
+    limits = (0.0, 1.0) if "delta" not in name else None
+    return cka_map(values, title=title, x="other layer", unit=column.unit, limits=limits)
+
+
+def layer_means(timeline: Timeline, name: str) -> np.ndarray:
+    """[S, L]: a column by layer, mean over its other axes where there is a value."""
+    values = np.asarray(getattr(timeline, name), float)
+    return finite_mean(values, tuple(range(2, values.ndim)))
 
 
 def by_layer(timeline: Timeline, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -229,8 +237,7 @@ def by_layer(timeline: Timeline, name: str) -> tuple[np.ndarray, np.ndarray]:
 
     Steps at which it was not to be measured are left out: what is measured now and then has no holes between.
     """
-    values, steps = np.asarray(getattr(timeline, name), float), timeline.steps
-    values = finite_mean(values, tuple(range(2, values.ndim)))
+    values, steps = layer_means(timeline, name), timeline.steps
     config = timeline.meta.get("config") or {}
     every = config.get("probe_every") if name.startswith("delta_cka") else None
     there = np.isfinite(values).any(axis=1)
