@@ -11,7 +11,7 @@ from helpers.tiny_runs import CONFIG, write_run, write_stage
 
 from inflection_fast import report
 from inflection_fast.records import Metrics
-from inflection_fast.report import canvas, pictures, regime, sections
+from inflection_fast.report import canvas, pictures, sections
 from inflection_fast.report import folder as run_files
 from inflection_fast.report.verdict import compare, verdict
 
@@ -167,7 +167,7 @@ def test_unequal_training_is_said():
 def test_what_the_study_says_of_sources_like_this_one(monkeypatch, sure, rule, says):
     study = {"transfers": 5, "threshold": 0.8, "below": "LoRA everywhere", "above": "unfreezing",
              "always": "selective LoRA", "accuracy": {"rule": rule, "always": 75.0, "hindsight": 82.0}}  # fmt: skip
-    monkeypatch.setattr(regime, "_study", lambda: study)
+    monkeypatch.setattr("inflection_fast.report.verdict._study", lambda: study)
     source = stage(0.9)
     found = dataclasses.replace(source.metrics, largest_probability=sure, share_above_099=2 * sure - 1)
     run = run_files.Run(Path(), (), {}, None, None, stages={"tune": stage(0.8), "baseline-x": stage(0.8)})

@@ -144,9 +144,7 @@ class AttentionEntropyLoss(Scheduled):
     @torch.compiler.disable
     def _of_interface(self, call: InterfaceCall) -> Tensor:
         if torch.is_grad_enabled() and (self._places.of(call.module).kind or "self") == "self":
-            where = call.name, call.attend, call.module
-            read = call_of(*where, call.query, call.key, call.mask, call.args, call.kwargs, self._starts)
-            self._take(self._owners[call.module], read)
+            self._take(self._owners[call.module], call_of(call, self._starts))
         return call.query
 
     def _of_function(self, module: nn.Module | None, read) -> None:

@@ -8,26 +8,13 @@ monitor sees their queries, in whatever order both are attached and removed.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
+
+from ..measure.attention_observer import InterfaceCall
 
 __all__ = ["InterfaceCall", "change_queries"]
-
-
-@dataclass(frozen=True, eq=False)
-class InterfaceCall:
-    """One call of an attention function by a module."""
-
-    name: str  # of the implementation: "sdpa", "eager", ...
-    attend: Callable[..., Any]  # the implementation itself
-    module: nn.Module
-    query: Tensor  # [B, H, Tq, D]
-    key: Tensor  # [B, Hkv, Tk, D]
-    mask: Tensor | None
-    args: tuple  # positional arguments after the mask
-    kwargs: dict[str, Any]
 
 
 def change_queries(

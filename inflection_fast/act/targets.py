@@ -258,7 +258,8 @@ class _Search:
         """The modules that `wanted` matches. `ValueError` if a block has none, or a pattern matches nothing."""
         found = []
         for block in self._blocks:
-            names = [name for name, module in modules_of(block) if self._wanted(wanted, name, module)]
+            inside = modules_of(block)
+            names = [n for n, m in inside if (is_linear(m) if wanted == "all-linear" else _matches(wanted, n))]
             if not names:
                 raise ValueError(
                     f"target_modules: {wanted} matches nothing in {block.name}, which has {_linears(block)}"
@@ -284,9 +285,6 @@ class _Search:
                 "by the fused experts of every block; omit them, and name experts by target_parameters='experts'"
             )
         return found
-
-    def _wanted(self, wanted: str | Sequence[str], name: str, module: nn.Module) -> bool:
-        return is_linear(module) if wanted == "all-linear" else _matches(wanted, name)
 
 
 # ---- parts of the rules ----------------------------------------------------------------------------------------------

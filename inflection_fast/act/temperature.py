@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..measure.attention_observer import interfaces_of
 from .handle import Scheduled, check_integer, check_number
-from .interface import InterfaceCall, change_queries
+from .interface import change_queries
 from .planned import Layers
 
 __all__ = ["AttentionTemperature", "attention_temperature"]
@@ -103,14 +103,11 @@ class AttentionTemperature(Scheduled):
     def _attach(self, attached: ExitStack) -> None:
         inside = {id(module) for block in self.blocks for module in block.module.modules()}
         for interface in interfaces_of(self.model):
-            attached.callback(change_queries(interface, inside, self._scaled))
+            attached.callback(change_queries(interface, inside, lambda call: call.query * self._factor))
         for block in self.blocks:
             if _calls_torch(block.module):
                 attached.callback(block.module.register_forward_pre_hook(self._block_begins).remove)
                 attached.callback(block.module.register_forward_hook(self._block_ends, always_call=True).remove)
-
-    def _scaled(self, call: InterfaceCall) -> Tensor:
-        return call.query * self._factor
 
     # The function mode is entered around each block, after that of a monitor around the model. The mode that is entered
     # last gets a call first, so the monitor sees scaled queries.

@@ -6,8 +6,9 @@ import difflib
 import inspect
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import nn
 
@@ -97,7 +98,7 @@ def _stacked(model: nn.Module) -> Stacks:
     holders, attentions = _attention_holders(model)
     for find in (_containers_with, _lists_of_attention, _repeated_linear):
         stacks: Stacks = {}
-        for container, blocks in find(model, "", holders, attentions):
+        for container, blocks in find(model, holders, attentions):
             parts = _unwrapped_name(model, container).split(".")
             if calls_forward_of_elements(type(model.get_submodule(container.rpartition(".")[0]))):
                 inner = [one for b in blocks for one in _callable_in(model.get_submodule(b), b, attentions)]
@@ -140,19 +141,26 @@ def _times(model: nn.Module, container: str) -> int:
 
 
 def _containers_with(
-    module: nn.Module, path: str, holders: set[nn.Module], attentions: set[nn.Module]
-) -> Iterator[tuple[str, list[str]]]:
+    module: nn.Module, holders: set[nn.Module], attentions: set[nn.Module]
+) -> list[tuple[str, list[str]]]:
     """Innermost containers with attention, and the blocks in them."""
-    inner: list[tuple[str, list[str]]] = []
-    for name, child in in_order(module):
-        if child in holders:
-            inner += _containers_with(child, _join(path, name), holders, attentions)
-    if inner:
-        yield from inner
-    elif isinstance(module, CONTAINERS):
-        blocks = _blocks_in(module, path, holders, attentions)
-        if blocks:
-            yield path, blocks
+    in_container = partial(_blocks_in, holders=holders, attentions=attentions)
+    return _innermost(module, "", lambda name, child: child in holders, in_container)
+
+
+def _innermost(
+    module: nn.Module,
+    path: str,
+    enters: Callable[[str, nn.Module], bool],
+    blocks_in: Callable[[nn.Module, str], list[str]],
+) -> list[tuple[str, list[str]]]:
+    """The innermost containers that have blocks, with these; only children that `enters` accepts are searched."""
+    children = [(_join(path, name), child) for name, child in in_order(module) if enters(name, child)]
+    inner = [one for name, child in children for one in _innermost(child, name, enters, blocks_in)]
+    if inner or not isinstance(module, CONTAINERS):
+        return inner
+    blocks = blocks_in(module, path)
+    return [(path, blocks)] if blocks else []
 
 
 def _is_element(path: str) -> bool:
@@ -191,31 +199,26 @@ def _callable_in(module: nn.Module, path: str, attentions: set[nn.Module]) -> li
 
 
 def _lists_of_attention(
-    module: nn.Module, path: str, holders: set[nn.Module], attentions: set[nn.Module]
-) -> Iterator[tuple[str, list[str]]]:
+    module: nn.Module, holders: set[nn.Module], attentions: set[nn.Module], path: str = ""
+) -> list[tuple[str, list[str]]]:
     """Lists of attention modules (XLM, Flaubert), whose feed-forward modules are in other lists."""
     children = dict(module.named_children())
     if isinstance(module, nn.ModuleList) and children and all(child in attentions for child in children.values()):
-        yield path, [_join(path, name) for name in children]
-    else:
-        for name, child in in_order(module):
-            yield from _lists_of_attention(child, _join(path, name), holders, attentions)
+        return [(path, [_join(path, name) for name in children])]
+    inside = [_lists_of_attention(child, holders, attentions, _join(path, name)) for name, child in in_order(module)]
+    return [one for found in inside for one in found]
 
 
 def _repeated_linear(
-    module: nn.Module, path: str, holders: set[nn.Module], attentions: set[nn.Module]
-) -> Iterator[tuple[str, list[str]]]:
+    module: nn.Module, holders: set[nn.Module], attentions: set[nn.Module]
+) -> list[tuple[str, list[str]]]:
     """Innermost containers of several children of one class with linear layers in them, experts not counted."""
-    inner: list[tuple[str, list[str]]] = []
-    for name, child in in_order(module):
-        if "expert" not in name.lower():
-            inner += _repeated_linear(child, _join(path, name), holders, attentions)
-    if inner:
-        yield from inner
-    elif isinstance(module, CONTAINERS):
+
+    def blocks_in(module: nn.Module, path: str) -> list[str]:
         children = [(_join(path, name), child) for name, child in module.named_children() if _has_linear(child)]
-        if children and len({type(child) for _, child in children}) == 1:
-            yield path, [name for name, _ in children]
+        return [name for name, _ in children] if len({type(child) for _, child in children}) == 1 else []
+
+    return _innermost(module, "", lambda name, child: "expert" not in name.lower(), blocks_in)
 
 
 def _has_linear(module: nn.Module) -> bool:

@@ -77,7 +77,8 @@ def window_of(timeline: Timeline, steps: tuple[int, int] | float | None) -> np.n
         return np.arange(count) >= count - max(1, round(steps * count))
     chosen = (timeline.steps >= steps[0]) & (timeline.steps <= steps[1])
     if count and not chosen.any():
-        raise ValueError(f"steps: none was measured from {steps[0]} to {steps[1]}, only {_range(timeline.steps)}")
+        first_to_last = f"{count} steps from {timeline.steps[0]} to {timeline.steps[-1]}"
+        raise ValueError(f"steps: none was measured from {steps[0]} to {steps[1]}, only {first_to_last}")
     return chosen
 
 
@@ -158,7 +159,3 @@ def _complete(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     measured = finite.any(axis=1)
     columns = finite[measured].mean(axis=0) >= 0.5 if measured.any() else np.zeros(values.shape[1], bool)
     return columns, finite[:, columns].all(axis=1) & measured
-
-
-def _range(steps: np.ndarray) -> str:
-    return f"{len(steps)} steps from {steps[0]} to {steps[-1]}"

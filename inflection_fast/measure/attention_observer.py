@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from types import FunctionType
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +27,8 @@ from .attention_places import AttentionPlaces
 from .hooks import patched
 
 __all__ = [
-    "AttentionObserver", "FunctionMode", "Observe", "call_of", "heads_first", "interfaces_of", "observing_functions",
-    "observing_interfaces", "traced_call",
+    "AttentionObserver", "FunctionMode", "InterfaceCall", "Observe", "call_of", "heads_first", "interfaces_of",
+    "observing_functions", "observing_interfaces", "traced_call",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -103,8 +104,8 @@ def observing_interfaces(interfaces: list, places: AttentionPlaces, observe: Obs
                 kind = places.of(module).kind or "self"
 
                 def read():
-                    call = call_of(name, attend, module, query, key, attention_mask, args, kwargs, starts)
-                    return replace(call, kind=kind)
+                    call = InterfaceCall(name, attend, module, query, key, attention_mask, args, kwargs)
+                    return replace(call_of(call, starts), kind=kind)
 
                 if kind != "other":
                     observe(module, read)
@@ -121,38 +122,39 @@ def observing_interfaces(interfaces: list, places: AttentionPlaces, observe: Obs
         yield
 
 
-def call_of(
-    name: str,
-    attend: Callable,
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    mask: Tensor | None,
-    args: tuple,
-    kwargs: dict,
-    starts: SequenceStarts,
-) -> AttentionCall:
-    """The call that the implementation `name`, `attend`, makes of its arguments (`args` follow after the mask)."""
-    settings = _named_arguments(attend, args, kwargs)
-    mask = _as_added(mask, query, attend) if name == "eager" else mask
-    call = _interface_call(name, module, query, key, mask, settings, starts)
+class InterfaceCall(NamedTuple):
+    """One call of an attention function by a module."""
+
+    name: str  # of the implementation: "sdpa", "eager", ...
+    attend: Callable  # the implementation itself
+    module: nn.Module
+    query: Tensor  # [B, H, Tq, D]
+    key: Tensor  # [B, Hkv, Tk, D]
+    mask: Any
+    args: tuple  # positional arguments after the mask
+    kwargs: dict[str, Any]
+
+
+def call_of(given: InterfaceCall, starts: SequenceStarts) -> AttentionCall:
+    """The call that the implementation makes of its arguments."""
+    mask = _as_added(given.mask, given.query, given.attend) if given.name == "eager" else given.mask
+    call = _interface_call(given, mask, starts)
     if call.cu_seqlens is None:
         return call
     return replace(call, packed=starts.packed(call.cu_seqlens, call.query.shape[2]))
 
 
-def traced_call(
-    name: str, attend: Callable, module: nn.Module, query: Tensor, key: Tensor, mask: object, args: tuple, kwargs: dict
-) -> AttentionCall | None:
+def traced_call(given: InterfaceCall) -> AttentionCall | None:
     """As `call_of`, for compilers that trace it; None where one operator is not enough.
 
     Those cases are FlexAttention, packed sequences, a sink per query, and bool masks that an eager function adds.
     """
-    if name == "flex_attention" or not (mask is None or isinstance(mask, Tensor)):
+    mask = given.mask
+    if given.name == "flex_attention" or not (mask is None or isinstance(mask, Tensor)):
         return None
-    if name == "eager" and mask is not None and mask.dtype == torch.bool:
+    if given.name == "eager" and mask is not None and mask.dtype == torch.bool:
         return None
-    call = _interface_call(name, module, query, key, mask, _named_arguments(attend, args, kwargs), SequenceStarts())
+    call = _interface_call(given, mask, SequenceStarts())
     several = call.cu_seqlens is not None or call.foreign_keys is not None
     return None if several or (call.sinks is not None and call.sinks.dim() > 1) else call
 
@@ -178,19 +180,13 @@ def _named_arguments(function: Callable, args: tuple, kwargs: dict) -> dict:
     return dict(zip(names, args, strict=False)) | kwargs
 
 
-def _interface_call(
-    name: str,
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    mask: Tensor | None,
-    settings: dict,
-    starts: SequenceStarts,
-) -> AttentionCall:
-    """The call by the rules of the implementation `name`: implementations interpret equal arguments differently."""
+def _interface_call(given: InterfaceCall, mask: Any, starts: SequenceStarts) -> AttentionCall:
+    """The call by the rules of the implementation: implementations interpret equal arguments differently."""
+    name, module, query, key = given.name, given.module, given.query, given.key
+    settings = _named_arguments(given.attend, given.args, given.kwargs)
     mask_mod = None
     if name == "flex_attention" and hasattr(mask, "mask_mod"):
-        mask_mod, mask = getattr(mask, "mask_mod"), None  # noqa: B009  (a BlockMask)
+        mask_mod, mask = mask.mask_mod, None  # of a BlockMask
     if mask is not None and not isinstance(mask, Tensor):
         raise ValueError(
             f"attention of {type(module).__name__} goes through {name!r} with a {type(mask).__name__}, which cannot be "

@@ -28,7 +28,7 @@ from ..quantities.calls import combined_mask
 from ..quantities.dtensors import is_dtensor
 from ..quantities.quantity import Quantity
 from .attention_call import AttentionCall
-from .attention_observer import AttentionObserver, traced_call
+from .attention_observer import AttentionObserver, InterfaceCall, traced_call
 from .hooks import HookOwner, patched
 from .micro_batch import decoder_layers, valid_rows
 from .packet import Piece
@@ -253,7 +253,7 @@ class TracedTaps(HookOwner):
             def tapped_attend(module, query, key, value, attention_mask, *args, **kwargs):
                 place = self._places.get(module)
                 if place is not None and torch.is_grad_enabled():
-                    call = traced_call(name, attend, module, query, key, attention_mask, args, kwargs)
+                    call = traced_call(InterfaceCall(name, attend, module, query, key, attention_mask, args, kwargs))
                     if call is not None:
                         self._tap(call, *place)
                 return attend(module, query, key, value, attention_mask, *args, **kwargs)

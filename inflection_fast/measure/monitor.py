@@ -221,15 +221,12 @@ class Monitor:
         self._panel.forget()
 
     def _arm(self) -> None:
-        self._due = self._due_at(self._step)
+        due = frozenset(name for name, every in self._every.items() if is_due(self._step, every))
+        self._due = due if self._budget is None else (due - self._probed) | self._budget.due(self._step)
         if self._due:
             if self._record.recorder is not None:
                 self._record.recorder.before_overwriting()
             self._taps.attach(self._step, self._due)
-
-    def _due_at(self, step: int) -> frozenset[str]:
-        due = frozenset(name for name, every in self._every.items() if is_due(step, every))
-        return due if self._budget is None else (due - self._probed) | self._budget.due(step)
 
     # ---- stepping ----------------------------------------------------------------------------------------------------
 

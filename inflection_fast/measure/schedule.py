@@ -52,15 +52,12 @@ class ProbeBudget:
 
     def due(self, step: int) -> frozenset[str]:
         """The quantities to measure at `step`."""
-        if not self._is_candidate(step):
+        if not any(is_due(step, every) for every in self._every.values()):
             return frozenset()
         self._decided.wait(self._patience_s)
         if step < self._next:
             return frozenset()
         return frozenset(name for name, every in self._every.items() if step // every > self._last[name] // every)
-
-    def _is_candidate(self, step: int) -> bool:
-        return any(is_due(step, every) for every in self._every.values())
 
     def is_over(self, probe_ms: float, step_ms: float) -> bool:
         """Whether a run at the cadences of the quantities takes more than its share of the time."""

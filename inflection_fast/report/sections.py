@@ -40,7 +40,7 @@ def page(run: Run, pictures: Pictures) -> str:
         _what_was_run(run),
         _choice(run, pictures),
         _signals(run, pictures),
-        _cost(run),
+        ["## What measuring cost", " ".join(overhead(run))],
         _repeat(run),
         _versions(run),
     ]
@@ -258,10 +258,6 @@ def _signals(run: Run, pictures: Pictures) -> list[str]:
     )
     blocks += [_picture(pictures, key) for key in (*drawn_columns(timeline), "drift", "heads")]
     return blocks
-
-
-def _cost(run: Run) -> list[str]:
-    return ["## What measuring cost", " ".join(overhead(run))]
 
 
 def overhead(run: Run) -> list[str]:

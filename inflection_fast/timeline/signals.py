@@ -9,7 +9,7 @@ import numpy as np
 from .columns import Column
 from .older import STANDARD
 
-__all__ = ["HEAD_SIGNALS", "LAYER_SIGNALS", "STEP_SIGNALS", "checked", "shape_of", "shapes_of", "stored"]
+__all__ = ["HEAD_SIGNALS", "LAYER_SIGNALS", "STEP_SIGNALS", "checked", "shapes_of", "stored"]
 
 # The columns that every timeline has as attributes, whether or not they were measured.
 # Of the training batch, and those that begin with "probe_" of the probe set: [S, L, H], float32; [S, L], float64
@@ -24,14 +24,8 @@ def sizes_of(meta: dict) -> dict[str, int]:
     return {"layer": len(meta["layers"]), "head": meta["heads"], **own}
 
 
-def shape_of(column: Column, meta: dict) -> tuple[int, ...]:
-    """The shape of the values of one step."""
-    sizes = sizes_of(meta)
-    return tuple(sizes[axis] for axis in column.axes)
-
-
 def shapes_of(columns: Mapping[str, Column], meta: dict) -> dict[str, tuple[int, ...]]:
-    """The same for all columns."""
+    """The shape of the values of one step, for all columns."""
     sizes = sizes_of(meta)
     return {name: tuple(sizes[axis] for axis in column.axes) for name, column in columns.items()}
 

@@ -14,7 +14,7 @@ from .arrow import columns_in, read
 from .columns import Column
 from .frames import frame_of, html_of, words_of
 from .older import STANDARD
-from .signals import shape_of, sizes_of
+from .signals import shapes_of, sizes_of
 
 if TYPE_CHECKING:
     import pandas
@@ -72,8 +72,8 @@ class Timeline:
         if name in values:
             return values[name]
         if name in STANDARD and "steps" in self.__dict__:
-            shape = shape_of(STANDARD[name], {"layers": self.layers, "heads": self.heads})
-            return np.full((len(self.steps), *shape), np.nan)
+            shapes = shapes_of(STANDARD, {"layers": self.layers, "heads": self.heads})
+            return np.full((len(self.steps), *shapes[name]), np.nan)
         hint = f"; its columns are {sorted(values)}" if not name.startswith("_") else ""
         raise AttributeError(f"this timeline has no column {name!r}{hint}")
 
