@@ -109,7 +109,7 @@ def test_a_slot_that_is_used_again_does_not_change_rows(packet, monkeypatch):
         packet["activation_grad"]["count"].fill_(1)
         record(recorder, packet, step)
         recorder.drain()
-    timeline = recorder._writer.timeline
+    timeline = recorder.writer.timeline
     assert timeline.activation_grad[:, 1].tolist() == timeline.max_logit[:, 1, 2].tolist() == timeline.steps.tolist()
     recorder.close()
 
@@ -123,7 +123,7 @@ def test_a_dead_thread_costs_a_warning_and_no_row(tmp_path, packet, caplog):
     for step in (1, 2):
         record(recorder, packet, step)
     recorder.drain()
-    assert recorder._writer.timeline.steps.tolist() == [0, 1, 2]
+    assert recorder.writer.timeline.steps.tolist() == [0, 1, 2]
     record(recorder, packet, 3)
     recorder.close()
     assert Timeline.load(tmp_path).loss.tolist() == [0, 1, 2, 3]

@@ -8,7 +8,6 @@ Blocks with a large gradient relative to their weights get a high learning rate.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,6 +16,7 @@ from torch import nn
 
 from ..blocks import find_blocks
 from ..timeline import Timeline
+from ..timeline.means import finite_mean
 from .handle import check_number
 
 __all__ = ["groups_of", "learning_rates", "parameter_groups"]
@@ -37,10 +37,7 @@ def learning_rates(model: nn.Module, timeline: Timeline, lr: float, *, least: fl
     names = [block.name for block in blocks]
     if len(names) != len(timeline.layers):
         raise ValueError(f"timeline: it is of a model of {len(timeline.layers)} blocks, this one has {len(names)}")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a mean over no value
-        gradients = np.nanmean(np.where(np.isfinite(timeline.parameter_grad), timeline.parameter_grad, np.nan), axis=0)
-    relative = gradients / np.array([_norm(block.module) for block in blocks])
+    relative = finite_mean(timeline.parameter_grad) / np.array([_norm(block.module) for block in blocks])
     known = np.isfinite(relative)
     if not known.any() or not np.nanmax(relative) > 0:
         raise ValueError("timeline: no block has a parameter gradient; measure 'parameter_grad' while the blocks train")

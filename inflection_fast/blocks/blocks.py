@@ -92,6 +92,8 @@ def find_blocks(model: nn.Module, names: Sequence[str] | None = None) -> list[Bl
 
 # Parts of a container's name without indices -> paths of its blocks, with "@0", "@1", ... where they run several times.
 Stacks = dict[tuple[str, ...], list[str]]
+Container = tuple[str, list[str]]  # the path of a list of modules, and those of the blocks in it
+Modules = set[nn.Module]
 
 
 def _stacked(model: nn.Module) -> Stacks:
@@ -140,20 +142,13 @@ def _times(model: nn.Module, container: str) -> int:
     return 1
 
 
-def _containers_with(
-    module: nn.Module, holders: set[nn.Module], attentions: set[nn.Module]
-) -> list[tuple[str, list[str]]]:
+def _containers_with(module: nn.Module, holders: Modules, attentions: Modules) -> list[Container]:
     """Innermost containers with attention, and the blocks in them."""
     in_container = partial(_blocks_in, holders=holders, attentions=attentions)
     return _innermost(module, "", lambda name, child: child in holders, in_container)
 
 
-def _innermost(
-    module: nn.Module,
-    path: str,
-    enters: Callable[[str, nn.Module], bool],
-    blocks_in: Callable[[nn.Module, str], list[str]],
-) -> list[tuple[str, list[str]]]:
+def _innermost(module: nn.Module, path: str, enters: Callable[..., bool], blocks_in: Callable) -> list[Container]:
     """The innermost containers that have blocks, with these; only children that `enters` accepts are searched."""
     children = [(_join(path, name), child) for name, child in in_order(module) if enters(name, child)]
     inner = [one for name, child in children for one in _innermost(child, name, enters, blocks_in)]
@@ -167,7 +162,7 @@ def _is_element(path: str) -> bool:
     return path.rpartition(".")[2].isdigit()
 
 
-def _blocks_in(module: nn.Module, path: str, holders: set[nn.Module], attentions: set[nn.Module]) -> list[str]:
+def _blocks_in(module: nn.Module, path: str, holders: Modules, attentions: Modules) -> list[str]:
     children = [(_join(path, name), child) for name, child in module.named_children()]
     held = [child for _, child in children if child in holders]
     classes = Counter(map(type, held))
@@ -187,7 +182,7 @@ def _blocks_in(module: nn.Module, path: str, holders: set[nn.Module], attentions
     return found
 
 
-def _callable_in(module: nn.Module, path: str, attentions: set[nn.Module]) -> list[str]:
+def _callable_in(module: nn.Module, path: str, attentions: Modules) -> list[str]:
     """The outermost attention modules in a list that is not called."""
     found = []
     for name, child in module.named_children():
@@ -198,9 +193,7 @@ def _callable_in(module: nn.Module, path: str, attentions: set[nn.Module]) -> li
     return found
 
 
-def _lists_of_attention(
-    module: nn.Module, holders: set[nn.Module], attentions: set[nn.Module], path: str = ""
-) -> list[tuple[str, list[str]]]:
+def _lists_of_attention(module: nn.Module, holders: Modules, attentions: Modules, path: str = "") -> list[Container]:
     """Lists of attention modules (XLM, Flaubert), whose feed-forward modules are in other lists."""
     children = dict(module.named_children())
     if isinstance(module, nn.ModuleList) and children and all(child in attentions for child in children.values()):
@@ -209,9 +202,7 @@ def _lists_of_attention(
     return [one for found in inside for one in found]
 
 
-def _repeated_linear(
-    module: nn.Module, holders: set[nn.Module], attentions: set[nn.Module]
-) -> list[tuple[str, list[str]]]:
+def _repeated_linear(module: nn.Module, holders: Modules, attentions: Modules) -> list[Container]:
     """Innermost containers of several children of one class with linear layers in them, experts not counted."""
 
     def blocks_in(module: nn.Module, path: str) -> list[str]:
@@ -229,7 +220,7 @@ def _has_children(module: nn.Module) -> bool:
     return next(module.children(), None) is not None
 
 
-def _attention_holders(model: nn.Module) -> tuple[set[nn.Module], set[nn.Module]]:
+def _attention_holders(model: nn.Module) -> tuple[Modules, Modules]:
     """Modules that contain attention or call it in their forward; and the attention modules."""
     holders, attentions = set(), set()
 

@@ -10,11 +10,10 @@ A head is collapsed when its attention entropy is below `collapsed` nats: nearly
 
 from __future__ import annotations
 
-import warnings
-
 import numpy as np
 
 from ..timeline import Timeline
+from ..timeline.means import finite_mean
 from .extremes import Finding
 from .profile import only
 
@@ -28,8 +27,9 @@ def lazy(
 ) -> tuple[Finding, np.ndarray]:
     """Those `within` whose attention is of rank one and in one column; scores [L]: 1 / the largest k* of a layer."""
     names = "rank_k90", "column_mass"
-    ranks, masses = (_mean(only(column(timeline, name), within), window) for name in names)  # [L, H]
-    largest, share = _quiet(np.nanmax, ranks, 1), _quiet(np.nanmean, masses, 1)
+    ranks, masses = (finite_mean(only(column(timeline, name), within)[window]) for name in names)  # [L, H]
+    known, share = np.isfinite(ranks), finite_mean(masses, 1)
+    largest = np.where(known.any(1), np.max(ranks, 1, initial=-np.inf, where=known), np.nan)
     with np.errstate(invalid="ignore"):
         chosen = np.flatnonzero((largest < rank) & (share >= mass))
     picks = {
@@ -54,9 +54,13 @@ def collapsed(
     timeline: Timeline, window: np.ndarray, within: np.ndarray, limit: float
 ) -> tuple[Finding, np.ndarray, dict[int, tuple[int, ...]]]:
     """Those `within` with collapsed heads; scores [L]: the share of a layer's heads that are; and those heads."""
-    entropy = _mean(only(column(timeline, "entropy"), within), window)  # [L, H]
+    entropy = finite_mean(only(column(timeline, "entropy"), within)[window])  # [L, H]
     known = {name: getattr(timeline, name, None) for name in ("rank_k90", "sink")}
-    beside = {name: _mean(values, window) for name, values in known.items() if values is not None}
+    beside = {
+        name: finite_mean(np.asarray(values, np.float64)[window])
+        for name, values in known.items()
+        if values is not None
+    }
     with np.errstate(invalid="ignore"):
         low = entropy < limit
     measured = np.isfinite(entropy).sum(axis=1)
@@ -92,16 +96,3 @@ def _head(layer: int, head: int, entropy: np.ndarray, beside: dict[str, np.ndarr
     details = {"rank_k90": "rank {:.1f}", "sink": "{:.0%} on the first key"}
     known = [details[n].format(v[layer, head]) for n, v in beside.items() if np.isfinite(v[layer, head])]
     return f"{words} ({', '.join(known)})" if known else words
-
-
-def _mean(values: np.ndarray, window: np.ndarray) -> np.ndarray:
-    values = np.asarray(values, np.float64)[window]
-    return _quiet(np.nanmean, np.where(np.isfinite(values), values, np.nan), 0)
-
-
-def _quiet(function, values: np.ndarray, axis: int) -> np.ndarray:
-    if values.shape[axis] == 0:
-        return np.full([size for place, size in enumerate(values.shape) if place != axis], np.nan)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a layer without any value is NaN
-        return function(values, axis=axis)

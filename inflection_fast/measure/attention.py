@@ -116,7 +116,8 @@ class AttentionTaps:
         # Not only no_grad: autograd's bookkeeping would be a fifth of the time of the call.
         with torch.inference_mode():
             stats = stats_of(call, rows) if self.context is None else self.context.stats_of(call, rows)
-            valid = micro_batch.valid_rows(call, rows, layer in self._decoders)
+            finder = micro_batch.valid
+            valid = None if finder is None else finder.of(call, rows, layer in self._decoders)
         if call.kind == "self" and self._panel.listening("on_attention_call"):
             place = self._place(layer, heads, sums)
             seen = AttentionSeen(layer, place, call, rows, stats, valid, strata.weights)

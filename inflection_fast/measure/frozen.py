@@ -16,7 +16,7 @@ import random
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -42,33 +42,25 @@ _PLAIN = (bool, int, float, str, torch.dtype, torch.device, type(None))
 _SAMPLER: WeakKeyDictionary[nn.Module, Callable[[], FrozenBlocks | None]] = WeakKeyDictionary()
 
 
+@dataclass(eq=False)
 class FrozenBlocks:
-    """Decides whether gradients of the frozen blocks are those of a sample of the sequences.
+    """Decides whether gradients of the frozen blocks are those of a sample of the sequences."""
 
-    Args:
-        model: what the training loop calls.
-        blocks: of it.
-        share: of the sequences of each micro-batch; at least one. 1: all, exactly.
-        seed: of the sample.
-        notify: called with a micro-batch, a layer, the gradient [n, T, D] at its output, and the number of sequences
-            that it is a sample of.
-        panel: the quantities that listen.
-    """
+    model: InitVar[nn.Module]  # what the training loop calls
+    blocks: InitVar[Sequence[Block]]  # of it
+    part: float  # share of the sequences of each micro-batch that is sampled; at least one. 1: all, exactly
+    seed: int  # of the sample
+    # Called with a micro-batch, a layer, the gradient [n, T, D] at its output, and the number of sequences that it is a
+    # sample of.
+    notify: Callable[[MicroBatch, int, Tensor, int], None]
+    panel: Panel  # the quantities that listen
 
-    def __init__(
-        self,
-        model: nn.Module,
-        blocks: Sequence[Block],
-        share: float,
-        seed: int,
-        notify: Callable[[MicroBatch, int, Tensor, int], None],
-        panel: Panel,
-    ):
-        self._share, self._seed, self._rank, self._notify, self._panel = share, seed, 0, notify, panel
+    def __post_init__(self, model: nn.Module, blocks: Sequence[Block]):
+        self._rank = 0
         modules = [block.module for block in blocks]
         self._first = modules[0]
         self.possible = (
-            share < 1
+            self.part < 1
             and len({block.stack for block in blocks}) == 1
             and not decoder_layers(model, blocks)
             and len(set(modules)) == len(modules)
@@ -88,11 +80,11 @@ class FrozenBlocks:
 
     def begin(self, step: int) -> None:
         """Seed the samples of `step`: a resumed run has the same ones."""
-        self._random.seed(seed_of(step, self._seed) + (self._rank << 32))
+        self._random.seed(seed_of(step, self.seed) + (self._rank << 32))
 
     def forward_begins(self, micro_batch: MicroBatch) -> RecordFunctions | None:
         """A forward begins. Returns the function mode that it needs; None: gradients are exact, or all blocks train."""
-        listening = self._panel.listening("on_output_gradient")
+        listening = self.panel.listening("on_output_gradient")
         if not self.possible or _trains(self._first) or not listening or not all(one.take_samples for one in listening):
             return None
         other = _SAMPLER.get(self._first, lambda: None)()
@@ -147,7 +139,7 @@ class FrozenBlocks:
             return
         try:
             for below, of_sample in chain.walk(layer, gradient):
-                self._notify(micro_batch, below, of_sample, chain.batch)
+                self.notify(micro_batch, below, of_sample, chain.batch)
         except Exception as error:
             self._give_up(micro_batch, error)
 
@@ -163,15 +155,15 @@ class FrozenBlocks:
         self.possible = False
         for layer in chain.notified:
             nothing = torch.full((1, 1, 1), torch.nan, device=chain.links[0].hidden.device)
-            self._notify(micro_batch, layer, nothing, chain.batch)
-        self._panel.warn(
+            self.notify(micro_batch, layer, nothing, chain.batch)
+        self.panel.warn(
             "frozen",
             f"gradients of frozen blocks cannot be sampled ({error}): in this step they have no values, in later steps "
             "they are exact",
         )
 
     def _choose(self, batch: int) -> list[int]:
-        return sorted(self._random.sample(range(batch), max(1, int(self._share * batch))))
+        return sorted(self._random.sample(range(batch), max(1, int(self.part * batch))))
 
 
 @dataclass(eq=False)

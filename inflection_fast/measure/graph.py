@@ -107,16 +107,8 @@ class GraphSlots:
 
     def lower(self) -> None:
         """Set all flags to 0."""
-        self.lower_attention()
-        self.measures_gradients.data.zero_()
-
-    def lower_attention(self) -> None:
-        """Set the flag of attention to 0."""
         self.measures_attention.data.zero_()
-
-    def forget_gradients(self) -> None:
-        """Clear the slots of gradients."""
-        self.gradients.data.zero_()
+        self.measures_gradients.data.zero_()
 
     def begin_forward(self, attention: bool, gradients: bool, sampler: RowSampler) -> None:
         """Set the flags, and prepare the slots for the next forward."""
@@ -165,7 +157,7 @@ class GraphSlots:
                 sums = piece[quantity.name]
                 sums["squares"].copy_(self.gradients[:, 1])
                 sums["count"].copy_(self.gradients[:, 0].clamp(max=1))
-        self.forget_gradients()
+        self.gradients.data.zero_()
 
 
 def _add_attention(sums, slots: Tensor) -> None:

@@ -146,7 +146,7 @@ class GraphTaps(Taps):
             super()._attach_to_model()
             return
         self._sees_attention = self._wants_gradients = False  # no hooks for these
-        self._slots.forget_gradients()
+        self._slots.gradients.data.zero_()
         add = self._attached.enter_context
         if self._around._compiled_call_impl is not None:
             add(_around_compiled(self._around, self._run_begins, self._run_ends))
@@ -202,7 +202,7 @@ class GraphTaps(Taps):
     def _forward_ends(self, model: nn.Module, args: tuple, output: object) -> None:
         super()._forward_ends(model, args, output)
         if self._in_graph:
-            self._slots.lower_attention()
+            self._slots.measures_attention.data.zero_()
 
     def _forward_ended(self, micro_batch: MicroBatch, output: object) -> None:
         if self._in_graph:

@@ -175,12 +175,12 @@ def preserve_requires_grad(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def gradients_set_aside(model: nn.Module) -> Iterator[None]:
     """Remove the gradients of a model; restore them and every `requires_grad` at the end."""
-    before = [(parameter, parameter.grad, parameter.requires_grad) for parameter in model.parameters()]
+    before = [(parameter, parameter.grad) for parameter in model.parameters()]
     try:
-        for parameter, _, _ in before:
-            parameter.grad = None
-        yield
+        with preserve_requires_grad(model):
+            for parameter, _ in before:
+                parameter.grad = None
+            yield
     finally:
-        for parameter, gradient, trains in before:
-            parameter.requires_grad_(trains)
+        for parameter, gradient in before:
             parameter.grad = gradient

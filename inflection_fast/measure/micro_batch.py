@@ -61,10 +61,6 @@ class MicroBatch:
         mask = self._tokens[decoder]
         return mask if mask is not None and mask.shape == shape[:2] else None
 
-    def valid_rows(self, call: AttentionCall, rows: Tensor | None, decoder: bool) -> Tensor | None:
-        """[B, R] bool; see `ValidRows.of`."""
-        return None if self.valid is None else self.valid.of(call, rows, decoder)
-
     def tokens_of(self, tensor: Tensor | None, decoder: bool) -> Tensor | None:
         """As `tokens`, of a tensor or None."""
         return None if tensor is None else self.tokens(tensor.shape, decoder)

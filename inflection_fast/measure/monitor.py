@@ -275,14 +275,15 @@ class Monitor:
         self._arm()
 
     def _hand_over(self, measured: MeasuredStep, packet: Packet) -> None:
-        if self._record.recorder is None:
+        recorder = self._record.recorder
+        if recorder is None:
             heads = packet.fields.heads
             if not self._record.is_open(heads):
                 self._record.open_or_keep(heads, self._rank_model.meta(self._model, self._config, self.blocks))
             recorder = self._record.start(packet, self._layout, self._ranks, self._probed, self._rank_timeout_s)
             # Without `close` the timeline is finished when the monitor is garbage collected or the process ends.
             weakref.finalize(self, _end, self._taps, recorder)
-        self._record.record(measured, packet)
+        recorder.record(measured, packet)
 
     def _filled(self, *known) -> Packet:
         """The local sums of this step."""

@@ -239,18 +239,15 @@ class Ranks:
         )
 
 
+@dataclass(frozen=True)
 class Join:
     """The `join` of a `Recorder`: for every step the packet of this rank becomes that of all ranks."""
 
-    def __init__(
-        self,
-        ranks: Ranks,
-        layout: Layout,
-        fields: Fields,  # layout of the packets of all ranks
-        probed: Collection[str],  # see `Layout.weigh`
-        warn: Callable[[str, str], None],
-    ):
-        self._ranks, self._layout, self._fields, self._probed, self._warn = ranks, layout, fields, probed, warn
+    ranks: Ranks
+    layout: Layout
+    fields: Fields  # layout of the packets of all ranks
+    probed: Collection[str]  # see `Layout.weigh`
+    warn: Callable[[str, str], None]
 
     def __call__(self, step: int, packet: Packet | None, sharded_outputs: Collection[int] = ()) -> int:
         """Join `packet` in place; None: it was dropped here, and the call is made so that other ranks do not wait.
@@ -262,16 +259,16 @@ class Join:
             LookupError: some rank has dropped its packet, so the step has no row.
         """
         if packet is None:
-            self._ranks.join(step, Packet(self._fields), dropped=True)
+            self.ranks.join(step, Packet(self.fields), dropped=True)
             return 0
         here = bool((packet[MACHINERY][FAILED] != 0).any())
-        self._layout.weigh(packet, sharded_outputs, self._probed)
-        if not self._ranks.join(step, packet):
-            return self._layout.world - 1
+        self.layout.weigh(packet, sharded_outputs, self.probed)
+        if not self.ranks.join(step, packet):
+            return self.layout.world - 1
         failed = packet[MACHINERY][FAILED]
         if (failed != 0).any() and not here:
             which = "its" if (failed != 0).all() else "some of its"
-            self._warn("failure", f"measured step {step} failed on another rank; {which} values are NaN")
+            self.warn("failure", f"measured step {step} failed on another rank; {which} values are NaN")
         elif not (failed != 0).any() and packet[Step.name]["forwards"] == 0:
-            self._warn("unseen", f"measured step {step} saw no training forward of the monitored model on any rank")
+            self.warn("unseen", f"measured step {step} saw no training forward of the monitored model on any rank")
         return 0

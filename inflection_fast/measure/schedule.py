@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from time import perf_counter
 
 import torch
@@ -24,64 +24,61 @@ def is_due(step: int, every: int) -> bool:
     return step % every == 0
 
 
+@dataclass(eq=False)
 class ProbeBudget:
     """When the probe runs: at the cadences of its quantities, but within its share of the training time.
 
     The next run follows from the time of a run and of the training steps before it. Several ranks use the means over
     all ranks, which their recorders' threads know a little later. The training threads need them only at the next step
     at which a run could be due.
-
-    Args:
-        every: cadence by quantity.
-        share: of the training time; None: no limit.
-        first_step: of the run.
-        joined: several ranks decide together; then `decide` is called after every run, in any thread.
-        patience_s: how long to wait for a decision; then the one before holds.
     """
 
-    def __init__(
-        self, every: Mapping[str, int], share: float | None, first_step: int, *, joined: bool, patience_s: float
-    ):
-        self._every, self._share, self._joined, self._patience_s = dict(every), share, joined, patience_s
-        self.first_step = first_step
-        self._last = dict.fromkeys(every, first_step - 1)
-        self._next = self._at = first_step
+    every: Mapping[str, int]  # cadence by quantity
+    share: float | None  # of the training time; None: no limit
+    first_step: int  # of the run
+    _: KW_ONLY
+    joined: bool  # several ranks decide together; then `decide` is called after every run, in any thread
+    patience_s: float  # how long to wait for a decision; then the one before holds
+
+    def __post_init__(self):
+        self._last = dict.fromkeys(self.every, self.first_step - 1)
+        self._next = self._at = self.first_step
         self._spent_ms = self.later_ms = 0.0  # the latter: work of a run in another thread, after it
         self._decided = threading.Event()
         self._decided.set()
 
     def due(self, step: int) -> frozenset[str]:
         """The quantities to measure at `step`."""
-        if not any(is_due(step, every) for every in self._every.values()):
+        if not any(is_due(step, every) for every in self.every.values()):
             return frozenset()
-        self._decided.wait(self._patience_s)
+        self._decided.wait(self.patience_s)
         if step < self._next:
             return frozenset()
-        return frozenset(name for name, every in self._every.items() if step // every > self._last[name] // every)
+        return frozenset(name for name, every in self.every.items() if step // every > self._last[name] // every)
 
     def is_over(self, probe_ms: float, step_ms: float) -> bool:
         """Whether a run at the cadences of the quantities takes more than its share of the time."""
-        if self._share is None or self._spent_ms + probe_ms <= FREE_MS:
+        if self.share is None or self._spent_ms + probe_ms <= FREE_MS:
             return False
-        return probe_ms > self._share * step_ms * min(self._every.values())
+        return probe_ms > self.share * step_ms * min(self.every.values())
 
     def run(self, step: int, quantities: Collection[str], probe_ms: float, step_ms: float) -> int | None:
         """The probe was run at `step`. Returns the steps to the next run; None with several ranks."""
         self._last |= dict.fromkeys(quantities, step)
         self._at, self._next = step, step + 1
         self._decided.clear()
-        return None if self._joined else self.decide(probe_ms, step_ms)
+        return None if self.joined else self.decide(probe_ms, step_ms)
 
     def decide(self, probe_ms: float | None, step_ms: float | None) -> int:
         """Fix the next run from the times of the last one (None: not known); returns the steps to it."""
         steps = 1
         if probe_ms is not None and step_ms is not None:
             self._spent_ms += probe_ms
-            if self._share is not None and self._spent_ms > FREE_MS and step_ms > 0:
-                steps = math.ceil(probe_ms / (self._share * step_ms))
+            if self.share is not None and self._spent_ms > FREE_MS and step_ms > 0:
+                steps = math.ceil(probe_ms / (self.share * step_ms))
         self._next = self._at + steps
         self._decided.set()
-        return min(-(-self._next // every) * every for every in self._every.values()) - self._at
+        return min(-(-self._next // every) * every for every in self.every.values()) - self._at
 
 
 class ProbeClock:

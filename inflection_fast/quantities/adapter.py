@@ -136,7 +136,6 @@ class Adapter(Quantity):
         for place, found in enumerate(self._found):
             active: Sequence[str] = getattr(found.module, "active_adapters", ())
             sums["active"][place].fill_(float(found.adapter in active))
-        for place, found in enumerate(self._found):
             for parameter in found.parameters:
                 if parameter.grad is not None:
                     gradient = parameter.grad

@@ -160,7 +160,8 @@ def bends(gram: np.ndarray) -> np.ndarray:
         larger than that of the point that split its stretch, because it is reached only after it.
     """
     found = np.full(len(gram), np.nan)
-    size = np.sqrt(max(squared_distances(gram).max(), 0.0)) if len(gram) else 0.0
+    own = np.diagonal(gram)
+    size = np.sqrt(max((own[:, None] + own - 2 * gram).max(), 0.0)) if len(gram) else 0.0  # of squared distances
     stretches = [(0, len(gram) - 1, np.inf)]
     while stretches:
         first, last, limit = stretches.pop()
@@ -173,12 +174,6 @@ def bends(gram: np.ndarray) -> np.ndarray:
         found[split] = kept / size if size > 0 else 0.0
         stretches += [(first, split, kept), (split, last, kept)]
     return found
-
-
-def squared_distances(gram: np.ndarray) -> np.ndarray:
-    """[L, L] squared distances between points, from their inner products."""
-    own = np.diagonal(gram)
-    return own[:, None] + own - 2 * gram
 
 
 def _from_chord(gram: np.ndarray, first: int, last: int, points: np.ndarray) -> np.ndarray:

@@ -15,6 +15,7 @@ from inflection_fast.report import folder as run_files
 from inflection_fast.report.buckets import Buckets
 from inflection_fast.timeline import Timeline, columns_in
 from inflection_fast.timeline.columns import Column
+from inflection_fast.timeline.means import finite_mean
 from inflection_fast.timeline.tail import TimelineTail
 from inflection_fast.timeline.timeline import FILE_NAME
 
@@ -184,10 +185,8 @@ def _push(series: Series, step: int, values: np.ndarray) -> None:
         series.parts.push(step, values)
     flat = values.reshape(*values.shape[:kept], -1)
     finite = np.isfinite(flat)
-    count = finite.sum(-1)
-    mean = np.where(count > 0, np.where(finite, flat, 0).sum(-1) / np.maximum(count, 1), np.nan)
     low, high = np.where(finite, flat, np.inf).min(-1), np.where(finite, flat, -np.inf).max(-1)
-    series.places.push(step, mean, count, low, high)
+    series.places.push(step, finite_mean(flat, -1), finite.sum(-1), low, high)
 
 
 def _even(wanted: int, limits: tuple[int, int]) -> int:
