@@ -87,13 +87,14 @@ def test_attention_through_a_flash_kernel(name, padded, flash):
 
 def test_without_a_mask_eager_attention_is_not_causal_and_others_are_what_the_module_says():
     from inflection_fast.measure.attention_call import SequenceStarts
-    from inflection_fast.measure.attention_observer import _interface_call
+    from inflection_fast.measure.attention_observer import InterfaceCall, _interface_call
 
     causal, q = nn.Identity(), torch.randn(1, HEADS, 6, 4)
     causal.is_causal = True
 
     def is_causal(name, mask=None, **settings):
-        return _interface_call(name, causal, q, q, mask, settings, SequenceStarts()).is_causal
+        given = InterfaceCall(name, None, causal, q, q, mask, (), settings)
+        return _interface_call(given, mask, SequenceStarts()).is_causal
 
     assert [is_causal(name) for name in ("eager", "sdpa", "other")] == [False, True, True]
     assert not is_causal("sdpa", is_causal=False)

@@ -22,7 +22,7 @@ from helpers.tiny_models import (  # noqa: F401
 
 from inflection_fast.measure import Monitor, MonitorConfig
 from inflection_fast.measure.attention_call import VARLEN, AttentionCall, SequenceStarts, stats_of
-from inflection_fast.measure.attention_observer import _interface_call
+from inflection_fast.measure.attention_observer import InterfaceCall, _interface_call
 from inflection_fast.measure.schedule import RowSampler
 from inflection_fast.ops import qk_arguments, reference
 
@@ -252,7 +252,8 @@ def call_of(positions=None, lengths=(None, None), keys=6, mask=None, device="cpu
     settings = {"position_ids": None if positions is None else torch.tensor([positions], device=device)}
     if lengths[0] is not None:
         settings |= dict(zip(VARLEN, [*(torch.tensor(one) for one in lengths), 3, 3], strict=True))
-    return _interface_call("other", torch.nn.Identity(), query, key, mask, settings, SequenceStarts())
+    given = InterfaceCall("other", None, torch.nn.Identity(), query, key, mask, (), settings)
+    return _interface_call(given, mask, SequenceStarts())
 
 
 def test_keys_of_other_sequences_than_the_queries_are_refused_in_words():

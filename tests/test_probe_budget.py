@@ -59,7 +59,7 @@ def test_the_budget_thins_out_rows_until_comparing_takes_what_the_forwards_take(
     monkeypatch.setattr(schedule.ProbeClock, "end", end)
     model, batch = model_and_batch("bert")
     own, all_rows = Seen(), Seen()
-    monkeypatch.setattr(schedule.ProbeBudget, "due", lambda self, step: frozenset(self._every))
+    monkeypatch.setattr(schedule.ProbeBudget, "due", lambda self, step: frozenset(self.every))
     config = MonitorConfig(every=1, quantities=("delta_cka", own), seed=3)
     timeline = train(model, batch, 2, config, probe=[batch]).timeline
     model, batch = model_and_batch("bert")

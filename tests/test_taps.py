@@ -228,11 +228,12 @@ def test_blocks_that_nobody_calls_are_refused_in_words():
 
 def test_flex_masks_are_refused_in_words():
     from inflection_fast.measure.attention_call import SequenceStarts
-    from inflection_fast.measure.attention_observer import _interface_call
+    from inflection_fast.measure.attention_observer import InterfaceCall, _interface_call
 
     q = torch.randn(1, HEADS, 6, 4)
     with pytest.raises(ValueError, match="'flex_attention' with a object, which cannot be read"):
-        _interface_call("flex_attention", nn.Identity(), q, q, object(), {}, SequenceStarts())
+        given = InterfaceCall("flex_attention", None, nn.Identity(), q, q, object(), (), {})
+        _interface_call(given, given.mask, SequenceStarts())
 
 
 def test_a_block_that_runs_more_often_than_it_is_named_is_refused():

@@ -65,6 +65,7 @@ class Handle:
 
     name = ""  # of the intervention
     permanent = False  # remove() cannot take it back
+    settings: tuple[str, ...] = ()  # attributes that `describe` has, with JSON values
 
     def __init__(self, model: nn.Module, where: Layers):
         if isinstance(model, nn.DataParallel):
@@ -90,7 +91,7 @@ class Handle:
         return [block.index for block in self.blocks]
 
     def _settings(self) -> dict[str, Any]:
-        return {}
+        return {name: getattr(self, name) for name in self.settings}
 
     def _words(self) -> str:
         return f"{self.name} on blocks {', '.join(map(str, self.layers))}."

@@ -28,6 +28,7 @@ class Lisa(Scheduled):
     """
 
     name = "LISA"
+    settings = ("active", "interval", "seed")
 
     def __init__(self, model: nn.Module, layers: Layers = None, *, active: int = 2, interval: int = 20, seed: int = 0):
         check_integer("active", active)
@@ -57,9 +58,6 @@ class Lisa(Scheduled):
                 parameter.requires_grad_(block.index in chosen)
                 if block.index not in chosen:
                     parameter.grad = None  # else the optimizer would use that of the last interval again
-
-    def _settings(self) -> dict:
-        return {"active": self.active, "interval": self.interval, "seed": self.seed}
 
     def _words(self) -> str:
         return f"LISA: {self.active} of {len(self.blocks)} blocks train, drawn again every {self.interval} steps."

@@ -141,6 +141,7 @@ class ResetFeedForward(Reinitialised):
     """
 
     name = "reset feed-forward layers"
+    settings = ("modules", "seed", "numbers")
 
     def __init__(self, model: nn.Module, layers: Layers, *, seed: int = 0):
         super().__init__(model, layers, seed)
@@ -155,9 +156,6 @@ class ResetFeedForward(Reinitialised):
                 for part, parameter in module.named_parameters(recurse=False):
                     found.append((parameter, (slice(None),), getattr(fresh[module], part)))
         self._write(found)
-
-    def _settings(self) -> dict:
-        return {"modules": self.modules, "seed": self.seed, "numbers": self.numbers}
 
     def _words(self) -> str:
         return f"The feed-forward layers of blocks {', '.join(map(str, self.layers))} got new weights."

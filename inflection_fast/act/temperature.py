@@ -58,6 +58,7 @@ class AttentionTemperature(Scheduled):
     """
 
     name = "attention temperature"
+    settings = ("start", "end", "steps", "schedule")
 
     def __init__(
         self,
@@ -122,9 +123,6 @@ class AttentionTemperature(Scheduled):
     def _block_ends(self, module: nn.Module, args: tuple, output: object) -> None:
         if self._modes and any(module is block.module for block in self.blocks):
             self._modes.pop().__exit__(None, None, None)
-
-    def _settings(self) -> dict:
-        return {"start": self.start, "end": self.end, "steps": self.steps, "schedule": self.schedule}
 
     def _words(self) -> str:
         blocks = ", ".join(map(str, self.layers))

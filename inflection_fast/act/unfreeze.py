@@ -25,6 +25,7 @@ class Unfrozen(Handle):
     """
 
     name = "unfreezing"
+    settings = ("also", "parameters")
 
     def __init__(self, model: nn.Module, plan: Layers, *, also: Sequence[str] = ()):
         if isinstance(also, str):
@@ -44,9 +45,6 @@ class Unfrozen(Handle):
             parameter.requires_grad_(trains)
             self.parameters += parameter.numel() if trains else 0
         self._hold()
-
-    def _settings(self) -> dict:
-        return {"also": self.also, "parameters": self.parameters}
 
     def _remove(self) -> None:
         for slot, trained in self._before:

@@ -24,7 +24,7 @@ from inflection_fast.report.heatmap import draw_heat_map, edges
 from inflection_fast.report.pictures import layer_means, safe_name
 from inflection_fast.report.profile import by_name
 from inflection_fast.report.words import capitalised
-from inflection_fast.timeline import Timeline, columns_in
+from inflection_fast.timeline import Column, Timeline, columns_in
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,19 +40,7 @@ def signal_map(timeline: Timeline, name: str, ax: Axes | None = None, *, chosen:
     ValueError for a column that the timeline does not have or that is not by layer.
     """
     column, steps, values = _by_layer(timeline, name)
-    ax = _axis(ax, 7.0, 3.2)
-    log = column.scale == "log"
-    draw_heat_map(
-        ax,
-        values.T,
-        edges(steps),
-        title=capitalised(column.label),
-        unit=column.unit,
-        x="optimizer step",
-        chosen=chosen,
-        log=log,
-    )
-    return ax
+    return _map_of(column, values.T, steps, chosen, _axis(ax, 7.0, 3.2))
 
 
 def signal_lines(timeline: Timeline, name: str, ax: Axes | None = None, *, layers: Sequence[int] | None = None) -> Axes:
@@ -189,10 +177,13 @@ def _overview(series: Series) -> Axes:
 
 def _reduced_map(series: Series, chosen: Sequence[int]) -> Axes:
     ax = _axis(None, 7.0, min(5.2, max(2.2, 1.5 + 0.2 * series.places.shape[0])))
-    steps, column = series.places.steps, series.column
-    values, log = series.places.mean.T, column.scale == "log"
-    options: dict[str, Any] = {"title": capitalised(column.label), "unit": column.unit, "x": "optimizer step"}
-    draw_heat_map(ax, values, edges(steps.mean(1)), chosen=chosen, log=log, **options)
+    return _map_of(series.column, series.places.mean.T, series.places.steps.mean(1), chosen, ax)
+
+
+def _map_of(column: Column, values: np.ndarray, steps: np.ndarray, chosen: Sequence[int], ax: Axes) -> Axes:
+    """The map of a column by layer [L, S] and step [S] on an axis."""
+    title, log = capitalised(column.label), column.scale == "log"
+    draw_heat_map(ax, values, edges(steps), title=title, unit=column.unit, x="optimizer step", chosen=chosen, log=log)
     return ax
 
 

@@ -29,51 +29,36 @@ GRADIENT_RULES = (
     NOT_FINITE,
 )
 
-# name -> axes, unit, quantity, rules: those that the quantities declare
+# name -> axes, unit, quantity, rules, label: those that the quantities declare
 _COLUMNS = {
-    "entropy": (("layer", "head"), "nats", "attention", (ENTROPY_COLLAPSE, NOT_FINITE)),
-    "entropy_se": (("layer", "head"), "nats", "attention", ()),
-    "max_logit": (("layer", "head"), "logit", "attention", (LARGE_LOGIT,)),
-    "collision": (("layer", "head"), "probability", "attention", ()),
-    "sink": (("layer", "head"), "probability", "attention", ()),
-    "probe_entropy": (("layer", "head"), "nats", "probe_entropy", ()),
-    "activation_grad": (("layer",), "l2 norm", "activation_grad", GRADIENT_RULES),
-    "parameter_grad": (("layer",), "l2 norm", "parameter_grad", GRADIENT_RULES),
-    "delta_cka": (("layer",), "1 - CKA", "delta_cka", ()),
-    "delta_cka_se": (("layer",), "1 - CKA", "delta_cka", ()),
-    "probe_activation_grad": (("layer",), "l2 norm", "probe_activation_grad", ()),
-    "loss": ((), "nats", "step", (NOT_FINITE,)),
-    "skipped": ((), "0 or 1", "step", ()),
-    "missing_ranks": ((), "processes", "step", (RANK_LOST,)),
-    "measure_ms": ((), "ms", "step", ()),
-    "probe_ms": ((), "ms", "step", ()),
-}
-_LABELS = {
-    "entropy": "attention entropy",
-    "entropy_se": "standard error of the entropy",
-    "max_logit": "largest attention logit",
-    "collision": "attention collision",
-    "sink": "attention on the first token",
-    "probe_entropy": "attention entropy on the probe",
-    "activation_grad": "activation gradient",
-    "parameter_grad": "parameter gradient",
-    "delta_cka": "representation drift",
-    "delta_cka_se": "standard error of the drift",
-    "probe_activation_grad": "activation gradient on the probe",
-    "measure_ms": "time for measuring",
-    "probe_ms": "time for the probe",
+    "entropy": (("layer", "head"), "nats", "attention", (ENTROPY_COLLAPSE, NOT_FINITE), "attention entropy"),
+    "entropy_se": (("layer", "head"), "nats", "attention", (), "standard error of the entropy"),
+    "max_logit": (("layer", "head"), "logit", "attention", (LARGE_LOGIT,), "largest attention logit"),
+    "collision": (("layer", "head"), "probability", "attention", (), "attention collision"),
+    "sink": (("layer", "head"), "probability", "attention", (), "attention on the first token"),
+    "probe_entropy": (("layer", "head"), "nats", "probe_entropy", (), "attention entropy on the probe"),
+    "activation_grad": (("layer",), "l2 norm", "activation_grad", GRADIENT_RULES, "activation gradient"),
+    "parameter_grad": (("layer",), "l2 norm", "parameter_grad", GRADIENT_RULES, "parameter gradient"),
+    "delta_cka": (("layer",), "1 - CKA", "delta_cka", (), "representation drift"),
+    "delta_cka_se": (("layer",), "1 - CKA", "delta_cka", (), "standard error of the drift"),
+    "probe_activation_grad": (("layer",), "l2 norm", "probe_activation_grad", (), "activation gradient on the probe"),
+    "loss": ((), "nats", "step", (NOT_FINITE,), "loss"),
+    "skipped": ((), "0 or 1", "step", (), "skipped"),
+    "missing_ranks": ((), "processes", "step", (RANK_LOST,), "missing ranks"),
+    "measure_ms": ((), "ms", "step", (), "time for measuring"),
+    "probe_ms": ((), "ms", "step", (), "time for the probe"),
 }
 STANDARD: dict[str, Column] = {
     name: Column(
         unit,
         axes,
-        _LABELS.get(name, name.replace("_", " ")),
+        label,
         f"{name} of a timeline of an earlier format.",
         quantity,
         scale="log" if "grad" in name else "linear",
         alerts=rules,
     )
-    for name, (axes, unit, quantity, rules) in _COLUMNS.items()
+    for name, (axes, unit, quantity, rules, label) in _COLUMNS.items()
 }
 _ABSENT = {2: ("missing_ranks",), 3: ()}  # missing columns by format
 

@@ -266,7 +266,7 @@ HOST_READS = {
     ("ops/spectrum.py", "outliers"): "of singular values that are on the host",
     ("quantities/gradient_noise.py", "values"): "sums that are on the host",
     ("quantities/trajectory.py", "bends"): "a curve that is on the host",
-    ("measure/attention_call.py", "refuse_foreign_keys"): "at a first step alone, to raise what is wrong at once",
+    ("quantities/calls.py", "refuse_foreign_keys"): "at a first step alone, to raise what is wrong at once",
     ("measure/ranks.py", "__call__"): "sums that are on the host",
     ("measure/recorder.py", "_row"): "the one copy of a measured step, on a thread that nobody waits for",
     ("measure/parameters.py", "_add"): "fills a tensor of the host that no device holds",
