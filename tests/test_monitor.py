@@ -256,8 +256,8 @@ def test_overhead_is_spread_over_the_steps_between(monkeypatch):
     ms = {"unmonitored": [10.0] * 3, "measured": [15.0] * 3, "unmonitored, again": [10.0] * 3}
     monkeypatch.setattr(cost, "race", lambda arms, **options: ms)
     monkeypatch.setattr(cost.Steps, "watched", lambda steps, config: nullcontext((steps, steps)))
-    assert overhead.measure_overhead(bert(), {}, MonitorConfig(every=1), pairs=3).ratio == pytest.approx(1.5)
-    spread = overhead.measure_overhead(bert(), {}, MonitorConfig(every=10), pairs=3)
+    assert measure_overhead(bert(), {}, MonitorConfig(every=1), pairs=3).ratio == pytest.approx(1.5)
+    spread = measure_overhead(bert(), {}, MonitorConfig(every=10), pairs=3)
     assert (spread.ratio, spread.on_ms, spread.off_ms) == (pytest.approx(1.05), 15.0, 10.0)
 
 
