@@ -30,12 +30,10 @@ BESIDE_THE_WAY = {
             "placements",
             "probe",
             "ranks",
-            "zero",
             "graph",
             "graph_taps",
             "context",
             "parallel",
-            "parallel_taps",
         )
     ),
     *(f"ops/{name}.py" for name in ("checks", "qk_arguments", "sum_of_squares")),

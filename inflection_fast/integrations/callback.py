@@ -20,8 +20,8 @@ from inflection_fast.integrations.losses import listen_to_losses, sum_of_means
 from inflection_fast.integrations.trainer_log import TrainerLog
 from inflection_fast.measure import Monitor, MonitorConfig
 from inflection_fast.measure.micro_batch import loss_of
+from inflection_fast.measure.placements import reachable
 from inflection_fast.measure.probe import REFERENCE_NAME
-from inflection_fast.measure.zero import reachable
 from inflection_fast.timeline import IF_EXISTS, Timeline, folder_for
 
 __all__ = ["InflectionCallback", "ReportedTo"]

@@ -24,15 +24,14 @@ from ..timeline import Timeline
 from .config import MonitorConfig
 from .packet import MeasuredStep, Packet, Row
 from .panel import Panel
-from .parallel import rank_model_of
-from .parallel_taps import ParallelTaps
+from .parallel import ParallelTaps, rank_model_of
 from .parameters import Background, Updates, clip_by_known, scale_of, total_squares
+from .placements import reachable
 from .probe import REFERENCE_NAME, Probe
 from .ranks import Layout, Ranks, world_size
 from .recorder import Record, Recorder
 from .schedule import ProbeBudget, is_due
 from .taps import device_of
-from .zero import reachable
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -1,9 +1,10 @@
-"""Sharded models: which ranks share a batch, and the parameters that FSDP2 gathers."""
+"""Sharded models: which ranks share a batch, what FSDP2 gathers, and what can be measured under DeepSpeed."""
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -11,13 +12,18 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from ..blocks import is_named_attention
+from ..quantities import Quantity
 from ..quantities.dtensors import is_dtensor, is_shard, sharded_over
+from .panel import overrides
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
     from torch.utils.hooks import RemovableHandle
 
-__all__ = ["BatchMesh", "RemoteBlock", "is_fully_sharded", "is_part", "reshard", "when_gathered"]
+__all__ = [
+    "BatchMesh", "RemoteBlock", "is_fully_sharded", "is_part", "reachable", "reshard", "under_deepspeed",
+    "when_gathered",
+]  # fmt: skip
 
 
 def is_part(gradient: Tensor, positions: int | None, ranks: int) -> bool:
@@ -127,3 +133,39 @@ class RemoteBlock(nn.Module):
     def __init__(self, parameters: int, trainable: int):
         super().__init__()
         self.held = parameters, trainable
+
+
+logger = logging.getLogger(__name__)
+
+# In ZeRO 3 every parameter is a shard with an id; in ZeRO 1 and 2 it refers to its shard in the optimizer.
+_MARKS = ("ds_id", "_hp_mapping")
+_TAPS = ("on_parameter_gradient", "on_backward_end", "before_update", "after_update")
+
+
+def under_deepspeed(model: nn.Module) -> bool:
+    """Whether a model is a DeepSpeed engine, or has parameters that ZeRO shards."""
+    if any(kind.__name__ == "DeepSpeedEngine" for kind in type(model).__mro__):
+        return True
+    return any(hasattr(parameter, mark) for parameter in model.parameters() for mark in _MARKS)
+
+
+def reachable(quantities: Sequence[Quantity], model: nn.Module, *, deepspeed: bool = False) -> list[Quantity]:
+    """The quantities that can be measured on `model`; under DeepSpeed those that read no gradients of parameters.
+
+    At the end of a backward pass DeepSpeed leaves a rank its own gradients or none, not those of the batch. One warning
+    names the quantities that are left out. `ValueError` if nothing is left.
+    """
+    if not (deepspeed or under_deepspeed(model)):
+        return list(quantities)
+    refused = [one for one in quantities if any(overrides(one, tap) for tap in _TAPS)]
+    left = [one for one in quantities if one not in refused]
+    if refused:
+        names = ", ".join(one.name for one in refused)
+        sentence = (
+            f"{names}: not measured under DeepSpeed, which reduces the gradients of parameters by itself, so a rank"
+            " does not see those of the batch; use DDP or FSDP2 to measure them"
+        )
+        if not left:
+            raise ValueError(sentence)
+        logger.warning("%s", sentence)
+    return left

@@ -8,10 +8,9 @@ from html import escape
 from inflection_fast.decide import Plan
 from inflection_fast.report.answer import Answer, answer
 from inflection_fast.report.content import Content
-from inflection_fast.report.data import described
 from inflection_fast.report.folder import Run, Stage
 from inflection_fast.report.profile import layer_rows
-from inflection_fast.report.sections import missing_parts, model_name, overhead, training_note
+from inflection_fast.report.sections import described, missing_parts, model_name, overhead, training_note
 from inflection_fast.report.verdict import NOISE, against, verdict
 from inflection_fast.report.words import MISSING, accuracy, count, percent, significant, trainable, value
 

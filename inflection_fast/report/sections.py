@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from inflection_fast.decide import Plan
 from inflection_fast.records import OverheadRecord
-from inflection_fast.report.data import described
 from inflection_fast.report.folder import Run, Stage
 from inflection_fast.report.pictures import Pictures, drawn_columns
 from inflection_fast.report.profile import layer_rows
@@ -19,6 +19,7 @@ from inflection_fast.report.words import (
     capitalised,
     count,
     layer_list,
+    listed,
     percent,
     seconds,
     significant,
@@ -26,7 +27,7 @@ from inflection_fast.report.words import (
     value,
 )  # fmt: skip
 
-__all__ = ["missing_parts", "model_name", "overhead", "overhead_share", "page", "training_note"]
+__all__ = ["described", "missing_parts", "model_name", "overhead", "overhead_share", "page", "training_note"]
 
 LONG = 64  # with more layers than this the table lists the chosen ones only
 
@@ -333,3 +334,62 @@ def _cell(text: str) -> str:
 
 def _where(stage: Stage) -> str:
     return ", ".join(str(layer) for layer in stage.layers) if stage.layers else "no LoRA"
+
+
+# ---- the data of a run -----------------------------------------------------------------------------------------------
+
+
+def described(run: Run) -> list[str]:
+    """One Markdown line per data set."""
+    target = next((s for s in (run.measure, run.tune, *run.baselines) if s is not None and s.data), None)
+    lines = []
+    if run.source is not None or run.settings.get("source"):
+        settings = (run.settings.get("source") or {}).get("data") or {}
+        lines.append(f"**Source data:** {_data_set(settings, run.source)}")
+    lines.append(f"**Target data:** {_data_set(run.settings.get('target') or {}, target)}")
+    return lines
+
+
+def _data_set(settings: dict[str, Any], stage: Stage | None) -> str:
+    data = stage.data if stage is not None else None
+    sentences = [f"`{settings['path']}`" if settings.get("path") else f"where it came from is {MISSING}"]
+    if data is not None:
+        probe = f" and {count(data.probe)} only to follow the representations" if data.probe else ""
+        sentences[0] += f", {count(data.train)} texts to train on, {count(data.test)} to test on{probe}."
+        if data.labels:
+            labels = listed([f"`{label}`" for label in data.labels])
+            share = None if stage is None else stage.majority
+            majority = f"; the most frequent is {percent(share)} of the test texts" if share else ""
+            sentences.append(f"Labels: {labels}{majority}.")
+    else:
+        sentences[0] += f"; sizes {MISSING}."
+    if settings:
+        sentences.append(_split(settings))
+        sentences += _limits(settings)
+        if not settings.get("deduplicate"):
+            sentences.append("Duplicates were not looked for, so texts may stand on both sides of the split.")
+    if data is not None and data.dropped:
+        sentences.append(f"Left out: {listed([f'{count(number)} {why}' for why, number in data.dropped.items()])}.")
+    elif data is not None and settings.get("deduplicate"):
+        sentences.append("Duplicates were looked for, and there were none.")
+    return " ".join(sentences)
+
+
+def _split(settings: dict[str, Any]) -> str:
+    if settings.get("test"):
+        return f"Tested on `{settings['test']}`."
+    share = percent(settings.get("test_share"), 0)
+    seed = f"(split seed {settings.get('split_seed', MISSING)})"
+    if settings.get("group"):
+        group = f"Split at random by `{settings['group']}`"
+        return f"{group}, {share} to test on, so that no value of it is on both sides {seed}."
+    return f"Split at random by text, {share} to test on {seed}."
+
+
+def _limits(settings: dict[str, Any]) -> list[str]:
+    limits = [
+        f"at most {count(settings[name])} to {verb} on"
+        for name, verb in (("train_limit", "train"), ("test_limit", "test"))
+        if settings.get(name)
+    ]
+    return [f"Drawn at random: {listed(limits)}."] if limits else []
