@@ -360,15 +360,15 @@ def test_flex_attention_is_seen_through_its_own_call():
 
 def test_flex_attention_of_transformers_is_read_from_its_block_mask():
     from inflection_fast.measure.attention_call import SequenceStarts
-    from inflection_fast.measure.attention_observer import _interface_call
+    from inflection_fast.measure.attention_observer import InterfaceCall, _interface_call
 
     flex = pytest.importorskip("torch.nn.attention.flex_attention")
     torch.manual_seed(0)
     q, k = torch.randn(B, HEADS, T, 8), torch.randn(B, HEADS, T, 8)
     mask = flex.create_block_mask(lambda b, h, i, j: (i >= j) & (i - j < 3), B, None, T, T, device="cpu")
-    call = _interface_call(
-        "flex_attention", nn.Identity(), q, k, mask, {"scaling": 0.5, "softcap": 2.0}, SequenceStarts()
-    )
+    settings = {"scaling": 0.5, "softcap": 2.0}
+    given = InterfaceCall("flex_attention", None, nn.Identity(), q, k, mask, (), settings)
+    call = _interface_call(given, mask, SequenceStarts())
     seen = torch.ones(T, T, dtype=torch.bool).tril().triu(-2)
     scores = 2 * torch.tanh(0.5 * q.double() @ k.double().mT / 2)
     p = scores.masked_fill(~seen, -torch.inf).softmax(-1)

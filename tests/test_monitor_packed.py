@@ -246,14 +246,18 @@ def test_all_statistics_are_those_of_the_sequence_alone(options, rows, biased):
         torch.testing.assert_close(fields[0].double(), truth.double(), rtol=1e-5, atol=1e-5, msg=name)
 
 
+def read(name, query, key, settings, mask=None):
+    given = InterfaceCall(name, None, torch.nn.Identity(), query, key, mask, (), settings)
+    return _interface_call(given, mask, SequenceStarts())
+
+
 def call_of(positions=None, lengths=(None, None), keys=6, mask=None, device="cpu"):
     """Of attention on 6 queries, through an implementation of which nothing but its name is known."""
     query, key = (torch.zeros(1, HEADS, length, 4, device=device) for length in (6, keys))
     settings = {"position_ids": None if positions is None else torch.tensor([positions], device=device)}
     if lengths[0] is not None:
         settings |= dict(zip(VARLEN, [*(torch.tensor(one) for one in lengths), 3, 3], strict=True))
-    given = InterfaceCall("other", None, torch.nn.Identity(), query, key, mask, (), settings)
-    return _interface_call(given, mask, SequenceStarts())
+    return read("other", query, key, settings, mask)
 
 
 def test_keys_of_other_sequences_than_the_queries_are_refused_in_words():
@@ -289,14 +293,9 @@ def test_a_call_that_cannot_be_read_is_an_error_at_first_and_costs_the_values_of
 def test_lengths_without_a_longest_one_are_not_looked_at():
     query, lengths = torch.zeros(1, HEADS, 6, 4), torch.tensor([0, 3, 6])
     settings = {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths}
-    assert (
-        _interface_call("other", torch.nn.Identity(), query, query, None, settings, SequenceStarts()).cu_seqlens is None
-    )
+    assert read("other", query, query, settings).cu_seqlens is None
     settings |= {"max_length_q": 3, "max_length_k": 3}
-    assert (
-        _interface_call("other", torch.nn.Identity(), query, query, None, settings, SequenceStarts()).cu_seqlens
-        is lengths
-    )
+    assert read("other", query, query, settings).cu_seqlens is lengths
 
 
 @pytest.mark.parametrize("positions", [[3], [[0, 1, 2, 0, 1, 2]] * 3])
@@ -308,7 +307,7 @@ def test_positions_that_are_not_those_of_one_row_pack_nothing(positions):
 def test_masks_of_another_kind_than_those_of_flash_kernels_hold_packing_themselves(flash):
     query, settings = torch.zeros(1, HEADS, 6, 4), {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}
     made = {
-        name: _interface_call(name, torch.nn.Identity(), query, query, None, settings, SequenceStarts()).cu_seqlens
+        name: read(name, query, query, settings).cu_seqlens
         for name in ("sdpa", "eager", "flex_attention", "other", flash)
     }
     assert {name: found is None for name, found in made.items()} == {
@@ -332,7 +331,7 @@ def test_no_number_of_a_device_is_waited_for(how):
     else:
         lengths = [torch.empty(5, dtype=torch.int32, device="meta") for _ in range(2)]
         settings = dict(zip(VARLEN, [*lengths, 12, 12], strict=True))
-    call = _interface_call("other", torch.nn.Identity(), query, key, None, settings, SequenceStarts())
+    call = read("other", query, key, settings)
     assert (call.foreign_keys is None) == (how == "positions")
     for rows in (None, torch.empty(9, dtype=torch.int64, device="meta")):
         stats = stats_of(call, rows)

@@ -104,8 +104,8 @@ def observing_interfaces(interfaces: list, places: AttentionPlaces, observe: Obs
                 kind = places.of(module).kind or "self"
 
                 def read():
-                    call = InterfaceCall(name, attend, module, query, key, attention_mask, args, kwargs)
-                    return replace(call_of(call, starts), kind=kind)
+                    given = InterfaceCall(name, attend, module, query, key, attention_mask, args, kwargs, kind)
+                    return call_of(given, starts)
 
                 if kind != "other":
                     observe(module, read)
@@ -133,12 +133,13 @@ class InterfaceCall(NamedTuple):
     mask: Any
     args: tuple  # positional arguments after the mask
     kwargs: dict[str, Any]
+    kind: str = "self"  # or "cross"
 
 
 def call_of(given: InterfaceCall, starts: SequenceStarts) -> AttentionCall:
     """The call that the implementation makes of its arguments."""
-    mask = _as_added(given.mask, given.query, given.attend) if given.name == "eager" else given.mask
-    call = _interface_call(given, mask, starts)
+    name, attend, _, query, _, mask, *_ = given
+    call = _interface_call(given, _as_added(mask, query, attend) if name == "eager" else mask, starts)
     if call.cu_seqlens is None:
         return call
     return replace(call, packed=starts.packed(call.cu_seqlens, call.query.shape[2]))
@@ -182,8 +183,8 @@ def _named_arguments(function: Callable, args: tuple, kwargs: dict) -> dict:
 
 def _interface_call(given: InterfaceCall, mask: Any, starts: SequenceStarts) -> AttentionCall:
     """The call by the rules of the implementation: implementations interpret equal arguments differently."""
-    name, module, query, key = given.name, given.module, given.query, given.key
-    settings = _named_arguments(given.attend, given.args, given.kwargs)
+    name, attend, module, query, key, _, args, kwargs, kind = given
+    settings = _named_arguments(attend, args, kwargs)
     mask_mod = None
     if name == "flex_attention" and hasattr(mask, "mask_mod"):
         mask_mod, mask = mask.mask_mod, None  # of a BlockMask
@@ -226,6 +227,7 @@ def _interface_call(given: InterfaceCall, mask: Any, starts: SequenceStarts) -> 
         cu_seqlens=cu_seqlens,
         foreign_keys=foreign_keys,
         mask_mod=mask_mod,
+        kind=kind,
         sparse="indices" in settings or hasattr(module, "indexer"),  # DeepSeek's sparse attention
     )
 

@@ -190,6 +190,11 @@ class Panel:
             except Exception as error:
                 self.fail(quantity.name, error, tap)
 
+    def notify_late(self, tap: str, quantities: Iterable[Quantity], packet: Packet, event: object) -> None:
+        """As `notify`, for a finished step: a quantity that raises is marked in its packet at once."""
+        for quantity in quantities:
+            self.notify_one(packet, quantity.name, tap, partial(getattr(quantity, tap), packet[quantity.name], event))
+
     def notify_one(self, packet: Packet, name: str, where: str, call: Callable[[], None]) -> None:
         """Call a quantity for a finished step; if it raises, that is marked in its packet at once."""
         try:

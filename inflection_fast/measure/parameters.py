@@ -216,9 +216,7 @@ class Updates:
             if any(id(parameter) in ours for group in optimizer.param_groups for parameter in group["params"])
         )
         self._stepped = {}
-        for one in listening:
-            write = partial(one.after_update, packet[one.name], Update(parameters, optimizers))
-            panel.notify_one(packet, one.name, "after_update", write)
+        panel.notify_late("after_update", listening, packet, Update(parameters, optimizers))
         hand_over(measured, packet)
 
 
