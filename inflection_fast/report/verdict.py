@@ -213,7 +213,7 @@ def _study() -> dict[str, Any]:
 
 
 def regime_advice(run: Run) -> list[str]:
-    """How saturated the source is, what the study found to pay for such sources, and how good that rule was there.
+    """How saturated the source is, and what the study found for such sources: family, rule, place of LoRA.
 
     Empty without a source stage, and where its metrics do not have the saturation.
     """
@@ -232,15 +232,20 @@ def regime_advice(run: Run) -> list[str]:
     )
     where = f"In the study of {study['transfers']} transfers with a small encoder (docs/study.md)"
     if scores["rule"] > scores["always"]:
-        return [
-            lead,
+        rule = (
             f"{where} {family} paid most for sources like this one; choosing by this rule reached "
             f"{scores['rule']:.1f} % on transfers that the rule was not made from, "
-            f"always {always} {scores['always']:.1f} %.",
-        ]
-    return [
-        lead,
-        f"{where} this was no ground to choose by: {always} was the best choice without a rule "
-        f"({scores['always']:.1f} %), and a rule by saturation reached {scores['rule']:.1f} % on transfers that it was "
-        "not made from.",
+            f"always {always} {scores['always']:.1f} %."
+        )
+    else:
+        rule = (
+            f"{where} this was no ground to choose by: {always} was the best choice without a rule "
+            f"({scores['always']:.1f} %), and a rule by saturation reached {scores['rule']:.1f} % on transfers that it "
+            "was not made from."
+        )
+    places = [
+        f"LoRA on the {name} layers was {found:+.1f} points from LoRA on as many random layers "
+        f"(95 % interval {low:+.1f} to {high:+.1f})"
+        for name, (found, low, high) in study["minus_random"].items()
     ]
+    return [lead, rule, *([f"There, {listed(places)}."] if places else [])]

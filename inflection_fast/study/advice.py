@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from inflection_fast.study.analysis import compare
 from inflection_fast.study.results import Result
 
 __all__ = ["FAMILIES", "LAST", "LOST", "RISE", "SURE", "Fold", "Rule", "Score", "fit_rule", "for_runs", "score_rule"]
 
 # Of each the arm that stands for it.
 FAMILIES = {"selective LoRA": "greedy", "LoRA everywhere": "all", "unfreezing": "shallow"}
+PLACES = {"planned": "greedy", "last": "last"}
 
 
 # What a rule may look at, in the words of the report.
@@ -119,6 +121,7 @@ def for_runs(cells: Sequence[Result]) -> dict[str, Any] | None:
     if score is None:
         return None
     rule, always, best = (round(value, 2) for value in score.means)
+    places = {name: compare(cells, arm, "random") for name, arm in PLACES.items()}
     return {
         "model": cells[0].content["meta_info"]["model_info"]["path"],
         "transfers": len(score.folds),
@@ -129,6 +132,11 @@ def for_runs(cells: Sequence[Result]) -> dict[str, Any] | None:
         "above": score.rule.above,
         "always": score.always,
         "accuracy": {"rule": rule, "always": always, "hindsight": best},
+        "minus_random": {
+            name: [round(value, 2) for value in (effect.difference, effect.low, effect.high)]
+            for name, effect in places.items()
+            if effect is not None
+        },
     }
 
 

@@ -74,12 +74,15 @@ def write(folder: str | os.PathLike, out: str | os.PathLike | None = None) -> Pa
 def _first_words(results: Results, cells: Sequence[Result]) -> str:
     seeds = sorted({cell.seed for cell in cells})
     transfers = list(dict.fromkeys(cell.transfer for cell in cells))
+    kept = len({cell.transfer for cell in results.held_out()})
+    held_out = f" and {kept} that are held out" if kept else ""
     lines = [
         "This page is written by `inflection-fast study report` from the JSON files of the cells alone"
         " (`benchmarks/study/cells`). The questions and the configuration were written down before a reported seed ran"
         " (`benchmarks/study/PREREGISTRATION.md`).",
         f"{_count(len(results.cells), 'cell')} {'is' if len(results.cells) == 1 else 'are'} there:"
-        f" {_count(len(transfers), 'transfer')}, {_count(len({c.regime for c in cells}), 'regime')} of the source,"
+        f" {_count(len(transfers), 'transfer')}{held_out},"
+        f" {_count(len({cell.regime for cell in cells}), 'regime')} of the source,"
         f" {_count(len(results.arms()), 'arm')}, {_count(len(seeds), 'seed')} ({', '.join(map(str, seeds))})"
         + (f"; {len(results.failed)} cells failed" if results.failed else "")
         + ". Cells of one transfer, regime and seed train on the same texts in the same order from the same weights and"

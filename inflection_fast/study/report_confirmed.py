@@ -42,7 +42,7 @@ def _selected(results: Results, family: dict[str, Any]) -> list[Result]:
 def _family(name: str, cells: Sequence[Result], tested: Sequence[str]) -> str:
     arms = [arm for arm in dict.fromkeys([*tested, *(cell.arm for cell in cells)]) if arm != RANDOM]
     effects = {arm: effect for arm in arms if (effect := compare_within(cells, arm, RANDOM)) is not None}
-    if not effects:
+    if not any(arm in effects for arm in tested):
         return ""
     corrected = holm({arm: effects[arm] for arm in tested if arm in effects})
     rows = [
