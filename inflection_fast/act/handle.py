@@ -1,9 +1,10 @@
 """The protocol of interventions: apply one, describe what it did, remove it.
 
-The function of an intervention acts on the blocks of a plan or of indices, and returns a handle. The handle is a
-context manager. `remove()` restores the model to the bit, or raises if the intervention is permanent. `describe()`
-returns what plan files and reports say about it. Handles with a schedule advance by `step()`, once for each optimizer
-step, or by the Trainer callback that `callback()` returns.
+An intervention is called with a model and the blocks of a plan or of indices. What is called is the class of its handle
+under the name of a function: `head_dropout(model, plan)` applies it and is the handle. The handle is a context manager.
+`remove()` restores the model to the bit, or raises if the intervention is permanent. `describe()` returns what plan
+files and reports say about it. Handles with a schedule advance by `step()`, once for each optimizer step, or by the
+Trainer callback that `callback()` returns.
 """
 
 from __future__ import annotations
