@@ -169,14 +169,12 @@ def test_what_the_study_says_of_sources_like_this_one(monkeypatch, sure, rule, s
              "always": "selective LoRA", "accuracy": {"rule": rule, "always": 75.0, "hindsight": 82.0},
              "minus_random": {"planned": [-1.64, -2.91, -0.38], "last": [1.66, -0.43, 3.75]}}  # fmt: skip
     monkeypatch.setattr("inflection_fast.report.verdict._study", lambda: study)
-    source = stage(0.9)
-    found = dataclasses.replace(source.metrics, largest_probability=sure, share_above_099=2 * sure - 1)
+    found = dataclasses.replace(stage(0.9).metrics, largest_probability=sure, share_above_099=2 * sure - 1)
     run = run_files.Run(Path(), (), {}, None, None, stages={"tune": stage(0.8), "baseline-x": stage(0.8)})
     assert not any("study" in sentence for sentence in verdict(run))
-    run.stages["source"] = dataclasses.replace(source, metrics=found)
+    run.stages["source"] = dataclasses.replace(stage(0.9), metrics=found)
     assert any(says in sentence for sentence in verdict(run))
-    state = "saturated" if sure > 0.9 else "not saturated"
-    lead = f"is {state}: on its own test texts the mean largest probability is {sure}"
+    lead = f"is {'' if sure > 0.9 else 'not '}saturated: on its own test texts the mean largest probability is {sure}"
     assert any(lead in sentence for sentence in verdict(run))
     place = "There, LoRA on the planned layers was -1.6 points from LoRA on as many random layers (95 % interval"
     assert any(sentence.startswith(place) and "last layers was +1.7 points" in sentence for sentence in verdict(run))
