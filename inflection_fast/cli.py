@@ -27,7 +27,7 @@ EXTRAS = (
     "gguf", "jsonargparse", "matplotlib", "rich", "yaml",
 )  # fmt: skip
 PARALLEL = ("run", "measure", "tune", "exec", "doctor")  # commands that torchrun may start in several processes
-STUDY_EXTRAS = ("scipy", "statsmodels", "datasketch")
+STUDY_EXTRAS = ("statsmodels", "datasketch")
 
 COMMANDS = {
     "init": "write a first settings file for a model and a data set",

@@ -7,7 +7,7 @@ import pytest
 from helpers.made_timelines import L, timeline
 
 from inflection_fast import SelectConfig, select
-from inflection_fast.decide.evidence import correlation_of, evidence_of, over_others, t_quantile, t_tail
+from inflection_fast.decide.evidence import correlation_of, evidence_of, over_others, t_quantile
 from inflection_fast.timeline import TimelineWriter
 
 FLAT = np.zeros(L)
@@ -91,7 +91,6 @@ def test_a_slowly_wandering_profile_is_not_taken_for_many_measurements():
 )  # fmt: skip
 def test_the_quantiles_of_student_are_those_of_the_tables(degrees, tail, t):
     assert t_quantile(tail, degrees) == pytest.approx(t, abs=1e-4)
-    assert t_tail(t, degrees) == pytest.approx(tail, rel=1e-4)
 
 
 @pytest.mark.parametrize("layers", [2, 3, 4, 7, 12])

@@ -40,7 +40,7 @@ GUARDED = {  # third party -> parts that may name it at all, and those among the
     "peft": ({"act"}, {"act"}),
     "matplotlib": ({"report", "study", "integrations", "timeline"}, set()),
     "rich": ({"report", "run", "cli", "study", "checkpoints"}, set()),
-    "scipy": ({"study"}, set()),
+    "scipy": ({"study", "decide"}, set()),
     "statsmodels": ({"study"}, set()),
     "datasketch": ({"study"}, set()),
     "ray": ({"study"}, set()),
