@@ -102,10 +102,12 @@ def test_a_click_on_a_layer_shows_its_heads_and_one_without_heads_its_course(dri
     layer = 4
     webdriver.ActionChains(driver).move_to_element_with_offset(
         over, 0, round(height / 2 - (layer + 0.5) * height / LAYERS)
-    ).click().perform()
+    ).perform()
+    readout = find(driver, "#map-entropy > .under .readout")
+    until(lambda: readout.text.startswith("layer 4, step "), "the values under the cursor")
+    webdriver.ActionChains(driver).click().perform()
     until(lambda: driver.find_elements("css selector", "#map-entropy .detail canvas"), "heads")
     assert "Layer 4, heads" in find(driver, "#map-entropy .detail h3").text
-    assert find(driver, "#map-entropy > .under .readout").text.startswith("layer 4, step ")
     press(driver, find(driver, "#map-delta_cka .plot"), "End", "ArrowUp", "Enter")
     until(lambda: driver.find_elements("css selector", "#map-delta_cka .detail canvas"), "a course")
     assert "one standard error" in find(driver, "#map-delta_cka .detail .readout").text
