@@ -250,7 +250,7 @@ def trainer(out, name="llama", accumulate=1):
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
     with InflectionCallback(
-        MonitorConfig(every=STEPS, rows=None, signals=ALL, cka_se=True), out / "run", probe=probe
+        MonitorConfig(every=STEPS, rows=None, signals=ALL, cka_se=True, probe_share=None), out / "run", probe=probe
     ) as callback:
         training = InOrder(model=model_of(name), args=arguments, train_dataset=items, callbacks=[callback])
         training.remove_callback(PrinterCallback)

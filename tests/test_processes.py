@@ -36,7 +36,7 @@ from inflection_fast.run.stages import Stages
 from inflection_fast.timeline import Timeline
 
 TRAIN = TrainConfig(steps=4, batch_size=8, learning_rate=3e-3, checkpoint_every=2, log_every=1)
-MONITOR = MonitorConfig(every=2, rows=None, frozen_share=1.0)  # nothing is drawn, which depends on the process
+MONITOR = MonitorConfig(every=2, rows=None, frozen_share=1.0, probe_share=None)  # nothing depends on draws or the clock
 STAGES = {"classifier": ("source", "measure", "tune", "baseline-last"), "language": ("measure", "tune")}
 
 

@@ -16,7 +16,8 @@ from torch import distributed as dist
 
 from inflection_fast.measure import Monitor, MonitorConfig
 
-CONFIG = MonitorConfig(every=2, rows=None, quantities=("attention", "activation_grad", "delta_cka", "parameter_grad"))
+QUANTITIES = ("attention", "activation_grad", "delta_cka", "parameter_grad")
+CONFIG = MonitorConfig(every=2, rows=None, quantities=QUANTITIES, probe_share=None)
 MEASURED = ("entropy", "max_logit", "activation_grad", "delta_cka", "loss")
 
 

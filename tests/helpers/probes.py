@@ -6,7 +6,7 @@ import torch
 from helpers.tiny_models import bert, sharpened
 from inflection_fast.measure import Monitor, MonitorConfig
 
-CKA = MonitorConfig(every=1, signals=("delta_cka",), cka_debiased=False)
+CKA = MonitorConfig(every=1, signals=("delta_cka",), cka_debiased=False, probe_share=None)
 
 
 def moved(model, seed=3):

@@ -14,8 +14,9 @@ from inflection_fast.measure import Monitor, MonitorConfig
 from inflection_fast.timeline import HEAD_SIGNALS, LAYER_SIGNALS
 
 BATCH, LENGTH, STEPS = 4, 12, 4
-CONFIG = MonitorConfig(every=2, rows=None, signals=ALL, cka_se=True)
-SAMPLED = MonitorConfig(every=2, rows=4, signals=ALL, cka_se=True)
+# Without `probe_share` no probe is left out on a busy machine.
+CONFIG = MonitorConfig(every=2, rows=None, signals=ALL, cka_se=True, probe_share=None)
+SAMPLED = MonitorConfig(every=2, rows=4, signals=ALL, cka_se=True, probe_share=None)
 OF_PARAMETERS = MonitorConfig(every=1, quantities=("adapter", "update", "gradient_noise"))
 ONLY_NOISE = MonitorConfig(every=1, quantities=("gradient_noise",))
 OF_ADAPTERS = ("adapter_norm", "adapter_rank", "adapter_gradient", "adapter_idle", "adapter_share")
