@@ -19,12 +19,14 @@ from inflection_fast.study.analysis import (
     parameters,
 )
 from inflection_fast.study.drawings import draw_effects
-from inflection_fast.study.formatting import interval, names, p_value, table
+from inflection_fast.study.formatting import interval, p_value, table
 from inflection_fast.study.report_confirmed import confirmations
 from inflection_fast.study.report_gradients import claims, gradients, regimes
 from inflection_fast.study.report_sections import (
     EVERYWHERE,
+    LEVEL,
     RANDOM,
+    better_and_worse,
     blocks,
     by_transfer,
     how,
@@ -38,7 +40,6 @@ from inflection_fast.study.results import Result, Results, read_results
 
 __all__ = ["write"]
 
-LEVEL = 0.01
 GOAL = 0.4  # half of the interval of planned minus random layers, in points, that the study aims at
 MARGIN = 0.5  # points below LoRA everywhere that still count as reaching it
 
@@ -147,11 +148,9 @@ def _against_random(results: Results, cells: Sequence[Result], pictures: Path) -
                 _marked(cells, arm),
             ]
         )
-    better = [arm for arm in effects if corrected[arm] < LEVEL and effects[arm].difference > 0]
-    worse = [arm for arm in effects if corrected[arm] < LEVEL and effects[arm].difference < 0]
     words = (
-        f"Better than random layers at p < {LEVEL} after Holm: {names(better)}."
-        f" Worse: {names(worse)}. For the others the difference is not significant. What an arm is short of: the points"
+        f"{better_and_worse(effects, corrected)} For the others the difference is not significant."
+        " What an arm is short of: the points"
         " by which it misses being better, at its standard error, corrected for all arms (Bonferroni). Within"
         " transfers: the variance of seeds within each transfer alone. Differences between transfers widen the other"
         " two intervals; the first was named beforehand, and p belongs to it."

@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from inflection_fast.study.analysis import compare, compare_within, holm, means
-from inflection_fast.study.formatting import interval, names, p_value, table
-from inflection_fast.study.report_sections import EVERYWHERE, RANDOM
+from inflection_fast.study.formatting import interval, p_value, table
+from inflection_fast.study.report_sections import EVERYWHERE, RANDOM, better_and_worse
 from inflection_fast.study.results import Result, Results
 
 __all__ = ["confirmations"]
-
-LEVEL = 0.01
 
 
 def confirmations(results: Results) -> str:
@@ -71,14 +69,12 @@ def _family(name: str, cells: Sequence[Result], tested: Sequence[str]) -> str:
         base = means(here).get(RANDOM)
         differences = [interval(compare_within(here, arm, RANDOM), 1) for arm in effects]
         apart.append([transfer, "" if base is None else f"{base:.1f}", *differences])
-    better = [arm for arm, p in corrected.items() if p < LEVEL and effects[arm].difference > 0]
-    worse = [arm for arm, p in corrected.items() if p < LEVEL and effects[arm].difference < 0]
     seeds = sorted({cell.seed for cell in cells})
     return "\n\n".join(
         [
             f"### {name.replace('_', ' ').capitalize()}",
-            f"{len(cells)} cells: {len(transfers)} transfers, seeds {', '.join(map(str, seeds))}. Better than random"
-            f" layers at p < {LEVEL} after Holm: {names(better)}. Worse: {names(worse)}.",
+            f"{len(cells)} cells: {len(transfers)} transfers, seeds {', '.join(map(str, seeds))}."
+            f" {better_and_worse(effects, corrected)}",
             table(
                 ["arm", "minus", "clusters", "smallest that could be seen", "difference, 95 %", "p", "p after Holm",
                  "95 %, whole transfers as clusters"],

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from inflection_fast.study.analysis import (
+    Effect,
     block_effects,
     compare,
     compare_all,
@@ -17,12 +18,14 @@ from inflection_fast.study.analysis import (
     stability,
 )
 from inflection_fast.study.drawings import draw_blocks, draw_pareto
-from inflection_fast.study.formatting import interval, mean, p_value, signed, table
+from inflection_fast.study.formatting import interval, mean, names, p_value, signed, table
 from inflection_fast.study.results import Result, Results
 
 __all__ = [
     "EVERYWHERE",
+    "LEVEL",
     "RANDOM",
+    "better_and_worse",
     "blocks",
     "by_transfer",
     "how",
@@ -38,6 +41,7 @@ SELECTORS = ("greedy", "maxima", "top", "first", "last", "even", "kappa", "spect
              "gradient_low", "auto_rgn", "block_cka", "breakpoints", "first_order", "trial_norm",
              "trial_sensitivity", "halving")  # fmt: skip
 RANDOM, EVERYWHERE, PLANNED, WHOLE = "random", "all", "greedy", "blocks"
+LEVEL = 0.01
 # What trains a part of the model, or at other rates, beside the arm that trains everything.
 SCHEDULES = {WHOLE: "full", "lisa": "full", "full_rates": "full"}
 
@@ -48,6 +52,13 @@ def selectors_of(cells: Sequence[Result]) -> list[str]:
     known = {cell.arm for cell in cells if cell.content["run_info"]["peft_config"]["kind"] == "lora"}
     extra = sorted(known - {*SELECTORS, RANDOM, EVERYWHERE, "all_equal", *_intervened(cells)})  # arms of users
     return [arm for arm in SELECTORS if arm in present] + extra
+
+
+def better_and_worse(effects: Mapping[str, Effect], corrected: Mapping[str, float]) -> str:
+    """Which arms differ from random layers after Holm's correction, in two sentences."""
+    sure = {arm: effects[arm].difference for arm, p in corrected.items() if p < LEVEL}
+    better, worse = ([arm for arm, found in sure.items() if sign * found > 0] for sign in (1, -1))
+    return f"Better than random layers at p < {LEVEL} after Holm: {names(better)}. Worse: {names(worse)}."
 
 
 def _intervened(cells: Sequence[Result]) -> dict[str, str]:
@@ -71,8 +82,9 @@ def interventions(cells: Sequence[Result]) -> str:
         apart = [interval(compare(cells, arm, beside[arm], regime=regime)) for regime in regimes]
         places = {(c.transfer, c.regime, c.seed) for c in cells if c.arm == arm}
         p = [p_value(effect.p), p_value(corrected[arm])]
-        names = f"`{arm}`", f"`{beside[arm]}`"
-        rows.append([*names, len(places), f"{effect.smallest:.2f}", interval(effect), *p, *apart])
+        rows.append(
+            [f"`{arm}`", f"`{beside[arm]}`", len(places), f"{effect.smallest:.2f}", interval(effect), *p, *apart]
+        )
     header = ["arm", "without", "cells", "smallest that could be seen", "difference, 95 %", "p", "p after Holm"]
     return "\n\n".join(
         [
